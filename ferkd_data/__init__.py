@@ -1,0 +1,35 @@
+"""Offline soft labels for crops, after FerKD: build a label set once, replay it in any training loop.
+
+Names are imported when first used, so `import ferkd_data` costs nothing: no torch, no pyarrow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS: dict[str, str] = {
+    "Box": "crops",
+    "CropDistribution": "crops",
+    "Crops": "crops",
+    "FerkdError": "errors",
+    "draw_crops": "crops",
+    "replay": "replay",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'ferkd_data' has no attribute {name!r}")
+    module = importlib.import_module(f"ferkd_data.{_EXPORTS[name]}")
+    value = module if name == _EXPORTS[name] else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,77 @@
+"""Every error a user can meet.
+
+    FerkdError                    exit status 1: one line that says what, where, and what to do
+    ├── UsageError                exit status 2: a setting or an argument that cannot be right (is a ValueError)
+    ├── MissingExtraError         an optional package is not installed; names the pip line
+    ├── SourceError               the image source cannot be listed or read
+    ├── ImageError                one image cannot be used; becomes a reject with this reason
+    ├── TeacherError              a teacher cannot be loaded, or said something impossible
+    ├── BuildError                the build cannot go on
+    │   ├── BuildLockedError      another live process builds into the same folder
+    │   ├── SettingsMismatchError a saved state was made with other settings; names both values
+    │   └── StorageFullError      no space left; nothing finished is lost
+    └── LabelSetError             a label set cannot be read
+        ├── ManifestError         manifest.json is missing, malformed or of an unknown version
+        └── ShardError            a shard is missing, truncated, or does not hold what the manifest says
+
+`FerkdError.exit_code` is the exit status of the command line.
+"""
+
+from __future__ import annotations
+
+
+class FerkdError(Exception):
+    exit_code = 1
+
+
+class UsageError(FerkdError, ValueError):
+    exit_code = 2
+
+
+class MissingExtraError(FerkdError, ImportError):
+    pass
+
+
+class SourceError(FerkdError):
+    pass
+
+
+class ImageError(FerkdError):
+    """`reason` is one of the reasons documented in docs/format.md; `detail` is free text for people."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class TeacherError(FerkdError):
+    pass
+
+
+class BuildError(FerkdError):
+    pass
+
+
+class BuildLockedError(BuildError):
+    pass
+
+
+class SettingsMismatchError(BuildError):
+    pass
+
+
+class StorageFullError(BuildError):
+    pass
+
+
+class LabelSetError(FerkdError):
+    pass
+
+
+class ManifestError(LabelSetError):
+    pass
+
+
+class ShardError(LabelSetError):
+    pass

@@ -1,0 +1,21 @@
+"""Optional packages: imported when first used, and named with their pip line when they are missing."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from ferkd_data.errors import MissingExtraError
+
+
+def require(module: str, *, extra: str, what_for: str) -> ModuleType:
+    """Import `module`, or raise MissingExtraError that names the extra which brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise MissingExtraError(
+            f"{what_for} needs the package {module.split('.')[0]}, which is not installed; "
+            f"run: pip install 'ferkd-data[{extra}]'"
+        ) from error

@@ -1,0 +1,66 @@
+"""Randomness as a pure function of a hashed tuple.
+
+Nothing here touches a global generator, and seeds are never added up: the parts of a tuple are encoded with
+their type and length before they are hashed, so (1, 0) and (0, 1), or ("a", "bc") and ("ab", "c"), never collide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Part = str | int | bytes
+UInt64s = npt.NDArray[np.uint64]
+
+
+def digest(*parts: Part, size_bytes: int = 16) -> bytes:
+    """BLAKE2b of the tuple `parts`, each encoded as type tag, length and value."""
+    state = hashlib.blake2b(digest_size=size_bytes)
+    for part in parts:
+        if isinstance(part, str):
+            tag, value = b"s", part.encode("utf-8", "surrogateescape")
+        elif isinstance(part, bytes):
+            tag, value = b"b", part
+        else:
+            tag, value = b"i", str(int(part)).encode()
+        state.update(tag + len(value).to_bytes(8, "little") + value)
+    return state.digest()
+
+
+def philox(*parts: Part) -> np.random.Philox:
+    """The counter-based bit generator whose key is the hash of `parts`, at counter 0."""
+    return np.random.Philox(key=np.frombuffer(digest(*parts), dtype=np.uint64))
+
+
+def generator(*parts: Part) -> np.random.Generator:
+    return np.random.Generator(philox(*parts))
+
+
+def hash64(*parts: Part) -> int:
+    return int.from_bytes(digest(*parts, size_bytes=8), "little")
+
+
+def uniforms(raw: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """Raw 64-bit words as doubles in [0, 1), of the same shape."""
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def mix64(words: Any) -> UInt64s:
+    """Scramble 64-bit words, element by element (the finaliser of SplitMix64, Steele et al., 2014)."""
+    z = np.asarray(words, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def counter64(seed: Any, counter: Any) -> UInt64s:
+    """Word number `counter` of the SplitMix64 stream `seed`; both broadcast, so whole batches draw at once."""
+    with np.errstate(over="ignore"):
+        state = np.asarray(seed, np.uint64) + (np.asarray(counter, np.uint64) + np.uint64(1)) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
+    return mix64(state)
