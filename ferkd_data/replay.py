@@ -1,0 +1,156 @@
+"""Replay: cutting a stored crop out of an image again. THE one cutter, used by the builder and the loader.
+
+Legend: N crops, S output side, H and W the image's sides. Pixels are uint8 RGB. A crop is cut, resized with an
+antialiased filter (Pillow's: the support grows with the reduction), and then flipped where it says so.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ferkd_data.crops import Crops
+from ferkd_data.errors import UsageError
+
+Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
+INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
+
+_RESIZE_INTO = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+}
+
+
+def empty_batch(num_crops: int, size: int, *, shared: bool = False) -> Tensor:
+    """An uninitialised uint8 batch (N, 3, S, S) in the memory format the cutter writes fastest (channels last)."""
+    flat = num_crops * size * size * 3
+    if shared:
+        storage = torch.UntypedStorage._new_shared(flat, device="cpu")
+        pixels = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+    else:
+        pixels = torch.empty(flat, dtype=torch.uint8)
+    return pixels.view(num_crops, size, size, 3).permute(0, 3, 1, 2)
+
+
+def replay(
+    image_HWC: npt.NDArray[np.uint8],
+    crops: Crops,
+    *,
+    size: int,
+    interpolation: Interpolation = "bilinear",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Cut `crops` out of a decoded image: uint8 (N, 3, S, S), channels last.
+
+    The resize works across, rounds, then works down. Bilinear equals Pillow's crop-then-resize within 1 grey level;
+    bicubic equals Pillow's two passes in this order within 2 (docs/decisions.md: Pillow's own order depends on its
+    version). `out`, when given, must come from `empty_batch` (or be a slice of such a batch along its first axis)
+    and is filled and returned.
+
+    Raises UsageError when a box does not lie inside the image or `interpolation` is unknown.
+    """
+    _check(image_HWC.shape[0], image_HWC.shape[1], crops, interpolation)
+    if out is None:
+        out = empty_batch(len(crops), size)
+    pixels = image_HWC if image_HWC.flags.writeable else image_HWC.copy()
+    image_CHW = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    resize_into = _RESIZE_INTO[interpolation]
+    output_size = [size, size]
+    for n, ((top, left, height, width), flip) in enumerate(
+        zip(crops.boxes.tolist(), crops.flip.tolist(), strict=True)
+    ):
+        patch = image_CHW[:, :, top : top + height, left : left + width]
+        slot = out[n : n + 1]
+        if flip:
+            resized = torch.empty_like(slot)
+            resize_into(patch, output_size, False, None, None, out=resized)
+            slot.copy_(resized.flip(-1))
+        else:
+            resize_into(patch, output_size, False, None, None, out=slot)
+    return out
+
+
+def replay_on_device(
+    image_CHW: Tensor, crops: Crops, *, size: int, interpolation: Interpolation = "bilinear"
+) -> Tensor:
+    """The same crops cut on the image's own device: uint8 (N, 3, S, S), within 2 levels of `replay`.
+
+    Both passes of the resize are matrix products over all crops at once, so the number of kernels does not depend
+    on N. On CUDA they run in float16 with float32 sums, which holds 8-bit pixels exactly.
+
+    Raises UsageError as `replay` does.
+    """
+    height, width = image_CHW.shape[1:]
+    _check(height, width, crops, interpolation)
+    device = image_CHW.device
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    boxes = torch.from_numpy(crops.boxes.astype(np.int64)).to(device, non_blocking=True)
+    flip = torch.from_numpy(crops.flip).to(device, non_blocking=True)
+    top, left, box_h, box_w = boxes.unbind(1)
+
+    across_NSW = filter_weights(left, box_w, extent=width, size=size, interpolation=interpolation)
+    across_NSW = torch.where(flip[:, None, None], across_NSW.flip(1), across_NSW).to(dtype)
+    down_NSH = filter_weights(top, box_h, extent=height, size=size, interpolation=interpolation).to(dtype)
+
+    rows = image_CHW.to(dtype).reshape(3 * height, width)
+    narrow = torch.matmul(rows, across_NSW.transpose(1, 2)).view(-1, 3, height, size)
+    # Pillow rounds and clips between its passes, which bicubic's overshoot makes visible.
+    narrow = narrow.round_().clamp_(0, 255)
+    crops_NCSS = torch.matmul(down_NSH.unsqueeze(1), narrow)
+    return crops_NCSS.round_().clamp_(0, 255).to(torch.uint8, memory_format=torch.channels_last)
+
+
+def filter_weights(
+    start: Tensor, length: Tensor, *, extent: int, size: int, interpolation: Interpolation
+) -> Tensor:
+    """Resampling weights (N, S, extent) along one axis: output o of crop n is the sum of weights[n, o] * pixels.
+
+    Pillow's antialiased filters: a triangle, or the cubic with a = -0.5, stretched by the reduction and normalised
+    over the pixels inside the crop.
+    """
+    length_N11 = length[:, None, None].to(torch.float32)
+    scale = length_N11 / size
+    stretch = scale.clamp(min=1.0)
+    output = torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None]
+    pixel = torch.arange(extent, device=start.device, dtype=torch.float32)[None, None, :]
+    pixel = pixel - start[:, None, None].to(torch.float32)
+    distance = ((pixel + 0.5 - (output + 0.5) * scale) / stretch).abs()
+    weights = _triangle(distance) if interpolation == "bilinear" else _cubic(distance)
+    weights = weights * ((pixel >= 0) & (pixel < length_N11))
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def _triangle(distance: Tensor) -> Tensor:
+    return (1.0 - distance).clamp(min=0.0)
+
+
+def _cubic(distance: Tensor, a: float = -0.5) -> Tensor:
+    near = ((a + 2.0) * distance - (a + 3.0)) * distance * distance + 1.0
+    far = ((distance - 5.0) * distance + 8.0) * distance * a - 4.0 * a
+    return torch.where(distance < 1.0, near, torch.where(distance < 2.0, far, 0.0))
+
+
+def _check(height: int, width: int, crops: Crops, interpolation: str) -> None:
+    if interpolation not in INTERPOLATIONS:
+        raise UsageError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
+    if len(crops) == 0:
+        return
+    boxes = crops.boxes.astype(np.int64)
+    inside = (
+        (boxes[:, 2] > 0)
+        & (boxes[:, 3] > 0)
+        & (boxes[:, :2] >= 0).all(axis=1)
+        & (boxes[:, 0] + boxes[:, 2] <= height)
+        & (boxes[:, 1] + boxes[:, 3] <= width)
+    )
+    if not inside.all():
+        n = int(np.flatnonzero(~inside)[0])
+        top, left, box_h, box_w = boxes[n].tolist()
+        raise UsageError(
+            f"crop {n} (top {top}, left {left}, height {box_h}, width {box_w}) does not lie inside "
+            f"an image of {height} rows and {width} columns; is this the image that was labelled?"
+        )

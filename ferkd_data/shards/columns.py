@@ -1,0 +1,137 @@
+"""What a shard holds, as arrays: the one form that writers take and readers give, whatever the layout.
+
+Legend: R images (rows), N crops per image, k kept classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data.crops import Crops
+
+UNKNOWN_TARGET = -1
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageLabels:
+    """Everything the label set knows of one image."""
+
+    key: str
+    image_digest: bytes
+    """16 bytes: BLAKE2b-128 of the encoded image."""
+    height: int
+    width: int
+    target: int
+    """Ground-truth class, -1 where unknown."""
+    boxes: npt.NDArray[np.uint16]
+    """(N, 4): top, left, height, width."""
+    flip: npt.NDArray[np.bool_]
+    """(N,)"""
+    class_index: npt.NDArray[Any]
+    """(N, k) uint16, or uint32 above 65,536 classes; descending by probability."""
+    class_prob: npt.NDArray[np.float16]
+    """(N, k)"""
+    target_prob: npt.NDArray[np.float16]
+    """(N,) the ensemble's probability of the ground truth, NaN where unknown."""
+    bucket: npt.NDArray[np.uint8]
+    """(N,)"""
+
+    @property
+    def crops(self) -> Crops:
+        return Crops(boxes=self.boxes, flip=self.flip)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShardLabels:
+    """The rows of one image shard: `ImageLabels`, every array with a leading axis R."""
+
+    keys: Sequence[str]
+    image_digest: npt.NDArray[np.uint8]
+    """(R, 16)"""
+    height: npt.NDArray[np.uint16]
+    """(R,)"""
+    width: npt.NDArray[np.uint16]
+    """(R,)"""
+    target: npt.NDArray[np.int32]
+    """(R,)"""
+    boxes: npt.NDArray[np.uint16]
+    """(R, N, 4)"""
+    flip: npt.NDArray[np.bool_]
+    """(R, N)"""
+    class_index: npt.NDArray[Any]
+    """(R, N, k)"""
+    class_prob: npt.NDArray[np.float16]
+    """(R, N, k)"""
+    target_prob: npt.NDArray[np.float16]
+    """(R, N)"""
+    bucket: npt.NDArray[np.uint8]
+    """(R, N)"""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_crops(self) -> int:
+        return int(self.flip.shape[1])
+
+    def __getitem__(self, row: int) -> ImageLabels:
+        return ImageLabels(
+            key=self.keys[row],
+            image_digest=self.image_digest[row].tobytes(),
+            height=int(self.height[row]),
+            width=int(self.width[row]),
+            target=int(self.target[row]),
+            **{name: getattr(self, name)[row] for name in CROP_FIELDS},
+        )
+
+    def __iter__(self) -> Iterator[ImageLabels]:
+        return (self[row] for row in range(len(self)))
+
+    def crop_range(self, start: int, stop: int) -> ShardLabels:
+        """The same rows with crops `start` .. `stop - 1` only."""
+        return replace(self, **{name: getattr(self, name)[:, start:stop] for name in CROP_FIELDS})
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[ImageLabels]) -> ShardLabels:
+        """Stack at least one row."""
+        digests = np.frombuffer(b"".join(row.image_digest for row in rows), np.uint8)
+        return cls(
+            keys=[row.key for row in rows],
+            image_digest=digests.reshape(len(rows), DIGEST_BYTES),
+            height=np.array([row.height for row in rows], np.uint16),
+            width=np.array([row.width for row in rows], np.uint16),
+            target=np.array([row.target for row in rows], np.int32),
+            **{name: np.stack([getattr(row, name) for row in rows]) for name in CROP_FIELDS},
+        )
+
+
+CROP_FIELDS = ("boxes", "flip", "class_index", "class_prob", "target_prob", "bucket")
+"""The fields with an axis N."""
+
+
+def concat_crops(parts: Sequence[ShardLabels]) -> ShardLabels:
+    """Crop blocks of the same rows, one after the other along N."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = {name: np.concatenate([getattr(part, name) for part in parts], axis=1) for name in CROP_FIELDS}
+    return replace(parts[0], **joined)
+
+
+def same_labels(a: ShardLabels, b: ShardLabels) -> bool:
+    """Whether two shards hold the same rows, value by value (NaN equals NaN)."""
+    if list(a.keys) != list(b.keys):
+        return False
+    names = [field.name for field in fields(ShardLabels) if field.name != "keys"]
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name), equal_nan=name == "target_prob") for name in names
+    )
+
+
+def class_index_dtype(num_classes: int) -> type[np.uint16] | type[np.uint32]:
+    return np.uint16 if num_classes <= 65536 else np.uint32
