@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ferkd_data.errors import ShardError
-from ferkd_data.shards.columns import DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels
+from ferkd_data.shards.columns import DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels, class_index_dtype
 
 BOX_COLUMNS = ("box_top", "box_left", "box_height", "box_width")
 
@@ -79,85 +79,108 @@ def to_table(labels: ShardLabels) -> pa.Table:
 def write(path: Path, labels: ShardLabels) -> None:
     """Write one block file (not atomically: that is the caller's part)."""
     table = to_table(labels)
-    byte_split = [name for name in (*BOX_COLUMNS, "class_prob", "target_prob")]
+    # DuckDB cannot read BYTE_STREAM_SPLIT of 16-bit floats, so only the boxes (INT32 in Parquet) get it.
     pq.write_table(
         table,
         path,
         compression="zstd",
         compression_level=9,
         row_group_size=max(len(labels), 1),
-        use_dictionary=["class_index.list.element", "target"],
-        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in byte_split},
+        use_dictionary=["class_index.list.element", "class_prob.list.element", "target"],
+        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in BOX_COLUMNS},
         write_statistics=["key", "target"],
         store_schema=True,
     )
 
 
-def read(path: Path, *, columns: list[str] | None = None) -> pa.Table:
-    """Raises ShardError when the file is missing, truncated, or not a label block."""
-    try:
-        table = pq.read_table(path, columns=columns, memory_map=False, use_threads=False)
-    except FileNotFoundError as error:
-        raise ShardError(f"{path}: the shard is missing; restore it or build the label set again") from error
-    except (OSError, pa.ArrowException) as error:
-        raise ShardError(f"{path}: cannot be read as a label block ({error})") from error
-    return table
+MAX_KEY_BYTES = 1100
+"""Bytes a key may take in a column chunk: keys are at most 1,024 bytes long."""
 
 
-def read_labels(path: Path, *, top_k: int) -> ShardLabels:
-    """One block file as arrays. Raises ShardError when a column is missing or of another type."""
-    table = read(path)
-    _check_schema(path, table.schema, top_k)
-    rows = table.num_rows
+def read_labels(path: Path, *, rows: int, num_crops: int, top_k: int, num_classes: int) -> ShardLabels:
+    """One block file as arrays.
 
-    def flat(name: str) -> npt.NDArray[Any]:
-        column = table.column(name).combine_chunks()
-        return np.asarray(column.flatten().to_numpy(zero_copy_only=False))
+    Raises ShardError when the file is missing or truncated, when a column is missing or of another type, when it
+    does not hold what the manifest says (checked in the footer, before memory is taken), or holds an unknown class.
+    """
+    index_dtype = class_index_dtype(num_classes)
+    table = _read(path, schema(num_crops, top_k, index_dtype), rows)
 
     def lists(name: str) -> npt.NDArray[Any]:
-        return flat(name).reshape(rows, -1)
+        return _numpy(table.column(name).combine_chunks().flatten()).reshape(rows, -1)
 
     def values(name: str) -> npt.NDArray[Any]:
-        return np.asarray(table.column(name).combine_chunks().to_numpy(zero_copy_only=False))
+        return _numpy(table.column(name).combine_chunks())
 
-    digest = table.column("image_digest").combine_chunks()
+    class_index = lists("class_index").reshape(rows, num_crops, top_k)
+    if rows and class_index.max() >= num_classes:
+        raise ShardError(f"{path}: class {class_index.max()} in a label set of {num_classes} classes")
     target = table.column("target").combine_chunks().fill_null(UNKNOWN_TARGET)
     return ShardLabels(
         keys=table.column("key").to_pylist(),
-        image_digest=_fixed_binary(digest),
+        image_digest=_fixed_binary(table.column("image_digest").combine_chunks()),
         height=values("height"),
         width=values("width"),
-        target=np.asarray(target.to_numpy(zero_copy_only=False), np.int32),
+        target=_numpy(target),
         boxes=np.stack([lists(name) for name in BOX_COLUMNS], axis=2),
         flip=lists("flip"),
-        class_index=lists("class_index").reshape(rows, -1, top_k),
-        class_prob=lists("class_prob").reshape(rows, -1, top_k),
-        target_prob=lists("target_prob").astype(np.float16),
+        class_index=class_index,
+        class_prob=lists("class_prob").reshape(rows, num_crops, top_k),
+        target_prob=lists("target_prob").astype(np.float16, copy=False),
         bucket=lists("bucket"),
     )
 
 
-def read_keys(path: Path) -> list[str]:
-    return list(read(path, columns=["key"]).column("key").to_pylist())
+def read_keys(path: Path, *, rows: int) -> list[str]:
+    return list(_read(path, pa.schema([schema(1, 1, np.uint16).field("key")]), rows).column("key").to_pylist())
+
+
+def _read(path: Path, expected: pa.Schema, rows: int) -> pa.Table:
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_schema(path, file.schema_arrow, expected)
+            _check_footer(path, file.metadata, expected, rows)
+            return file.read(columns=expected.names, use_threads=False)
+    except FileNotFoundError as error:
+        raise ShardError(f"{path}: the shard is missing; restore it or build the label set again") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ShardError(f"{path}: cannot be read as a label block ({error})") from error
+
+
+def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
+    for field in expected:
+        if field.name not in found.names:
+            raise ShardError(f"{path}: column {field.name!r} is missing")
+        actual = found.field(field.name).type
+        if not actual.equals(field.type):
+            raise ShardError(f"{path}: column {field.name!r} is {actual}, expected {field.type}")
+
+
+def _check_footer(path: Path, footer: pq.FileMetaData, expected: pa.Schema, rows: int) -> None:
+    if footer.num_rows != rows:
+        raise ShardError(f"{path}: holds {footer.num_rows} rows, the manifest says {rows}")
+    per_row = {field.name: getattr(field.type, "list_size", 1) for field in expected}
+    for group in range(footer.num_row_groups):
+        chunks = footer.row_group(group)
+        for i in range(chunks.num_columns):
+            chunk = chunks.column(i)
+            name = chunk.path_in_schema.split(".")[0]
+            if name not in per_row:
+                continue
+            values = per_row[name] * chunks.num_rows
+            limit = 65536 + chunks.num_rows * (MAX_KEY_BYTES if name == "key" else 20 * per_row[name])
+            if chunk.num_values != values or chunk.total_uncompressed_size > limit:
+                raise ShardError(
+                    f"{path}: column {name!r} claims {chunk.num_values} values in {chunk.total_uncompressed_size} "
+                    f"bytes; {values} values in at most {limit} bytes are possible"
+                )
+
+
+def _numpy(array: pa.Array) -> npt.NDArray[Any]:
+    return np.asarray(array.to_numpy(zero_copy_only=False))
 
 
 def _fixed_binary(array: pa.FixedSizeBinaryArray) -> npt.NDArray[np.uint8]:
-    buffer = array.buffers()[1]
-    flat = np.frombuffer(buffer, np.uint8) if buffer is not None else np.empty(0, np.uint8)
+    flat = np.frombuffer(array.buffers()[1] or b"", np.uint8)
     start = array.offset * DIGEST_BYTES
     return flat[start : start + len(array) * DIGEST_BYTES].reshape(len(array), DIGEST_BYTES)
-
-
-def _check_schema(path: Path, found: pa.Schema, top_k: int) -> None:
-    missing = [name for name in schema(1, 1, np.uint16).names if name not in found.names]
-    if missing:
-        raise ShardError(f"{path}: column {missing[0]!r} is missing")
-    flip = found.field("flip").type
-    if not pa.types.is_fixed_size_list(flip):
-        raise ShardError(f"{path}: column 'flip' is {flip}, expected a fixed-size list of bool")
-    index = found.field("class_index").type
-    index_dtype = np.uint32 if getattr(index, "value_type", None) == pa.uint32() else np.uint16
-    for field in schema(flip.list_size, top_k, index_dtype):
-        actual = found.field(field.name).type
-        if actual != field.type:
-            raise ShardError(f"{path}: column {field.name!r} is {actual}, expected {field.type}")

@@ -1,0 +1,104 @@
+"""A crop's difficulty, read off the soft label (FerKD, ICCV 2023).
+
+A bucket is decided by a confidence: the soft label's largest probability (p_max), or the probability of the ground
+truth. Both are stored as float16, and the comparisons are made on the stored values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data.errors import UsageError
+
+BUCKETS = ("extreme_hard", "moderate_hard", "hard_positive", "easy_positive")
+"""Names by code 0..3."""
+NUM_FLOAT16 = 0x3C01
+"""How many float16 values lie in [0, 1]; their bit patterns 0x0000..0x3C00 are in their order."""
+
+Confidence = Literal["max", "target"]
+QUANTILE_PREFIX = "quantile:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """extreme_hard < low <= moderate_hard < mid <= hard_positive < top <= easy_positive."""
+
+    low: float = 0.15
+    mid: float = 0.3
+    top: float = 0.95
+    confidence: Confidence = "max"
+    """max: p_max. target: the probability of the ground truth; p_max where that is unknown."""
+
+    def __post_init__(self) -> None:
+        _check("thresholds", (self.low, self.mid, self.top), self.confidence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantileThresholds:
+    """Thresholds given as shares of the label set's own crops, since teachers differ in sharpness."""
+
+    low: float = 0.01
+    mid: float = 0.03
+    top: float = 0.9
+    confidence: Confidence = "max"
+
+    def __post_init__(self) -> None:
+        _check("quantiles", (self.low, self.mid, self.top), self.confidence)
+
+    def resolve(self, counts: npt.NDArray[np.int64]) -> Thresholds:
+        """The absolute thresholds for the confidences counted by `confidence_counts`, exactly.
+
+        A threshold is the smallest stored value that has at least its share of all crops below it.
+        """
+        below = np.concatenate([[0], np.cumsum(counts)])
+        wanted = np.array([self.low, self.mid, self.top]) * below[-1]
+        patterns = np.minimum(np.searchsorted(below, wanted, side="left"), NUM_FLOAT16 - 1)
+        low, mid, top = patterns.astype(np.uint16).view(np.float16).astype(np.float64).tolist()
+        return Thresholds(low=low, mid=mid, top=top, confidence=self.confidence)
+
+
+def parse_thresholds(
+    pieces: Sequence[str], confidence: Confidence = "max"
+) -> Thresholds | QuantileThresholds:
+    """`("0.15", "0.3", "0.95")` or `("quantile:0.01,0.03,0.9",)`. Raises UsageError."""
+    text = " ".join(pieces)
+    kind = QuantileThresholds if text.startswith(QUANTILE_PREFIX) else Thresholds
+    try:
+        values = [float(piece) for piece in text.removeprefix(QUANTILE_PREFIX).replace(",", " ").split()]
+    except ValueError:
+        values = []
+    if len(values) != 3:
+        raise UsageError(f"thresholds must be LO MID HI or quantile:LO,MID,HI, got {text!r}")
+    return kind(low=values[0], mid=values[1], top=values[2], confidence=confidence)
+
+
+def confidence(
+    class_prob: npt.NDArray[np.float16], target_prob: npt.NDArray[np.float16], which: Confidence
+) -> npt.NDArray[np.float16]:
+    """The confidences (...,) of crops with class_prob (..., k) and target_prob (...,)."""
+    p_max = class_prob[..., 0]
+    return p_max if which == "max" else np.where(np.isnan(target_prob), p_max, target_prob)
+
+
+def assign_buckets(confidences: npt.NDArray[np.float16], thresholds: Thresholds) -> npt.NDArray[np.uint8]:
+    """Bucket codes of the same shape."""
+    edges = np.array([thresholds.low, thresholds.mid, thresholds.top])
+    return np.searchsorted(edges, confidences.astype(np.float64), side="right").astype(np.uint8)
+
+
+def confidence_counts(confidences: npt.NDArray[np.float16]) -> npt.NDArray[np.int64]:
+    """How often each float16 value in [0, 1] occurs: (NUM_FLOAT16,), indexed by bit pattern."""
+    patterns = np.ascontiguousarray(confidences).reshape(-1).view(np.uint16)
+    return np.bincount(patterns, minlength=NUM_FLOAT16)
+
+
+def _check(name: str, values: tuple[float, float, float], which: Any) -> None:
+    if not 0 <= values[0] <= values[1] <= values[2] <= 1:
+        raise UsageError(f"{name} must be 0 <= LO <= MID <= HI <= 1, got {' '.join(map(str, values))}")
+    if which not in ("max", "target"):
+        raise UsageError(f"confidence must be max or target, got {which!r}")

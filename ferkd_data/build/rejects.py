@@ -1,0 +1,67 @@
+"""`rejects.parquet`: every image that could not be used, with its key and the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ferkd_data.images import Reject
+
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+BUFFERED = 4096
+
+
+class RejectWriter:
+    """Appends rejects to a Parquet file with bounded memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+        self._pending: list[Reject] = []
+        self.rows = 0
+
+    def __enter__(self) -> RejectWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            self._writer.close()
+
+    def add(self, reject: Reject) -> None:
+        self.rows += 1
+        self._pending.append(reject)
+        if len(self._pending) == BUFFERED:
+            self._flush()
+
+    def extend(self, rejects: Iterable[Reject]) -> None:
+        for reject in rejects:
+            self.add(reject)
+
+    def copy_from(self, path: Path) -> None:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(BUFFERED):
+                self.extend(Reject(**row) for row in batch.to_pylist())
+
+    def _flush(self) -> None:
+        columns = {name: [_text(getattr(reject, name)) for reject in self._pending] for name in SCHEMA.names}
+        self._writer.write_table(pa.table(columns, schema=SCHEMA))
+        self._pending = []
+
+
+def _text(value: str) -> str:
+    """File names that are not UTF-8 are kept readable, with their bytes as escapes."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,0 +1,105 @@
+"""Encoded bytes to RGB pixels, exactly as Pillow's `convert("RGB")` gives them.
+
+JPEGs go through simplejpeg (libjpeg-turbo without Pillow's overhead) where it can take them; Pillow decodes the rest
+and has the last word on what is broken. EXIF orientation is ignored.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+from ferkd_data.crops import check_size
+from ferkd_data.errors import ImageError
+
+DEFAULT_MAX_PIXELS = 89_478_485
+"""Pillow's own threshold for a decompression bomb: 256 MiB of RGB."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+JPEG_START = b"\xff\xd8\xff"
+
+
+def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDArray[np.uint8]:
+    """Pixels (H, W, 3) uint8, C-contiguous and writable. Raises ImageError with one of `images.REASONS`."""
+    if data.startswith(JPEG_START):
+        pixels = _decode_jpeg(data, max_pixels)
+        if pixels is not None:
+            return pixels
+    with _opened(data, max_pixels) as image:
+        try:
+            return np.array(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, IndexError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+            reason = "truncated" if "truncated" in str(error) else "corrupt"
+            raise ImageError(reason, str(error) or type(error).__name__) from error
+
+
+def image_size(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) from the header alone. Raises ImageError as `decode_rgb` does."""
+    with _opened(data, max_pixels) as image:
+        return image.height, image.width
+
+
+def image_extension(data: bytes) -> str:
+    """The file name extension of the format, such as `jpg`. Raises ImageError."""
+    if data.startswith(JPEG_START):
+        return "jpg"
+    with _opened(data, max_pixels=None) as image:
+        return EXTENSIONS[str(image.format)]
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
+    """None where Pillow is to decide."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colorspace not in ("YCbCr", "Gray"):
+        return None
+    _check(height, width, max_pixels)
+    try:
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError:
+        return None
+    return pixels
+
+
+def _opened(data: bytes, max_pixels: int | None) -> Image.Image:
+    """Parse the header. Pillow's plug-ins are asked one by one, because `Image.open` has a pixel limit of its own."""
+    if not data:
+        raise ImageError("empty", "the file has no bytes")
+    image = _identify(data)
+    try:
+        _check(image.height, image.width, max_pixels)
+    except ImageError:
+        image.close()
+        raise
+    return image
+
+
+def _identify(data: bytes) -> Image.Image:
+    Image.preinit()
+    if "WEBP" not in Image.OPEN:
+        Image.init()
+    for name in FORMATS:
+        factory, accept = Image.OPEN[name]
+        if accept is not None and accept(data[:16]) is not True:
+            continue
+        try:
+            return factory(io.BytesIO(data), "")
+        except (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError, struct.error) as error:
+            if accept is None:
+                continue
+            reason = "truncated" if len(data) < 1024 or "truncated" in str(error) else "corrupt"
+            raise ImageError(reason, f"starts like a {name} file, but: {error}") from error
+    raise ImageError("not_an_image", f"no image format known here (first bytes {data[:8]!r})")
+
+
+def _check(height: int, width: int, max_pixels: int | None) -> None:
+    check_size(height, width)
+    if max_pixels is not None and height * width > max_pixels:
+        raise ImageError("pixel_bomb", f"{width}x{height} pixels is more than the limit of {max_pixels}")

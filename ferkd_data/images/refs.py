@@ -1,0 +1,100 @@
+"""What a source lists: references to images, and rejects. Never pixels."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from ferkd_data.errors import ImageError
+
+# A class with slots and a frozen dataclass cost the same here; slots halve the memory of a listed shard.
+MAX_KEY_BYTES = 1024
+
+REASONS: dict[str, str] = {
+    "bad_key": "the key cannot be a member name in a tar: a dot in the file name, a climbing or absolute path, "
+    "control characters, not UTF-8, or too long",
+    "duplicate_key": "an earlier image has the same key",
+    "empty": "the file has no bytes",
+    "not_an_image": "the bytes are of no image format",
+    "unsupported_format": "an image, but not JPEG, PNG, WebP, GIF or BMP",
+    "truncated": "the image ends too early",
+    "corrupt": "the image cannot be decoded",
+    "zero_sized": "the image has no pixels",
+    "too_large": "a side is longer than 65,535 pixels",
+    "pixel_bomb": "more pixels than --max-pixels allows",
+    "missing_image": "the sample holds labels but no image",
+    "unreadable": "the file could not be read",
+}
+"""Every reason in rejects.parquet, with its meaning."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRef:
+    key: str
+    target: int | None
+    file: str
+    """Path below the source's root, or a URL."""
+    offset: int
+    """First byte in a tar, row number in a Parquet file, 0 for a file of its own."""
+    length: int
+    """Bytes, or -1 where the listing does not know."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reject:
+    key: str
+    reason: str
+    detail: str
+
+
+class ImageSource(Protocol):
+    """Images with keys, in an order that depends on their names alone. Instances can be pickled."""
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None: ...
+
+    def list_images(self) -> Iterator[ImageRef | Reject]:
+        """Every image once, streaming. Raises SourceError."""
+
+    def read(self, refs: Iterable[ImageRef]) -> Iterator[bytes | ImageError]:
+        """The encoded bytes of `refs`, in their order; an ImageError stands for an image that cannot be read."""
+
+    def read_one(self, ref: ImageRef) -> bytes:
+        """The encoded bytes of one image; may be called from several threads. Raises ImageError."""
+
+
+def check_key(key: str) -> None:
+    """Raise ImageError("bad_key") for a key that would not survive in both layouts."""
+    problem = _key_problem(key)
+    if problem:
+        raise ImageError("bad_key", f"{key!r} {problem}")
+
+
+def _key_problem(key: str) -> str | None:
+    components = key.split("/")
+    base = components[-1]
+    if not all(components):
+        return "is empty, absolute, or has an empty component"
+    if "." in base:
+        return "has a dot in its last component, where WebDataset would cut it; rename the file"
+    if any(component in (".", "..") for component in components):
+        return "climbs out of its folder"
+    if base.startswith("__") and base.endswith("__"):
+        return "is a name that WebDataset keeps for itself"
+    if "\\" in key or any(ord(character) < 32 or ord(character) == 127 for character in key):
+        return "has a backslash or a control character"
+    try:
+        size = len(key.encode("utf-8"))
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    return f"has {size} bytes; at most {MAX_KEY_BYTES}" if size > MAX_KEY_BYTES else None
+
+
+def intern_file(name: str) -> str:
+    """One string object for a tar that holds many images."""
+    return sys.intern(name)

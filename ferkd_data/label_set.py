@@ -1,0 +1,211 @@
+"""A finished label set, opened for reading.
+
+Legend: R images of a shard, N crops per image, k kept classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data import rng
+from ferkd_data.errors import LabelSetError, ShardError, UsageError
+from ferkd_data.manifest import FILE_NAME, BlockEntry, Manifest, ShardEntry, read_manifest
+from ferkd_data.shards import parquet, webdataset
+from ferkd_data.shards.columns import ImageLabels, ShardLabels, concat_crops
+from ferkd_data.statistics import Statistics
+from ferkd_data.storage import inside
+
+SHARDS_KEPT = 2
+"""Shards that `labels[key]` keeps in memory."""
+
+
+def open_labels(path: str | Path, *, crops: int | None = None) -> LabelSet:
+    """Open the label set in folder `path`; with `crops`, only the first so many crops of each image.
+
+    Only the crop blocks that hold those crops are ever touched.
+
+    Raises ManifestError when the folder holds no finished label set, UsageError when it has fewer crops.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if crops is not None and not 1 <= crops <= manifest.num_crops:
+        raise UsageError(f"{folder}: crops must be 1..{manifest.num_crops} (what was labelled), got {crops}")
+    return LabelSet(folder, manifest, manifest.num_crops if crops is None else crops)
+
+
+class LabelSet:
+    """Rows are numbered 0 .. len - 1 in the order of the shards. Made by `open_labels`."""
+
+    def __init__(self, path: Path, manifest: Manifest, num_crops: int) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.num_crops = num_crops
+        """N: crops per image that this view shows."""
+        self.first_row = np.cumsum([0, *(shard.rows for shard in manifest.shards)], dtype=np.int64)
+        """(shards + 1,): the number of each shard's first row."""
+        self._recent: OrderedDict[int, ShardLabels] = OrderedDict()
+        self._key_index: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]] | None = None
+
+    def __repr__(self) -> str:
+        return f"LabelSet({str(self.path)!r}, images={len(self)}, crops={self.num_crops}, top_k={self.top_k})"
+
+    def __len__(self) -> int:
+        return self.manifest.num_images
+
+    @property
+    def top_k(self) -> int:
+        return self.manifest.top_k
+
+    @property
+    def num_classes(self) -> int:
+        return self.manifest.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.manifest.class_names
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of all crops that were labelled, also where this view shows fewer."""
+        return self.manifest.statistics
+
+    @property
+    def num_blocks(self) -> int:
+        """Crop blocks that this view touches."""
+        if self.manifest.layout == "webdataset":
+            return 1
+        return -(-self.num_crops // self.manifest.crops_per_block)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the manifest: two label sets are the same where this is."""
+        return hashlib.sha256((self.path / FILE_NAME).read_bytes()).hexdigest()
+
+    def keys(self) -> Iterator[str]:
+        """Every image's key, in row order, one shard in memory at a time."""
+        for entry in self.manifest.shards:
+            if entry.rows:
+                yield from self._read_keys(entry)
+
+    def __iter__(self) -> Iterator[ImageLabels]:
+        for labels in self.shards():
+            yield from labels
+
+    def shards(self) -> Iterator[ShardLabels]:
+        """The shards one after the other, empty ones left out; arrays (R, N, ...)."""
+        return (self.shard(entry.index) for entry in self.manifest.shards if entry.rows)
+
+    def shard(self, index: int) -> ShardLabels:
+        """All rows of one image shard with the N crops of this view.
+
+        Raises ShardError when a file is missing, truncated, or does not hold what the manifest says.
+        """
+        if not 0 <= index < len(self.manifest.shards):
+            raise UsageError(f"{self.path}: shard {index} of {len(self.manifest.shards)} does not exist")
+        parts = [self.block(index, block) for block in range(self.num_blocks)]
+        whole = concat_crops(parts)
+        return whole if whole.num_crops == self.num_crops else whole.crop_range(0, self.num_crops)
+
+    def block(self, shard: int, block: int) -> ShardLabels:
+        """One crop block of one shard, whole (also the crops beyond this view). Raises ShardError as `shard`."""
+        entry = self.manifest.shards[shard]
+        path = self.file(entry.files[block])
+        if self.manifest.layout == "parquet":
+            return parquet.read_labels(
+                path,
+                rows=entry.rows,
+                num_crops=self.manifest.block_crops(block),
+                top_k=self.top_k,
+                num_classes=self.num_classes,
+            )
+        return self._checked(path, entry, ShardLabels.from_rows([row for row, _ in webdataset.read_rows(path)]))
+
+    def file(self, entry: BlockEntry) -> Path:
+        """Where a shard file lies, once its size is what the manifest says. Raises ShardError otherwise."""
+        path = inside(self.path, entry.path)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError as error:
+            raise ShardError(f"{path}: the shard is missing; restore it or build the label set again") from error
+        if size != entry.bytes:
+            raise ShardError(f"{path}: {size} bytes, the manifest says {entry.bytes}; fetch or build it again")
+        return path
+
+    def locate(self, key: str) -> tuple[int, int]:
+        """(shard, row in the shard) of an image. Raises KeyError.
+
+        The first call reads the keys of all shards and keeps 16 bytes for each image.
+        """
+        hashes, rows = self._load_key_index()
+        wanted = np.uint64(rng.hash64(key))
+        at = int(np.searchsorted(hashes, wanted))
+        while at < len(hashes) and hashes[at] == wanted:
+            shard, row = self.position(int(rows[at]))
+            if self._shard_cached(shard).keys[row] == key:
+                return shard, row
+            at += 1
+        raise KeyError(key)
+
+    def position(self, row: int) -> tuple[int, int]:
+        """(shard, row in the shard) of row number `row`."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
+        return shard, row - int(self.first_row[shard])
+
+    def __getitem__(self, key: str | int) -> ImageLabels:
+        """The labels of an image by its key or its row number. Raises KeyError or IndexError."""
+        shard, row = self.locate(key) if isinstance(key, str) else self.position(key)
+        return self._shard_cached(shard)[row]
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str):
+            return False
+        try:
+            self.locate(key)
+        except KeyError:
+            return False
+        return True
+
+    def _shard_cached(self, index: int) -> ShardLabels:
+        if index not in self._recent:
+            self._recent[index] = self.shard(index)
+            if len(self._recent) > SHARDS_KEPT:
+                self._recent.popitem(last=False)
+        self._recent.move_to_end(index)
+        return self._recent[index]
+
+    def _load_key_index(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+        if self._key_index is None:
+            hashes = np.fromiter((rng.hash64(key) for key in self.keys()), np.uint64, count=len(self))
+            order = np.argsort(hashes, kind="stable")
+            self._key_index = hashes[order], order
+        return self._key_index
+
+    def _read_keys(self, entry: ShardEntry) -> list[str]:
+        path = self.file(entry.files[0])
+        if self.manifest.layout == "parquet":
+            return parquet.read_keys(path, rows=entry.rows)
+        return [sample.key for sample in webdataset.scan(path)]
+
+    def _checked(self, path: Path, entry: ShardEntry, labels: ShardLabels) -> ShardLabels:
+        found = (len(labels), *labels.class_index.shape[1:])
+        expected = (entry.rows, self.manifest.num_crops, self.top_k)
+        if found != expected:
+            raise ShardError(f"{path}: holds (images, crops, k) = {found}, the manifest says {expected}")
+        if labels.class_index.max() >= self.num_classes:
+            raise ShardError(f"{path}: class {labels.class_index.max()} in a label set of {self.num_classes} classes")
+        return labels
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recent": OrderedDict(), "_key_index": None}
+
+
+__all__ = ["LabelSet", "LabelSetError", "open_labels"]

@@ -1,0 +1,120 @@
+"""What can be said of a label set as a whole, as sums that add up shard by shard.
+
+The p_max histogram has bins of 0.005, so that FerKD's ranges (multiples of 0.05) are sums of whole bins.
+Legend: R images, N crops, T teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from ferkd_data.shards.columns import UNKNOWN_TARGET
+
+NUM_BINS = 200
+RANGE_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
+"""FerKD's p_max ranges: each holds its lower edge, the last one both."""
+PAPER_SHARES = (0.43, 0.89, 1.29, 2.03, 3.66, 4.35, 5.04, 7.76, 8.14, 28.73, 37.34, 0.33)
+"""Percent of ImageNet crops in each range, as FerKD (ICCV 2023) reports them."""
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Statistics(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    crops: Count = 0
+    p_max_histogram: Annotated[tuple[Count, ...], Field(min_length=NUM_BINS, max_length=NUM_BINS)] = (
+        0,
+    ) * NUM_BINS
+    """Crops by p_max in 200 bins of 0.005; 1.0 falls into the last."""
+    bucket_counts: Annotated[tuple[Count, ...], Field(min_length=4, max_length=4)] = (0, 0, 0, 0)
+    """Crops by bucket: extreme_hard, moderate_hard, hard_positive, easy_positive."""
+    crops_with_target: Count = 0
+    top1_matches_target: Count = 0
+    """Crops whose most probable class is the ground truth."""
+    target_prob_sum: Annotated[float, Field(ge=0)] = 0.0
+    """Sum over crops of the ensemble's probability of the ground truth."""
+    kept_prob_sum: Annotated[float, Field(ge=0)] = 0.0
+    """Sum over crops of the top-k probabilities."""
+    teacher_top1_matches_target: tuple[Count, ...] = ()
+    """Per teacher: crops whose most probable class, for this teacher alone, is the ground truth."""
+    teacher_agreement: tuple[tuple[Count, ...], ...] = ()
+    """Entry [a][b]: crops on which teachers a and b name the same most probable class."""
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return add([self, other])
+
+
+def add(parts: Iterable[Statistics]) -> Statistics:
+    """The statistics of the union of disjoint crops."""
+    filled = [part for part in parts if part.crops]
+    if not filled:
+        return Statistics()
+    names = Statistics.model_fields
+    sums = {name: _sum([getattr(part, name) for part in filled]) for name in names}
+    return Statistics.model_validate(sums)
+
+
+def _sum(values: list[object]) -> object:
+    if isinstance(values[0], (int, float)):
+        return sum(values)  # type: ignore[arg-type]
+    total = np.sum([np.asarray(value, dtype=np.int64) for value in values], axis=0)
+    return tuple(tuple(row) for row in total.tolist()) if total.ndim == 2 else tuple(total.tolist())
+
+
+def crop_statistics(
+    *,
+    class_index: npt.NDArray[np.generic],
+    class_prob: npt.NDArray[np.float16],
+    target_prob: npt.NDArray[np.float16],
+    bucket: npt.NDArray[np.uint8],
+    target: npt.NDArray[np.integer],
+) -> Statistics:
+    """Statistics of the stored columns: class_index and class_prob (R, N, k), target_prob and bucket (R, N), target (R,)."""
+    p_max = class_prob[..., 0].astype(np.float64)
+    known = target != UNKNOWN_TARGET
+    matches = class_index[known, :, 0].astype(np.int64) == target[known, None]
+    return Statistics(
+        crops=p_max.size,
+        p_max_histogram=tuple(histogram(p_max).tolist()),
+        bucket_counts=tuple(np.bincount(bucket.reshape(-1), minlength=4).tolist()),
+        crops_with_target=matches.size,
+        top1_matches_target=int(matches.sum()),
+        target_prob_sum=float(target_prob[known].astype(np.float64).sum()),
+        kept_prob_sum=float(class_prob.astype(np.float64).sum()),
+    )
+
+
+def histogram(p_max: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Counts in NUM_BINS equal bins of [0, 1]; exact at the edges, because an edge times 200 is compared as a whole."""
+    bins = np.clip(np.floor(p_max.reshape(-1) * NUM_BINS + 1e-9), 0, NUM_BINS - 1).astype(np.int64)
+    return np.bincount(bins, minlength=NUM_BINS)
+
+
+class Range(NamedTuple):
+    low: float
+    high: float
+    crops: int
+    share: float
+    """Percent of all crops."""
+    aggregate: float
+    """Percent of all crops up to and including this range."""
+    paper_share: float
+
+
+def p_max_table(statistics: Statistics) -> list[Range]:
+    """FerKD's table for this label set."""
+    counts = np.asarray(statistics.p_max_histogram, dtype=np.int64)
+    total = max(int(counts.sum()), 1)
+    rows = []
+    seen = 0
+    for low, high, paper in zip(RANGE_EDGES[:-1], RANGE_EDGES[1:], PAPER_SHARES, strict=True):
+        crops = int(counts[round(low * NUM_BINS) : round(high * NUM_BINS)].sum())
+        seen += crops
+        rows.append(Range(low, high, crops, 100 * crops / total, 100 * seen / total, paper))
+    return rows

@@ -1,0 +1,117 @@
+"""Files: written aside and renamed, hashed, and never outside the folder they belong to."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+from ferkd_data.errors import LabelSetError, SourceError, StorageFullError
+
+CHUNK_BYTES = 2**20
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; on success it is synced to disk and renamed, on failure removed.
+
+    Raises StorageFullError when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with explain_full_disk(path):
+            yield aside
+            _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turn "no space left" into a StorageFullError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE or any(os.strerror(code) in str(error) for code in NO_SPACE):
+            raise StorageFullError(
+                f"{path}: no space left on the disk; free some and run the same command again: "
+                "finished shards are kept"
+            ) from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    state = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def image_digest(data: bytes) -> bytes:
+    """BLAKE2b-128 of an encoded image: 16 bytes."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`. Raises LabelSetError when that would lie outside `folder`, also through a link."""
+    parts = name.split("/")
+    if not name or name.startswith("/") or "\\" in name or "\0" in name or ".." in parts:
+        raise LabelSetError(f"{folder}: {name!r} is not a path inside the label set")
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise LabelSetError(f"{folder}: {name!r} leads outside the label set")
+    return path
+
+
+def is_url(text: str) -> bool:
+    return "://" in text and not text.startswith("file://")
+
+
+def open_binary(path: str) -> IO[bytes]:
+    """A local file, or a URL through fsspec, opened for reading with seek. Raises SourceError."""
+    try:
+        if not is_url(path):
+            return Path(path).open("rb")
+        import fsspec
+
+        return cast(IO[bytes], fsspec.open(path, "rb").open())
+    except (OSError, ImportError, ValueError) as error:
+        raise SourceError(f"{path}: cannot be opened ({error})") from error
+
+
+def expand(pattern: str) -> list[str]:
+    """The sorted files (or the URLs) that a glob or brace pattern names, such as `train-{000..147}.tar`.
+
+    Raises SourceError when the pattern, or one of its brace alternatives, matches nothing.
+    """
+    import braceexpand
+
+    found: dict[str, Any] = {}
+    try:
+        alternatives = list(braceexpand.braceexpand(pattern))
+    except braceexpand.UnbalancedBracesError as error:
+        raise SourceError(f"{pattern}: the braces do not match") from error
+    for alternative in alternatives:
+        matches = [alternative] if is_url(alternative) else sorted(glob.glob(alternative, recursive=True))
+        if not matches:
+            raise SourceError(f"{alternative}: no such file")
+        found.update(dict.fromkeys(matches))
+    return list(found)

@@ -1,0 +1,124 @@
+"""What every teacher can do, and the one implementation for teachers that are an `nn.Module`.
+
+Legend: B crops, C classes, S input size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ferkd_data.errors import TeacherError
+from ferkd_data.teachers.spec import Preprocessing, TeacherSpec
+
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Teacher(Protocol):
+    spec: TeacherSpec
+    preprocessing: Preprocessing
+    num_classes: int
+    digest: str
+    """SHA-256 of the weights, 64 hex digits."""
+    precision: Precision
+    class_names: tuple[str, ...] | None
+    published_top1: float | None
+    """Accuracy in 0..1 on ImageNet-1k where the library that brought the model knows it."""
+
+    def logits(self, images_BCSS: Tensor) -> Tensor:
+        """Logits (B, C) float32 of uint8 RGB images (B, 3, S, S), on the device of the images."""
+
+
+class ModuleTeacher:
+    """An `nn.Module` from normalised float (B, 3, S, S) to logits (B, C)."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        spec: TeacherSpec,
+        preprocessing: Preprocessing,
+        *,
+        digest: str,
+        device: str,
+        precision: Precision,
+        class_names: tuple[str, ...] | None = None,
+        published_top1: float | None = None,
+    ) -> None:
+        self.spec = spec
+        self.preprocessing = preprocessing
+        self.digest = digest
+        self.precision = precision
+        self.class_names = class_names
+        self.published_top1 = published_top1
+        self.device = torch.device(device)
+        self.module = module.eval().to(self.device)
+        if not isinstance(module, torch.jit.ScriptModule):
+            self.module = self.module.to(memory_format=torch.channels_last)
+        self.scale, self.shift = normalisation(preprocessing, self.device)
+        self.num_classes = self._probe()
+
+    @torch.inference_mode()
+    def logits(self, images_BCSS: Tensor) -> Tensor:
+        pixels = images_BCSS.to(self.device, non_blocking=True)
+        normalised = torch.addcmul(self.shift, pixels.float(), self.scale)
+        with torch.autocast(
+            self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST
+        ):
+            output: Tensor = self.module(normalised.contiguous(memory_format=torch.channels_last))
+        return output.float()
+
+    def _probe(self) -> int:
+        size = self.preprocessing.size
+        try:
+            output = self.logits(torch.zeros((1, 3, size, size), dtype=torch.uint8))
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise TeacherError(f"teacher {self.spec}: cannot run on one {size}x{size} image: {error}") from error
+        if output.ndim != 2:
+            raise TeacherError(f"teacher {self.spec}: gives a tensor of shape {tuple(output.shape)}, expected (B, classes)")
+        return int(output.shape[1])
+
+
+def normalisation(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+    """scale and shift (1, 3, 1, 1) such that shift + pixel * scale = (pixel / 255 - mean) / std."""
+    mean = torch.tensor(preprocessing.mean, dtype=torch.float64).view(1, 3, 1, 1)
+    std = torch.tensor(preprocessing.std, dtype=torch.float64).view(1, 3, 1, 1)
+    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes in the order of the names: the same wherever they came from."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def preprocessing_of(
+    spec: TeacherSpec,
+    *,
+    size: int | None = None,
+    interpolation: str | None = None,
+    mean: object = None,
+    std: object = None,
+) -> Preprocessing:
+    """What the spec says, else what is known of the model. Raises TeacherError for what neither says."""
+    known = {"size": size, "mean": mean, "std": std}
+    values: dict[str, object] = {}
+    for name, value in known.items():
+        chosen = getattr(spec, name) if getattr(spec, name) is not None else value
+        if chosen is None:
+            example = "224" if name == "size" else "0.485,0.456,0.406" if name == "mean" else "0.229,0.224,0.225"
+            raise TeacherError(f"teacher {spec}: its {name} is not known; add the option, such as ?{name}={example}")
+        values[name] = chosen
+    for name in ("mean", "std"):
+        numbers = [float(x) for x in values[name]]  # type: ignore[attr-defined]
+        values[name] = tuple(numbers * 3 if len(numbers) == 1 else numbers)
+    chosen_filter = spec.interpolation or interpolation or "bilinear"
+    return Preprocessing(interpolation=chosen_filter, **values)  # type: ignore[arg-type]
