@@ -75,7 +75,7 @@ class TeacherSpec:
         if kind not in KINDS or not colon:
             raise UsageError(f"teacher {text!r}: must start with one of {', '.join(k + ':' for k in KINDS)} as in {EXAMPLE}")
         target, _, query = rest.partition("?")
-        name, _, checkpoint = target.partition("@")
+        name, _, checkpoint = target.partition("@") if kind in WITH_CHECKPOINT else (target, "", "")
         if not name:
             raise UsageError(f"teacher {text!r}: names no model, as in {EXAMPLE}")
         spec = {"kind": kind, "name": name, "checkpoint": checkpoint or None}

