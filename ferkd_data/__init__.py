@@ -11,12 +11,20 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS: dict[str, str] = {
+    "BuildResult": "builder",
+    "BuildSettings": "builder",
     "Box": "crops",
     "CropDistribution": "crops",
     "Crops": "crops",
     "FerkdError": "errors",
+    "LabelSet": "label_set",
+    "QuantileThresholds": "buckets",
+    "Resources": "builder",
+    "TeacherSpec": "teachers",
+    "Thresholds": "buckets",
+    "build": "builder",
+    "open_labels": "label_set",
     "draw_crops": "crops",
-    "replay": "replay",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -25,8 +33,7 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'ferkd_data' has no attribute {name!r}")
-    module = importlib.import_module(f"ferkd_data.{_EXPORTS[name]}")
-    value = module if name == _EXPORTS[name] else getattr(module, name)
+    value = getattr(importlib.import_module(f"ferkd_data.{_EXPORTS[name]}"), name)
     globals()[name] = value
     return value
 

@@ -37,7 +37,7 @@ def combine(
     raise UsageError(f"ensemble must be mean, logits or geometric, got {mode!r}")
 
 
-def check_logits(logits: Tensor, teacher: str) -> Tensor:
+def check_logits(logits: Tensor) -> Tensor:
     """A boolean scalar tensor, true where a teacher's output cannot be right; see `raise_if_wrong`.
 
     Wrong are NaN and infinities, and a batch of two or more rows in which all classes are equally likely everywhere.

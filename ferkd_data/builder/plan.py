@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from ferkd_data.build.rejects import RejectWriter
+from ferkd_data.builder.rejects import RejectWriter
 from ferkd_data.errors import SourceError
 from ferkd_data.images import ImageRef, ImageSource, Reject
 from ferkd_data.storage import write_atomically

@@ -1,0 +1,184 @@
+"""Images to batches of crops: decoded once, cut once for each teacher input size, while the teacher is busy.
+
+Legend: B crops of a batch, N crops per image, S output side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ferkd_data.builder.pipeline import look_ahead
+from ferkd_data.builder.settings import BuildSettings
+from ferkd_data.crops import Crops, draw_crops
+from ferkd_data.errors import ImageError
+from ferkd_data.images import ImageRef, Reject, decode_rgb
+from ferkd_data.replay import Interpolation, empty_batch, replay, replay_on_device
+from ferkd_data.shards.columns import UNKNOWN_TARGET
+from ferkd_data.storage import image_digest
+
+BATCHES_AHEAD = 2
+
+
+class View(NamedTuple):
+    """One way of cutting: teachers that share it share the crops."""
+
+    size: int
+    interpolation: Interpolation
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecodedImage:
+    ref: ImageRef
+    data: bytes
+    digest: bytes
+    pixels: npt.NDArray[np.uint8]
+    """(H, W, 3)"""
+    crops: Crops
+
+    @property
+    def target(self) -> int:
+        return UNKNOWN_TARGET if self.ref.target is None else self.ref.target
+
+
+class Slice(NamedTuple):
+    """Crops start .. stop - 1 of an image."""
+
+    image: DecodedImage
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CropBatch:
+    slices: Sequence[Slice]
+    views: dict[View, Tensor]
+    """uint8 (B, 3, S, S) for each view."""
+    targets: npt.NDArray[np.int64]
+    """(B,), -1 where unknown."""
+
+
+@dataclass(kw_only=True)
+class Rejected:
+    """Images of this shard that could not be used, in order."""
+
+    items: list[Reject] = field(default_factory=list)
+
+
+def crop_batches(
+    refs: Sequence[ImageRef],
+    contents: Iterable[bytes | ImageError],
+    *,
+    settings: BuildSettings,
+    first_crop: int,
+    views: Sequence[View],
+    device: str,
+    batch_size: int,
+    executor: Executor,
+    workers: int,
+    rejected: Rejected,
+) -> Iterator[CropBatch]:
+    """Batches of `batch_size` crops, in the order of `refs`; the last one may be short.
+
+    The batches depend on `refs` and the settings alone, so a shard labelled again gives the same bytes.
+    """
+
+    def decode(item: tuple[ImageRef, bytes | ImageError]) -> DecodedImage | Reject:
+        return _decode(*item, settings=settings, first_crop=first_crop)
+
+    def cut(slices: Sequence[Slice]) -> CropBatch:
+        return _cut(slices, views, device)
+
+    decoded = look_ahead(executor, decode, zip(refs, contents, strict=True), depth=workers + 1)
+    return look_ahead(executor, cut, _slices(_accepted(decoded, rejected), batch_size), depth=BATCHES_AHEAD)
+
+
+def _decode(
+    ref: ImageRef, data: bytes | ImageError, *, settings: BuildSettings, first_crop: int
+) -> DecodedImage | Reject:
+    try:
+        if isinstance(data, ImageError):
+            raise data
+        pixels = decode_rgb(data, max_pixels=settings.max_pixels)
+        height, width = pixels.shape[:2]
+        crops = draw_crops(
+            ref.key,
+            height,
+            width,
+            seed=settings.seed,
+            first=first_crop,
+            count=settings.crops - first_crop,
+            distribution=settings.distribution,
+        )
+    except ImageError as error:
+        return Reject(key=ref.key, reason=error.reason, detail=error.detail)
+    return DecodedImage(ref=ref, data=data, digest=image_digest(data), pixels=pixels, crops=crops)
+
+
+def _accepted(decoded: Iterable[DecodedImage | Reject], rejected: Rejected) -> Iterator[DecodedImage]:
+    for image in decoded:
+        if isinstance(image, Reject):
+            rejected.items.append(image)
+        else:
+            yield image
+
+
+def _slices(images: Iterable[DecodedImage], batch_size: int) -> Iterator[list[Slice]]:
+    batch: list[Slice] = []
+    room = batch_size
+    for image in images:
+        start, total = 0, len(image.crops)
+        while start < total:
+            stop = min(total, start + room)
+            batch.append(Slice(image, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield batch
+                batch, room = [], batch_size
+    if batch:
+        yield batch
+
+
+def _cut(slices: Sequence[Slice], views: Sequence[View], device: str) -> CropBatch:
+    on_cpu = device == "cpu"
+    counts = [piece.stop - piece.start for piece in slices]
+    targets = np.repeat([piece.image.target for piece in slices], counts).astype(np.int64)
+    cut = _cut_on_cpu if on_cpu else _cut_on_device
+    return CropBatch(slices=slices, views={view: cut(slices, view, device) for view in views}, targets=targets)
+
+
+def _cut_on_cpu(slices: Sequence[Slice], view: View, device: str) -> Tensor:
+    out = empty_batch(sum(piece.stop - piece.start for piece in slices), view.size)
+    row = 0
+    for piece in slices:
+        rows = piece.stop - piece.start
+        replay(
+            piece.image.pixels,
+            _part(piece),
+            size=view.size,
+            interpolation=view.interpolation,
+            out=out[row : row + rows],
+        )
+        row += rows
+    return out
+
+
+def _cut_on_device(slices: Sequence[Slice], view: View, device: str) -> Tensor:
+    parts: list[Any] = []
+    for piece in slices:
+        pixels = torch.from_numpy(piece.image.pixels).to(device).permute(2, 0, 1)
+        parts.append(replay_on_device(pixels, _part(piece), size=view.size, interpolation=view.interpolation))
+    return torch.cat(parts)
+
+
+def _part(piece: Slice) -> Crops:
+    crops = piece.image.crops
+    return Crops(boxes=crops.boxes[piece.start : piece.stop], flip=crops.flip[piece.start : piece.stop])

@@ -1,0 +1,196 @@
+"""The loop of a build: one image shard from encoded images to finished rows.
+
+Legend: B crops of a batch, C classes, N crops per image, k kept classes, T teachers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ferkd_data.buckets import Thresholds, assign_buckets, confidence
+from ferkd_data.builder.crop_batches import CropBatch, DecodedImage, Rejected, View, crop_batches
+from ferkd_data.builder.settings import BuildSettings
+from ferkd_data.ensemble import check_logits, combine, raise_if_wrong
+from ferkd_data.errors import BuildError
+from ferkd_data.images import ImageRef, ImageSource
+from ferkd_data.labels import DeviceLabels, SoftLabels, soft_labels
+from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels
+from ferkd_data.teachers import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tools:
+    """What every shard of a build is worked on with."""
+
+    source: ImageSource
+    teachers: Sequence[Teacher]
+    settings: BuildSettings
+    thresholds: Thresholds
+    """Those that buckets are stored for; with quantile thresholds, provisional."""
+    device: str
+    batch_size: int
+    workers: int
+    executor: Executor
+    fail_on_reject: bool = False
+    first_crop: int = 0
+    """0, or the number of crops that an extended label set has already."""
+
+
+@dataclass(kw_only=True)
+class TeacherCounts:
+    """How often the teachers name the ground truth, and each other's class, first."""
+
+    matches: Tensor
+    """(T,) int64"""
+    agreement: Tensor
+    """(T, T) int64"""
+
+    @classmethod
+    def zeros(cls, num_teachers: int) -> TeacherCounts:
+        return cls(
+            matches=torch.zeros(num_teachers, dtype=torch.int64),
+            agreement=torch.zeros(num_teachers, num_teachers, dtype=torch.int64),
+        )
+
+
+OnBatch = Callable[[int, int], None]
+"""Called with the crops just labelled and the images rejected so far in this shard."""
+
+
+def label_shard(
+    refs: Sequence[ImageRef], tools: Tools, rejected: Rejected, counts: TeacherCounts, on_batch: OnBatch
+) -> Iterator[tuple[ImageLabels, bytes]]:
+    """Rows of a shard with their encoded images, in the order of `refs`; rejects and counts are added to.
+
+    Raises TeacherError when a teacher says something impossible, BuildError for a reject where those are fatal.
+    """
+    batches = crop_batches(
+        refs,
+        tools.source.read(refs),
+        settings=tools.settings,
+        first_crop=tools.first_crop,
+        views=list(dict.fromkeys(view_of(teacher) for teacher in tools.teachers)),
+        device=tools.device,
+        batch_size=tools.batch_size,
+        executor=tools.executor,
+        workers=tools.workers,
+        rejected=rejected,
+    )
+    for image, labels in _by_image(_labelled(batches, tools, rejected, counts, on_batch)):
+        yield _row(image, labels, tools.thresholds), image.data
+
+
+def view_of(teacher: Teacher) -> View:
+    return View(teacher.preprocessing.size, teacher.preprocessing.interpolation)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Answer:
+    """A batch's results while the device may still be computing them."""
+
+    labels: DeviceLabels
+    wrong: list[Tensor]
+    matches: Tensor
+    agreement: Tensor
+
+
+def _labelled(
+    batches: Iterable[CropBatch], tools: Tools, rejected: Rejected, counts: TeacherCounts, on_batch: OnBatch
+) -> Iterator[tuple[CropBatch, SoftLabels]]:
+    """Ask the next batch before the last one's answer is waited for, so that a GPU never idles."""
+    asked: deque[tuple[CropBatch, _Answer]] = deque()
+    for batch in batches:
+        asked.append((batch, _ask(batch, tools)))
+        _fail_on_reject(tools, rejected)
+        if len(asked) > 1:
+            yield _receive(*asked.popleft(), tools, rejected, counts, on_batch)
+    _fail_on_reject(tools, rejected)
+    while asked:
+        yield _receive(*asked.popleft(), tools, rejected, counts, on_batch)
+
+
+@torch.inference_mode()
+def _ask(batch: CropBatch, tools: Tools) -> _Answer:
+    logits_TBC = [teacher.logits(batch.views[view_of(teacher)]) for teacher in tools.teachers]
+    target = torch.from_numpy(batch.targets).to(logits_TBC[0].device, non_blocking=True)
+    prob_BC = combine(
+        logits_TBC,
+        weights=[teacher.spec.weight for teacher in tools.teachers],
+        temperatures=[teacher.spec.temperature for teacher in tools.teachers],
+        mode=tools.settings.ensemble,
+    )
+    top1_TB = torch.stack([logits.argmax(dim=1) for logits in logits_TBC])
+    return _Answer(
+        labels=soft_labels(prob_BC, target, top_k=tools.settings.top_k),
+        wrong=[check_logits(logits) for logits in logits_TBC],
+        matches=((top1_TB == target) & (target != UNKNOWN_TARGET)).sum(dim=1),
+        agreement=(top1_TB[:, None] == top1_TB[None]).sum(dim=2),
+    )
+
+
+def _receive(
+    batch: CropBatch, answer: _Answer, tools: Tools, rejected: Rejected, counts: TeacherCounts, on_batch: OnBatch
+) -> tuple[CropBatch, SoftLabels]:
+    for wrong, teacher in zip(answer.wrong, tools.teachers, strict=True):
+        raise_if_wrong(wrong, str(teacher.spec))
+    counts.matches += answer.matches.cpu()
+    counts.agreement += answer.agreement.cpu()
+    on_batch(len(batch.targets), len(rejected.items))
+    return batch, answer.labels.to_numpy()
+
+
+def _by_image(
+    labelled: Iterable[tuple[CropBatch, SoftLabels]],
+) -> Iterator[tuple[DecodedImage, list[SoftLabels]]]:
+    """Put the pieces of an image, which may lie in several batches, together again."""
+    pieces: list[SoftLabels] = []
+    for batch, labels in labelled:
+        row = 0
+        for image, start, stop in batch.slices:
+            rows = slice(row, row + stop - start)
+            row = rows.stop
+            pieces.append(
+                SoftLabels(
+                    class_index=labels.class_index[rows],
+                    class_prob=labels.class_prob[rows],
+                    target_prob=labels.target_prob[rows],
+                )
+            )
+            if stop == len(image.crops):
+                yield image, pieces
+                pieces = []
+
+
+def _row(image: DecodedImage, pieces: list[SoftLabels], thresholds: Thresholds) -> ImageLabels:
+    class_prob = np.concatenate([piece.class_prob for piece in pieces])
+    target_prob = np.concatenate([piece.target_prob for piece in pieces])
+    height, width = image.pixels.shape[:2]
+    return ImageLabels(
+        key=image.ref.key,
+        image_digest=image.digest,
+        height=height,
+        width=width,
+        target=image.target,
+        boxes=image.crops.boxes,
+        flip=image.crops.flip,
+        class_index=np.concatenate([piece.class_index for piece in pieces]),
+        class_prob=class_prob,
+        target_prob=target_prob,
+        bucket=assign_buckets(confidence(class_prob, target_prob, thresholds.confidence), thresholds),
+    )
+
+
+def _fail_on_reject(tools: Tools, rejected: Rejected) -> None:
+    if tools.fail_on_reject and rejected.items:
+        first = rejected.items[0]
+        raise BuildError(
+            f"image {first.key!r} cannot be used ({first.reason}: {first.detail}); repair or remove it and run the "
+            "same command again, or let rejects be collected with --on-error reject"
+        )

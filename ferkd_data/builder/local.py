@@ -1,0 +1,104 @@
+"""The engine of one process: the shards one after the other."""
+
+from __future__ import annotations
+
+from ferkd_data import statistics
+from ferkd_data.builder.crop_batches import Rejected
+from ferkd_data.builder.label_shard import TeacherCounts, Tools, label_shard
+from ferkd_data.builder.plan import Plan
+from ferkd_data.builder.progress import OnProgress, ProgressCounter
+from ferkd_data.builder.state import BuildFolder, RejectRecord, ShardRecord
+from ferkd_data.shards.columns import ImageLabels, ShardLabels
+from ferkd_data.shards.writers import write_shard
+from ferkd_data.statistics import Statistics
+
+STATISTICS_ROWS = 64
+"""Rows whose statistics are taken at a time."""
+
+
+def label_all(folder: BuildFolder, plan: Plan, tools: Tools, on_progress: OnProgress) -> None:
+    """Label every shard that has no record yet."""
+    counter = ProgressCounter(
+        report=on_progress,
+        crops_per_image=tools.settings.crops,
+        shards_total=plan.summary.shards,
+        images_total=plan.summary.images,
+        rejects_before=plan.summary.rejects,
+    )
+    for shard in range(plan.summary.shards):
+        record = folder.record(shard)
+        if record is None:
+            record = _label_one(folder, plan, tools, shard, counter)
+            folder.save(record)
+        counter.shard_done(record.rows + len(record.rejects), len(record.rejects))
+
+
+def _label_one(
+    folder: BuildFolder, plan: Plan, tools: Tools, shard: int, counter: ProgressCounter
+) -> ShardRecord:
+    settings = tools.settings
+    rejected = Rejected()
+    counts = TeacherCounts.zeros(len(tools.teachers))
+    tally = _Tally()
+
+    def on_batch(crops: int, rejects: int) -> None:
+        counter.batch(shard, crops, rejects)
+
+    rows = label_shard(plan.refs(shard), tools, rejected, counts, on_batch)
+    num_rows, files = write_shard(
+        folder.out,
+        shard,
+        (tally.see(labels, image) for labels, image in rows),
+        layout=settings.layout,
+        block_starts=settings.block_starts,
+    )
+    thresholds = tools.thresholds
+    return ShardRecord(
+        index=shard,
+        rows=num_rows,
+        files=files,
+        rejects=tuple(
+            RejectRecord(key=item.key, reason=item.reason, detail=item.detail) for item in rejected.items
+        ),
+        statistics=tally.total().model_copy(
+            update={
+                "teacher_top1_matches_target": tuple(counts.matches.tolist()),
+                "teacher_agreement": tuple(tuple(row) for row in counts.agreement.tolist()),
+            }
+        ),
+        thresholds=(thresholds.low, thresholds.mid, thresholds.top),
+    )
+
+
+class _Tally:
+    """Statistics of rows as they pass by."""
+
+    def __init__(self) -> None:
+        self._pending: list[ImageLabels] = []
+        self._parts: list[Statistics] = []
+
+    def see(self, labels: ImageLabels, image: bytes) -> tuple[ImageLabels, bytes]:
+        self._pending.append(labels)
+        if len(self._pending) == STATISTICS_ROWS:
+            self._count()
+        return labels, image
+
+    def total(self) -> Statistics:
+        self._count()
+        return statistics.add(self._parts)
+
+    def _count(self) -> None:
+        if self._pending:
+            rows = ShardLabels.from_rows(self._pending)
+            self._parts = [statistics.add([*self._parts, shard_statistics(rows)])]
+            self._pending = []
+
+
+def shard_statistics(labels: ShardLabels) -> Statistics:
+    return statistics.crop_statistics(
+        class_index=labels.class_index,
+        class_prob=labels.class_prob,
+        target_prob=labels.target_prob,
+        bucket=labels.bucket,
+        target=labels.target,
+    )

@@ -1,0 +1,175 @@
+"""`build`: from a source and teachers to a label set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ferkd_data
+from ferkd_data.buckets import QuantileThresholds, Thresholds
+from ferkd_data.builder.label_shard import Tools
+from ferkd_data.builder.local import label_all
+from ferkd_data.builder.plan import Plan, load_or_make_plan
+from ferkd_data.builder.progress import OnProgress
+from ferkd_data.builder.seal import seal
+from ferkd_data.builder.settings import BuildSettings, Resources
+from ferkd_data.builder.state import open_build_folder
+from ferkd_data.errors import BuildError, UsageError
+from ferkd_data.images import open_source
+from ferkd_data.manifest import Manifest, TeacherEntry
+from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
+
+OnError = Literal["reject", "fail"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildResult:
+    out: Path
+    manifest: Manifest
+
+    @property
+    def rejects(self) -> int:
+        return self.manifest.rejects.rows
+
+
+def build(
+    source: str | Path,
+    out: str | Path,
+    *,
+    teachers: Sequence[str | TeacherSpec],
+    settings: BuildSettings | None = None,
+    resources: Resources | None = None,
+    classes: str | Path | None = None,
+    precision: str = "auto",
+    on_error: OnError = "reject",
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+    **changes: Any,
+) -> BuildResult:
+    """Label the images of `source` with an ensemble and write the label set `out`.
+
+    `changes` are fields of BuildSettings (crops=200, top_k=5, seed=0, …) or of Resources (device="cuda", …).
+    A folder that holds an unfinished build of the same settings is resumed; finished shards are not labelled again.
+
+    Raises UsageError, SourceError, TeacherError, BuildError (see ferkd_data.errors).
+    """
+    settings, resources = _with_changes(settings, resources, changes)
+    if on_error not in ("reject", "fail"):
+        raise UsageError(f"on_error must be reject or fail, got {on_error!r}")
+    images = open_source(source, classes=None if classes is None else Path(classes))
+    device = resources.resolved_device()
+    ensemble = load_teachers(teachers, device=device, precision=precision)
+    num_classes = ensemble[0].num_classes
+    if settings.top_k > num_classes:
+        raise UsageError(f"top_k {settings.top_k} is more than the teachers' {num_classes} classes")
+
+    with open_build_folder(Path(out), overwrite=overwrite) as folder:
+        folder.check_settings(_fingerprint(source, classes, settings, ensemble))
+        plan = load_or_make_plan(images, folder.path, images_per_shard=settings.shard_images)
+        check_targets(plan, num_classes, classes_given=classes is not None)
+        workers = resources.resolved_workers()
+        with ThreadPoolExecutor(workers, thread_name_prefix="ferkd-data") as executor:
+            tools = Tools(
+                source=images,
+                teachers=ensemble,
+                settings=settings,
+                thresholds=stored_thresholds(settings),
+                device=device,
+                batch_size=resources.resolved_batch_size(),
+                workers=workers,
+                executor=executor,
+                fail_on_reject=on_error == "fail",
+            )
+            label_all(folder, plan, tools, on_progress or (lambda _: None))
+        manifest = seal(
+            folder,
+            plan,
+            settings,
+            teachers=tuple(teacher_entry(teacher) for teacher in ensemble),
+            num_classes=num_classes,
+            class_names=class_names(plan, ensemble),
+            source=images.description,
+            version=ferkd_data.__version__,
+        )
+        if manifest.num_images == 0:
+            raise BuildError(f"{out}: every one of the {manifest.rejects.rows} images was rejected; see rejects.parquet")
+        folder.remove()
+    return BuildResult(out=Path(out), manifest=manifest)
+
+
+def stored_thresholds(settings: BuildSettings) -> Thresholds:
+    """Those of the settings, or a stand-in until the quantiles are known."""
+    asked = settings.thresholds
+    if isinstance(asked, QuantileThresholds):
+        return Thresholds(low=0, mid=0, top=1, confidence=asked.confidence)
+    return asked
+
+
+def check_targets(plan: Plan, num_classes: int, *, classes_given: bool) -> None:
+    """Raise UsageError where targets and teachers' outputs cannot mean the same classes."""
+    summary = plan.summary
+    if summary.max_target >= num_classes:
+        raise UsageError(f"the images have targets up to {summary.max_target}, the teachers know {num_classes} classes")
+    numbered_folders = summary.class_names is not None and not classes_given and summary.max_target >= 0
+    if numbered_folders and len(summary.class_names or ()) != num_classes:
+        raise UsageError(
+            f"{len(summary.class_names or ())} classes in the source, {num_classes} in the teachers: which is which? "
+            "Give --classes FILE, one line per class folder in the order of the teachers' outputs"
+        )
+
+
+def class_names(plan: Plan, teachers: Sequence[Teacher]) -> tuple[str, ...] | None:
+    """The source's own names where they are for all classes, else those a teacher brings."""
+    named = plan.summary.class_names
+    if named is not None and len(named) == teachers[0].num_classes:
+        return named
+    return next((teacher.class_names for teacher in teachers if teacher.class_names), None)
+
+
+def teacher_entry(teacher: Teacher) -> TeacherEntry:
+    spec, preprocessing = teacher.spec, teacher.preprocessing
+    return TeacherEntry(
+        spec=str(spec),
+        name=spec.name.rpartition("/")[2],
+        digest=teacher.digest,
+        num_classes=teacher.num_classes,
+        size=preprocessing.size,
+        interpolation=preprocessing.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        weight=spec.weight,
+        temperature=spec.temperature,
+        precision=teacher.precision,
+    )
+
+
+def _fingerprint(
+    source: str | Path, classes: str | Path | None, settings: BuildSettings, teachers: Sequence[Teacher]
+) -> dict[str, Any]:
+    """Everything that must be the same for a resume."""
+    entries = [teacher_entry(teacher).model_dump(mode="json", exclude={"spec", "name"}) for teacher in teachers]
+    place = str(source) if "://" in str(source) else str(Path(source).absolute())
+    listed = None if classes is None else Path(classes).read_text(encoding="utf-8")
+    return {"source": place, "classes": listed, **asdict(settings), "teachers": entries}
+
+
+def _with_changes(
+    settings: BuildSettings | None, resources: Resources | None, changes: dict[str, Any]
+) -> tuple[BuildSettings, Resources]:
+    from dataclasses import fields, replace
+
+    settings, resources = settings or BuildSettings(), resources or Resources()
+    of_settings = {field.name for field in fields(BuildSettings)}
+    of_resources = {field.name for field in fields(Resources)}
+    unknown = set(changes) - of_settings - of_resources
+    if unknown:
+        raise UsageError(f"build has no setting {sorted(unknown)[0]!r}; settings are {sorted(of_settings | of_resources)}")
+    return (
+        replace(settings, **{k: v for k, v in changes.items() if k in of_settings}),
+        replace(resources, **{k: v for k, v in changes.items() if k in of_resources}),
+    )
+
+

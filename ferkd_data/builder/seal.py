@@ -1,0 +1,184 @@
+"""The end of a build: thresholds by quantile where asked for, rejects, and last of all the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ferkd_data import statistics
+from ferkd_data.buckets import (
+    NUM_FLOAT16,
+    QuantileThresholds,
+    Thresholds,
+    assign_buckets,
+    confidence,
+    confidence_counts,
+)
+from ferkd_data.builder.plan import Plan
+from ferkd_data.builder.rejects import RejectWriter
+from ferkd_data.builder.settings import BuildSettings
+from ferkd_data.builder.state import REJECTS_NAME, BuildFolder, ShardRecord
+from ferkd_data.images import Reject
+from ferkd_data.manifest import (
+    FILE_NAME,
+    CreatedBy,
+    CropDistributionEntry,
+    Manifest,
+    RejectsEntry,
+    ShardEntry,
+    SourceEntry,
+    TeacherEntry,
+    ThresholdsEntry,
+)
+from ferkd_data.shards import parquet, webdataset
+from ferkd_data.shards.columns import ImageLabels, ShardLabels, concat_crops
+from ferkd_data.shards.writers import write_shard
+from ferkd_data.storage import sha256_file, write_atomically
+
+
+def seal(
+    folder: BuildFolder,
+    plan: Plan,
+    settings: BuildSettings,
+    *,
+    teachers: tuple[TeacherEntry, ...],
+    num_classes: int,
+    class_names: tuple[str, ...] | None,
+    source: str,
+    version: str,
+) -> Manifest:
+    """Write rejects.parquet and manifest.json; every shard must have its record. Can be run again after a kill."""
+    thresholds = _final_thresholds(folder, plan, settings, num_classes)
+    records = [_with_thresholds(folder, shard, settings, thresholds, num_classes) for shard in range(plan.summary.shards)]
+    rejects = _write_rejects(folder, plan)
+    asked = settings.thresholds
+    manifest = Manifest(
+        created_by=CreatedBy(name="ferkd-data", version=version),
+        layout=settings.layout,
+        num_images=sum(record.rows for record in records),
+        num_crops=settings.crops,
+        crops_per_block=settings.crops_per_block,
+        top_k=settings.top_k,
+        num_classes=num_classes,
+        class_names=class_names,
+        seed=settings.seed,
+        crop_distribution=CropDistributionEntry(
+            scale=settings.distribution.scale,
+            ratio=settings.distribution.ratio,
+            hflip=settings.distribution.hflip,
+        ),
+        teachers=teachers,
+        ensemble=settings.ensemble,
+        thresholds=ThresholdsEntry(
+            low=thresholds.low,
+            mid=thresholds.mid,
+            top=thresholds.top,
+            confidence=thresholds.confidence,
+            quantile=(asked.low, asked.mid, asked.top) if isinstance(asked, QuantileThresholds) else None,
+        ),
+        source=SourceEntry(
+            description=source,
+            images_seen=plan.summary.images + plan.summary.rejects,
+            plan_sha256=plan.summary.sha256,
+        ),
+        shards=tuple(ShardEntry(index=r.index, rows=r.rows, files=r.files) for r in records),
+        rejects=rejects,
+        statistics=statistics.add(record.statistics for record in records),
+    )
+    with write_atomically(folder.out / FILE_NAME) as aside:
+        aside.write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _record(folder: BuildFolder, shard: int) -> ShardRecord:
+    record = folder.record(shard)
+    if record is None:
+        raise RuntimeError(f"shard {shard} has no record: sealing came before labelling")
+    return record
+
+
+def _final_thresholds(
+    folder: BuildFolder, plan: Plan, settings: BuildSettings, num_classes: int
+) -> Thresholds:
+    if isinstance(settings.thresholds, Thresholds):
+        return settings.thresholds
+    counts = np.zeros(NUM_FLOAT16, np.int64)
+    for shard in range(plan.summary.shards):
+        record = _record(folder, shard)
+        if record.rows:
+            labels = _read(folder.out, record, settings, num_classes)
+            counts += confidence_counts(
+                confidence(labels.class_prob, labels.target_prob, settings.thresholds.confidence)
+            )
+    return settings.thresholds.resolve(counts)
+
+
+def _with_thresholds(
+    folder: BuildFolder, shard: int, settings: BuildSettings, thresholds: Thresholds, num_classes: int
+) -> ShardRecord:
+    """The shard's record, its buckets assigned anew where they were provisional."""
+    record = _record(folder, shard)
+    final = (thresholds.low, thresholds.mid, thresholds.top)
+    if record.thresholds == final or not record.rows:
+        return record
+    counts = np.zeros(4, np.int64)
+
+    def rows() -> Iterator[tuple[ImageLabels, bytes]]:
+        for labels, image in _rows(folder.out, record, settings, num_classes):
+            confidences = confidence(labels.class_prob, labels.target_prob, thresholds.confidence)
+            bucket = assign_buckets(confidences, thresholds)
+            counts[:] += np.bincount(bucket, minlength=4)
+            yield _with_bucket(labels, bucket), image
+
+    _, files = write_shard(
+        folder.out, shard, rows(), layout=settings.layout, block_starts=settings.block_starts
+    )
+    changed = record.statistics.model_copy(update={"bucket_counts": tuple(counts.tolist())})
+    record = record.model_copy(update={"files": files, "statistics": changed, "thresholds": final})
+    folder.save(record)
+    return record
+
+
+def _with_bucket(labels: ImageLabels, bucket: object) -> ImageLabels:
+    return ImageLabels(**{**labels.__dict__, "bucket": bucket})
+
+
+def _rows(
+    out: Path, record: ShardRecord, settings: BuildSettings, num_classes: int
+) -> Iterator[tuple[ImageLabels, bytes]]:
+    if settings.layout == "webdataset":
+        yield from webdataset.read_rows(out / record.files[0].path)
+    else:
+        for labels in _read(out, record, settings, num_classes):
+            yield labels, b""
+
+
+def _read(out: Path, record: ShardRecord, settings: BuildSettings, num_classes: int) -> ShardLabels:
+    if settings.layout == "webdataset":
+        return ShardLabels.from_rows([labels for labels, _ in webdataset.read_rows(out / record.files[0].path)])
+    blocks = []
+    for file in record.files:
+        start = file.block * settings.crops_per_block
+        blocks.append(
+            parquet.read_labels(
+                out / file.path,
+                rows=record.rows,
+                num_crops=min(settings.crops_per_block, settings.crops - start),
+                top_k=settings.top_k,
+                num_classes=num_classes,
+            )
+        )
+    return concat_crops(blocks)
+
+
+def _write_rejects(folder: BuildFolder, plan: Plan) -> RejectsEntry:
+    path = folder.out / REJECTS_NAME
+    with write_atomically(path) as aside, RejectWriter(aside) as writer:
+        writer.copy_from(plan.folder / "plan-rejects.parquet")
+        for shard in range(plan.summary.shards):
+            writer.extend(Reject(**reject.model_dump()) for reject in _record(folder, shard).rejects)
+    return RejectsEntry(
+        path=REJECTS_NAME, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path)
+    )

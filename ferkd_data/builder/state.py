@@ -1,0 +1,178 @@
+"""`.build/`: what an unfinished build remembers, and who may work on it.
+
+    lock            held by the process that builds; the system releases it when that process dies
+    state.json      the settings, to compare with those of the next run
+    plan.*          what to label
+    shards/N.json   one record for each finished shard: written after its files, so it is the shard's commit point
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ferkd_data.errors import BuildError, BuildLockedError, SettingsMismatchError
+from ferkd_data.manifest import FILE_NAME, BlockEntry
+from ferkd_data.statistics import Statistics
+from ferkd_data.storage import write_atomically
+
+STATE_VERSION = 1
+FOLDER = ".build"
+REJECTS_NAME = "rejects.parquet"
+
+
+class RejectRecord(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    reason: str
+    detail: str
+
+
+class ShardRecord(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    version: int = STATE_VERSION
+    index: int
+    rows: int
+    files: tuple[BlockEntry, ...]
+    rejects: tuple[RejectRecord, ...]
+    statistics: Statistics
+    thresholds: tuple[float, float, float]
+    """Those that the stored buckets were assigned with."""
+
+
+class BuildFolder:
+    """The folder OUT while a build works in it. Made by `open_build_folder`."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = out / FOLDER
+
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """Save the settings, or compare them with those saved. Raises SettingsMismatchError naming both values."""
+        path = self.path / "state.json"
+        present = json.loads(json.dumps({"version": STATE_VERSION, "settings": settings}))
+        if not path.exists():
+            with write_atomically(path) as aside:
+                aside.write_text(json.dumps(present, indent=1))
+            return
+        try:
+            saved = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise BuildError(f"{path}: damaged ({error}); start afresh with --overwrite") from error
+        differences = describe_differences(saved, present)
+        if differences:
+            raise SettingsMismatchError(
+                f"{self.out} holds an unfinished build with other settings: {'; '.join(differences)}. "
+                "Use the same settings to resume it, another folder, or --overwrite"
+            )
+
+    def record(self, shard: int) -> ShardRecord | None:
+        """The record of a finished shard whose files are all there; None where it has to be labelled."""
+        path = self._record_path(shard)
+        if not path.exists():
+            return None
+        record = ShardRecord.model_validate_json(path.read_bytes())
+        whole = all(_size(self.out / file.path) == file.bytes for file in record.files)
+        return record if whole else None
+
+    def save(self, record: ShardRecord) -> None:
+        with write_atomically(self._record_path(record.index)) as aside:
+            aside.write_text(record.model_dump_json())
+
+    def finished(self, num_shards: int) -> list[int]:
+        return [shard for shard in range(num_shards) if self.record(shard) is not None]
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path)
+
+    def _record_path(self, shard: int) -> Path:
+        return self.path / "shards" / f"{shard:05d}.json"
+
+
+@contextmanager
+def open_build_folder(out: Path, *, overwrite: bool) -> Iterator[BuildFolder]:
+    """Take OUT for this process, for as long as the context lasts.
+
+    Raises BuildLockedError when a live process builds there, BuildError for a finished label set (without `overwrite`)
+    and for a folder that is not ours.
+    """
+    _check_ours(out)
+    (out / FOLDER).mkdir(parents=True, exist_ok=True)
+    with _locked(out / FOLDER / "lock", out):
+        if (out / FILE_NAME).exists() and not overwrite:
+            _remove_if_only_a_lock(out / FOLDER)
+            raise BuildError(f"{out} holds a finished label set; use another folder, or --overwrite to replace it")
+        if overwrite:
+            _clear(out)
+        yield BuildFolder(out)
+
+
+def describe_differences(saved: Any, present: Any, name: str = "") -> list[str]:
+    """`field: saved X, now Y` for every leaf that differs."""
+    if isinstance(saved, dict) and isinstance(present, dict):
+        names = [*saved, *(key for key in present if key not in saved)]
+        return [
+            line
+            for key in names
+            for line in describe_differences(saved.get(key), present.get(key), f"{name}.{key}" if name else key)
+        ]
+    if isinstance(saved, list) and isinstance(present, list) and len(saved) == len(present):
+        pairs = enumerate(zip(saved, present, strict=True))
+        return [line for i, (a, b) in pairs for line in describe_differences(a, b, f"{name}[{i}]")]
+    return [] if saved == present else [f"{name.removeprefix('settings.')}: saved {saved!r}, now {present!r}"]
+
+
+@contextmanager
+def _locked(path: Path, out: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(descriptor, 64).decode(errors="replace").strip()
+            raise BuildLockedError(f"{out}: another build works here (process {owner}); wait for it to end") from error
+        if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
+            raise BuildLockedError(f"{out}: another build has just ended here; run the command again")
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_ours(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise BuildError(f"{out}: is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / FOLDER).is_dir() and not (out / FILE_NAME).is_file():
+        raise BuildError(f"{out}: is not empty and holds no label set; give a new or empty folder")
+
+
+def _clear(out: Path) -> None:
+    """Remove what a build wrote, the manifest first, and nothing else."""
+    (out / FILE_NAME).unlink(missing_ok=True)
+    (out / REJECTS_NAME).unlink(missing_ok=True)
+    for name in ("labels", "shards"):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+    for path in (out / FOLDER).iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _remove_if_only_a_lock(folder: Path) -> None:
+    if [path.name for path in folder.iterdir()] == ["lock"]:
+        shutil.rmtree(folder)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
