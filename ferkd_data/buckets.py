@@ -62,9 +62,7 @@ class QuantileThresholds:
         return Thresholds(low=low, mid=mid, top=top, confidence=self.confidence)
 
 
-def parse_thresholds(
-    pieces: Sequence[str], confidence: Confidence = "max"
-) -> Thresholds | QuantileThresholds:
+def parse_thresholds(pieces: Sequence[str], confidence: Confidence = "max") -> Thresholds | QuantileThresholds:
     """`("0.15", "0.3", "0.95")` or `("quantile:0.01,0.03,0.9",)`. Raises UsageError."""
     text = " ".join(pieces)
     kind = QuantileThresholds if text.startswith(QUANTILE_PREFIX) else Thresholds

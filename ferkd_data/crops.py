@@ -72,7 +72,14 @@ def check_size(height: int, width: int) -> None:
 
 
 def draw_crops(
-    key: str, height: int, width: int, *, seed: int, first: int = 0, count: int, distribution: CropDistribution
+    key: str,
+    height: int,
+    width: int,
+    *,
+    seed: int,
+    first: int = 0,
+    count: int,
+    distribution: CropDistribution,
 ) -> Crops:
     """Crops number `first` .. `first + count - 1` of the image `key`.
 

@@ -180,8 +180,10 @@ def read_manifest(folder: Path) -> Manifest:
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         unfinished = (folder / ".build").is_dir()
-        advice = "its build has not finished: run the same build command to resume it" if unfinished else (
-            "is this the folder that a build wrote?"
+        advice = (
+            "its build has not finished: run the same build command to resume it"
+            if unfinished
+            else ("is this the folder that a build wrote?")
         )
         raise ManifestError(f"{folder}: no {FILE_NAME}; {advice}") from error
     return parse_manifest(text, str(path))
@@ -205,6 +207,4 @@ def _check_counts(manifest: Manifest, where: str) -> None:
             f"to the {manifest.source.images_seen} seen"
         )
     if manifest.class_names is not None and len(manifest.class_names) != manifest.num_classes:
-        raise ManifestError(
-            f"{where}: {len(manifest.class_names)} class names for {manifest.num_classes} classes"
-        )
+        raise ManifestError(f"{where}: {len(manifest.class_names)} class names for {manifest.num_classes} classes")

@@ -29,8 +29,8 @@ def empty_batch(num_crops: int, size: int, *, shared: bool = False) -> Tensor:
     """An uninitialised uint8 batch (N, 3, S, S) in the memory format the cutter writes fastest (channels last)."""
     flat = num_crops * size * size * 3
     if shared:
-        storage = torch.UntypedStorage._new_shared(flat, device="cpu")
-        pixels = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+        storage = torch.UntypedStorage._new_shared(flat, device="cpu")  # type: ignore[no-untyped-call]
+        pixels = torch.empty(0, dtype=torch.uint8).set_(storage)
     else:
         pixels = torch.empty(flat, dtype=torch.uint8)
     return pixels.view(num_crops, size, size, 3).permute(0, 3, 1, 2)
@@ -60,9 +60,7 @@ def replay(
     image_CHW = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
     resize_into = _RESIZE_INTO[interpolation]
     output_size = [size, size]
-    for n, ((top, left, height, width), flip) in enumerate(
-        zip(crops.boxes.tolist(), crops.flip.tolist(), strict=True)
-    ):
+    for n, ((top, left, height, width), flip) in enumerate(zip(crops.boxes.tolist(), crops.flip.tolist(), strict=True)):
         patch = image_CHW[:, :, top : top + height, left : left + width]
         slot = out[n : n + 1]
         if flip:
@@ -104,9 +102,7 @@ def replay_on_device(
     return crops_NCSS.round_().clamp_(0, 255).to(torch.uint8, memory_format=torch.channels_last)
 
 
-def filter_weights(
-    start: Tensor, length: Tensor, *, extent: int, size: int, interpolation: Interpolation
-) -> Tensor:
+def filter_weights(start: Tensor, length: Tensor, *, extent: int, size: int, interpolation: Interpolation) -> Tensor:
     """Resampling weights (N, S, extent) along one axis: output o of crop n is the sum of weights[n, o] * pixels.
 
     Pillow's antialiased filters: a triangle, or the cubic with a = -0.5, stretched by the reduction and normalised

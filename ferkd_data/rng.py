@@ -45,16 +45,18 @@ def hash64(*parts: Part) -> int:
 
 def uniforms(raw: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     """Raw 64-bit words as doubles in [0, 1), of the same shape."""
-    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    doubles: npt.NDArray[np.float64] = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return doubles
 
 
 def mix64(words: Any) -> UInt64s:
     """Scramble 64-bit words, element by element (the finaliser of SplitMix64, Steele et al., 2014)."""
-    z = np.asarray(words, dtype=np.uint64)
+    z: UInt64s = np.asarray(words, dtype=np.uint64)
     with np.errstate(over="ignore"):
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    z = z ^ (z >> np.uint64(31))
+    return z
 
 
 def counter64(seed: Any, counter: Any) -> UInt64s:

@@ -6,14 +6,16 @@ Legend: R images, N crops, T teachers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from ferkd_data.shards.columns import UNKNOWN_TARGET
+from ferkd_data.buckets import BUCKETS
+from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels
 
 NUM_BINS = 200
 RANGE_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
@@ -28,9 +30,7 @@ class Statistics(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     crops: Count = 0
-    p_max_histogram: Annotated[tuple[Count, ...], Field(min_length=NUM_BINS, max_length=NUM_BINS)] = (
-        0,
-    ) * NUM_BINS
+    p_max_histogram: Annotated[tuple[Count, ...], Field(min_length=NUM_BINS, max_length=NUM_BINS)] = (0,) * NUM_BINS
     """Crops by p_max in 200 bins of 0.005; 1.0 falls into the last."""
     bucket_counts: Annotated[tuple[Count, ...], Field(min_length=4, max_length=4)] = (0, 0, 0, 0)
     """Crops by bucket: extreme_hard, moderate_hard, hard_positive, easy_positive."""
@@ -75,7 +75,7 @@ def crop_statistics(
     bucket: npt.NDArray[np.uint8],
     target: npt.NDArray[np.integer],
 ) -> Statistics:
-    """Statistics of the stored columns: class_index and class_prob (R, N, k), target_prob and bucket (R, N), target (R,)."""
+    """Statistics of stored columns: class_index, class_prob (R, N, k); target_prob, bucket (R, N); target (R,)."""
     p_max = class_prob[..., 0].astype(np.float64)
     known = target != UNKNOWN_TARGET
     matches = class_index[known, :, 0].astype(np.int64) == target[known, None]
@@ -118,3 +118,37 @@ def p_max_table(statistics: Statistics) -> list[Range]:
         seen += crops
         rows.append(Range(low, high, crops, 100 * crops / total, 100 * seen / total, paper))
     return rows
+
+
+def summarise(statistics: Statistics) -> dict[str, Any]:
+    """What `ferkd-data stats` prints: shares in percent in the tables, agreements in 0..1."""
+    crops = max(statistics.crops, 1)
+    with_target = max(statistics.crops_with_target, 1)
+    return {
+        "crops": statistics.crops,
+        "p_max": [row._asdict() for row in p_max_table(statistics)],
+        "buckets": {
+            name: {"crops": count, "share": 100 * count / crops}
+            for name, count in zip(BUCKETS, statistics.bucket_counts, strict=True)
+        },
+        "crops_with_target": statistics.crops_with_target,
+        "agreement_with_target": statistics.top1_matches_target / with_target,
+        "mean_target_prob": statistics.target_prob_sum / with_target,
+        "mean_kept_prob": statistics.kept_prob_sum / crops,
+        "teacher_agreement": [[count / crops for count in row] for row in statistics.teacher_agreement],
+        "teacher_agreement_with_target": [count / with_target for count in statistics.teacher_top1_matches_target],
+    }
+
+
+def per_class_agreement(shards: Iterable[ShardLabels]) -> list[tuple[int, int, float]]:
+    """(class, crops, share of them whose most probable class it is) for every class seen, the worst first."""
+    crops: Counter[int] = Counter()
+    matches: Counter[int] = Counter()
+    for shard in shards:
+        for target in np.unique(shard.target[shard.target != UNKNOWN_TARGET]).tolist():
+            rows = shard.target == target
+            top1 = shard.class_index[rows, :, 0]
+            crops[target] += top1.size
+            matches[target] += int((top1 == target).sum())
+    table = [(target, crops[target], matches[target] / crops[target]) for target in crops]
+    return sorted(table, key=lambda row: (row[2], row[0]))

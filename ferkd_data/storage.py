@@ -43,8 +43,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in NO_SPACE or any(os.strerror(code) in str(error) for code in NO_SPACE):
             raise StorageFullError(
-                f"{path}: no space left on the disk; free some and run the same command again: "
-                "finished shards are kept"
+                f"{path}: no space left on the disk; free some and run the same command again: finished shards are kept"
             ) from error
         raise
 
@@ -107,10 +106,10 @@ def expand(pattern: str) -> list[str]:
     found: dict[str, Any] = {}
     try:
         alternatives = list(braceexpand.braceexpand(pattern))
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:
         raise SourceError(f"{pattern}: the braces do not match") from error
     for alternative in alternatives:
-        matches = [alternative] if is_url(alternative) else sorted(glob.glob(alternative, recursive=True))
+        matches = [alternative] if is_url(alternative) else sorted(glob.glob(alternative, recursive=True))  # noqa: PTH207
         if not matches:
             raise SourceError(f"{alternative}: no such file")
         found.update(dict.fromkeys(matches))

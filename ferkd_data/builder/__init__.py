@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ferkd_data.builder.dry_run import Estimate, dry_run
 from ferkd_data.builder.progress import Progress
 from ferkd_data.builder.run import BuildResult, build
 from ferkd_data.builder.settings import BuildSettings, Resources
 
-__all__ = ["BuildResult", "BuildSettings", "Progress", "Resources", "build"]
+__all__ = ["BuildResult", "BuildSettings", "Estimate", "Progress", "Resources", "build", "dry_run"]

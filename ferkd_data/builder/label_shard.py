@@ -136,7 +136,12 @@ def _ask(batch: CropBatch, tools: Tools) -> _Answer:
 
 
 def _receive(
-    batch: CropBatch, answer: _Answer, tools: Tools, rejected: Rejected, counts: TeacherCounts, on_batch: OnBatch
+    batch: CropBatch,
+    answer: _Answer,
+    tools: Tools,
+    rejected: Rejected,
+    counts: TeacherCounts,
+    on_batch: OnBatch,
 ) -> tuple[CropBatch, SoftLabels]:
     for wrong, teacher in zip(answer.wrong, tools.teachers, strict=True):
         raise_if_wrong(wrong, str(teacher.spec))

@@ -33,9 +33,7 @@ def label_all(folder: BuildFolder, plan: Plan, tools: Tools, on_progress: OnProg
         counter.shard_done(record.rows + len(record.rejects), len(record.rejects))
 
 
-def _label_one(
-    folder: BuildFolder, plan: Plan, tools: Tools, shard: int, counter: ProgressCounter
-) -> ShardRecord:
+def _label_one(folder: BuildFolder, plan: Plan, tools: Tools, shard: int, counter: ProgressCounter) -> ShardRecord:
     settings = tools.settings
     rejected = Rejected()
     counts = TeacherCounts.zeros(len(tools.teachers))
@@ -57,9 +55,7 @@ def _label_one(
         index=shard,
         rows=num_rows,
         files=files,
-        rejects=tuple(
-            RejectRecord(key=item.key, reason=item.reason, detail=item.detail) for item in rejected.items
-        ),
+        rejects=tuple(RejectRecord(key=item.key, reason=item.reason, detail=item.detail) for item in rejected.items),
         statistics=tally.total().model_copy(
             update={
                 "teacher_top1_matches_target": tuple(counts.matches.tolist()),

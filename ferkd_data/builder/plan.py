@@ -103,9 +103,7 @@ class _PlanWriter:
             class_names=source.class_names,
         )
 
-    def _shards(
-        self, listing: Iterator[ImageRef | Reject], rejects: RejectWriter
-    ) -> Iterator[list[ImageRef]]:
+    def _shards(self, listing: Iterator[ImageRef | Reject], rejects: RejectWriter) -> Iterator[list[ImageRef]]:
         refs: list[ImageRef] = []
         for item in listing:
             if isinstance(item, Reject):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ def build(
 
     Raises UsageError, SourceError, TeacherError, BuildError (see ferkd_data.errors).
     """
-    settings, resources = _with_changes(settings, resources, changes)
+    settings, resources = with_changes(settings, resources, changes)
     if on_error not in ("reject", "fail"):
         raise UsageError(f"on_error must be reject or fail, got {on_error!r}")
     images = open_source(source, classes=None if classes is None else Path(classes))
@@ -95,7 +95,9 @@ def build(
             version=ferkd_data.__version__,
         )
         if manifest.num_images == 0:
-            raise BuildError(f"{out}: every one of the {manifest.rejects.rows} images was rejected; see rejects.parquet")
+            raise BuildError(
+                f"{out}: every one of the {manifest.rejects.rows} images was rejected; see rejects.parquet"
+            )
         folder.remove()
     return BuildResult(out=Path(out), manifest=manifest)
 
@@ -156,20 +158,19 @@ def _fingerprint(
     return {"source": place, "classes": listed, **asdict(settings), "teachers": entries}
 
 
-def _with_changes(
+def with_changes(
     settings: BuildSettings | None, resources: Resources | None, changes: dict[str, Any]
 ) -> tuple[BuildSettings, Resources]:
-    from dataclasses import fields, replace
-
+    """Settings with single fields replaced. Raises UsageError for a field that neither has."""
     settings, resources = settings or BuildSettings(), resources or Resources()
     of_settings = {field.name for field in fields(BuildSettings)}
     of_resources = {field.name for field in fields(Resources)}
     unknown = set(changes) - of_settings - of_resources
     if unknown:
-        raise UsageError(f"build has no setting {sorted(unknown)[0]!r}; settings are {sorted(of_settings | of_resources)}")
+        raise UsageError(
+            f"build has no setting {sorted(unknown)[0]!r}; settings are {sorted(of_settings | of_resources)}"
+        )
     return (
         replace(settings, **{k: v for k, v in changes.items() if k in of_settings}),
         replace(resources, **{k: v for k, v in changes.items() if k in of_resources}),
     )
-
-

@@ -51,7 +51,9 @@ def seal(
 ) -> Manifest:
     """Write rejects.parquet and manifest.json; every shard must have its record. Can be run again after a kill."""
     thresholds = _final_thresholds(folder, plan, settings, num_classes)
-    records = [_with_thresholds(folder, shard, settings, thresholds, num_classes) for shard in range(plan.summary.shards)]
+    records = [
+        _with_thresholds(folder, shard, settings, thresholds, num_classes) for shard in range(plan.summary.shards)
+    ]
     rejects = _write_rejects(folder, plan)
     asked = settings.thresholds
     manifest = Manifest(
@@ -99,9 +101,7 @@ def _record(folder: BuildFolder, shard: int) -> ShardRecord:
     return record
 
 
-def _final_thresholds(
-    folder: BuildFolder, plan: Plan, settings: BuildSettings, num_classes: int
-) -> Thresholds:
+def _final_thresholds(folder: BuildFolder, plan: Plan, settings: BuildSettings, num_classes: int) -> Thresholds:
     if isinstance(settings.thresholds, Thresholds):
         return settings.thresholds
     counts = np.zeros(NUM_FLOAT16, np.int64)
@@ -132,9 +132,7 @@ def _with_thresholds(
             counts[:] += np.bincount(bucket, minlength=4)
             yield _with_bucket(labels, bucket), image
 
-    _, files = write_shard(
-        folder.out, shard, rows(), layout=settings.layout, block_starts=settings.block_starts
-    )
+    _, files = write_shard(folder.out, shard, rows(), layout=settings.layout, block_starts=settings.block_starts)
     changed = record.statistics.model_copy(update={"bucket_counts": tuple(counts.tolist())})
     record = record.model_copy(update={"files": files, "statistics": changed, "thresholds": final})
     folder.save(record)
@@ -179,6 +177,4 @@ def _write_rejects(folder: BuildFolder, plan: Plan) -> RejectsEntry:
         writer.copy_from(plan.folder / "plan-rejects.parquet")
         for shard in range(plan.summary.shards):
             writer.extend(Reject(**reject.model_dump()) for reject in _record(folder, shard).rejects)
-    return RejectsEntry(
-        path=REJECTS_NAME, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path)
-    )
+    return RejectsEntry(path=REJECTS_NAME, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path))

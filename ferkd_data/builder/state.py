@@ -1,9 +1,9 @@
 """`.build/`: what an unfinished build remembers, and who may work on it.
 
-    lock            held by the process that builds; the system releases it when that process dies
-    state.json      the settings, to compare with those of the next run
-    plan.*          what to label
-    shards/N.json   one record for each finished shard: written after its files, so it is the shard's commit point
+lock            held by the process that builds; the system releases it when that process dies
+state.json      the settings, to compare with those of the next run
+plan.*          what to label
+shards/N.json   one record for each finished shard: written after its files, so it is the shard's commit point
 """
 
 from __future__ import annotations

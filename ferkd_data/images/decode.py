@@ -33,7 +33,15 @@ def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDAr
     with _opened(data, max_pixels) as image:
         try:
             return np.array(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, IndexError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            IndexError,
+            EOFError,
+            MemoryError,
+            Image.DecompressionBombError,
+        ) as error:
             reason = "truncated" if "truncated" in str(error) else "corrupt"
             raise ImageError(reason, str(error) or type(error).__name__) from error
 

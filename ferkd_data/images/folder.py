@@ -11,7 +11,20 @@ from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images.refs import ImageRef, Reject, check_key
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp")
-UNSUPPORTED = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".pbm", ".svg", ".tga")
+UNSUPPORTED = (
+    ".tif",
+    ".tiff",
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jp2",
+    ".jxl",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".svg",
+    ".tga",
+)
 
 
 class FolderSource:
@@ -20,9 +33,7 @@ class FolderSource:
     `class_folders` maps a class folder to its target; None means a flat folder, whose targets are unknown.
     """
 
-    def __init__(
-        self, root: Path, class_folders: dict[str, int] | None, class_names: tuple[str, ...] | None
-    ) -> None:
+    def __init__(self, root: Path, class_folders: dict[str, int] | None, class_names: tuple[str, ...] | None) -> None:
         self.root = root
         self.class_folders = class_folders
         self.class_names = class_names
@@ -54,9 +65,7 @@ class FolderSource:
         except OSError as error:
             raise ImageError("unreadable", f"{ref.file}: {error.strerror}") from error
 
-    def _list_folder(
-        self, folder: str, target: int | None, above: set[tuple[int, int]]
-    ) -> Iterator[ImageRef | Reject]:
+    def _list_folder(self, folder: str, target: int | None, above: set[tuple[int, int]]) -> Iterator[ImageRef | Reject]:
         """`above` holds the folders on the way down, so that a link to one of them ends there."""
         path = self.root / folder
         try:
@@ -103,9 +112,7 @@ def open_folder(root: Path, classes: dict[str, tuple[int, str]] | None) -> Folde
     Raises SourceError for a class folder that `classes` does not name, and for images beside class folders.
     """
     try:
-        entries = sorted(
-            (entry.name, entry.is_dir()) for entry in os.scandir(root) if not entry.name.startswith(".")
-        )
+        entries = sorted((entry.name, entry.is_dir()) for entry in os.scandir(root) if not entry.name.startswith("."))
     except OSError as error:
         raise SourceError(f"{root}: cannot be listed ({error.strerror})") from error
     folders = [name for name, is_folder in entries if is_folder]
@@ -123,6 +130,4 @@ def open_folder(root: Path, classes: dict[str, tuple[int, str]] | None) -> Folde
     unknown = [name for name in folders if name not in classes]
     if unknown:
         raise SourceError(f"{root}: class folder {unknown[0]!r} is not in the classes file")
-    return FolderSource(
-        root, {name: classes[name][0] for name in folders}, tuple(name for _, name in classes.values())
-    )
+    return FolderSource(root, {name: classes[name][0] for name in folders}, tuple(name for _, name in classes.values()))

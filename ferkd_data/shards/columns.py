@@ -119,7 +119,9 @@ def concat_crops(parts: Sequence[ShardLabels]) -> ShardLabels:
     """Crop blocks of the same rows, one after the other along N."""
     if len(parts) == 1:
         return parts[0]
-    joined = {name: np.concatenate([getattr(part, name) for part in parts], axis=1) for name in CROP_FIELDS}
+    joined: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts], axis=1) for name in CROP_FIELDS
+    }
     return replace(parts[0], **joined)
 
 
@@ -128,9 +130,7 @@ def same_labels(a: ShardLabels, b: ShardLabels) -> bool:
     if list(a.keys) != list(b.keys):
         return False
     names = [field.name for field in fields(ShardLabels) if field.name != "keys"]
-    return all(
-        np.array_equal(getattr(a, name), getattr(b, name), equal_nan=name == "target_prob") for name in names
-    )
+    return all(np.array_equal(getattr(a, name), getattr(b, name), equal_nan=name == "target_prob") for name in names)
 
 
 def class_index_dtype(num_classes: int) -> type[np.uint16] | type[np.uint32]:

@@ -16,7 +16,13 @@ Row = tuple[ImageLabels, bytes]
 
 
 def write_shard(
-    folder: Path, index: int, rows: Iterable[Row], *, layout: Layout, block_starts: Iterable[int], first_block: int = 0
+    folder: Path,
+    index: int,
+    rows: Iterable[Row],
+    *,
+    layout: Layout,
+    block_starts: Iterable[int],
+    first_block: int = 0,
 ) -> tuple[int, tuple[BlockEntry, ...]]:
     """Write the files of shard `index`; returns (rows, files), no files when there are no rows.
 

@@ -34,9 +34,7 @@ def load_teacher(spec: TeacherSpec, *, device: str = "cpu", precision: Precision
     assert_never(spec.kind)
 
 
-def load_teachers(
-    specs: Sequence[TeacherSpec | str], *, device: str = "cpu", precision: str = "auto"
-) -> list[Teacher]:
+def load_teachers(specs: Sequence[TeacherSpec | str], *, device: str = "cpu", precision: str = "auto") -> list[Teacher]:
     """All teachers of an ensemble; precision `auto` is bf16 on cuda (fp32 for ONNX files) and fp32 on a CPU.
 
     Raises TeacherError when there is none, or they disagree on the number of classes.

@@ -6,10 +6,12 @@ On a CPU, ONNX Runtime runs many convolutional networks several times faster tha
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from ferkd_data import extras
 from ferkd_data.errors import TeacherError
 from ferkd_data.storage import sha256_file, write_atomically
-from ferkd_data.teachers.spec import Preprocessing, TeacherSpec
+from ferkd_data.teachers.spec import Preprocessing, TeacherSpec, Triple
 from ferkd_data.teachers.teacher import Precision, normalisation, preprocessing_of
 
 PREPROCESSING_FIELD = "ferkd_data.preprocessing"
@@ -40,7 +42,7 @@ class OnnxTeacher:
         if precision != "fp32":
             raise TeacherError(f"teacher {spec}: an ONNX file has its own precision; use --precision fp32")
         self.spec = spec
-        self.precision = precision
+        self.precision: Precision = precision
         self.digest = sha256_file(path)
         self.session = self._open(runtime, path, device)
         source = self.session.get_inputs()[0]
@@ -57,6 +59,12 @@ class OnnxTeacher:
         steps = self.fixed_batch or len(normalised)
         parts = [self._run(normalised[start : start + steps]) for start in range(0, len(normalised), steps)]
         return torch.from_numpy(np.concatenate(parts)).to(images_BCSS.device)
+
+    def renormalised(self, mean: Triple, std: Triple) -> OnnxTeacher:
+        other = copy.copy(self)
+        other.preprocessing = replace(self.preprocessing, mean=mean, std=std)
+        other.scale, other.shift = normalisation(other.preprocessing, torch.device("cpu"))
+        return other
 
     def _run(self, batch: Any) -> Any:
         short = 0 if self.fixed_batch is None else self.fixed_batch - len(batch)
@@ -115,7 +123,11 @@ def export_onnx(module: nn.Module, path: Path, *, preprocessing: Preprocessing) 
     example = torch.zeros((2, 3, preprocessing.size, preprocessing.size))
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
-    with write_atomically(path) as aside, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        write_atomically(path) as aside,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         quiet.setLevel(logging.ERROR)
         try:

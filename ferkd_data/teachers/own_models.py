@@ -31,7 +31,7 @@ def load_torchscript(spec: TeacherSpec, *, device: str, precision: Precision) ->
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
-            module: Any = torch.jit.load(str(path), map_location=device)
+            module: Any = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         raise TeacherError(f"teacher {spec}: not a TorchScript file: {str(error).splitlines()[0]}") from error
     return ModuleTeacher(

@@ -58,12 +58,16 @@ class TeacherSpec:
         if self.weight <= 0 or self.temperature <= 0:
             raise UsageError(f"teacher {self.name}: weight and temperature must be positive")
         if self.checkpoint is not None and self.kind not in WITH_CHECKPOINT:
-            raise UsageError(f"teacher {self.kind}:{self.name}: the file itself holds the weights; drop @{self.checkpoint}")
+            raise UsageError(
+                f"teacher {self.kind}:{self.name}: the file itself holds the weights; drop @{self.checkpoint}"
+            )
 
     def __str__(self) -> str:
         """The spec again; `TeacherSpec.parse(str(spec)) == spec`."""
         options = {name: getattr(self, name) for name in OPTIONS}
-        given = {k: v for k, v in options.items() if v is not None and (k, v) not in (("weight", 1.0), ("temperature", 1.0))}
+        given = {
+            k: v for k, v in options.items() if v is not None and (k, v) not in (("weight", 1.0), ("temperature", 1.0))
+        }
         texts = [f"{k}={','.join(map(repr, v)) if isinstance(v, tuple) else v}" for k, v in given.items()]
         checkpoint = f"@{self.checkpoint}" if self.checkpoint else ""
         return f"{self.kind}:{self.name}{checkpoint}" + (f"?{'&'.join(texts)}" if texts else "")
@@ -73,7 +77,9 @@ class TeacherSpec:
         """Raises UsageError that names the part at fault."""
         kind, colon, rest = text.partition(":")
         if kind not in KINDS or not colon:
-            raise UsageError(f"teacher {text!r}: must start with one of {', '.join(k + ':' for k in KINDS)} as in {EXAMPLE}")
+            raise UsageError(
+                f"teacher {text!r}: must start with one of {', '.join(k + ':' for k in KINDS)} as in {EXAMPLE}"
+            )
         target, _, query = rest.partition("?")
         name, _, checkpoint = target.partition("@") if kind in WITH_CHECKPOINT else (target, "", "")
         if not name:

@@ -5,15 +5,17 @@ Legend: B crops, C classes, S input size.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ferkd_data.errors import TeacherError
-from ferkd_data.teachers.spec import Preprocessing, TeacherSpec
+from ferkd_data.teachers.spec import Preprocessing, TeacherSpec, Triple
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,6 +34,9 @@ class Teacher(Protocol):
 
     def logits(self, images_BCSS: Tensor) -> Tensor:
         """Logits (B, C) float32 of uint8 RGB images (B, 3, S, S), on the device of the images."""
+
+    def renormalised(self, mean: Triple, std: Triple) -> Teacher:
+        """The same weights fed with another normalisation, to find out which one is right."""
 
 
 class ModuleTeacher:
@@ -66,11 +71,15 @@ class ModuleTeacher:
     def logits(self, images_BCSS: Tensor) -> Tensor:
         pixels = images_BCSS.to(self.device, non_blocking=True)
         normalised = torch.addcmul(self.shift, pixels.float(), self.scale)
-        with torch.autocast(
-            self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST
-        ):
+        with torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST):
             output: Tensor = self.module(normalised.contiguous(memory_format=torch.channels_last))
         return output.float()
+
+    def renormalised(self, mean: Triple, std: Triple) -> ModuleTeacher:
+        other = copy.copy(self)
+        other.preprocessing = replace(self.preprocessing, mean=mean, std=std)
+        other.scale, other.shift = normalisation(other.preprocessing, self.device)
+        return other
 
     def _probe(self) -> int:
         size = self.preprocessing.size
@@ -79,7 +88,9 @@ class ModuleTeacher:
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise TeacherError(f"teacher {self.spec}: cannot run on one {size}x{size} image: {error}") from error
         if output.ndim != 2:
-            raise TeacherError(f"teacher {self.spec}: gives a tensor of shape {tuple(output.shape)}, expected (B, classes)")
+            raise TeacherError(
+                f"teacher {self.spec}: gives a tensor of shape {tuple(output.shape)}, expected (B, classes)"
+            )
         return int(output.shape[1])
 
 
@@ -96,7 +107,7 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 

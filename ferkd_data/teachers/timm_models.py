@@ -42,12 +42,8 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
         digest=state_digest(module.state_dict()),
         device=device,
         precision=precision,
-        class_names=imagenet_names() if _is_imagenet_1k(timm, module) else None,
+        class_names=imagenet_names() if timm.data.infer_imagenet_subset(module) == "imagenet-1k" else None,
     )
-
-
-def _is_imagenet_1k(timm: object, module: object) -> bool:
-    return timm.data.infer_imagenet_subset(module) == "imagenet-1k"  # type: ignore[attr-defined]
 
 
 def imagenet_names() -> tuple[str, ...]:

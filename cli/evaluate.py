@@ -1,0 +1,69 @@
+"""`ferkd-data evaluate`"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import json_option, print_json, teacher_options
+
+
+@click.command()
+@click.argument("source")
+@teacher_options
+@click.option("--limit", type=int, default=1000, show_default=True, help="Images looked at, spread over SOURCE.")
+@click.option(
+    "--diagnose",
+    type=int,
+    default=200,
+    show_default=True,
+    help="Images on which other common normalisations are tried as well; 0 for none.",
+)
+@json_option
+def command(
+    source: str,
+    teachers: tuple[str, ...],
+    classes: Path | None,
+    device: str,
+    precision: str,
+    ensemble: Any,
+    limit: int,
+    diagnose: int,
+    as_json: bool,
+) -> int:
+    """Check that every teacher is wired right, on the labelled images of SOURCE.
+
+    Prints top-1, top-5 and the expected calibration error of each teacher and of the ensemble on central crops, and
+    warns where one is near chance, far below what is published, or better under another normalisation.
+    """
+    from ferkd_data.builder import Resources
+    from ferkd_data.evaluate import evaluate
+
+    result = evaluate(
+        source,
+        teachers=teachers,
+        classes=classes,
+        ensemble=ensemble,
+        device=Resources(device=device).resolved_device(),
+        precision=precision,
+        limit=limit,
+        diagnose=diagnose,
+    )
+    if as_json:
+        print_json(asdict(result))
+        return 0
+    click.echo(f"{'images':>6}  {'top-1':>6}  {'top-5':>6}  {'ECE':>6}  {'published':>9}  teacher")
+    for score in result.scores:
+        published = "" if score.published_top1 is None else f"{score.published_top1:.1%}"
+        click.echo(
+            f"{score.images:>6}  {score.top1:>6.1%}  {score.top5:>6.1%}  {score.ece:>6.3f}  {published:>9}  "
+            f"{score.name}"
+        )
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if result.rejects:
+        click.echo(f"warning: {result.rejects} images could not be used", err=True)
+    return 0

@@ -1,0 +1,46 @@
+"""`ferkd-data info`"""
+
+from __future__ import annotations
+
+import click
+
+from .options import json_option, print_json
+
+
+@click.command()
+@click.argument("labels")
+@json_option
+def command(labels: str, as_json: bool) -> int:
+    """What the label set LABELS is: teachers, settings, shards."""
+    import ferkd_data as fd
+
+    manifest = fd.open_labels(labels).manifest
+    if as_json:
+        print_json(manifest.model_dump(mode="json", exclude={"statistics"}, exclude_none=True))
+        return 0
+    size = sum(file.bytes for shard in manifest.shards for file in shard.files)
+    files = sum(len(shard.files) for shard in manifest.shards)
+    thresholds, crops = manifest.thresholds, manifest.crop_distribution
+    rows = {
+        "layout": manifest.layout,
+        "images": f"{manifest.num_images:,} ({manifest.rejects.rows:,} rejected)",
+        "crops": f"{manifest.num_crops} per image in blocks of {manifest.crops_per_block}",
+        "labels": f"top-{manifest.top_k} of {manifest.num_classes:,} classes",
+        "size": f"{size / 1e6:.2f} MB in {files} files, {size / max(manifest.statistics.crops, 1):.1f} bytes per crop",
+        "source": manifest.source.description,
+        "distribution": f"scale {crops.scale[0]:g}..{crops.scale[1]:g}, "
+        f"ratio {crops.ratio[0]:.3g}..{crops.ratio[1]:.3g}, "
+        f"hflip {crops.hflip:g}, seed {manifest.seed}",
+        "thresholds": f"{thresholds.low:g} {thresholds.mid:g} {thresholds.top:g} on "
+        + ("p_max" if thresholds.confidence == "max" else "the ground truth's probability"),
+        "ensemble": manifest.ensemble,
+        "written by": f"{manifest.created_by.name} {manifest.created_by.version}, format version {manifest.version}",
+    }
+    for name, value in rows.items():
+        click.echo(f"{name:<13} {value}")
+    for teacher in manifest.teachers:
+        click.echo(
+            f"{'teacher':<13} {teacher.name}: {teacher.size} px {teacher.interpolation}, weight {teacher.weight:g}, "
+            f"temperature {teacher.temperature:g}, {teacher.precision}, weights {teacher.digest[:12]}"
+        )
+    return 0

@@ -1,0 +1,109 @@
+"""The program `ferkd-data`: its commands, and how an error ends it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+import ferkd_data
+from ferkd_data.errors import FerkdError
+
+COMMANDS = {
+    "build": "Label images with a teacher ensemble and write a label set.",
+    "demo": "Build a label set from real photos and real teachers, in a few minutes on a CPU.",
+    "evaluate": "Check that every teacher is wired right: top-1, top-5, calibration error.",
+    "info": "What a label set is: teachers, settings, shards.",
+    "show": "Show the crops of one image with their labels.",
+    "stats": "The p_max table, buckets and agreements of a label set.",
+}
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when it is called, so that `--help` stays quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"{__package__}.{cmd_name}").command
+        return command if isinstance(command, click.Command) else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(ferkd_data.__version__, prog_name="ferkd-data")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails (anywhere on the line).")
+def cli(debug: bool) -> None:
+    """Run the giant teachers once: soft labels for crops, and a loader that replays them.
+
+    \b
+    Exit status: 0 done; 1 could not; 2 wrong usage; 3 done, with rejects.
+    """
+
+
+def run(args: list[str]) -> int:
+    """Run the program and give its exit status; errors are one line on stderr."""
+    debug = "--debug" in args
+    args = _join_thresholds([arg for arg in args if arg != "--debug"])
+    try:
+        result: Any = cli.main(args=args, prog_name="ferkd-data", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("ferkd-data: interrupted; run the same command again to go on where it stopped", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`head`, say) has had enough; what is left in the buffer must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except FerkdError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"ferkd-data: {' '.join(str(error).split())}", err=True)
+        return error.exit_code
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        text = " ".join(str(error).split())
+        click.echo(f"ferkd-data: unexpected {type(error).__name__}: {text} (--debug shows where)", err=True)
+        return 1
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+def _join_thresholds(args: list[str]) -> list[str]:
+    """`--thresholds LO MID HI` as one value: click's options have a fixed number of values, this one has two forms."""
+    if "--thresholds" not in args:
+        return args
+    at = args.index("--thresholds") + 1
+    values = args[at : at + 3]
+    if len(values) == 3 and all(_is_number(value) for value in values):
+        return [*args[:at], " ".join(values), *args[at + 3 :]]
+    return args
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

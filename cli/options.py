@@ -1,0 +1,95 @@
+"""Options that several commands share, and the settings they make."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ferkd_data.errors import UsageError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+TEACHER_HELP = (
+    "A teacher: timm:NAME[@checkpoint], torchvision:NAME[@checkpoint], onnx:FILE, torchscript:FILE or "
+    "python:module:factory, with options after ? (size, mean, std, interpolation, weight, temperature), "
+    "such as 'timm:resnet50?weight=2'. Give it once for each teacher."
+)
+
+
+def teacher_options(function: Function) -> Function:
+    options = [
+        click.option("--teacher", "teachers", multiple=True, required=True, metavar="SPEC", help=TEACHER_HELP),
+        click.option(
+            "--classes",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="One line per class in the order of the teachers' outputs: class folder, optionally a tab and a name.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.option(
+            "--precision",
+            type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+            default="auto",
+            show_default=True,
+            help="auto: bf16 on cuda, fp32 on a CPU.",
+        ),
+        click.option(
+            "--ensemble",
+            type=click.Choice(["mean", "logits", "geometric"]),
+            default="mean",
+            show_default=True,
+            help="How the teachers are combined: mean of probabilities, of logits, or geometric mean.",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def config_option(function: Function) -> Function:
+    return click.option(
+        "--config",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_load_config,
+        help='A TOML file with defaults for these options, such as crops = 100 or teacher = ["timm:…"].',
+    )(function)
+
+
+def _load_config(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    content = _read_toml(path)
+    known = {name.lstrip("-").replace("-", "_"): p for p in ctx.command.params for name in p.opts}
+    defaults = {}
+    for key, value in content.items():
+        option = known.get(key.replace("-", "_"))
+        if option is None or option.name is None or option.name == "config":
+            raise UsageError(f"{path}: unknown setting {key!r}; settings are {', '.join(sorted(known))}")
+        joined = isinstance(value, list) and not option.multiple and option.nargs == 1
+        defaults[option.name] = " ".join(map(str, value)) if joined else value
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not TOML: {error}") from error
+    return content
+
+
+def print_json(content: Any) -> None:
+    click.echo(json.dumps(content, indent=2, ensure_ascii=False))

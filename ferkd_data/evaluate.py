@@ -1,0 +1,239 @@
+"""Is every teacher wired right? Accuracy and calibration error on labelled images, before a week is spent.
+
+Legend: B images, C classes, S input size, T teachers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ferkd_data.crops import Crops
+from ferkd_data.ensemble import Ensemble, combine
+from ferkd_data.errors import ImageError, SourceError
+from ferkd_data.images import ImageRef, ImageSource, Reject, decode_rgb, open_source
+from ferkd_data.replay import replay
+from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
+
+CENTRE_SHARE = 0.875
+"""Share of the shorter side that the evaluated square spans, as in the usual resize-256-crop-224."""
+BATCH_IMAGES = 16
+ECE_BINS = 15
+NORMALISATIONS = {
+    "ImageNet (mean 0.485,0.456,0.406 std 0.229,0.224,0.225)": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "mean=0.5 std=0.5": ((0.5,) * 3, (0.5,) * 3),
+    "mean=127/255 std=128/255": ((127 / 255,) * 3, (128 / 255,) * 3),
+    "mean=0 std=1": ((0.0,) * 3, (1.0,) * 3),
+    "mean=0 std=1/255": ((0.0,) * 3, (1 / 255,) * 3),
+}
+"""What people confuse; the options that would set it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    name: str
+    images: int
+    top1: float
+    """In 0..1, as are top5 and ece."""
+    top5: float
+    ece: float
+    """Expected calibration error in 15 equal bins of confidence (Guo et al., ICML 2017)."""
+    published_top1: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    scores: tuple[Score, ...]
+    """One per teacher; then the ensemble, where there are several teachers."""
+    warnings: tuple[str, ...]
+    rejects: int
+    unlabelled: int
+
+
+def evaluate(
+    source: str | Path,
+    *,
+    teachers: Sequence[str | TeacherSpec],
+    classes: str | Path | None = None,
+    ensemble: Ensemble = "mean",
+    device: str = "cpu",
+    precision: str = "auto",
+    limit: int | None = 1000,
+    diagnose: int = 200,
+) -> Evaluation:
+    """Top-1, top-5 and ECE on central crops of up to `limit` labelled images, spread evenly over the source.
+
+    The first `diagnose` of them are also shown to each teacher under the other common normalisations, and a warning
+    says where one of those does clearly better.
+
+    Raises SourceError when no image has a target.
+    """
+    images = open_source(source, classes=None if classes is None else Path(classes))
+    models = load_teachers(teachers, device=device, precision=precision)
+    refs, rejects, unlabelled = _choose(images, limit)
+    if not refs:
+        raise SourceError(f"{source}: no image has a target, so nothing can be evaluated")
+    gathered = _Gathered(len(models))
+    for pixels, targets, broken in _batches(images, refs):
+        rejects += broken
+        if pixels:
+            gathered.add(models, pixels, targets, device, diagnose)
+    if not gathered.targets:
+        raise SourceError(f"{source}: none of the {len(refs)} images could be decoded")
+    target = torch.tensor(gathered.targets)
+    logits = [torch.cat(parts) for parts in gathered.logits]
+    scores = [
+        _score(str(model.spec), (z / model.spec.temperature).softmax(dim=1), target, model.published_top1)
+        for model, z in zip(models, logits, strict=True)
+    ]
+    warnings = _warnings(models, scores, gathered)
+    if len(models) > 1:
+        together = combine(
+            logits,
+            weights=[model.spec.weight for model in models],
+            temperatures=[model.spec.temperature for model in models],
+            mode=ensemble,
+        )
+        scores.append(_score(f"ensemble ({ensemble})", together, target, None))
+    return Evaluation(scores=tuple(scores), warnings=tuple(warnings), rejects=rejects, unlabelled=unlabelled)
+
+
+class _Gathered:
+    def __init__(self, num_teachers: int) -> None:
+        self.logits: list[list[Tensor]] = [[] for _ in range(num_teachers)]
+        self.targets: list[int] = []
+        self.diagnosed = 0
+        self.right = [0] * num_teachers
+        self.right_under = [dict.fromkeys((*NORMALISATIONS, "channels reversed (BGR)"), 0) for _ in range(num_teachers)]
+
+    def add(
+        self,
+        models: Sequence[Teacher],
+        pixels: list[npt.NDArray[np.uint8]],
+        targets: list[int],
+        device: str,
+        diagnose: int,
+    ) -> None:
+        target = torch.tensor(targets)
+        look = self.diagnosed < diagnose
+        for i, model in enumerate(models):
+            batch = torch.cat([_centre(image, model) for image in pixels]).to(device)
+            logits = model.logits(batch).cpu()
+            self.logits[i].append(logits)
+            if look:
+                self.right[i] += _right(logits, target)
+                for name, (mean, std) in NORMALISATIONS.items():
+                    self.right_under[i][name] += _right(model.renormalised(mean, std).logits(batch), target)
+                self.right_under[i]["channels reversed (BGR)"] += _right(model.logits(batch.flip(1)), target)
+        self.targets.extend(targets)
+        self.diagnosed += len(targets) if look else 0
+
+
+def _choose(source: ImageSource, limit: int | None) -> tuple[list[ImageRef], int, int]:
+    """Up to `limit` labelled references spread evenly over the listing, in two passes of flat memory."""
+    labelled = rejects = unlabelled = 0
+    for item in source.list_images():
+        labelled += isinstance(item, ImageRef) and item.target is not None
+        unlabelled += isinstance(item, ImageRef) and item.target is None
+        rejects += isinstance(item, Reject)
+    step = 1 if limit is None else max(1, math.ceil(labelled / limit))
+    known = (item for item in source.list_images() if isinstance(item, ImageRef) and item.target is not None)
+    return list(itertools.islice(known, 0, None, step)), rejects, unlabelled
+
+
+def _batches(
+    source: ImageSource, refs: Sequence[ImageRef]
+) -> Iterator[tuple[list[npt.NDArray[np.uint8]], list[int], int]]:
+    for start in range(0, len(refs), BATCH_IMAGES):
+        part = refs[start : start + BATCH_IMAGES]
+        pixels, targets, broken = [], [], 0
+        for ref, data in zip(part, source.read(part), strict=True):
+            try:
+                if isinstance(data, ImageError):
+                    raise data
+                pixels.append(decode_rgb(data))
+                targets.append(-1 if ref.target is None else ref.target)
+            except ImageError:
+                broken += 1
+        yield pixels, targets, broken
+
+
+def _centre(image_HWC: npt.NDArray[np.uint8], model: Teacher) -> Tensor:
+    height, width = image_HWC.shape[:2]
+    side = max(1, round(min(height, width) * CENTRE_SHARE))
+    box = np.array([[(height - side) // 2, (width - side) // 2, side, side]], np.uint16)
+    wanted = model.preprocessing
+    crops = Crops(boxes=box, flip=np.array([False]))
+    return replay(image_HWC, crops, size=wanted.size, interpolation=wanted.interpolation)
+
+
+def _right(logits: Tensor, target: Tensor) -> int:
+    return int((logits.cpu().argmax(dim=1) == target).sum())
+
+
+def _score(name: str, prob_BC: Tensor, target: Tensor, published: float | None) -> Score:
+    best = prob_BC.topk(min(5, prob_BC.shape[1]), dim=1).indices
+    hits = best == target[:, None]
+    return Score(
+        name=name,
+        images=len(target),
+        top1=float(hits[:, 0].float().mean()),
+        top5=float(hits.any(dim=1).float().mean()),
+        ece=expected_calibration_error(prob_BC.max(dim=1).values.numpy(), hits[:, 0].numpy()),
+        published_top1=published,
+    )
+
+
+def expected_calibration_error(
+    confidences: npt.NDArray[np.float32], right: npt.NDArray[np.bool_], bins: int = ECE_BINS
+) -> float:
+    """Mean over equal bins of |accuracy - confidence|, weighted by the bin's share of the (B,) predictions."""
+    which = np.minimum((confidences * bins).astype(int), bins - 1)
+    gaps = [
+        abs(float(right[which == b].mean()) - float(confidences[which == b].mean())) * (which == b).mean()
+        for b in range(bins)
+        if (which == b).any()
+    ]
+    return float(sum(gaps))
+
+
+def _warnings(models: Sequence[Teacher], scores: Sequence[Score], gathered: _Gathered) -> list[str]:
+    found = []
+    best = max(score.top1 for score in scores)
+    for i, (model, score) in enumerate(zip(models, scores, strict=True)):
+        noise = 3 * math.sqrt(max(score.top1 * (1 - score.top1), 0.01) / score.images)
+        chance = 1 / model.num_classes
+        if score.top1 < 3 * chance + noise / 3:
+            found.append(
+                f"{score.name}: top-1 {score.top1:.1%} is near chance: wrong weights, class order or normalisation"
+            )
+        elif score.published_top1 is not None and score.top1 < score.published_top1 - 0.05 - noise:
+            found.append(
+                f"{score.name}: top-1 {score.top1:.1%} is far below the published {score.published_top1:.1%}: "
+                "check mean, std, size and the class order"
+            )
+        elif score.top1 < best - 0.15 - noise:
+            found.append(f"{score.name}: top-1 {score.top1:.1%} is far below the best teacher's {best:.1%}")
+        found.extend(_better_normalisation(score, gathered, i))
+    return found
+
+
+def _better_normalisation(score: Score, gathered: _Gathered, i: int) -> Iterator[str]:
+    """Where another normalisation is right more often by over two standard deviations of the difference."""
+    if not gathered.diagnosed:
+        return
+    name, right = max(gathered.right_under[i].items(), key=lambda item: item[1])
+    gain = right - gathered.right[i]
+    if gain > 2 * math.sqrt(right + 1) / 2 and gain >= 3:
+        yield (
+            f"{score.name}: gets {gathered.right[i]} of {gathered.diagnosed} images right as it is wired, "
+            f"but {right} with {name}: is its normalisation wrong?"
+        )
