@@ -50,9 +50,9 @@ def _synsets() -> list[tuple[str, str]]:
 
 
 def _write_photos(folder: Path) -> Path:
-    foolbox = extras.require("foolbox", extra="demo", what_for="the demo")
+    package = extras.package_folder("foolbox", extra="demo", what_for="the demo")
     synsets = _synsets()
-    for photo in sorted((Path(str(foolbox.__file__)).parent / "data").glob("imagenet_*.jpg")):
+    for photo in sorted((package / "data").glob("imagenet_*.jpg")):
         target = int(photo.stem.rpartition("_")[2])
         copy = folder / synsets[target][0] / photo.name
         if not copy.exists():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from pathlib import Path
 from types import ModuleType
 
 from ferkd_data.errors import MissingExtraError
@@ -19,3 +21,13 @@ def require(module: str, *, extra: str, what_for: str) -> ModuleType:
             f"{what_for} needs the package {module.split('.')[0]}, which is not installed; "
             f"run: pip install 'ferkd-data[{extra}]'"
         ) from error
+
+
+def package_folder(package: str, *, extra: str, what_for: str) -> Path:
+    """Where an installed package keeps its files, without running its code. Raises MissingExtraError."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtraError(
+            f"{what_for} needs the package {package}, which is not installed; run: pip install 'ferkd-data[{extra}]'"
+        )
+    return Path(spec.submodule_search_locations[0])

@@ -35,6 +35,12 @@ def write_atomically(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left aside below `folder`, which no live process may be writing to."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
     """Turn "no space left" into a StorageFullError that says what to do."""

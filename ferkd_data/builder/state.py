@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from ferkd_data.errors import BuildError, BuildLockedError, SettingsMismatchError
 from ferkd_data.manifest import FILE_NAME, BlockEntry
 from ferkd_data.statistics import Statistics
-from ferkd_data.storage import write_atomically
+from ferkd_data.storage import remove_leftovers, write_atomically
 
 STATE_VERSION = 1
 FOLDER = ".build"
@@ -114,6 +114,7 @@ def open_build_folder(out: Path, *, overwrite: bool) -> Iterator[BuildFolder]:
             raise BuildError(f"{out} holds a finished label set; use another folder, or --overwrite to replace it")
         if overwrite:
             _clear(out)
+        remove_leftovers(out)
         yield BuildFolder(out)
 
 

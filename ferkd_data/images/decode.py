@@ -21,6 +21,8 @@ DEFAULT_MAX_PIXELS = 89_478_485
 """Pillow's own threshold for a decompression bomb: 256 MiB of RGB."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+NO_SIZE = "not identified by this driver"
+"""What Pillow says of a header that it understands, but whose width or height is 0."""
 JPEG_START = b"\xff\xd8\xff"
 
 
@@ -102,6 +104,8 @@ def _identify(data: bytes) -> Image.Image:
         except (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError, struct.error) as error:
             if accept is None:
                 continue
+            if str(error) == NO_SIZE:
+                raise ImageError("zero_sized", f"a {name} file whose header gives no size") from error
             reason = "truncated" if len(data) < 1024 or "truncated" in str(error) else "corrupt"
             raise ImageError(reason, f"starts like a {name} file, but: {error}") from error
     raise ImageError("not_an_image", f"no image format known here (first bytes {data[:8]!r})")

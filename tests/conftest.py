@@ -1,0 +1,150 @@
+"""Small real material that many tests share. Everything is made once per session."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from label_sets import SMALL
+from PIL import Image
+
+from ferkd_data import extras
+
+torch.set_num_threads(2)
+
+TINY_TEACHERS = '''
+"""Teachers that cost nothing, for tests of everything but the teachers."""
+import os, time
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    preprocessing = {"size": 32, "mean": (0.5,), "std": (0.25,)}
+
+    def __init__(self, seed, classes=10):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.head = nn.Linear(48, classes)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.randn(classes, 48, generator=generator) * 2)
+            self.head.bias.zero_()
+
+    def forward(self, x):
+        time.sleep(float(os.environ.get("TINY_SLEEP", "0")))
+        return self.head(self.pool(x).flatten(1))
+
+
+def first():
+    return Tiny(1)
+
+
+def second():
+    return Tiny(2)
+
+
+def eleven_classes():
+    return Tiny(3, 11)
+
+
+class Broken(Tiny):
+    def forward(self, x):
+        return super().forward(x) * float("nan")
+
+
+def nan():
+    return Broken(1)
+
+
+class Flat(Tiny):
+    def forward(self, x):
+        return super().forward(x) * 0
+
+
+def flat():
+    return Flat(1)
+
+
+def not_a_module():
+    return 3
+'''
+
+
+@pytest.fixture(scope="session")
+def tiny_teachers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Makes `python:ferkd_tiny_teachers:first` and its siblings importable, in subprocesses too."""
+    folder = tmp_path_factory.mktemp("teachers")
+    (folder / "ferkd_tiny_teachers.py").write_text(TINY_TEACHERS)
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    importlib.import_module("ferkd_tiny_teachers")
+    return "python:ferkd_tiny_teachers:first"
+
+
+def write_photo(path: Path, number: int, size: tuple[int, int] = (64, 48)) -> None:
+    """A smooth picture that differs by number."""
+    noise = np.random.default_rng(number).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture(scope="session")
+def make_photos() -> Callable[..., Path]:
+    """Fills a folder with class folders class0 .. class9 of small JPEGs."""
+
+    def make(folder: Path, num_images: int = 20, classes: int = 10) -> Path:
+        for number in range(num_images):
+            write_photo(folder / f"class{number % classes}" / f"photo{number:04d}.jpg", number)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory, make_photos: Callable[..., Path]) -> Path:
+    """20 small JPEGs in 10 class folders; do not write here."""
+    return make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def real_photos() -> list[Path]:
+    """20 ImageNet photos of 512x512; the class number is at the end of the name."""
+    folder = extras.package_folder("foolbox", extra="demo", what_for="the tests")
+    return sorted((folder / "data").glob("imagenet_*.jpg"))
+
+
+@pytest.fixture(scope="session")
+def label_set(tmp_path_factory: pytest.TempPathFactory, photos: Path, tiny_teachers: str) -> Path:
+    """A finished label set of layout parquet: 20 images in 3 shards, 10 crops in 3 blocks, top-4 of 10 classes."""
+    import ferkd_data as fd
+
+    out = tmp_path_factory.mktemp("labels") / "out"
+    fd.build(photos, out, teachers=[tiny_teachers, "python:ferkd_tiny_teachers:second"], **SMALL)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tar_label_set(tmp_path_factory: pytest.TempPathFactory, photos: Path, tiny_teachers: str) -> Path:
+    """The same in layout webdataset."""
+    import ferkd_data as fd
+
+    out = tmp_path_factory.mktemp("labels") / "tars"
+    teachers = [tiny_teachers, "python:ferkd_tiny_teachers:second"]
+    fd.build(photos, out, teachers=teachers, layout="webdataset", **SMALL)
+    return out
+
+
+@pytest.fixture(scope="session")
+def quick_process() -> multiprocessing.context.ForkServerContext:
+    """Starts processes that have torch and ferkd_data loaded, but never used."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ferkd_data.builder", "ferkd_data.label_set"])
+    return context

@@ -1,0 +1,38 @@
+"""Invariant 2: the same build gives the same label set, however it was run."""
+
+from __future__ import annotations
+
+import filecmp
+
+import pytest
+from label_sets import SMALL, same_label_sets
+
+import ferkd_data as fd
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_a_second_build_gives_the_same_bytes(photos, tiny_teachers, tmp_path, layout):
+    for name in ("a", "b"):
+        fd.build(photos, tmp_path / name, teachers=[tiny_teachers], layout=layout, **SMALL)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) > 3
+    assert not filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", files, shallow=False)[1:][0]
+
+
+def test_workers_do_not_change_the_labels(photos, tiny_teachers, tmp_path):
+    for workers in (1, 4):
+        fd.build(photos, tmp_path / str(workers), teachers=[tiny_teachers], workers=workers, **SMALL)
+    assert same_label_sets(tmp_path / "1", tmp_path / "4")
+
+
+def test_the_shard_size_does_not_change_an_images_labels(photos, tiny_teachers, tmp_path):
+    fd.build(photos, tmp_path / "a", teachers=[tiny_teachers], **SMALL)
+    fd.build(photos, tmp_path / "b", teachers=[tiny_teachers], **{**SMALL, "images_per_shard": 3})
+    a, b = fd.open_labels(tmp_path / "a"), fd.open_labels(tmp_path / "b")
+    for key in a.keys():
+        assert (a[key].boxes == b[key].boxes).all()
+        assert (a[key].class_index == b[key].class_index).all()
+
+
+def test_both_layouts_hold_the_same_rows(label_set, tar_label_set):
+    assert same_label_sets(label_set, tar_label_set)

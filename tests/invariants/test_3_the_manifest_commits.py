@@ -1,0 +1,134 @@
+"""Invariant 3: a build killed at any moment resumes, and the result is that of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from label_sets import SMALL, same_label_sets
+
+import ferkd_data as fd
+from ferkd_data.builder.state import open_build_folder
+from ferkd_data.errors import BuildError, BuildLockedError, ManifestError, SettingsMismatchError
+
+KILLS = 20
+
+
+def build_slowly(photos, out, teacher, layout, sleep):
+    os.environ["TINY_SLEEP"] = str(sleep)
+    fd.build(photos, out, teachers=[teacher], layout=layout, batch_size=16, **SMALL)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_kill_and_resume(photos, tiny_teachers, tmp_path, quick_process, layout):
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    fd.build(photos, undisturbed, teachers=[tiny_teachers], layout=layout, batch_size=16, **SMALL)
+    moments = random.Random(layout)
+    killed = shards_kept = 0
+    for _ in range(KILLS // 2):
+        process = quick_process.Process(target=build_slowly, args=(photos, out, tiny_teachers, layout, 0.05))
+        process.start()
+        process.join(moments.uniform(0.1, 1.0))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+        if (out / "manifest.json").exists():
+            break
+        with pytest.raises(ManifestError, match="resume it"):
+            fd.open_labels(out) if (out / ".build").exists() else raise_unfinished()
+        shards_kept += len(list(out.glob(".build/shards/*.json")))
+    if not (out / "manifest.json").exists():
+        fd.build(photos, out, teachers=[tiny_teachers], layout=layout, batch_size=16, **SMALL)
+    assert killed >= 3
+    assert same_label_sets(undisturbed, out)
+    assert not list(out.rglob("*.tmp"))
+    assert not (out / ".build").exists()
+
+
+def raise_unfinished():
+    raise ManifestError("killed before it began: run the same build command to resume it")
+
+
+def test_finished_shards_are_not_labelled_again(photos, tiny_teachers, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop_in_the_second_shard(progress):
+        if progress.shard == 1:
+            raise Stop
+
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        fd.build(photos, out, teachers=[tiny_teachers], on_progress=stop_in_the_second_shard, **SMALL)
+    first = (out / "labels/00000-000.parquet").stat()
+    seen = []
+    fd.build(photos, out, teachers=[tiny_teachers], on_progress=lambda p: seen.append(p.shard), **SMALL)
+    assert set(seen) == {1, 2}
+    assert (out / "labels/00000-000.parquet").stat().st_mtime_ns == first.st_mtime_ns
+
+
+def test_a_shard_whose_file_is_damaged_is_labelled_again(photos, tiny_teachers, tmp_path, label_set):
+    out = tmp_path / "out"
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress):
+        if progress.shard == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fd.build(photos, out, teachers=TEACHERS(tiny_teachers), on_progress=stop, **SMALL)
+    (out / "labels/00001-001.parquet").write_bytes(b"short")
+    fd.build(photos, out, teachers=TEACHERS(tiny_teachers), **SMALL)
+    assert same_label_sets(out, label_set)
+
+
+def TEACHERS(first):
+    return [first, "python:ferkd_tiny_teachers:second"]
+
+
+def test_other_settings_are_refused_and_named(photos, tiny_teachers, tmp_path):
+    out = tmp_path / "out"
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fd.build(photos, out, teachers=[tiny_teachers], on_progress=stop, **SMALL)
+    with pytest.raises(SettingsMismatchError, match=r"top_k: saved 4, now 3.*seed: saved 0, now 5"):
+        fd.build(photos, out, teachers=[tiny_teachers], **{**SMALL, "top_k": 3, "seed": 5})
+    with pytest.raises(SettingsMismatchError, match=r"teachers\[0\].digest"):
+        fd.build(photos, out, teachers=["python:ferkd_tiny_teachers:second"], **SMALL)
+    fd.build(photos, out, teachers=[tiny_teachers], overwrite=True, **{**SMALL, "seed": 5})
+    assert fd.open_labels(out).manifest.seed == 5
+
+
+def test_a_live_build_locks_its_folder(photos, tiny_teachers, tmp_path, quick_process):
+    out = tmp_path / "out"
+    process = quick_process.Process(target=build_slowly, args=(photos, out, tiny_teachers, "parquet", 0.3))
+    process.start()
+    deadline = time.monotonic() + 30
+    while not (out / ".build/plan.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with pytest.raises(BuildLockedError, match=str(process.pid)):
+        fd.build(photos, out, teachers=[tiny_teachers], **SMALL)
+    process.kill()
+    process.join()
+    with open_build_folder(out, overwrite=False):
+        pass
+
+
+def test_a_finished_set_and_a_foreign_folder_are_not_touched(photos, tiny_teachers, tmp_path, label_set):
+    with pytest.raises(BuildError, match="finished label set"):
+        fd.build(photos, label_set, teachers=[tiny_teachers], **SMALL)
+    (tmp_path / "thesis.tex").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(BuildError, match="holds no label set"):
+            fd.build(photos, tmp_path, teachers=[tiny_teachers], overwrite=overwrite, **SMALL)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+    assert not (label_set / ".build").exists()

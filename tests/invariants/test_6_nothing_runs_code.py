@@ -1,0 +1,242 @@
+"""Invariant 6: a hostile label set ends in one clear error; nothing runs, nothing outside the folder is read."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import ferkd_data as fd
+from ferkd_data.errors import LabelSetError, ManifestError, ShardError
+
+
+@pytest.fixture
+def copy(label_set, tmp_path):
+    return shutil.copytree(label_set, tmp_path / "copy")
+
+
+@pytest.fixture
+def tar_copy(tar_label_set, tmp_path):
+    return shutil.copytree(tar_label_set, tmp_path / "copy")
+
+
+def edit(folder, change):
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def set_in(*path_and_value):
+    *path, last, value = path_and_value
+
+    def change(content):
+        for part in path:
+            content = content[part]
+        content[last] = value
+
+    return change
+
+
+MANIFESTS = {
+    "climbing path": (set_in("shards", 0, "files", 0, "path", "../../etc/passwd"), "not a path inside"),
+    "absolute path": (set_in("shards", 0, "files", 0, "path", "/etc/passwd"), "not a path inside"),
+    "url": (set_in("shards", 0, "files", 0, "path", "http://127.0.0.1/x"), "not a path inside"),
+    "pipe": (set_in("shards", 0, "files", 0, "path", "pipe:touch x"), "not a path inside"),
+    "newer version": (set_in("version", 2), "format version 2.*upgrade"),
+    "no version": (lambda m: m.pop("version"), "format version None"),
+    "another format": (set_in("format", "safetensors"), "not the manifest"),
+    "negative rows": (set_in("shards", 0, "rows", -1), "shards.0.rows"),
+    "lying rows": (set_in("shards", 0, "rows", 10**9), "the shards hold"),
+    "lying total": (set_in("num_images", 10**9), "the shards hold"),
+    "missing block": (lambda m: m["shards"][0]["files"].pop(), "crop blocks"),
+    "shards swapped": (lambda m: m["shards"].reverse(), "shard 2 stands where shard 0"),
+    "bad digest": (set_in("shards", 0, "files", 0, "sha256", "zz"), "sha256"),
+    "infinite mean": (set_in("teachers", 0, "mean", [1e999, 0, 0]), "teachers.0.mean"),
+    "no teachers": (set_in("teachers", []), "teachers"),
+    "text for a number": (set_in("top_k", "many"), "top_k"),
+    "too few class names": (set_in("class_names", ["a"]), "class names"),
+    "counts do not add up": (set_in("source", "images_seen", 5), "do not add up"),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_hostile_manifest(copy, name):
+    change, message = MANIFESTS[name]
+    edit(copy, change)
+    with pytest.raises(ManifestError, match=message):
+        fd.open_labels(copy)
+
+
+def test_deeply_nested_json_and_cut_json(copy):
+    (copy / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(ManifestError, match="not JSON"):
+        fd.open_labels(copy)
+    (copy / "manifest.json").write_text('{"format": "ferkd-data", "version": 1')
+    with pytest.raises(ManifestError, match="cut short"):
+        fd.open_labels(copy)
+
+
+def test_an_unknown_field_is_kept(copy):
+    edit(copy, set_in("teachers", 0, "licence", "MIT"))
+    assert '"licence": "MIT"' in fd.open_labels(copy).manifest.to_json()
+
+
+def test_a_link_out_of_the_folder_is_refused(copy, tmp_path):
+    shard = copy / "labels/00000-000.parquet"
+    shutil.move(shard, tmp_path / "elsewhere.parquet")
+    shard.symlink_to(tmp_path / "elsewhere.parquet")
+    with pytest.raises(LabelSetError, match="leads outside"):
+        fd.open_labels(copy).shard(0)
+
+
+def replace_shard(folder, table, block="labels/00000-000.parquet"):
+    """Put another table in a shard's place, with a manifest that agrees on its size."""
+    path = folder / block
+    pq.write_table(table, path)
+    edit(folder, set_in("shards", 0, "files", 0, "bytes", path.stat().st_size))
+
+
+def test_a_truncated_or_missing_shard(copy):
+    path = copy / "labels/00000-000.parquet"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ShardError, match="the manifest says"):
+        fd.open_labels(copy).shard(0)
+    path.unlink()
+    with pytest.raises(ShardError, match="missing"):
+        fd.open_labels(copy).shard(0)
+
+
+def test_a_shard_of_the_right_size_with_rubbish(copy):
+    path = copy / "labels/00000-000.parquet"
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(ShardError, match="cannot be read as a label block"):
+        fd.open_labels(copy).shard(0)
+
+
+def test_a_lying_row_count_takes_no_memory(copy):
+    table = pq.read_table(copy / "labels/00000-000.parquet")
+    replace_shard(copy, pa.concat_tables([table] * 50))
+    with pytest.raises(ShardError, match="holds 400 rows, the manifest says 8"):
+        fd.open_labels(copy).shard(0)
+
+
+def test_a_bomb_in_a_column_takes_no_memory(copy):
+    table = pq.read_table(copy / "labels/00000-000.parquet")
+    bomb = pa.array(["a" * 50_000_000] + ["b"] * (table.num_rows - 1))
+    replace_shard(copy, table.set_column(0, table.schema.field("key"), bomb))
+    with pytest.raises(ShardError, match="column 'key' claims"):
+        fd.open_labels(copy).shard(0)
+
+
+@pytest.mark.parametrize("column", ["key", "class_prob", "bucket"])
+def test_a_missing_column(copy, column):
+    table = pq.read_table(copy / "labels/00000-000.parquet").drop_columns([column])
+    replace_shard(copy, table)
+    with pytest.raises(ShardError, match=f"'{column}' is missing"):
+        fd.open_labels(copy).shard(0)
+
+
+def test_a_class_out_of_range(copy):
+    table = pq.read_table(copy / "labels/00000-000.parquet")
+    at = table.schema.get_field_index("class_index")
+    field = table.schema.field(at)
+    wrong = pa.FixedSizeListArray.from_arrays(pa.array([10] * 16 * 8, pa.uint16()), type=field.type)
+    replace_shard(copy, table.set_column(at, field, wrong))
+    with pytest.raises(ShardError, match="class 10 in a label set of 10 classes"):
+        fd.open_labels(copy).shard(0)
+
+
+class RunsCode:
+    def __reduce__(self):
+        import pathlib
+
+        return pathlib.Path.touch, (pathlib.Path("/tmp/ferkd-data-was-here"),)
+
+
+def rewrite_tar(folder, change):
+    path = folder / "shards/00000.tar"
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(path, "w") as tar:
+        for member, data in change(members):
+            member.size = len(data) if member.isreg() else 0
+            tar.addfile(member, io.BytesIO(data))
+    edit(folder, set_in("shards", 0, "files", 0, "bytes", path.stat().st_size))
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+def with_crops(data):
+    return lambda members: [(m, data if m.name.endswith(".npy") else d) for m, d in members]
+
+
+def renamed(old, new):
+    def change(members):
+        for member, _ in members:
+            if member.name.endswith(old):
+                member.name = new
+                break
+        return members
+
+    return change
+
+
+def linked(members):
+    members[0][0].type, members[0][0].linkname = tarfile.SYMTYPE, "/etc/passwd"
+    return members
+
+
+TARS = {
+    "pickled array": (with_crops(npy(np.array([RunsCode()], dtype=object))), "not a plain NumPy array"),
+    "bare pickle": (with_crops(pickle.dumps(RunsCode())), "not a plain NumPy array"),
+    "huge header": (with_crops(npy(np.zeros(1)).replace(b"(1,)", b"(9999999999,)")), "not a plain NumPy array"),
+    "floats": (with_crops(npy(np.zeros(5))), "does not hold crop records"),
+    "other records": (with_crops(npy(np.zeros(5, [("class_index", "u2", 4), ("x", "O")]))), "."),
+    "climbing name": (renamed(".jpg", "../../escape.jpg"), "not KEY.EXTENSION inside"),
+    "absolute name": (renamed(".jpg", "/escape.jpg"), "not KEY.EXTENSION inside"),
+    "link": (linked, "links and devices are refused"),
+    "duplicate member": (lambda members: [members[0], *members], "appears twice"),
+    "duplicate sample": (lambda members: [*members, *members[:3]], "appears twice"),
+    "no labels": (lambda members: [m for m in members if not m[0].name.endswith("npy")], "needs one image and one"),
+    "class is text": (
+        lambda members: [(m, b"os.system" if m.name.endswith("cls") else d) for m, d in members],
+        "expected a class number",
+    ),
+    "an image that is none": (
+        lambda members: [(m, b"GIF?" if m.name.endswith("jpg") else d) for m, d in members],
+        "not_an_image",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_hostile_tar(tar_copy, name):
+    import pathlib
+
+    change, message = TARS[name]
+    rewrite_tar(tar_copy, change)
+    with pytest.raises(ShardError, match=message):
+        fd.open_labels(tar_copy).shard(0)
+    assert not pathlib.Path("/tmp/ferkd-data-was-here").exists()
+
+
+def test_a_truncated_tar(tar_copy):
+    path = tar_copy / "shards/00000.tar"
+    data = path.read_bytes()
+    for size in (0, 100, 1000, len(data) // 2, len(data) - 12_000):
+        path.write_bytes(data[:size])
+        edit(tar_copy, set_in("shards", 0, "files", 0, "bytes", size))
+        with pytest.raises(ShardError):
+            fd.open_labels(tar_copy).shard(0)

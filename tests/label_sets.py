@@ -1,0 +1,16 @@
+"""Plain functions that tests import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ferkd_data as fd
+from ferkd_data.shards.columns import same_labels
+
+SMALL = {"crops": 10, "crops_per_block": 4, "top_k": 4, "images_per_shard": 8, "device": "cpu"}
+
+
+def same_label_sets(a: Path, b: Path) -> bool:
+    """Row by row and value by value."""
+    first, second = list(fd.open_labels(a).shards()), list(fd.open_labels(b).shards())
+    return len(first) == len(second) and all(map(same_labels, first, second))
