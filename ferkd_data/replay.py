@@ -47,8 +47,8 @@ def replay(
     """Cut `crops` out of a decoded image: uint8 (N, 3, S, S), channels last.
 
     The resize works across, rounds, then works down. Bilinear equals Pillow's crop-then-resize within 1 grey level
-    (1 value in 27 million differs by 2), bicubic equals Pillow's two passes in this order within 2: see
-    docs/decisions.md. `out`, when given, must come from `empty_batch` (or be a slice of such a batch along its first axis)
+    (1 value in 27 million differs by 2), bicubic equals Pillow's two passes in this order within 2 levels: see
+    docs/decisions.md. `out`, when given, must come from `empty_batch` (or be a slice of one along its first axis)
     and is filled and returned.
 
     Raises UsageError when a box does not lie inside the image or `interpolation` is unknown.

@@ -1,0 +1,166 @@
+"""Every command's exit status, stderr and --json, in real processes where that matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import ferkd_data as fd
+from ferkd_data_cli.main import COMMANDS, run
+
+SMALL = ["--crops", "10", "--crops-per-block", "4", "--top-k", "4", "--images-per-shard", "8", "--device", "cpu"]
+
+
+@pytest.fixture
+def call(capsys):
+    def call_(*args):
+        capsys.readouterr()
+        status = run([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return status, captured.out, captured.err
+
+    return call_
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(call, command):
+    status, out, _ = call(command, "--help")
+    assert status == 0 and out.startswith(f"Usage: ferkd-data {command}")
+
+
+def test_help_is_light():
+    code = "import sys; from ferkd_data_cli.main import run; run(['--help']); heavy = "
+    code += "{'torch', 'timm', 'pyarrow', 'pydantic', 'rich', 'webdataset', 'numpy'} & set(sys.modules); "
+    code += "sys.exit(f'imported {heavy}' if heavy else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_build_info_stats_show(call, photos, tiny_teachers, tmp_path):
+    out = tmp_path / "out"
+    status, text, err = call("build", photos, out, "--teacher", tiny_teachers, *SMALL)
+    assert (status, "20 images x 10 crops" in text) == (0, True)
+    assert "20/20 images" in err and "crops/s" in err
+
+    status, text, _ = call("info", out)
+    assert status == 0 and "top-4 of 10 classes" in text
+    status, text, _ = call("info", out, "--json")
+    assert json.loads(text)["num_crops"] == 10
+
+    status, text, _ = call("stats", out)
+    assert status == 0 and "0.95-1.00" in text and "easy_positive" in text and "FerKD paper" in text
+    status, text, _ = call("stats", out, "--json")
+    content = json.loads(text)
+    assert len(content["p_max"]) == 12 and content["crops"] == 200 and len(content["worst_classes"]) == 5
+
+    status, text, _ = call("show", out, "class3/photo0003", "--crops", "2")
+    assert status == 0 and text.startswith("class3/photo0003 (64x48, class3)") and len(text.splitlines()) == 3
+    status, text, _ = call("show", out, "--json")
+    assert len(json.loads(text)["crops"]) == 8
+    status, _, err = call("show", out, "nobody")
+    assert status == 2 and "no image has the key 'nobody'; keys look like 'class0/photo0000'" in err
+
+
+def test_build_json_and_rejects(call, make_photos, tiny_teachers, tmp_path):
+    folder = make_photos(tmp_path / "photos", 10)
+    (folder / "class0/broken.jpg").write_bytes(b"no")
+    status, text, err = call(
+        "build", folder, tmp_path / "out", "--teacher", tiny_teachers, "--json", "--workers", 1, *SMALL
+    )
+    assert status == 3
+    assert json.loads(text)["rejects"] == 1
+    status, _, err = call("build", folder, tmp_path / "b", "--teacher", tiny_teachers, "--on-error", "fail", *SMALL)
+    assert status == 1 and "class0/broken" in err and len(err.strip().splitlines()[-1:]) == 1
+
+
+def test_both_forms_of_thresholds(call, photos, tiny_teachers, tmp_path):
+    for name, form in {"a": ["0.1", "0.2", "0.9"], "b": ["quantile:0.1,0.2,0.9"]}.items():
+        status, _, _ = call("build", "--thresholds", *form, photos, tmp_path / name, "--teacher", tiny_teachers, *SMALL)
+        assert status == 0
+    assert fd.open_labels(tmp_path / "a").manifest.thresholds.mid == 0.2
+    assert fd.open_labels(tmp_path / "b").manifest.thresholds.quantile == (0.1, 0.2, 0.9)
+
+
+def test_dry_run(call, photos, tiny_teachers, tmp_path):
+    status, text, _ = call("build", photos, tmp_path / "out", "--teacher", tiny_teachers, "--dry-run", *SMALL)
+    assert status == 0 and "forwards      200" in text and not (tmp_path / "out").exists()
+    status, text, _ = call("build", photos, tmp_path / "out", "--teacher", tiny_teachers, "--dry-run", "--json", *SMALL)
+    assert json.loads(text)["crops"] == 200
+
+
+def test_a_config_file(call, photos, tiny_teachers, tmp_path):
+    config = tmp_path / "build.toml"
+    config.write_text(f'teacher = ["{tiny_teachers}"]\ncrops = 6\ntop-k = 3\nthresholds = [0.1, 0.2, 0.9]\n')
+    status, _, err = call("build", photos, tmp_path / "out", "--config", config, "--top-k", "2", "--device", "cpu")
+    assert status == 0, err
+    manifest = fd.open_labels(tmp_path / "out").manifest
+    assert (manifest.num_crops, manifest.top_k, manifest.thresholds.mid) == (6, 2, 0.2)
+    config.write_text("crop = 6")
+    status, _, err = call("build", photos, tmp_path / "out2", "--config", config)
+    assert status == 2 and "unknown setting 'crop'" in err
+    config.write_text("crops = ")
+    assert call("build", photos, tmp_path / "out2", "--config", config)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["build"], 2, "Missing argument"),
+        (["nothing"], 2, "No such command"),
+        (["build", "{photos}", "{out}", "--teacher", "keras:x"], 2, "must start with one of timm:"),
+        (["build", "{photos}", "{out}", "--teacher", "{tiny}", "--crops", "0"], 2, "crops must be"),
+        (["build", "{photos}", "{out}", "--teacher", "{tiny}", "--scale", "2", "3"], 2, "scale must be"),
+        (["build", "{photos}", "{out}", "--teacher", "{tiny}", "--thresholds", "0.5"], 2, "thresholds must be"),
+        (["build", "/nowhere", "{out}", "--teacher", "{tiny}"], 1, "no such folder or file"),
+        (["build", "{photos}", "{out}", "--teacher", "{tiny}", "--device", "cuda:7"], 2, "no CUDA"),
+        (["info", "/nowhere"], 1, "no manifest.json"),
+        (["stats", "{photos}"], 1, "no manifest.json"),
+        (["evaluate", "/nowhere", "--teacher", "{tiny}"], 1, "no such folder or file"),
+    ],
+)
+def test_errors_are_one_line(call, photos, tiny_teachers, tmp_path, args, status, message):
+    import torch
+
+    if "cuda:7" in args and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    names = {"{photos}": photos, "{out}": tmp_path / "out", "{tiny}": tiny_teachers}
+    found, out, err = call(*[names.get(arg, arg) for arg in args])
+    assert found == status and message in err and out == ""
+    assert err.startswith(("ferkd-data: ", "Usage: ")) and len(err.splitlines()) <= 4
+
+
+def test_debug_shows_a_traceback(capsys):
+    assert run(["info", "/nowhere", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_evaluate(call, photos, tiny_teachers):
+    status, text, err = call(
+        "evaluate", photos, "--teacher", tiny_teachers, "--teacher", "python:ferkd_tiny_teachers:second"
+    )
+    assert status == 0 and "ensemble (mean)" in text and "near chance" in err
+    status, text, _ = call("evaluate", photos, "--teacher", tiny_teachers, "--json", "--diagnose", 0)
+    content = json.loads(text)
+    assert content["scores"][0]["images"] == 20 and 0 <= content["scores"][0]["ece"] <= 1
+
+
+def test_an_interrupt_says_how_to_go_on(photos, tiny_teachers, tmp_path):
+    command = [sys.executable, "-m", "ferkd_data_cli.main", "build", photos, tmp_path / "out"]
+    command += ["--teacher", tiny_teachers, *SMALL]
+    process = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, env={**os.environ, "TINY_SLEEP": "0.3"}
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out/.build/plan.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().endswith("interrupted; run the same command again to go on where it stopped")

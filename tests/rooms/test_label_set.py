@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+import ferkd_data as fd
+from ferkd_data.errors import ManifestError, ShardError, UsageError
+from ferkd_data.statistics import RANGE_EDGES, add, histogram, p_max_table, per_class_agreement, summarise
+
+
+def test_length_keys_rows_and_shards_agree(label_set):
+    labels = fd.open_labels(label_set)
+    keys = list(labels.keys())
+    assert len(labels) == len(keys) == len(set(keys)) == 20
+    assert [image.key for image in labels] == keys
+    assert [len(shard) for shard in labels.shards()] == [8, 8, 4]
+    for row, key in enumerate(keys):
+        assert labels[key].key == labels[row].key == key
+        assert key in labels
+    assert "nobody" not in labels and 3 not in labels
+    with pytest.raises(KeyError):
+        labels["nobody"]
+    with pytest.raises(IndexError):
+        labels[20]
+
+
+def test_shapes_and_types(label_set):
+    shard = fd.open_labels(label_set).shard(2)
+    assert shard.boxes.shape == (4, 10, 4) and shard.boxes.dtype == np.uint16
+    assert shard.flip.shape == (4, 10) and shard.flip.dtype == np.bool_
+    assert shard.class_index.shape == (4, 10, 4) and shard.class_index.dtype == np.uint16
+    assert shard.class_prob.shape == (4, 10, 4) and shard.class_prob.dtype == np.float16
+    assert shard.target_prob.shape == (4, 10) and shard.target_prob.dtype == np.float16
+    assert shard.bucket.shape == (4, 10) and shard.bucket.dtype == np.uint8
+    assert shard.image_digest.shape == (4, 16) and shard.target.dtype == np.int32
+
+
+def test_fewer_crops_touch_only_their_blocks(label_set, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(label_set, tmp_path / "copy")
+    for path in copy.glob("labels/*-002.parquet"):
+        path.unlink()
+    whole = fd.open_labels(label_set)
+    for crops in (1, 4, 5, 8):
+        part = fd.open_labels(copy, crops=crops)
+        assert part.num_crops == crops
+        assert np.array_equal(part.shard(0).boxes, whole.shard(0).boxes[:, :crops])
+        assert np.array_equal(part["class0/photo0000"].class_prob, whole["class0/photo0000"].class_prob[:crops])
+    with pytest.raises(ShardError, match="missing"):
+        fd.open_labels(copy).shard(0)
+    for crops in (0, 11):
+        with pytest.raises(UsageError, match=r"1\.\.10"):
+            fd.open_labels(label_set, crops=crops)
+
+
+def test_a_label_set_can_be_pickled(label_set):
+    labels = fd.open_labels(label_set, crops=5)
+    labels["class0/photo0000"]
+    copy = pickle.loads(pickle.dumps(labels))
+    assert copy.num_crops == 5 and copy["class0/photo0000"].boxes.shape == (5, 4)
+
+
+def test_what_is_no_label_set(tmp_path):
+    with pytest.raises(ManifestError, match=r"no manifest\.json; is this the folder"):
+        fd.open_labels(tmp_path)
+    with pytest.raises(ManifestError, match="no manifest"):
+        fd.open_labels(tmp_path / "nowhere")
+
+
+def test_statistics_are_those_of_the_rows(label_set):
+    labels = fd.open_labels(label_set)
+    statistics = labels.statistics
+    p_max = np.concatenate([shard.class_prob[..., 0].reshape(-1) for shard in labels.shards()]).astype(float)
+    assert statistics.crops == 200 == sum(statistics.bucket_counts) == statistics.crops_with_target
+    for row in p_max_table(statistics):
+        last = row.high == 1.0
+        inside = (p_max >= row.low) & ((p_max <= row.high) if last else (p_max < row.high))
+        assert row.crops == inside.sum()
+    assert p_max_table(statistics)[-1].aggregate == pytest.approx(100)
+    right = sum(int((image.class_index[:, 0] == image.target).sum()) for image in labels)
+    assert statistics.top1_matches_target == right
+    agreement = np.array(statistics.teacher_agreement)
+    assert agreement.shape == (2, 2) and (np.diag(agreement) == 200).all() and agreement[0, 1] == agreement[1, 0] < 200
+    summary = summarise(statistics)
+    assert summary["agreement_with_target"] == right / 200
+    worst = per_class_agreement(labels.shards())
+    assert sum(row[1] for row in worst) == 200
+    assert round(sum(row[1] * row[2] for row in worst)) == right
+    assert [row[2] for row in worst] == sorted(row[2] for row in worst)
+
+
+def test_edges_fall_into_the_upper_range():
+    """A float16 on an edge of the table counts where FerKD's ranges say, from below and above."""
+    for low in RANGE_EDGES[:-1]:
+        at = float(np.float16(low))
+        expected = round(low * 200) if at >= low else round(low * 200) - 1
+        assert int(np.flatnonzero(histogram(np.array([at])))[0]) == expected
+
+
+def test_statistics_of_parts_add_up(label_set):
+    statistics = fd.open_labels(label_set).statistics
+    doubled = statistics + statistics
+    assert doubled.crops == 400 and doubled.p_max_histogram[100] == 2 * statistics.p_max_histogram[100]
+    assert add([]).crops == 0

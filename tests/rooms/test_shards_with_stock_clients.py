@@ -1,0 +1,116 @@
+"""What we write, read by libraries that know nothing of us."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ferkd_data as fd
+from ferkd_data.builder.state import FOLDER
+from ferkd_data.shards import parquet, webdataset
+
+
+@pytest.fixture
+def first(label_set):
+    labels = fd.open_labels(label_set)
+    return label_set / "labels/00000-001.parquet", labels.shard(0).crop_range(4, 8)
+
+
+def test_duckdb(first):
+    import duckdb
+
+    path, expected = first
+    rows = duckdb.sql(
+        f"select key, target, height, box_top, flip, class_index, class_prob, target_prob, bucket from '{path}'"
+    ).fetchall()
+    assert [row[0] for row in rows] == list(expected.keys)
+    for i, (_, target, height, top, flip, index, prob, target_prob, bucket) in enumerate(rows):
+        assert (target, height) == (expected.target[i], 48)
+        assert list(top) == expected.boxes[i, :, 0].tolist()
+        assert list(flip) == expected.flip[i].tolist()
+        assert list(index) == expected.class_index[i].reshape(-1).tolist()
+        assert list(prob) == expected.class_prob[i].reshape(-1).tolist()
+        assert list(target_prob) == expected.target_prob[i].tolist()
+        assert list(bucket) == expected.bucket[i].tolist()
+    top1 = duckdb.sql(f"select avg(class_prob[1]) from '{path}'").fetchall()[0][0]
+    assert top1 == pytest.approx(expected.class_prob[:, 0, 0].astype(float).mean())
+
+
+def test_polars(first):
+    import polars
+
+    path, expected = first
+    frame = polars.read_parquet(path)
+    assert frame["key"].to_list() == list(expected.keys)
+    assert np.array_equal(frame["class_prob"].to_numpy().reshape(expected.class_prob.shape), expected.class_prob)
+    assert np.array_equal(frame["box_left"].to_numpy(), expected.boxes[:, :, 1])
+
+
+def test_pandas(first):
+    import pandas
+
+    path, expected = first
+    frame = pandas.read_parquet(path)
+    assert frame["key"].tolist() == list(expected.keys)
+    assert np.array_equal(np.stack(frame["class_index"]).reshape(expected.class_index.shape), expected.class_index)
+    assert np.array_equal(np.stack(frame["flip"]), expected.flip)
+
+
+def test_the_stock_webdataset_library(tar_label_set, photos):
+    import webdataset as wds
+
+    labels = fd.open_labels(tar_label_set)
+    pattern = str(tar_label_set / "shards/{00000..00002}.tar")
+    dataset = wds.WebDataset(pattern, shardshuffle=False, empty_check=False).decode("rgb8")
+    samples = list(dataset)
+    assert [sample["__key__"] for sample in samples] == list(labels.keys())
+    for sample, ours in zip(samples, labels, strict=True):
+        assert sample["cls"] == ours.target
+        records = sample["crops.npy"]
+        assert np.array_equal(records["box_width"], ours.boxes[:, 3])
+        assert np.array_equal(records["class_prob"], ours.class_prob)
+        assert sample["jpg"].shape == (48, 64, 3)
+    raw = next(iter(wds.WebDataset(pattern, shardshuffle=False, empty_check=False)))
+    assert raw["jpg"] == (photos / f"{raw['__key__']}.jpg").read_bytes()
+
+
+def test_the_layout_is_designs(label_set, tar_label_set):
+    def names(folder):
+        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+    blocks = [f"labels/0000{shard}-00{block}.parquet" for shard in range(3) for block in range(3)]
+    assert names(label_set) == [*blocks, "manifest.json", "rejects.parquet"]
+    tars = [f"shards/0000{shard}.tar" for shard in range(3)]
+    assert names(tar_label_set) == ["manifest.json", "rejects.parquet", *tars]
+    assert not (label_set / FOLDER).exists()
+
+
+def test_unlabelled_images_have_null_in_parquet_and_no_cls_in_tars(tmp_path, tiny_teachers):
+    import duckdb
+
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    for layout in ("parquet", "webdataset"):
+        out = tmp_path.parent / f"{tmp_path.name}-{layout}"
+        fd.build(tmp_path, out, teachers=[tiny_teachers], crops=3, layout=layout, device="cpu")
+        image = fd.open_labels(out)["a"]
+        assert image.target == -1 and np.isnan(image.target_prob).all()
+    assert [sample.target for sample in webdataset.scan(out / "shards/00000.tar")] == [-1]
+    path = tmp_path.parent / f"{tmp_path.name}-parquet/labels/00000-000.parquet"
+    row = duckdb.sql(f"select target, target_prob, bucket from '{path}'").fetchall()[0]
+    assert row[0] is None and list(row[1]) == [None] * 3 and len(row[2]) == 3
+
+
+def test_records_survive_npy(label_set):
+    image = fd.open_labels(label_set)[3]
+    data = webdataset.npy_bytes(webdataset.to_records(image))
+    assert np.array_equal(np.load(io.BytesIO(data), allow_pickle=False), webdataset.parse_npy(data, "here"))
+
+
+def test_the_published_schema_is_what_is_written(label_set):
+    import pyarrow.parquet as pq
+
+    path = label_set / "labels/00000-000.parquet"
+    assert pq.read_schema(path).equals(parquet.schema(4, 4, np.uint16))

@@ -1,0 +1,92 @@
+"""The shape of the code: imports point one way, public names exist, importing is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import ferkd_data
+
+ROOT = Path(ferkd_data.__file__).parent
+
+FLOORS = [
+    {"errors"},
+    {"rng", "extras", "storage"},
+    {"crops"},
+    {"images", "replay"},
+    {"teachers", "ensemble", "buckets"},
+    {"shards.columns", "statistics", "labels", "targets", "normalization"},
+    {"shards", "manifest", "demo", "evaluate", "losses", "calibration", "mixing", "selfmix"},
+    {"label_set"},
+    {"builder", "loader"},
+]
+"""From the ground up: a module may import what stands on its own floor or below."""
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "ferkd_data":
+                found |= {alias.name for alias in node.names if (ROOT / f"{alias.name}.py").exists()}
+            elif (node.module or "").startswith("ferkd_data."):
+                found.add((node.module or "").removeprefix("ferkd_data."))
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("ferkd_data.") for alias in node.names if "ferkd_data." in alias.name}
+    return found
+
+
+def floor(module: str) -> int:
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        for number, rooms in enumerate(FLOORS):
+            if name in rooms:
+                return number
+    raise AssertionError(f"module {module} has no floor")
+
+
+def modules() -> dict[str, Path]:
+    return {module_name(path): path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"}
+
+
+def test_imports_never_point_up():
+    for name, path in modules().items():
+        for imported in imports(path):
+            assert floor(imported) <= floor(name), f"{name} imports {imported}"
+
+
+def test_there_is_no_cycle():
+    graph = {name: imports(path) & set(modules()) for name, path in modules().items()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"cycle: {' -> '.join((*above, name))}"
+        if name not in done:
+            for imported in graph[name] - {name.rpartition(".")[0]}:
+                visit(imported, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_public_names_exist_and_are_listed():
+    for name in ferkd_data.__all__:
+        assert getattr(ferkd_data, name) is not None
+        assert name in dir(ferkd_data)
+    for name in ("build", "open_labels"):
+        assert callable(getattr(ferkd_data, name))
+
+
+def test_importing_is_light():
+    light = "import sys, ferkd_data; assert not {'torch', 'numpy', 'pyarrow', 'timm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", light], check=True)
