@@ -46,7 +46,7 @@ def command(out: Path, crops: int) -> int:
     click.echo("\na few crops with their labels")
     for row in range(0, len(labels), max(1, len(labels) // IMAGES_SHOWN))[:IMAGES_SHOWN]:
         image = labels[row]
-        print_image(labels, image, [describe_crop(labels, image, n) for n in range(CROPS_SHOWN)])
+        print_image(labels, image, [describe_crop(labels, image, n) for n in range(min(CROPS_SHOWN, crops))])
     teachers = " \\\n    ".join(f"--teacher {spec}" for spec in demo.teachers)
     click.echo(f"""
 The same build as a command:

@@ -1,0 +1,46 @@
+"""Label sets of every format version ever published stay readable, value for value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import ferkd_data as fd
+from ferkd_data.shards.columns import same_labels
+from ferkd_data.storage import sha256_file
+
+FOLDER = Path(__file__).parent / "version-1"
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_version_1(layout):
+    labels = fd.open_labels(FOLDER / layout)
+    assert list(labels.keys()) == ["class0/photo0", "class0/photo2", "class1/photo1", "class1/photo3"]
+    image = labels["class1/photo3"]
+    assert (image.height, image.width, image.target) == (12, 16, 1)
+    assert image.boxes.tolist() == BOXES
+    assert image.flip.tolist() == FLIPS
+    assert image.class_index.tolist() == CLASSES
+    assert image.class_prob.astype(float).round(4).tolist() == PROBABILITIES
+    assert image.bucket.tolist() == BUCKETS
+    assert labels.class_names == tuple(f"name {i}" for i in range(6))
+    assert pq.read_table(FOLDER / layout / "rejects.parquet").to_pylist()[0]["reason"] == "not_an_image"
+    for entry in labels.manifest.shards:
+        for file in entry.files:
+            assert sha256_file(FOLDER / layout / file.path) == file.sha256
+
+
+def test_both_layouts_hold_the_same():
+    parquet, tars = (fd.open_labels(FOLDER / layout) for layout in ("parquet", "webdataset"))
+    assert all(map(same_labels, parquet.shards(), tars.shards()))
+    assert not np.isnan(parquet.shard(0).target_prob).any()
+
+
+BOXES = [[1, 1, 7, 8], [1, 1, 5, 5], [1, 0, 8, 10], [0, 2, 12, 10], [0, 1, 11, 13]]
+FLIPS = [True, True, False, True, True]
+CLASSES = [[5, 4], [5, 4], [5, 4], [5, 4], [5, 4]]
+PROBABILITIES = [[0.8569, 0.1432], [0.7461, 0.2532], [0.8433, 0.1567], [0.9404, 0.0597], [0.9453, 0.0549]]
+BUCKETS = [2, 2, 2, 2, 2]
