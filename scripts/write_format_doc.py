@@ -1,0 +1,124 @@
+"""Fill the generated tables of docs/format.md from the code. A test checks that they are up to date."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel
+
+from ferkd_data import manifest, statistics
+from ferkd_data.images import REASONS
+from ferkd_data.shards import parquet, webdataset
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
+
+
+def parquet_table() -> str:
+    rows = ["| column | type | null |", "| --- | --- | --- |"]
+    # 7 crops at top-5 stand for N crops at top-k.
+    for field in parquet.schema(7, 5, np.uint16):
+        kind = str(field.type).replace("fixed_size_list<element: ", "list<").replace("halffloat", "float16")
+        kind = kind.replace("[35]", "[N*k]").replace("[7]", "[N]")
+        elements = "its elements, where unknown" if field.name == "target_prob" else "no"
+        rows.append(f"| `{field.name}` | {kind} | {'where unknown' if field.nullable else elements} |")
+    return "\n".join(rows)
+
+
+def record_table() -> str:
+    rows = ["| field | type | offset |", "| --- | --- | --- |"]
+    dtype = webdataset.record_dtype(5, np.uint16)
+    for name in dtype.names or ():
+        kind, offset = (dtype.fields or {})[name][:2]
+        shape = "[k]" if kind.shape else ""
+        place = str(offset) if name != "class_prob" and name != "target_prob" else "after the field before it"
+        rows.append(f"| `{name}` | `{kind.base.str}`{shape} | {place} |")
+    return "\n".join(rows)
+
+
+def reasons_table() -> str:
+    return "\n".join(["| reason | meaning |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in REASONS.items())])
+
+
+def manifest_tables() -> str:
+    models: list[type[BaseModel]] = [
+        manifest.Manifest,
+        manifest.CreatedBy,
+        manifest.TeacherEntry,
+        manifest.CropDistributionEntry,
+        manifest.ThresholdsEntry,
+        manifest.SourceEntry,
+        manifest.ShardEntry,
+        manifest.BlockEntry,
+        manifest.RejectsEntry,
+        statistics.Statistics,
+    ]
+    return "\n\n".join(model_table(model) for model in models)
+
+
+def model_table(model: type[BaseModel]) -> str:
+    docs = field_docs(model)
+    schema = model.model_json_schema()
+    rows = [f"`{model.__name__}`:\n", "| field | type | meaning |", "| --- | --- | --- |"]
+    for name, field in model.model_fields.items():
+        optional = "" if field.is_required() else " (optional)"
+        kind = type_name(schema["properties"][name])
+        rows.append(f"| `{name}` | {kind}{optional} | {docs.get(name, '')} |")
+    return "\n".join(rows)
+
+
+def type_name(schema: dict[str, object]) -> str:
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if "const" in schema:
+        return f"`{schema['const']!r}`".replace("'", '"')
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])  # type: ignore[attr-defined]
+    if "anyOf" in schema:
+        return " or ".join(type_name(part) for part in schema["anyOf"])  # type: ignore[attr-defined]
+    if schema.get("type") == "array":
+        items = schema.get("items") or {"type": "number"}
+        if "prefixItems" in schema:
+            items = schema["prefixItems"][0]  # type: ignore[index]
+        return f"array of {type_name(items)}"  # type: ignore[arg-type]
+    return str(schema.get("type", "any"))
+
+
+def field_docs(model: type[BaseModel]) -> dict[str, str]:
+    """The string under each field, of the model and its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        if base is BaseModel or not issubclass(base, BaseModel):
+            continue
+        body = ast.parse(inspect.getsource(base)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for before, node in zip(body.body, body.body[1:], strict=False):
+            is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if is_text and isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name):
+                docs[before.target.id] = " ".join(str(node.value.value).split())  # type: ignore[attr-defined]
+    return docs
+
+
+TABLES = {
+    "parquet columns": parquet_table,
+    "crop record": record_table,
+    "reasons": reasons_table,
+    "manifest": manifest_tables,
+}
+
+
+def filled(text: str) -> str:
+    """The document with every `<!-- generated: NAME -->` block filled in."""
+    for name, make in TABLES.items():
+        pattern = rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)"
+        text, count = re.subn(pattern, lambda m, made=make(): f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"docs/format.md must have one generated block {name!r}, has {count}")
+    return text
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
