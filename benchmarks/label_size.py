@@ -61,7 +61,7 @@ def main() -> None:
     labels = reshaped(opened.shard(0), args.reshape)
     num_crops = len(labels) * labels.num_crops
     print(f"{len(labels)} rows of {labels.num_crops} crops, top-{opened.top_k}; bytes per crop\n")
-    split = {name: "BYTE_STREAM_SPLIT" for name in BOXES}
+    split = dict.fromkeys(BOXES, "BYTE_STREAM_SPLIT")
     zstd = {"compression": "zstd", "compression_level": 9}
     variants: dict[str, tuple[ShardLabels, dict[str, Any]]] = {
         "plain, no compression": (labels, {"use_dictionary": False, "compression": "none"}),

@@ -35,7 +35,7 @@ def record_table() -> str:
         kind, offset = (dtype.fields or {})[name][:2]
         shape = "[k]" if kind.shape else ""
         place = str(offset) if name != "class_prob" and name != "target_prob" else "after the field before it"
-        rows.append(f"| `{name}` | `{kind.base.str}`{shape} | {place} |")
+        rows.append(f"| `{name}` | `{kind.base.str.strip('|')}`{shape} | {place} |")
     return "\n".join(rows)
 
 

@@ -1,0 +1,198 @@
+"""Calibration: turning a stored soft label into the training target, by the crop's bucket (FerKD, ICCV 2023).
+
+Legend: B crops, k stored classes, C classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ferkd_data.buckets import BUCKETS, Thresholds, assign_buckets, confidence
+from ferkd_data.errors import UsageError
+from ferkd_data.targets import RECOVERIES, Floats, Recovery, SoftTargets, recover
+
+Kind: TypeAlias = Literal["discard", "soften", "blend", "keep", "thin"]
+THIN = re.compile(r"thin\((\d*\.?\d+)\)")
+UNKNOWN_TARGET = -1
+
+
+@dataclass(frozen=True)
+class Action:
+    """What happens to the crops of a bucket."""
+
+    kind: Kind
+    share: float = 1.0
+    """For `thin`: the share of crops that stay in use."""
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """`discard`, `soften`, `blend`, `keep` or `thin(P)`. Raises UsageError."""
+        if text in ("discard", "soften", "blend", "keep"):
+            return cls(text)  # type: ignore[arg-type]
+        match = THIN.fullmatch(text.replace(" ", ""))
+        if match and 0 < float(match[1]) <= 1:
+            return cls("thin", float(match[1]))
+        raise UsageError(f"a bucket's policy is discard, soften, blend, keep or thin(P) with 0 < P <= 1, got {text!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """One policy for each bucket, and what else decides a target. The defaults are FerKD's (`Calibration.ferkd()`)."""
+
+    extreme_hard: str = "discard"
+    moderate_hard: str = "soften"
+    hard_positive: str = "keep"
+    easy_positive: str = "keep"
+    confident_but_wrong: str | None = None
+    """Policy for crops of the two positive buckets whose most probable class is not the ground truth; None: no other
+    than their bucket's."""
+    all_discarded: Literal["soften", "keep"] = "soften"
+    """What becomes of crops drawn from an image that has none in use: the image is seen all the same."""
+    thresholds: Thresholds | None = None
+    """None: the buckets as stored. Otherwise buckets are derived anew from the stored probabilities."""
+    epsilon: float = 0.1
+    """Softened ground truth: 1 - epsilon on the class, epsilon spread evenly over the others."""
+    blend_weight: float = 0.5
+    """Share of the soft label in a blend with the softened ground truth."""
+    recovery: Recovery = "smooth"
+    """How the classes that were not stored get their probability (see `targets.recover`)."""
+    temperature: float = 1.0
+    """Of the recovered soft label."""
+
+    def __post_init__(self) -> None:
+        for name in BUCKETS:
+            Action.parse(getattr(self, name))
+        if self.confident_but_wrong is not None:
+            Action.parse(self.confident_but_wrong)
+        if self.all_discarded not in ("soften", "keep"):
+            raise UsageError(f"all_discarded must be soften or keep, got {self.all_discarded!r}")
+        for name in ("epsilon", "blend_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} must be in 0..1, got {getattr(self, name)}")
+        if self.recovery not in RECOVERIES:
+            raise UsageError(f"recovery must be one of {', '.join(RECOVERIES)}, got {self.recovery!r}")
+        if self.temperature <= 0:
+            raise UsageError(f"temperature must be positive, got {self.temperature}")
+
+    @classmethod
+    def fkd(cls) -> Calibration:
+        """FKD (ECCV 2022): every crop keeps its soft label."""
+        return cls(extreme_hard="keep", moderate_hard="keep", all_discarded="keep")
+
+    @classmethod
+    def ferkd(cls) -> Calibration:
+        """FerKD: extreme hard crops are discarded, moderate hard ones get the softened ground truth."""
+        return cls()
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """By bucket code."""
+        return tuple(Action.parse(getattr(self, name)) for name in BUCKETS)
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether a target can have the ground truth in it, and so one sparse entry more."""
+        texts = (*(getattr(self, name) for name in BUCKETS), self.confident_but_wrong)
+        discards = any(text == "discard" for text in texts)
+        return any(text in ("soften", "blend") for text in texts) or (discards and self.all_discarded == "soften")
+
+
+Schedule: TypeAlias = "Calibration | str | Callable[[int], Calibration]"
+
+
+def calibration_at(schedule: Schedule, epoch: int) -> Calibration:
+    """The calibration of an epoch, from a Calibration, a preset's name, or a function of the epoch."""
+    if isinstance(schedule, Calibration):
+        return schedule
+    if callable(schedule):
+        return schedule(epoch)
+    presets = {"fkd": Calibration.fkd, "ferkd": Calibration.ferkd}
+    if schedule not in presets:
+        raise UsageError(f"calibration must be a Calibration, a function of the epoch, fkd or ferkd; got {schedule!r}")
+    return presets[schedule]()
+
+
+def crop_buckets(
+    calibration: Calibration,
+    bucket: npt.NDArray[np.uint8],
+    class_prob: npt.NDArray[np.float16],
+    target_prob: npt.NDArray[np.float16],
+) -> npt.NDArray[np.uint8]:
+    """Buckets (...,) as stored, or for the calibration's own thresholds; class_prob is (..., k)."""
+    if calibration.thresholds is None:
+        return bucket
+    thresholds = calibration.thresholds
+    return assign_buckets(confidence(class_prob, target_prob, thresholds.confidence), thresholds)
+
+
+def crop_actions(
+    calibration: Calibration,
+    bucket: npt.NDArray[np.uint8],
+    top1: npt.NDArray[Any],
+    target: npt.NDArray[np.integer[Any]],
+) -> npt.NDArray[np.uint8]:
+    """Codes (...,) into `action_table`; `target` broadcasts against `bucket` and `top1`."""
+    if calibration.confident_but_wrong is None:
+        return bucket
+    wrong = (bucket >= 2) & (target != UNKNOWN_TARGET) & (top1.astype(np.int64) != target)
+    return np.where(wrong, len(BUCKETS), bucket).astype(np.uint8)
+
+
+def action_table(calibration: Calibration) -> tuple[Action, ...]:
+    """Actions by code: the four buckets, then confident but wrong."""
+    extra = calibration.confident_but_wrong
+    return (*calibration.actions, *((Action.parse(extra),) if extra is not None else ()))
+
+
+def use_probability(calibration: Calibration, codes: npt.NDArray[np.uint8]) -> Floats:
+    """How likely each crop is to be in use: 0 where discarded, P where thinned out, else 1."""
+    shares = [0.0 if a.kind == "discard" else a.share for a in action_table(calibration)]
+    return np.array(shares, np.float32)[codes]
+
+
+def calibrate(
+    calibration: Calibration,
+    *,
+    class_index: npt.NDArray[Any],
+    class_prob: npt.NDArray[np.float16],
+    codes: npt.NDArray[np.uint8],
+    target: npt.NDArray[np.integer[Any]],
+    num_classes: int,
+) -> SoftTargets:
+    """Targets of B crops from class_index and class_prob (B, k), action codes (B,), and target (B,), -1 where unknown.
+
+    A crop whose action is `discard` was drawn because its image has none in use: `all_discarded` decides. Where the
+    ground truth is unknown, `soften` and `blend` keep the soft label.
+    """
+    weight, floor = recover(
+        class_prob, num_classes=num_classes, mode=calibration.recovery, temperature=calibration.temperature
+    )
+    index = class_index.astype(np.int64)
+    if calibration.needs_target:
+        share = _soft_share(calibration)[codes]
+        share = np.where(target == UNKNOWN_TARGET, np.float32(1), share)
+        spread = np.float32(calibration.epsilon / max(num_classes - 1, 1))
+        truth = (1 - share) * (np.float32(1 - calibration.epsilon) - spread)
+        index = np.concatenate([index, np.maximum(target, 0)[:, None].astype(np.int64)], axis=1)
+        weight = np.concatenate([weight * share[:, None], truth[:, None]], axis=1)
+        floor = floor * share + (1 - share) * spread
+    return SoftTargets(
+        index=torch.from_numpy(index),
+        weight=torch.from_numpy(weight.astype(np.float32, copy=False)),
+        floor=torch.from_numpy(floor.astype(np.float32, copy=False)),
+        num_classes=num_classes,
+    )
+
+
+def _soft_share(calibration: Calibration) -> Floats:
+    """By action code: the share of the soft label in the target."""
+    fallback = 0.0 if calibration.all_discarded == "soften" else 1.0
+    shares = {"discard": fallback, "soften": 0.0, "blend": calibration.blend_weight, "keep": 1.0, "thin": 1.0}
+    return np.array([shares[action.kind] for action in action_table(calibration)], np.float32)

@@ -1,0 +1,128 @@
+"""Training targets: a sparse vector plus a uniform floor, for as long as possible.
+
+Legend: B crops, K sparse entries, C classes, k stored classes. The target of row b is `floor[b]` on each of the C
+classes, plus `weight[b, j]` at class `index[b, j]`. Entries of one class add up; padding has weight 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ferkd_data.errors import UsageError
+
+Recovery: TypeAlias = Literal["smooth", "renorm", "hard", "label_smoothing"]
+RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SoftTargets:
+    index: Tensor
+    """(B, K) int64"""
+    weight: Tensor
+    """(B, K) float32"""
+    floor: Tensor
+    """(B,) float32"""
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.floor)
+
+    def __getitem__(self, rows: slice | Tensor) -> SoftTargets:
+        return self._map(lambda tensor: tensor[rows])
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SoftTargets:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SoftTargets:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def dense(self) -> Tensor:
+        """The plain targets (B, C) float32."""
+        target = self.floor[:, None].repeat(1, self.num_classes)
+        return target.scatter_add_(1, self.index, self.weight)
+
+    def total(self) -> Tensor:
+        """The sum (B,) of each row: 1, but for rounding."""
+        return self.weight.sum(dim=1) + self.floor * self.num_classes
+
+    def mix(self, partner: Tensor, share: Tensor) -> SoftTargets:
+        """Row b becomes share[b] of itself and 1 - share[b] of row partner[b]; K doubles.
+
+        `partner` is int64 (B,), `share` float32 (B,), both on the targets' device.
+        """
+        own = share[:, None]
+        return SoftTargets(
+            index=torch.cat([self.index, self.index[partner]], dim=1),
+            weight=torch.cat([self.weight * own, self.weight[partner] * (1 - own)], dim=1),
+            floor=self.floor * share + self.floor[partner] * (1 - share),
+            num_classes=self.num_classes,
+        )
+
+    def _map(self, change: Any) -> SoftTargets:
+        return SoftTargets(
+            index=change(self.index),
+            weight=change(self.weight),
+            floor=change(self.floor),
+            num_classes=self.num_classes,
+        )
+
+    @classmethod
+    def cat(cls, parts: list[SoftTargets]) -> SoftTargets:
+        """Rows of several targets of equal K, one after the other."""
+        return cls(
+            index=torch.cat([part.index for part in parts]),
+            weight=torch.cat([part.weight for part in parts]),
+            floor=torch.cat([part.floor for part in parts]),
+            num_classes=parts[0].num_classes,
+        )
+
+
+def recover(
+    class_prob: npt.NDArray[Any], *, num_classes: int, mode: Recovery = "smooth", temperature: float = 1.0
+) -> tuple[Floats, Floats]:
+    """Weights (B, k) and floor (B,) of a distribution over all classes, from its stored top-k (B, k), after FKD.
+
+    smooth: the missing mass is spread evenly over the other C - k classes. renorm: the top-k are rescaled to sum to 1.
+    hard: all mass on the first class. label_smoothing: the first probability is kept, the rest spread evenly over the
+    other C - 1 classes.
+
+    With a temperature T, every probability of the recovered distribution becomes p^(1/T), normalised again. Every row
+    sums to 1, also where float16 rounding took the stored sum above it.
+
+    Raises UsageError for an unknown mode or a temperature that is not positive.
+    """
+    if temperature <= 0:
+        raise UsageError(f"temperature must be positive, got {temperature}")
+    prob = class_prob.astype(np.float32)
+    kept = prob.shape[1]
+    if mode == "hard":
+        prob = np.zeros_like(prob)
+        prob[:, 0] = 1
+        return prob, np.zeros(len(prob), np.float32)
+    if mode == "label_smoothing":
+        prob[:, 1:] = 0
+        kept = 1
+    elif mode not in ("smooth", "renorm"):
+        raise UsageError(f"recovery must be one of {', '.join(RECOVERIES)}, got {mode!r}")
+    others = num_classes - kept
+    total = prob.sum(axis=1)
+    missing = np.maximum(1 - total, 0) if mode != "renorm" and others else np.zeros_like(total)
+    floor = missing / max(others, 1)
+    if temperature != 1:
+        prob, floor = np.power(prob, 1 / temperature), np.power(floor, 1 / temperature)
+    norm = prob.sum(axis=1) + others * floor
+    prob, floor = prob / norm[:, None], floor / norm
+    weight = prob.copy()
+    weight[:, :kept] -= floor[:, None]
+    return weight, floor.astype(np.float32)
