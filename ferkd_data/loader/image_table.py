@@ -1,0 +1,124 @@
+"""Where each labelled image's bytes lie: labels joined with an image source by key, in flat memory.
+
+The references are spooled to an Arrow file and memory-mapped; in memory stay 8 bytes for each image.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ferkd_data import rng
+from ferkd_data.errors import LabelSetError
+from ferkd_data.images import ImageRef, ImageSource, TarSource
+from ferkd_data.label_set import LabelSet
+from ferkd_data.shards import webdataset
+
+SCHEMA = pa.schema([("key", pa.string()), ("file", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
+SPOOL_ROWS = 8192
+MISSING = -1
+
+
+class ImageTable:
+    """`table.read(row)` gives an image's encoded bytes. Can be pickled; the folder lives as long as the first copy."""
+
+    def __init__(self, source: ImageSource, folder: Path, position: npt.NDArray[np.int64]) -> None:
+        self.source = source
+        self.path = folder / "images.arrow"
+        self.position = position
+        """(images,): a row's place in the file, -1 where the source lacks the image."""
+        self._batches: list[pa.RecordBatch] | None = None
+        self._starts = np.zeros(1, np.int64)
+
+    def ref(self, row: int) -> ImageRef:
+        at = int(self.position[row])
+        batch, index = self._find(at)
+        key, file, offset, length = (column[index].as_py() for column in batch.columns)
+        return ImageRef(key=key, target=None, file=file, offset=offset, length=length)
+
+    def read(self, row: int) -> tuple[str, bytes]:
+        """(key, encoded bytes). Raises ImageError when the image cannot be read."""
+        ref = self.ref(row)
+        return ref.key, self.source.read_one(ref)
+
+    def _find(self, at: int) -> tuple[pa.RecordBatch, int]:
+        if self._batches is None:
+            reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        batch = int(np.searchsorted(self._starts, at, side="right")) - 1
+        return self._batches[batch], at - int(self._starts[batch])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_batches": None}
+
+
+def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -> tuple[ImageTable, Any]:
+    """The table, and the temporary folder that holds it.
+
+    Raises LabelSetError when labelled images are missing from the source (unless `allow_missing`) or none matches.
+    """
+    hashes = np.fromiter((rng.hash64(key) for key in labels.keys()), np.uint64, count=len(labels))
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    position = np.full(len(labels), MISSING, np.int64)
+    folder = tempfile.TemporaryDirectory(prefix="ferkd-data-images-")
+    seen = 0
+    with pa.OSFile(f"{folder.name}/images.arrow", "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        pending: list[ImageRef] = []
+        for item in source.list_images():
+            if not isinstance(item, ImageRef):
+                continue
+            wanted = np.uint64(rng.hash64(item.key))
+            at = int(np.searchsorted(hashes, wanted))
+            if at == len(hashes) or hashes[at] != wanted:
+                continue
+            position[order[at]] = seen
+            seen += 1
+            pending.append(item)
+            if len(pending) == SPOOL_ROWS:
+                writer.write_batch(_batch(pending))
+                pending = []
+        writer.write_batch(_batch(pending))
+    _check_missing(labels, source, position, allow_missing)
+    return ImageTable(source, Path(folder.name), position), folder
+
+
+def own_images(labels: LabelSet) -> tuple[ImageTable, Any]:
+    """The images inside a label set of layout `webdataset`."""
+    folder = tempfile.TemporaryDirectory(prefix="ferkd-data-images-")
+    tars = [str(labels.file(entry.files[0])) for entry in labels.manifest.shards if entry.rows]
+    with pa.OSFile(f"{folder.name}/images.arrow", "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for tar in tars:
+            refs = [
+                ImageRef(key=s.key, target=None, file=tar, offset=s.image_offset, length=s.image_bytes)
+                for s in webdataset.scan(Path(tar))
+            ]
+            writer.write_batch(_batch(refs))
+    return ImageTable(TarSource(tars, None), Path(folder.name), np.arange(len(labels))), folder
+
+
+def _batch(refs: list[ImageRef]) -> pa.RecordBatch:
+    return pa.record_batch([[getattr(ref, name) for ref in refs] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def _check_missing(labels: LabelSet, source: ImageSource, position: npt.NDArray[np.int64], allow_missing: bool) -> None:
+    missing = np.flatnonzero(position == MISSING)
+    if len(missing) == len(labels):
+        ours = next(labels.keys(), "")
+        raise LabelSetError(
+            f"{labels.path}: no image of {source.description} has a key of this label set (such as {ours!r}); "
+            "is it the same data set, with the same folder as its root?"
+        )
+    if len(missing) and not allow_missing:
+        shard, row = labels.position(int(missing[0]))
+        key = labels.shard(shard).keys[row]
+        raise LabelSetError(
+            f"{labels.path}: {len(missing)} of {len(labels)} labelled images are missing from {source.description}, "
+            f"the first is {key!r}; add them, or train without them with on_error='skip'"
+        )

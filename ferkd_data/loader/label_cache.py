@@ -1,0 +1,130 @@
+"""A crop block as one memory-mapped file of fixed-size records, so that labels can be read at random.
+
+A global shuffle touches every shard at once. The block is unpacked once for all workers and ranks of a host, into
+`block-BBB.npy` under a folder named by the label set's digest, written aside and renamed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data import rng
+from ferkd_data.label_set import LabelSet
+from ferkd_data.shards.columns import class_index_dtype
+from ferkd_data.storage import explain_full_disk, remove_leftovers, write_atomically
+
+
+def default_cache_dir() -> Path:
+    """$FERKD_DATA_CACHE, or ferkd-data below the user's cache folder."""
+    chosen = os.environ.get("FERKD_DATA_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ferkd-data"
+
+
+def record_dtype(num_crops: int, top_k: int, num_classes: int) -> np.dtype[np.void]:
+    return np.dtype(
+        [
+            ("key_hash", "<u8"),
+            ("image_digest", "u1", (16,)),
+            ("height", "<u2"),
+            ("width", "<u2"),
+            ("target", "<i4"),
+            ("boxes", "<u2", (num_crops, 4)),
+            ("class_index", class_index_dtype(num_classes), (num_crops, top_k)),
+            ("class_prob", "<f2", (num_crops, top_k)),
+            ("target_prob", "<f2", (num_crops,)),
+            ("flip", "?", (num_crops,)),
+            ("bucket", "u1", (num_crops,)),
+        ]
+    )
+
+
+class LabelCache:
+    """Blocks of one label set, unpacked when first asked for. Can be pickled; maps are opened where they are used."""
+
+    def __init__(self, labels: LabelSet, cache_dir: Path) -> None:
+        self.labels = labels
+        self.folder = cache_dir / labels.identity[:32]
+        self._open: dict[int, npt.NDArray[np.void]] = {}
+
+    def block(self, block: int) -> npt.NDArray[np.void]:
+        """Records of every row, read-only and memory-mapped: (images,).
+
+        Raises ShardError for a damaged shard, StorageFullError when the cache's disk is full.
+        """
+        if block not in self._open:
+            path = self.folder / f"block-{block:03d}.npy"
+            found = self._load(path, block)
+            if found is None:
+                with _locked(self.folder):
+                    found = self._load(path, block)
+                    if found is None:
+                        self._unpack(path, block)
+                        found = self._load(path, block)
+            if found is None:
+                raise RuntimeError(f"{path}: was written, but cannot be read back")
+            self._open[block] = found
+        return self._open[block]
+
+    def drop_except(self, blocks: set[int]) -> None:
+        """Forget other blocks and remove their files; processes that still map them keep what they have."""
+        self._open = {block: records for block, records in self._open.items() if block in blocks}
+        for path in self.folder.glob("block-*.npy"):
+            if int(path.stem.removeprefix("block-")) not in blocks:
+                path.unlink(missing_ok=True)
+
+    def _dtype(self, block: int) -> np.dtype[np.void]:
+        manifest = self.labels.manifest
+        return record_dtype(manifest.block_crops(block), manifest.top_k, manifest.num_classes)
+
+    def _load(self, path: Path, block: int) -> npt.NDArray[np.void] | None:
+        """None where the file is missing, short, or of another kind."""
+        try:
+            records = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (FileNotFoundError, ValueError, EOFError, OSError):
+            return None
+        fits = records.dtype == self._dtype(block) and records.shape == (len(self.labels),)
+        return records if fits else None
+
+    def _unpack(self, path: Path, block: int) -> None:
+        remove_leftovers(self.folder)
+        with write_atomically(path) as aside, explain_full_disk(aside):
+            shape = (len(self.labels),)
+            # Reserving the space first turns a full disk into an error here; writing through a map would be a crash.
+            records = np.lib.format.open_memmap(aside, mode="w+", dtype=self._dtype(block), shape=shape)
+            with aside.open("r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, aside.stat().st_size)
+            for entry in self.labels.manifest.shards:
+                if entry.rows:
+                    self._fill(records, entry.index, block)
+            records.flush()
+            del records
+
+    def _fill(self, records: npt.NDArray[np.void], shard: int, block: int) -> None:
+        labels = self.labels.block(shard, block)
+        first = int(self.labels.first_row[shard])
+        part = records[first : first + len(labels)]
+        part["key_hash"] = [rng.hash64(key) for key in labels.keys]
+        for name in records.dtype.names or ():
+            if name != "key_hash":
+                part[name] = getattr(labels, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,104 @@
+"""In which order images come: pure functions of (seed, epoch) that need no list of all images.
+
+A position counts the images of an epoch; a row is an image's place in the label set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data import rng
+
+Rows = npt.NDArray[np.int64]
+ROUNDS = 6
+"""Of the Feistel network: 4 suffice for a random permutation in theory (Luby and Rackoff, 1988)."""
+
+
+class Order(Protocol):
+    def rows(self, positions: Rows) -> Rows:
+        """The rows at these positions of the epoch, element by element."""
+
+
+def permute(positions: Rows, size: int, key: int) -> Rows:
+    """A pseudo-random permutation of 0 .. size - 1, evaluated where asked: no table, whatever the size.
+
+    A Feistel network permutes the next power of four; what falls outside the range is sent through again.
+    """
+    half = max(1, ((max(size - 1, 1)).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    keys = rng.counter64(key, np.arange(ROUNDS))
+    values = np.asarray(positions, np.uint64).copy()
+    pending = np.arange(values.size)
+    flat = values.reshape(-1)
+    while pending.size:
+        flat[pending] = _feistel(flat[pending], keys, np.uint64(half), mask)
+        pending = pending[flat[pending] >= size]
+    return values.astype(np.int64)
+
+
+def _feistel(values: rng.UInt64s, keys: rng.UInt64s, half: np.uint64, mask: np.uint64) -> rng.UInt64s:
+    left, right = values >> half, values & mask
+    for key in keys:
+        left, right = right, left ^ (rng.mix64(right ^ key) & mask)
+    result: rng.UInt64s = (left << half) | right
+    return result
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """As the label set has them."""
+
+    def rows(self, positions: Rows) -> Rows:
+        return positions
+
+
+@dataclass(frozen=True)
+class GlobalShuffle:
+    """Any image may follow any other."""
+
+    num_images: int
+    key: int
+
+    def rows(self, positions: Rows) -> Rows:
+        return permute(positions, self.num_images, self.key)
+
+
+class ShardShuffle:
+    """Shards in random order, a few at a time, and the images of those few shuffled: for shards that are streamed."""
+
+    def __init__(self, shard_rows: Sequence[int], key: int, *, shards_together: int) -> None:
+        counts = np.asarray(shard_rows, np.int64)
+        first = np.cumsum([0, *counts])[:-1]
+        self._key = key
+        self._shards = permute(np.arange(len(counts)), len(counts), rng.hash64("shards", key))
+        self._starts = np.cumsum([0, *counts[self._shards]])
+        self._first = first[self._shards]
+        self._group_size = shards_together
+        self._group_starts = np.append(self._starts[:-1:shards_together], self._starts[-1])
+
+    def rows(self, positions: Rows) -> Rows:
+        flat = np.asarray(positions, np.int64).reshape(-1)
+        found = np.empty_like(flat)
+        groups = np.searchsorted(self._group_starts, flat, side="right") - 1
+        for group in np.unique(groups):
+            inside = groups == group
+            start, stop = int(self._group_starts[group]), int(self._group_starts[group + 1])
+            shuffled = start + permute(flat[inside] - start, stop - start, rng.hash64("group", self._key, int(group)))
+            shard = np.searchsorted(self._starts, shuffled, side="right") - 1
+            found[inside] = self._first[shard] + shuffled - self._starts[shard]
+        return found.reshape(np.shape(positions))
+
+
+def epoch_order(kind: str, shard_rows: Sequence[int], *, seed: int, epoch: int, shards_together: int = 8) -> Order:
+    """`sequential`, `global` or `shards`."""
+    key = rng.hash64("order", seed, epoch)
+    if kind == "sequential":
+        return Sequential()
+    if kind == "global":
+        return GlobalShuffle(sum(shard_rows), key)
+    return ShardShuffle(shard_rows, key, shards_together=shards_together)
