@@ -11,6 +11,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS: dict[str, str] = {
+    "Calibration": "calibration",
+    "CropLoader": "loader",
+    "CutMix": "mixing",
+    "Mixup": "mixing",
+    "SelfMix": "selfmix",
+    "SoftTargets": "targets",
+    "kl_div": "losses",
+    "normalize": "normalization",
+    "soft_cross_entropy": "losses",
     "BuildResult": "builder",
     "BuildSettings": "builder",
     "Box": "crops",

@@ -10,6 +10,8 @@
     │   ├── BuildLockedError      another live process builds into the same folder
     │   ├── SettingsMismatchError a saved state was made with other settings; names both values
     │   └── StorageFullError      no space left; nothing finished is lost
+    ├── LoaderError               a batch cannot be made: names the image and its shard
+    ├── StateMismatchError        a loader's saved state is of other settings or labels; names both values
     └── LabelSetError             a label set cannot be read
         ├── ManifestError         manifest.json is missing, malformed or of an unknown version
         └── ShardError            a shard is missing, truncated, or does not hold what the manifest says
@@ -62,6 +64,14 @@ class SettingsMismatchError(BuildError):
 
 
 class StorageFullError(BuildError):
+    pass
+
+
+class LoaderError(FerkdError):
+    pass
+
+
+class StateMismatchError(FerkdError):
     pass
 
 

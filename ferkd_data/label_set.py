@@ -189,6 +189,10 @@ class LabelSet:
             self._key_index = hashes[order], order
         return self._key_index
 
+    def keys_of(self, shard: int) -> list[str]:
+        """The keys of one shard's rows. Raises ShardError as `shard` does."""
+        return self._read_keys(self.manifest.shards[shard])
+
     def _read_keys(self, entry: ShardEntry) -> list[str]:
         path = self.file(entry.files[0])
         if self.manifest.layout == "parquet":

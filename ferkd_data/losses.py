@@ -25,7 +25,7 @@ def soft_cross_entropy(logits: Tensor, targets: SoftTargets | Tensor, *, reducti
         loss = -(targets.float() * logits.float().log_softmax(dim=1)).sum(dim=1)
     else:
         _check(logits, targets)
-        loss = _SparseCrossEntropy.apply(logits, targets.index, targets.weight, targets.floor)  # type: ignore[no-untyped-call]
+        loss = _SparseCrossEntropy.apply(logits, targets.index, targets.weight, targets.floor)
     return _reduce(loss, reduction)
 
 

@@ -35,7 +35,8 @@ def record_table() -> str:
         kind, offset = (dtype.fields or {})[name][:2]
         shape = "[k]" if kind.shape else ""
         place = str(offset) if name != "class_prob" and name != "target_prob" else "after the field before it"
-        rows.append(f"| `{name}` | `{kind.base.str.strip('|')}`{shape} | {place} |")
+        code = kind.base.str.strip("|")
+        rows.append(f"| `{name}` | `{code}`{shape} | {place} |")
     return "\n".join(rows)
 
 
@@ -114,7 +115,8 @@ def filled(text: str) -> str:
     """The document with every `<!-- generated: NAME -->` block filled in."""
     for name, make in TABLES.items():
         pattern = rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(pattern, lambda m, made=make(): f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
+        replacement = rf"\g<1>{make()}\n\g<2>"
+        text, count = re.subn(pattern, replacement, text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(f"docs/format.md must have one generated block {name!r}, has {count}")
     return text

@@ -13,7 +13,7 @@ ROOT = Path(ferkd_data.__file__).parent
 
 FLOORS = [
     {"errors"},
-    {"rng", "extras", "storage"},
+    {"rng", "extras", "storage", "differences"},
     {"crops"},
     {"images", "replay"},
     {"teachers", "ensemble", "buckets"},

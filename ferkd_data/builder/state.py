@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ferkd_data.differences import describe_differences
 from ferkd_data.errors import BuildError, BuildLockedError, SettingsMismatchError
 from ferkd_data.manifest import FILE_NAME, BlockEntry
 from ferkd_data.statistics import Statistics
@@ -116,21 +117,6 @@ def open_build_folder(out: Path, *, overwrite: bool) -> Iterator[BuildFolder]:
             _clear(out)
         remove_leftovers(out)
         yield BuildFolder(out)
-
-
-def describe_differences(saved: Any, present: Any, name: str = "") -> list[str]:
-    """`field: saved X, now Y` for every leaf that differs."""
-    if isinstance(saved, dict) and isinstance(present, dict):
-        names = [*saved, *(key for key in present if key not in saved)]
-        return [
-            line
-            for key in names
-            for line in describe_differences(saved.get(key), present.get(key), f"{name}.{key}" if name else key)
-        ]
-    if isinstance(saved, list) and isinstance(present, list) and len(saved) == len(present):
-        pairs = enumerate(zip(saved, present, strict=True))
-        return [line for i, (a, b) in pairs for line in describe_differences(a, b, f"{name}[{i}]")]
-    return [] if saved == present else [f"{name.removeprefix('settings.')}: saved {saved!r}, now {present!r}"]
 
 
 @contextmanager

@@ -25,6 +25,7 @@ REASONS: dict[str, str] = {
     "too_large": "a side is longer than 65,535 pixels",
     "pixel_bomb": "more pixels than --max-pixels allows",
     "missing_image": "the sample holds labels but no image",
+    "other_image": "the loader found another image than the one that was labelled",
     "unreadable": "the file could not be read",
 }
 """Every reason in rejects.parquet, with its meaning."""

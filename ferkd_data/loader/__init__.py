@@ -1,0 +1,7 @@
+"""The loader: label sets and images in, training batches out."""
+
+from __future__ import annotations
+
+from ferkd_data.loader.crop_loader import CropLoader
+
+__all__ = ["CropLoader"]

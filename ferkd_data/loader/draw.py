@@ -25,11 +25,11 @@ class BlockDraws(NamedTuple):
     cycle: int
     first: int
     """Place in the block of the first of these draws."""
-    count: int
+    num: int
 
 
 def epoch_draws(epoch: int, *, crops_per_image: int, num_crops: int, crops_per_block: int) -> tuple[BlockDraws, ...]:
-    """The blocks that an epoch draws from, in order; the counts add up to M."""
+    """The blocks that an epoch draws from, in order; their numbers add up to M."""
     draws: list[BlockDraws] = []
     place, left = epoch * crops_per_image, crops_per_image
     while left:
@@ -45,24 +45,24 @@ def epoch_draws(epoch: int, *, crops_per_image: int, num_crops: int, crops_per_b
 def draw(
     key_hash: npt.NDArray[np.uint64], use: npt.NDArray[np.float32], draws: BlockDraws, *, seed: int
 ) -> npt.NDArray[np.int64]:
-    """Crop numbers within the block: (R, count).
+    """Crop numbers within the block: (R, draws.num).
 
     `key_hash` (R,) identifies the images, `use` (R, n) is each crop's probability of being in use: 0, 1, or between
     for crops that are thinned out. Where an image has none in use, all its crops are drawn from.
     """
     stream = rng.mix64(key_hash ^ np.uint64(rng.hash64("draw", seed, draws.cycle, draws.block)))[:, None]
-    num = use.shape[1]
-    crop = np.arange(num, dtype=np.uint64)[None]
+    size = use.shape[1]
+    crop = np.arange(size, dtype=np.uint64)[None]
     coin = rng.uniforms(rng.counter64(stream, crop))
     in_use = coin < use
     in_use |= ~in_use.any(axis=1, keepdims=True)
     count = in_use.sum(axis=1)[:, None]
-    places = draws.first + np.arange(draws.count)[None]
+    places = draws.first + np.arange(draws.num)[None]
     turns, ranks = np.divmod(places, count)
-    drawn = np.empty((len(use), draws.count), np.int64)
+    drawn = np.empty((len(use), draws.num), np.int64)
     for turn in np.unique(turns):
         # A random number for each crop, those out of use last: the order of the numbers is the order of the crops.
-        word = rng.counter64(stream, crop + np.uint64((int(turn) + 1) * num)) >> np.uint64(1)
+        word = rng.counter64(stream, crop + np.uint64((int(turn) + 1) * size)) >> np.uint64(1)
         order = np.argsort(np.where(in_use, word, np.uint64(2**63)), axis=1, kind="stable")
         chosen = np.take_along_axis(order, np.where(turns == turn, ranks, 0), axis=1)
         drawn = np.where(turns == turn, chosen, drawn)

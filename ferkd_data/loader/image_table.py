@@ -41,10 +41,9 @@ class ImageTable:
         key, file, offset, length = (column[index].as_py() for column in batch.columns)
         return ImageRef(key=key, target=None, file=file, offset=offset, length=length)
 
-    def read(self, row: int) -> tuple[str, bytes]:
-        """(key, encoded bytes). Raises ImageError when the image cannot be read."""
-        ref = self.ref(row)
-        return ref.key, self.source.read_one(ref)
+    def read(self, row: int) -> bytes:
+        """The encoded bytes. Raises ImageError when the image cannot be read."""
+        return self.source.read_one(self.ref(row))
 
     def _find(self, at: int) -> tuple[pa.RecordBatch, int]:
         if self._batches is None:

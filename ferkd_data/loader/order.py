@@ -38,7 +38,8 @@ def permute(positions: Rows, size: int, key: int) -> Rows:
     while pending.size:
         flat[pending] = _feistel(flat[pending], keys, np.uint64(half), mask)
         pending = pending[flat[pending] >= size]
-    return values.astype(np.int64)
+    permuted: Rows = values.astype(np.int64)
+    return permuted
 
 
 def _feistel(values: rng.UInt64s, keys: rng.UInt64s, half: np.uint64, mask: np.uint64) -> rng.UInt64s:

@@ -11,8 +11,8 @@ from label_sets import SMALL, same_label_sets
 import ferkd_data as fd
 from ferkd_data.builder import dry_run
 from ferkd_data.builder.pipeline import look_ahead
-from ferkd_data.builder.state import describe_differences
 from ferkd_data.crops import Crops
+from ferkd_data.differences import describe_differences
 from ferkd_data.errors import StorageFullError, TeacherError, UsageError
 from ferkd_data.images import decode_rgb
 from ferkd_data.replay import replay

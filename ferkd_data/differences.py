@@ -1,0 +1,20 @@
+"""Two saved states side by side: how a mismatch names both values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def describe_differences(saved: Any, present: Any, name: str = "") -> list[str]:
+    """`field: saved X, now Y` for every leaf that differs."""
+    if isinstance(saved, dict) and isinstance(present, dict):
+        names = [*saved, *(key for key in present if key not in saved)]
+        return [
+            line
+            for key in names
+            for line in describe_differences(saved.get(key), present.get(key), f"{name}.{key}" if name else key)
+        ]
+    if isinstance(saved, list) and isinstance(present, list) and len(saved) == len(present):
+        pairs = enumerate(zip(saved, present, strict=True))
+        return [line for i, (a, b) in pairs for line in describe_differences(a, b, f"{name}[{i}]")]
+    return [] if saved == present else [f"{name.removeprefix('settings.')}: saved {saved!r}, now {present!r}"]

@@ -1,0 +1,280 @@
+"""From a window of the plan to batches: read, decode, draw, cut, calibrate. Runs in worker processes.
+
+Legend: I images of a window, M crops per image, B crops of a batch, S output side, n crops of a block.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from ferkd_data import rng
+from ferkd_data.calibration import (
+    Calibration,
+    Schedule,
+    calibrate,
+    calibration_at,
+    crop_actions,
+    crop_buckets,
+    use_probability,
+)
+from ferkd_data.crops import Crops
+from ferkd_data.errors import FerkdError, ImageError, LoaderError
+from ferkd_data.images import decode_rgb
+from ferkd_data.loader.draw import BlockDraws, draw, epoch_draws
+from ferkd_data.loader.image_table import MISSING, ImageTable
+from ferkd_data.loader.label_cache import LabelCache
+from ferkd_data.loader.order import epoch_order
+from ferkd_data.loader.plan import Window
+from ferkd_data.replay import Interpolation, empty_batch, replay
+from ferkd_data.selfmix import SelfMix
+from ferkd_data.storage import image_digest
+from ferkd_data.targets import SoftTargets
+
+Verify = Literal["first_epoch", "always", "never"]
+OnError = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """What decides the contents of a batch, besides the plan."""
+
+    crops_per_image: int
+    size: int
+    interpolation: Interpolation
+    seed: int
+    order: str
+    shards_together: int
+    calibration: Schedule
+    selfmix: SelfMix | None
+    verify_images: Verify
+    on_error: OnError
+
+
+class Made(NamedTuple):
+    """A window's batches: uint8 images (sum of batches, 3, S, S), targets of the same rows."""
+
+    images: Tensor
+    class_index: Tensor
+    weight: Tensor
+    floor: Tensor
+    batches: list[int]
+    """Crops in each batch, after images were skipped."""
+    skipped: list[str]
+    """Keys and reasons of the images that could not be used."""
+
+
+class _Drawn(NamedTuple):
+    """The labels of the crops drawn, each with leading axes (I, M)."""
+
+    boxes: npt.NDArray[np.uint16]
+    flip: npt.NDArray[np.bool_]
+    class_index: npt.NDArray[Any]
+    class_prob: npt.NDArray[np.float16]
+    codes: npt.NDArray[np.uint8]
+
+
+class BatchMaker(Dataset[Made]):
+    """`maker[window]` is a pure function of the window and the settings, whichever process calls it."""
+
+    def __init__(self, cache: LabelCache, images: ImageTable, settings: BatchSettings) -> None:
+        self.cache = cache
+        self.images = images
+        self.settings = settings
+        self.first_epoch = 0
+        """The epoch whose images are checked by their digest, where `verify_images` is first_epoch."""
+        self._calibrations: OrderedDict[int, Calibration] = OrderedDict()
+
+    def __getitem__(self, window: Window) -> Made:
+        rows = self._rows(window)
+        draws = self._draws(window.epoch)
+        records = [self.cache.block(part.block)[rows] for part in draws]
+        calibration = self._calibration(window.epoch)
+        drawn = self._draw(records, draws, calibration)
+        images = empty_batch(sum(window.batches), self.settings.size, shared=get_worker_info() is not None)
+        skipped = self._cut(window, rows, records[0], drawn, images)
+        targets = self._targets(window, drawn, records[0]["target"], calibration)
+        self._mix(window, images, targets)
+        made = targets[0] if len(targets) == 1 else SoftTargets.cat(targets)
+        batches = list(window.batches)
+        if skipped:
+            images, made, batches = _without(window, images, made, list(skipped))
+        return Made(images, made.index, made.weight, made.floor, batches, list(skipped.values()))
+
+    def _rows(self, window: Window) -> npt.NDArray[np.int64]:
+        settings = self.settings
+        shard_rows = [shard.rows for shard in self.cache.labels.manifest.shards]
+        order = epoch_order(
+            settings.order,
+            shard_rows,
+            seed=settings.seed,
+            epoch=window.epoch,
+            shards_together=settings.shards_together,
+        )
+        return order.rows(window.positions)
+
+    def _draws(self, epoch: int) -> tuple[BlockDraws, ...]:
+        labels = self.cache.labels
+        return epoch_draws(
+            epoch,
+            crops_per_image=self.settings.crops_per_image,
+            num_crops=labels.num_crops,
+            crops_per_block=labels.manifest.block_crops(0),
+        )
+
+    def _calibration(self, epoch: int) -> Calibration:
+        if epoch not in self._calibrations:
+            self._calibrations[epoch] = calibration_at(self.settings.calibration, epoch)
+            if len(self._calibrations) > 2:
+                self._calibrations.popitem(last=False)
+        return self._calibrations[epoch]
+
+    def _draw(
+        self, records: list[npt.NDArray[np.void]], draws: tuple[BlockDraws, ...], calibration: Calibration
+    ) -> _Drawn:
+        parts = []
+        for block, part in zip(records, draws, strict=True):
+            # A view of fewer crops than were labelled ends within a block.
+            shown = min(block["flip"].shape[1], self.cache.labels.num_crops - part.block * self._block_size())
+            block_of = {name: block[name][:, :shown] for name in _CROP_FIELDS}
+            bucket = crop_buckets(calibration, block_of["bucket"], block_of["class_prob"], block_of["target_prob"])
+            codes = crop_actions(calibration, bucket, block_of["class_index"][..., 0], block["target"][:, None])
+            chosen = draw(block["key_hash"], use_probability(calibration, codes), part, seed=self.settings.seed)
+            row = np.arange(len(chosen))[:, None]
+            boxes, flip, index, prob = (block_of[name][row, chosen] for name in _DRAWN_FIELDS)
+            parts.append(_Drawn(boxes, flip, index, prob, codes[row, chosen]))
+        if len(parts) == 1:
+            return parts[0]
+        return _Drawn(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
+
+    def _block_size(self) -> int:
+        return self.cache.labels.manifest.block_crops(0)
+
+    def _cut(
+        self,
+        window: Window,
+        rows: npt.NDArray[np.int64],
+        records: npt.NDArray[np.void],
+        drawn: _Drawn,
+        out: Tensor,
+    ) -> dict[int, str]:
+        """Fill `out`; returns what was skipped: place in the window -> key and reason."""
+        check = self.settings.verify_images
+        digests = check == "always" or (check == "first_epoch" and window.epoch == self.first_epoch)
+        skipped: dict[int, str] = {}
+        for i, row in enumerate(rows.tolist()):
+            try:
+                pixels = self._load(row, records[i], digests)
+            except ImageError as error:
+                place = self._describe(row)
+                if self.settings.on_error == "raise":
+                    raise LoaderError(f"{place}: {error}") from error
+                skipped[i] = f"{place}: {error}"
+                continue
+            self._cut_image(pixels, window.slots[i], drawn.boxes[i], drawn.flip[i], out)
+        return skipped
+
+    def _cut_image(
+        self,
+        pixels: npt.NDArray[np.uint8],
+        slots: npt.NDArray[np.int64],
+        boxes: npt.NDArray[np.uint16],
+        flip: npt.NDArray[np.bool_],
+        out: Tensor,
+    ) -> None:
+        settings = self.settings
+        first = int(slots[0])
+        if first >= 0 and slots[-1] - first == len(slots) - 1 and (np.diff(slots) == 1).all():
+            crops = Crops(boxes=boxes, flip=flip)
+            into = out[first : first + len(slots)]
+            replay(pixels, crops, size=settings.size, interpolation=settings.interpolation, out=into)
+            return
+        for m, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                crops = Crops(boxes=boxes[m : m + 1], flip=flip[m : m + 1])
+                into = out[slot : slot + 1]
+                replay(pixels, crops, size=settings.size, interpolation=settings.interpolation, out=into)
+
+    def _load(self, row: int, record: np.void, check_digest: bool) -> npt.NDArray[np.uint8]:
+        if self.images.position[row] == MISSING:
+            raise ImageError("missing_image", "the image source has no image of this key")
+        data = self.images.read(row)
+        if check_digest and image_digest(data) != record["image_digest"].tobytes():
+            raise ImageError("other_image", "its bytes are not those that were labelled (digest differs)")
+        pixels = decode_rgb(data, max_pixels=2**32)
+        if pixels.shape[:2] != (record["height"], record["width"]):
+            height, width = pixels.shape[:2]
+            labelled = f"{record['width']}x{record['height']}"
+            raise ImageError("other_image", f"it is {width}x{height} pixels, {labelled} were labelled")
+        return pixels
+
+    def _describe(self, row: int) -> str:
+        labels = self.cache.labels
+        shard, in_shard = labels.position(row)
+        try:
+            key = labels.keys_of(shard)[in_shard]
+        except FerkdError:
+            key = f"row {in_shard}"
+        return f"image {key!r} (shard {shard} of {labels.path})"
+
+    def _targets(
+        self, window: Window, drawn: _Drawn, target: npt.NDArray[np.int32], calibration: Calibration
+    ) -> list[SoftTargets]:
+        """One for each batch of the window, in the order of the slots."""
+        flat = np.empty(sum(window.batches), np.int64)
+        wanted = window.slots >= 0
+        flat[window.slots[wanted]] = np.flatnonzero(wanted.reshape(-1))
+        crops = wanted.shape[1]
+        whole = calibrate(
+            calibration,
+            class_index=drawn.class_index.reshape(-1, drawn.class_index.shape[-1])[flat],
+            class_prob=drawn.class_prob.reshape(-1, drawn.class_prob.shape[-1])[flat],
+            codes=drawn.codes.reshape(-1)[flat],
+            target=target[flat // crops],
+            num_classes=self.cache.labels.num_classes,
+        )
+        bounds = np.cumsum([0, *window.batches])
+        return [whole[slice(int(a), int(b))] for a, b in itertools.pairwise(bounds)]
+
+    def _mix(self, window: Window, images: Tensor, targets: list[SoftTargets]) -> None:
+        selfmix = self.settings.selfmix
+        if selfmix is None:
+            return
+        start = 0
+        for i, (size, place) in enumerate(zip(window.batches, window.places, strict=True)):
+            # Seeded by what the batch holds, so that ranks mix differently and a resume mixes the same.
+            first = int(window.positions[0])
+            generator = rng.generator("selfmix", self.settings.seed, place.epoch, first, i)
+            _, targets[i] = selfmix(
+                images[start : start + size],
+                targets[i],
+                crops_per_image=self.settings.crops_per_image,
+                rng=generator,
+                inplace=True,
+            )
+            start += size
+
+
+_DRAWN_FIELDS = ("boxes", "flip", "class_index", "class_prob")
+_CROP_FIELDS = ("boxes", "flip", "class_index", "class_prob", "target_prob", "bucket")
+
+
+def _without(
+    window: Window, images: Tensor, targets: SoftTargets, skipped: list[int]
+) -> tuple[Tensor, SoftTargets, list[int]]:
+    """The window's batches without the crops of some images: shorter ones."""
+    lost = np.zeros(len(images), np.bool_)
+    slots = window.slots[skipped]
+    lost[slots[slots >= 0]] = True
+    bounds = np.cumsum([0, *window.batches])
+    batches = [int((~lost[a:b]).sum()) for a, b in itertools.pairwise(bounds)]
+    kept = torch.from_numpy(np.flatnonzero(~lost))
+    return images[kept], targets[kept], batches

@@ -1,0 +1,310 @@
+"""`CropLoader`: batches of replayed crops with their calibrated targets, for any training loop."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from ferkd_data.calibration import Calibration, Schedule, calibration_at
+from ferkd_data.differences import describe_differences
+from ferkd_data.errors import FerkdError, LoaderError, StateMismatchError, UsageError
+from ferkd_data.images import ImageSource, open_source
+from ferkd_data.label_set import LabelSet
+from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Made, OnError, Verify
+from ferkd_data.loader.draw import epoch_draws
+from ferkd_data.loader.image_table import join_images, own_images
+from ferkd_data.loader.label_cache import LabelCache, default_cache_dir
+from ferkd_data.loader.plan import Layout, Place, Window, count_batches, windows
+from ferkd_data.replay import INTERPOLATIONS, Interpolation
+from ferkd_data.selfmix import SelfMix
+from ferkd_data.targets import SoftTargets
+
+STATE_VERSION = 1
+
+
+class CropLoader:
+    """Iterating gives `(images, targets)`: uint8 (B, 3, S, S), channels last, and `SoftTargets` of B rows.
+
+    An epoch is one pass over the images, `crops_per_image` crops of each; `len(loader)` counts its batches. The same
+    seed gives the same batches with any number of workers.
+    """
+
+    def __init__(
+        self,
+        labels: LabelSet,
+        *,
+        images: str | Path | ImageSource | None = None,
+        batch_size: int,
+        crops_per_image: int = 4,
+        size: int = 224,
+        interpolation: Interpolation = "bilinear",
+        calibration: Schedule = "ferkd",
+        selfmix: SelfMix | None = None,
+        spread: bool | int = False,
+        order: Literal["global", "shards", "sequential"] = "global",
+        shards_together: int = 8,
+        drop_last: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+        pin_memory: bool = False,
+        verify_images: Verify = "first_epoch",
+        on_error: OnError = "raise",
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        """
+        images: a folder, tars or Parquet (see `open_source`), joined with the labels by key; None for a label set of
+            layout webdataset, which has its own.
+        batch_size: crops per batch and rank, B; a multiple of crops_per_image, M.
+        calibration: a Calibration, a function of the epoch that returns one, or the name of a preset.
+        selfmix: mixes crops of one image within the batch; needs spread=False and M >= 2.
+        spread: decode an image once, but put its M crops into M different batches out of a window of this many
+            (True: 2 * M). A worker holds `spread * batch_size` crops of 3 * size**2 bytes for each window in work.
+        order: global: any image may follow any other. shards: shards in random order, `shards_together` at a time.
+        drop_last: leave out the last, incomplete batch. False: it is shorter, the same on all ranks; up to
+            world_size - 1 images come twice.
+        verify_images: when the images' digests are compared with those labelled; their sizes always are.
+        on_error: what an image that cannot be used does: raise LoaderError, or be left out of its batch and counted
+            in `skipped`.
+        cache_dir: where crop blocks are unpacked; by default $FERKD_DATA_CACHE or the user's cache folder.
+
+        Raises UsageError for settings that cannot be right, LabelSetError when images and labels do not match.
+        """
+        if isinstance(spread, bool):
+            spread = 2 * crops_per_image if spread else 1
+        _check(batch_size, crops_per_image, size, interpolation, spread, selfmix, rank, world_size, order)
+        if verify_images not in ("first_epoch", "always", "never") or on_error not in ("raise", "skip"):
+            raise UsageError("verify_images is first_epoch, always or never; on_error is raise or skip")
+        calibration_at(calibration, 0)
+        self.labels = labels
+        self.rank, self.world_size = rank, world_size
+        self.skipped = 0
+        """Images left out so far, with on_error="skip"."""
+        self.skipped_last: list[str] = []
+        """Key and reason of those in the batch just given."""
+        self._layout = Layout(
+            num_images=len(labels),
+            crops_per_image=crops_per_image,
+            batch_size=batch_size,
+            spread=spread,
+            drop_last=drop_last,
+            seed=seed,
+        )
+        if count_batches(self._layout, Place(), world_size=world_size) == 0:
+            raise UsageError(
+                f"{len(labels)} images x {crops_per_image} crops make no batch of {batch_size} for each of {world_size} "
+                "ranks; use a smaller batch_size, or drop_last=False"
+            )
+        table, self._images_folder = _open_images(labels, images, on_error)
+        self._maker = BatchMaker(
+            LabelCache(labels, Path(cache_dir) if cache_dir else default_cache_dir()),
+            table,
+            BatchSettings(
+                crops_per_image=crops_per_image,
+                size=size,
+                interpolation=interpolation,
+                seed=seed,
+                order=order,
+                shards_together=shards_together,
+                calibration=calibration,
+                selfmix=selfmix,
+                verify_images=verify_images,
+                on_error=on_error,
+            ),
+        )
+        self._place = Place()
+        self._maker_args: dict[str, Any] = {
+            "num_workers": num_workers,
+            "prefetch_factor": prefetch_factor,
+            "pin_memory": pin_memory,
+        }
+        self._windows = _Windows()
+        self._loader: DataLoader[Made] | None = None
+
+    def __len__(self) -> int:
+        """Batches of an epoch from its start, for this rank."""
+        return count_batches(self._layout, Place(), world_size=self.world_size)
+
+    @property
+    def epoch(self) -> int:
+        return self._place.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch. In the epoch that is under way already, this changes nothing."""
+        if epoch < 0:
+            raise UsageError(f"epoch must not be negative, got {epoch}")
+        if epoch != self._place.epoch:
+            self._place = Place(epoch=epoch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, SoftTargets]]:
+        """The rest of the epoch; afterwards the loader stands at the start of the next one."""
+        place = self._place
+        self._prepare_blocks(place.epoch)
+        self._windows.content = windows(self._layout, place, rank=self.rank, world_size=self.world_size)
+        ahead = windows(self._layout, place, rank=self.rank, world_size=self.world_size)
+        for made, window in zip(self._made(), ahead, strict=True):
+            yield from self._split(made, window)
+        self._place = Place(epoch=place.epoch + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands after the last batch it gave: small, and plain JSON."""
+        return {"version": STATE_VERSION, "settings": self._fingerprint(), "place": asdict(self._place)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with exactly the next batch; the number of workers and of ranks may differ.
+
+        Raises StateMismatchError that names both values when the state is of other labels or settings.
+        """
+        present = {"version": STATE_VERSION, "settings": self._fingerprint()}
+        saved = {"version": state.get("version"), "settings": state.get("settings")}
+        differences = describe_differences(saved, present)
+        if differences:
+            raise StateMismatchError(f"this state was saved by another loader: {'; '.join(differences)}")
+        self._place = Place(**state["place"])
+        self._maker.first_epoch = self._place.epoch
+
+    def _split(self, made: Made, window: Window) -> Iterator[tuple[Tensor, SoftTargets]]:
+        self.skipped += len(made.skipped)
+        self.skipped_last = made.skipped
+        start = 0
+        for size, place in zip(made.batches, window.places, strict=True):
+            rows = slice(start, start + size)
+            start += size
+            self._place = place
+            yield (
+                made.images[rows],
+                SoftTargets(
+                    index=made.class_index[rows],
+                    weight=made.weight[rows],
+                    floor=made.floor[rows],
+                    num_classes=self.labels.num_classes,
+                ),
+            )
+
+    def _made(self) -> Iterator[Made]:
+        """Windows made by the workers, in order."""
+        if self._loader is None:
+            self._loader = _data_loader(self._maker, self._windows, **self._maker_args)
+        try:
+            yield from self._loader
+        except FerkdError:
+            self._loader = None
+            raise
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self._loader = None
+            raise LoaderError(
+                f"a loader worker died ({str(error).splitlines()[0]}); with too little memory, lower num_workers, "
+                "batch_size or spread"
+            ) from error
+
+    def _prepare_blocks(self, epoch: int) -> None:
+        """Unpack the blocks of this epoch before workers ask for them, and drop those it does not draw from."""
+        labels = self.labels
+        draws = epoch_draws(
+            epoch,
+            crops_per_image=self._layout.crops_per_image,
+            num_crops=labels.num_crops,
+            crops_per_block=labels.manifest.block_crops(0),
+        )
+        blocks = {part.block for part in draws}
+        for block in sorted(blocks):
+            self._maker.cache.block(block)
+        self._maker.cache.drop_except(blocks)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a state to fit."""
+        settings = self._maker.settings
+        calibration = settings.calibration
+        described = (
+            asdict(calibration)
+            if isinstance(calibration, Calibration)
+            else calibration
+            if isinstance(calibration, str)
+            else getattr(calibration, "__qualname__", type(calibration).__qualname__)
+        )
+        return {
+            "labels": self.labels.identity,
+            "crops": self.labels.num_crops,
+            **asdict(self._layout),
+            "size": settings.size,
+            "interpolation": settings.interpolation,
+            "order": settings.order,
+            "shards_together": settings.shards_together,
+            "calibration": described,
+            "selfmix": None if settings.selfmix is None else asdict(settings.selfmix),
+        }
+
+
+class _Windows(Sampler[Window]):
+    """Feeds the workers of a DataLoader that lives for many epochs."""
+
+    def __init__(self) -> None:
+        self.content: Iterator[Window] = iter(())
+
+    def __iter__(self) -> Iterator[Window]:
+        return self.content
+
+
+def _data_loader(
+    maker: BatchMaker, sampler: _Windows, *, num_workers: int, prefetch_factor: int, pin_memory: bool
+) -> DataLoader[Made]:
+    return DataLoader(
+        maker,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        multiprocessing_context="forkserver" if num_workers and sys.platform == "linux" else None,
+    )
+
+
+def _open_images(labels: LabelSet, images: str | Path | ImageSource | None, on_error: OnError) -> tuple[Any, Any]:
+    if images is None:
+        if labels.manifest.layout != "webdataset":
+            raise UsageError(f"{labels.path}: a label set of layout parquet holds no images; give images=…")
+        return own_images(labels)
+    source = open_source(images) if isinstance(images, (str, Path)) else images
+    return join_images(labels, source, allow_missing=on_error == "skip")
+
+
+def _check(
+    batch_size: int,
+    crops_per_image: int,
+    size: int,
+    interpolation: str,
+    spread: int,
+    selfmix: SelfMix | None,
+    rank: int,
+    world_size: int,
+    order: str,
+) -> None:
+    if crops_per_image < 1 or batch_size < 1 or batch_size % crops_per_image:
+        raise UsageError(f"batch_size {batch_size} must be a multiple of crops_per_image {crops_per_image}")
+    if not 1 <= size <= 8192:
+        raise UsageError(f"size must be 1..8192, got {size}")
+    if interpolation not in INTERPOLATIONS:
+        raise UsageError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
+    if spread != 1 and spread < crops_per_image:
+        raise UsageError(f"spread is {spread} batches; with {crops_per_image} crops per image, at least that many")
+    if selfmix is not None and (spread > 1 or crops_per_image < 2):
+        raise UsageError("selfmix needs at least 2 crops of an image side by side: crops_per_image >= 2, spread=False")
+    if not 0 <= rank < world_size:
+        raise UsageError(f"rank must be 0..{world_size - 1}, got {rank}")
+    if order not in ("global", "shards", "sequential"):
+        raise UsageError(f"order must be global, shards or sequential, got {order!r}")
+
+
+__all__: Sequence[str] = ["CropLoader"]
