@@ -101,8 +101,8 @@ class CropLoader:
         )
         if count_batches(self._layout, Place(), world_size=world_size) == 0:
             raise UsageError(
-                f"{len(labels)} images x {crops_per_image} crops make no batch of {batch_size} for each of {world_size} "
-                "ranks; use a smaller batch_size, or drop_last=False"
+                f"{len(labels)} images x {crops_per_image} crops make no batch of {batch_size} for each of "
+                f"{world_size} ranks; use a smaller batch_size, or drop_last=False"
             )
         table, self._images_folder = _open_images(labels, images, on_error)
         self._maker = BatchMaker(

@@ -86,7 +86,7 @@ def write(path: Path, labels: ShardLabels) -> None:
         compression="zstd",
         compression_level=9,
         row_group_size=max(len(labels), 1),
-        use_dictionary=["class_index.list.element", "class_prob.list.element", "target"],
+        use_dictionary=["class_index.list.element", "target"],
         column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in BOX_COLUMNS},
         write_statistics=["key", "target"],
         store_schema=True,

@@ -54,8 +54,9 @@ class OnnxTeacher:
         self.num_classes = int(self.logits(torch.zeros((1, 3, size, size), dtype=torch.uint8)).shape[1])
 
     def logits(self, images_BCSS: Tensor) -> Tensor:
-        pixels = images_BCSS.cpu().float()
-        normalised = torch.addcmul(self.shift, pixels, self.scale).contiguous().numpy()
+        # One pass that converts and makes the channels planes, which ONNX wants, then two in place.
+        planes = torch.empty(images_BCSS.shape, dtype=torch.float32).copy_(images_BCSS)
+        normalised = planes.mul_(self.scale).add_(self.shift).numpy()
         steps = self.fixed_batch or len(normalised)
         parts = [self._run(normalised[start : start + steps]) for start in range(0, len(normalised), steps)]
         return torch.from_numpy(np.concatenate(parts)).to(images_BCSS.device)

@@ -70,9 +70,9 @@ class ModuleTeacher:
     @torch.inference_mode()
     def logits(self, images_BCSS: Tensor) -> Tensor:
         pixels = images_BCSS.to(self.device, non_blocking=True)
-        normalised = torch.addcmul(self.shift, pixels.float(), self.scale)
+        normalised = pixels.to(torch.float32, memory_format=torch.channels_last).mul_(self.scale).add_(self.shift)
         with torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST):
-            output: Tensor = self.module(normalised.contiguous(memory_format=torch.channels_last))
+            output: Tensor = self.module(normalised)
         return output.float()
 
     def renormalised(self, mean: Triple, std: Triple) -> ModuleTeacher:
