@@ -107,7 +107,7 @@ def command(
 
 def print_result(result: Any, as_json: bool) -> None:
     manifest = result.manifest
-    size = sum(file.bytes for shard in manifest.shards for file in shard.files)
+    total = sum(file.bytes for shard in manifest.shards for file in shard.files)
     if as_json:
         print_json(
             {
@@ -115,13 +115,13 @@ def print_result(result: Any, as_json: bool) -> None:
                 "images": manifest.num_images,
                 "rejects": result.rejects,
                 "crops": manifest.statistics.crops,
-                "bytes": size,
+                "bytes": total,
             }
         )
         return
     click.echo(
         f"{result.out}: {manifest.num_images} images x {manifest.num_crops} crops, "
-        f"{size / 1e6:.2f} MB in {sum(len(shard.files) for shard in manifest.shards)} files"
+        f"{size(total)} in {sum(len(shard.files) for shard in manifest.shards)} files"
     )
     if result.rejects:
         click.echo(
@@ -138,15 +138,23 @@ def _print_estimate(estimate: Any) -> None:
         f"rate          {estimate.crops_per_second:,.1f} crops/s (measured on {estimate.measured_crops:,} crops)"
     )
     click.echo(f"time          {_duration(estimate.hours)}")
-    click.echo(f"labels        {estimate.label_bytes / 1e9:.3f} GB")
+    click.echo(f"labels        {size(estimate.label_bytes)}")
     if estimate.image_bytes:
-        click.echo(f"images copied {estimate.image_bytes / 1e9:.3f} GB")
+        click.echo(f"images copied {size(estimate.image_bytes)}")
     click.echo(f"files         {estimate.files:,}")
     for teacher in estimate.teachers:
         click.echo(
             f"  {teacher.spec}: {teacher.forwards:,} forwards, {teacher.milliseconds_per_crop:.3f} ms each, "
             f"{_duration(teacher.hours)}"
         )
+
+
+def size(num_bytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
 
 
 def _duration(hours: float) -> str:

@@ -57,5 +57,10 @@ Read the labels in Python:
   import ferkd_data as fd
   labels = fd.open_labels("{out / "labels"}")
   image = labels[0]
-  print(image.key, image.boxes[0], image.class_index[0], image.class_prob[0])""")
+  print(image.key, image.boxes[0], image.class_index[0], image.class_prob[0])
+
+Train with them:
+  loader = fd.CropLoader(labels, images="{demo.photos}", batch_size=16)
+  for images, targets in loader:          # uint8 (16, 3, 224, 224), SoftTargets
+      loss = fd.soft_cross_entropy(model(fd.normalize(images)), targets)""")
     return 0

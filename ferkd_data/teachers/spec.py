@@ -68,7 +68,7 @@ class TeacherSpec:
         given = {
             k: v for k, v in options.items() if v is not None and (k, v) not in (("weight", 1.0), ("temperature", 1.0))
         }
-        texts = [f"{k}={','.join(map(repr, v)) if isinstance(v, tuple) else v}" for k, v in given.items()]
+        texts = [f"{k}={_text(v)}" for k, v in given.items()]
         checkpoint = f"@{self.checkpoint}" if self.checkpoint else ""
         return f"{self.kind}:{self.name}{checkpoint}" + (f"?{'&'.join(texts)}" if texts else "")
 
@@ -111,6 +111,12 @@ def _parse_option(text: str, key: str, value: str) -> object:
         return tuple(values)
     except (ValueError, ZeroDivisionError) as error:
         raise UsageError(f"teacher {text!r}: {key}={value}: {error}") from error
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return repr(value[0]) if len(set(value)) == 1 else ",".join(map(repr, value))
+    return str(value)
 
 
 def _number(text: str) -> float:
