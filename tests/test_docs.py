@@ -1,0 +1,45 @@
+"""What the documents say, held against the code."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from ferkd_data_cli.main import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_the_format_are_up_to_date():
+    text = (ROOT / "docs/format.md").read_text(encoding="utf-8")
+    assert load_script("write_format_doc").filled(text) == text, "run python scripts/write_format_doc.py"
+
+
+@pytest.mark.parametrize("document", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text(encoding="utf-8")):
+        assert ((ROOT / document).parent / target).exists(), target
+
+
+def test_readme_names_real_commands_and_files():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^ +(?:\$ )?ferkd-data (\w+)", text, re.MULTILINE)
+    assert len(commands) >= 3 and set(commands) <= set(COMMANDS)
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_readme_says_what_ci_runs():
+    ci = (ROOT / ".ci/run").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "pip install --quiet -e '.[dev]'" in ci and "pip install -e '.[dev]'" in readme
+    assert re.search(r"^pytest -n 2$", ci, re.MULTILINE) and "pytest -n 2" in readme
