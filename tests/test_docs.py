@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from ferkd_data_cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent

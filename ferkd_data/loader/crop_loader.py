@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +21,7 @@ from ferkd_data.images import ImageSource, open_source
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Made, OnError, Verify
 from ferkd_data.loader.draw import epoch_draws
-from ferkd_data.loader.image_table import join_images, own_images
+from ferkd_data.loader.image_table import ImageTable, join_images, own_images
 from ferkd_data.loader.label_cache import LabelCache, default_cache_dir
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, windows
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
@@ -104,7 +106,8 @@ class CropLoader:
                 f"{len(labels)} images x {crops_per_image} crops make no batch of {batch_size} for each of "
                 f"{world_size} ranks; use a smaller batch_size, or drop_last=False"
             )
-        table, self._images_folder = _open_images(labels, images, on_error)
+        table = _open_images(labels, images, on_error)
+        weakref.finalize(self, shutil.rmtree, table.folder, ignore_errors=True)
         self._maker = BatchMaker(
             LabelCache(labels, Path(cache_dir) if cache_dir else default_cache_dir()),
             table,
@@ -147,13 +150,12 @@ class CropLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, SoftTargets]]:
         """The rest of the epoch; afterwards the loader stands at the start of the next one."""
-        place = self._place
-        self._prepare_blocks(place.epoch)
-        self._windows.content = windows(self._layout, place, rank=self.rank, world_size=self.world_size)
-        ahead = windows(self._layout, place, rank=self.rank, world_size=self.world_size)
-        for made, window in zip(self._made(), ahead, strict=True):
+        epoch = self._place.epoch
+        self._prepare_blocks(epoch)
+        self._windows.content = self._windows_of_epoch()
+        for made, window in zip(self._made(), self._windows_of_epoch(), strict=True):
             yield from self._split(made, window)
-        self._place = Place(epoch=place.epoch + 1)
+        self._place = Place(epoch=epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands after the last batch it gave: small, and plain JSON."""
@@ -171,6 +173,10 @@ class CropLoader:
             raise StateMismatchError(f"this state was saved by another loader: {'; '.join(differences)}")
         self._place = Place(**state["place"])
         self._maker.first_epoch = self._place.epoch
+
+    def _windows_of_epoch(self) -> Iterator[Window]:
+        """From where the loader stands."""
+        return windows(self._layout, self._place, rank=self.rank, world_size=self.world_size)
 
     def _split(self, made: Made, window: Window) -> Iterator[tuple[Tensor, SoftTargets]]:
         self.skipped += len(made.skipped)
@@ -199,8 +205,9 @@ class CropLoader:
         except FerkdError:
             self._loader = None
             raise
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # A dead worker shows as PyTorch's own error, or as a broken pipe on the batch it was sending.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             self._loader = None
             raise LoaderError(
@@ -271,7 +278,7 @@ def _data_loader(
     )
 
 
-def _open_images(labels: LabelSet, images: str | Path | ImageSource | None, on_error: OnError) -> tuple[Any, Any]:
+def _open_images(labels: LabelSet, images: str | Path | ImageSource | None, on_error: OnError) -> ImageTable:
     if images is None:
         if labels.manifest.layout != "webdataset":
             raise UsageError(f"{labels.path}: a label set of layout parquet holds no images; give images=…")

@@ -5,6 +5,7 @@ The references are spooled to an Arrow file and memory-mapped; in memory stay 8 
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,17 @@ from ferkd_data.label_set import LabelSet
 from ferkd_data.shards import webdataset
 
 SCHEMA = pa.schema([("key", pa.string()), ("file", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
+FILE_NAME = "images.arrow"
 SPOOL_ROWS = 8192
 MISSING = -1
 
 
 class ImageTable:
-    """`table.read(row)` gives an image's encoded bytes. Can be pickled; the folder lives as long as the first copy."""
+    """`table.read(row)` gives an image's encoded bytes. Can be pickled, as long as `folder` exists."""
 
     def __init__(self, source: ImageSource, folder: Path, position: npt.NDArray[np.int64]) -> None:
         self.source = source
-        self.path = folder / "images.arrow"
+        self.folder = folder
         self.position = position
         """(images,): a row's place in the file, -1 where the source lacks the image."""
         self._batches: list[pa.RecordBatch] | None = None
@@ -47,7 +49,7 @@ class ImageTable:
 
     def _find(self, at: int) -> tuple[pa.RecordBatch, int]:
         if self._batches is None:
-            reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            reader = pa.ipc.open_file(pa.memory_map(str(self.folder / FILE_NAME)))
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         batch = int(np.searchsorted(self._starts, at, side="right")) - 1
@@ -57,8 +59,8 @@ class ImageTable:
         return {**self.__dict__, "_batches": None}
 
 
-def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -> tuple[ImageTable, Any]:
-    """The table, and the temporary folder that holds it.
+def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -> ImageTable:
+    """The table; its temporary folder is the caller's to remove.
 
     Raises LabelSetError when labelled images are missing from the source (unless `allow_missing`) or none matches.
     """
@@ -66,9 +68,9 @@ def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
     position = np.full(len(labels), MISSING, np.int64)
-    folder = tempfile.TemporaryDirectory(prefix="ferkd-data-images-")
+    folder = Path(tempfile.mkdtemp(prefix="ferkd-data-images-"))
     seen = 0
-    with pa.OSFile(f"{folder.name}/images.arrow", "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+    with pa.OSFile(str(folder / FILE_NAME), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         pending: list[ImageRef] = []
         for item in source.list_images():
             if not isinstance(item, ImageRef):
@@ -84,22 +86,26 @@ def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -
                 writer.write_batch(_batch(pending))
                 pending = []
         writer.write_batch(_batch(pending))
-    _check_missing(labels, source, position, allow_missing)
-    return ImageTable(source, Path(folder.name), position), folder
+    try:
+        _check_missing(labels, source, position, allow_missing)
+    except LabelSetError:
+        shutil.rmtree(folder)
+        raise
+    return ImageTable(source, folder, position)
 
 
-def own_images(labels: LabelSet) -> tuple[ImageTable, Any]:
-    """The images inside a label set of layout `webdataset`."""
-    folder = tempfile.TemporaryDirectory(prefix="ferkd-data-images-")
+def own_images(labels: LabelSet) -> ImageTable:
+    """The images inside a label set of layout `webdataset`; the temporary folder is the caller's to remove."""
+    folder = Path(tempfile.mkdtemp(prefix="ferkd-data-images-"))
     tars = [str(labels.file(entry.files[0])) for entry in labels.manifest.shards if entry.rows]
-    with pa.OSFile(f"{folder.name}/images.arrow", "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+    with pa.OSFile(str(folder / FILE_NAME), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         for tar in tars:
             refs = [
                 ImageRef(key=s.key, target=None, file=tar, offset=s.image_offset, length=s.image_bytes)
                 for s in webdataset.scan(Path(tar))
             ]
             writer.write_batch(_batch(refs))
-    return ImageTable(TarSource(tars, None), Path(folder.name), np.arange(len(labels))), folder
+    return ImageTable(TarSource(tars, None), folder, np.arange(len(labels)))
 
 
 def _batch(refs: list[ImageRef]) -> pa.RecordBatch:

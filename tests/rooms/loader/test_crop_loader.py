@@ -1,0 +1,367 @@
+"""The loader as a training loop meets it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ferkd_data as fd
+from ferkd_data.calibration import calibrate
+from ferkd_data.crops import Crops
+from ferkd_data.errors import LabelSetError, LoaderError, StateMismatchError, UsageError
+from ferkd_data.images import decode_rgb
+from ferkd_data.loader.draw import draw, epoch_draws
+from ferkd_data.loader.label_cache import LabelCache
+from ferkd_data.replay import replay
+
+KEEP_ALL = fd.Calibration.fkd()
+
+
+@pytest.fixture
+def make(label_set, photos, tmp_path):
+    """A loader over the small label set; keyword arguments override."""
+
+    def make_(labels=label_set, **changes):
+        settings = {"batch_size": 8, "crops_per_image": 2, "size": 32, "cache_dir": tmp_path / "cache"}
+        settings |= {"images": photos, "calibration": KEEP_ALL}
+        opened = fd.open_labels(labels) if not isinstance(labels, fd.LabelSet) else labels
+        return fd.CropLoader(opened, **(settings | changes))
+
+    return make_
+
+
+def contents(batches):
+    return [(images.clone(), targets.dense().clone()) for images, targets in batches]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, y) and torch.equal(t, u) for (x, t), (y, u) in zip(a, b, strict=True)
+    )
+
+
+def test_batches_have_the_promised_form(make):
+    loader = make()
+    batches = list(loader)
+    assert len(loader) == len(batches) == 5
+    for images, targets in batches:
+        assert images.shape == (8, 3, 32, 32) and images.dtype == torch.uint8
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert isinstance(targets, fd.SoftTargets) and len(targets) == 8 and targets.num_classes == 10
+    assert loader.epoch == 1
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_every_crop_is_the_builders_crop_and_its_label(layout, label_set, tar_label_set, photos, tmp_path):
+    """One epoch in sequential order, against the labels and the cutter, byte for byte."""
+    path = label_set if layout == "parquet" else tar_label_set
+    labels = fd.open_labels(path)
+    loader = fd.CropLoader(
+        labels,
+        images=photos if layout == "parquet" else None,
+        batch_size=10,
+        crops_per_image=2,
+        size=32,
+        order="sequential",
+        calibration=KEEP_ALL,
+        seed=3,
+        cache_dir=tmp_path,
+    )
+    loader.set_epoch(1)
+    images = torch.cat([batch.clone() for batch, _ in loader])
+    loader.set_epoch(1)
+    dense = torch.cat([targets.dense() for _, targets in loader])
+    block = labels.manifest.block_crops(0)
+    (part,) = epoch_draws(1, crops_per_image=2, num_crops=10, crops_per_block=block)
+    for row, image in enumerate(labels):
+        key_hash = LabelCache(labels, tmp_path).block(part.block)["key_hash"][row : row + 1]
+        start = part.block * block
+        chosen = start + draw(key_hash, np.ones((1, block), np.float32), part, seed=3)[0]
+        pixels = decode_rgb((photos / f"{image.key}.jpg").read_bytes())
+        crops = Crops(boxes=image.boxes[chosen], flip=image.flip[chosen])
+        assert torch.equal(images[2 * row : 2 * row + 2], replay(pixels, crops, size=32))
+        expected = calibrate(
+            KEEP_ALL,
+            class_index=image.class_index[chosen],
+            class_prob=image.class_prob[chosen],
+            codes=image.bucket[chosen],
+            target=np.full(2, image.target),
+            num_classes=10,
+        )
+        torch.testing.assert_close(dense[2 * row : 2 * row + 2], expected.dense())
+
+
+SETTINGS = {
+    "plain": {},
+    "selfmix": {"selfmix": fd.SelfMix(prob=0.7, mode="both", per="sample"), "calibration": "ferkd"},
+    "spread": {"spread": 3},
+    "shards": {"order": "shards", "shards_together": 2},
+    "short last batch": {"drop_last": False, "batch_size": 12},
+    "bicubic, one crop": {"interpolation": "bicubic", "crops_per_image": 1},
+    "draws cross blocks": {"crops_per_image": 4},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_number_of_workers_changes_nothing(make, name):
+    alone, two = make(**SETTINGS[name]), make(num_workers=2, **SETTINGS[name])
+    for epoch in (0, 1):
+        for loader in (alone, two):
+            loader.set_epoch(epoch)
+        assert same(contents(alone), contents(two))
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_resume_after_every_batch(make, name, layout, tar_label_set):
+    changes = SETTINGS[name] | ({"labels": tar_label_set, "images": None} if layout == "webdataset" else {})
+    whole = contents(make(**changes))
+    for stop in range(1, len(whole) + 1):
+        first = make(**changes)
+        for number, _ in enumerate(first, 1):
+            if number == stop:
+                break
+        state = first.state_dict()
+        second = make(**changes)
+        second.load_state_dict(state)
+        if stop < len(whole):
+            assert same(contents(second), whole[stop:])
+        else:
+            assert next(iter(second), None) is not None or second.epoch == 1
+
+
+def test_a_resumed_loader_reads_nothing_that_was_consumed(make, monkeypatch):
+    loader = make()
+    stream = iter(loader)
+    for _ in range(3):
+        next(stream)
+    second = make()
+    second.load_state_dict(loader.state_dict())
+    read = []
+    original = second._maker.images.read
+    monkeypatch.setattr(second._maker.images, "read", lambda row: read.append(row) or original(row))
+    assert len(list(second)) == 2
+    assert len(read) == 8
+
+
+def test_ranks_share_an_epoch_and_resume_with_other_ranks(make):
+    def keys(loaders):
+        return [image.tobytes() for loader in loaders for images, _ in loader for image in images.numpy()]
+
+    one = sorted(keys([make(drop_last=False)]))
+    two = sorted(keys([make(rank=rank, world_size=2, batch_size=4) for rank in range(2)]))
+    assert one == two
+    for changes in ({"batch_size": 4}, {"batch_size": 4, "spread": 3}):
+        loaders = [make(rank=rank, world_size=2, **changes) for rank in range(2)]
+        begun = []
+        for loader in loaders:
+            stream = iter(loader)
+            for _ in range(2):
+                begun += [image.tobytes() for image in next(stream)[0].numpy()]
+        assert loaders[0].state_dict() == loaders[1].state_dict()
+        last = make(**changes)
+        last.load_state_dict(loaders[0].state_dict())
+        assert sorted(begun + keys([last])) == one
+
+
+def test_a_state_of_another_loader_names_both_values(make, tar_label_set):
+    state = make().state_dict()
+    with pytest.raises(StateMismatchError, match=r"batch_size: saved 8, now 4.*seed: saved 0, now 9"):
+        make(batch_size=4, seed=9).load_state_dict(state)
+    with pytest.raises(StateMismatchError, match="labels: saved"):
+        make(labels=tar_label_set).load_state_dict(state)
+    with pytest.raises(StateMismatchError, match="calibration"):
+        make(calibration="ferkd").load_state_dict(state)
+    with pytest.raises(StateMismatchError, match="version: saved None, now 1"):
+        make().load_state_dict({})
+
+
+def test_all_crops_are_seen_once_before_any_again(make):
+    loader = make(crops_per_image=2, batch_size=4)
+    seen = []
+    for epoch in range(5):
+        loader.set_epoch(epoch)
+        seen += [image.tobytes() for images, _ in loader for image in images.numpy()]
+    assert len(seen) == 200 and len(set(seen)) > 195
+
+
+def test_spread_batches_hold_different_images(make):
+    def groups(loader):
+        """Largest number of crops of one image in a batch, by the images' targets under hard recovery."""
+        labels = fd.open_labels(loader.labels.path)
+        assert len(labels) == 20
+        window = next(iter(loader._windows_of_epoch()))
+        image_of = {int(slot): i for i, row in enumerate(window.slots) for slot in row}
+        return [
+            max(np.bincount([image_of[slot] for slot in range(start, start + 8)]))
+            for start in range(0, sum(window.batches), 8)
+        ]
+
+    assert set(groups(make())) == {2}
+    assert set(groups(make(spread=True))) == {1}
+
+
+def damaged(photos, folder, change):
+    copy = shutil.copytree(photos, folder)
+    change(copy / "class3/photo0013.jpg")
+    return copy
+
+
+def other_picture(path):
+    Image.new("RGB", (64, 48), "red").save(path)
+
+
+DAMAGE = {
+    "corrupt": (lambda path: path.write_bytes(path.read_bytes()[:300]), "digest differs"),
+    "another picture": (other_picture, "digest differs"),
+    "another size": (lambda path: Image.new("RGB", (30, 20)).save(path), "digest differs"),
+    "missing": (lambda path: path.unlink(), None),
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("name", DAMAGE)
+def test_an_image_that_cannot_be_used(make, photos, tmp_path, name, num_workers):
+    change, message = DAMAGE[name]
+    images = damaged(photos, tmp_path / "photos", change)
+    if message is None:
+        with pytest.raises(LabelSetError, match=r"1 of 20 labelled images are missing.*'class3/photo0013'"):
+            make(images=images)
+    else:
+        loader = make(images=images, num_workers=num_workers)
+        with pytest.raises(LoaderError, match=rf"'class3/photo0013' \(shard 0 .*{message}"):
+            list(loader)
+    loader = make(images=images, num_workers=num_workers, on_error="skip")
+    sizes = sorted(len(batch) for batch, targets in loader if len(batch) == len(targets))
+    assert sizes == [6, 8, 8, 8, 8] and loader.skipped == 1
+
+
+def test_without_digests_a_corrupt_image_is_still_found(make, photos, tmp_path):
+    for name, message in {"corrupt": "truncated", "another size": "30x20 pixels, 64x48 were labelled"}.items():
+        images = damaged(photos, tmp_path / name, DAMAGE[name][0])
+        with pytest.raises(LoaderError, match=message):
+            list(make(images=images, verify_images="never"))
+    images = damaged(photos, tmp_path / "other", other_picture)
+    assert len(list(make(images=images, verify_images="never"))) == 5
+
+
+def test_a_truncated_shard_names_itself(make, label_set, tmp_path):
+    copy = shutil.copytree(label_set, tmp_path / "copy")
+    loader = make(labels=copy)
+    shard = copy / "labels/00001-000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(fd.FerkdError, match=r"00001-000.parquet: \d+ bytes, the manifest says"):
+        list(loader)
+
+
+def test_a_worker_that_dies_is_an_error_not_a_hang(make):
+    loader = make(num_workers=1, batch_size=2)
+    stream = iter(loader)
+    next(stream)
+    (worker,) = loader._loader._iterator._workers
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(LoaderError, match="a loader worker died"):
+        for _ in stream:
+            pass
+    assert len(list(make(batch_size=2))) == 20
+
+
+def test_blocks_are_unpacked_once_and_dropped(make, tmp_path):
+    loader = make(crops_per_image=4)
+
+    def blocks():
+        return sorted(path.name for path in (tmp_path / "cache").rglob("block-*.npy"))
+
+    list(loader)
+    assert blocks() == ["block-000.npy"]
+    first = next((tmp_path / "cache").rglob("block-000.npy")).stat().st_mtime_ns
+    list(make(crops_per_image=4))
+    assert next((tmp_path / "cache").rglob("block-000.npy")).stat().st_mtime_ns == first
+    loader.set_epoch(1)
+    list(loader)
+    assert blocks() == ["block-001.npy"]
+    loader.set_epoch(2)
+    list(loader)
+    assert blocks() == ["block-000.npy", "block-002.npy"]
+
+
+def test_a_damaged_cache_is_made_again(make, tmp_path):
+    expected = contents(make())
+    cached = next((tmp_path / "cache").rglob("block-000.npy"))
+    for rubbish in (b"", b"rubbish", cached.read_bytes()[:-100]):
+        cached.write_bytes(rubbish)
+        assert same(contents(make()), expected)
+
+
+def test_images_from_tars_and_parquet_are_the_same(make, photos, tmp_path, tar_label_set):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    expected = contents(make())
+    assert same(contents(make(images=str(tar_label_set / "shards/*.tar"))), expected)
+    files = sorted(photos.rglob("*.jpg"))
+    keys = [file.relative_to(photos).with_suffix("").as_posix() for file in files]
+    table = pa.table({"key": keys, "image": [{"bytes": file.read_bytes()} for file in files]})
+    pq.write_table(table, tmp_path / "images.parquet", row_group_size=6)
+    assert same(contents(make(images=tmp_path / "images.parquet")), expected)
+
+
+def test_fewer_crops_than_were_labelled(make, label_set):
+    loader = make(labels=fd.open_labels(label_set, crops=6), crops_per_image=2)
+    seen = set()
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        seen |= {image.tobytes() for images, _ in loader for image in images.numpy()}
+    assert 110 <= len(seen) <= 120
+
+
+def test_a_schedule_changes_the_targets(make):
+    loader = make(calibration=hard_at_first)
+    first = contents(loader)
+    loader.set_epoch(1)
+    second = contents(loader)
+    assert all((targets.max(1).values == 1).all() for _, targets in first)
+    assert not all((targets.max(1).values == 1).all() for _, targets in second)
+
+
+def hard_at_first(epoch):
+    return fd.Calibration(
+        extreme_hard="keep", moderate_hard="keep", recovery="hard" if epoch == 0 else "smooth", all_discarded="keep"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 7}, "must be a multiple of crops_per_image"),
+        ({"batch_size": 1000}, "make no batch of 1000"),
+        ({"size": 0}, "size must be"),
+        ({"interpolation": "nearest"}, "bilinear, bicubic"),
+        ({"spread": 3, "crops_per_image": 4}, "at least that many"),
+        ({"spread": True, "selfmix": fd.SelfMix()}, "side by side"),
+        ({"crops_per_image": 1, "selfmix": fd.SelfMix()}, "side by side"),
+        ({"rank": 2, "world_size": 2}, r"rank must be 0\.\.1"),
+        ({"order": "random"}, "order must be"),
+        ({"verify_images": "sometimes"}, "verify_images"),
+        ({"calibration": "ferdk"}, "fkd or ferkd"),
+        ({"images": None}, "holds no images"),
+    ],
+)
+def test_settings_that_cannot_be_right(make, changes, message):
+    with pytest.raises(UsageError, match=message):
+        make(**changes)
+
+
+def test_images_of_another_data_set(make, make_photos, tmp_path):
+    other = make_photos(tmp_path / "other", 3)
+    (other / "class0").rename(other / "renamed")
+    (other / "class1").rename(other / "renamed1")
+    (other / "class2").rename(other / "renamed2")
+    with pytest.raises(LabelSetError, match=r"no image of folder other has a key.*class0/photo0000"):
+        make(images=other)
