@@ -17,6 +17,7 @@ _EXPORTS: dict[str, str] = {
     "Mixup": "mixing",
     "SelfMix": "selfmix",
     "SoftTargets": "targets",
+    "generator": "rng",
     "kl_div": "losses",
     "normalize": "normalization",
     "soft_cross_entropy": "losses",

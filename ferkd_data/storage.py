@@ -81,7 +81,12 @@ def inside(folder: Path, name: str) -> Path:
     if not name or name.startswith("/") or "\\" in name or "\0" in name or ".." in parts:
         raise LabelSetError(f"{folder}: {name!r} is not a path inside the label set")
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        stays = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        # RuntimeError is a loop of links before Python 3.13; ValueError a name that no file system can hold.
+        raise LabelSetError(f"{folder}: {name!r} is not a path inside the label set ({error})") from error
+    if not stays:
         raise LabelSetError(f"{folder}: {name!r} leads outside the label set")
     return path
 
@@ -115,8 +120,14 @@ def expand(pattern: str) -> list[str]:
     except ValueError as error:
         raise SourceError(f"{pattern}: the braces do not match") from error
     for alternative in alternatives:
-        matches = [alternative] if is_url(alternative) else sorted(glob.glob(alternative, recursive=True))  # noqa: PTH207
+        matches = _matches(alternative)
         if not matches:
             raise SourceError(f"{alternative}: no such file")
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def _matches(alternative: str) -> list[str]:
+    if is_url(alternative) or Path(alternative).is_file():
+        return [alternative]
+    return sorted(glob.glob(alternative, recursive=True))  # noqa: PTH207

@@ -59,7 +59,7 @@ def open_source(source: str | Path, *, classes: Path | None = None) -> ImageSour
 def read_classes(path: Path) -> dict[str, tuple[int, str]]:
     """Class folder -> (class number, name to show). Raises SourceError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read as a list of classes ({error})") from error
     classes: dict[str, tuple[int, str]] = {}

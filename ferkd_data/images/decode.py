@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from ferkd_data.crops import check_size
 from ferkd_data.errors import ImageError
+from ferkd_data.images.animation import first_gif_frame, still_png
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """Pillow's own threshold for a decompression bomb: 256 MiB of RGB."""
@@ -24,6 +26,30 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": 
 NO_SIZE = "not identified by this driver"
 """What Pillow says of a header that it understands, but whose width or height is 0."""
 JPEG_START = b"\xff\xd8\xff"
+OTHER_FORMATS = (
+    ("TIFF", 0, b"II*\0"),
+    ("TIFF", 0, b"MM\0*"),
+    ("AVIF", 4, b"ftypavi"),
+    ("HEIF", 4, b"ftyphe"),
+    ("HEIF", 4, b"ftypmif1"),
+    ("JPEG 2000", 4, b"jP  "),
+    ("JPEG 2000", 0, b"\xff\x4f\xff\x51"),
+    ("JPEG XL", 0, b"\xff\x0a"),
+    ("JPEG XL", 4, b"JXL "),
+    *(("PNM", 0, b"P%d" % kind + space) for kind in range(1, 7) for space in (b"\n", b" ")),
+)
+"""(name, offset of its first bytes, the bytes): what people have in image folders and we do not decode."""
+
+
+class _PlainJpeg(JpegImageFile):
+    """Without EXIF, which Pillow reads for its resolution only, warning of what is broken in it."""
+
+    def getexif(self) -> Image.Exif:
+        return Image.Exif()
+
+
+PLAIN: dict[str, type[JpegImageFile]] = {"JPEG": _PlainJpeg}
+"""In place of Pillow's own, which looks for more pictures behind the first (MPO) and warns of a broken list of them."""
 
 
 def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDArray[np.uint8]:
@@ -34,6 +60,10 @@ def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDAr
             return pixels
     with _opened(data, max_pixels) as image:
         try:
+            image.load()
+            if image.mode == "P":
+                # Pillow would warn that RGB has no room for it; the pixels are the same without.
+                image.info.pop("transparency", None)
             return np.array(image.convert("RGB"))
         except (
             OSError,
@@ -50,6 +80,10 @@ def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDAr
 
 def image_size(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
     """(height, width) from the header alone. Raises ImageError as `decode_rgb` does."""
+    if data.startswith(JPEG_START):
+        size = _jpeg_size(data, max_pixels)
+        if size is not None:
+            return size
     with _opened(data, max_pixels) as image:
         return image.height, image.width
 
@@ -64,6 +98,17 @@ def image_extension(data: bytes) -> str:
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
     """None where Pillow is to decide."""
+    if _jpeg_size(data, max_pixels) is None:
+        return None
+    try:
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError:
+        return None
+    return pixels
+
+
+def _jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
+    """(height, width), or None where Pillow is to decide. Raises ImageError for a size beyond the limits."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -71,11 +116,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
     if colorspace not in ("YCbCr", "Gray"):
         return None
     _check(height, width, max_pixels)
-    try:
-        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:
-        return None
-    return pixels
+    return height, width
 
 
 def _opened(data: bytes, max_pixels: int | None) -> Image.Image:
@@ -100,7 +141,7 @@ def _identify(data: bytes) -> Image.Image:
         if accept is not None and accept(data[:16]) is not True:
             continue
         try:
-            return factory(io.BytesIO(data), "")
+            return PLAIN.get(name, factory)(io.BytesIO(_first_picture(name, data)), "")
         except (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError, struct.error) as error:
             if accept is None:
                 continue
@@ -108,7 +149,16 @@ def _identify(data: bytes) -> Image.Image:
                 raise ImageError("zero_sized", f"a {name} file whose header gives no size") from error
             reason = "truncated" if len(data) < 1024 or "truncated" in str(error) else "corrupt"
             raise ImageError(reason, f"starts like a {name} file, but: {error}") from error
+    known = next((kind for kind, offset, magic in OTHER_FORMATS if data.startswith(magic, offset)), None)
+    if known:
+        raise ImageError("unsupported_format", f"the bytes are of a {known} image")
     raise ImageError("not_an_image", f"no image format known here (first bytes {data[:8]!r})")
+
+
+def _first_picture(name: str, data: bytes) -> bytes:
+    if name == "GIF":
+        return first_gif_frame(data)
+    return still_png(data) if name == "PNG" else data
 
 
 def _check(height: int, width: int, max_pixels: int | None) -> None:

@@ -7,6 +7,7 @@ import tempfile
 from types import TracebackType
 
 from ferkd_data import rng
+from ferkd_data.errors import StorageFullError
 
 CACHE_KIB = 64 * 1024
 
@@ -31,6 +32,12 @@ class DuplicateFilter:
         self._folder.cleanup()
 
     def seen(self, key: str) -> bool:
-        """Whether `key` was asked for before."""
-        cursor = self._database.execute("INSERT OR IGNORE INTO keys VALUES (?)", (rng.digest(key),))
+        """Whether `key` was asked for before. Raises StorageFullError."""
+        try:
+            cursor = self._database.execute("INSERT OR IGNORE INTO keys VALUES (?)", (rng.digest(key),))
+        except sqlite3.OperationalError as error:
+            raise StorageFullError(
+                f"{self._folder.name}: the list of keys cannot grow ({error}); free some space there, "
+                "or set TMPDIR to a folder that has it, and run the same command again"
+            ) from error
         return cursor.rowcount == 0

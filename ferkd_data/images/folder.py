@@ -73,18 +73,17 @@ class FolderSource:
             identity = (status.st_dev, status.st_ino)
             if identity in above:
                 return
-            with os.scandir(path) as entries:
-                found = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[0] != ".")
         except OSError as error:
             raise SourceError(f"{path}: cannot be listed ({error.strerror})") from error
-        yield from self._list_files(folder, target, [name for name, is_folder in found if not is_folder])
+        found = _entries(path)
+        yield from self._list_files(folder, target, {name: kind for name, kind in found.items() if kind != "folder"})
         # A flat folder has no folders below it: `open_source` has looked.
-        for name in (name for name, is_folder in found if is_folder and self.class_folders is not None):
+        for name in (name for name, kind in found.items() if kind == "folder" and self.class_folders is not None):
             yield from self._list_folder(f"{folder}/{name}", target, above | {identity})
 
-    def _list_files(self, folder: str, target: int | None, names: list[str]) -> Iterator[ImageRef | Reject]:
+    def _list_files(self, folder: str, target: int | None, kinds: dict[str, str]) -> Iterator[ImageRef | Reject]:
         previous = ""
-        keyed = sorted((Path(name).stem, name) for name in names)
+        keyed = sorted((Path(name).stem, name) for name in kinds)
         for stem, name in keyed:
             file = f"{folder}/{name}" if folder else name
             key = f"{folder}/{stem}" if folder else stem
@@ -97,6 +96,8 @@ class FolderSource:
                 continue
             try:
                 check_key(key)
+                if kinds[name] != "file":
+                    raise ImageError("unreadable", f"{file}: not a file, or a link that leads to none")
                 if stem == previous:
                     raise ImageError("duplicate_key", f"{file}: another file of this folder has the same key")
             except ImageError as error:
@@ -111,12 +112,10 @@ def open_folder(root: Path, classes: dict[str, tuple[int, str]] | None) -> Folde
 
     Raises SourceError for a class folder that `classes` does not name, and for images beside class folders.
     """
-    try:
-        entries = sorted((entry.name, entry.is_dir()) for entry in os.scandir(root) if not entry.name.startswith("."))
-    except OSError as error:
-        raise SourceError(f"{root}: cannot be listed ({error.strerror})") from error
-    folders = [name for name, is_folder in entries if is_folder]
-    images = [name for name, is_folder in entries if not is_folder and Path(name).suffix.lower() in EXTENSIONS]
+    kinds = _entries(root)
+    folders = [name for name, kind in kinds.items() if kind == "folder"]
+    known = (*EXTENSIONS, *UNSUPPORTED)
+    images = [name for name, kind in kinds.items() if kind != "folder" and Path(name).suffix.lower() in known]
     if folders and images:
         raise SourceError(
             f"{root}: holds images ({images[0]}) beside folders ({folders[0]}); "
@@ -131,3 +130,19 @@ def open_folder(root: Path, classes: dict[str, tuple[int, str]] | None) -> Folde
     if unknown:
         raise SourceError(f"{root}: class folder {unknown[0]!r} is not in the classes file")
     return FolderSource(root, {name: classes[name][0] for name in folders}, tuple(name for _, name in classes.values()))
+
+
+def _entries(path: Path) -> dict[str, str]:
+    """Name -> `folder`, `file` or `other`, sorted by name; hidden ones left out. Raises SourceError."""
+    try:
+        with os.scandir(path) as entries:
+            return dict(sorted((entry.name, _kind(entry)) for entry in entries if not entry.name.startswith(".")))
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be listed ({error.strerror})") from error
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+    except OSError:  # a link to itself
+        return "other"

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images.duplicates import DuplicateFilter
-from ferkd_data.images.refs import ImageRef, Reject, check_key
+from ferkd_data.images.refs import MAX_TARGET, ImageRef, Reject, check_key
 
 KEY_COLUMNS = ("key", "__key__", "id")
 TARGET_COLUMNS = ("label", "target", "cls")
@@ -38,6 +38,8 @@ class ParquetSource:
                 for row, (key, target) in enumerate(_rows(self.root / file)):
                     try:
                         check_key(key)
+                        if target is not None and target > MAX_TARGET:
+                            raise ImageError("corrupt", f"{file}, row {row}: class number {target} is out of range")
                         if duplicates.seen(key):
                             raise ImageError("duplicate_key", f"again in {file}, row {row}")
                     except ImageError as error:
@@ -64,7 +66,10 @@ class _Cursor:
 
     def __init__(self, root: Path, file: str, row: int) -> None:
         self.file = file
-        opened = pq.ParquetFile(root / file)
+        try:
+            opened = pq.ParquetFile(root / file)
+        except (OSError, pa.ArrowException) as error:
+            raise SourceError(f"{root / file}: cannot be read as Parquet ({error})") from error
         first, group = 0, 0
         while group < opened.num_row_groups and first + opened.metadata.row_group(group).num_rows <= row:
             first += opened.metadata.row_group(group).num_rows
@@ -114,14 +119,27 @@ def _schema(path: Path) -> pa.Schema:
 def _check_schema(path: Path) -> None:
     schema = _schema(path)
     image = schema.field("image").type if "image" in schema.names else None
-    if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+    if image is None or not pa.types.is_struct(image) or not _is_binary(image, "bytes"):
         raise SourceError(
-            f"{path}: needs a column `image` that is a struct with a field `bytes`, "
+            f"{path}: needs a column `image` that is a struct with a binary field `bytes`, "
             f"has columns {', '.join(schema.names)}"
         )
 
 
+def _is_binary(struct: pa.StructType, name: str) -> bool:
+    index = struct.get_field_index(name)
+    return index >= 0 and bool(pa.types.is_binary(struct[index].type) or pa.types.is_large_binary(struct[index].type))
+
+
 def _rows(path: Path) -> Iterator[tuple[str, int | None]]:
+    """(key, target) of every row. Raises SourceError."""
+    try:
+        yield from _read_rows(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise SourceError(f"{path}: cannot be read to its end ({error})") from error
+
+
+def _read_rows(path: Path) -> Iterator[tuple[str, int | None]]:
     schema = _schema(path)
     key_column = next((name for name in KEY_COLUMNS if name in schema.names), None)
     target_column = next((name for name in TARGET_COLUMNS if _is_integer(schema, name)), None)
@@ -144,7 +162,8 @@ def _rows(path: Path) -> Iterator[tuple[str, int | None]]:
 
 def _key(path: Path, row: int, record: dict[str, Any], key_column: str | None) -> str:
     if key_column is not None:
-        return str(record[key_column])
+        key = record[key_column]
+        return "" if key is None else str(key)
     image_path = (record.get("image") or {}).get("path")
     return PurePosixPath(image_path).stem if image_path else f"{_stem(path.name)}/{row:08d}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +12,8 @@ from ferkd_data.errors import ImageError
 
 # A class with slots and a frozen dataclass cost the same here; slots halve the memory of a listed shard.
 MAX_KEY_BYTES = 1024
+MAX_TARGET = 2**31 - 1
+"""Label sets hold targets as int32."""
 
 REASONS: dict[str, str] = {
     "bad_key": "the key cannot be a member name in a tar: a dot in the file name, a climbing or absolute path, "
@@ -87,7 +90,7 @@ def _key_problem(key: str) -> str | None:
         return "climbs out of its folder"
     if base.startswith("__") and base.endswith("__"):
         return "is a name that WebDataset keeps for itself"
-    if "\\" in key or any(ord(character) < 32 or ord(character) == 127 for character in key):
+    if "\\" in key or any(unicodedata.category(character) == "Cc" for character in key):
         return "has a backslash or a control character"
     try:
         size = len(key.encode("utf-8"))

@@ -6,16 +6,18 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images.duplicates import DuplicateFilter
 from ferkd_data.images.folder import EXTENSIONS, UNSUPPORTED
-from ferkd_data.images.refs import ImageRef, Reject, check_key
+from ferkd_data.images.refs import MAX_TARGET, ImageRef, Reject, check_key
 from ferkd_data.storage import open_binary
 
 TARGET_FIELDS = ("label", "target", "cls", "class")
 MAX_TARGET_BYTES = 2**20
+DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
+"""What tarfile raises for headers that claim absurd sizes or nest without end."""
 
 
 class TarSource:
@@ -79,12 +81,11 @@ def _list_tar(name: str) -> Iterator[ImageRef | Reject]:
         with open_binary(name) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             parts: list[tuple[str, tarfile.TarInfo]] = []
             key = None
-            for member in tar:
-                # tarfile keeps every header it has read; a shard of millions would not fit.
-                tar.members = []  # type: ignore[attr-defined]
-                if not member.isreg():
-                    continue
+            for member in _headers(tar, stream):
                 member_key, suffix = split_member(member.name)
+                is_image_link = (member.islnk() or member.issym()) and _extension(suffix) in EXTENSIONS
+                if not member.isreg() and not is_image_link:
+                    continue
                 if member_key != key:
                     yield from _sample(name, key, parts, stream)
                     key, parts = member_key, []
@@ -94,8 +95,30 @@ def _list_tar(name: str) -> Iterator[ImageRef | Reject]:
         raise SourceError(
             f"{name}: not an uncompressed tar, or damaged ({error}); unpack compressed tars first"
         ) from error
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise SourceError(f"{name}: cannot be read as a tar ({error})") from error
+    except DAMAGE as error:
+        raise SourceError(f"{name}: cannot be read as a tar ({str(error) or type(error).__name__})") from error
+
+
+def _headers(tar: tarfile.TarFile, stream: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """Every header, to the end of the file. Raises tarfile.ReadError where tarfile would stop early or turn back."""
+    last = -1
+    for member in tar:
+        # tarfile keeps every header it has read; a shard of millions would not fit.
+        tar.members = []  # type: ignore[attr-defined]
+        if member.offset <= last:
+            raise tarfile.ReadError(f"the header at byte {last} leads back to byte {member.offset}")
+        last = member.offset
+        yield member
+    # tarfile takes a damaged header behind the first one for the end: the images after it would be lost in silence.
+    stream.seek(tar.offset)
+    block = stream.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether the member's bytes lie in the tar as they are: no link, no sparse file."""
+    return member.isreg() and not member.issparse()
 
 
 def split_member(name: str) -> tuple[str, str]:
@@ -121,6 +144,8 @@ def _sample(
             if unsupported:
                 raise ImageError("unsupported_format", f"{tar}: {unsupported[0]}")
             raise ImageError("missing_image", f"{tar}: the sample holds {sorted(s for s, _ in parts)}")
+        if not _is_plain(images[0][1]):
+            raise ImageError("unreadable", f"{tar}: {images[0][1].name} is a link or a sparse file; store its bytes")
         target = _target(parts, stream)
     except ImageError as error:
         yield Reject(key=key, reason=error.reason, detail=error.detail)
@@ -139,19 +164,24 @@ def _target(parts: list[tuple[str, tarfile.TarInfo]], stream: IO[bytes]) -> int 
         return None
     suffix = "cls" if "cls" in members else "json"
     member = members[suffix]
+    if not _is_plain(member):
+        raise ImageError("corrupt", f"{member.name} is a sparse file; store its bytes")
     position = stream.tell()
     stream.seek(member.offset_data)
     text = stream.read(min(member.size, MAX_TARGET_BYTES))
     stream.seek(position)
     try:
-        content = json.loads(text)
-        if suffix == "json":
-            content = next((content[name] for name in TARGET_FIELDS if name in content), None)
-        if content is None:
-            return None
-        target = int(content)
+        target = int(text) if suffix == "cls" else _json_target(json.loads(text))
     except (ValueError, TypeError, RecursionError) as error:
         raise ImageError("corrupt", f"{member.name} holds no class number ({text[:40]!r})") from error
-    if not 0 <= target < 2**31:
+    if target is not None and not 0 <= target <= MAX_TARGET:
         raise ImageError("corrupt", f"{member.name}: class number {target} is out of range")
     return target
+
+
+def _json_target(content: Any) -> int | None:
+    """The class number in a sample's JSON, None where it names none. Raises ValueError, TypeError."""
+    value = next((content[name] for name in TARGET_FIELDS if name in content), None)
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError(f"{value} is no class number")
+    return None if value is None else int(value)

@@ -1,0 +1,64 @@
+"""Hugging Face Accelerate: prepare the model and optimiser, not the loader, which has ranks and a state of its own.
+
+accelerate launch examples/accelerate_loop.py LABELS PHOTOS [--model resnet18] [--epochs 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torchvision
+from accelerate import Accelerator
+
+import ferkd_data as fd
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("labels")
+    parser.add_argument("photos")
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--checkpoint", default=None, help="A folder to save to after each epoch, and to resume from.")
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+
+    accelerator = Accelerator()
+    labels = fd.open_labels(args.labels)
+    loader = fd.CropLoader(
+        labels,
+        images=args.photos,
+        batch_size=args.batch_size,
+        size=args.size,
+        num_workers=args.workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    model = torchvision.models.get_model(args.model, num_classes=labels.num_classes)
+    model, optimiser = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    # Anything with state_dict and load_state_dict is saved along: no batch is repeated or skipped after a resume.
+    accelerator.register_for_checkpointing(loader)
+    if args.resume:
+        accelerator.load_state(args.checkpoint)
+
+    for epoch in range(loader.epoch, args.epochs):
+        loader.set_epoch(epoch)
+        for images, targets in loader:
+            images, targets = images.to(accelerator.device), targets.to(accelerator.device)
+            with accelerator.autocast():
+                logits = model(fd.normalize(images))
+            loss = fd.soft_cross_entropy(logits, targets)
+            optimiser.zero_grad()
+            accelerator.backward(loss)
+            optimiser.step()
+        accelerator.print(f"epoch {epoch}: loss {loss.item():.4f}")
+        if args.checkpoint:
+            accelerator.save_state(args.checkpoint)
+
+
+if __name__ == "__main__":
+    main()

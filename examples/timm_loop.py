@@ -1,0 +1,71 @@
+"""timm's parts around our loader: its models, optimisers, schedulers and EMA, distilled offline.
+
+    python examples/timm_loop.py LABELS PHOTOS [--model mobilenetv3_small_050] [--epochs 2]
+
+timm's own distillation (timm.task) runs the teacher in every step; here it ran once, when the labels were built.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+
+import ferkd_data as fd
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("labels")
+    parser.add_argument("photos")
+    parser.add_argument("--model", default="mobilenetv3_small_050")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--workers", type=int, default=4)
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    labels = fd.open_labels(args.labels)
+    model = timm.create_model(args.model, num_classes=labels.num_classes).to(device, memory_format=torch.channels_last)
+    config = timm.data.resolve_model_data_config(model)
+    loader = fd.CropLoader(
+        labels,
+        images=args.photos,
+        batch_size=args.batch_size,
+        size=args.size,
+        interpolation=config["interpolation"],
+        spread=True,
+        num_workers=args.workers,
+        pin_memory=device == "cuda",
+    )
+    cutmix = fd.CutMix(prob=0.5)
+    optimiser = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05)
+    scheduler, _ = create_scheduler_v2(optimiser, sched="cosine", num_epochs=args.epochs)
+    average = ModelEmaV3(model, decay=0.99)
+
+    for epoch in range(args.epochs):
+        loader.set_epoch(epoch)
+        model.train()
+        for step, (images, targets) in enumerate(loader):
+            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            rng = fd.generator("cutmix", 0, epoch, step)
+            images, targets = cutmix(images, targets, rng=rng)
+            with torch.autocast(device, torch.bfloat16):
+                logits = model(fd.normalize(images, mean=config["mean"], std=config["std"]))
+            loss = fd.soft_cross_entropy(logits, targets)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            average.update(model)
+        scheduler.step(epoch + 1)
+        print(f"epoch {epoch}: loss {loss.item():.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
