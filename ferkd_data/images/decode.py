@@ -7,6 +7,7 @@ and has the last word on what is broken. EXIF orientation is ignored.
 from __future__ import annotations
 
 import io
+import re
 import struct
 
 import numpy as np
@@ -26,6 +27,8 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": 
 NO_SIZE = "not identified by this driver"
 """What Pillow says of a header that it understands, but whose width or height is 0."""
 JPEG_START = b"\xff\xd8\xff"
+JPEG_FRAME = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")
+"""The marker before a JPEG's size; a file without one ended too early."""
 OTHER_FORMATS = (
     ("TIFF", 0, b"II*\0"),
     ("TIFF", 0, b"MM\0*"),
@@ -145,7 +148,7 @@ def _identify(data: bytes) -> Image.Image:
         except (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError, struct.error) as error:
             if accept is None:
                 continue
-            if str(error) == NO_SIZE:
+            if str(error) == NO_SIZE and (name != "JPEG" or JPEG_FRAME.search(data)):
                 raise ImageError("zero_sized", f"a {name} file whose header gives no size") from error
             reason = "truncated" if len(data) < 1024 or "truncated" in str(error) else "corrupt"
             raise ImageError(reason, f"starts like a {name} file, but: {error}") from error

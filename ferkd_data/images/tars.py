@@ -12,7 +12,7 @@ from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images.duplicates import DuplicateFilter
 from ferkd_data.images.folder import EXTENSIONS, UNSUPPORTED
 from ferkd_data.images.refs import MAX_TARGET, ImageRef, Reject, check_key
-from ferkd_data.storage import open_binary
+from ferkd_data.storage import CHUNK_BYTES, open_binary
 
 TARGET_FIELDS = ("label", "target", "cls", "class")
 MAX_TARGET_BYTES = 2**20
@@ -109,11 +109,11 @@ def _headers(tar: tarfile.TarFile, stream: IO[bytes]) -> Iterator[tarfile.TarInf
             raise tarfile.ReadError(f"the header at byte {last} leads back to byte {member.offset}")
         last = member.offset
         yield member
-    # tarfile takes a damaged header behind the first one for the end: the images after it would be lost in silence.
+    # tarfile takes a damaged header for the end, and ignores a tar behind the end: images would be lost in silence.
     stream.seek(tar.offset)
-    block = stream.read(tarfile.BLOCKSIZE)
-    if block.strip(b"\0"):
-        raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
+    while chunk := stream.read(CHUNK_BYTES):
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError(f"a damaged header at byte {tar.offset}, or a second tar behind it")
 
 
 def _is_plain(member: tarfile.TarInfo) -> bool:
@@ -123,9 +123,9 @@ def _is_plain(member: tarfile.TarInfo) -> bool:
 
 def split_member(name: str) -> tuple[str, str]:
     """WebDataset's rule: the key ends at the first dot of the last path component."""
-    folder, _, base = name.removeprefix("./").rpartition("/")
+    folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), suffix
+    return folder + slash + stem, suffix
 
 
 def _sample(
