@@ -169,7 +169,7 @@ class FkdDataset(Dataset[Any]):
 def write_fkd_labels(labels: Path, out: Path) -> None:
     out.mkdir()
     for image in fd.open_labels(labels):
-        label = [torch.from_numpy(image.class_index.astype(np.int64)), torch.from_numpy(image.class_prob)]
+        label = [torch.from_numpy(image.class_index.astype(np.int64)), torch.from_numpy(image.class_prob.copy())]
         torch.save([image.boxes.tolist(), image.flip.tolist(), label], out / f"{image.key.rpartition('/')[2]}.pt")
 
 
@@ -321,7 +321,7 @@ def main() -> None:
             persistent_workers=True,
         )
         photos, labels = folder / "photos", folder / "labels"
-        candidates: dict[str, tuple[Iterable[Any] | None, int]] = {
+        pairs: dict[str, tuple[Iterable[Any] | None, int]] = {
             "ours, M=4": (ours(labels, photos, folder / "c4", M, args.workers), 1),
             "ours, M=1": (ours(labels, photos, folder / "c1", 1, args.workers), 2),
             "FKD reference, M=4": (fkd, 1),
@@ -330,13 +330,13 @@ def main() -> None:
             "DALI CPU, M=1": (dali(photos, args.workers), 2),
             "floor (decode/4 + cut)": (Floor(paths, args.workers), 1),
         }
-        loaders = {what: entry for what, entry in candidates.items() if entry[0] is not None}
+        loaders = {what: (loader, epochs) for what, (loader, epochs) in pairs.items() if loader is not None}
         results: dict[str, list[tuple[float, float]]] = {what: [] for what in loaders}
         for loader, _ in loaders.values():
-            measure(loader or (), 1)
+            measure(loader, 1)
         for _ in range(args.rounds):
             for what, (loader, epochs) in loaders.items():
-                results[what].append(measure(loader or (), epochs))
+                results[what].append(measure(loader, epochs))
         print(f"{args.workers} workers, {os.cpu_count()} cores, batch {BATCH}, median of {args.rounds} rounds\n")
         print(f"{'loader':<26} {'crops/s':>8} {'CPU ms':>7}  ours M=4 is   ours M=1 is")
         ours4, ours1 = ([rate for rate, _ in results[what]] for what in ("ours, M=4", "ours, M=1"))

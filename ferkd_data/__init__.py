@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _EXPORTS: dict[str, str] = {
     "Calibration": "calibration",
+    "CropDataset": "loader",
     "CropLoader": "loader",
     "CutMix": "mixing",
     "Mixup": "mixing",

@@ -57,11 +57,13 @@ def replay(
     if out is None:
         out = empty_batch(len(crops), size)
     pixels = image_HWC if image_HWC.flags.writeable else image_HWC.copy()
-    image_CHW = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    image_HWC_t = torch.from_numpy(pixels)
+    row, column = image_HWC_t.stride(0), image_HWC_t.stride(1)
     resize_into = _RESIZE_INTO[interpolation]
     output_size = [size, size]
     for n, ((top, left, height, width), flip) in enumerate(zip(crops.boxes.tolist(), crops.flip.tolist(), strict=True)):
-        patch = image_CHW[:, :, top : top + height, left : left + width]
+        # One view instead of two slices, which cost 3 us more.
+        patch = image_HWC_t.as_strided((1, 3, height, width), (0, 1, row, column), top * row + left * column)
         slot = out[n : n + 1]
         if flip:
             resized = torch.empty_like(slot)

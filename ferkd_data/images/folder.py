@@ -61,7 +61,9 @@ class FolderSource:
 
     def read_one(self, ref: ImageRef) -> bytes:
         try:
-            return (self.root / ref.file).read_bytes()
+            # Without pathlib and buffering, which cost as much as the read itself.
+            with open(f"{self.root}/{ref.file}", "rb", buffering=0) as stream:  # noqa: PTH123
+                return stream.read()
         except OSError as error:
             raise ImageError("unreadable", f"{ref.file}: {error.strerror}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ferkd_data.loader.crop_dataset import CropDataset
 from ferkd_data.loader.crop_loader import CropLoader
 
-__all__ = ["CropLoader"]
+__all__ = ["CropDataset", "CropLoader"]

@@ -109,6 +109,13 @@ class BatchMaker(Dataset[Made]):
             images, made, batches = _without(window, images, made, list(skipped))
         return Made(images, made.index, made.weight, made.floor, batches, list(skipped.values()))
 
+    def prepare_blocks(self, epoch: int) -> None:
+        """Unpack the blocks of an epoch before workers ask for them, and drop those it does not draw from."""
+        blocks = {part.block for part in self._draws(epoch)}
+        for block in sorted(blocks):
+            self.cache.block(block)
+        self.cache.drop_except(blocks)
+
     def _rows(self, window: Window) -> npt.NDArray[np.int64]:
         settings = self.settings
         shard_rows = [shard.rows for shard in self.cache.labels.manifest.shards]
@@ -170,6 +177,8 @@ class BatchMaker(Dataset[Made]):
         check = self.settings.verify_images
         digests = check == "always" or (check == "first_epoch" and window.epoch == self.first_epoch)
         skipped: dict[int, str] = {}
+        slots = window.slots
+        together = (slots[:, 0] >= 0) & (slots == slots[:, :1] + np.arange(slots.shape[1])).all(axis=1)
         for i, row in enumerate(rows.tolist()):
             try:
                 pixels = self._load(row, records[i], digests)
@@ -179,29 +188,22 @@ class BatchMaker(Dataset[Made]):
                     raise LoaderError(f"{place}: {error}") from error
                 skipped[i] = f"{place}: {error}"
                 continue
-            self._cut_image(pixels, window.slots[i], drawn.boxes[i], drawn.flip[i], out)
+            crops = Crops(boxes=drawn.boxes[i], flip=drawn.flip[i])
+            self._cut_image(pixels, slots[i], crops, bool(together[i]), out)
         return skipped
 
     def _cut_image(
-        self,
-        pixels: npt.NDArray[np.uint8],
-        slots: npt.NDArray[np.int64],
-        boxes: npt.NDArray[np.uint16],
-        flip: npt.NDArray[np.bool_],
-        out: Tensor,
+        self, pixels: npt.NDArray[np.uint8], slots: npt.NDArray[np.int64], crops: Crops, together: bool, out: Tensor
     ) -> None:
-        settings = self.settings
-        first = int(slots[0])
-        if first >= 0 and slots[-1] - first == len(slots) - 1 and (np.diff(slots) == 1).all():
-            crops = Crops(boxes=boxes, flip=flip)
-            into = out[first : first + len(slots)]
-            replay(pixels, crops, size=settings.size, interpolation=settings.interpolation, out=into)
+        size, interpolation = self.settings.size, self.settings.interpolation
+        if together:
+            first = int(slots[0])
+            replay(pixels, crops, size=size, interpolation=interpolation, out=out[first : first + len(slots)])
             return
         for m, slot in enumerate(slots.tolist()):
             if slot >= 0:
-                crops = Crops(boxes=boxes[m : m + 1], flip=flip[m : m + 1])
-                into = out[slot : slot + 1]
-                replay(pixels, crops, size=settings.size, interpolation=settings.interpolation, out=into)
+                one = Crops(boxes=crops.boxes[m : m + 1], flip=crops.flip[m : m + 1])
+                replay(pixels, one, size=size, interpolation=interpolation, out=out[slot : slot + 1])
 
     def _load(self, row: int, record: np.void, check_digest: bool) -> npt.NDArray[np.uint8]:
         if self.images.position[row] == MISSING:

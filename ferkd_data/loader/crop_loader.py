@@ -17,11 +17,10 @@ from torch.utils.data import DataLoader, Sampler
 from ferkd_data.calibration import Calibration, Schedule, calibration_at
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import FerkdError, LoaderError, StateMismatchError, UsageError
-from ferkd_data.images import ImageSource, open_source
+from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Made, OnError, Verify
-from ferkd_data.loader.draw import epoch_draws
-from ferkd_data.loader.image_table import ImageTable, join_images, own_images
+from ferkd_data.loader.image_table import open_images
 from ferkd_data.loader.label_cache import LabelCache, default_cache_dir
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, windows
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
@@ -106,7 +105,7 @@ class CropLoader:
                 f"{len(labels)} images x {crops_per_image} crops make no batch of {batch_size} for each of "
                 f"{world_size} ranks; use a smaller batch_size, or drop_last=False"
             )
-        table = _open_images(labels, images, on_error)
+        table = open_images(labels, images, allow_missing=on_error == "skip")
         weakref.finalize(self, shutil.rmtree, table.folder, ignore_errors=True)
         self._maker = BatchMaker(
             LabelCache(labels, Path(cache_dir) if cache_dir else default_cache_dir()),
@@ -151,7 +150,7 @@ class CropLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, SoftTargets]]:
         """The rest of the epoch; afterwards the loader stands at the start of the next one."""
         epoch = self._place.epoch
-        self._prepare_blocks(epoch)
+        self._maker.prepare_blocks(epoch)
         self._windows.content = self._windows_of_epoch()
         for made, window in zip(self._made(), self._windows_of_epoch(), strict=True):
             yield from self._split(made, window)
@@ -215,20 +214,6 @@ class CropLoader:
                 "batch_size or spread"
             ) from error
 
-    def _prepare_blocks(self, epoch: int) -> None:
-        """Unpack the blocks of this epoch before workers ask for them, and drop those it does not draw from."""
-        labels = self.labels
-        draws = epoch_draws(
-            epoch,
-            crops_per_image=self._layout.crops_per_image,
-            num_crops=labels.num_crops,
-            crops_per_block=labels.manifest.block_crops(0),
-        )
-        blocks = {part.block for part in draws}
-        for block in sorted(blocks):
-            self._maker.cache.block(block)
-        self._maker.cache.drop_except(blocks)
-
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a state to fit."""
         settings = self._maker.settings
@@ -276,15 +261,6 @@ def _data_loader(
         pin_memory=pin_memory and torch.cuda.is_available(),
         multiprocessing_context="forkserver" if num_workers and sys.platform == "linux" else None,
     )
-
-
-def _open_images(labels: LabelSet, images: str | Path | ImageSource | None, on_error: OnError) -> ImageTable:
-    if images is None:
-        if labels.manifest.layout != "webdataset":
-            raise UsageError(f"{labels.path}: a label set of layout parquet holds no images; give images=…")
-        return own_images(labels)
-    source = open_source(images) if isinstance(images, (str, Path)) else images
-    return join_images(labels, source, allow_missing=on_error == "skip")
 
 
 def _check(

@@ -15,12 +15,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ferkd_data import rng
-from ferkd_data.errors import LabelSetError
-from ferkd_data.images import ImageRef, ImageSource, TarSource
+from ferkd_data.errors import LabelSetError, UsageError
+from ferkd_data.images import ImageRef, ImageSource, TarSource, open_source
 from ferkd_data.label_set import LabelSet
 from ferkd_data.shards import webdataset
 
-SCHEMA = pa.schema([("key", pa.string()), ("file", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
+SCHEMA = pa.schema([("file", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 FILE_NAME = "images.arrow"
 SPOOL_ROWS = 8192
 MISSING = -1
@@ -34,29 +34,51 @@ class ImageTable:
         self.folder = folder
         self.position = position
         """(images,): a row's place in the file, -1 where the source lacks the image."""
-        self._batches: list[pa.RecordBatch] | None = None
+        self._batches: list[tuple[npt.NDArray[Any], ...]] = []
         self._starts = np.zeros(1, np.int64)
 
     def ref(self, row: int) -> ImageRef:
+        """Where the image lies; without its key, which the labels have."""
         at = int(self.position[row])
-        batch, index = self._find(at)
-        key, file, offset, length = (column[index].as_py() for column in batch.columns)
-        return ImageRef(key=key, target=None, file=file, offset=offset, length=length)
+        if not self._batches:
+            self._open()
+        batch = int(np.searchsorted(self._starts, at, side="right")) - 1
+        bounds, names, offsets, lengths = self._batches[batch]
+        at -= int(self._starts[batch])
+        file = names[bounds[at] : bounds[at + 1]].tobytes().decode()
+        return ImageRef(key="", target=None, file=file, offset=int(offsets[at]), length=int(lengths[at]))
 
     def read(self, row: int) -> bytes:
         """The encoded bytes. Raises ImageError when the image cannot be read."""
         return self.source.read_one(self.ref(row))
 
-    def _find(self, at: int) -> tuple[pa.RecordBatch, int]:
-        if self._batches is None:
-            reader = pa.ipc.open_file(pa.memory_map(str(self.folder / FILE_NAME)))
-            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-            self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        batch = int(np.searchsorted(self._starts, at, side="right")) - 1
-        return self._batches[batch], at - int(self._starts[batch])
+    def _open(self) -> None:
+        """Map the file, and look at its columns as NumPy: Arrow's scalars would cost more than reading the image."""
+        reader = pa.ipc.open_file(pa.memory_map(str(self.folder / FILE_NAME)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        for batch in batches:
+            _, bounds, names = batch.column("file").buffers()
+            offset, length = (batch.column(name).to_numpy() for name in ("offset", "length"))
+            text = np.frombuffer(names or b"", np.uint8)
+            self._batches.append((np.frombuffer(bounds, np.int32), text, offset, length))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_batches": None}
+        return {**self.__dict__, "_batches": []}
+
+
+def open_images(labels: LabelSet, images: str | Path | ImageSource | None, *, allow_missing: bool) -> ImageTable:
+    """The labels' images: from a source, by key, or from a label set of layout `webdataset` itself.
+
+    The table's temporary folder is the caller's to remove. Raises UsageError when there are no images, LabelSetError as
+    `join_images` does.
+    """
+    if images is None:
+        if labels.manifest.layout != "webdataset":
+            raise UsageError(f"{labels.path}: a label set of layout parquet holds no images; give images=…")
+        return own_images(labels)
+    source = open_source(images) if isinstance(images, (str, Path)) else images
+    return join_images(labels, source, allow_missing=allow_missing)
 
 
 def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -> ImageTable:

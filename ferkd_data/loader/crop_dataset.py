@@ -1,0 +1,100 @@
+"""`CropDataset`: the loader's parts for those who keep their own DataLoader and sampler."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ferkd_data.calibration import Schedule
+from ferkd_data.errors import UsageError
+from ferkd_data.images import ImageSource
+from ferkd_data.label_set import LabelSet
+from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Verify
+from ferkd_data.loader.image_table import open_images
+from ferkd_data.loader.label_cache import LabelCache, default_cache_dir
+from ferkd_data.loader.plan import Place, Window
+from ferkd_data.replay import Interpolation
+from ferkd_data.targets import SoftTargets
+
+Item = tuple[Tensor, SoftTargets]
+
+
+class CropDataset(Dataset[Item]):
+    """Map-style: `dataset[row]` is `(crops, targets)` of one image, uint8 (M, 3, S, S) and `SoftTargets` of M rows.
+
+    Give `dataset.collate` to the DataLoader, and call `set_epoch` before each epoch: it decides which crops are drawn,
+    and reaches workers that live on. Items are a pure function of (seed, key, epoch).
+    """
+
+    def __init__(
+        self,
+        labels: LabelSet,
+        *,
+        images: str | Path | ImageSource | None = None,
+        crops_per_image: int = 1,
+        size: int = 224,
+        interpolation: Interpolation = "bilinear",
+        calibration: Schedule = "ferkd",
+        seed: int = 0,
+        verify_images: Verify = "first_epoch",
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        """The arguments are those of `CropLoader`. Raises UsageError and LabelSetError as it does."""
+        if crops_per_image < 1:
+            raise UsageError(f"crops_per_image must be at least 1, got {crops_per_image}")
+        table = open_images(labels, images, allow_missing=False)
+        weakref.finalize(self, shutil.rmtree, table.folder, ignore_errors=True)
+        settings = BatchSettings(
+            crops_per_image=crops_per_image,
+            size=size,
+            interpolation=interpolation,
+            seed=seed,
+            order="sequential",
+            shards_together=1,
+            calibration=calibration,
+            selfmix=None,
+            verify_images=verify_images,
+            on_error="raise",
+        )
+        cache = LabelCache(labels, Path(cache_dir) if cache_dir else default_cache_dir())
+        self._maker = BatchMaker(cache, table, settings)
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._maker.prepare_blocks(0)
+
+    def __len__(self) -> int:
+        return len(self._maker.cache.labels)
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch < 0:
+            raise UsageError(f"epoch must not be negative, got {epoch}")
+        self._epoch[0] = epoch
+        self._maker.prepare_blocks(epoch)
+
+    def __getitem__(self, row: int) -> Item:
+        """Raises LoaderError when the image cannot be used, IndexError beyond the last row."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        crops = self._maker.settings.crops_per_image
+        made = self._maker[
+            Window(
+                epoch=int(self._epoch[0]),
+                positions=np.array([row]),
+                slots=np.arange(crops)[None],
+                batches=(crops,),
+                places=(Place(),),
+            )
+        ]
+        num_classes = self._maker.cache.labels.num_classes
+        targets = SoftTargets(index=made.class_index, weight=made.weight, floor=made.floor, num_classes=num_classes)
+        return made.images, targets
+
+    @staticmethod
+    def collate(items: list[Item]) -> Item:
+        """Images and targets of several rows as one batch; an image's crops stay side by side."""
+        return torch.cat([images for images, _ in items]), SoftTargets.cat([targets for _, targets in items])
