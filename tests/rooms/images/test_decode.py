@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -100,3 +103,65 @@ def test_our_limit_is_the_only_one(monkeypatch):
     assert decode_rgb(data).shape == (30, 30, 3)
     with pytest.raises(ImageError, match="30x30 pixels is more than the limit of 899"):
         decode_rgb(data, max_pixels=899)
+
+
+def pillows(data):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("number", range(0, 20, 4))
+def test_real_photos(real_photos, number):
+    data = real_photos[number].read_bytes()
+    assert np.abs(decode_rgb(data).astype(int) - pillows(data).astype(int)).max() <= 2
+    assert image_size(data) == decode_rgb(data).shape[:2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(min_size=1, max_size=256), st.integers(0, 99))
+def test_a_palette_with_transparency_keeps_its_colours(transparency, seed):
+    generator = np.random.default_rng(seed)
+    image = Image.fromarray(generator.integers(0, 256, (9, 7), dtype=np.uint8))
+    image.putpalette(generator.integers(0, 256, 768, dtype=np.uint8).tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=transparency)
+    assert np.array_equal(decode_rgb(buffer.getvalue()), pillows(buffer.getvalue()))
+
+
+def animation(kind, modes, **options):
+    frames = [Image.new("RGB", (12, 10), color).convert(modes) for color in ("red", "blue", "green")]
+    frames[0].putpixel((3, 4), 1 if modes in ("P", "L") else (1, 2, 3))
+    buffer = io.BytesIO()
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        animation("PNG", "RGB"),
+        animation("PNG", "RGB", default_image=True),
+        animation("WEBP", "RGB", lossless=True),
+        animation("MPO", "RGB"),
+        *(animation("GIF", "P", disposal=disposal, transparency=0) for disposal in range(4)),
+    ],
+    ids=["APNG", "APNG with a picture of its own", "WebP", "MPO", "GIF 0", "GIF 1", "GIF 2", "GIF 3"],
+)
+def test_animations_give_pillows_first_picture(data):
+    assert np.abs(decode_rgb(data).astype(int) - pillows(data).astype(int)).max() <= 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 40), st.sampled_from([0, 1, 2, 3]))
+def test_a_gif_whose_frame_leaves_its_screen(width, height, disposal):
+    data = encoded("GIF", "P", 20, 16, 3, disposal=disposal)
+    data = data[:6] + struct.pack("<2H", width, height) + data[10:]
+    assert np.array_equal(decode_rgb(data), pillows(data))
+
+
+def test_decoding_in_threads_is_decoding():
+    images = [encoded(*combination, 50, 40, seed) for seed in range(8) for combination in COMBINATIONS]
+    expected = [decode_rgb(data) for data in images]
+    with ThreadPoolExecutor(8) as threads:
+        assert all(map(np.array_equal, threads.map(decode_rgb, images), expected))

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import sqlite3
 import tarfile
 import tracemalloc
 
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ferkd_data.errors import ImageError, SourceError
+from ferkd_data.errors import ImageError, SourceError, StorageFullError
 from ferkd_data.images import ImageRef, Reject, check_key, open_source
 from ferkd_data.images.duplicates import DuplicateFilter
 
@@ -194,3 +196,119 @@ def test_the_duplicate_filter_is_a_set(keys):
         for key in keys:
             assert duplicates.seen(key) == (key in seen)
             seen.add(key)
+
+
+def rejected(source):
+    return [(item.key, item.reason) for item in source.list_images() if isinstance(item, Reject)]
+
+
+def test_two_files_with_one_key(tmp_path):
+    for name in ("a.jpg", "a.png", "b.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
+    source = open_source(tmp_path)
+    assert [ref.file for ref in refs(source)] == ["a.jpg", "b.jpg"]
+    assert rejected(source) == [("a", "duplicate_key")]
+
+
+def test_one_key_in_two_tars_and_in_two_parquet_files(tmp_path):
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.tar", [("k.jpg", jpeg()), (f"{name}.jpg", jpeg())])
+        (tmp_path / "hf").mkdir(exist_ok=True)
+        images = [{"bytes": jpeg(), "path": "x/k.jpg"}, {"bytes": jpeg(), "path": f"{name}.jpg"}]
+        pq.write_table(pa.table({"image": images}), tmp_path / f"hf/{name}.parquet")
+    for spec in (str(tmp_path / "*.tar"), tmp_path / "hf"):
+        source = open_source(spec)
+        assert [ref.key for ref in refs(source)] == ["k", "a", "b"]
+        assert rejected(source) == [("k", "duplicate_key")]
+
+
+def test_samples_that_cannot_be_used(tmp_path):
+    members = [("two.jpg", jpeg()), ("two.v2.jpg", jpeg()), ("none.cls", b"1"), ("old.tif", b"II*"), ("k.jpg", jpeg())]
+    write_tar(tmp_path / "a.tar", members)
+    source = open_source(tmp_path / "a.tar")
+    assert rejected(source) == [("two", "bad_key"), ("none", "missing_image"), ("old", "unsupported_format")]
+    assert [ref.key for ref in refs(source)] == ["k"]
+
+
+def test_files_of_other_formats_in_folders(tmp_path):
+    for name in ("a.tiff", "b.HEIC", "c.jpg", "d.v2.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
+    assert rejected(open_source(tmp_path)) == [
+        ("a", "unsupported_format"),
+        ("b", "unsupported_format"),
+        ("d.v2", "bad_key"),
+    ]
+    (tmp_path / "c.jpg").rename(tmp_path / "c.tif")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SourceError, match=r"holds images \(a\.tiff\) beside folders"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("column", ["key", "__key__", "id"])
+def test_key_columns_of_parquet(tmp_path, column):
+    images = [{"bytes": jpeg(), "path": "ignored.jpg"}] * 2
+    pq.write_table(pa.table({"image": images, column: ["a/b", "c"]}), tmp_path / "x.parquet")
+    assert [ref.key for ref in refs(open_source(tmp_path / "x.parquet"))] == ["a/b", "c"]
+
+
+def test_a_row_without_an_image_is_read_as_an_error(tmp_path):
+    images = pa.array([{"bytes": None, "path": "a.jpg"}, None], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(pa.table({"image": images}), tmp_path / "x.parquet")
+    source = open_source(tmp_path)
+    listed = refs(source)
+    assert [error.reason for error in source.read(listed)] == ["missing_image"] * 2
+    with pytest.raises(ImageError, match="missing_image"):
+        source.read_one(listed[0])
+
+
+def test_the_order_is_not_that_of_the_file_system(photos, tmp_path, monkeypatch):
+    expected = list(open_source(photos).list_images())
+    scandir = os.scandir
+
+    class Backwards:
+        def __init__(self, path):
+            with scandir(path) as entries:
+                self.entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
+
+        def __enter__(self):
+            return iter(self.entries)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(os, "scandir", Backwards)
+    assert list(open_source(photos).list_images()) == expected
+
+
+def test_listing_class_folders_holds_one_folder_at_a_time(tmp_path):
+    peaks = []
+    for folders in (4, 40):
+        for folder in range(folders):
+            (tmp_path / f"{folders}/c{folder:03d}").mkdir(parents=True)
+            for number in range(100):
+                (tmp_path / f"{folders}/c{folder:03d}/k{number}.jpg").touch()
+        source = open_source(tmp_path / str(folders))
+        tracemalloc.start()
+        assert sum(1 for _ in source.list_images()) == 100 * folders
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_a_classes_file_with_a_byte_order_mark(photos, tmp_path):
+    (tmp_path / "classes.txt").write_text("\n".join(f"class{i}" for i in range(10)), encoding="utf-8-sig")
+    assert open_source(photos, classes=tmp_path / "classes.txt").class_names[0] == "class0"
+
+
+def test_a_full_disk_while_keys_are_collected():
+    with DuplicateFilter() as duplicates:
+        duplicates._database.execute("PRAGMA max_page_count = 5")
+        with pytest.raises(StorageFullError, match="TMPDIR") as caught:
+            for number in range(10_000):
+                duplicates.seen(str(number))
+        assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
+
+
+def test_control_characters_beyond_ascii_are_no_keys():
+    with pytest.raises(ImageError, match="control character"):
+        check_key("a\x85b")
