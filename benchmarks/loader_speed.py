@@ -1,13 +1,15 @@
 """Crops per second of whole loaders on the same photos, side by side, with their CPU time.
 
-    python benchmarks/loader_speed.py [--workers 2] [--rounds 3] [--images 480]
+    python benchmarks/loader_speed.py [--workers 2] [--rounds 3] [--images 960] [--uint8]
 
 Photos are foolbox's 20 ImageNet photos re-encoded at 500x375 (quality 90, about 70 KB), many times over under other
 names. All loaders deliver 224 px crops; those marked M=4 cut four crops of each decoded image and deliver soft labels.
+Ours and DALI deliver uint8. The three with Pillow do as their published scripts do and make normalised float tensors on
+the CPU (--uint8 leaves that out, for a comparison of the loading alone).
 
 - ours, M=4 / M=1: fd.CropLoader with calibration
 - FKD: its reference loader written anew from its description: Pillow, one torch.save file of labels per image, M=4
-- ImageFolder: torchvision's ImageFolder + RandomResizedCrop + flip + ToTensor-like uint8, M=1
+- ImageFolder: torchvision's ImageFolder + RandomResizedCrop + flip, M=1
 - webdataset: tars, Pillow decode, the same transforms, M=1
 - DALI: nvidia.dali's CPU pipeline with random-crop decode, where it is installed, M=1
 - floor: decode / 4 + one cut, in as many processes as there are workers, nothing else
@@ -141,9 +143,10 @@ def write_labels(photos: Path, out: Path) -> None:
 class FkdDataset(Dataset[Any]):
     """FKD's way: M of the stored crops per decoded image, cut by Pillow, labels from one file per image."""
 
-    def __init__(self, paths: list[Path], labels: Path) -> None:
+    def __init__(self, paths: list[Path], labels: Path, to_tensor: Any) -> None:
         self.paths = paths
         self.labels = labels
+        self.to_tensor = to_tensor
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -159,7 +162,7 @@ class FkdDataset(Dataset[Any]):
             patch = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
             if flips[n]:
                 patch = patch.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            crops.append(torch.from_numpy(np.array(patch)).permute(2, 0, 1))
+            crops.append(self.to_tensor(patch))
             target = torch.full((CLASSES,), (1 - float(prob[n].sum())) / (CLASSES - TOP_K))
             target[index[n].long()] = prob[n].float()
             targets.append(target)
@@ -184,16 +187,24 @@ def write_tar(paths: list[Path], out: Path) -> None:
                 tar.addfile(member, io.BytesIO(number))
 
 
-def pillow_transform() -> Any:
-    from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, RandomResizedCrop
+def tensor_transform(uint8: bool) -> Any:
+    from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
 
-    return Compose([RandomResizedCrop(SIZE), RandomHorizontalFlip(), PILToTensor()])
+    if uint8:
+        return PILToTensor()
+    return Compose([ToTensor(), Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 
 
-def image_folder(photos: Path, workers: int) -> Iterable[Any]:
+def pillow_transform(uint8: bool) -> Any:
+    from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
+
+    return Compose([RandomResizedCrop(SIZE), RandomHorizontalFlip(), tensor_transform(uint8)])
+
+
+def image_folder(photos: Path, workers: int, uint8: bool) -> Iterable[Any]:
     from torchvision.datasets import ImageFolder
 
-    dataset = ImageFolder(str(photos), pillow_transform())
+    dataset = ImageFolder(str(photos), pillow_transform(uint8))
     return DataLoader(dataset, BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True)
 
 
@@ -205,11 +216,11 @@ def with_pillow(sample: Any) -> Any:
 TRANSFORM: Callable[[Any], Any] = lambda image: image  # noqa: E731
 
 
-def web_dataset(tars: Path, workers: int) -> Iterable[Any]:
+def web_dataset(tars: Path, workers: int, uint8: bool) -> Iterable[Any]:
     import webdataset as wds
 
     global TRANSFORM
-    TRANSFORM = pillow_transform()
+    TRANSFORM = pillow_transform(uint8)
     dataset = wds.WebDataset(str(tars / "{0..1}.tar"), shardshuffle=2, empty_check=False).shuffle(200).map(with_pillow)
     return DataLoader(dataset.batched(BATCH), batch_size=None, num_workers=workers, persistent_workers=True)
 
@@ -244,11 +255,11 @@ def floor_worker(paths: list[Path], count: int) -> int:
     """Decode one image, cut M crops of it, over and over."""
     torch.set_num_threads(1)
     data = [path.read_bytes() for path in paths[:20]]
-    crops = draw_crops("floor", 375, 500, seed=0, count=CROPS, distribution=fd.CropDistribution())
+    crops = draw_crops("floor", 375, 500, seed=0, count=4000, distribution=fd.CropDistribution())
     out = empty_batch(M, SIZE)
     for i in range(count // M):
         pixels = decode_rgb(data[i % len(data)])
-        start = (i * M) % (CROPS - M)
+        start = (i * M) % (4000 - M)
         part = fd.Crops(boxes=crops.boxes[start : start + M], flip=crops.flip[start : start + M])
         replay(pixels, part, size=SIZE, out=out)
     return count
@@ -304,7 +315,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=480)
+    parser.add_argument("--images", type=int, default=960)
+    parser.add_argument("--uint8", action="store_true", help="No float tensors anywhere.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -313,7 +325,7 @@ def main() -> None:
         write_fkd_labels(folder / "labels", folder / "fkd")
         write_tar(paths, folder)
         fkd = DataLoader(
-            FkdDataset(paths, folder / "fkd"),
+            FkdDataset(paths, folder / "fkd", tensor_transform(args.uint8)),
             BATCH // M,
             shuffle=True,
             num_workers=args.workers,
@@ -325,8 +337,8 @@ def main() -> None:
             "ours, M=4": (ours(labels, photos, folder / "c4", M, args.workers), 1),
             "ours, M=1": (ours(labels, photos, folder / "c1", 1, args.workers), 2),
             "FKD reference, M=4": (fkd, 1),
-            "ImageFolder, M=1": (image_folder(photos, args.workers), 1),
-            "webdataset + Pillow, M=1": (web_dataset(folder, args.workers), 1),
+            "ImageFolder, M=1": (image_folder(photos, args.workers, args.uint8), 1),
+            "webdataset + Pillow, M=1": (web_dataset(folder, args.workers, args.uint8), 1),
             "DALI CPU, M=1": (dali(photos, args.workers), 2),
             "floor (decode/4 + cut)": (Floor(paths, args.workers), 1),
         }

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from ferkd_data import rng
 from ferkd_data.calibration import (
@@ -34,7 +34,7 @@ from ferkd_data.loader.image_table import MISSING, ImageTable
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import epoch_order
 from ferkd_data.loader.plan import Window
-from ferkd_data.replay import Interpolation, empty_batch, replay
+from ferkd_data.replay import Interpolation, replay
 from ferkd_data.selfmix import SelfMix
 from ferkd_data.storage import image_digest
 from ferkd_data.targets import SoftTargets
@@ -59,10 +59,15 @@ class BatchSettings:
     on_error: OnError
 
 
-class Made(NamedTuple):
-    """A window's batches: uint8 images (sum of batches, 3, S, S), targets of the same rows."""
+class Work(NamedTuple):
+    window: Window
+    out: Tensor
+    """uint8 (at least the sum of the window's batches, 3, S, S): where the crops go."""
 
-    images: Tensor
+
+class Made(NamedTuple):
+    """The targets of a window's crops, and how many crops of `Work.out` are filled."""
+
     class_index: Tensor
     weight: Tensor
     floor: Tensor
@@ -83,7 +88,7 @@ class _Drawn(NamedTuple):
 
 
 class BatchMaker(Dataset[Made]):
-    """`maker[window]` is a pure function of the window and the settings, whichever process calls it."""
+    """`maker[work]` is a pure function of the window and the settings, whichever process calls it."""
 
     def __init__(self, cache: LabelCache, images: ImageTable, settings: BatchSettings) -> None:
         self.cache = cache
@@ -93,21 +98,22 @@ class BatchMaker(Dataset[Made]):
         """The epoch whose images are checked by their digest, where `verify_images` is first_epoch."""
         self._calibrations: OrderedDict[int, Calibration] = OrderedDict()
 
-    def __getitem__(self, window: Window) -> Made:
+    def __getitem__(self, work: Work) -> Made:
+        window = work.window
         rows = self._rows(window)
         draws = self._draws(window.epoch)
         records = [self.cache.block(part.block)[rows] for part in draws]
         calibration = self._calibration(window.epoch)
         drawn = self._draw(records, draws, calibration)
-        images = empty_batch(sum(window.batches), self.settings.size, shared=get_worker_info() is not None)
+        images = work.out[: sum(window.batches)]
         skipped = self._cut(window, rows, records[0], drawn, images)
         targets = self._targets(window, drawn, records[0]["target"], calibration)
         self._mix(window, images, targets)
         made = targets[0] if len(targets) == 1 else SoftTargets.cat(targets)
         batches = list(window.batches)
         if skipped:
-            images, made, batches = _without(window, images, made, list(skipped))
-        return Made(images, made.index, made.weight, made.floor, batches, list(skipped.values()))
+            made, batches = _without(window, images, made, list(skipped))
+        return Made(made.index, made.weight, made.floor, batches, list(skipped.values()))
 
     def prepare_blocks(self, epoch: int) -> None:
         """Unpack the blocks of an epoch before workers ask for them, and drop those it does not draw from."""
@@ -269,14 +275,13 @@ _DRAWN_FIELDS = ("boxes", "flip", "class_index", "class_prob")
 _CROP_FIELDS = ("boxes", "flip", "class_index", "class_prob", "target_prob", "bucket")
 
 
-def _without(
-    window: Window, images: Tensor, targets: SoftTargets, skipped: list[int]
-) -> tuple[Tensor, SoftTargets, list[int]]:
-    """The window's batches without the crops of some images: shorter ones."""
+def _without(window: Window, images: Tensor, targets: SoftTargets, skipped: list[int]) -> tuple[SoftTargets, list[int]]:
+    """The window's batches without the crops of some images: shorter ones, moved together in `images`."""
     lost = np.zeros(len(images), np.bool_)
     slots = window.slots[skipped]
     lost[slots[slots >= 0]] = True
     bounds = np.cumsum([0, *window.batches])
     batches = [int((~lost[a:b]).sum()) for a, b in itertools.pairwise(bounds)]
     kept = torch.from_numpy(np.flatnonzero(~lost))
-    return images[kept], targets[kept], batches
+    images[: len(kept)] = images[kept]
+    return targets[kept], batches

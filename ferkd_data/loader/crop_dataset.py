@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from ferkd_data.calibration import Schedule
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Verify
+from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Verify, Work
 from ferkd_data.loader.image_table import open_images
 from ferkd_data.loader.label_cache import LabelCache, default_cache_dir
 from ferkd_data.loader.plan import Place, Window
-from ferkd_data.replay import Interpolation
+from ferkd_data.replay import Interpolation, empty_batch
 from ferkd_data.targets import SoftTargets
 
 Item = tuple[Tensor, SoftTargets]
@@ -81,18 +81,18 @@ class CropDataset(Dataset[Item]):
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         crops = self._maker.settings.crops_per_image
-        made = self._maker[
-            Window(
-                epoch=int(self._epoch[0]),
-                positions=np.array([row]),
-                slots=np.arange(crops)[None],
-                batches=(crops,),
-                places=(Place(),),
-            )
-        ]
+        images = empty_batch(crops, self._maker.settings.size, shared=get_worker_info() is not None)
+        window = Window(
+            epoch=int(self._epoch[0]),
+            positions=np.array([row]),
+            slots=np.arange(crops)[None],
+            batches=(crops,),
+            places=(Place(),),
+        )
+        made = self._maker[Work(window, images)]
         num_classes = self._maker.cache.labels.num_classes
         targets = SoftTargets(index=made.class_index, weight=made.weight, floor=made.floor, num_classes=num_classes)
-        return made.images, targets
+        return images, targets
 
     @staticmethod
     def collate(items: list[Item]) -> Item:

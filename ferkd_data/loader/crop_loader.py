@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,8 @@ from ferkd_data.differences import describe_differences
 from ferkd_data.errors import FerkdError, LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Made, OnError, Verify
+from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Made, OnError, Verify, Work
+from ferkd_data.loader.buffers import BatchBuffers
 from ferkd_data.loader.image_table import open_images
 from ferkd_data.loader.label_cache import LabelCache, default_cache_dir
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, windows
@@ -124,12 +126,10 @@ class CropLoader:
             ),
         )
         self._place = Place()
-        self._maker_args: dict[str, Any] = {
-            "num_workers": num_workers,
-            "prefetch_factor": prefetch_factor,
-            "pin_memory": pin_memory,
-        }
-        self._windows = _Windows()
+        self._pin_memory = pin_memory and torch.cuda.is_available()
+        self._workers = {"num_workers": num_workers, "prefetch_factor": prefetch_factor}
+        self._buffers = BatchBuffers(spread * batch_size, size, shared=num_workers > 0)
+        self._works = _Works()
         self._loader: DataLoader[Made] | None = None
 
     def __len__(self) -> int:
@@ -151,9 +151,11 @@ class CropLoader:
         """The rest of the epoch; afterwards the loader stands at the start of the next one."""
         epoch = self._place.epoch
         self._maker.prepare_blocks(epoch)
-        self._windows.content = self._windows_of_epoch()
-        for made, window in zip(self._made(), self._windows_of_epoch(), strict=True):
-            yield from self._split(made, window)
+        under_way: deque[Work] = deque()
+        self._works.content = self._hand_out(under_way)
+        for made in self._made():
+            work = under_way.popleft()
+            yield from self._split(made, work.window, self._buffers.lend(work.out, sum(made.batches)))
         self._place = Place(epoch=epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,16 +179,25 @@ class CropLoader:
         """From where the loader stands."""
         return windows(self._layout, self._place, rank=self.rank, world_size=self.world_size)
 
-    def _split(self, made: Made, window: Window) -> Iterator[tuple[Tensor, SoftTargets]]:
+    def _hand_out(self, under_way: deque[Work]) -> Iterator[Work]:
+        """The epoch's work in order, each with memory of its own; remembered until it comes back."""
+        for window in self._windows_of_epoch():
+            work = Work(window, self._buffers.take())
+            under_way.append(work)
+            yield work
+
+    def _split(self, made: Made, window: Window, images: Tensor) -> Iterator[tuple[Tensor, SoftTargets]]:
         self.skipped += len(made.skipped)
         self.skipped_last = made.skipped
+        if self._pin_memory:
+            images = images.pin_memory()
         start = 0
         for size, place in zip(made.batches, window.places, strict=True):
             rows = slice(start, start + size)
             start += size
             self._place = place
             yield (
-                made.images[rows],
+                images[rows],
                 SoftTargets(
                     index=made.class_index[rows],
                     weight=made.weight[rows],
@@ -198,7 +209,7 @@ class CropLoader:
     def _made(self) -> Iterator[Made]:
         """Windows made by the workers, in order."""
         if self._loader is None:
-            self._loader = _data_loader(self._maker, self._windows, **self._maker_args)
+            self._loader = _data_loader(self._maker, self._works, **self._workers)
         try:
             yield from self._loader
         except FerkdError:
@@ -238,19 +249,17 @@ class CropLoader:
         }
 
 
-class _Windows(Sampler[Window]):
+class _Works(Sampler[Work]):
     """Feeds the workers of a DataLoader that lives for many epochs."""
 
     def __init__(self) -> None:
-        self.content: Iterator[Window] = iter(())
+        self.content: Iterator[Work] = iter(())
 
-    def __iter__(self) -> Iterator[Window]:
+    def __iter__(self) -> Iterator[Work]:
         return self.content
 
 
-def _data_loader(
-    maker: BatchMaker, sampler: _Windows, *, num_workers: int, prefetch_factor: int, pin_memory: bool
-) -> DataLoader[Made]:
+def _data_loader(maker: BatchMaker, sampler: _Works, *, num_workers: int, prefetch_factor: int) -> DataLoader[Made]:
     return DataLoader(
         maker,
         batch_size=None,
@@ -258,7 +267,6 @@ def _data_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         persistent_workers=num_workers > 0,
-        pin_memory=pin_memory and torch.cuda.is_available(),
         multiprocessing_context="forkserver" if num_workers and sys.platform == "linux" else None,
     )
 
