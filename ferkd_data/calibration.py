@@ -16,7 +16,7 @@ import torch
 
 from ferkd_data.buckets import BUCKETS, Thresholds, assign_buckets, confidence
 from ferkd_data.errors import UsageError
-from ferkd_data.targets import RECOVERIES, Floats, Recovery, SoftTargets, recover
+from ferkd_data.targets import RECOVERIES, Floats, Recovery, SoftTargets, check_positive, recover
 
 Kind: TypeAlias = Literal["discard", "soften", "blend", "keep", "thin"]
 THIN = re.compile(r"thin\((\d*\.?\d+)\)")
@@ -78,8 +78,9 @@ class Calibration:
                 raise UsageError(f"{name} must be in 0..1, got {getattr(self, name)}")
         if self.recovery not in RECOVERIES:
             raise UsageError(f"recovery must be one of {', '.join(RECOVERIES)}, got {self.recovery!r}")
-        if self.temperature <= 0:
-            raise UsageError(f"temperature must be positive, got {self.temperature}")
+        check_positive("temperature", self.temperature)
+        if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
+            raise UsageError(f"thresholds must be Thresholds (of shares: resolve them first), got {self.thresholds!r}")
 
     @classmethod
     def fkd(cls) -> Calibration:

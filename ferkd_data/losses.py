@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ferkd_data.errors import UsageError
-from ferkd_data.targets import SoftTargets
+from ferkd_data.targets import SoftTargets, check_positive
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
@@ -19,57 +19,67 @@ Reduction: TypeAlias = Literal["mean", "sum", "none"]
 def soft_cross_entropy(logits: Tensor, targets: SoftTargets | Tensor, *, reduction: Reduction = "mean") -> Tensor:
     """-sum over classes of target * log_softmax(logits), for logits (B, C) and SoftTargets or dense targets (B, C).
 
-    Computed in float32, also under autocast. Raises UsageError when the number of classes differs.
+    Computed in float32 (float64 for logits of that type), also under autocast. Raises UsageError where the shapes do
+    not fit.
     """
+    _check(logits, targets)
     if isinstance(targets, Tensor):
-        loss = -(targets.float() * logits.float().log_softmax(dim=1)).sum(dim=1)
+        loss = -(targets * logits.log_softmax(dim=1, dtype=_precision(logits))).sum(dim=1)
     else:
-        _check(logits, targets)
         loss = _SparseCrossEntropy.apply(logits, targets.index, targets.weight, targets.floor)
     return _reduce(loss, reduction)
 
 
 def kl_div(logits: Tensor, targets: SoftTargets, *, temperature: float = 1.0, reduction: Reduction = "mean") -> Tensor:
     """KL(target || softmax(logits / T)) * T^2; with "mean", over the B rows (PyTorch's "batchmean")."""
-    loss = soft_cross_entropy(logits / temperature, targets, reduction="none") - entropy(targets)
+    check_positive("temperature", temperature)
+    if temperature != 1:
+        logits = logits.to(_precision(logits)) / temperature
+    loss = soft_cross_entropy(logits, targets, reduction="none") - entropy(targets)
     return _reduce(loss * temperature**2, reduction)
 
 
 def entropy(targets: SoftTargets) -> Tensor:
     """The entropy (B,) of each target, in nats."""
-    same = targets.index[:, :, None] == targets.index[:, None, :]
-    # Entries of one class count once, with their weights added up.
-    merged = (same * targets.weight[:, None, :]).sum(dim=2) + targets.floor[:, None]
-    once = 1 / same.sum(dim=2)
-    others = targets.num_classes - once.sum(dim=1)
-    return -(once * torch.xlogy(merged, merged.clamp(min=0))).sum(dim=1) - others * torch.xlogy(
-        targets.floor, targets.floor
-    )
+    # Entries of one class are added up in one of K places; a place left over is a class that has the floor alone.
+    index, order = targets.index.sort(dim=1)
+    new_class = index.diff(dim=1, prepend=index[:, :1]) != 0
+    weight = torch.zeros_like(targets.weight).scatter_add_(1, new_class.cumsum(dim=1), targets.weight.gather(1, order))
+    # A class stored as 0 has the weight -floor; rounding must not leave less than nothing of it.
+    prob = (weight + targets.floor[:, None]).clamp_(min=0)
+    others = targets.num_classes - prob.shape[1]
+    return -torch.xlogy(prob, prob).sum(dim=1) - others * torch.xlogy(targets.floor, targets.floor)
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
-    """The gradient is softmax * total - floor, minus the weights where they belong: one buffer of (B, C)."""
+    """The gradient is softmax * total - floor, minus the weights where they belong.
+
+    Only the logits are kept for it: forward and backward each hold one buffer of (B, C), and none in between.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, index: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
-        z = logits.float()
-        lse = z.logsumexp(dim=1)
-        picked = z.gather(1, index) - lse[:, None]
-        ctx.save_for_backward(logits, lse, index, weight, floor)
-        return -(weight * picked).sum(dim=1) - floor * (z - lse[:, None]).sum(dim=1)
+        ctx.save_for_backward(logits, index, weight, floor)
+        log_prob = logits.log_softmax(dim=1, dtype=_precision(logits))
+        return -(weight * log_prob.gather(1, index)).sum(dim=1) - floor * log_prob.sum(dim=1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, lse, index, weight, floor = ctx.saved_tensors
+        logits, index, weight, floor = ctx.saved_tensors
         total = weight.sum(dim=1) + floor * logits.shape[1]
-        gradient = logits.float().sub(lse[:, None]).exp_().mul_((total * grad)[:, None]).sub_((floor * grad)[:, None])
+        prob = logits.softmax(dim=1, dtype=_precision(logits))
+        gradient = torch.addcmul((-floor * grad)[:, None], prob, (total * grad)[:, None], out=prob)
         gradient.scatter_add_(1, index, -weight * grad[:, None])
         return gradient.to(logits.dtype), None, None, None
 
 
-def _check(logits: Tensor, targets: SoftTargets) -> None:
-    expected = (len(targets), targets.num_classes)
+def _precision(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _check(logits: Tensor, targets: SoftTargets | Tensor) -> None:
+    expected = tuple(targets.shape) if isinstance(targets, Tensor) else (len(targets), targets.num_classes)
     if tuple(logits.shape) != expected:
         raise UsageError(f"logits have shape {tuple(logits.shape)}, the targets need {expected}")
 

@@ -7,8 +7,10 @@ a GPU is the batch mixed on a CPU and nothing waits for the device.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +18,11 @@ import torch
 from torch import Tensor
 
 from ferkd_data.errors import UsageError
-from ferkd_data.targets import SoftTargets
+from ferkd_data.targets import SoftTargets, check_positive
 
 Per = Literal["batch", "sample"]
 LEVELS = 128
 """Mixup's shares of uint8 images are multiples of 1/128, so that 16-bit integers hold every product."""
-CHUNK = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,7 @@ class Mixup:
 def check_mixing(prob: float, alpha: float, per: str) -> None:
     if not 0 <= prob <= 1:
         raise UsageError(f"prob must be in 0..1, got {prob}")
-    if alpha <= 0:
-        raise UsageError(f"alpha must be positive, got {alpha}")
+    check_positive("alpha", alpha)
     if per not in ("batch", "sample"):
         raise UsageError(f"per must be batch or sample, got {per!r}")
 
@@ -82,24 +82,19 @@ def cutmix(
     rng: np.random.Generator,
     inplace: bool = False,
 ) -> tuple[Tensor, SoftTargets]:
-    """Paste a rectangle of image partner[b] over image b. Returns new images (`images` itself when `inplace`)."""
-    num, height, width = len(images), images.shape[2], images.shape[3]
+    """Paste a rectangle of image partner[b], a permutation, over image b.
+
+    Returns new images (`images` itself when `inplace`). Raises UsageError when images and targets differ in number.
+    """
+    num, height, width = _num_rows(images, targets), images.shape[2], images.shape[3]
     boxes = _rectangles(1 if per == "batch" else num, height, width, prob, alpha, rng)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     share = _per_sample(1 - area / (height * width), num)
     mixed = images if inplace else images.clone()
-    partner_t = torch.from_numpy(partner).to(images.device, non_blocking=True)
-    if per == "batch":
-        top, left, bottom, right = boxes[0].tolist()
-        if area[0]:
-            mixed[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right][partner_t]
-    else:
-        top, left, bottom, right = torch.from_numpy(boxes.T.copy()).to(images.device)[:, :, None]
-        rows = torch.arange(height, device=images.device)
-        columns = torch.arange(width, device=images.device)
-        inside = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
-        torch.where(inside[:, None], images[partner_t], images, out=mixed)
-    return mixed, targets.mix(partner_t.to(targets.device), share.to(targets.device, non_blocking=True))
+    if area.any():
+        paste = paste_one_by_one if _one_by_one(images) else paste_at_once
+        paste(mixed, partner, boxes)
+    return mixed, _mix_targets(targets, partner, share)
 
 
 def mixup(
@@ -112,29 +107,103 @@ def mixup(
     rng: np.random.Generator,
     inplace: bool = False,
 ) -> tuple[Tensor, SoftTargets]:
-    """Blend image b with image partner[b]; uint8 is rounded to the nearest level."""
-    num = len(images)
+    """Blend image b with image partner[b]; uint8 is rounded to the nearest level. As `cutmix` otherwise."""
+    num = _num_rows(images, targets)
     count = 1 if per == "batch" else num
     own = np.where(rng.random(count) < prob, rng.beta(alpha, alpha, count), 1.0)
     if images.dtype == torch.uint8:
         own = np.rint(own * LEVELS) / LEVELS
-    share = _per_sample(own, num)
+    # What the images' type cannot hold of a share, the targets do not get either.
+    share_type = torch.float32 if images.dtype == torch.uint8 else images.dtype
+    share = _per_sample(own, num).to(share_type).float()
+    mixed = images if inplace else images.clone()
+    if (share != 1).any():
+        blend = blend_one_by_one if _one_by_one(images) else blend_at_once
+        blend(mixed, partner, share)
+    return mixed, _mix_targets(targets, partner, share)
+
+
+def paste_one_by_one(images: Tensor, partner: npt.NDArray[np.int64], boxes: npt.NDArray[np.int64]) -> None:
+    """In place, touching no pixel outside the boxes: a CPU is bound by its memory."""
+    # NumPy has no bfloat16, and bits are moved here, not numbers.
+    same_bits = images.view(torch.int16) if images.dtype == torch.bfloat16 else images
+    # Runs along the last axis are copied whole.
+    channels_last = images.stride(1) == 1
+    pixels = (same_bits.permute(0, 2, 3, 1) if channels_last else same_bits).numpy()
+    places = [_place(box, channels_last) for box in np.broadcast_to(boxes, (len(images), 4)).tolist()]
+    for cycle in cycles(partner):
+        last = cycle[-1]
+        of_first = pixels[cycle[0]][places[last]].copy()
+        for row, other in itertools.pairwise(cycle):
+            pixels[row][places[row]] = pixels[other][places[row]]
+        pixels[last][places[last]] = of_first
+
+
+def paste_at_once(images: Tensor, partner: npt.NDArray[np.int64], boxes: npt.NDArray[np.int64]) -> None:
+    """In place, for the whole batch in a few kernels."""
     partner_t = torch.from_numpy(partner).to(images.device, non_blocking=True)
-    others = images[partner_t]
-    mixed = images if inplace else torch.empty_like(images)
-    on_device = share.to(images.device, non_blocking=True)
-    for start in range(0, num, CHUNK if images.device.type == "cpu" else max(num, 1)):
-        rows = slice(start, start + (CHUNK if images.device.type == "cpu" else num))
-        mixed[rows] = _blend(images[rows], others[rows], on_device[rows, None, None, None])
-    return mixed, targets.mix(partner_t.to(targets.device), share.to(targets.device, non_blocking=True))
+    if len(boxes) == 1:
+        top, left, bottom, right = boxes[0].tolist()
+        images[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right][partner_t]
+        return
+    edges = torch.from_numpy(boxes.T.copy()).to(images.device, non_blocking=True)
+    top, left, bottom, right = edges[:, :, None]
+    rows = torch.arange(images.shape[2], device=images.device)
+    columns = torch.arange(images.shape[3], device=images.device)
+    inside = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
+    images.copy_(torch.where(inside[:, None], images[partner_t], images))
+
+
+def blend_one_by_one(images: Tensor, partner: npt.NDArray[np.int64], share: Tensor) -> None:
+    """In place, each image's intermediates small enough for a CPU's cache."""
+    for cycle in cycles(partner):
+        first = images[cycle[0]].clone()
+        for row, other in itertools.pairwise(cycle):
+            images[row].copy_(_blend(images[row], images[other], share[row]))
+        last = cycle[-1]
+        images[last].copy_(_blend(images[last], first, share[last]))
+
+
+def blend_at_once(images: Tensor, partner: npt.NDArray[np.int64], share: Tensor) -> None:
+    """In place, for the whole batch in a few kernels."""
+    others = images[torch.from_numpy(partner).to(images.device, non_blocking=True)]
+    images.copy_(_blend(images, others, share.to(images.device, non_blocking=True)[:, None, None, None]))
+
+
+def cycles(partner: npt.NDArray[np.int64]) -> Iterator[list[int]]:
+    """The cycles b, partner[b], partner[partner[b]] ... of a permutation.
+
+    Along a cycle an image can be overwritten once the one before it has read it: only the first must be kept aside.
+    """
+    following = partner.tolist()
+    seen = [False] * len(following)
+    for start in range(len(following)):
+        cycle, row = [], start
+        while not seen[row]:
+            seen[row] = True
+            cycle.append(row)
+            row = following[row]
+        if cycle:
+            yield cycle
+
+
+def _one_by_one(images: Tensor) -> bool:
+    return images.device.type == "cpu" and not images.requires_grad
+
+
+def _place(box: list[int], channels_last: bool) -> tuple[Any, ...]:
+    top, left, bottom, right = box
+    rectangle = (slice(top, bottom), slice(left, right))
+    return rectangle if channels_last else (..., *rectangle)
 
 
 def _blend(image: Tensor, other: Tensor, share: Tensor) -> Tensor:
+    """uint8 levels come back as int16."""
     if image.dtype != torch.uint8:
         return other.lerp(image, share.to(image.dtype))
     own = image.to(torch.int16)
     step = (other.to(torch.int16) - own).mul_(((1 - share) * LEVELS).round().to(torch.int16))
-    return own.add_(step.add_(LEVELS // 2).bitwise_right_shift_(7)).to(torch.uint8)
+    return own.add_(step.add_(LEVELS // 2).bitwise_right_shift_(7))
 
 
 def _rectangles(
@@ -149,6 +218,17 @@ def _rectangles(
     bottom = np.minimum(row - box_h // 2 + box_h, height)
     right = np.minimum(column - box_w // 2 + box_w, width)
     return np.stack([top, left, bottom, right], axis=1)
+
+
+def _num_rows(images: Tensor, targets: SoftTargets) -> int:
+    if len(images) != len(targets):
+        raise UsageError(f"{len(images)} images have {len(targets)} targets")
+    return len(images)
+
+
+def _mix_targets(targets: SoftTargets, partner: npt.NDArray[np.int64], share: Tensor) -> SoftTargets:
+    partner_t = torch.from_numpy(partner).to(targets.device, non_blocking=True)
+    return targets.mix(partner_t, share.to(targets.device, non_blocking=True))
 
 
 def _per_sample(share: npt.NDArray[np.float64], num: int) -> Tensor:

@@ -6,6 +6,7 @@ classes, plus `weight[b, j]` at class `index[b, j]`. Entries of one class add up
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -48,9 +49,10 @@ class SoftTargets:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def dense(self) -> Tensor:
-        """The plain targets (B, C) float32."""
+        """The plain targets (B, C) float32, none below 0."""
         target = self.floor[:, None].repeat(1, self.num_classes)
-        return target.scatter_add_(1, self.index, self.weight)
+        # A class stored as 0 has the weight -floor; rounding must not leave -1e-12 of it, of which a log is NaN.
+        return target.scatter_add_(1, self.index, self.weight).clamp_(min=0)
 
     def total(self) -> Tensor:
         """The sum (B,) of each row: 1, but for rounding."""
@@ -88,6 +90,11 @@ class SoftTargets:
         )
 
 
+def check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise UsageError(f"{name} must be positive and finite, got {value}")
+
+
 def recover(
     class_prob: npt.NDArray[Any], *, num_classes: int, mode: Recovery = "smooth", temperature: float = 1.0
 ) -> tuple[Floats, Floats]:
@@ -100,10 +107,9 @@ def recover(
     With a temperature T, every probability of the recovered distribution becomes p^(1/T), normalised again. Every row
     sums to 1, also where float16 rounding took the stored sum above it.
 
-    Raises UsageError for an unknown mode or a temperature that is not positive.
+    Raises UsageError for an unknown mode or a temperature that is not positive and finite.
     """
-    if temperature <= 0:
-        raise UsageError(f"temperature must be positive, got {temperature}")
+    check_positive("temperature", temperature)
     prob = class_prob.astype(np.float32)
     kept = prob.shape[1]
     if mode == "hard":
@@ -120,7 +126,9 @@ def recover(
     missing = np.maximum(1 - total, 0) if mode != "renorm" and others else np.zeros_like(total)
     floor = missing / max(others, 1)
     if temperature != 1:
-        prob, floor = np.power(prob, 1 / temperature), np.power(floor, 1 / temperature)
+        # Relative to the largest, so that no power takes a whole row to 0.
+        peak = np.maximum(prob.max(axis=1), floor)
+        prob, floor = np.power(prob / peak[:, None], 1 / temperature), np.power(floor / peak, 1 / temperature)
     norm = prob.sum(axis=1) + others * floor
     prob, floor = prob / norm[:, None], floor / norm
     weight = prob.copy()

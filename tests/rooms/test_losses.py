@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+
+from ferkd_data.errors import UsageError
+from ferkd_data.losses import entropy, kl_div, soft_cross_entropy
+from ferkd_data.selfmix import SelfMix
+from ferkd_data.targets import SoftTargets, recover
+
+
+def random_targets(rows, classes, entries, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.rand(rows, entries, generator=generator)
+    share = torch.rand(rows, 1, generator=generator)
+    return SoftTargets(
+        index=torch.randint(0, classes, (rows, entries), generator=generator),
+        weight=weight / weight.sum(dim=1, keepdim=True) * share,
+        floor=(1 - share[:, 0]) / classes,
+        num_classes=classes,
+    )
+
+
+def confident_targets(rows=256, classes=1000, entries=5):
+    """A sharp teacher's: the tail is stored as 0 while a little mass is missing, so its weights are -floor."""
+    rng = np.random.default_rng(0)
+    prob = np.zeros((rows, entries), np.float16)
+    prob[:, 0] = 1 - rng.integers(1, 40, rows) / 2048
+    weight, floor = recover(prob, num_classes=classes)
+    return SoftTargets(
+        index=torch.from_numpy(np.argsort(rng.random((rows, 10)))[:, :entries].copy()),
+        weight=torch.from_numpy(weight),
+        floor=torch.from_numpy(floor),
+        num_classes=classes,
+    )
+
+
+def peak_bytes(work):
+    """The most that was held at once of what `work` allocates."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max())
+
+
+def test_forward_and_backward_need_one_buffer_of_the_logits_size():
+    rows, classes = 64, 21_841
+    targets = random_targets(rows, classes, 12)
+    logits = torch.randn(rows, classes, requires_grad=True)
+    one_buffer = logits.nbytes
+    assert peak_bytes(lambda: soft_cross_entropy(logits, targets).backward()) < 1.1 * one_buffer
+    logits.grad = None
+    # The measure sees a dense target where there is one.
+    assert peak_bytes(lambda: functional.cross_entropy(logits, targets.dense()).backward()) > 1.9 * one_buffer
+
+
+def test_gradients_by_finite_differences():
+    targets = random_targets(3, 7, 4)
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    for reduction in ("mean", "sum", "none"):
+        assert torch.autograd.gradcheck(lambda z, r=reduction: soft_cross_entropy(z, targets, reduction=r), logits)
+    assert torch.autograd.gradcheck(lambda z: kl_div(z, targets, temperature=3.0), logits)
+    half = SoftTargets(index=targets.index, weight=targets.weight / 2, floor=targets.floor, num_classes=7)
+    assert torch.autograd.gradcheck(lambda z: soft_cross_entropy(z, half), logits)
+
+
+def test_backward_twice_adds_up():
+    targets = random_targets(4, 9, 3)
+    logits = torch.randn(4, 9, requires_grad=True)
+    loss = soft_cross_entropy(logits, targets)
+    loss.backward(retain_graph=True)
+    once = logits.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(logits.grad, 2 * once)
+
+
+def test_logits_far_from_zero():
+    targets = random_targets(4, 1000, 3)
+    logits = torch.randn(4, 1000) + 1e4
+    expected = -(targets.dense().double() * logits.double().log_softmax(1)).sum(1)
+    torch.testing.assert_close(
+        soft_cross_entropy(logits, targets, reduction="none").double(), expected, rtol=2e-5, atol=0
+    )
+
+
+def test_a_sharp_teachers_divergence_is_finite():
+    targets = confident_targets()
+    assert (targets.weight < 0).any()
+    images, selfmix = torch.zeros(256, 3, 4, 4), SelfMix(prob=1.0, mode="mixup", per="sample")
+    for seed in range(3):
+        _, targets = selfmix(images, targets, crops_per_image=4, rng=np.random.default_rng(seed))
+    logits = torch.randn(256, 1000)
+    dense = targets.dense()
+    expected = functional.kl_div(logits.log_softmax(1), dense, reduction="batchmean")
+    assert expected.isfinite()
+    torch.testing.assert_close(kl_div(logits, targets), expected)
+    torch.testing.assert_close(entropy(targets), -torch.xlogy(dense, dense).sum(1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("classes", "entries"), [(2, 9), (6, 6), (1000, 1), (1000, 96)])
+def test_entropy_whether_entries_or_classes_are_more(classes, entries):
+    targets = random_targets(5, classes, entries, seed=entries)
+    dense = targets.dense().double()
+    expected = -torch.xlogy(dense, dense).sum(1).float()
+    torch.testing.assert_close(entropy(targets), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_divergence_of_half_precision_logits_is_that_of_their_values():
+    targets = random_targets(8, 50, 4)
+    logits = (torch.randn(8, 50) * 4).bfloat16()
+    torch.testing.assert_close(
+        kl_div(logits, targets, temperature=3.0), kl_div(logits.float(), targets, temperature=3.0)
+    )
+
+
+def test_dense_targets_are_not_broadcast():
+    with pytest.raises(UsageError, match=r"\(3, 7\), the targets need \(1, 7\)"):
+        soft_cross_entropy(torch.randn(3, 7), torch.rand(1, 7))
+    with pytest.raises(UsageError, match="temperature must be positive"):
+        kl_div(torch.randn(2, 5), random_targets(2, 5, 1), temperature=0)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ferkd_data import mixing
+from ferkd_data.errors import UsageError
+from ferkd_data.mixing import CutMix, Mixup, cycles
+from ferkd_data.selfmix import SelfMix, partners
+from ferkd_data.targets import SoftTargets
+
+DTYPES = [torch.uint8, torch.float32, torch.float16, torch.bfloat16]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def random_images(num, dtype, memory_format):
+    images = torch.randint(0, 256, (num, 3, 9, 11), generator=torch.Generator().manual_seed(0))
+    return images.to(dtype).contiguous(memory_format=memory_format)
+
+
+def one_hot(num):
+    return SoftTargets(
+        index=torch.arange(num)[:, None], weight=torch.ones(num, 1), floor=torch.zeros(num), num_classes=num
+    )
+
+
+def permutations():
+    rng = np.random.default_rng(0)
+    return [partners(12, 4, rng), partners(12, 2, rng), np.arange(12), *(rng.permutation(12) for _ in range(5))]
+
+
+@given(st.integers(0, 20).flatmap(lambda num: st.permutations(range(num))))
+def test_cycles_are_the_permutation(partner):
+    found = list(cycles(np.array(partner, np.int64)))
+    assert sorted(row for cycle in found for row in cycle) == list(range(len(partner)))
+    for cycle in found:
+        assert [partner[row] for row in cycle] == [*cycle[1:], cycle[0]]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 12])
+def test_pasting_one_by_one_and_at_once_follow_the_definition(dtype, memory_format, count):
+    images = random_images(12, dtype, memory_format)
+    rng = np.random.default_rng(1)
+    for partner in permutations():
+        boxes = mixing._rectangles(count, 9, 11, 0.8, 1.0, rng)
+        expected = images.clone()
+        for row, (top, left, bottom, right) in enumerate(np.broadcast_to(boxes, (12, 4)).tolist()):
+            expected[row, :, top:bottom, left:right] = images[partner[row], :, top:bottom, left:right]
+        for paste in (mixing.paste_one_by_one, mixing.paste_at_once):
+            mixed = images.clone()
+            paste(mixed, partner, boxes)
+            assert torch.equal(mixed, expected)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blending_one_by_one_and_at_once_follow_the_definition(dtype, memory_format):
+    images = random_images(12, dtype, memory_format)
+    share = torch.arange(12) / 16
+    for partner in permutations():
+        own = share[:, None, None, None].double()
+        expected = images.double() * own + images[partner].double() * (1 - own)
+        tolerance = {torch.uint8: 0.5, torch.float32: 1e-4, torch.float16: 0.15, torch.bfloat16: 1.1}[dtype]
+        for blend in (mixing.blend_one_by_one, mixing.blend_at_once):
+            mixed = images.clone()
+            blend(mixed, partner, share)
+            assert mixed.dtype == dtype
+            assert (mixed.double() - expected).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_targets_share_is_one_the_images_type_can_hold(dtype):
+    images = random_images(64, dtype, torch.contiguous_format)
+    for seed in range(5):
+        _, targets = Mixup(alpha=1.0, per="sample")(images, one_hot(64), rng=np.random.default_rng(seed))
+        share = targets.weight[:, 0]
+        held = (share * 128).round() / 128 if dtype == torch.uint8 else share.to(dtype).float()
+        assert torch.equal(share, held)
+
+
+@pytest.mark.parametrize("per", ["batch", "sample"])
+@pytest.mark.parametrize("kind", [CutMix, Mixup])
+def test_images_that_need_a_gradient_are_mixed_alike_and_get_one(kind, per):
+    plain = random_images(6, torch.float32, torch.contiguous_format)
+    leaf = plain.clone().requires_grad_()
+    expected, _ = kind(per=per, alpha=1.0)(plain, one_hot(6), rng=np.random.default_rng(2))
+    mixed, _ = kind(per=per, alpha=1.0)(leaf, one_hot(6), rng=np.random.default_rng(2))
+    torch.testing.assert_close(mixed.detach(), expected)
+    mixed.sum().backward()
+    # Each pixel goes whole to someone, so the gradients add up to as many as there are pixels.
+    torch.testing.assert_close(leaf.grad.sum(), torch.tensor(float(leaf.numel())))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("mode", ["cutmix", "mixup"])
+def test_memory_format_stays(mode, memory_format):
+    images = random_images(4, torch.uint8, memory_format)
+    mixed, _ = SelfMix(prob=1.0, mode=mode)(images, one_hot(4), crops_per_image=2, rng=np.random.default_rng(0))
+    assert mixed.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("mix", [CutMix(per="sample"), Mixup(per="sample")])
+def test_global_generators_are_left_alone(mix):
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    mix(random_images(4, torch.uint8, torch.channels_last), one_hot(4), rng=np.random.default_rng(0))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+
+
+def test_what_cannot_be_mixed():
+    images = random_images(4, torch.uint8, torch.channels_last)
+    for mix in (CutMix(), Mixup()):
+        with pytest.raises(UsageError, match="4 images have 3 targets"):
+            mix(images, one_hot(3), rng=np.random.default_rng(0))
+    for alpha in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="alpha must be positive and finite"):
+            CutMix(alpha=alpha)
