@@ -221,11 +221,11 @@ def test_extended_headers_that_are_huge_or_without_end(tmp_path, kind, size):
         listed(tmp_path / "a.tar")
 
 
-def sparse_headers(real_size):
+def sparse_headers(real_size, name="k.jpg"):
     return {
         "GNU.sparse.major": "1",
         "GNU.sparse.minor": "0",
-        "GNU.sparse.name": "k.jpg",
+        "GNU.sparse.name": name,
         "GNU.sparse.realsize": str(real_size),
     }
 
@@ -236,6 +236,13 @@ def test_a_sparse_image_is_a_reject_and_not_an_exabyte(tmp_path):
     (item, after) = listed(tar_of(tmp_path / "a.tar", (sparse, body), (member("z.jpg", len(JPEG)), JPEG)))
     assert isinstance(item, Reject) and item.reason == "unreadable"
     assert after.key == "z"
+
+
+def test_a_sparse_label_is_a_reject_and_not_the_bytes_that_lie_there(tmp_path):
+    body = b"1\n0\n1\n".ljust(512, b"\0") + b"7".ljust(512, b"\0")
+    sparse = member("k.cls", len(body), pax_headers=sparse_headers(1, "k.cls"))
+    (item,) = listed(tar_of(tmp_path / "a.tar", (member("k.jpg", len(JPEG)), JPEG), (sparse, body)))
+    assert isinstance(item, Reject) and "sparse" in item.detail
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
