@@ -69,7 +69,8 @@ class _SparseCrossEntropy(torch.autograd.Function):
         logits, index, weight, floor = ctx.saved_tensors
         total = weight.sum(dim=1) + floor * logits.shape[1]
         prob = logits.softmax(dim=1, dtype=_precision(logits))
-        gradient = torch.addcmul((-floor * grad)[:, None], prob, (total * grad)[:, None], out=prob)
+        # Two passes: with broadcast operands, addcmul is not vectorised on a CPU.
+        gradient = prob.mul_((total * grad)[:, None]).sub_((floor * grad)[:, None])
         gradient.scatter_add_(1, index, -weight * grad[:, None])
         return gradient.to(logits.dtype), None, None, None
 
