@@ -49,6 +49,8 @@ def open_source(source: str | Path, *, classes: Path | None = None) -> ImageSour
         return TarSource(tars, names) if tars else open_folder(path, named)
     if path.suffix == ".parquet" and path.is_file():
         return open_parquet(path, names)
+    if path.suffix == ".parquet" and not path.exists():
+        raise SourceError(f"{text}: give the folder that holds the Parquet files, or one file; a pattern is for tars")
     if ".tar" in text or any(mark in text for mark in "*?[{") or is_url(text):
         return TarSource(expand(text), names)
     if path.exists():

@@ -140,6 +140,7 @@ def test_class_names_and_labels_of_hugging_face_parquet(tmp_path):
     [
         (lambda p: p / "nowhere", "no such folder or file"),
         (lambda p: p / "*.tar", "no such file"),
+        (lambda p: p / "*.parquet", "give the folder that holds the Parquet files"),
         (lambda p: write(p / "x.tar", b"no tar" * 200), "not an uncompressed tar"),
         (lambda p: write(p / "x.tar.gz", b"\x1f\x8b" + bytes(2000)), "unpack compressed tars"),
         (lambda p: write(p / "x.parquet", b"no parquet"), "cannot be read as Parquet"),
