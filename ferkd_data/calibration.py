@@ -16,11 +16,11 @@ import torch
 
 from ferkd_data.buckets import BUCKETS, Thresholds, assign_buckets, confidence
 from ferkd_data.errors import UsageError
+from ferkd_data.shards.columns import UNKNOWN_TARGET
 from ferkd_data.targets import RECOVERIES, Floats, Recovery, SoftTargets, check_positive, recover
 
 Kind: TypeAlias = Literal["discard", "soften", "blend", "keep", "thin"]
 THIN = re.compile(r"thin\((\d*\.?\d+)\)")
-UNKNOWN_TARGET = -1
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,18 @@ def require(module: str, *, extra: str, what_for: str) -> ModuleType:
     except ImportError as error:
         if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
             raise
-        raise MissingExtraError(
-            f"{what_for} needs the package {module.split('.')[0]}, which is not installed; "
-            f"run: pip install 'ferkd-data[{extra}]'"
-        ) from error
+        raise _missing(module.split(".")[0], extra, what_for) from error
 
 
 def package_folder(package: str, *, extra: str, what_for: str) -> Path:
     """Where an installed package keeps its files, without running its code. Raises MissingExtraError."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingExtraError(
-            f"{what_for} needs the package {package}, which is not installed; run: pip install 'ferkd-data[{extra}]'"
-        )
+        raise _missing(package, extra, what_for)
     return Path(spec.submodule_search_locations[0])
+
+
+def _missing(package: str, extra: str, what_for: str) -> MissingExtraError:
+    return MissingExtraError(
+        f"{what_for} needs the package {package}, which is not installed; run: pip install 'ferkd-data[{extra}]'"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -97,8 +96,3 @@ def _key_problem(key: str) -> str | None:
     except UnicodeEncodeError:
         return "is not UTF-8"
     return f"has {size} bytes; at most {MAX_KEY_BYTES}" if size > MAX_KEY_BYTES else None
-
-
-def intern_file(name: str) -> str:
-    """One string object for a tar that holds many images."""
-    return sys.intern(name)
