@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ferkd_data import rng
 from ferkd_data.calibration import (
@@ -66,15 +65,22 @@ class Work(NamedTuple):
 
 
 class Made(NamedTuple):
-    """The targets of a window's crops, and how many crops of `Work.out` are filled."""
+    """The targets of a window's crops, and how many crops of `Work.out` are filled.
 
-    class_index: Tensor
-    weight: Tensor
-    floor: Tensor
+    NumPy, because a tensor would travel between processes through a file of shared memory of its own.
+    """
+
+    class_index: npt.NDArray[np.int64]
+    weight: npt.NDArray[np.float32]
+    floor: npt.NDArray[np.float32]
     batches: list[int]
     """Crops in each batch, after images were skipped."""
     skipped: list[str]
     """Keys and reasons of the images that could not be used."""
+
+    def targets(self, num_classes: int) -> SoftTargets:
+        index, weight, floor = (torch.from_numpy(a) for a in (self.class_index, self.weight, self.floor))
+        return SoftTargets(index=index, weight=weight, floor=floor, num_classes=num_classes)
 
 
 class _Drawn(NamedTuple):
@@ -87,8 +93,8 @@ class _Drawn(NamedTuple):
     codes: npt.NDArray[np.uint8]
 
 
-class BatchMaker(Dataset[Made]):
-    """`maker[work]` is a pure function of the window and the settings, whichever process calls it."""
+class BatchMaker:
+    """`maker.make(work)` is a pure function of the window and the settings, whichever process calls it."""
 
     def __init__(self, cache: LabelCache, images: ImageTable, settings: BatchSettings) -> None:
         self.cache = cache
@@ -98,7 +104,7 @@ class BatchMaker(Dataset[Made]):
         """The epoch whose images are checked by their digest, where `verify_images` is first_epoch."""
         self._calibrations: OrderedDict[int, Calibration] = OrderedDict()
 
-    def __getitem__(self, work: Work) -> Made:
+    def make(self, work: Work) -> Made:
         window = work.window
         rows = self._rows(window)
         draws = self._draws(window.epoch)
@@ -113,7 +119,7 @@ class BatchMaker(Dataset[Made]):
         batches = list(window.batches)
         if skipped:
             made, batches = _without(window, images, made, list(skipped))
-        return Made(made.index, made.weight, made.floor, batches, list(skipped.values()))
+        return Made(made.index.numpy(), made.weight.numpy(), made.floor.numpy(), batches, list(skipped.values()))
 
     def prepare_blocks(self, epoch: int) -> None:
         """Unpack the blocks of an epoch before workers ask for them, and drop those it does not draw from."""

@@ -89,10 +89,8 @@ class CropDataset(Dataset[Item]):
             batches=(crops,),
             places=(Place(),),
         )
-        made = self._maker[Work(window, images)]
-        num_classes = self._maker.cache.labels.num_classes
-        targets = SoftTargets(index=made.class_index, weight=made.weight, floor=made.floor, num_classes=num_classes)
-        return images, targets
+        made = self._maker.make(Work(window, images))
+        return images, made.targets(self._maker.cache.labels.num_classes)
 
     @staticmethod
     def collate(items: list[Item]) -> Item:

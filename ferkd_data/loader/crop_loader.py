@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ferkd_data.calibration import Calibration, Schedule, calibration_at
 from ferkd_data.differences import describe_differences
@@ -21,7 +21,7 @@ from ferkd_data.errors import FerkdError, LoaderError, StateMismatchError, Usage
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Made, OnError, Verify, Work
-from ferkd_data.loader.buffers import BatchBuffers
+from ferkd_data.loader.buffers import BatchBuffers, Slot
 from ferkd_data.loader.image_table import open_images
 from ferkd_data.loader.label_cache import LabelCache, default_cache_dir
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, windows
@@ -30,6 +30,8 @@ from ferkd_data.selfmix import SelfMix
 from ferkd_data.targets import SoftTargets
 
 STATE_VERSION = 1
+HELD_BATCHES = 3
+"""That users hold at a time, as long as they do not keep them: slots beyond those in work."""
 
 
 class CropLoader:
@@ -127,10 +129,9 @@ class CropLoader:
         )
         self._place = Place()
         self._pin_memory = pin_memory and torch.cuda.is_available()
-        self._workers = {"num_workers": num_workers, "prefetch_factor": prefetch_factor}
-        self._buffers = BatchBuffers(spread * batch_size, size, shared=num_workers > 0)
-        self._works = _Works()
-        self._loader: DataLoader[Made] | None = None
+        self._num_workers, self._prefetch_factor = num_workers, prefetch_factor
+        self._workers: _Workers | None = None
+        self._iteration = 0
 
     def __len__(self) -> int:
         """Batches of an epoch from its start, for this rank."""
@@ -151,11 +152,13 @@ class CropLoader:
         """The rest of the epoch; afterwards the loader stands at the start of the next one."""
         epoch = self._place.epoch
         self._maker.prepare_blocks(epoch)
-        under_way: deque[Work] = deque()
-        self._works.content = self._hand_out(under_way)
-        for made in self._made():
-            work = under_way.popleft()
-            yield from self._split(made, work.window, self._buffers.lend(work.out, sum(made.batches)))
+        self._iteration += 1
+        iteration = self._iteration
+        for window, images, made in self._made():
+            for batch in self._split(made, window, images):
+                yield batch
+                if self._iteration != iteration:
+                    raise LoaderError("this iteration ended when another one over the same loader began")
         self._place = Place(epoch=epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,47 +182,34 @@ class CropLoader:
         """From where the loader stands."""
         return windows(self._layout, self._place, rank=self.rank, world_size=self.world_size)
 
-    def _hand_out(self, under_way: deque[Work]) -> Iterator[Work]:
-        """The epoch's work in order, each with memory of its own; remembered until it comes back."""
-        for window in self._windows_of_epoch():
-            work = Work(window, self._buffers.take())
-            under_way.append(work)
-            yield work
-
     def _split(self, made: Made, window: Window, images: Tensor) -> Iterator[tuple[Tensor, SoftTargets]]:
         self.skipped += len(made.skipped)
         self.skipped_last = made.skipped
         if self._pin_memory:
             images = images.pin_memory()
+        targets = made.targets(self.labels.num_classes)
         start = 0
         for size, place in zip(made.batches, window.places, strict=True):
             rows = slice(start, start + size)
             start += size
             self._place = place
-            yield (
-                images[rows],
-                SoftTargets(
-                    index=made.class_index[rows],
-                    weight=made.weight[rows],
-                    floor=made.floor[rows],
-                    num_classes=self.labels.num_classes,
-                ),
-            )
+            yield images[rows], targets[rows]
 
-    def _made(self) -> Iterator[Made]:
-        """Windows made by the workers, in order."""
-        if self._loader is None:
-            self._loader = _data_loader(self._maker, self._works, **self._workers)
+    def _made(self) -> Iterator[tuple[Window, Tensor, Made]]:
+        """The rest of the epoch's windows in order, each with its crops."""
+        if self._workers is None:
+            crops = self._layout.spread * self._layout.batch_size
+            self._workers = _Workers(self._maker, crops, self._num_workers, self._prefetch_factor)
         try:
-            yield from self._loader
+            yield from self._workers.make(self._windows_of_epoch())
         except FerkdError:
-            self._loader = None
+            self._workers = None
             raise
         except (RuntimeError, OSError, EOFError) as error:
             # A dead worker shows as PyTorch's own error, or as a broken pipe on the batch it was sending.
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
-            self._loader = None
+            self._workers = None
             raise LoaderError(
                 f"a loader worker died ({str(error).splitlines()[0]}); with too little memory, lower num_workers, "
                 "batch_size or spread"
@@ -249,26 +239,62 @@ class CropLoader:
         }
 
 
-class _Works(Sampler[Work]):
-    """Feeds the workers of a DataLoader that lives for many epochs."""
+class _Task(NamedTuple):
+    """What travels to a worker."""
 
-    def __init__(self) -> None:
-        self.content: Iterator[Work] = iter(())
-
-    def __iter__(self) -> Iterator[Work]:
-        return self.content
+    window: Window
+    slot: Slot
 
 
-def _data_loader(maker: BatchMaker, sampler: _Works, *, num_workers: int, prefetch_factor: int) -> DataLoader[Made]:
-    return DataLoader(
-        maker,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        persistent_workers=num_workers > 0,
-        multiprocessing_context="forkserver" if num_workers and sys.platform == "linux" else None,
-    )
+class _MadeInSlots(Dataset[Made]):
+    """What workers do: the crops go into the buffers, which they map once; only targets travel back."""
+
+    def __init__(self, maker: BatchMaker, buffers: BatchBuffers) -> None:
+        self.maker, self.buffers = maker, buffers
+
+    def __getitem__(self, task: _Task) -> Made:
+        return self.maker.make(Work(task.window, self.buffers.at(task.slot)))
+
+
+class _Workers(Sampler[_Task]):
+    """The worker processes of a loader, alive for many epochs, and the memory they share with it."""
+
+    def __init__(self, maker: BatchMaker, num_crops: int, num_workers: int, prefetch_factor: int) -> None:
+        # The user's loop holds one batch while it waits for the next; one more for loops that look ahead.
+        slots = num_workers * prefetch_factor + HELD_BATCHES
+        self._buffers = BatchBuffers(num_crops, maker.settings.size, slots=slots, shared=num_workers > 0)
+        self._under_way: deque[_Task] = deque()
+        self._windows: Iterator[Window] = iter(())
+        self._loader = DataLoader(
+            _MadeInSlots(maker, self._buffers),
+            batch_size=None,
+            sampler=self,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            persistent_workers=num_workers > 0,
+            multiprocessing_context="forkserver" if num_workers and sys.platform == "linux" else None,
+        )
+
+    def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:
+        """The windows with their crops and targets, in order."""
+        self._windows = windows
+        for made in self._loader:
+            task = self._under_way.popleft()
+            yield task.window, self._buffers.lend(task.slot, sum(made.batches)), made
+
+    def __iter__(self) -> Iterator[_Task]:
+        """Hands out the tasks. Before the first is asked for, PyTorch has waited for those of an epoch left early."""
+        while self._under_way:
+            self._buffers.give_back(self._under_way.popleft().slot)
+        for window in self._windows:
+            task = _Task(window, self._buffers.take())
+            self._under_way.append(task)
+            yield task
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -264,12 +265,34 @@ def test_a_worker_that_dies_is_an_error_not_a_hang(make):
     loader = make(num_workers=1, batch_size=2)
     stream = iter(loader)
     next(stream)
-    (worker,) = loader._loader._iterator._workers
+    (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(LoaderError, match="a loader worker died"):
         for _ in stream:
             pass
     assert len(list(make(batch_size=2))) == 20
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_left_early_disturbs_nothing(make, num_workers):
+    loader = make(batch_size=4, num_workers=num_workers)
+    held = next(iter(loader))
+    loader.set_epoch(1)
+    list(loader)
+    loader.set_epoch(0)
+    batches = contents(loader)
+    expected = contents(make(batch_size=4))
+    assert same(batches, expected)
+    assert same(contents([held]), expected[:1])
+
+
+def test_a_second_iteration_ends_the_first(make):
+    loader = make(batch_size=4)
+    first = iter(loader)
+    next(first)
+    next(iter(loader))
+    with pytest.raises(LoaderError, match="another one over the same loader"):
+        next(first)
 
 
 def test_blocks_are_unpacked_once_and_dropped(make, tmp_path):
