@@ -33,28 +33,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from synthetic import write_label_set
 from torch.utils.data import DataLoader, Dataset
 
 import ferkd_data as fd
 from ferkd_data import extras
-from ferkd_data.builder.rejects import RejectWriter
 from ferkd_data.crops import draw_crops
 from ferkd_data.images import decode_rgb, open_source
-from ferkd_data.manifest import (
-    CreatedBy,
-    CropDistributionEntry,
-    Manifest,
-    RejectsEntry,
-    ShardEntry,
-    SourceEntry,
-    TeacherEntry,
-    ThresholdsEntry,
-)
 from ferkd_data.replay import empty_batch, replay
 from ferkd_data.shards.columns import ImageLabels
-from ferkd_data.shards.writers import write_shard
-from ferkd_data.statistics import Statistics
-from ferkd_data.storage import image_digest, sha256_file
+from ferkd_data.storage import image_digest
 
 SIZE, CROPS, TOP_K, CLASSES, M = 224, 50, 5, 1000, 4
 BATCH = 64
@@ -101,43 +89,7 @@ def write_labels(photos: Path, out: Path) -> None:
             bucket=np.digitize(prob[:, 0].astype(float), [0.15, 0.3, 0.95]).astype(np.uint8),
         )
         rows.append((labels, data))
-    count, files = write_shard(out, 0, iter(rows), layout="parquet", block_starts=[0])
-    with RejectWriter(out / "rejects.parquet") as rejects:
-        pass
-    path = out / "rejects.parquet"
-    manifest = Manifest(
-        created_by=CreatedBy(name="benchmark", version="0"),
-        layout="parquet",
-        num_images=count,
-        num_crops=CROPS,
-        crops_per_block=CROPS,
-        top_k=TOP_K,
-        num_classes=CLASSES,
-        seed=0,
-        crop_distribution=CropDistributionEntry(scale=(0.08, 1), ratio=(0.75, 4 / 3), hflip=0.5),
-        teachers=(
-            TeacherEntry(
-                spec="none",
-                name="none",
-                digest="0" * 64,
-                num_classes=CLASSES,
-                size=SIZE,
-                interpolation="bilinear",
-                mean=(0.5,) * 3,
-                std=(0.5,) * 3,
-                weight=1,
-                temperature=1,
-                precision="fp32",
-            ),
-        ),
-        ensemble="mean",
-        thresholds=ThresholdsEntry(low=0.15, mid=0.3, top=0.95, confidence="max"),
-        source=SourceEntry(description="photos", images_seen=count, plan_sha256="0" * 64),
-        shards=(ShardEntry(index=0, rows=count, files=files),),
-        rejects=RejectsEntry(path=path.name, rows=rejects.rows, bytes=path.stat().st_size, sha256=sha256_file(path)),
-        statistics=Statistics(),
-    )
-    (out / "manifest.json").write_text(manifest.to_json())
+    write_label_set(out, [rows], num_crops=CROPS, top_k=TOP_K, num_classes=CLASSES)
 
 
 class FkdDataset(Dataset[Any]):

@@ -201,9 +201,9 @@ def _blend(image: Tensor, other: Tensor, share: Tensor) -> Tensor:
     """uint8 levels come back as int16."""
     if image.dtype != torch.uint8:
         return other.lerp(image, share.to(image.dtype))
-    own = image.to(torch.int16)
-    step = (other.to(torch.int16) - own).mul_(((1 - share) * LEVELS).round().to(torch.int16))
-    return own.add_(step.add_(LEVELS // 2).bitwise_right_shift_(7))
+    levels = (share * LEVELS).round().to(torch.int16)
+    mixed = image.to(torch.int16).mul_(levels).add_(other.to(torch.int16).mul_(LEVELS - levels))
+    return mixed.add_(LEVELS // 2).bitwise_right_shift_(7)
 
 
 def _rectangles(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ferkd_data.calibration import Schedule
 from ferkd_data.errors import UsageError
@@ -18,11 +19,14 @@ from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Verify, Work
 from ferkd_data.loader.image_table import open_images
 from ferkd_data.loader.label_cache import LabelCache, default_cache_dir
+from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
 from ferkd_data.loader.plan import Place, Window
 from ferkd_data.replay import Interpolation, empty_batch
 from ferkd_data.targets import SoftTargets
 
 Item = tuple[Tensor, SoftTargets]
+ROWS_AT_ONCE = 256
+"""Whose order a stream works out together."""
 
 
 class CropDataset(Dataset[Item]):
@@ -92,7 +96,54 @@ class CropDataset(Dataset[Item]):
         made = self._maker.make(Work(window, images))
         return images, made.targets(self._maker.cache.labels.num_classes)
 
+    def stream(
+        self,
+        *,
+        order: OrderKind = "global",
+        shards_together: int = 8,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> CropStream:
+        """The same items as an iterable data set, in the order of an epoch; `order` as in `CropLoader`."""
+        if not 0 <= rank < world_size:
+            raise UsageError(f"rank must be 0..{world_size - 1}, got {rank}")
+        check_order(order)
+        return CropStream(self, order, shards_together, rank, world_size)
+
+    def rows_of_epoch(self, positions: Rows, order: OrderKind, shards_together: int) -> Rows:
+        """The rows at these positions of the present epoch."""
+        shard_rows = [shard.rows for shard in self._maker.cache.labels.manifest.shards]
+        seed, epoch = self._maker.settings.seed, int(self._epoch[0])
+        return epoch_order(order, shard_rows, seed=seed, epoch=epoch, shards_together=shards_together).rows(positions)
+
     @staticmethod
     def collate(items: list[Item]) -> Item:
         """Images and targets of several rows as one batch; an image's crops stay side by side."""
         return torch.cat([images for images, _ in items]), SoftTargets.cat([targets for _, targets in items])
+
+
+class CropStream(IterableDataset[Item]):
+    """Made by `CropDataset.stream`. Every image of an epoch once, dealt out to ranks and their DataLoader's workers.
+
+    Ranks get disjoint images, equally many: of N images, N % world_size are left out of an epoch. Workers interleave,
+    so that, unlike with `CropLoader`, what is in a batch depends on their number.
+    """
+
+    def __init__(
+        self, dataset: CropDataset, order: OrderKind, shards_together: int, rank: int, world_size: int
+    ) -> None:
+        self.dataset = dataset
+        self._order, self._shards_together = order, shards_together
+        self._rank, self._world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self._world_size
+
+    def __iter__(self) -> Iterator[Item]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        mine = range(first, len(self), step)
+        for start in range(0, len(mine), ROWS_AT_ONCE):
+            positions = np.array(mine[start : start + ROWS_AT_ONCE]) * self._world_size + self._rank
+            for row in self.dataset.rows_of_epoch(positions, self._order, self._shards_together).tolist():
+                yield self.dataset[row]

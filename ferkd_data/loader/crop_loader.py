@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Made, OnErr
 from ferkd_data.loader.buffers import BatchBuffers, Slot
 from ferkd_data.loader.image_table import open_images
 from ferkd_data.loader.label_cache import LabelCache, default_cache_dir
+from ferkd_data.loader.order import OrderKind, check_order
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, windows
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
 from ferkd_data.selfmix import SelfMix
@@ -53,7 +54,7 @@ class CropLoader:
         calibration: Schedule = "ferkd",
         selfmix: SelfMix | None = None,
         spread: bool | int = False,
-        order: Literal["global", "shards", "sequential"] = "global",
+        order: OrderKind = "global",
         shards_together: int = 8,
         drop_last: bool = True,
         seed: int = 0,
@@ -320,8 +321,7 @@ def _check(
         raise UsageError("selfmix needs at least 2 crops of an image side by side: crops_per_image >= 2, spread=False")
     if not 0 <= rank < world_size:
         raise UsageError(f"rank must be 0..{world_size - 1}, got {rank}")
-    if order not in ("global", "shards", "sequential"):
-        raise UsageError(f"order must be global, shards or sequential, got {order!r}")
+    check_order(order)
 
 
 __all__: Sequence[str] = ["CropLoader"]

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
+from ferkd_data.errors import UsageError
 
 Rows = npt.NDArray[np.int64]
+OrderKind = Literal["global", "shards", "sequential"]
+ORDERS: tuple[OrderKind, ...] = get_args(OrderKind)
 ROUNDS = 6
 """Of the Feistel network: 4 suffice for a random permutation in theory (Luby and Rackoff, 1988)."""
 
@@ -95,8 +98,14 @@ class ShardShuffle:
         return found.reshape(np.shape(positions))
 
 
+def check_order(kind: str) -> None:
+    if kind not in ORDERS:
+        raise UsageError(f"order must be {', '.join(ORDERS)}, got {kind!r}")
+
+
 def epoch_order(kind: str, shard_rows: Sequence[int], *, seed: int, epoch: int, shards_together: int = 8) -> Order:
-    """`sequential`, `global` or `shards`."""
+    """`sequential`, `global` or `shards`. Raises UsageError for another kind."""
+    check_order(kind)
     key = rng.hash64("order", seed, epoch)
     if kind == "sequential":
         return Sequential()
