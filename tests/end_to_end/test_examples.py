@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +56,19 @@ def test_accelerate_loop_resumes(label_set, photos, tmp_path):
     assert "epoch 1: loss" in start(command, tmp_path)
     again = start([*command, "--epochs", "3", "--resume"], tmp_path)
     assert "epoch 2: loss" in again and "epoch 1" not in again
+
+
+def test_hf_trainer_resumes_after_the_last_batch(label_set, photos, tmp_path):
+    """20 images, 2 in a batch: after step 8 of the epoch the loader stands at image 16, also when it was resumed at 4."""
+    command = [EXAMPLES / "hf_trainer.py", label_set, photos, *TINY, "--epochs", "1", "--workers", "0"]
+    command += ["--save-steps", "4"]
+    assert "step 10: loss" in start(command, tmp_path)
+    place = tmp_path / "trained/checkpoint-8/loader.json"
+    first = json.loads(place.read_text())["place"]
+    for step in (8, 10):
+        shutil.rmtree(tmp_path / f"trained/checkpoint-{step}")
+    assert "step 10: loss" in start([*command, "--resume"], tmp_path)
+    assert json.loads(place.read_text())["place"] == first and first["images"] == 16
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.py")))
