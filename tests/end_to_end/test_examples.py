@@ -59,7 +59,7 @@ def test_accelerate_loop_resumes(label_set, photos, tmp_path):
 
 
 def test_hf_trainer_resumes_after_the_last_batch(label_set, photos, tmp_path):
-    """20 images, 2 in a batch: after step 8 of the epoch the loader stands at image 16, also when it was resumed at 4."""
+    """20 images, 2 in a batch: after step 8 the loader stands at image 16, also when it was resumed at step 4."""
     command = [EXAMPLES / "hf_trainer.py", label_set, photos, *TINY, "--epochs", "1", "--workers", "0"]
     command += ["--save-steps", "4"]
     assert "step 10: loss" in start(command, tmp_path)
