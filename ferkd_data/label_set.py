@@ -18,6 +18,7 @@ from ferkd_data import rng
 from ferkd_data.errors import LabelSetError, ShardError, UsageError
 from ferkd_data.manifest import FILE_NAME, BlockEntry, Manifest, ShardEntry, read_manifest
 from ferkd_data.shards import parquet, webdataset
+from ferkd_data.shards.checks import check_probabilities
 from ferkd_data.shards.columns import ImageLabels, ShardLabels, concat_crops
 from ferkd_data.statistics import Statistics
 from ferkd_data.storage import inside
@@ -118,14 +119,17 @@ class LabelSet:
         entry = self.manifest.shards[shard]
         path = self.file(entry.files[block])
         if self.manifest.layout == "parquet":
-            return parquet.read_labels(
+            labels = parquet.read_labels(
                 path,
                 rows=entry.rows,
                 num_crops=self.manifest.block_crops(block),
                 top_k=self.top_k,
                 num_classes=self.num_classes,
             )
-        return self._checked(path, entry, ShardLabels.from_rows([row for row, _ in webdataset.read_rows(path)]))
+        else:
+            labels = self._checked(path, entry, ShardLabels.from_rows([row for row, _ in webdataset.read_rows(path)]))
+        check_probabilities(path, labels)
+        return labels
 
     def file(self, entry: BlockEntry) -> Path:
         """Where a shard file lies, once its size is what the manifest says. Raises ShardError otherwise."""

@@ -154,6 +154,43 @@ def test_a_class_out_of_range(copy):
         fd.open_labels(copy).shard(0)
 
 
+POISON = {
+    "are not all finite": [np.nan, 0.2, 0.1, 0.1],
+    "are not descending": [0.1, 0.2, 0.1, 0.1],
+    "are negative": [0.5, 0.2, 0.1, -0.1],
+    "are all 0": [0, 0, 0, 0],
+    "sum to more than 1": [0.5, 0.3, 0.2, 0.1],
+}
+
+
+@pytest.mark.parametrize("what", POISON)
+def test_probabilities_that_would_poison_a_training(copy, what):
+    table = pq.read_table(copy / "labels/00000-000.parquet")
+    at = table.schema.get_field_index("class_prob")
+    field = table.schema.field(at)
+    prob = np.concatenate(table.column(at).to_numpy()).reshape(8, 4, 4)
+    prob[5, 2] = POISON[what]
+    wrong = pa.FixedSizeListArray.from_arrays(pa.array(prob.reshape(-1), pa.float16()), type=field.type)
+    replace_shard(copy, table.set_column(at, field, wrong))
+    key = table.column("key")[5].as_py()
+    with pytest.raises(ShardError, match=f"of crop 2 of image '{key}' {what}"):
+        fd.open_labels(copy).shard(0)
+
+
+@pytest.mark.parametrize("what", POISON)
+def test_poisoned_probabilities_in_a_tar(tar_copy, what):
+    def poison(members):
+        at = next(i for i, (member, _) in enumerate(members) if member.name.endswith(".npy"))
+        records = np.load(io.BytesIO(members[at][1]), allow_pickle=False)
+        records["class_prob"][2] = POISON[what]
+        members[at] = (members[at][0], npy(records))
+        return members
+
+    rewrite_tar(tar_copy, poison)
+    with pytest.raises(ShardError, match=what):
+        fd.open_labels(tar_copy).shard(0)
+
+
 class RunsCode:
     def __reduce__(self):
         import pathlib
