@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,19 @@ def test_both_layouts_hold_the_same():
     parquet, tars = (fd.open_labels(FOLDER / layout) for layout in ("parquet", "webdataset"))
     assert all(map(same_labels, parquet.shards(), tars.shards()))
     assert not np.isnan(parquet.shard(0).target_prob).any()
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_a_reader_that_never_saw_our_code_finds_the_same(layout):
+    """examples/standalone_reader.py has nothing but docs/format.md, NumPy and PyArrow."""
+    path = Path(__file__).parent.parent.parent / "examples/standalone_reader.py"
+    assert len(path.read_text().splitlines()) <= 60
+    reader = runpy.run_path(str(path))["read_rows"]
+    rows, images = list(reader(FOLDER / layout)), list(fd.open_labels(FOLDER / layout))
+    assert [(row["key"], row["target"]) for row in rows] == [(image.key, image.target) for image in images]
+    for row, image in zip(rows, images, strict=True):
+        for name in ("boxes", "class_index", "class_prob", "flip", "bucket", "target_prob"):
+            assert np.array_equal(row[name], getattr(image, name)), name
 
 
 BOXES = [[1, 1, 7, 8], [1, 1, 5, 5], [1, 0, 8, 10], [0, 2, 12, 10], [0, 1, 11, 13]]

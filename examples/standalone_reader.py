@@ -1,0 +1,58 @@
+"""Read a label set without ferkd-data, as docs/format.md says: python examples/standalone_reader.py LABELS"""
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+SIDES = ("box_top", "box_left", "box_height", "box_width")
+PER_CROP = ("class_index", "class_prob", "flip", "bucket", "target_prob")
+
+
+def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every image's labels: boxes (N, 4), class_index and class_prob (N, k), flip, bucket, target_prob (N,)."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if (manifest["format"], manifest["version"]) != ("ferkd-data", 1):
+        raise SystemExit(f"{folder}: not a label set of version 1")
+    for shard in manifest["shards"]:
+        if shard["rows"]:
+            files = [folder / file["path"] for file in sorted(shard["files"], key=lambda file: file["block"])]
+            tar = manifest["layout"] == "webdataset"
+            yield from read_tar(files[0]) if tar else read_blocks(files, manifest["top_k"])
+
+
+def read_blocks(files: list[Path], top_k: int) -> Iterator[dict[str, Any]]:
+    """A row has its crops spread over the shard's block files."""
+    for parts in zip(*(pq.read_table(file).to_pylist() for file in files), strict=True):
+        crops = {name: np.concatenate([part[name] for part in parts]) for name in (*SIDES, *PER_CROP)}
+        crops |= {name: crops[name].reshape(-1, top_k) for name in ("class_index", "class_prob")}
+        yield row(parts[0]["key"], parts[0]["target"], crops)
+
+
+def read_tar(file: Path) -> Iterator[dict[str, Any]]:
+    targets = {}
+    with tarfile.open(file) as tar:
+        for member in tar:
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            key, content = folder + slash + stem, tar.extractfile(member)
+            if content and suffix == "cls":
+                targets[key] = int(content.read())
+            elif content and suffix == "crops.npy":
+                yield row(key, targets.get(key), np.load(io.BytesIO(content.read()), allow_pickle=False))
+
+
+def row(key: str, target: int | None, crops: Any) -> dict[str, Any]:
+    boxes = np.stack([crops[side] for side in SIDES], axis=1)
+    return {"key": key, "target": target, "boxes": boxes, **{name: crops[name] for name in PER_CROP}}
+
+
+if __name__ == "__main__":
+    for image in read_rows(Path(sys.argv[1])):
+        print(image["key"], image["target"], image["boxes"][0], image["class_index"][0], image["class_prob"][0])
