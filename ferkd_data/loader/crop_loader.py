@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -272,6 +275,7 @@ class _Workers(Sampler[_Task]):
             sampler=self,
             num_workers=num_workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_end_with_parent if num_workers else None,
             prefetch_factor=prefetch_factor if num_workers else None,
             persistent_workers=num_workers > 0,
             multiprocessing_context="forkserver" if num_workers and sys.platform == "linux" else None,
@@ -292,6 +296,18 @@ class _Workers(Sampler[_Task]):
             task = _Task(window, self._buffers.take())
             self._under_way.append(task)
             yield task
+
+
+def _end_with_parent(worker_id: int) -> None:
+    """PyTorch's workers watch their parent, which here is the fork server; that lives on until they end: for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(process: Any) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _as_it_is(made: Any) -> Any:

@@ -6,6 +6,10 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -271,6 +275,33 @@ def test_a_worker_that_dies_is_an_error_not_a_hang(make):
         for _ in stream:
             pass
     assert len(list(make(batch_size=2))) == 20
+
+
+ENDLESS = """
+import multiprocessing, os, sys, time
+import ferkd_data as fd
+labels, photos, cache = sys.argv[1:]
+loader = fd.CropLoader(
+    fd.open_labels(labels), images=photos, batch_size=4, crops_per_image=2, size=32, cache_dir=cache, num_workers=2
+)
+batches = iter(loader)
+next(batches)
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_workers_end_with_a_training_that_is_killed(label_set, photos, tmp_path):
+    command = [sys.executable, "-c", ENDLESS, str(label_set), str(photos), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as training:
+        workers = training.stdout.readline().split()
+        training.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while alive := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"still there: {alive}"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
