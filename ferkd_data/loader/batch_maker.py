@@ -103,6 +103,7 @@ class BatchMaker:
         self.first_epoch = 0
         """The epoch whose images are checked by their digest, where `verify_images` is first_epoch."""
         self._calibrations: OrderedDict[int, Calibration] = OrderedDict()
+        self._shard_rows = np.array([shard.rows for shard in cache.labels.manifest.shards], np.int64)
 
     def make(self, work: Work) -> Made:
         window = work.window
@@ -130,10 +131,9 @@ class BatchMaker:
 
     def _rows(self, window: Window) -> npt.NDArray[np.int64]:
         settings = self.settings
-        shard_rows = [shard.rows for shard in self.cache.labels.manifest.shards]
         order = epoch_order(
             settings.order,
-            shard_rows,
+            self._shard_rows,
             seed=settings.seed,
             epoch=window.epoch,
             shards_together=settings.shards_together,

@@ -75,7 +75,7 @@ class GlobalShuffle:
 class ShardShuffle:
     """Shards in random order, a few at a time, and the images of those few shuffled: for shards that are streamed."""
 
-    def __init__(self, shard_rows: Sequence[int], key: int, *, shards_together: int) -> None:
+    def __init__(self, shard_rows: Sequence[int] | Rows, key: int, *, shards_together: int) -> None:
         counts = np.asarray(shard_rows, np.int64)
         first = np.cumsum([0, *counts])[:-1]
         self._key = key
@@ -103,12 +103,14 @@ def check_order(kind: str) -> None:
         raise UsageError(f"order must be {', '.join(ORDERS)}, got {kind!r}")
 
 
-def epoch_order(kind: str, shard_rows: Sequence[int], *, seed: int, epoch: int, shards_together: int = 8) -> Order:
+def epoch_order(
+    kind: str, shard_rows: Sequence[int] | Rows, *, seed: int, epoch: int, shards_together: int = 8
+) -> Order:
     """`sequential`, `global` or `shards`. Raises UsageError for another kind."""
     check_order(kind)
     key = rng.hash64("order", seed, epoch)
     if kind == "sequential":
         return Sequential()
     if kind == "global":
-        return GlobalShuffle(sum(shard_rows), key)
+        return GlobalShuffle(int(np.sum(shard_rows)), key)
     return ShardShuffle(shard_rows, key, shards_together=shards_together)
