@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "Check that every teacher is wired right: top-1, top-5, calibration error.",
     "info": "What a label set is: teachers, settings, shards.",
     "show": "Show the crops of one image with their labels.",
+    "verify": "Check every file, row and count of a label set.",
     "stats": "The p_max table, buckets and agreements of a label set.",
 }
 INTERRUPTED = 130

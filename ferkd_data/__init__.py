@@ -34,6 +34,8 @@ _EXPORTS: dict[str, str] = {
     "TeacherSpec": "teachers",
     "Thresholds": "buckets",
     "build": "builder",
+    "verify": "exchange.verify",
+    "VerifyReport": "exchange.verify",
     "open_labels": "label_set",
     "draw_crops": "crops",
 }

@@ -18,8 +18,8 @@ from ferkd_data import rng
 from ferkd_data.errors import LabelSetError, ShardError, UsageError
 from ferkd_data.manifest import FILE_NAME, BlockEntry, Manifest, ShardEntry, read_manifest
 from ferkd_data.shards import parquet, webdataset
-from ferkd_data.shards.checks import check_probabilities
-from ferkd_data.shards.columns import ImageLabels, ShardLabels, concat_crops
+from ferkd_data.shards.checks import check_classes, check_probabilities
+from ferkd_data.shards.columns import ImageLabels, ShardLabels, class_index_dtype, concat_crops
 from ferkd_data.statistics import Statistics
 from ferkd_data.storage import inside
 
@@ -116,20 +116,25 @@ class LabelSet:
 
     def block(self, shard: int, block: int) -> ShardLabels:
         """One crop block of one shard, whole (also the crops beyond this view). Raises ShardError as `shard`."""
+        labels = self.raw_block(shard, block)
+        path = inside(self.path, self.manifest.shards[shard].files[block].path)
+        check_classes(path, labels, self.num_classes)
+        check_probabilities(path, labels)
+        return labels
+
+    def raw_block(self, shard: int, block: int) -> ShardLabels:
+        """As `block`, with the right shape and types but whatever values the file holds."""
         entry = self.manifest.shards[shard]
         path = self.file(entry.files[block])
         if self.manifest.layout == "parquet":
-            labels = parquet.read_labels(
+            return parquet.read_labels(
                 path,
                 rows=entry.rows,
                 num_crops=self.manifest.block_crops(block),
                 top_k=self.top_k,
                 num_classes=self.num_classes,
             )
-        else:
-            labels = self._checked(path, entry, ShardLabels.from_rows([row for row, _ in webdataset.read_rows(path)]))
-        check_probabilities(path, labels)
-        return labels
+        return self._checked(path, entry, [row for row, _ in webdataset.read_rows(path)])
 
     def file(self, entry: BlockEntry) -> Path:
         """Where a shard file lies, once its size is what the manifest says. Raises ShardError otherwise."""
@@ -203,14 +208,18 @@ class LabelSet:
             return parquet.read_keys(path, rows=entry.rows)
         return [sample.key for sample in webdataset.scan(path)]
 
-    def _checked(self, path: Path, entry: ShardEntry, labels: ShardLabels) -> ShardLabels:
-        found = (len(labels), *labels.class_index.shape[1:])
-        expected = (entry.rows, self.manifest.num_crops, self.top_k)
-        if found != expected:
-            raise ShardError(f"{path}: holds (images, crops, k) = {found}, the manifest says {expected}")
-        if labels.class_index.max() >= self.num_classes:
-            raise ShardError(f"{path}: class {labels.class_index.max()} in a label set of {self.num_classes} classes")
-        return labels
+    def _checked(self, path: Path, entry: ShardEntry, rows: list[ImageLabels]) -> ShardLabels:
+        expected = (self.manifest.num_crops, self.top_k)
+        if len(rows) != entry.rows:
+            raise ShardError(f"{path}: holds {len(rows)} rows, the manifest says {entry.rows}")
+        dtype = class_index_dtype(self.num_classes)
+        for row in rows:
+            if row.class_index.shape != expected or row.class_index.dtype != dtype:
+                raise ShardError(
+                    f"{path}: image {row.key!r} has (crops, k) = {row.class_index.shape} of {row.class_index.dtype}, "
+                    f"the manifest says {expected} of {np.dtype(dtype)}"
+                )
+        return ShardLabels.from_rows(rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recent": OrderedDict(), "_key_index": None}

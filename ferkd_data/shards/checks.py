@@ -30,6 +30,12 @@ def check_probabilities(path: Path, labels: ShardLabels) -> None:
             raise ShardError(f"{path}: {_first(labels, fine, prob)} {what}; do not train on this label set")
 
 
+def check_classes(path: Path, labels: ShardLabels, num_classes: int) -> None:
+    """Raises ShardError for a class that the label set does not have."""
+    if len(labels) and labels.class_index.max() >= num_classes:
+        raise ShardError(f"{path}: class {labels.class_index.max()} in a label set of {num_classes} classes")
+
+
 def _first(labels: ShardLabels, fine: npt.NDArray[np.bool_], prob: npt.NDArray[np.float32]) -> str:
     row, crop = np.argwhere(~fine)[0].tolist()
     return f"the probabilities {prob[row, crop].tolist()} of crop {crop} of image {labels.keys[row]!r}"

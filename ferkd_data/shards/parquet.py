@@ -101,7 +101,7 @@ def read_labels(path: Path, *, rows: int, num_crops: int, top_k: int, num_classe
     """One block file as arrays.
 
     Raises ShardError when the file is missing or truncated, when a column is missing or of another type, when it
-    does not hold what the manifest says (checked in the footer, before memory is taken), or holds an unknown class.
+    does not hold what the manifest says (checked in the footer, before memory is taken).
     """
     index_dtype = class_index_dtype(num_classes)
     table = _read(path, schema(num_crops, top_k, index_dtype), rows)
@@ -113,8 +113,6 @@ def read_labels(path: Path, *, rows: int, num_crops: int, top_k: int, num_classe
         return _numpy(table.column(name).combine_chunks())
 
     class_index = lists("class_index").reshape(rows, num_crops, top_k)
-    if rows and class_index.max() >= num_classes:
-        raise ShardError(f"{path}: class {class_index.max()} in a label set of {num_classes} classes")
     target = table.column("target").combine_chunks().fill_null(UNKNOWN_TARGET)
     return ShardLabels(
         keys=table.column("key").to_pylist(),

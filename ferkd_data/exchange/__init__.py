@@ -1,0 +1,1 @@
+"""Between people: verify a label set, publish it, fetch it, merge it with others, convert it."""

@@ -1,0 +1,351 @@
+"""`verify`: is a label set what its manifest says, byte by byte and row by row?
+
+Legend: R images of a shard, N crops per image, k kept classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ferkd_data import rng, statistics
+from ferkd_data.buckets import Thresholds
+from ferkd_data.errors import LabelSetError, ShardError
+from ferkd_data.exchange.row_checks import row_faults
+from ferkd_data.images import REASONS, ImageError, ImageRef, open_source
+from ferkd_data.label_set import LabelSet, open_labels
+from ferkd_data.manifest import FILE_NAME, BlockEntry, FileEntry, ShardEntry
+from ferkd_data.shards.columns import ShardLabels
+from ferkd_data.statistics import Statistics, crop_statistics
+from ferkd_data.storage import image_digest, inside, sha256_file
+
+MAX_FAULTS = 20
+COMPANIONS = ("README.md", "croissant.json", "LICENSE")
+"""Files that belong beside a published label set without being listed in its manifest."""
+READ_AT_ONCE = 256
+SAME_IN_BLOCKS = ("image_digest", "height", "width", "target")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    file: str
+    """Relative to the label set; of the image source for faults found with `images`."""
+    message: str
+    row: int | None = None
+    key: str | None = None
+    crop: int | None = None
+    field: str | None = None
+
+    def __str__(self) -> str:
+        row = None if self.row is None else f"row {self.row}"
+        key = None if self.key is None else f"image {self.key!r}"
+        crop = None if self.crop is None else f"crop {self.crop}"
+        where = ", ".join(part for part in (row, key, crop, self.field) if part)
+        return ": ".join(part for part in (self.file, where, self.message) if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    files: int
+    bytes: int
+    images: int
+    crops: int
+    faults: tuple[Fault, ...]
+    """The first ones, at most as many as were asked for."""
+    faults_found: int
+    warnings: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return self.faults_found == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify(
+    path: str | Path,
+    *,
+    images: str | Path | None = None,
+    workers: int | None = None,
+    max_faults: int = MAX_FAULTS,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Check sizes, digests, the schema, every row, and that all counts and statistics add up.
+
+    With `images`, every labelled image must be in that source with the digest that was labelled. Faults are collected,
+    not raised; `on_progress` gets (bytes checked, bytes in all). Takes 24 bytes of memory for each image.
+
+    Raises ManifestError when there is no manifest that can be read, SourceError for `images` that cannot be listed.
+    """
+    labels = open_labels(path)
+    check = _Check(labels, max_faults)
+    done, total = 0, sum(file.bytes for shard in labels.manifest.shards for file in shard.files)
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="ferkd-verify") as executor:
+        for found, entry in zip(executor.map(check.shard, labels.manifest.shards), labels.manifest.shards, strict=True):
+            check.take(found)
+            done += sum(file.bytes for file in entry.files)
+            if on_progress:
+                on_progress(done, total)
+    check.whole()
+    if images is not None:
+        check.images(str(images))
+    return check.report(total)
+
+
+@dataclass(kw_only=True)
+class _Found:
+    """What one shard showed."""
+
+    faults: list[Fault] = field(default_factory=list)
+    statistics: Statistics = field(default_factory=Statistics)
+    hashes: npt.NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    """(R,) hashes of the keys; empty where the shard cannot be read."""
+    digests: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 16), np.uint8))
+    readable: bool = True
+
+
+class _Check:
+    def __init__(self, labels: LabelSet, max_faults: int) -> None:
+        self.labels = labels
+        self.manifest = labels.manifest
+        self.max_faults = max_faults
+        self.faults: list[Fault] = []
+        self.faults_found = 0
+        self.warnings: list[str] = []
+        self.found: list[_Found] = []
+
+    def add(self, fault: Fault) -> None:
+        self.faults_found += 1
+        if len(self.faults) < self.max_faults:
+            self.faults.append(fault)
+
+    def take(self, found: _Found) -> None:
+        for fault in found.faults:
+            self.add(fault)
+        found.faults = []
+        self.found.append(found)
+
+    def shard(self, entry: ShardEntry) -> _Found:
+        """Everything that can be said of one shard alone. Runs in several threads."""
+        found = _Found()
+        first: ShardLabels | None = None
+        parts = []
+        for file in entry.files:
+            labels = self._read(entry, file, found)
+            if labels is None:
+                found.readable = False
+                continue
+            if first is None:
+                first = labels
+                found.hashes = np.fromiter((rng.hash64(key) for key in labels.keys), np.uint64, count=len(labels))
+                found.digests = labels.image_digest
+            else:
+                found.faults.extend(_differing(first, labels, entry.files[0], file))
+            parts.append(_statistics(labels))
+        found.statistics = statistics.add(parts)
+        return found
+
+    def _read(self, entry: ShardEntry, file: BlockEntry, found: _Found) -> ShardLabels | None:
+        try:
+            path = self.labels.file(file)
+            if sha256_file(path) != file.sha256:
+                raise ShardError(f"{path}: the bytes are not those of the manifest (SHA-256 differs)")
+            labels = self.labels.raw_block(entry.index, file.block)
+        except (LabelSetError, OSError) as error:
+            found.faults.append(Fault(file=file.path, message=_without_path(error, self.labels.path, file.path)))
+            return None
+        stored = self.manifest.thresholds
+        thresholds = Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=stored.confidence)
+        for fault in row_faults(
+            labels, num_classes=self.manifest.num_classes, thresholds=thresholds, limit=self.max_faults
+        ):
+            crop = None if fault.crop is None else fault.crop + file.block * self.manifest.crops_per_block
+            found.faults.append(
+                Fault(
+                    file=file.path,
+                    row=fault.row,
+                    key=labels.keys[fault.row],
+                    crop=crop,
+                    field=fault.field,
+                    message=fault.message,
+                )
+            )
+        return labels
+
+    def whole(self) -> None:
+        """What only all shards together can show."""
+        self._keys_are_unique()
+        if all(found.readable for found in self.found):
+            self._statistics_add_up()
+        self._rejects()
+        self._strays()
+
+    def _keys_are_unique(self) -> None:
+        hashes = np.concatenate([found.hashes for found in self.found] or [np.empty(0, np.uint64)])
+        order = np.argsort(hashes, kind="stable")
+        twice = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
+        starts = np.cumsum([0, *(len(found.hashes) for found in self.found)])
+        for at in np.sort(twice)[: self.max_faults].tolist():
+            shard = int(np.searchsorted(starts, at, side="right")) - 1
+            row = at - int(starts[shard])
+            entry = self.manifest.shards[shard]
+            key = self.labels.keys_of(shard)[row]
+            self.add(
+                Fault(
+                    file=entry.files[0].path, row=row, key=key, field="key", message="an earlier row has the same key"
+                )
+            )
+
+    def _statistics_add_up(self) -> None:
+        counted = statistics.add(found.statistics for found in self.found)
+        for name in ("crops", "p_max_histogram", "bucket_counts", "crops_with_target", "top1_matches_target"):
+            said, rows = getattr(self.manifest.statistics, name), getattr(counted, name)
+            if said != rows:
+                at = f" (entry {_first_difference(said, rows)})" if isinstance(said, tuple) else f" {said}"
+                self.add(
+                    Fault(file=FILE_NAME, field=f"statistics.{name}", message=f"says{at}; the rows give other counts")
+                )
+        for name in ("target_prob_sum", "kept_prob_sum"):
+            total, rows = getattr(self.manifest.statistics, name), getattr(counted, name)
+            if not np.isclose(total, rows, rtol=1e-6, atol=1e-3):
+                self.add(
+                    Fault(file=FILE_NAME, field=f"statistics.{name}", message=f"says {total}, the rows give {rows}")
+                )
+
+    def _rejects(self) -> None:
+        entry = self.manifest.rejects
+        try:
+            path = self.labels.file(BlockEntry(**entry.model_dump(include=set(FileEntry.model_fields)), block=0))
+            if sha256_file(path) != entry.sha256:
+                raise ShardError(f"{path}: the bytes are not those of the manifest (SHA-256 differs)")
+            rows, unknown = _read_rejects(path)
+        except (LabelSetError, OSError) as error:
+            self.add(Fault(file=entry.path, message=_without_path(error, self.labels.path, entry.path)))
+            return
+        if rows != entry.rows:
+            self.add(Fault(file=entry.path, message=f"holds {rows} rows, the manifest says {entry.rows}"))
+        if unknown:
+            self.warnings.append(f"{entry.path}: reasons that this ferkd-data does not know: {', '.join(unknown)}")
+
+    def _strays(self) -> None:
+        listed = {file.path for shard in self.manifest.shards for file in shard.files}
+        listed |= {FILE_NAME, self.manifest.rejects.path, *COMPANIONS}
+        for path in sorted(self.labels.path.rglob("*")):
+            name = path.relative_to(self.labels.path).as_posix()
+            if not path.is_dir() and name not in listed and len(self.warnings) < self.max_faults:
+                self.warnings.append(f"{name}: is not in the manifest; nobody reads it")
+
+    def images(self, place: str) -> None:
+        """Join the labels with a source by key, and compare digests."""
+        source = open_source(place)
+        hashes = np.concatenate([found.hashes for found in self.found] or [np.empty(0, np.uint64)])
+        digests = np.concatenate([found.digests for found in self.found] or [np.empty((0, 16), np.uint8)])
+        order = np.argsort(hashes, kind="stable")
+        ranked = hashes[order]
+        seen = np.zeros(len(hashes), np.bool_)
+        for refs in _in_groups(ref for ref in source.list_images() if isinstance(ref, ImageRef)):
+            wanted = np.array([rng.hash64(ref.key) for ref in refs], np.uint64)
+            at = np.minimum(np.searchsorted(ranked, wanted), max(len(ranked) - 1, 0))
+            known = [
+                (ref, int(order[a]))
+                for ref, a, h in zip(refs, at, wanted, strict=True)
+                if len(ranked) and ranked[a] == h
+            ]
+            for (ref, row), data in zip(known, source.read(ref for ref, _ in known), strict=True):
+                seen[row] = True
+                if isinstance(data, ImageError):
+                    self.add(Fault(file=ref.file, key=ref.key, message=f"cannot be read ({data})"))
+                elif image_digest(data) != digests[row].tobytes():
+                    self.add(
+                        Fault(
+                            file=ref.file, key=ref.key, field="image_digest", message="not the image that was labelled"
+                        )
+                    )
+        self._missing_images(place, np.flatnonzero(~seen))
+
+    def _missing_images(self, place: str, rows: npt.NDArray[np.int64]) -> None:
+        self.faults_found += max(len(rows) - self.max_faults, 0)
+        starts = np.cumsum([0, *(len(found.hashes) for found in self.found)])
+        for at in rows[: self.max_faults].tolist():
+            shard = int(np.searchsorted(starts, at, side="right")) - 1
+            key = self.labels.keys_of(shard)[at - int(starts[shard])]
+            self.add(Fault(file=place, key=key, message="the labelled image is missing"))
+
+    def report(self, total: int) -> VerifyReport:
+        return VerifyReport(
+            files=sum(len(shard.files) for shard in self.manifest.shards) + 2,
+            bytes=total,
+            images=self.manifest.num_images,
+            crops=self.manifest.statistics.crops,
+            faults=tuple(self.faults),
+            faults_found=self.faults_found,
+            warnings=tuple(self.warnings),
+        )
+
+
+def _statistics(labels: ShardLabels) -> Statistics:
+    """Of rows that may be rubbish: what cannot be counted counts as 0 or as the last."""
+    return crop_statistics(
+        class_index=labels.class_index,
+        class_prob=np.nan_to_num(labels.class_prob, posinf=1, neginf=0).clip(0, 1),
+        target_prob=np.nan_to_num(labels.target_prob, posinf=1, neginf=0).clip(0, 1),
+        bucket=labels.bucket.clip(max=3),
+        target=labels.target,
+    )
+
+
+def _differing(first: ShardLabels, other: ShardLabels, a: BlockEntry, b: BlockEntry) -> Iterator[Fault]:
+    """The columns of the image must be the same in all its blocks."""
+    if list(first.keys) != list(other.keys):
+        row = next(i for i, (x, y) in enumerate(zip(first.keys, other.keys, strict=True)) if x != y)
+        yield Fault(
+            file=b.path, row=row, key=other.keys[row], field="key", message=f"{a.path} has {first.keys[row]!r} here"
+        )
+        return
+    for name in SAME_IN_BLOCKS:
+        x, y = getattr(first, name), getattr(other, name)
+        bad = (x != y).reshape(len(x), -1).any(axis=1)
+        if bad.any():
+            row = int(bad.argmax())
+            yield Fault(file=b.path, row=row, key=other.keys[row], field=name, message=f"differs from {a.path}")
+
+
+def _read_rejects(path: Path) -> tuple[int, list[str]]:
+    """(rows, reasons that are not known). Raises ShardError."""
+    unknown: set[str] = set()
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=["key", "reason"]):
+                unknown |= set(batch.column("reason").unique().to_pylist()) - set(REASONS)
+            return file.metadata.num_rows, sorted(map(str, unknown))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise ShardError(f"{path}: cannot be read as a list of rejects ({error})") from error
+
+
+def _first_difference(a: tuple[int, ...], b: tuple[int, ...]) -> str:
+    return next((f"{i}: {x} against {y}" for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), "?")
+
+
+def _without_path(error: Exception, folder: Path, name: str) -> str:
+    return str(error).removeprefix(f"{inside(folder, name)}: ")
+
+
+def _in_groups(refs: Iterator[ImageRef]) -> Iterator[list[ImageRef]]:
+    group: list[ImageRef] = []
+    for ref in refs:
+        group.append(ref)
+        if len(group) == READ_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
