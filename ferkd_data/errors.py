@@ -11,6 +11,7 @@
     │   ├── SettingsMismatchError a saved state was made with other settings; names both values
     │   └── StorageFullError      no space left; nothing finished is lost
     ├── LoaderError               a batch cannot be made: names the image and its shard
+    ├── RemoteError               a server lacks a file, refuses it, or gives another one; or cannot be reached
     ├── StateMismatchError        a loader's saved state is of other settings or labels; names both values
     └── LabelSetError             a label set cannot be read
         ├── ManifestError         manifest.json is missing, malformed or of an unknown version
@@ -69,6 +70,14 @@ class StorageFullError(BuildError):
 
 class LoaderError(FerkdError):
     pass
+
+
+class RemoteError(FerkdError):
+    """`status` is the HTTP status where there is one."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class StateMismatchError(FerkdError):

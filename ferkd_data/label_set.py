@@ -8,54 +8,143 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
-from ferkd_data.errors import LabelSetError, ShardError, UsageError
-from ferkd_data.manifest import FILE_NAME, BlockEntry, Manifest, ShardEntry, read_manifest
+from ferkd_data.errors import LabelSetError, ManifestError, RemoteError, ShardError, UsageError
+from ferkd_data.manifest import (
+    FILE_NAME,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+    parse_manifest,
+    read_manifest_bytes,
+)
+from ferkd_data.remote import Remote, is_remote, open_remote
+from ferkd_data.shard_cache import DEFAULT_BYTES, ShardCache
 from ferkd_data.shards import parquet, webdataset
 from ferkd_data.shards.checks import check_classes, check_probabilities
 from ferkd_data.shards.columns import ImageLabels, ShardLabels, class_index_dtype, concat_crops
 from ferkd_data.statistics import Statistics
-from ferkd_data.storage import inside
+from ferkd_data.storage import default_cache_dir, inside
 
 SHARDS_KEPT = 2
 """Shards that `labels[key]` keeps in memory."""
 
 
-def open_labels(path: str | Path, *, crops: int | None = None) -> LabelSet:
-    """Open the label set in folder `path`; with `crops`, only the first so many crops of each image.
+class Files(Protocol):
+    """Where a label set's files lie. Can be pickled."""
 
-    Only the crop blocks that hold those crops are ever touched.
+    @property
+    def location(self) -> str: ...
 
-    Raises ManifestError when the folder holds no finished label set, UsageError when it has fewer crops.
+    def get(self, entry: FileEntry) -> Path:
+        """The file on this host, of the size that the manifest says. Raises LabelSetError, RemoteError."""
+
+
+def open_labels(
+    path: str | Path,
+    *,
+    crops: int | None = None,
+    cache_dir: str | Path | None = None,
+    cache_bytes: int = DEFAULT_BYTES,
+) -> LabelSet:
+    """Open the label set in a folder, or at an http(s)://, s3://, gs:// or hf://datasets/ORG/NAME URL.
+
+    With `crops`, only the first so many crops of each image are shown, and only the crop blocks that hold them are ever
+    touched. Files of a remote set are fetched when first needed, checked, and kept in `cache_dir` (default:
+    $FERKD_DATA_CACHE or the user's cache folder), which holds at most `cache_bytes`.
+
+    Raises ManifestError when there is no finished label set, RemoteError when it cannot be fetched, UsageError when it
+    has fewer crops.
     """
-    folder = Path(path)
-    manifest = read_manifest(folder)
+    files: Files
+    if is_remote(path):
+        remote = open_remote(str(path))
+        text = read_remote_manifest(remote)
+        cache = ShardCache(Path(cache_dir or default_cache_dir()) / "shards", cache_bytes)
+        files = CachedFiles(remote, cache)
+    else:
+        folder = Path(str(path).removeprefix("file://"))
+        text = read_manifest_bytes(folder)
+        files = LocalFiles(folder)
+    manifest = parse_manifest(text, f"{files.location}/{FILE_NAME}")
     if crops is not None and not 1 <= crops <= manifest.num_crops:
-        raise UsageError(f"{folder}: crops must be 1..{manifest.num_crops} (what was labelled), got {crops}")
-    return LabelSet(folder, manifest, manifest.num_crops if crops is None else crops)
+        raise UsageError(f"{files.location}: crops must be 1..{manifest.num_crops} (what was labelled), got {crops}")
+    identity = hashlib.sha256(text).hexdigest()
+    return LabelSet(files, manifest, manifest.num_crops if crops is None else crops, identity)
+
+
+def read_remote_manifest(remote: Remote) -> bytes:
+    """Raises ManifestError where there is none, RemoteError."""
+    try:
+        return remote.read(FILE_NAME, max_bytes=MAX_MANIFEST_BYTES)
+    except RemoteError as error:
+        if error.status == 404:
+            raise ManifestError(f"{remote.url}: no {FILE_NAME}; is this the URL of a published label set?") from error
+        raise
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    folder: Path
+
+    @property
+    def location(self) -> str:
+        return str(self.folder)
+
+    def get(self, entry: FileEntry) -> Path:
+        path = inside(self.folder, entry.path)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError as error:
+            raise ShardError(f"{path}: the shard is missing; restore it or build the label set again") from error
+        if size != entry.bytes:
+            raise ShardError(f"{path}: {size} bytes, the manifest says {entry.bytes}; fetch or build it again")
+        return path
+
+
+@dataclass(frozen=True)
+class CachedFiles:
+    remote: Remote
+    cache: ShardCache
+
+    @property
+    def location(self) -> str:
+        return self.remote.url
+
+    def get(self, entry: FileEntry) -> Path:
+        return self.cache.fetch(self.remote, entry)
 
 
 class LabelSet:
     """Rows are numbered 0 .. len - 1 in the order of the shards. Made by `open_labels`."""
 
-    def __init__(self, path: Path, manifest: Manifest, num_crops: int) -> None:
-        self.path = path
+    def __init__(self, files: Files, manifest: Manifest, num_crops: int, identity: str) -> None:
+        self.files = files
         self.manifest = manifest
         self.num_crops = num_crops
         """N: crops per image that this view shows."""
+        self.identity = identity
+        """SHA-256 of the manifest: two label sets are the same where this is."""
         self.first_row = np.cumsum([0, *(shard.rows for shard in manifest.shards)], dtype=np.int64)
         """(shards + 1,): the number of each shard's first row."""
         self._recent: OrderedDict[int, ShardLabels] = OrderedDict()
         self._key_index: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]] | None = None
 
+    @property
+    def location(self) -> str:
+        """The folder or the URL."""
+        return self.files.location
+
     def __repr__(self) -> str:
-        return f"LabelSet({str(self.path)!r}, images={len(self)}, crops={self.num_crops}, top_k={self.top_k})"
+        return f"LabelSet({self.location!r}, images={len(self)}, crops={self.num_crops}, top_k={self.top_k})"
 
     def __len__(self) -> int:
         return self.manifest.num_images
@@ -84,11 +173,6 @@ class LabelSet:
             return 1
         return -(-self.num_crops // self.manifest.crops_per_block)
 
-    @property
-    def identity(self) -> str:
-        """SHA-256 of the manifest: two label sets are the same where this is."""
-        return hashlib.sha256((self.path / FILE_NAME).read_bytes()).hexdigest()
-
     def keys(self) -> Iterator[str]:
         """Every image's key, in row order, one shard in memory at a time."""
         for entry in self.manifest.shards:
@@ -109,7 +193,7 @@ class LabelSet:
         Raises ShardError when a file is missing, truncated, or does not hold what the manifest says.
         """
         if not 0 <= index < len(self.manifest.shards):
-            raise UsageError(f"{self.path}: shard {index} of {len(self.manifest.shards)} does not exist")
+            raise UsageError(f"{self.location}: shard {index} of {len(self.manifest.shards)} does not exist")
         parts = [self.block(index, block) for block in range(self.num_blocks)]
         whole = concat_crops(parts)
         return whole if whole.num_crops == self.num_crops else whole.crop_range(0, self.num_crops)
@@ -117,7 +201,7 @@ class LabelSet:
     def block(self, shard: int, block: int) -> ShardLabels:
         """One crop block of one shard, whole (also the crops beyond this view). Raises ShardError as `shard`."""
         labels = self.raw_block(shard, block)
-        path = inside(self.path, self.manifest.shards[shard].files[block].path)
+        path = f"{self.location}/{self.manifest.shards[shard].files[block].path}"
         check_classes(path, labels, self.num_classes)
         check_probabilities(path, labels)
         return labels
@@ -136,16 +220,9 @@ class LabelSet:
             )
         return self._checked(path, entry, [row for row, _ in webdataset.read_rows(path)])
 
-    def file(self, entry: BlockEntry) -> Path:
-        """Where a shard file lies, once its size is what the manifest says. Raises ShardError otherwise."""
-        path = inside(self.path, entry.path)
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError as error:
-            raise ShardError(f"{path}: the shard is missing; restore it or build the label set again") from error
-        if size != entry.bytes:
-            raise ShardError(f"{path}: {size} bytes, the manifest says {entry.bytes}; fetch or build it again")
-        return path
+    def file(self, entry: FileEntry) -> Path:
+        """A file of this set on this host, of the size that the manifest says. Raises ShardError, RemoteError."""
+        return self.files.get(entry)
 
     def locate(self, key: str) -> tuple[int, int]:
         """(shard, row in the shard) of an image. Raises KeyError.

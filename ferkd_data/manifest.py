@@ -173,11 +173,16 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises ManifestError when the folder holds no finished label set."""
+    return parse_manifest(read_manifest_bytes(folder), str(folder / FILE_NAME))
+
+
+def read_manifest_bytes(folder: Path) -> bytes:
+    """The manifest as it lies there, unparsed. Raises ManifestError when there is none."""
     path = folder / FILE_NAME
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ManifestError(f"{path}: more than {MAX_MANIFEST_BYTES} bytes")
-        text = path.read_bytes()
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         unfinished = (folder / ".build").is_dir()
         advice = (
@@ -186,7 +191,6 @@ def read_manifest(folder: Path) -> Manifest:
             else ("is this the folder that a build wrote?")
         )
         raise ManifestError(f"{folder}: no {FILE_NAME}; {advice}") from error
-    return parse_manifest(text, str(path))
 
 
 def _check_counts(manifest: Manifest, where: str) -> None:

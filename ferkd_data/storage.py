@@ -62,6 +62,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def default_cache_dir() -> Path:
+    """$FERKD_DATA_CACHE, or ferkd-data below the user's cache folder."""
+    chosen = os.environ.get("FERKD_DATA_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ferkd-data"
+
+
 def sha256_file(path: Path) -> str:
     state = hashlib.sha256()
     with path.open("rb") as stream:

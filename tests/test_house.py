@@ -14,11 +14,13 @@ ROOT = Path(ferkd_data.__file__).parent
 FLOORS = [
     {"errors"},
     {"rng", "extras", "storage", "differences"},
+    {"remote"},
     {"crops"},
     {"images", "replay"},
     {"teachers", "ensemble", "buckets"},
     {"shards.columns", "statistics", "labels", "targets", "normalization"},
     {"shards", "manifest", "demo", "evaluate", "losses", "calibration", "mixing", "selfmix"},
+    {"shard_cache"},
     {"label_set"},
     {"builder", "loader", "exchange"},
 ]

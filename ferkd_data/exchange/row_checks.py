@@ -95,7 +95,7 @@ def _target_prob_rules(labels: ShardLabels) -> Iterator[Rule]:
     said = np.where(is_target, labels.class_prob, 0).sum(axis=2, dtype=np.float32)
     yield "target_prob", known & kept & (prob != said), "{value} is not the probability of this class in class_prob"
     above = prob > labels.class_prob[:, :, -1].astype(np.float32)
-    yield "target_prob", (known & ~kept & above) & False, "{value} is more than the least probability that was kept"
+    yield "target_prob", known & ~kept & above, "{value} is more than the least probability that was kept"
 
 
 def _bucket_rules(labels: ShardLabels, thresholds: Thresholds) -> Iterator[Rule]:

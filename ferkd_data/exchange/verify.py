@@ -19,14 +19,15 @@ import pyarrow.parquet as pq
 
 from ferkd_data import rng, statistics
 from ferkd_data.buckets import Thresholds
-from ferkd_data.errors import LabelSetError, ShardError
+from ferkd_data.errors import LabelSetError, RemoteError, ShardError
 from ferkd_data.exchange.row_checks import row_faults
 from ferkd_data.images import REASONS, ImageError, ImageRef, open_source
 from ferkd_data.label_set import LabelSet, open_labels
-from ferkd_data.manifest import FILE_NAME, BlockEntry, FileEntry, ShardEntry
+from ferkd_data.manifest import FILE_NAME, BlockEntry, ShardEntry
+from ferkd_data.remote import is_remote
 from ferkd_data.shards.columns import ShardLabels
 from ferkd_data.statistics import Statistics, crop_statistics
-from ferkd_data.storage import image_digest, inside, sha256_file
+from ferkd_data.storage import image_digest, sha256_file
 
 MAX_FAULTS = 20
 COMPANIONS = ("README.md", "croissant.json", "LICENSE")
@@ -161,8 +162,8 @@ class _Check:
             if sha256_file(path) != file.sha256:
                 raise ShardError(f"{path}: the bytes are not those of the manifest (SHA-256 differs)")
             labels = self.labels.raw_block(entry.index, file.block)
-        except (LabelSetError, OSError) as error:
-            found.faults.append(Fault(file=file.path, message=_without_path(error, self.labels.path, file.path)))
+        except (LabelSetError, RemoteError, OSError) as error:
+            found.faults.append(Fault(file=file.path, message=_without_path(error, self.labels.location, file.path)))
             return None
         stored = self.manifest.thresholds
         thresholds = Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=stored.confidence)
@@ -225,12 +226,12 @@ class _Check:
     def _rejects(self) -> None:
         entry = self.manifest.rejects
         try:
-            path = self.labels.file(BlockEntry(**entry.model_dump(include=set(FileEntry.model_fields)), block=0))
+            path = self.labels.file(entry)
             if sha256_file(path) != entry.sha256:
                 raise ShardError(f"{path}: the bytes are not those of the manifest (SHA-256 differs)")
             rows, unknown = _read_rejects(path)
-        except (LabelSetError, OSError) as error:
-            self.add(Fault(file=entry.path, message=_without_path(error, self.labels.path, entry.path)))
+        except (LabelSetError, RemoteError, OSError) as error:
+            self.add(Fault(file=entry.path, message=_without_path(error, self.labels.location, entry.path)))
             return
         if rows != entry.rows:
             self.add(Fault(file=entry.path, message=f"holds {rows} rows, the manifest says {entry.rows}"))
@@ -240,8 +241,11 @@ class _Check:
     def _strays(self) -> None:
         listed = {file.path for shard in self.manifest.shards for file in shard.files}
         listed |= {FILE_NAME, self.manifest.rejects.path, *COMPANIONS}
-        for path in sorted(self.labels.path.rglob("*")):
-            name = path.relative_to(self.labels.path).as_posix()
+        if is_remote(self.labels.location):
+            return
+        folder = Path(self.labels.location)
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
             if not path.is_dir() and name not in listed and len(self.warnings) < self.max_faults:
                 self.warnings.append(f"{name}: is not in the manifest; nobody reads it")
 
@@ -336,8 +340,8 @@ def _first_difference(a: tuple[int, ...], b: tuple[int, ...]) -> str:
     return next((f"{i}: {x} against {y}" for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), "?")
 
 
-def _without_path(error: Exception, folder: Path, name: str) -> str:
-    return str(error).removeprefix(f"{inside(folder, name)}: ")
+def _without_path(error: Exception, location: str, name: str) -> str:
+    return str(error).removeprefix(f"{location}/{name}: ")
 
 
 def _in_groups(refs: Iterator[ImageRef]) -> Iterator[list[ImageRef]]:

@@ -237,7 +237,7 @@ class BatchMaker:
             key = labels.keys_of(shard)[in_shard]
         except FerkdError:
             key = f"row {in_shard}"
-        return f"image {key!r} (shard {shard} of {labels.path})"
+        return f"image {key!r} (shard {shard} of {labels.location})"
 
     def _targets(
         self, window: Window, drawn: _Drawn, target: npt.NDArray[np.int32], calibration: Calibration

@@ -18,10 +18,11 @@ from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Verify, Work
 from ferkd_data.loader.image_table import open_images
-from ferkd_data.loader.label_cache import LabelCache, default_cache_dir
+from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
 from ferkd_data.loader.plan import Place, Window
 from ferkd_data.replay import Interpolation, empty_batch
+from ferkd_data.storage import default_cache_dir
 from ferkd_data.targets import SoftTargets
 
 Item = tuple[Tensor, SoftTargets]

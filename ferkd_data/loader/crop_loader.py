@@ -26,11 +26,12 @@ from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Made, OnError, Verify, Work
 from ferkd_data.loader.buffers import BatchBuffers, Slot
 from ferkd_data.loader.image_table import open_images
-from ferkd_data.loader.label_cache import LabelCache, default_cache_dir
+from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import OrderKind, check_order
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, windows
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
 from ferkd_data.selfmix import SelfMix
+from ferkd_data.storage import default_cache_dir
 from ferkd_data.targets import SoftTargets
 
 STATE_VERSION = 1

@@ -83,7 +83,7 @@ def open_images(labels: LabelSet, images: str | Path | ImageSource | None, *, al
     """
     if images is None:
         if labels.manifest.layout != "webdataset":
-            raise UsageError(f"{labels.path}: a label set of layout parquet holds no images; give images=…")
+            raise UsageError(f"{labels.location}: a label set of layout parquet holds no images; give images=…")
         return own_images(labels)
     source = open_source(images) if isinstance(images, (str, Path)) else images
     return join_images(labels, source, allow_missing=allow_missing)
@@ -149,13 +149,13 @@ def _check_missing(labels: LabelSet, source: ImageSource, position: npt.NDArray[
     if len(missing) == len(labels):
         ours = next(labels.keys(), "")
         raise LabelSetError(
-            f"{labels.path}: no image of {source.description} has a key of this label set (such as {ours!r}); "
+            f"{labels.location}: no image of {source.description} has a key of this label set (such as {ours!r}); "
             "is it the same data set, with the same folder as its root?"
         )
     if len(missing) and not allow_missing:
         shard, row = labels.position(int(missing[0]))
         key = labels.shard(shard).keys[row]
         raise LabelSetError(
-            f"{labels.path}: {len(missing)} of {len(labels)} labelled images are missing from {source.description}, "
-            f"the first is {key!r}; add them, or train without them with on_error='skip'"
+            f"{labels.location}: {len(missing)} of {len(labels)} labelled images are missing from "
+            f"{source.description}, the first is {key!r}; add them, or train without them with on_error='skip'"
         )

@@ -22,14 +22,6 @@ from ferkd_data.shards.columns import class_index_dtype
 from ferkd_data.storage import explain_full_disk, remove_leftovers, write_atomically
 
 
-def default_cache_dir() -> Path:
-    """$FERKD_DATA_CACHE, or ferkd-data below the user's cache folder."""
-    chosen = os.environ.get("FERKD_DATA_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ferkd-data"
-
-
 def record_dtype(num_crops: int, top_k: int, num_classes: int) -> np.dtype[np.void]:
     return np.dtype(
         [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 
@@ -14,7 +12,7 @@ MAX_TOTAL = 1 + 2**-10
 """Of a crop's probabilities: rounding to float16 raises a sum of 1 by at most half of the excess."""
 
 
-def check_probabilities(path: Path, labels: ShardLabels) -> None:
+def check_probabilities(path: str, labels: ShardLabels) -> None:
     """Raises ShardError that names the first crop whose probabilities are not descending numbers of a sum in (0, 1]."""
     prob = labels.class_prob.astype(np.float32)
     total = prob.sum(axis=2)
@@ -30,7 +28,7 @@ def check_probabilities(path: Path, labels: ShardLabels) -> None:
             raise ShardError(f"{path}: {_first(labels, fine, prob)} {what}; do not train on this label set")
 
 
-def check_classes(path: Path, labels: ShardLabels, num_classes: int) -> None:
+def check_classes(path: str, labels: ShardLabels, num_classes: int) -> None:
     """Raises ShardError for a class that the label set does not have."""
     if len(labels) and labels.class_index.max() >= num_classes:
         raise ShardError(f"{path}: class {labels.class_index.max()} in a label set of {num_classes} classes")

@@ -199,7 +199,7 @@ def test_all_crops_are_seen_once_before_any_again(make):
 def test_spread_batches_hold_different_images(make):
     def groups(loader):
         """Largest number of crops of one image in a batch, by the images' targets under hard recovery."""
-        labels = fd.open_labels(loader.labels.path)
+        labels = fd.open_labels(loader.labels.location)
         assert len(labels) == 20
         window = next(iter(loader._windows_of_epoch()))
         image_of = {int(slot): i for i, row in enumerate(window.slots) for slot in row}

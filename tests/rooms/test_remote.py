@@ -1,0 +1,204 @@
+"""Reading from servers that are slow, forgetful, down for a while or wrong, over real connections."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import time
+
+import numpy as np
+import pytest
+from servers import serve
+
+import ferkd_data as fd
+from ferkd_data import shard_cache
+from ferkd_data.errors import ManifestError, RemoteError, StorageFullError, UsageError
+from ferkd_data.manifest import FileEntry
+from ferkd_data.remote import Retries, open_remote, part_of
+from ferkd_data.shard_cache import ShardCache
+
+QUICK = Retries(attempts=3, first_wait=0.001, timeout=5)
+DATA = np.random.default_rng(0).bytes(3_000_000)
+DIGEST = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture
+def server(tmp_path):
+    folder = tmp_path / "www"
+    (folder / "labels").mkdir(parents=True)
+    (folder / "labels/a.parquet").write_bytes(DATA)
+    with serve(folder) as running:
+        yield running
+
+
+def download(server, to, **changes):
+    asked = {"size": len(DATA), "sha256": DIGEST, **changes}
+    open_remote(server.url, QUICK).download("labels/a.parquet", to, **asked)
+
+
+def test_a_plain_download(server, tmp_path):
+    download(server, tmp_path / "x/a")
+    assert (tmp_path / "x/a").read_bytes() == DATA
+    assert server.sent["labels/a.parquet"] == len(DATA)
+
+
+def test_a_dropped_connection_is_continued_not_started_again(server, tmp_path):
+    server.drop_after = 1_000_000
+    download(server, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == DATA
+    assert server.sent["labels/a.parquet"] == len(DATA)
+    assert [asked for _, _, asked in server.requests] == [None, "bytes=1000000-", "bytes=2000000-"]
+
+
+def test_a_killed_download_is_continued(server, tmp_path):
+    part_of(tmp_path / "a").write_bytes(DATA[:2_900_000])
+    download(server, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == DATA
+    assert server.sent["labels/a.parquet"] == 100_000
+
+
+def test_a_server_without_ranges(server, tmp_path):
+    server.ranges = False
+    part_of(tmp_path / "a").write_bytes(b"?" * 2_900_000)
+    download(server, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == DATA
+
+
+def test_a_server_that_is_down_for_a_while(server, tmp_path):
+    server.unavailable = 2
+    download(server, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == DATA
+    server.unavailable = 100
+    with pytest.raises(RemoteError, match="the server answered 503, also after 3 attempts"):
+        download(server, tmp_path / "b")
+
+
+def test_rubbish_left_from_another_file_is_dropped(server, tmp_path):
+    part_of(tmp_path / "a").write_bytes(b"?" * 2_000_000)
+    download(server, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == DATA
+    part_of(tmp_path / "b").write_bytes(b"?" * 5_000_000)
+    download(server, tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == DATA
+
+
+def test_a_file_that_changes_under_us(server, tmp_path):
+    file = server.folder / "labels/a.parquet"
+    server.drop_after = 1_500_000
+    server.before_body = lambda _: file.write_bytes(DATA if file.read_bytes() != DATA else DATA[::-1])
+    with pytest.raises(RemoteError, match=r"is not the file that the manifest lists \(SHA-256 differs, twice\)"):
+        download(server, tmp_path / "a")
+    assert not list(tmp_path.glob("*a*"))
+
+
+def test_a_file_that_is_longer_than_promised_takes_no_disk(server, tmp_path):
+    with pytest.raises(RemoteError, match="has more than the 10 bytes that the manifest lists"):
+        download(server, tmp_path / "a", size=10)
+    assert not list(tmp_path.glob("*a*"))
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(403, r"access denied \(403\)"), (404, "no such file on the server"), (418, "refused")]
+)
+def test_what_will_not_pass_is_not_tried_again(server, tmp_path, status, message):
+    server.refuse["labels/a.parquet"] = status
+    with pytest.raises(RemoteError, match=message) as caught:
+        download(server, tmp_path / "a")
+    assert caught.value.status == status
+    assert len(server.requests) == 1
+
+
+def test_nobody_listens(tmp_path):
+    with pytest.raises(RemoteError, match="cannot be reached"):
+        open_remote("http://127.0.0.1:9", QUICK).read("x", max_bytes=1)
+
+
+@pytest.mark.parametrize("url", ["pipe://touch x", "ftp://127.0.0.1/x", "s3::http://x/y", "zip://a.zip::http://x"])
+def test_other_schemes_are_refused(url):
+    with pytest.raises(UsageError, match="URLs only"):
+        open_remote(url)
+    with pytest.raises(UsageError, match="URLs only"):
+        fd.open_labels(url)
+
+
+def test_a_remote_can_be_pickled(server):
+    remote = pickle.loads(pickle.dumps(open_remote(server.url, QUICK)))
+    assert remote.read("labels/a.parquet", max_bytes=10**7) == DATA
+    with pytest.raises(RemoteError, match="more than 100 bytes"):
+        remote.read("labels/a.parquet", max_bytes=100)
+
+
+def entry(server, name, data):
+    (server.folder / name).write_bytes(data)
+    return FileEntry(path=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def test_the_cache_keeps_what_was_used_last(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "GRACE_SECONDS", 0.0)
+    cache, remote = ShardCache(tmp_path / "cache", 2500), open_remote(server.url, QUICK)
+    files = [entry(server, f"{i}.parquet", bytes([i]) * 1000) for i in range(3)]
+    paths = []
+    for age, file in zip((300, 200), files[:2], strict=True):
+        paths.append(cache.fetch(remote, file))
+        os.utime(paths[-1], (time.time() - age,) * 2)
+    assert cache.fetch(remote, files[0]) == paths[0]
+    paths.append(cache.fetch(remote, files[2]))
+    assert [path.exists() for path in paths] == [True, False, True]
+    assert len(server.requests) == 3
+    assert cache.fetch(remote, files[1]).read_bytes() == b"\1" * 1000
+
+
+def test_what_was_used_just_now_is_never_removed(server, tmp_path):
+    cache, remote = ShardCache(tmp_path / "cache", 1), open_remote(server.url, QUICK)
+    paths = [cache.fetch(remote, entry(server, f"{i}.parquet", bytes([i]) * 1000)) for i in range(3)]
+    assert all(path.exists() for path in paths)
+
+
+def test_no_room_for_the_cache(server, tmp_path, monkeypatch):
+    free = shard_cache.shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shard_cache.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(StorageFullError, match="1000 bytes are needed for a shard, 10 are free"):
+        ShardCache(tmp_path / "c").fetch(open_remote(server.url, QUICK), entry(server, "x", b"x" * 1000))
+
+
+@pytest.mark.parametrize("layout", ["label_set", "tar_label_set"])
+def test_a_label_set_over_http_is_the_same(layout, request, tmp_path):
+    folder = request.getfixturevalue(layout)
+    local = fd.open_labels(folder)
+    with serve(folder) as server:
+        labels = fd.open_labels(server.url, cache_dir=tmp_path)
+        assert labels.identity == local.identity
+        assert list(labels.keys()) == list(local.keys())
+        assert np.array_equal(labels.shard(1).class_prob, local.shard(1).class_prob)
+        list(labels.shards())
+        requests = len(server.requests)
+        list(fd.open_labels(server.url, cache_dir=tmp_path).shards())
+        assert len(server.requests) == requests + 1, "the second time only the manifest is asked for"
+
+
+def test_only_the_blocks_that_are_needed_come(label_set, tmp_path):
+    with serve(label_set) as server:
+        list(fd.open_labels(server.url, cache_dir=tmp_path, crops=3).shards())
+        assert sorted(name for _, name, _ in server.requests) == [
+            *(f"labels/0000{i}-000.parquet" for i in range(3)),
+            "manifest.json",
+        ]
+
+
+def test_a_label_set_that_is_not_there(tmp_path):
+    with serve(tmp_path) as server, pytest.raises(ManifestError, match="is this the URL of a published label set"):
+        fd.open_labels(server.url)
+
+
+@pytest.mark.parametrize("layout", ["label_set", "tar_label_set"])
+def test_a_loader_on_a_remote_set_gives_the_local_batches(layout, request, photos, tmp_path):
+    folder = request.getfixturevalue(layout)
+    settings = {"images": photos if layout == "label_set" else None, "batch_size": 4, "crops_per_image": 2, "size": 32}
+    local = fd.CropLoader(fd.open_labels(folder), cache_dir=tmp_path / "a", **settings)
+    with serve(folder) as server:
+        labels = fd.open_labels(server.url, cache_dir=tmp_path / "b")
+        remote = fd.CropLoader(labels, cache_dir=tmp_path / "b", **settings)
+        for (images, targets), (expected, expected_targets) in zip(remote, local, strict=True):
+            assert images.equal(expected)
+            assert targets.dense().equal(expected_targets.dense())

@@ -1,0 +1,101 @@
+"""Real servers on 127.0.0.1 for tests: one for HTTP that can misbehave, and an S3 store (moto)."""
+
+from __future__ import annotations
+
+import http.server
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class FolderServer(http.server.ThreadingHTTPServer):
+    """Serves a folder with byte ranges, and fails as asked."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.ranges = True
+        self.drop_after: int | None = None
+        """Cut each connection after so many bytes of a body."""
+        self.unavailable = 0
+        """Answer 503 to so many requests."""
+        self.refuse: dict[str, int] = {}
+        """Path -> status."""
+        self.before_body: Any = None
+        """Called with the path before a body is sent."""
+        self.requests: list[tuple[str, str, str | None]] = []
+        """(method, path, range)"""
+        self.sent: Counter[str] = Counter()
+        """Bytes of bodies by path."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FolderServer
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        server, name = self.server, self.path.lstrip("/")
+        asked = self.headers.get("Range")
+        server.requests.append((self.command, name, asked))
+        file = server.folder / name
+        if server.unavailable > 0:
+            server.unavailable -= 1
+            return self._status(503)
+        if name in server.refuse or not file.is_file():
+            return self._status(server.refuse.get(name, 404))
+        data = file.read_bytes()
+        start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked and server.ranges else 0
+        self.send_response(206 if asked and server.ranges else 200)
+        if asked and server.ranges:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        if body:
+            self._send(name, data[start:])
+
+    def _send(self, name: str, data: bytes) -> None:
+        if self.server.before_body:
+            self.server.before_body(name)
+        short = self.server.drop_after is not None and len(data) > self.server.drop_after
+        data = data[: self.server.drop_after] if short else data
+        self.wfile.write(data)
+        self.server.sent[name] += len(data)
+        if short:
+            self.close_connection = True
+
+    def _status(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[FolderServer]:
+    with FolderServer(folder) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
