@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
 from .options import json_option, print_json
+from .transfers import show_bytes
 
 
 @click.command()
@@ -24,7 +23,7 @@ def command(labels: Path, images: str | None, workers: int | None, max_faults: i
     """
     import ferkd_data as fd
 
-    report = fd.verify(labels, images=images, workers=workers, max_faults=max_faults, on_progress=_progress())
+    report = fd.verify(labels, images=images, workers=workers, max_faults=max_faults, on_progress=show_bytes())
     if as_json:
         print_json(report.to_dict())
         return 0 if report.ok else 1
@@ -41,14 +40,3 @@ def command(labels: Path, images: str | None, workers: int | None, max_faults: i
         f"{report.crops:,} crops"
     )
     return 0 if report.ok else 1
-
-
-def _progress() -> Any:
-    if not sys.stderr.isatty():
-        return None
-
-    def report(done: int, total: int) -> None:
-        end = "\n" if done == total else "\r"
-        click.echo(f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB{end}", err=True, nl=False)
-
-    return report

@@ -76,15 +76,18 @@ class Remote:
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """A small file as a whole. Raises RemoteError, also where it is larger than `max_bytes`."""
 
+        data = bytearray()
+
         def attempt() -> bytes:
-            data = bytearray()
-            for chunk in self.transport.read(name, 0)[1]:
-                data += chunk
+            first, chunks = self.transport.read(name, len(data))
+            del data[first:]
+            for chunk in chunks:
+                data.extend(chunk)
                 if len(data) > max_bytes:
                     raise RemoteError(f"{self.url}/{name}: more than {max_bytes} bytes")
             return bytes(data)
 
-        return self._persist(name, attempt)
+        return self._persist(name, attempt, progress=lambda: len(data))
 
     def size(self, name: str) -> int | None:
         return self._persist(name, lambda: self.transport.size(name))
@@ -132,17 +135,15 @@ class Remote:
 
     def _fill(self, name: str, part: Path, size: int) -> None:
         """Append to `part` until it has `size` bytes; it keeps what it has when this fails."""
-        attempt = 0
-        while True:
-            start = part.stat().st_size if part.exists() else 0
-            if start >= size and part.exists():
-                return
-            try:
-                self._append(name, part, start, size)
-                return
-            except Transient as error:
-                attempt = 0 if part.exists() and part.stat().st_size > start else attempt + 1
-                self._again(name, error, attempt)
+
+        def there() -> int:
+            return part.stat().st_size if part.exists() else -1
+
+        def attempt() -> None:
+            if there() < size:
+                self._append(name, part, max(there(), 0), size)
+
+        self._persist(name, attempt, progress=there)
 
     def _append(self, name: str, part: Path, start: int, size: int) -> None:
         first, chunks = self.transport.read(name, start)
@@ -160,21 +161,21 @@ class Remote:
             if stream.tell() < size:
                 raise Transient(f"the connection ended after {stream.tell()} of {size} bytes")
 
-    def _persist(self, name: str, action: Callable[[], T]) -> T:
-        attempt = 0
+    def _persist(self, name: str, action: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+        """Try again while it may pass; as long as `progress` grows, without end."""
+        failures = 0
         while True:
+            before = progress()
             try:
                 return action()
             except Transient as error:
-                attempt += 1
-                self._again(name, error, attempt)
-
-    def _again(self, name: str, error: Transient, attempt: int) -> None:
-        if attempt >= self.retries.attempts:
-            raise RemoteError(
-                f"{self.url}/{name}: {error}, also after {attempt} attempts; what arrived is kept: try again later"
-            ) from error
-        self.retries.wait(attempt)
+                failures = 1 if progress() > before else failures + 1
+                if failures >= self.retries.attempts:
+                    raise RemoteError(
+                        f"{self.url}/{name}: {error}, also after {failures} attempts; what arrived is kept: try again "
+                        "later"
+                    ) from error
+                self.retries.wait(failures)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "retries": self.retries}

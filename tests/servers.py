@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import sys
 import threading
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,3 +100,24 @@ def serve(folder: Path) -> Iterator[FolderServer]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def s3_store(monkeypatch: Any, bucket: str) -> Iterator[str]:
+    """An S3 server (moto) with an empty bucket; the AWS variables of this process point to it."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "ENDPOINT_URL": url}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    urllib.request.urlopen(f"{url}/moto-api/reset", data=b"").close()
+    try:
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
+        yield url
+    finally:
+        server.stop()

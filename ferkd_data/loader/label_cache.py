@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from ferkd_data import rng
 from ferkd_data.label_set import LabelSet
 from ferkd_data.shards.columns import class_index_dtype
 from ferkd_data.storage import explain_full_disk, remove_leftovers, write_atomically
+
+FETCH_AHEAD = 4
+"""Files of a remote label set that are on their way at once."""
 
 
 def record_dtype(num_crops: int, top_k: int, num_classes: int) -> np.dtype[np.void]:
@@ -95,11 +100,22 @@ class LabelCache:
             records = np.lib.format.open_memmap(aside, mode="w+", dtype=self._dtype(block), shape=shape)
             with aside.open("r+b") as stream:
                 os.posix_fallocate(stream.fileno(), 0, aside.stat().st_size)
-            for entry in self.labels.manifest.shards:
-                if entry.rows:
-                    self._fill(records, entry.index, block)
+            for shard in self._fetched_ahead(block):
+                self._fill(records, shard, block)
             records.flush()
             del records
+
+    def _fetched_ahead(self, block: int) -> Iterator[int]:
+        """The shards that have rows, each once its file is on this host; the next ones come meanwhile."""
+        pending: deque[tuple[int, Future[Path]]] = deque()
+        with ThreadPoolExecutor(FETCH_AHEAD, thread_name_prefix="ferkd-fetch") as executor:
+            for entry in self.labels.manifest.shards:
+                if entry.rows:
+                    pending.append((entry.index, executor.submit(self.labels.file, entry.files[block])))
+                if len(pending) > FETCH_AHEAD:
+                    yield _arrived(pending.popleft())
+            while pending:
+                yield _arrived(pending.popleft())
 
     def _fill(self, records: npt.NDArray[np.void], shard: int, block: int) -> None:
         labels = self.labels.block(shard, block)
@@ -112,6 +128,12 @@ class LabelCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
+
+
+def _arrived(fetch: tuple[int, Future[Path]]) -> int:
+    shard, future = fetch
+    future.result()
+    return shard
 
 
 @contextmanager

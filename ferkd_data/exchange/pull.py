@@ -1,0 +1,155 @@
+"""`pull`: a published label set, or its first crop blocks, or some of its shards, into a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ferkd_data import statistics
+from ferkd_data.errors import PublishError, RemoteError, UsageError
+from ferkd_data.label_set import LabelSet, LocalFiles, read_remote_manifest
+from ferkd_data.manifest import FILE_NAME, FileEntry, Manifest, ShardEntry, parse_manifest
+from ferkd_data.remote import Remote, Retries, is_remote, open_remote
+from ferkd_data.statistics import Statistics, crop_statistics
+from ferkd_data.storage import inside, sha256_file, write_atomically
+
+BESIDE = ("README.md", "LICENSE")
+MAX_BESIDE_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullResult:
+    out: Path
+    manifest: Manifest
+    fetched: int
+    """Files that came over the line; the others lay there already."""
+
+
+def pull(
+    url: str,
+    out: str | Path,
+    *,
+    crops: int | None = None,
+    shards: Sequence[int] | None = None,
+    workers: int = 4,
+    retries: Retries | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> PullResult:
+    """Copy a label set from a URL or a folder into `out`, checked file by file; resumes after an interruption.
+
+    With `crops`, only the crop blocks that hold the first so many crops of each image come (a whole number of blocks);
+    with `shards`, only those image shards. The smaller label set has a manifest of its own: counts and statistics
+    of what it holds (without those per teacher, which only a build can know), and `pulled_from`.
+
+    Raises UsageError for crops or shards that are not there, PublishError when `out` holds another label set,
+    RemoteError, ShardError.
+    """
+    out = Path(out)
+    remote = open_remote(url if is_remote(url) else Path(url).absolute().as_uri(), retries)
+    text = read_remote_manifest(remote)
+    whole = parse_manifest(text, f"{url}/{FILE_NAME}")
+    part = _selected(whole, url, crops, shards)
+    _check_place(out, part)
+    entries: list[FileEntry] = [*(file for shard in part.shards for file in shard.files), part.rejects]
+    total, done, fetched = sum(entry.bytes for entry in entries), 0, 0
+
+    def fetch(entry: FileEntry) -> bool:
+        path = inside(out, entry.path)
+        if path.exists() and path.stat().st_size == entry.bytes and sha256_file(path) == entry.sha256:
+            return False
+        remote.download(entry.path, path, size=entry.bytes, sha256=entry.sha256)
+        return True
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="ferkd-pull") as executor:
+        try:
+            for entry, came in zip(entries, executor.map(fetch, entries), strict=True):
+                done, fetched = done + entry.bytes, fetched + came
+                if on_progress:
+                    on_progress(done, total)
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+    _fetch_beside(remote, out)
+    if part is not whole:
+        part = _with_statistics(out, part)
+        text = part.to_json().encode()
+    with write_atomically(out / FILE_NAME) as aside:
+        aside.write_bytes(text)
+    return PullResult(out=out, manifest=part, fetched=fetched)
+
+
+def _selected(whole: Manifest, url: str, crops: int | None, shards: Sequence[int] | None) -> Manifest:
+    """The manifest of what was asked for, still with the statistics of the whole; `whole` itself where that is all."""
+    blocks, num_crops = whole.num_blocks, whole.num_crops
+    if crops is not None:
+        if not 1 <= crops <= whole.num_crops:
+            raise UsageError(f"{url}: crops must be 1..{whole.num_crops} (what was labelled), got {crops}")
+        if whole.layout == "webdataset" and crops != whole.num_crops:
+            raise UsageError(
+                f"{url}: layout webdataset has no crop blocks; pull it without --crops, or pull a parquet set"
+            )
+        blocks = -(-crops // whole.crops_per_block) if whole.layout == "parquet" else 1
+        num_crops = min(whole.num_crops, blocks * whole.crops_per_block) if whole.layout == "parquet" else num_crops
+    wanted = range(len(whole.shards)) if shards is None else sorted(set(shards))
+    if any(not 0 <= shard < len(whole.shards) for shard in wanted):
+        raise UsageError(f"{url}: shards are 0..{len(whole.shards) - 1}, got {wanted[0]}..{wanted[-1]}")
+    if blocks == whole.num_blocks and len(wanted) == len(whole.shards):
+        return whole
+    kept = tuple(
+        ShardEntry(index=index, rows=whole.shards[shard].rows, files=whole.shards[shard].files[:blocks])
+        for index, shard in enumerate(wanted)
+    )
+    rows = sum(shard.rows for shard in kept)
+    changes = {
+        "num_images": rows,
+        "num_crops": num_crops,
+        "shards": kept,
+        "source": whole.source.model_copy(update={"images_seen": rows + whole.rejects.rows}),
+        "pulled_from": {
+            "url": url,
+            "images": whole.num_images,
+            "crops": whole.num_crops,
+            "shards": list(wanted),
+        },
+    }
+    return whole.model_copy(update=changes)
+
+
+def _check_place(out: Path, part: Manifest) -> None:
+    path = out / FILE_NAME
+    if not path.exists():
+        return
+    there = parse_manifest(path.read_bytes(), str(path))
+    if there.shards != part.shards or there.rejects != part.rejects:
+        raise PublishError(f"{out}: holds another label set; pull into another folder, or remove it first")
+
+
+def _with_statistics(out: Path, part: Manifest) -> Manifest:
+    part = part.model_copy(update={"statistics": Statistics()})
+    labels = LabelSet(LocalFiles(out), part, part.num_crops, "")
+    counted = statistics.add(
+        crop_statistics(
+            class_index=shard.class_index,
+            class_prob=shard.class_prob,
+            target_prob=shard.target_prob,
+            bucket=shard.bucket,
+            target=shard.target,
+        )
+        for shard in labels.shards()
+    )
+    return part.model_copy(update={"statistics": counted})
+
+
+def _fetch_beside(remote: Remote, out: Path) -> None:
+    """The card and the licence, where there are any."""
+    for name in BESIDE:
+        try:
+            data = remote.read(name, max_bytes=MAX_BESIDE_BYTES)
+        except RemoteError as error:
+            if error.status == 404:
+                continue
+            raise
+        with write_atomically(out / name) as aside:
+            aside.write_bytes(data)

@@ -1,0 +1,230 @@
+"""From a folder to a store and back, with interruptions, and read there by clients that know nothing of ferkd-data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import yaml
+from label_sets import same_label_sets
+from servers import s3_store, serve
+
+import ferkd_data as fd
+from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError
+from ferkd_data.exchange import publish as publish_module
+from ferkd_data.manifest import read_manifest
+from ferkd_data.remote import Remote, Retries
+from ferkd_data_cli.main import run
+
+CARD = fd.CardFields(name="tiny labels", license="cc-by-4.0", image_license="cc0-1.0", published="2026-11-24")
+QUICK = Retries(attempts=2, first_wait=0.001, timeout=5)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FERKD_DATA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("layout", ["label_set", "tar_label_set"])
+def test_a_folder_and_back(layout, request, tmp_path):
+    folder = request.getfixturevalue(layout)
+    result = fd.publish(folder, str(tmp_path / "public"), card=CARD)
+    files = len(list(folder.rglob("*.*")))
+    assert (len(result.sent), result.skipped) == (files + 2, 0)
+    assert same_label_sets(folder, tmp_path / "public")
+    assert fd.verify(tmp_path / "public").ok
+    again = fd.publish(folder, str(tmp_path / "public"), card=CARD)
+    assert (len(again.sent), again.skipped) == (1, files + 1)
+    with serve(tmp_path / "public") as server:
+        pulled = fd.pull(server.url, tmp_path / "mine")
+    assert pulled.manifest == read_manifest(folder)
+    assert fd.open_labels(tmp_path / "mine").identity == fd.open_labels(folder).identity
+    assert (tmp_path / "mine/README.md").read_text() == (tmp_path / "public/README.md").read_text()
+
+
+@pytest.mark.parametrize("layout", ["label_set", "tar_label_set"])
+def test_an_s3_store_and_back(layout, request, tmp_path, monkeypatch):
+    folder = request.getfixturevalue(layout)
+    with s3_store(monkeypatch, "bucket"):
+        fd.publish(folder, "s3://bucket/sets/tiny", card=CARD)
+        labels = fd.open_labels("s3://bucket/sets/tiny")
+        assert labels.identity == fd.open_labels(folder).identity
+        assert np.array_equal(labels.shard(0).class_prob, fd.open_labels(folder).shard(0).class_prob)
+        fd.pull("s3://bucket/sets/tiny", tmp_path / "mine")
+        assert same_label_sets(folder, tmp_path / "mine")
+        with pytest.raises(ManifestError, match="is this the URL of a published label set"):
+            fd.open_labels("s3://bucket/nothing")
+        with pytest.raises((ManifestError, RemoteError), match="s3://nowhere/x"):
+            fd.open_labels("s3://nowhere/x")
+
+
+class Cut(Exception):
+    pass
+
+
+def test_what_arrived_before_an_interruption_is_not_sent_again(label_set, tmp_path, monkeypatch):
+    place = str(tmp_path / "public")
+    sent = []
+    upload = Remote.upload
+
+    def cut(self, file, name, **digest):
+        if len(sent) == 4:
+            raise Cut
+        upload(self, file, name, **digest)
+        sent.append(name)
+
+    monkeypatch.setattr(Remote, "upload", cut)
+    with pytest.raises(Cut):
+        fd.publish(label_set, place, card=CARD, workers=1)
+    assert not (tmp_path / "public/manifest.json").exists()
+    monkeypatch.setattr(Remote, "upload", upload)
+    (tmp_path / "public" / sent[0]).write_bytes(b"damaged since")
+    result = fd.publish(label_set, place, card=CARD)
+    assert result.skipped == 3
+    assert same_label_sets(label_set, tmp_path / "public")
+
+
+def test_files_that_arrived_damaged_are_found(label_set, tmp_path, monkeypatch):
+    real = publish_module.Remote.transport.func
+
+    def damaging(self):
+        transport = real(self)
+        write = transport.write
+
+        def rotten(name, file):
+            write(name, file)
+            there = tmp_path / "public" / name
+            there.write_bytes(there.read_bytes()[:-1] + b"?")
+
+        transport.write = rotten
+        return transport
+
+    monkeypatch.setattr(Remote, "transport", property(damaging))
+    with pytest.raises(RemoteError, match="what arrived is not what was sent"):
+        fd.publish(label_set, str(tmp_path / "public"), card=CARD, retries=QUICK)
+    assert not (tmp_path / "public/manifest.json").exists()
+
+
+def test_what_is_refused(label_set, tar_label_set, tmp_path):
+    damaged = shutil.copytree(label_set, tmp_path / "damaged")
+    shard = damaged / "labels/00001-001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-4] + b"1RAP")
+    with pytest.raises(
+        PublishError, match=r"1 faults, the first is: labels/00001-001.parquet: the bytes are not those"
+    ):
+        fd.publish(damaged, str(tmp_path / "public"), card=CARD)
+    with pytest.raises(ManifestError, match=r"no manifest.json"):
+        fd.publish(tmp_path, str(tmp_path / "public"), card=CARD)
+    with pytest.raises(UsageError, match="HTTP servers are read only"):
+        fd.publish(label_set, "http://127.0.0.1/x", card=CARD)
+    with pytest.raises(UsageError, match="hf upload-large-folder"):
+        fd.publish(label_set, "hf://datasets/org/name", card=CARD)
+    fd.publish(label_set, str(tmp_path / "public"), card=CARD)
+    with pytest.raises(PublishError, match="holds another label set"):
+        fd.publish(tar_label_set, str(tmp_path / "public"), card=CARD)
+    with pytest.raises(UsageError, match="--image-license"):
+        fd.publish(tar_label_set, str(tmp_path / "tars"), card=fd.CardFields(name="x", license="mit"))
+
+
+def test_pull_the_first_crop_blocks_and_some_shards(label_set, tmp_path):
+    result = fd.pull(str(label_set), tmp_path / "part", crops=3, shards=[0, 2])
+    assert (result.manifest.num_crops, result.manifest.num_images) == (4, 12)
+    assert fd.verify(tmp_path / "part").ok
+    whole, part = fd.open_labels(label_set), fd.open_labels(tmp_path / "part")
+    assert part.shard(1).keys == whole.shard(2).keys
+    assert np.array_equal(part.shard(1).class_prob, whole.shard(2).class_prob[:, :4])
+    assert part.statistics.crops == 48
+    assert fd.pull(str(label_set), tmp_path / "part", crops=3, shards=[0, 2]).fetched == 0
+    with pytest.raises(PublishError, match="holds another label set"):
+        fd.pull(str(label_set), tmp_path / "part")
+    for wrong in ({"crops": 11}, {"shards": [3]}):
+        with pytest.raises(UsageError):
+            fd.pull(str(label_set), tmp_path / "other", **wrong)
+
+
+def test_a_pull_goes_on_after_dropped_connections_and_a_kill(label_set, tmp_path):
+    with serve(label_set) as server:
+        server.drop_after = 1000
+        server.refuse["labels/00002-002.parquet"] = 403
+        with pytest.raises(RemoteError, match="access denied"):
+            fd.pull(server.url, tmp_path / "mine", retries=QUICK, workers=1)
+        assert not (tmp_path / "mine/manifest.json").exists()
+        server.refuse.clear()
+        before = sum(server.sent.values())
+        fd.pull(server.url, tmp_path / "mine", retries=QUICK)
+        once = sum(path.stat().st_size for path in label_set.rglob("*") if path.is_file())
+        assert sum(server.sent.values()) <= once + 2 * (label_set / "manifest.json").stat().st_size
+        assert sum(server.sent.values()) - before < once / 2
+    assert same_label_sets(label_set, tmp_path / "mine")
+
+
+def test_the_card(label_set, tmp_path):
+    fd.publish(label_set, str(tmp_path / "public"), card=CARD)
+    text = (tmp_path / "public/README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["license"] == "cc-by-4.0"
+    assert front["size_categories"] == ["n<1K"]
+    assert [config["config_name"] for config in front["configs"]] == ["crops-000", "crops-001", "crops-002"]
+    for expected in ("20 images", "200 crops", "p_max", "extreme_hard", "open_labels", "Licence", "Citation"):
+        assert expected in text
+    own = shutil.copytree(label_set, tmp_path / "own")
+    (own / "README.md").write_text("our own words")
+    fd.publish(own, str(tmp_path / "public2"), card=CARD)
+    assert (tmp_path / "public2/README.md").read_text() == "our own words"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlcroissant_validates_and_loads(label_set, tmp_path):
+    import mlcroissant
+
+    fd.publish(label_set, str(tmp_path / "public"), card=CARD)
+    dataset = mlcroissant.Dataset(jsonld=str(tmp_path / "public/croissant.json"))
+    assert not dataset.metadata.ctx.issues.errors
+    records = list(dataset.records("labels-00000"))
+    assert len(records) == 8
+    assert records[0]["labels-00000/key"].decode() == fd.open_labels(label_set).shard(0).keys[0]
+    assert (
+        list(records[0]["labels-00000/class_index"])[:4]
+        == fd.open_labels(label_set).shard(0).class_index[0, 0].tolist()
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_datasets_reads_the_files(label_set, tmp_path):
+    import datasets
+
+    fd.publish(label_set, str(tmp_path / "public"), card=CARD)
+    files = sorted(str(path) for path in (tmp_path / "public/labels").glob("*-000.parquet"))
+    table = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "hf"))["train"]
+    assert table["key"][:] == list(fd.open_labels(label_set).keys())
+
+
+def test_stock_webdataset_streams_over_http(tar_label_set, tmp_path):
+    import webdataset
+
+    with serve(tar_label_set) as server, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stream = webdataset.WebDataset(f"{server.url}/shards/00000.tar", shardshuffle=False, empty_check=False)
+        keys = [sample["__key__"] for sample in stream]
+    assert keys == fd.open_labels(tar_label_set).shard(0).keys
+
+
+def test_the_commands(label_set, tmp_path, capsys):
+    place = str(tmp_path / "public")
+    assert run(["publish", str(label_set), place]) == 2
+    assert "--license" in capsys.readouterr().err
+    assert run(["publish", str(label_set), place, "--license", "mit", "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    assert "labels/00000-000.parquet" in listed
+    assert "would be sent" in listed
+    assert not (tmp_path / "public").exists()
+    assert run(["publish", str(label_set), place, "--license", "mit"]) == 0
+    assert "13 files" in capsys.readouterr().out
+    assert run(["pull", place, str(tmp_path / "mine"), "--crops", "4", "--shards", "0-1"]) == 0
+    assert "16 images with 4 crops" in capsys.readouterr().out
+    assert run(["verify", str(tmp_path / "mine")]) == 0
+    assert run(["pull", place, str(tmp_path / "x"), "--shards", "one"]) == 2
+    assert json.loads((tmp_path / "mine/manifest.json").read_text())["pulled_from"]["shards"] == [0, 1]
