@@ -19,6 +19,8 @@ FILE_NAME = "manifest.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 256 * 2**20
 """A manifest above this is refused unread: 1 billion images need about 150 MB."""
+MAX_CROPS, MAX_TOP_K = 10**6, 1000
+"""So that the lists of one image stay within what Parquet and memory can hold."""
 PIXELS = "decoded raster, converted to RGB; EXIF orientation ignored"
 
 Layout = Literal["parquet", "webdataset"]
@@ -28,6 +30,12 @@ def _inside(path: str) -> str:
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or "\\" in path or "\0" in path or ":" in path or ".." in parts:
         raise ValueError(f"{path!r} is not a path inside the label set")
+    return path
+
+
+def _is_shard(path: str) -> str:
+    if not path.startswith(("labels/", "shards/")) or not path.endswith((".parquet", ".tar")):
+        raise ValueError(f"{path!r} is not where shard files lie (labels/*.parquet, shards/*.tar)")
     return path
 
 
@@ -49,6 +57,7 @@ class FileEntry(Record):
 
 
 class BlockEntry(FileEntry):
+    path: Annotated[RelativePath, AfterValidator(_is_shard)]
     block: Count
     """Crop block: crops block * crops_per_block and up (always 0 in layout webdataset)."""
 
@@ -99,6 +108,7 @@ class SourceEntry(Record):
 
 
 class RejectsEntry(FileEntry):
+    path: Annotated[RelativePath, Field(pattern=r"\.parquet$")]
     rows: Count
 
 
@@ -113,10 +123,10 @@ class Manifest(Record):
     created_by: CreatedBy
     layout: Layout
     num_images: Count
-    num_crops: Annotated[int, Field(ge=1)]
+    num_crops: Annotated[int, Field(ge=1, le=MAX_CROPS)]
     """Crops per image, N."""
-    crops_per_block: Annotated[int, Field(ge=1)]
-    top_k: Annotated[int, Field(ge=1)]
+    crops_per_block: Annotated[int, Field(ge=1, le=MAX_CROPS)]
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)]
     num_classes: Annotated[int, Field(ge=1)]
     class_names: tuple[str, ...] | None = None
     seed: int
@@ -167,7 +177,7 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise ManifestError(f"{where}: field {field or '(top)'}: {first['msg']}") from error
-    _check_counts(manifest, where)
+    _check_whole(manifest, where)
     return manifest
 
 
@@ -193,7 +203,7 @@ def read_manifest_bytes(folder: Path) -> bytes:
         raise ManifestError(f"{folder}: no {FILE_NAME}; {advice}") from error
 
 
-def _check_counts(manifest: Manifest, where: str) -> None:
+def _check_whole(manifest: Manifest, where: str) -> None:
     rows = sum(shard.rows for shard in manifest.shards)
     if rows != manifest.num_images:
         raise ManifestError(f"{where}: the shards hold {rows} rows, num_images says {manifest.num_images}")
@@ -204,6 +214,9 @@ def _check_counts(manifest: Manifest, where: str) -> None:
         expected = list(range(manifest.num_blocks)) if shard.rows else []
         if blocks != expected:
             raise ManifestError(f"{where}: shard {shard.index} has crop blocks {blocks}, expected {expected}")
+    low, mid, top = manifest.thresholds.low, manifest.thresholds.mid, manifest.thresholds.top
+    if not low <= mid <= top:
+        raise ManifestError(f"{where}: the thresholds {low} {mid} {top} are not in their order")
     seen = manifest.num_images + manifest.rejects.rows
     if seen != manifest.source.images_seen:
         raise ManifestError(

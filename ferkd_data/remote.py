@@ -242,6 +242,9 @@ class _Http:
         try:
             response = self._pool.request(method, url, headers=headers, preload_content=False)
         except urllib3.exceptions.HTTPError as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, (urllib3.exceptions.ResponseError, urllib3.exceptions.LocationValueError)):
+                raise RemoteError(f"{url}: {reason}") from error
             raise Transient(f"cannot be reached ({error})") from error
         status = response.status
         if status in (200, 206):

@@ -115,7 +115,7 @@ def read_labels(path: Path, *, rows: int, num_crops: int, top_k: int, num_classe
     class_index = lists("class_index").reshape(rows, num_crops, top_k)
     target = table.column("target").combine_chunks().fill_null(UNKNOWN_TARGET)
     return ShardLabels(
-        keys=table.column("key").to_pylist(),
+        keys=_keys(path, table),
         image_digest=_fixed_binary(table.column("image_digest").combine_chunks()),
         height=values("height"),
         width=values("width"),
@@ -130,7 +130,14 @@ def read_labels(path: Path, *, rows: int, num_crops: int, top_k: int, num_classe
 
 
 def read_keys(path: Path, *, rows: int) -> list[str]:
-    return list(_read(path, pa.schema([schema(1, 1, np.uint16).field("key")]), rows).column("key").to_pylist())
+    return _keys(path, _read(path, pa.schema([schema(1, 1, np.uint16).field("key")]), rows))
+
+
+def _keys(path: Path, table: pa.Table) -> list[str]:
+    try:
+        return list(table.column("key").to_pylist())
+    except UnicodeDecodeError as error:
+        raise ShardError(f"{path}: column 'key' holds text that is not UTF-8 ({error})") from error
 
 
 def _read(path: Path, expected: pa.Schema, rows: int) -> pa.Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,19 @@ from ferkd_data.storage import image_digest
 CROPS_SUFFIX = "crops.npy"
 MAX_CROPS_BYTES = 256 * 2**20
 """A `.crops.npy` above this is refused before it is read; 500 crops at top-10 take 26 KB."""
+
+NPY_ERRORS = (
+    ValueError,
+    EOFError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    tokenize.TokenError,
+)
+"""What NumPy raises for headers that are not its own."""
 
 
 def file_name(shard: int) -> str:
@@ -168,7 +182,7 @@ def parse_npy(data: bytes, where: str) -> npt.NDArray[np.void]:
     """Crop records from .npy bytes, never unpickling. Raises ShardError for anything but `record_dtype`."""
     try:
         records = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError, TypeError, MemoryError) as error:
+    except NPY_ERRORS as error:
         raise ShardError(f"{where}: not a plain NumPy array ({error})") from error
     names = getattr(records, "dtype", np.dtype("u1")).names or ()
     if not isinstance(records, np.ndarray) or "class_index" not in names or records.ndim != 1:
