@@ -35,6 +35,7 @@ _EXPORTS: dict[str, str] = {
     "Thresholds": "buckets",
     "build": "builder",
     "CardFields": "exchange.card",
+    "merge": "exchange.merge",
     "publish": "exchange.publish",
     "pull": "exchange.pull",
     "verify": "exchange.verify",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
+from ferkd_data.buckets import Thresholds
 from ferkd_data.errors import LabelSetError, ManifestError, RemoteError, ShardError, UsageError
 from ferkd_data.manifest import (
     FILE_NAME,
@@ -23,9 +24,11 @@ from ferkd_data.manifest import (
     FileEntry,
     Manifest,
     ShardEntry,
+    TeacherEntry,
     parse_manifest,
     read_manifest_bytes,
 )
+from ferkd_data.merging import merge_labels
 from ferkd_data.remote import Remote, is_remote, open_remote
 from ferkd_data.shard_cache import DEFAULT_BYTES, ShardCache
 from ferkd_data.shards import parquet, webdataset
@@ -49,8 +52,9 @@ class Files(Protocol):
 
 
 def open_labels(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     *,
+    weights: Sequence[float] | None = None,
     crops: int | None = None,
     cache_dir: str | Path | None = None,
     cache_bytes: int = DEFAULT_BYTES,
@@ -61,9 +65,17 @@ def open_labels(
     touched. Files of a remote set are fetched when first needed, checked, and kept in `cache_dir` (default:
     $FERKD_DATA_CACHE or the user's cache folder), which holds at most `cache_bytes`.
 
+    Several label sets of the same crops by different teachers are opened as their ensemble, with `weights` (default:
+    the teachers' own): nothing is written, and each training run may choose its teachers. See ferkd_data.merging.
+
     Raises ManifestError when there is no finished label set, RemoteError when it cannot be fetched, UsageError when it
-    has fewer crops.
+    has fewer crops, LabelSetError when several do not hold the same crops.
     """
+    if not isinstance(path, (str, Path)):
+        sets = [open_labels(one, crops=crops, cache_dir=cache_dir, cache_bytes=cache_bytes) for one in path]
+        return sets[0] if len(sets) == 1 and weights is None else EnsembleLabels(sets, weights)
+    if weights is not None:
+        raise UsageError("weights are for several label sets: open_labels([A, B], weights=[2, 1])")
     files: Files
     if is_remote(path):
         remote = open_remote(str(path))
@@ -285,6 +297,10 @@ class LabelSet:
             return parquet.read_keys(path, rows=entry.rows)
         return [sample.key for sample in webdataset.scan(path)]
 
+    def fetch(self, shard: int, block: int) -> None:
+        """See to it that `block(shard, block)` finds its files on this host. Raises ShardError, RemoteError."""
+        self.file(self.manifest.shards[shard].files[block])
+
     def _checked(self, path: Path, entry: ShardEntry, rows: list[ImageLabels]) -> ShardLabels:
         expected = (self.manifest.num_crops, self.top_k)
         if len(rows) != entry.rows:
@@ -300,6 +316,104 @@ class LabelSet:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recent": OrderedDict(), "_key_index": None}
+
+
+class EnsembleLabels(LabelSet):
+    """Several label sets of the same crops, read as one: blocks are merged as they are read."""
+
+    def __init__(self, sets: Sequence[LabelSet], weights: Sequence[float] | None) -> None:
+        first = sets[0]
+        self.sets = tuple(sets)
+        self.shares = ensemble_shares(sets, weights)
+        for labels in sets[1:]:
+            check_same_classes(first, labels)
+            _check_same_shards(first, labels)
+        manifest = first.manifest.model_copy(
+            update={
+                "teachers": combined_teachers(sets, weights),
+                "ensemble": "mean",
+                "top_k": max(labels.top_k for labels in sets),
+                "statistics": Statistics(),
+            }
+        )
+        told = "".join(f"{labels.identity}{share!r}" for labels, share in zip(sets, self.shares, strict=True))
+        super().__init__(first.files, manifest, first.num_crops, hashlib.sha256(told.encode()).hexdigest())
+
+    @property
+    def location(self) -> str:
+        return " + ".join(labels.location for labels in self.sets)
+
+    def block(self, shard: int, block: int) -> ShardLabels:
+        stored = self.manifest.thresholds
+        return merge_labels(
+            [labels.block(shard, block) for labels in self.sets],
+            self.shares,
+            num_classes=self.num_classes,
+            thresholds=Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=stored.confidence),
+            where=f"{self.location}: shard {shard}, crop block {block}",
+        ).labels
+
+    def raw_block(self, shard: int, block: int) -> ShardLabels:
+        return self.block(shard, block)
+
+    def fetch(self, shard: int, block: int) -> None:
+        for labels in self.sets:
+            labels.fetch(shard, block)
+
+    def keys_of(self, shard: int) -> list[str]:
+        return self.sets[0].keys_of(shard)
+
+
+def ensemble_shares(sets: Sequence[LabelSet], weights: Sequence[float] | None) -> list[float]:
+    """The weight of each label set: as given, or the sum of its teachers'.
+
+    Raises UsageError for weights that are none, or a set whose teachers were combined otherwise than by the mean.
+    """
+    for labels in sets:
+        if len(labels.manifest.teachers) > 1 and labels.manifest.ensemble != "mean":
+            raise UsageError(
+                f"{labels.location}: its {len(labels.manifest.teachers)} teachers were combined by "
+                f"{labels.manifest.ensemble!r}, which cannot be done with teachers of another set; only 'mean' can"
+            )
+    if weights is None:
+        return [sum(teacher.weight for teacher in labels.manifest.teachers) for labels in sets]
+    if len(weights) != len(sets) or not all(np.isfinite(weight) and weight > 0 for weight in weights):
+        raise UsageError(f"weights must be {len(sets)} positive numbers, one for each label set; got {list(weights)}")
+    return [float(weight) for weight in weights]
+
+
+def combined_teachers(sets: Sequence[LabelSet], weights: Sequence[float] | None) -> tuple[TeacherEntry, ...]:
+    """All teachers, their weights such that the ensemble of all is the one of the sets."""
+    entries = []
+    for labels, share in zip(sets, ensemble_shares(sets, weights), strict=True):
+        own = sum(teacher.weight for teacher in labels.manifest.teachers)
+        for teacher in labels.manifest.teachers:
+            entries.append(teacher.model_copy(update={"weight": teacher.weight * share / own}))
+    return tuple(entries)
+
+
+def check_same_classes(a: LabelSet, b: LabelSet) -> None:
+    """Raises LabelSetError where class numbers cannot mean the same."""
+    where = f"{a.location} and {b.location}"
+    if a.num_classes != b.num_classes:
+        raise LabelSetError(f"{where}: num_classes differs: {a.num_classes} and {b.num_classes}")
+    if a.class_names and b.class_names and a.class_names != b.class_names:
+        number = next(i for i, (x, y) in enumerate(zip(a.class_names, b.class_names, strict=True)) if x != y)
+        raise LabelSetError(
+            f"{where}: class {number} is {a.class_names[number]!r} in one and {b.class_names[number]!r} in the other"
+        )
+
+
+def _check_same_shards(a: LabelSet, b: LabelSet) -> None:
+    for name in ("seed", "crop_distribution", "num_crops", "crops_per_block", "layout"):
+        ours, theirs = getattr(a.manifest, name), getattr(b.manifest, name)
+        if ours != theirs:
+            raise LabelSetError(f"{a.location} and {b.location}: {name} differs: {ours} and {theirs}")
+    if [shard.rows for shard in a.manifest.shards] != [shard.rows for shard in b.manifest.shards]:
+        raise LabelSetError(
+            f"{a.location} and {b.location}: their images are not in the same shards; write them as one with: "
+            f"ferkd-data merge {a.location} {b.location} OUT"
+        )
 
 
 __all__ = ["LabelSet", "LabelSetError", "open_labels"]

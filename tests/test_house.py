@@ -20,7 +20,7 @@ FLOORS = [
     {"teachers", "ensemble", "buckets"},
     {"shards.columns", "statistics", "labels", "targets", "normalization"},
     {"shards", "manifest", "demo", "evaluate", "losses", "calibration", "mixing", "selfmix"},
-    {"shard_cache"},
+    {"shard_cache", "merging"},
     {"label_set"},
     {"builder", "loader", "exchange"},
 ]

@@ -107,11 +107,11 @@ class LabelCache:
 
     def _fetched_ahead(self, block: int) -> Iterator[int]:
         """The shards that have rows, each once its file is on this host; the next ones come meanwhile."""
-        pending: deque[tuple[int, Future[Path]]] = deque()
+        pending: deque[tuple[int, Future[None]]] = deque()
         with ThreadPoolExecutor(FETCH_AHEAD, thread_name_prefix="ferkd-fetch") as executor:
             for entry in self.labels.manifest.shards:
                 if entry.rows:
-                    pending.append((entry.index, executor.submit(self.labels.file, entry.files[block])))
+                    pending.append((entry.index, executor.submit(self.labels.fetch, entry.index, block)))
                 if len(pending) > FETCH_AHEAD:
                     yield _arrived(pending.popleft())
             while pending:
@@ -130,7 +130,7 @@ class LabelCache:
         return {**self.__dict__, "_open": {}}
 
 
-def _arrived(fetch: tuple[int, Future[Path]]) -> int:
+def _arrived(fetch: tuple[int, Future[None]]) -> int:
     shard, future = fetch
     future.result()
     return shard

@@ -1,0 +1,45 @@
+"""`ferkd-data merge`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ferkd_data.errors import UsageError
+
+ADDED = {"teachers": "the same crops by all teachers", "crops": "all crops", "images": "all images"}
+
+
+@click.command()
+@click.argument("labels", nargs=-1, required=True)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--weights", metavar="W,W,…", help="Of each label set, where they hold the same crops.")
+def command(labels: tuple[str, ...], out: Path, weights: str | None) -> int:
+    """Merge the label sets LABELS... into a new one in the folder OUT (layout parquet).
+
+    The same crops by other teachers become their ensemble; other crops of the same images (another seed) become more
+    crops; other images become more images. Which of these it is, is seen from the label sets.
+    """
+    import ferkd_data as fd
+
+    result = fd.merge(labels, out, weights=None if weights is None else _numbers(weights))
+    manifest = result.manifest
+    click.echo(
+        f"{out}: {ADDED[result.kind]}: {manifest.num_images:,} images with {manifest.num_crops} crops, "
+        f"top-{manifest.top_k} of {len(manifest.teachers)} teachers"
+    )
+    if result.kind == "teachers":
+        click.echo(
+            "a probability differs from that of a build with all teachers at once by at most "
+            f"{result.mean_uncertain:.4f} on the mean crop, {result.max_uncertain:.4f} on the worst: the mass that the "
+            "label sets cut off"
+        )
+    return 0
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(piece) for piece in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--weights must be numbers such as 2,1, got {text!r}") from error

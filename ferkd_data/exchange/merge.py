@@ -1,0 +1,258 @@
+"""`merge`: several label sets into one: more teachers, more crops, or more images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+import ferkd_data
+from ferkd_data import rng, statistics
+from ferkd_data.buckets import Thresholds
+from ferkd_data.builder.rejects import RejectWriter
+from ferkd_data.errors import LabelSetError, UsageError
+from ferkd_data.images import Reject
+from ferkd_data.label_set import LabelSet, check_same_classes, combined_teachers, ensemble_shares, open_labels
+from ferkd_data.manifest import FILE_NAME, CreatedBy, Manifest, RejectsEntry, ShardEntry
+from ferkd_data.merging import check_same_crops, merge_labels
+from ferkd_data.shards.columns import ShardLabels, concat_crops
+from ferkd_data.shards.writers import write_shard
+from ferkd_data.statistics import crop_statistics
+from ferkd_data.storage import sha256_file, write_atomically
+
+Kind = Literal["teachers", "crops", "images"]
+SAME_CROPS = ("seed", "crop_distribution", "num_crops")
+SAME_TEACHERS = ("teachers", "ensemble", "top_k", "thresholds")
+SETTINGS = {"teachers": SAME_CROPS, "crops": SAME_TEACHERS, "images": (*SAME_CROPS, *SAME_TEACHERS)}
+"""What must be the same, by what the label sets add to each other."""
+REJECTS = "rejects.parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeResult:
+    out: Path
+    kind: Kind
+    """What the label sets add to each other."""
+    manifest: Manifest
+    mean_uncertain: float
+    """Mean over the crops of how far a probability can be from a joint build's; 0 unless teachers were merged."""
+    max_uncertain: float
+
+
+def merge(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> MergeResult:
+    """Merge label sets into a new one of layout parquet; what they add to each other is seen from them.
+
+    - The same crops of the same images by other teachers: their ensemble, weighted by `weights` (default: the teachers'
+      own weights). Exact for classes that all kept; see ferkd_data.merging for the rest.
+    - Other crops of the same images (another seed or distribution) by the same teachers: all crops.
+    - Other images: all images.
+
+    Raises UsageError, LabelSetError that names the first setting or key that conflicts.
+    """
+    if len(paths) < 2:
+        raise UsageError("merge takes two label sets or more")
+    sets = [open_labels(path) for path in paths]
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out}: is not empty; merge into a new folder")
+    kind = _kind(sets)
+    if weights is not None and kind != "teachers":
+        raise UsageError(f"weights are for label sets of the same crops; these hold other {kind}")
+    if weights is not None and len(weights) != len(sets):
+        raise UsageError(f"{len(weights)} weights for {len(sets)} label sets")
+    work = _Merge(sets, kind, weights)
+    entries, counted = [], []
+    for index, labels in enumerate(work.shards()):
+        starts = range(0, labels.num_crops, work.crops_per_block)
+        rows = ((row, b"") for row in labels)
+        count, files = write_shard(out, index, rows, layout="parquet", block_starts=starts)
+        entries.append(ShardEntry(index=index, rows=count, files=files))
+        counted.append(_counted(labels))
+        if on_progress:
+            on_progress(sum(entry.rows for entry in entries), work.images)
+    manifest = work.manifest(entries, statistics.add(counted), _write_rejects(out, sets, kind))
+    with write_atomically(out / FILE_NAME) as aside:
+        aside.write_text(manifest.to_json(), encoding="utf-8")
+    crops = max(manifest.statistics.crops, 1)
+    return MergeResult(
+        out=out,
+        kind=kind,
+        manifest=manifest,
+        mean_uncertain=work.uncertain_sum / crops,
+        max_uncertain=work.uncertain_max,
+    )
+
+
+def _kind(sets: Sequence[LabelSet]) -> Kind:
+    """Raises LabelSetError where it is neither, with the first setting or key that conflicts."""
+    first = sets[0]
+    hashes = [np.fromiter((rng.hash64(key) for key in labels.keys()), np.uint64, count=len(labels)) for labels in sets]
+    for labels, theirs in zip(sets[1:], hashes[1:], strict=True):
+        check_same_classes(first, labels)
+        known = np.isin(theirs, hashes[0])
+        if not known.any():
+            if len(np.unique(np.concatenate(hashes))) != sum(map(len, hashes)):
+                raise LabelSetError(f"{labels.location}: shares images with another label set, but not with the first")
+            continue
+        if not known.all() or len(theirs) != len(hashes[0]):
+            lacking, row = (labels, int((~known).argmax())) if not known.all() else _lacking(first, hashes[0], theirs)
+            shard, at = lacking.position(row)
+            raise LabelSetError(
+                f"{first.location} and {labels.location}: only some images are in both, {lacking.keys_of(shard)[at]!r} "
+                "is not; merge takes the same images, or no common ones"
+            )
+    same = [bool(np.isin(theirs, hashes[0]).any()) for theirs in hashes[1:]]
+    if all(same):
+        differs = any(getattr(first.manifest, n) != getattr(s.manifest, n) for s in sets for n in SAME_CROPS)
+        kind: Kind = "crops" if differs else "teachers"
+    elif not any(same):
+        kind = "images"
+    else:
+        raise LabelSetError("some of the label sets hold the same images and some do not; merge those that do first")
+    _check_settings(sets, kind)
+    return kind
+
+
+def _lacking(first: LabelSet, ours: npt.NDArray[np.uint64], theirs: npt.NDArray[np.uint64]) -> tuple[LabelSet, int]:
+    return first, int((~np.isin(ours, theirs)).argmax())
+
+
+def _check_settings(sets: Sequence[LabelSet], kind: Kind) -> None:
+    names = SETTINGS[kind]
+    first = sets[0]
+    for labels in sets[1:]:
+        for name in names:
+            ours, theirs = _comparable(first, name), _comparable(labels, name)
+            if ours != theirs:
+                raise LabelSetError(
+                    f"{first.location} and {labels.location}: {name} differs: {ours} and {theirs}; label sets with "
+                    f"other {kind} must have the same"
+                )
+
+
+def _comparable(labels: LabelSet, name: str) -> Any:
+    value = getattr(labels.manifest, name)
+    if name == "teachers":
+        return [(teacher.name, teacher.digest[:12], teacher.weight, teacher.temperature) for teacher in value]
+    return value
+
+
+class _Merge:
+    def __init__(self, sets: Sequence[LabelSet], kind: Kind, weights: Sequence[float] | None) -> None:
+        self.sets = sets
+        self.kind = kind
+        self.first = sets[0].manifest
+        self.shares = ensemble_shares(sets, weights) if kind == "teachers" else []
+        self.weights = weights
+        self.crops_per_block = self.first.crops_per_block
+        if self.first.layout == "webdataset":
+            self.crops_per_block = min(self.first.num_crops, 50)
+        self.images = sum(map(len, sets)) if kind == "images" else len(sets[0])
+        self.uncertain_sum = 0.0
+        self.uncertain_max = 0.0
+        stored = self.first.thresholds
+        self.thresholds = Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=stored.confidence)
+
+    def shards(self) -> Iterator[ShardLabels]:
+        if self.kind == "images":
+            for one in self.sets:
+                yield from one.shards()
+            return
+        for labels in self.sets[0].shards():
+            yield self._same_images([labels, *(gather(other, labels.keys) for other in self.sets[1:])])
+
+    def _same_images(self, parts: list[ShardLabels]) -> ShardLabels:
+        where = " + ".join(labels.location for labels in self.sets)
+        if self.kind == "crops":
+            for part in parts[1:]:
+                check_same_crops(_without_crops(parts[0]), _without_crops(part), where)
+            return concat_crops(parts)
+        merged = merge_labels(
+            parts, self.shares, num_classes=self.first.num_classes, thresholds=self.thresholds, where=where
+        )
+        self.uncertain_sum += float(merged.uncertain.sum(dtype=np.float64))
+        self.uncertain_max = max(self.uncertain_max, float(merged.uncertain.max(initial=0)))
+        return merged.labels
+
+    def manifest(self, entries: list[ShardEntry], counted: statistics.Statistics, rejects: RejectsEntry) -> Manifest:
+        first = self.first
+        plans = [labels.manifest.source.plan_sha256 for labels in self.sets]
+        several = hashlib.sha256("".join(plans).encode()).hexdigest()
+        changes: dict[str, Any] = {
+            "created_by": CreatedBy(name="ferkd-data", version=ferkd_data.__version__),
+            "layout": "parquet",
+            "num_images": self.images,
+            "crops_per_block": self.crops_per_block,
+            "shards": tuple(entries),
+            "statistics": counted,
+            "rejects": rejects,
+            "source": first.source.model_copy(
+                update={
+                    "images_seen": self.images + rejects.rows,
+                    "plan_sha256": several if self.kind == "images" else first.source.plan_sha256,
+                }
+            ),
+            "merged_from": [_origin(labels) for labels in self.sets],
+        }
+        if self.kind == "teachers":
+            changes["teachers"] = combined_teachers(self.sets, self.weights)
+            changes["ensemble"] = "mean"
+            changes["top_k"] = max(labels.top_k for labels in self.sets)
+        if self.kind == "crops":
+            changes["num_crops"] = sum(labels.num_crops for labels in self.sets)
+        return first.model_copy(update=changes)
+
+
+def gather(labels: LabelSet, keys: Sequence[str]) -> ShardLabels:
+    """The rows of these images, in this order. Raises LabelSetError where one is missing."""
+    try:
+        return ShardLabels.from_rows([labels[key] for key in keys])
+    except KeyError as error:
+        raise LabelSetError(f"{labels.location}: has no image {error.args[0]!r}") from error
+
+
+def _without_crops(labels: ShardLabels) -> ShardLabels:
+    return replace(labels, boxes=labels.boxes[:, :0], flip=labels.flip[:, :0])
+
+
+def _counted(labels: ShardLabels) -> statistics.Statistics:
+    return crop_statistics(
+        class_index=labels.class_index,
+        class_prob=labels.class_prob,
+        target_prob=labels.target_prob,
+        bucket=labels.bucket,
+        target=labels.target,
+    )
+
+
+def _origin(labels: LabelSet) -> dict[str, Any]:
+    manifest = labels.manifest
+    return {
+        "manifest_sha256": labels.identity,
+        "images": manifest.num_images,
+        "crops": manifest.num_crops,
+        "seed": manifest.seed,
+        "crop_distribution": manifest.crop_distribution.model_dump(mode="json"),
+    }
+
+
+def _write_rejects(out: Path, sets: Sequence[LabelSet], kind: Kind) -> RejectsEntry:
+    path = out / REJECTS
+    with write_atomically(path) as aside, RejectWriter(aside) as writer:
+        for labels in sets if kind == "images" else sets[:1]:
+            with pq.ParquetFile(labels.file(labels.manifest.rejects)) as file:
+                for batch in file.iter_batches(columns=["key", "reason", "detail"]):
+                    writer.extend(Reject(**row) for row in batch.to_pylist())
+    return RejectsEntry(path=REJECTS, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path))

@@ -1,0 +1,131 @@
+"""Label sets merged on disk and at load time, against one build with everything."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from label_sets import SMALL
+
+import ferkd_data as fd
+from ferkd_data.errors import LabelSetError, UsageError
+from ferkd_data.shards.columns import same_labels
+from ferkd_data_cli.main import run
+
+WHOLE = {**SMALL, "top_k": 10}
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory, photos, tiny_teachers):
+    """The same crops by two teachers alone (a, b) and together (joint); with top-10 of 10 classes, and with top-4."""
+    folder = tmp_path_factory.mktemp("sets")
+    second = "python:ferkd_tiny_teachers:second?weight=2"
+    made = {}
+    for name, teachers in {"a": [tiny_teachers], "b": [second], "joint": [tiny_teachers, second]}.items():
+        for suffix, settings in {"": WHOLE, "4": SMALL}.items():
+            made[name + suffix] = folder / (name + suffix)
+            fd.build(photos, made[name + suffix], teachers=teachers, **settings)
+    made["other crops"] = folder / "seed1"
+    fd.build(photos, made["other crops"], teachers=[tiny_teachers], **{**SMALL, "seed": 1})
+    return made
+
+
+def close(a, b, tolerance):
+    first, second = fd.open_labels(a), fd.open_labels(b)
+    for x, y in zip(first.shards(), second.shards(), strict=True):
+        assert list(x.keys) == list(y.keys)
+        assert np.array_equal(x.boxes, y.boxes)
+        assert np.abs(x.class_prob.astype(float) - y.class_prob).max() <= tolerance
+        assert np.nanmax(np.abs(x.target_prob.astype(float) - y.target_prob)) <= 2**-10
+
+
+def test_whole_distributions_merge_to_the_joint_build(sets, tmp_path):
+    result = fd.merge([sets["a"], sets["b"]], tmp_path / "out")
+    assert result.kind == "teachers"
+    assert result.max_uncertain < 0.01
+    close(tmp_path / "out", sets["joint"], 2**-10)
+    assert fd.verify(tmp_path / "out").ok
+    names = [(teacher.name, teacher.weight) for teacher in result.manifest.teachers]
+    assert names == [(t.name, t.weight) for t in fd.open_labels(sets["joint"]).manifest.teachers]
+
+
+def test_truncated_sets_stay_within_the_bound(sets, tmp_path):
+    result = fd.merge([sets["a4"], sets["b4"]], tmp_path / "out")
+    assert 0 < result.mean_uncertain <= result.max_uncertain < 1
+    close(tmp_path / "out", sets["joint4"], result.max_uncertain + 2**-10)
+    assert fd.verify(tmp_path / "out").ok
+
+
+def test_at_load_time_it_is_the_same(sets, tmp_path, photos):
+    fd.merge([sets["a4"], sets["b4"]], tmp_path / "out", weights=[3, 1])
+    merged = fd.open_labels(tmp_path / "out")
+    loaded = fd.open_labels([sets["a4"], sets["b4"]], weights=[3, 1])
+    assert all(same_labels(x, y) for x, y in zip(merged.shards(), loaded.shards(), strict=True))
+    assert loaded.identity != fd.open_labels([sets["a4"], sets["b4"]], weights=[1, 3]).identity
+    loaders = [
+        fd.CropLoader(labels, images=photos, batch_size=4, crops_per_image=2, size=32, cache_dir=tmp_path / "cache")
+        for labels in (merged, loaded)
+    ]
+    for (images, targets), (expected, expected_targets) in zip(*loaders, strict=True):
+        assert images.equal(expected)
+        assert targets.dense().equal(expected_targets.dense())
+
+
+def test_images_in_another_order_and_other_shards(sets, tmp_path, photos, tiny_teachers):
+    other = tmp_path / "other"
+    settings = {**WHOLE, "images_per_shard": 5}
+    fd.build(photos, other, teachers=["python:ferkd_tiny_teachers:second?weight=2"], **settings)
+    fd.merge([sets["a"], other], tmp_path / "out")
+    close(tmp_path / "out", sets["joint"], 2**-10)
+    with pytest.raises(LabelSetError, match="not in the same shards; write them as one with: ferkd-data merge"):
+        fd.open_labels([sets["a"], other])
+
+
+def test_other_crops_of_the_same_images(sets, tmp_path):
+    result = fd.merge([sets["a4"], sets["other crops"]], tmp_path / "out")
+    assert (result.kind, result.manifest.num_crops) == ("crops", 20)
+    assert fd.verify(tmp_path / "out").ok
+    merged, a, b = (fd.open_labels(p) for p in (tmp_path / "out", sets["a4"], sets["other crops"]))
+    assert np.array_equal(merged.shard(1).boxes[:, :10], a.shard(1).boxes)
+    assert np.array_equal(merged.shard(1).class_prob[:, 10:], b.shard(1).class_prob)
+
+
+def test_other_images(sets, tmp_path, photos, make_photos, tiny_teachers):
+    new = shutil.copytree(photos, tmp_path / "new")
+    for path in new.rglob("*.jpg"):
+        path.rename(path.with_name(f"new-{path.name}"))
+    fd.build(new, tmp_path / "b", teachers=[tiny_teachers], **SMALL)
+    result = fd.merge([sets["a4"], tmp_path / "b"], tmp_path / "out")
+    assert (result.kind, result.manifest.num_images) == ("images", 40)
+    assert fd.verify(tmp_path / "out").ok
+    assert list(fd.open_labels(tmp_path / "out").keys()) == [
+        *fd.open_labels(sets["a4"]).keys(),
+        *fd.open_labels(tmp_path / "b").keys(),
+    ]
+
+
+def test_conflicts_are_named(sets, tmp_path, photos):
+    with pytest.raises(LabelSetError, match="teachers differs"):
+        fd.merge([sets["b4"], sets["other crops"]], tmp_path / "out")
+    part = shutil.copytree(photos, tmp_path / "part")
+    gone = sorted(part.rglob("*.jpg"))[7]
+    gone.unlink()
+    fd.build(part, tmp_path / "fewer", teachers=["python:ferkd_tiny_teachers:second"], **SMALL)
+    with pytest.raises(LabelSetError, match=f"only some images are in both, '.*{gone.stem}' is not"):
+        fd.merge([sets["a4"], tmp_path / "fewer"], tmp_path / "out")
+    with pytest.raises(UsageError, match=r"2 weights for|weights are for"):
+        fd.merge([sets["a4"], sets["other crops"]], tmp_path / "out", weights=[1, 2])
+    with pytest.raises(UsageError, match="weights must be 2 positive numbers"):
+        fd.open_labels([sets["a4"], sets["b4"]], weights=[1, -2])
+    with pytest.raises(UsageError, match="is not empty"):
+        fd.merge([sets["a4"], sets["b4"]], sets["a4"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(sets, tmp_path, capsys):
+    assert run(["merge", str(sets["a4"]), str(sets["b4"]), str(tmp_path / "out"), "--weights", "2,1"]) == 0
+    printed = capsys.readouterr().out
+    assert "the same crops by all teachers: 20 images with 10 crops, top-4 of 2 teachers" in printed
+    assert "differs from that of a build with all teachers at once by at most" in printed
+    assert run(["merge", str(sets["a4"]), str(tmp_path / "x")]) == 2
