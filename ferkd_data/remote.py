@@ -1,25 +1,31 @@
-"""Label sets on servers: ranged, resumed, retried reads and checked writes; urllib3 for HTTP, fsspec for stores.
+"""Label sets on servers: ranged, resumed, retried reads and checked writes; urllib3 for HTTP, Arrow for stores.
 
 A name is a path relative to the label set's URL, which the manifest's checks have let pass.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 
-from ferkd_data.errors import MissingExtraError, RemoteError, UsageError
-from ferkd_data.storage import CHUNK_BYTES, explain_full_disk, is_url, sha256_file
+import pyarrow as pa
 
-SCHEMES = {"file": None, "http": None, "https": None, "memory": None, "s3": "s3", "gs": "gs", "hf": "hub"}
-"""URL scheme -> the extra that it needs. Everything else (pipe:, ftp:, chains with ::) is refused."""
-EXTRA_MODULES = {"s3": "s3fs", "gs": "gcsfs", "hub": "huggingface_hub"}
+from ferkd_data.errors import RemoteError, UsageError
+from ferkd_data.storage import CHUNK_BYTES, NO_SPACE, explain_full_disk, is_url, sha256_file
+
+SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
+"""What label sets are read from; everything else (pipe:, ftp:, chains with ::) is refused."""
+STORE_CHUNK_BYTES = 8 * CHUNK_BYTES
 NOT_FOUND = (404, 410)
 FORBIDDEN = (401, 403)
 TRANSIENT = (408, 425, 429)
@@ -71,6 +77,8 @@ class Remote:
         scheme = self.url.partition("://")[0]
         if scheme in ("http", "https"):
             return _Http(self.url, self.retries.timeout)
+        if scheme == "hf":
+            return _Http(_hub_address(self.url), self.retries.timeout, _hub_headers())
         return _Store(self.url)
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
@@ -124,8 +132,6 @@ class Remote:
             return False
 
         def attempt() -> str:
-            import hashlib
-
             state = hashlib.sha256()
             for chunk in self.transport.read(name, 0)[1]:
                 state.update(chunk)
@@ -191,31 +197,27 @@ def is_remote(place: str | Path) -> bool:
 
 
 def open_remote(url: str, retries: Retries | None = None) -> Remote:
-    """Raises UsageError for a scheme that is not read, MissingExtraError where its package is not installed."""
-    scheme = url.partition("://")[0]
-    if scheme not in SCHEMES or "::" in url:
-        raise UsageError(f"{url}: label sets are read from and written to {', '.join(sorted(SCHEMES))} URLs only")
-    extra = SCHEMES[scheme]
-    if extra is not None:
-        from ferkd_data.extras import require
-
-        require(EXTRA_MODULES[extra], extra=extra, what_for=f"{scheme}:// URLs")
+    """Raises UsageError for a URL of a kind that is not read."""
+    if url.partition("://")[0] not in SCHEMES or "::" in url:
+        raise UsageError(f"{url}: label sets are read from and written to {', '.join(SCHEMES)} URLs only")
+    if url.startswith("hf:"):
+        _hub_address(url)
     return Remote(url.rstrip("/"), retries or Retries())
 
 
 class _Http:
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, headers: dict[str, str] | None = None) -> None:
         import urllib3
 
         self._url = url
+        # Compressed transfers would make byte positions meaningless.
+        self._headers = {"Accept-Encoding": "identity", **(headers or {})}
         self._pool = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=timeout, read=timeout), retries=urllib3.Retry(0, redirect=3), maxsize=16
         )
 
     def read(self, name: str, start: int) -> tuple[int, Iterator[bytes]]:
-        headers = {"Range": f"bytes={start}-"} if start else {}
-        # Compressed transfers would make byte positions meaningless.
-        response = self._request("GET", name, {**headers, "Accept-Encoding": "identity"})
+        response = self._request("GET", name, {"Range": f"bytes={start}-"} if start else {})
         if response.status == 200:
             return 0, self._chunks(response)
         if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
@@ -225,7 +227,7 @@ class _Http:
 
     def size(self, name: str) -> int | None:
         try:
-            response = self._request("HEAD", name, {"Accept-Encoding": "identity"})
+            response = self._request("HEAD", name, {})
         except RemoteError as error:
             if error.status in NOT_FOUND:
                 return None
@@ -240,7 +242,7 @@ class _Http:
 
         url = f"{self._url}/{quote(name)}"
         try:
-            response = self._pool.request(method, url, headers=headers, preload_content=False)
+            response = self._pool.request(method, url, headers={**self._headers, **headers}, preload_content=False)
         except urllib3.exceptions.HTTPError as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, (urllib3.exceptions.ResponseError, urllib3.exceptions.LocationValueError)):
@@ -269,98 +271,102 @@ class _Http:
 
 
 class _Store:
-    """Anything that fsspec knows, with the client libraries' own credentials."""
+    """A folder, S3 or Google's store, through Arrow's file systems and the stores' usual credentials."""
 
     def __init__(self, url: str) -> None:
         self._url = url
 
     @cached_property
     def _target(self) -> tuple[Any, str]:
-        import fsspec
+        from pyarrow import fs
 
-        options: dict[str, Any] = {"skip_instance_cache": True} if self._url.startswith("s3") else {}
-        try:
-            file_system, root = fsspec.core.url_to_fs(self._url, **options)
-        except (ImportError, ValueError) as error:
-            raise RemoteError(f"{self._url}: {error}") from error
-        return file_system, root
+        with _explained(self._url):
+            file_system, root = fs.FileSystem.from_uri(self._url)
+        return file_system, root.rstrip("/")
 
     def read(self, name: str, start: int) -> tuple[int, Iterator[bytes]]:
         file_system, root = self._target
-        path = f"{root}/{name}"
-        with _explained(f"{self._url}/{name}"):
-            size = int(file_system.info(path)["size"])
-        return start, self._chunks(file_system, path, start, size, f"{self._url}/{name}")
+        what = f"{self._url}/{name}"
+        with _explained(what):
+            file = file_system.open_input_file(f"{root}/{name}")
+            file.seek(start)
+        return start, self._chunks(file, what)
 
     def size(self, name: str) -> int | None:
         file_system, root = self._target
-        try:
-            with _explained(f"{self._url}/{name}"):
-                file_system.invalidate_cache()
-                return int(file_system.info(f"{root}/{name}")["size"])
-        except RemoteError as error:
-            if error.status in NOT_FOUND:
-                return None
-            raise
+        with _explained(f"{self._url}/{name}"):
+            info = file_system.get_file_info(f"{root}/{name}")
+        return info.size if info.is_file else None
 
     def write(self, name: str, file: Path) -> None:
         file_system, root = self._target
         path = f"{root}/{name}"
-        with _explained(f"{self._url}/{name}"):
-            file_system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            file_system.put_file(str(file), path)
+        with _explained(f"{self._url}/{name}"), file.open("rb") as source:
+            if file_system.type_name == "local":
+                file_system.create_dir(path.rpartition("/")[0], recursive=True)
+            with file_system.open_output_stream(path) as sink:
+                while chunk := source.read(STORE_CHUNK_BYTES):
+                    sink.write(chunk)
 
     @staticmethod
-    def _chunks(file_system: Any, path: str, start: int, size: int, what: str) -> Iterator[bytes]:
-        step = 8 * CHUNK_BYTES
-        for first in range(start, size, step):
-            with _explained(what):
-                chunk = file_system.cat_file(path, start=first, end=min(first + step, size))
-            yield chunk
+    def _chunks(file: Any, what: str) -> Iterator[bytes]:
+        try:
+            while True:
+                with _explained(what):
+                    chunk = file.read(STORE_CHUNK_BYTES)
+                if not chunk:
+                    return
+                yield chunk
+        finally:
+            file.close()
 
 
-class _explained:
-    """Sort what a client library raises into what may pass and what will not."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, (RemoteError, MissingExtraError)):
-            return
-        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"):
-            raise RemoteError(
-                f"{self._what}: no credentials were found; log in as the store's own tools ask"
-            ) from error
-        if isinstance(error, FileNotFoundError):
-            raise _refused(self._what, 404) from error
-        if isinstance(error, PermissionError):
-            raise _refused(self._what, 403) from error
-        status = _status(error)
-        if status is not None and 400 <= status < 500 and status not in TRANSIENT:
-            raise _refused(self._what, status) from error
-        if isinstance(error, OSError) or status is not None or "Connection" in type(error).__name__:
-            raise Transient(f"{type(error).__name__}: {error}") from error
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status that a client library's error carries (botocore, huggingface_hub, gcsfs), if any."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return int(response) if response else None
-    status = getattr(response, "status_code", None) or getattr(error, "code", None)
-    return status if isinstance(status, int) else None
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Sort what Arrow's file systems raise into what may pass and what will not."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise _refused(what, 404) from error
+    except PermissionError as error:
+        raise _refused(what, 403) from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise
+        text = str(error)
+        status = re.search(r"HTTP status (\d{3})", text)
+        number = int(status.group(1)) if status else None
+        if number is not None and 400 <= number < 500 and number not in TRANSIENT:
+            raise _refused(what, number) from error
+        if "credentials" in text.lower():
+            raise RemoteError(f"{what}: no credentials were found; {LOG_IN}") from error
+        if isinstance(error, ValueError):
+            raise RemoteError(f"{what}: {text}") from error
+        raise Transient(text) from error
 
 
 def _refused(what: str, status: int) -> RemoteError:
     if status in NOT_FOUND:
         return RemoteError(f"{what}: no such file on the server", status=status)
     if status in FORBIDDEN:
-        return RemoteError(
-            f"{what}: access denied ({status}); is it private? log in as the store's own tools ask", status
-        )
+        return RemoteError(f"{what}: access denied ({status}); is it private? {LOG_IN}", status)
     return RemoteError(f"{what}: the server refused ({status})", status)
+
+
+def _hub_address(url: str) -> str:
+    """Where the hub serves the files of `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`. Raises UsageError."""
+    match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[\w.-]+)*)", url)
+    if match is None or ".." in url:
+        raise UsageError(f"{url}: is not of the form hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
+    repository, revision, folder = match.groups()
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return f"{endpoint}/datasets/{repository}/resolve/{revision or 'main'}{folder}"
+
+
+def _hub_headers() -> dict[str, str]:
+    """The user's token, where there is one: the hub's own variable or login file."""
+    token = os.environ.get("HF_TOKEN")
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    if token is None and (home / "token").is_file():
+        token = (home / "token").read_text(encoding="utf-8").strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}

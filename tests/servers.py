@@ -33,6 +33,7 @@ class FolderServer(http.server.ThreadingHTTPServer):
         """Called with the path before a body is sent."""
         self.requests: list[tuple[str, str, str | None]] = []
         """(method, path, range)"""
+        self.authorizations: set[str | None] = set()
         self.sent: Counter[str] = Counter()
         """Bytes of bodies by path."""
 
@@ -54,6 +55,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         server, name = self.server, self.path.lstrip("/")
         asked = self.headers.get("Range")
+        server.authorizations.add(self.headers.get("Authorization"))
         server.requests.append((self.command, name, asked))
         file = server.folder / name
         if server.unavailable > 0:
@@ -105,7 +107,7 @@ def serve(folder: Path) -> Iterator[FolderServer]:
 @contextmanager
 def s3_store(monkeypatch: Any, bucket: str) -> Iterator[str]:
     """An S3 server (moto) with an empty bucket; the AWS variables of this process point to it."""
-    import s3fs
+    import boto3
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -117,7 +119,7 @@ def s3_store(monkeypatch: Any, bucket: str) -> Iterator[str]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     urllib.request.urlopen(f"{url}/moto-api/reset", data=b"").close()
     try:
-        s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
+        boto3.client("s3").create_bucket(Bucket=bucket)
         yield url
     finally:
         server.stop()

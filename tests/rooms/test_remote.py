@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import shutil
 import time
 
 import numpy as np
@@ -120,6 +121,28 @@ def test_other_schemes_are_refused(url):
         open_remote(url)
     with pytest.raises(UsageError, match="URLs only"):
         fd.open_labels(url)
+
+
+def test_the_hub(label_set, tmp_path, monkeypatch):
+    """Against a stand-in of the hub's file addresses; the real one cannot be had here."""
+    place = tmp_path / "www/datasets/org/tiny/resolve/v1/sub"
+    shutil.copytree(label_set, place)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with serve(tmp_path / "www") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        labels = fd.open_labels("hf://datasets/org/tiny@v1/sub", cache_dir=tmp_path / "cache")
+        assert list(labels.keys()) == list(fd.open_labels(label_set).keys())
+        assert server.authorizations == {"Bearer secret"}
+        with pytest.raises(ManifestError, match="is this the URL"):
+            fd.open_labels("hf://datasets/org/tiny", cache_dir=tmp_path / "cache")
+    for wrong in (
+        "hf://models/org/name",
+        "hf://datasets/org",
+        "hf://datasets/org/name/../x",
+        "hf://datasets/o/n@a/b?c",
+    ):
+        with pytest.raises(UsageError, match="is not of the form"):
+            open_remote(wrong)
 
 
 def test_a_remote_can_be_pickled(server):
