@@ -20,6 +20,7 @@ COMMANDS = {
     "info": "What a label set is: teachers, settings, shards.",
     "show": "Show the crops of one image with their labels.",
     "verify": "Check every file, row and count of a label set.",
+    "convert": "Write a label set in another layout; import and export FKD's files.",
     "merge": "Merge label sets: more teachers, more crops, or more images.",
     "publish": "Send a label set to a folder or a store, with a card beside it.",
     "pull": "Copy a published label set, or a part of it.",

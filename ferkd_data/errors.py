@@ -11,6 +11,7 @@
     │   ├── SettingsMismatchError a saved state was made with other settings; names both values
     │   └── StorageFullError      no space left; nothing finished is lost
     ├── LoaderError               a batch cannot be made: names the image and its shard
+    ├── ForeignFileError          somebody else's label file is not what it should be, or holds more than arrays
     ├── PublishError              a label set is not fit to be sent, or the place is taken
     ├── RemoteError               a server lacks a file, refuses it, or gives another one; or cannot be reached
     ├── StateMismatchError        a loader's saved state is of other settings or labels; names both values
@@ -70,6 +71,10 @@ class StorageFullError(BuildError):
 
 
 class LoaderError(FerkdError):
+    pass
+
+
+class ForeignFileError(FerkdError):
     pass
 
 

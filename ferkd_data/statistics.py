@@ -38,7 +38,7 @@ class Statistics(BaseModel):
     top1_matches_target: Count = 0
     """Crops whose most probable class is the ground truth."""
     target_prob_sum: Annotated[float, Field(ge=0)] = 0.0
-    """Sum over crops of the ensemble's probability of the ground truth."""
+    """Sum over crops of the ensemble's probability of the ground truth, where it is stored."""
     kept_prob_sum: Annotated[float, Field(ge=0)] = 0.0
     """Sum over crops of the top-k probabilities."""
     teacher_top1_matches_target: tuple[Count, ...] = ()
@@ -85,8 +85,19 @@ def crop_statistics(
         bucket_counts=tuple(np.bincount(bucket.reshape(-1), minlength=4).tolist()),
         crops_with_target=matches.size,
         top1_matches_target=int(matches.sum()),
-        target_prob_sum=float(target_prob[known].astype(np.float64).sum()),
+        target_prob_sum=float(np.nansum(target_prob[known].astype(np.float64))),
         kept_prob_sum=float(class_prob.astype(np.float64).sum()),
+    )
+
+
+def shard_statistics(labels: ShardLabels) -> Statistics:
+    """Statistics of a shard's rows; without those per teacher, which only a build can know."""
+    return crop_statistics(
+        class_index=labels.class_index,
+        class_prob=labels.class_prob,
+        target_prob=labels.target_prob,
+        bucket=labels.bucket,
+        target=labels.target,
     )
 
 

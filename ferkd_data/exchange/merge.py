@@ -23,7 +23,7 @@ from ferkd_data.manifest import FILE_NAME, CreatedBy, Manifest, RejectsEntry, Sh
 from ferkd_data.merging import check_same_crops, merge_labels
 from ferkd_data.shards.columns import ShardLabels, concat_crops
 from ferkd_data.shards.writers import write_shard
-from ferkd_data.statistics import crop_statistics
+from ferkd_data.statistics import shard_statistics
 from ferkd_data.storage import sha256_file, write_atomically
 
 Kind = Literal["teachers", "crops", "images"]
@@ -79,7 +79,7 @@ def merge(
         rows = ((row, b"") for row in labels)
         count, files = write_shard(out, index, rows, layout="parquet", block_starts=starts)
         entries.append(ShardEntry(index=index, rows=count, files=files))
-        counted.append(_counted(labels))
+        counted.append(shard_statistics(labels))
         if on_progress:
             on_progress(sum(entry.rows for entry in entries), work.images)
     manifest = work.manifest(entries, statistics.add(counted), _write_rejects(out, sets, kind))
@@ -225,16 +225,6 @@ def gather(labels: LabelSet, keys: Sequence[str]) -> ShardLabels:
 
 def _without_crops(labels: ShardLabels) -> ShardLabels:
     return replace(labels, boxes=labels.boxes[:, :0], flip=labels.flip[:, :0])
-
-
-def _counted(labels: ShardLabels) -> statistics.Statistics:
-    return crop_statistics(
-        class_index=labels.class_index,
-        class_prob=labels.class_prob,
-        target_prob=labels.target_prob,
-        bucket=labels.bucket,
-        target=labels.target,
-    )
 
 
 def _origin(labels: LabelSet) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ferkd_data.errors import PublishError, RemoteError, UsageError
 from ferkd_data.label_set import LabelSet, LocalFiles, read_remote_manifest
 from ferkd_data.manifest import FILE_NAME, FileEntry, Manifest, ShardEntry, parse_manifest
 from ferkd_data.remote import Remote, Retries, is_remote, open_remote
-from ferkd_data.statistics import Statistics, crop_statistics
+from ferkd_data.statistics import Statistics, shard_statistics
 from ferkd_data.storage import inside, sha256_file, write_atomically
 
 BESIDE = ("README.md", "LICENSE")
@@ -129,16 +129,7 @@ def _check_place(out: Path, part: Manifest) -> None:
 def _with_statistics(out: Path, part: Manifest) -> Manifest:
     part = part.model_copy(update={"statistics": Statistics()})
     labels = LabelSet(LocalFiles(out), part, part.num_crops, "")
-    counted = statistics.add(
-        crop_statistics(
-            class_index=shard.class_index,
-            class_prob=shard.class_prob,
-            target_prob=shard.target_prob,
-            bucket=shard.bucket,
-            target=shard.target,
-        )
-        for shard in labels.shards()
-    )
+    counted = statistics.add(map(shard_statistics, labels.shards()))
     return part.model_copy(update={"statistics": counted})
 
 

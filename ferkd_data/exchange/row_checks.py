@@ -87,13 +87,18 @@ def _target_prob_rules(labels: ShardLabels) -> Iterator[Rule]:
     prob = labels.target_prob.astype(np.float32)
     known = (labels.target != UNKNOWN_TARGET)[:, None]
     absent = np.isnan(prob)
-    yield "target_prob", known & absent, "is null, though the ground truth is known"
     yield "target_prob", ~known & ~absent, "{value}, though the ground truth is unknown"
     yield "target_prob", (prob < 0) | (prob > 1), "{value} is not in 0..1"
     is_target = labels.class_index == labels.target[:, None, None]
     kept = is_target.any(axis=2)
     said = np.where(is_target, labels.class_prob, 0).sum(axis=2, dtype=np.float32)
-    yield "target_prob", known & kept & (prob != said), "{value} is not the probability of this class in class_prob"
+    # Labels imported from elsewhere do not know it where the ground truth was cut off.
+    yield "target_prob", known & kept & absent, "is null, though the ground truth is among the classes kept"
+    yield (
+        "target_prob",
+        known & kept & ~absent & (prob != said),
+        "{value} is not the probability of this class in class_prob",
+    )
     above = prob > labels.class_prob[:, :, -1].astype(np.float32)
     yield "target_prob", known & ~kept & above, "{value} is more than the least probability that was kept"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.manifest import FILE_NAME, BlockEntry, ShardEntry
 from ferkd_data.remote import is_remote
 from ferkd_data.shards.columns import ShardLabels
-from ferkd_data.statistics import Statistics, crop_statistics
+from ferkd_data.statistics import Statistics, shard_statistics
 from ferkd_data.storage import image_digest, sha256_file
 
 MAX_FAULTS = 20
 COMPANIONS = ("README.md", "croissant.json", "LICENSE")
 """Files that belong beside a published label set without being listed in its manifest."""
 READ_AT_ONCE = 256
+PROBABILITIES = ("class_prob", "target_prob")
 SAME_IN_BLOCKS = ("image_digest", "height", "width", "target")
 
 
@@ -299,13 +300,8 @@ class _Check:
 
 def _statistics(labels: ShardLabels) -> Statistics:
     """Of rows that may be rubbish: what cannot be counted counts as 0 or as the last."""
-    return crop_statistics(
-        class_index=labels.class_index,
-        class_prob=np.nan_to_num(labels.class_prob, posinf=1, neginf=0).clip(0, 1),
-        target_prob=np.nan_to_num(labels.target_prob, posinf=1, neginf=0).clip(0, 1),
-        bucket=labels.bucket.clip(max=3),
-        target=labels.target,
-    )
+    clean = {name: np.nan_to_num(getattr(labels, name), posinf=1, neginf=0).clip(0, 1) for name in PROBABILITIES}
+    return shard_statistics(replace(labels, **clean, bucket=labels.bucket.clip(max=3)))
 
 
 def _differing(first: ShardLabels, other: ShardLabels, a: BlockEntry, b: BlockEntry) -> Iterator[Fault]:

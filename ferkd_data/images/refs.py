@@ -28,6 +28,7 @@ REASONS: dict[str, str] = {
     "pixel_bomb": "more pixels than --max-pixels allows",
     "missing_image": "the sample holds labels but no image",
     "other_image": "the loader found another image than the one that was labelled",
+    "unreadable_labels": "the labels to import for this image are missing or cannot be read",
     "unreadable": "the file could not be read",
 }
 """Every reason in rejects.parquet, with its meaning."""

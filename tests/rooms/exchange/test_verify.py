@@ -96,7 +96,6 @@ FIELDS = {
     "too much": ("class_prob", descending(0.5, 0.5, 0.5, 0.1), "class_prob: .* sums to more than 1"),
     "nothing": ("class_prob", descending(0, 0, 0, 0), "no class has a probability"),
     "target_prob": ("target_prob", 0.9, "target_prob: 0.89.* is (not the probability|more than the least)"),
-    "target_prob is null": ("target_prob", np.nan, "target_prob: is null"),
     "target_prob above 1": ("target_prob", 2, r"target_prob: 2.0 is not in 0\.\.1"),
     "bucket": ("bucket", lambda bucket: (bucket + 1) % 4, "bucket: . is not what the manifest's thresholds say"),
     "bucket beyond": ("bucket", 200, "bucket: 200 is not what the manifest's thresholds say"),
@@ -128,6 +127,18 @@ def test_a_target_outside_the_top_k_is_no_more_probable_than_those_kept(copy):
     fault, *_ = fd.verify(copy).faults
     assert (fault.row, fault.crop, fault.field) == (row, crop, "target_prob")
     assert "more than the least probability that was kept" in str(fault)
+
+
+def test_a_target_among_the_classes_kept_has_its_probability(copy):
+    labels = fd.open_labels(copy).block(0, 0)
+    row, crop = np.argwhere((labels.class_index == labels.target[:, None, None]).any(axis=2))[0].tolist()
+    target_prob = labels.target_prob.copy()
+    target_prob[row, crop] = np.nan
+    parquet.write(copy / parquet.file_name(0, 0), replace(labels, target_prob=target_prob))
+    fix_digest(copy, parquet.file_name(0, 0))
+    fault, *_ = fd.verify(copy).faults
+    assert (fault.row, fault.crop, fault.field) == (row, crop, "target_prob")
+    assert "is null, though the ground truth is among" in str(fault)
 
 
 def test_crops_are_numbered_through_the_blocks(copy):

@@ -1,0 +1,70 @@
+"""`ferkd-data convert`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ferkd_data.errors import UsageError
+
+
+@click.command()
+@click.argument("labels", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--layout", type=click.Choice(["parquet", "webdataset"]), help="Write the label set in this layout.")
+@click.option(
+    "--crops-per-block", type=click.IntRange(min=1), help="Of layout parquet.  [default: as it is; import: 50]"
+)
+@click.option("--from", "source", type=click.Choice(["fkd"]), help="LABELS is a folder of FKD's files, one per image.")
+@click.option("--to", "target", type=click.Choice(["fkd"]), help="Write FKD's files, for its own training script.")
+@click.option("--images", help="The images: needed for layout webdataset and for --from.")
+@click.option("--classes", type=click.Path(path_type=Path), help="With --from: one line per class, as for build.")
+@click.option("--num-classes", type=click.IntRange(min=2), default=1000, show_default=True, help="With --from.")
+@click.option("--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="With --from: of full labels.")
+@click.option("--teacher", help="With --from: the teacher's name.")
+@click.option("--teacher-size", type=int, default=224, show_default=True, help="With --from: its input size.")
+def command(
+    labels: Path,
+    out: Path,
+    layout: str | None,
+    crops_per_block: int | None,
+    source: str | None,
+    target: str | None,
+    images: str | None,
+    classes: Path | None,
+    num_classes: int,
+    top_k: int,
+    teacher: str | None,
+    teacher_size: int,
+) -> int:
+    """Write the label set LABELS anew into the folder OUT: in another layout, from FKD's files, or as FKD's files."""
+    import ferkd_data as fd
+
+    if [layout is not None and source is None, source is not None, target is not None].count(True) != 1:
+        raise UsageError("give one of --layout LAYOUT, --from fkd, --to fkd")
+    if target is not None:
+        label_type = fd.export_fkd(labels, out)
+        click.echo(f"{out}: written for FKD's training script; its --soft_label_type is {label_type}")
+        return 0
+    if source is not None:
+        if images is None or teacher is None:
+            raise UsageError("--from fkd needs --images (the labelled images) and --teacher (its name)")
+        manifest = fd.import_fkd(
+            labels,
+            out,
+            images=images,
+            num_classes=num_classes,
+            teacher=fd.FkdTeacher(name=teacher, size=teacher_size),
+            top_k=top_k,
+            crops_per_block=crops_per_block or 50,
+            classes=classes,
+        )
+    else:
+        manifest = fd.convert(labels, out, layout=layout, images=images, crops_per_block=crops_per_block)
+    size = sum(file.bytes for shard in manifest.shards for file in shard.files)
+    click.echo(
+        f"{out}: layout {manifest.layout}, {manifest.num_images:,} images with {manifest.num_crops} crops, "
+        f"{size / 1e6:,.2f} MB, {manifest.rejects.rows:,} rejected"
+    )
+    return 3 if source is not None and manifest.rejects.rows else 0

@@ -1,0 +1,203 @@
+"""There and back between layouts, and between FKD's files and ours."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from label_sets import SMALL, same_label_sets
+
+import ferkd_data as fd
+from ferkd_data.errors import ForeignFileError, LabelSetError, UsageError
+from ferkd_data.exchange.fkd import boxes_of
+from ferkd_data.exchange.foreign_arrays import load_arrays
+from ferkd_data_cli.main import run
+
+TEACHER = fd.FkdTeacher(name="someone", size=32)
+
+
+def test_parquet_to_webdataset_and_back(label_set, tar_label_set, photos, tmp_path):
+    there = fd.convert(label_set, tmp_path / "tars", layout="webdataset", images=photos)
+    assert same_label_sets(tmp_path / "tars", tar_label_set)
+    ours = sorted(path.read_bytes() for path in (tmp_path / "tars").rglob("*.tar"))
+    assert ours == sorted(path.read_bytes() for path in tar_label_set.rglob("*.tar"))
+    back = fd.convert(tmp_path / "tars", tmp_path / "back", layout="parquet")
+    assert there.teachers == back.teachers == fd.open_labels(label_set).manifest.teachers
+    assert same_label_sets(tmp_path / "back", label_set)
+    assert back == fd.open_labels(label_set).manifest
+    for folder in ("tars", "back"):
+        assert fd.verify(tmp_path / folder, images=photos).ok
+
+
+def test_other_crop_blocks(label_set, tmp_path):
+    fd.convert(label_set, tmp_path / "out", layout="parquet", crops_per_block=7)
+    assert same_label_sets(tmp_path / "out", label_set)
+    assert [file.block for file in fd.open_labels(tmp_path / "out").manifest.shards[0].files] == [0, 1]
+
+
+def test_images_that_are_missing_or_others(label_set, photos, tmp_path):
+    with pytest.raises(UsageError, match="layout webdataset holds the images too"):
+        fd.convert(label_set, tmp_path / "a", layout="webdataset")
+    copy = shutil.copytree(photos, tmp_path / "photos")
+    first, second, *_ = sorted(copy.rglob("*.jpg"))
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(LabelSetError, match="is not the one that was labelled"):
+        fd.convert(label_set, tmp_path / "b", layout="webdataset", images=copy)
+    assert not (tmp_path / "b/manifest.json").exists()
+    fd.convert(label_set, tmp_path / "b", layout="webdataset", images=photos)
+    with pytest.raises(UsageError, match="is there already"):
+        fd.convert(label_set, tmp_path / "b", layout="parquet")
+
+
+def fkd_files(folder, labels, quantized):
+    """As FKD's generator writes them: NumPy arrays, coordinates as fractions, labels by `quantized`."""
+    for row in labels:
+        path = folder / f"{row.key}.tar"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coords = row.boxes / np.array([row.height, row.width] * 2)
+        torch.save([coords, row.flip, quantized(row)], path)
+
+
+def dense(labels, num_classes=10):
+    full = np.zeros((*labels.class_index.shape[:-1], num_classes), np.float32)
+    np.put_along_axis(full, labels.class_index.astype(int), labels.class_prob.astype(np.float32), axis=-1)
+    return full
+
+
+TYPES = {
+    "marginal_smoothing_k4": (lambda row: np.stack([row.class_index.astype(np.float32), row.class_prob], axis=1), 4),
+    "smoothing": (lambda row: np.stack([row.class_index[:, 0].astype(np.float32), row.class_prob[:, 0]], axis=1), 1),
+    "hard": (lambda row: row.class_index[:, 0].astype(np.int64), 1),
+    "full": (lambda row: dense(row), 4),
+    "full fp16": (lambda row: dense(row).astype(np.float16), 4),
+}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_fkd_files_of_every_type(label_set, photos, tmp_path, kind):
+    quantized, top_k = TYPES[kind]
+    fkd_files(tmp_path / "fkd", fd.open_labels(label_set), quantized)
+    manifest = fd.import_fkd(
+        tmp_path / "fkd",
+        tmp_path / "out",
+        images=photos,
+        num_classes=10,
+        teacher=TEACHER,
+        top_k=top_k,
+        images_per_shard=8,
+    )
+    assert (manifest.num_images, manifest.num_crops, manifest.top_k) == (20, 10, top_k)
+    assert fd.verify(tmp_path / "out", images=photos).ok
+    for ours, theirs in zip(fd.open_labels(label_set).shards(), fd.open_labels(tmp_path / "out").shards(), strict=True):
+        assert list(ours.keys) == list(theirs.keys)
+        assert np.array_equal(ours.boxes, theirs.boxes)
+        assert np.array_equal(ours.flip, theirs.flip)
+        assert np.array_equal(ours.class_index[:, :, :top_k], theirs.class_index)
+        if kind != "hard":
+            assert np.array_equal(ours.class_prob[:, :, :top_k], theirs.class_prob)
+
+
+def test_export_and_import_again(label_set, photos, tmp_path):
+    assert fd.export_fkd(label_set, tmp_path / "fkd") == "marginal_renorm"
+    coords, flips, soft = torch.load(next((tmp_path / "fkd").rglob("*.tar")))
+    assert (coords.shape, flips.shape, soft.shape) == ((10, 4), (10,), (10, 2, 4))
+    fd.import_fkd(
+        tmp_path / "fkd", tmp_path / "out", images=photos, num_classes=10, teacher=TEACHER, images_per_shard=8
+    )
+    for ours, theirs in zip(fd.open_labels(label_set).shards(), fd.open_labels(tmp_path / "out").shards(), strict=True):
+        for name in ("boxes", "flip", "class_index", "class_prob", "image_digest"):
+            assert np.array_equal(getattr(ours, name), getattr(theirs, name))
+
+
+@given(st.integers(1, 65535), st.integers(1, 65535), st.data())
+def test_fractions_give_the_boxes_they_came_from(height, width, data):
+    top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    box = [top, left, data.draw(st.integers(1, height - top)), data.draw(st.integers(1, width - left))]
+    coords = np.array([box]) / np.array([height, width, height, width])
+    assert boxes_of(coords, height, width).tolist() == [box]
+
+
+def test_images_without_labels_are_rejects(label_set, photos, tmp_path):
+    fd.export_fkd(label_set, tmp_path / "fkd")
+    files = sorted((tmp_path / "fkd").rglob("*.tar"))
+    files[3].unlink()
+    files[5].write_bytes(files[5].read_bytes()[:200])
+    torch.save([torch.full((10, 4), 0.9), torch.zeros(10, dtype=torch.bool), torch.rand(10, 2, 4)], files[7])
+    torch.save([torch.zeros(3, 4), torch.zeros(3), torch.rand(3, 2, 4)], files[9])
+    manifest = fd.import_fkd(tmp_path / "fkd", tmp_path / "out", images=photos, num_classes=10, teacher=TEACHER)
+    assert (manifest.num_images, manifest.rejects.rows) == (16, 4)
+    assert fd.verify(tmp_path / "out").ok
+    with pytest.raises(UsageError, match=r"FOLDER/KEY\.tar is expected"):
+        fd.import_fkd(tmp_path, tmp_path / "none", images=photos, num_classes=10, teacher=TEACHER)
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def object_array(path):
+    array = np.empty(1, object)
+    array[0] = Attack(path)
+    return array
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        Attack,
+        lambda path: [np.zeros((1, 4)), {"a": Attack(path)}, 0],
+        object_array,
+        lambda _: torch.nn.Linear(1, 1),
+        lambda _: {1},
+    ],
+    ids=["reduce", "nested", "object array", "module", "set"],
+)
+def test_code_in_a_foreign_file_is_not_run(content, tmp_path):
+    torch.save(content(tmp_path / "owned"), tmp_path / "x.tar")
+    with pytest.raises(ForeignFileError, match=r"x\.tar"):
+        load_arrays(tmp_path / "x.tar")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_other_forms_of_foreign_files(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(pickle.dumps(Attack(tmp_path / "owned")))
+    with pytest.raises(ForeignFileError, match=r"not in the form that torch.save has written"):
+        load_arrays(path)
+    torch.save([1], path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ForeignFileError, match=r"not in the form that torch.save has written"):
+        load_arrays(path)
+    torch.save(torch.zeros(1).expand(10**9), path)
+    with pytest.raises(ForeignFileError, match="claims a tensor of shape"):
+        load_arrays(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", b"0" * 10**6)
+    with pytest.raises(ForeignFileError, match="is compressed or too large"):
+        load_arrays(path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_commands(label_set, photos, tmp_path, capsys):
+    assert (
+        run(["convert", str(label_set), str(tmp_path / "tars"), "--layout", "webdataset", "--images", str(photos)]) == 0
+    )
+    assert "layout webdataset, 20 images with 10 crops" in capsys.readouterr().out
+    assert run(["convert", str(tmp_path / "tars"), str(tmp_path / "fkd"), "--to", "fkd"]) == 0
+    assert "--soft_label_type is marginal_renorm" in capsys.readouterr().out
+    back = ["convert", str(tmp_path / "fkd"), str(tmp_path / "back"), "--from", "fkd", "--images", str(photos)]
+    assert run([*back, "--num-classes", "10"]) == 2
+    assert "--teacher" in capsys.readouterr().err
+    assert run([*back, "--num-classes", "10", "--teacher", "x"]) == 0
+    assert run(["convert", str(label_set), str(tmp_path / "x")]) == 2
+    assert SMALL["crops"] == fd.open_labels(tmp_path / "back").num_crops
