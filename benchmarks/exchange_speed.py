@@ -3,8 +3,8 @@
     python benchmarks/exchange_speed.py [--images 2000] [--crops 50]
 
 verify: MB/s of the shard files, beside SHA-256 of the same files (same threads) and plain reading.
-streaming: crops/s of a CropLoader on a label set from an HTTP server on this host, with an empty cache (cold) and a filled
-one (warm), beside the same loader on the folder.
+streaming: crops/s of a CropLoader on a label set from an HTTP server on this host, with an empty (cold) and a filled
+cache (warm), beside the same loader on the folder.
 """
 
 from __future__ import annotations
