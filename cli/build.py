@@ -44,6 +44,7 @@ DONE_WITH_REJECTS = 3
 @click.option("--max-pixels", type=int, default=89_478_485, show_default=True, help="Larger images are rejected.")
 @click.option("--batch-size", type=int, default=None, help="Crops per forward pass.  [default: by device]")
 @click.option("--workers", type=int, default=None, help="Threads that decode and cut.  [default: by cores]")
+@click.option("--processes", type=int, default=None, help="Worker processes on each device.  [default: 1]")
 @click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True)
 @click.option(
     "--on-error",

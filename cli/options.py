@@ -29,7 +29,12 @@ def teacher_options(function: Function) -> Function:
             type=click.Path(dir_okay=False, path_type=Path),
             help="One line per class in the order of the teachers' outputs: class folder, optionally a tab and a name.",
         ),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            help="auto, cpu, cuda or cuda:N; for a build also cuda:0,1 or all.",
+        ),
         click.option(
             "--precision",
             type=click.Choice(["auto", "fp32", "bf16", "fp16"]),

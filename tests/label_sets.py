@@ -14,3 +14,13 @@ def same_label_sets(a: Path, b: Path) -> bool:
     """Row by row and value by value."""
     first, second = list(fd.open_labels(a).shards()), list(fd.open_labels(b).shards())
     return len(first) == len(second) and all(map(same_labels, first, second))
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same_files(a: Path, b: Path) -> bool:
+    """The same names with the same bytes, the manifest included, and nothing besides."""
+    first, second = files_below(a), files_below(b)
+    return len(first) > 3 and first == second

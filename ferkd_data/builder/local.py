@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ferkd_data import statistics
 from ferkd_data.builder.crop_batches import Rejected
-from ferkd_data.builder.label_shard import TeacherCounts, Tools, label_shard
+from ferkd_data.builder.label_shard import OnBatch, TeacherCounts, Tools, label_shard
 from ferkd_data.builder.plan import Plan
-from ferkd_data.builder.progress import OnProgress, ProgressCounter
+from ferkd_data.builder.progress import ProgressCounter
 from ferkd_data.builder.state import BuildFolder, RejectRecord, ShardRecord
 from ferkd_data.shards.columns import ImageLabels, ShardLabels
 from ferkd_data.shards.writers import write_shard
@@ -16,32 +18,23 @@ STATISTICS_ROWS = 64
 """Rows whose statistics are taken at a time."""
 
 
-def label_all(folder: BuildFolder, plan: Plan, tools: Tools, on_progress: OnProgress) -> None:
-    """Label every shard that has no record yet."""
-    counter = ProgressCounter(
-        report=on_progress,
-        crops_per_image=tools.settings.crops,
-        shards_total=plan.summary.shards,
-        images_total=plan.summary.images,
-        rejects_before=plan.summary.rejects,
-    )
-    for shard in range(plan.summary.shards):
-        record = folder.record(shard)
-        if record is None:
-            record = _label_one(folder, plan, tools, shard, counter)
-            folder.save(record)
-        counter.shard_done(record.rows + len(record.rejects), len(record.rejects))
+def label_here(folder: BuildFolder, plan: Plan, tools: Tools, shards: Sequence[int], counter: ProgressCounter) -> None:
+    for shard in shards:
+
+        def on_batch(crops: int, rejects: int, shard: int = shard) -> None:
+            counter.batch(shard, crops, rejects)
+
+        record = label_one(folder, plan, tools, shard, on_batch)
+        folder.save(record)
+        counter.shard_done(shard, record.rows + len(record.rejects), len(record.rejects))
 
 
-def _label_one(folder: BuildFolder, plan: Plan, tools: Tools, shard: int, counter: ProgressCounter) -> ShardRecord:
+def label_one(folder: BuildFolder, plan: Plan, tools: Tools, shard: int, on_batch: OnBatch) -> ShardRecord:
+    """Write the files of one shard. The record that is returned is not saved yet."""
     settings = tools.settings
     rejected = Rejected()
     counts = TeacherCounts.zeros(len(tools.teachers))
     tally = _Tally()
-
-    def on_batch(crops: int, rejects: int) -> None:
-        counter.batch(shard, crops, rejects)
-
     rows = label_shard(plan.refs(shard), tools, rejected, counts, on_batch)
     num_rows, files = write_shard(
         folder.out,

@@ -65,12 +65,17 @@ def load_or_make_plan(source: ImageSource, folder: Path, *, images_per_shard: in
     """
     done = folder / "plan.json"
     if done.exists():
-        return Plan(folder=folder, summary=PlanSummary.model_validate_json(done.read_bytes()))
+        return open_plan(folder)
     writer = _PlanWriter(folder, images_per_shard)
     summary = writer.write(source)
     with write_atomically(done) as aside:
         aside.write_text(summary.model_dump_json(indent=1))
     return Plan(folder=folder, summary=summary)
+
+
+def open_plan(folder: Path) -> Plan:
+    """The plan that was made here."""
+    return Plan(folder=folder, summary=PlanSummary.model_validate_json((folder / "plan.json").read_bytes()))
 
 
 class _PlanWriter:

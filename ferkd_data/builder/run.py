@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import ferkd_data
-from ferkd_data.buckets import QuantileThresholds, Thresholds
-from ferkd_data.builder.label_shard import Tools
-from ferkd_data.builder.local import label_all
+from ferkd_data.builder.crew import Crew
+from ferkd_data.builder.job import Job, open_tools
+from ferkd_data.builder.local import label_here
 from ferkd_data.builder.plan import Plan, load_or_make_plan
-from ferkd_data.builder.progress import OnProgress
+from ferkd_data.builder.progress import OnProgress, ProgressCounter
 from ferkd_data.builder.seal import seal
 from ferkd_data.builder.settings import BuildSettings, Resources
-from ferkd_data.builder.state import open_build_folder
+from ferkd_data.builder.state import BuildFolder, open_build_folder
 from ferkd_data.errors import BuildError, UsageError
-from ferkd_data.images import open_source
 from ferkd_data.manifest import Manifest, TeacherEntry
+from ferkd_data.storage import remove_leftovers
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 
 OnError = Literal["reject", "fail"]
@@ -59,31 +58,30 @@ def build(
     settings, resources = with_changes(settings, resources, changes)
     if on_error not in ("reject", "fail"):
         raise UsageError(f"on_error must be reject or fail, got {on_error!r}")
-    images = open_source(source, classes=None if classes is None else Path(classes))
-    device = resources.resolved_device()
-    ensemble = load_teachers(teachers, device=device, precision=precision)
+    devices = resources.resolved_devices()
+    job = Job(
+        source=str(source),
+        classes=None if classes is None else str(classes),
+        out=Path(out),
+        teachers=tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in teachers),
+        precision=precision,
+        settings=settings,
+        batch_size=resources.resolved_batch_size(),
+        workers=resources.resolved_workers(),
+        threads=resources.resolved_threads(),
+        fail_on_reject=on_error == "fail",
+    )
+    images = job.open_source()
+    ensemble = load_teachers(job.teachers, device=devices[0], precision=precision)
     num_classes = ensemble[0].num_classes
     if settings.top_k > num_classes:
         raise UsageError(f"top_k {settings.top_k} is more than the teachers' {num_classes} classes")
 
-    with open_build_folder(Path(out), overwrite=overwrite) as folder:
+    with open_build_folder(job.out, overwrite=overwrite) as folder:
         folder.check_settings(_fingerprint(source, classes, settings, ensemble))
         plan = load_or_make_plan(images, folder.path, images_per_shard=settings.shard_images)
         check_targets(plan, num_classes, classes_given=classes is not None)
-        workers = resources.resolved_workers()
-        with ThreadPoolExecutor(workers, thread_name_prefix="ferkd-data") as executor:
-            tools = Tools(
-                source=images,
-                teachers=ensemble,
-                settings=settings,
-                thresholds=stored_thresholds(settings),
-                device=device,
-                batch_size=resources.resolved_batch_size(),
-                workers=workers,
-                executor=executor,
-                fail_on_reject=on_error == "fail",
-            )
-            label_all(folder, plan, tools, on_progress or (lambda _: None))
+        _label(job, folder, plan, devices, ensemble, on_progress or (lambda _: None))
         manifest = seal(
             folder,
             plan,
@@ -102,12 +100,37 @@ def build(
     return BuildResult(out=Path(out), manifest=manifest)
 
 
-def stored_thresholds(settings: BuildSettings) -> Thresholds:
-    """Those of the settings, or a stand-in until the quantiles are known."""
-    asked = settings.thresholds
-    if isinstance(asked, QuantileThresholds):
-        return Thresholds(low=0, mid=0, top=1, confidence=asked.confidence)
-    return asked
+def _label(
+    job: Job,
+    folder: BuildFolder,
+    plan: Plan,
+    devices: Sequence[str],
+    ensemble: Sequence[Teacher],
+    on_progress: OnProgress,
+) -> None:
+    """Label every shard that has no record yet."""
+    counter = ProgressCounter(
+        report=on_progress,
+        crops_per_image=job.settings.crops - job.first_crop,
+        shards_total=plan.summary.shards,
+        images_total=plan.summary.images,
+        rejects_before=plan.summary.rejects,
+    )
+    todo = []
+    for shard in range(plan.summary.shards):
+        record = folder.record(shard)
+        if record is None:
+            todo.append(shard)
+        else:
+            counter.shard_done(shard, record.rows + len(record.rejects), len(record.rejects))
+    if len(devices) == 1:
+        with open_tools(job, devices[0], ensemble) as tools:
+            label_here(folder, plan, tools, todo, counter)
+        return
+    with Crew(job, devices, counter) as crew:
+        crew.label(todo)
+    # Killed workers leave files aside; this process alone may remove them, since it holds the lock.
+    remove_leftovers(job.out)
 
 
 def check_targets(plan: Plan, num_classes: int, *, classes_given: bool) -> None:

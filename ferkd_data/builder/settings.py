@@ -61,31 +61,68 @@ class Resources:
     """What a build may use; none of it changes what is written."""
 
     device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
+    """auto (cuda where there is one, else cpu), cpu, cuda, cuda:N, several as cuda:0,1, or all GPUs as all."""
+    processes: int | None = None
+    """Worker processes on each device; None: one. A build with one worker in all needs no process of its own."""
     batch_size: int | None = None
     """Crops per forward pass; None: 256 on cuda, 32 on cpu."""
     workers: int | None = None
-    """Threads that decode and cut; None: half the cores, 1 to 8."""
+    """Threads that decode and cut, all processes together; None: half the cores, 1 to 8 for each process."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "workers"):
+        for name in ("processes", "batch_size", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
 
-    def resolved_device(self) -> str:
+    def resolved_devices(self) -> list[str]:
+        """The device of each worker. Raises UsageError for a device that is not here."""
         import torch
 
         if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            devices = ["cuda" if torch.cuda.is_available() else "cpu"]
+        elif self.device == "all":
+            devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        else:
+            devices = _parse_devices(self.device)
+        on_cuda = [device for device in devices if device != "cpu"]
+        if (on_cuda or not devices) and not torch.cuda.is_available():
             raise UsageError(f"device {self.device}: PyTorch finds no CUDA here; use --device cpu")
-        if self.device.split(":")[0] not in ("cpu", "cuda"):
-            raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
-        return self.device
+        missing = [device for device in on_cuda if int(device.partition(":")[2] or 0) >= torch.cuda.device_count()]
+        if missing:
+            raise UsageError(f"device {missing[0]}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
+        return [device for device in devices for _ in range(self.processes or 1)]
+
+    def resolved_device(self) -> str:
+        return self.resolved_devices()[0]
 
     def resolved_batch_size(self) -> int:
         return self.batch_size or (32 if self.resolved_device() == "cpu" else 256)
 
     def resolved_workers(self) -> int:
-        return self.workers or min(8, max(1, (os.cpu_count() or 2) // 2))
+        """Threads that decode and cut in each process."""
+        processes = len(self.resolved_devices())
+        return max(1, self.workers // processes if self.workers else min(8, cores() // processes // 2))
+
+    def resolved_threads(self) -> int:
+        """Threads that one process computes with."""
+        return max(1, cores() // len(self.resolved_devices()))
+
+
+def cores() -> int:
+    """Those that this process may use, which in a container or a batch job can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _parse_devices(text: str) -> list[str]:
+    """`cpu`, `cuda`, `cuda:1`, `cuda:0,cuda:1` or `cuda:0,1`."""
+    devices: list[str] = []
+    for piece in text.split(","):
+        device = f"cuda:{piece}" if piece.isdecimal() and devices and devices[0].startswith("cuda:") else piece
+        kind, colon, number = device.partition(":")
+        if device not in ("cpu", "cuda") and not (kind == "cuda" and colon and number.isdecimal()):
+            raise UsageError(f"device must be auto, cpu, cuda, cuda:N, cuda:N,M or all, got {text!r}")
+        if device in devices or (devices and "cpu" in (device, devices[0])):
+            raise UsageError(f"device {text!r}: names one twice, or cpu beside others; --processes N runs N on each")
+        devices.append(device)
+    return devices

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import filecmp
-
 import pytest
-from label_sets import SMALL, same_label_sets
+from label_sets import SMALL, same_files, same_label_sets
 
 import ferkd_data as fd
 
@@ -14,9 +12,25 @@ import ferkd_data as fd
 def test_a_second_build_gives_the_same_bytes(photos, tiny_teachers, tmp_path, layout):
     for name in ("a", "b"):
         fd.build(photos, tmp_path / name, teachers=[tiny_teachers], layout=layout, **SMALL)
-    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert len(files) > 3
-    assert not filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", files, shallow=False)[1:][0]
+    assert same_files(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_two_processes_give_the_same_bytes_as_one(photos, tiny_teachers, tmp_path, layout):
+    seen = []
+    for processes in (1, 2):
+        fd.build(
+            photos,
+            tmp_path / str(processes),
+            teachers=[tiny_teachers],
+            layout=layout,
+            processes=processes,
+            on_progress=seen.append,
+            **SMALL,
+        )
+    assert same_files(tmp_path / "1", tmp_path / "2")
+    assert seen[-1].images_done == seen[-1].images_total == 20
+    assert {worker.worker for worker in seen[-1].workers} <= {0, 1} and seen[-1].crops_done == 200
 
 
 def test_workers_do_not_change_the_labels(photos, tiny_teachers, tmp_path):

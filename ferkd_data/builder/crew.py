@@ -1,0 +1,174 @@
+"""The engine of many processes on one machine: a driver that hands out shards, and sees to workers that die."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from types import TracebackType
+
+from ferkd_data import errors
+from ferkd_data.builder.job import Job
+from ferkd_data.builder.messages import Failed, Finished, Labelled, Message, Ready
+from ferkd_data.builder.progress import ProgressCounter
+from ferkd_data.builder.state import BuildFolder
+from ferkd_data.builder.worker import work
+from ferkd_data.errors import BuildError, FerkdError
+
+DEATHS_PER_SHARD = 3
+"""A shard that was with so many workers when they died is not given to another."""
+DEATHS_AT_START = 3
+"""So many deaths in a row before any worker was ready mean that none will be."""
+POLL_SECONDS = 0.5
+LEAVE_SECONDS = 30.0
+"""How long a worker may take to leave when there is no more to do."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Member:
+    number: int
+    device: str
+    process: SpawnProcess
+    connection: Connection
+    shard: int | None = None
+    ready: bool = False
+
+    def __str__(self) -> str:
+        return f"worker {self.number} ({self.device}, process {self.process.pid})"
+
+
+class Crew:
+    """Workers, one for each of `devices`; a context that ends them all when it is left."""
+
+    def __init__(self, job: Job, devices: Sequence[str], counter: ProgressCounter) -> None:
+        self.job = job
+        self.devices = devices
+        self.folder = BuildFolder(job.out)
+        self.counter = counter
+        self.members: list[Member] = []
+        self.idle: list[Member] = []
+        self.todo: deque[int] = deque()
+        self.deaths: Counter[int] = Counter()
+        self.deaths_at_start = 0
+        self.context = multiprocessing.get_context("spawn")
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for member in self.members:
+            with contextlib.suppress(OSError):
+                member.connection.send(None)
+        for member in self.members:
+            if kind is None:
+                member.process.join(LEAVE_SECONDS)
+            member.process.kill()
+            member.process.join()
+            member.connection.close()
+
+    def label(self, shards: Sequence[int]) -> None:
+        """Returns when each of `shards` has its record. Raises what a worker raised, or BuildError."""
+        self.todo.extend(shards)
+        for number, device in enumerate(self.devices[: len(self.todo)]):
+            self._start(number, device)
+        while self.todo or any(member.shard is not None for member in self.members):
+            while self.todo and self.idle:
+                self._give(self.idle.pop())
+            busy = {member.connection: member for member in self.members}
+            for connection in wait(list(busy), timeout=POLL_SECONDS):
+                self._hear(busy[connection])  # type: ignore[index]
+
+    def _start(self, number: int, device: str) -> None:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=work, args=(theirs, self.job, device), daemon=True)
+        with contextlib.suppress(BrokenPipeError):  # it died while it was born; its connection will say so
+            process.start()
+        theirs.close()
+        self.members.append(Member(number=number, device=device, process=process, connection=ours))
+
+    def _give(self, member: Member) -> None:
+        shard = self.todo.popleft()
+        member.shard = shard
+        with contextlib.suppress(OSError):  # it died while it was idle; its connection will say so
+            member.connection.send(shard)
+
+    def _hear(self, member: Member) -> None:
+        try:
+            message: Message = member.connection.recv()
+        except (EOFError, OSError):
+            self._bury(member)
+            return
+        if isinstance(message, Ready):
+            member.ready = True
+            self.deaths_at_start = 0
+            self.counter.worker_started(member.number)
+            self.idle.append(member)
+        elif isinstance(message, Labelled) and member.shard is not None:
+            self.counter.batch(member.shard, message.crops, message.rejects, member.number)
+        elif isinstance(message, Finished):
+            self._finish(member, message.shard)
+        elif isinstance(message, Failed):
+            raise self._error(member, message)
+
+    def _finish(self, member: Member, shard: int) -> None:
+        record = self.folder.record(shard)
+        if record is None:
+            raise BuildError(f"shard {shard}: {member} finished it, but its files are not in {self.job.out}")
+        member.shard = None
+        self.idle.append(member)
+        self.counter.shard_done(shard, record.rows + len(record.rejects), len(record.rejects))
+
+    def _bury(self, member: Member) -> None:
+        """Give its shard to another, and its place to a new worker. Raises BuildError when that has no prospect."""
+        member.process.join()
+        self.members.remove(member)
+        if member in self.idle:
+            self.idle.remove(member)
+        how = _how(member.process.exitcode)
+        if not member.ready:
+            self.deaths_at_start += 1
+            if self.deaths_at_start >= DEATHS_AT_START:
+                raise BuildError(
+                    f"{self.deaths_at_start} workers in a row died before they were ready, the last {how}; try "
+                    "--processes 1 (in a script of your own, build under `if __name__ == '__main__':`)"
+                )
+        if member.shard is not None:
+            self._lose(member.shard, f"{member} {how}")
+        self._start(member.number, member.device)
+
+    def _lose(self, shard: int, how: str) -> None:
+        self.counter.shard_lost(shard)
+        self.deaths[shard] += 1
+        if self.deaths[shard] >= DEATHS_PER_SHARD:
+            raise BuildError(
+                f"shard {shard}: {self.deaths[shard]} workers died while they labelled it, the last was {how}; if the "
+                "system ran out of memory, use fewer --processes or a smaller --batch-size"
+            )
+        self.todo.appendleft(shard)
+
+    def _error(self, member: Member, failed: Failed) -> FerkdError:
+        kind = getattr(errors, failed.kind, None)
+        place = f"shard {member.shard}: {member}" if member.shard is not None else str(member)
+        if isinstance(kind, type) and issubclass(kind, FerkdError) and kind is not errors.ImageError:
+            error: FerkdError = kind(failed.text)
+        else:
+            error = BuildError(f"{place} failed: {failed.kind}: {failed.text} (--debug shows where)")
+        error.__cause__ = WorkerTraceback(f"in {place}\n{failed.trace}")
+        return error
+
+
+class WorkerTraceback(Exception):
+    """Where a worker raised, as text: the cause of what the driver raises."""
+
+
+def _how(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"ended with status {exitcode}"
+    return f"killed by {signal.Signals(-exitcode).name}"

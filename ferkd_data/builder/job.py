@@ -1,0 +1,61 @@
+"""A build as names and numbers, so that any process can begin to work on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ferkd_data.buckets import QuantileThresholds, Thresholds
+from ferkd_data.builder.label_shard import Tools
+from ferkd_data.builder.settings import BuildSettings
+from ferkd_data.images import ImageSource, open_source
+from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    source: str
+    classes: str | None
+    out: Path
+    teachers: tuple[TeacherSpec, ...]
+    precision: str
+    settings: BuildSettings
+    batch_size: int
+    workers: int
+    """Threads that decode and cut, in each process."""
+    threads: int
+    """Threads that compute, in each process."""
+    fail_on_reject: bool = False
+    first_crop: int = 0
+
+    def open_source(self) -> ImageSource:
+        return open_source(self.source, classes=None if self.classes is None else Path(self.classes))
+
+
+@contextmanager
+def open_tools(job: Job, device: str, teachers: Sequence[Teacher] | None = None) -> Iterator[Tools]:
+    """What this process labels shards with; `teachers` are those it has loaded already."""
+    with ThreadPoolExecutor(job.workers, thread_name_prefix="ferkd-data") as executor:
+        yield Tools(
+            source=job.open_source(),
+            teachers=teachers or load_teachers(job.teachers, device=device, precision=job.precision),
+            settings=job.settings,
+            thresholds=stored_thresholds(job.settings),
+            device=device,
+            batch_size=job.batch_size,
+            workers=job.workers,
+            executor=executor,
+            fail_on_reject=job.fail_on_reject,
+            first_crop=job.first_crop,
+        )
+
+
+def stored_thresholds(settings: BuildSettings) -> Thresholds:
+    """Those of the settings, or a stand-in until the quantiles are known."""
+    asked = settings.thresholds
+    if isinstance(asked, QuantileThresholds):
+        return Thresholds(low=0, mid=0, top=1, confidence=asked.confidence)
+    return asked

@@ -1,0 +1,170 @@
+"""Many worker processes: deaths, errors, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from label_sets import SMALL, same_files
+
+import ferkd_data as fd
+from ferkd_data.builder import Resources
+from ferkd_data.errors import BuildError, TeacherError, UsageError
+
+DEADLY = '''
+"""Teachers that end the process they run in."""
+import os, signal
+from pathlib import Path
+from ferkd_tiny_teachers import Tiny
+
+
+class Deadly(Tiny):
+    """Dies on its real batches as long as it finds lives to take; a probe is one image."""
+
+    def forward(self, x):
+        if len(x) > 1:
+            for life in Path(os.environ["DEADLY_LIVES"]).glob("*"):
+                try:
+                    life.unlink()
+                except FileNotFoundError:
+                    continue
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+def deadly():
+    return Deadly(1)
+
+
+class Raising(Tiny):
+    def forward(self, x):
+        if len(x) > 1:
+            raise KeyError("no such layer")
+        return super().forward(x)
+
+
+def raising():
+    return Raising(1)
+
+
+def unborn():
+    if "FERKD_DRIVER" not in os.environ or int(os.environ["FERKD_DRIVER"]) != os.getpid():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Tiny(1)
+'''
+
+
+@pytest.fixture
+def deadly(tiny_teachers, tmp_path, monkeypatch):
+    """The spec's beginning; `python:deadly_teachers:` and a factory."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "deadly_teachers.py").write_text(DEADLY)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("DEADLY_LIVES", str(tmp_path / "lives"))
+    monkeypatch.setenv("FERKD_DRIVER", str(os.getpid()))
+    (tmp_path / "lives").mkdir()
+    return "python:deadly_teachers:"
+
+
+def take_lives(tmp_path: Path, count: int) -> None:
+    for number in range(count):
+        (tmp_path / "lives" / str(number)).touch()
+
+
+def test_killed_workers_are_replaced_and_the_result_is_undisturbed(photos, deadly, tmp_path):
+    fd.build(photos, tmp_path / "undisturbed", teachers=[deadly + "deadly"], **SMALL)
+    take_lives(tmp_path, 2)
+    fd.build(photos, tmp_path / "out", teachers=[deadly + "deadly"], processes=2, **SMALL)
+    assert not list((tmp_path / "lives").iterdir())
+    assert same_files(tmp_path / "undisturbed", tmp_path / "out")
+
+
+def test_a_shard_that_kills_every_worker_ends_the_build_and_resumes(photos, deadly, tmp_path):
+    take_lives(tmp_path, 100)
+    with pytest.raises(BuildError, match=r"shard \d: 3 workers died while .* killed by SIGKILL; .*--processes"):
+        fd.build(photos, tmp_path / "out", teachers=[deadly + "deadly"], processes=2, **SMALL)
+    for life in (tmp_path / "lives").iterdir():
+        life.unlink()
+    fd.build(photos, tmp_path / "out", teachers=[deadly + "deadly"], **SMALL)
+    fd.build(photos, tmp_path / "undisturbed", teachers=[deadly + "deadly"], **SMALL)
+    assert same_files(tmp_path / "undisturbed", tmp_path / "out")
+
+
+def test_workers_that_never_start_end_the_build(photos, deadly, tmp_path):
+    with pytest.raises(BuildError, match=r"3 workers in a row died before they were ready, the last killed by SIGKILL"):
+        fd.build(photos, tmp_path / "out", teachers=[deadly + "unborn"], processes=2, **SMALL)
+
+
+def test_a_workers_error_is_the_builds_error(photos, deadly, tmp_path):
+    with pytest.raises(TeacherError, match="ferkd_tiny_teachers:nan gave NaN") as raised:
+        fd.build(photos, tmp_path / "a", teachers=["python:ferkd_tiny_teachers:nan"], processes=2, **SMALL)
+    assert "worker" in str(raised.value.__cause__) and "raise_if_wrong" in str(raised.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda:0,cuda:0", "names one twice"),
+        ("cpu,cuda:0", "cpu beside others"),
+        ("cuda:x", "must be auto, cpu"),
+        ("gpu", "must be auto, cpu"),
+        ("0,1", "must be auto, cpu"),
+    ],
+)
+def test_devices_that_make_no_sense(device, message):
+    with pytest.raises(UsageError, match=message):
+        Resources(device=device).resolved_devices()
+
+
+def test_devices_of_a_machine_with_four_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    several = {"cuda:0,cuda:1": [0, 1], "cuda:0,2,3": [0, 2, 3], "all": [0, 1, 2, 3], "cuda:3": [3]}
+    for text, numbers in several.items():
+        assert Resources(device=text).resolved_devices() == [f"cuda:{number}" for number in numbers]
+    assert Resources(device="auto").resolved_devices() == ["cuda"]
+    assert Resources(device="cuda:0,1", processes=2).resolved_devices() == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
+    with pytest.raises(UsageError, match="cuda:4: this machine has 4 GPUs"):
+        Resources(device="cuda:0,4").resolved_devices()
+
+
+def test_cores_are_shared_among_the_processes(monkeypatch):
+    monkeypatch.setattr("ferkd_data.builder.settings.cores", lambda: 16)
+    assert (Resources(device="cpu").resolved_threads(), Resources(device="cpu").resolved_workers()) == (16, 8)
+    four = Resources(device="cpu", processes=4)
+    assert (four.resolved_threads(), four.resolved_workers()) == (4, 2)
+    assert Resources(device="cpu", processes=40).resolved_threads() == 1
+
+
+def build_with_two(photos, out, teacher):
+    os.environ["TINY_SLEEP"] = "0.1"
+    fd.build(photos, out, teachers=[teacher], processes=2, on_progress=lambda p: (out / "begun").touch(), **SMALL)
+
+
+def test_workers_end_with_a_driver_that_is_killed(photos, tiny_teachers, tmp_path, quick_process):
+    out = tmp_path / "out"
+    driver = quick_process.Process(target=build_with_two, args=(photos, out, tiny_teachers))
+    driver.start()
+    wait_until((out / "begun").exists)
+    workers = children(driver.pid)
+    assert len(workers) >= 2
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.join()
+    wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in workers))
+    (out / "begun").unlink()
+    fd.build(photos, out, teachers=[tiny_teachers], processes=2, **SMALL)
+    fd.build(photos, tmp_path / "undisturbed", teachers=[tiny_teachers], **SMALL)
+    assert same_files(tmp_path / "undisturbed", out)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until(true, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
