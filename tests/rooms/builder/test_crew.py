@@ -16,7 +16,7 @@ from ferkd_data.errors import BuildError, TeacherError, UsageError
 
 DEADLY = '''
 """Teachers that end the process they run in."""
-import os, signal
+import os, signal, time
 from pathlib import Path
 from ferkd_tiny_teachers import Tiny
 
@@ -48,6 +48,18 @@ class Raising(Tiny):
 
 def raising():
     return Raising(1)
+
+
+class Slow(Tiny):
+    def forward(self, x):
+        if len(x) > 1:
+            (Path(os.environ["DEADLY_LIVES"]) / f"asleep-{os.getpid()}").touch()
+            time.sleep(20)
+        return super().forward(x)
+
+
+def slow():
+    return Slow(1)
 
 
 def unborn():
@@ -140,29 +152,28 @@ def test_cores_are_shared_among_the_processes(monkeypatch):
     assert Resources(device="cpu", processes=40).resolved_threads() == 1
 
 
-def build_with_two(photos, out, teacher):
-    os.environ["TINY_SLEEP"] = "0.1"
-    fd.build(photos, out, teachers=[teacher], processes=2, on_progress=lambda p: (out / "begun").touch(), **SMALL)
+def build_with_two(photos, out, teacher, lives):
+    os.environ["DEADLY_LIVES"] = str(lives)
+    fd.build(photos, out, teachers=[teacher], processes=2, **SMALL)
 
 
-def test_workers_end_with_a_driver_that_is_killed(photos, tiny_teachers, tmp_path, quick_process):
-    out = tmp_path / "out"
-    driver = quick_process.Process(target=build_with_two, args=(photos, out, tiny_teachers))
+def test_workers_end_with_a_driver_that_is_killed(photos, deadly, tiny_teachers, tmp_path, quick_process):
+    """Also while a teacher is busy, long before they would notice that nobody listens."""
+    out, lives = tmp_path / "out", tmp_path / "lives"
+    driver = quick_process.Process(target=build_with_two, args=(photos, out, deadly + "slow", lives))
     driver.start()
-    wait_until((out / "begun").exists)
-    workers = children(driver.pid)
-    assert len(workers) >= 2
+    wait_until(lambda: len(list(lives.iterdir())) == 2)
+    workers = [int(path.name.removeprefix("asleep-")) for path in lives.iterdir()]
     os.kill(driver.pid, signal.SIGKILL)
     driver.join()
-    wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in workers))
-    (out / "begun").unlink()
-    fd.build(photos, out, teachers=[tiny_teachers], processes=2, **SMALL)
+    wait_until(lambda: not any(is_alive(pid) for pid in workers), seconds=10)
+    fd.build(photos, out, teachers=[tiny_teachers], **SMALL)
     fd.build(photos, tmp_path / "undisturbed", teachers=[tiny_teachers], **SMALL)
     assert same_files(tmp_path / "undisturbed", out)
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}/exe").exists()
 
 
 def wait_until(true, seconds=60.0):
