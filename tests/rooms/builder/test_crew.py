@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from label_sets import SMALL, same_files
+from label_sets import SMALL, build_with_two, same_files
 
 import ferkd_data as fd
 from ferkd_data.builder import Resources
@@ -150,11 +150,6 @@ def test_cores_are_shared_among_the_processes(monkeypatch):
     four = Resources(device="cpu", processes=4)
     assert (four.resolved_threads(), four.resolved_workers()) == (4, 2)
     assert Resources(device="cpu", processes=40).resolved_threads() == 1
-
-
-def build_with_two(photos, out, teacher, lives):
-    os.environ["DEADLY_LIVES"] = str(lives)
-    fd.build(photos, out, teachers=[teacher], processes=2, **SMALL)
 
 
 def test_workers_end_with_a_driver_that_is_killed(photos, deadly, tiny_teachers, tmp_path, quick_process):
