@@ -45,6 +45,13 @@ DONE_WITH_REJECTS = 3
 @click.option("--batch-size", type=int, default=None, help="Crops per forward pass.  [default: by device]")
 @click.option("--workers", type=int, default=None, help="Threads that decode and cut.  [default: by cores]")
 @click.option("--processes", type=int, default=None, help="Worker processes on each device.  [default: 1]")
+@click.option(
+    "--teacher-timeout",
+    type=float,
+    default=None,
+    metavar="SECONDS",
+    help="Stop when a teacher takes longer for a batch.  [default: wait]",
+)
 @click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True)
 @click.option(
     "--on-error",

@@ -37,14 +37,17 @@ def combine(
     raise UsageError(f"ensemble must be mean, logits or geometric, got {mode!r}")
 
 
-def check_logits(logits: Tensor) -> Tensor:
-    """A boolean scalar tensor, true where a teacher's output cannot be right; see `raise_if_wrong`.
+def check_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """A boolean scalar tensor, true where a teacher's output (B, C) cannot be right; see `raise_if_wrong`.
 
-    Wrong are NaN and infinities, and a batch of two or more rows in which all classes are equally likely everywhere.
+    Wrong are NaN and infinities, also those that the temperature makes, and a batch of two or more rows in which all
+    classes are equally likely everywhere: logits that differ by too little to show in a probability are as empty.
     """
-    wrong = ~torch.isfinite(logits).all()
+    scaled = logits.float() / temperature
+    wrong = ~torch.isfinite(scaled).all()
     if logits.shape[0] > 1 and logits.shape[1] > 1:
-        wrong = wrong | (logits == logits[:, :1]).all()
+        prob = scaled.softmax(dim=1)
+        wrong = wrong | (prob == prob[:, :1]).all()
     return wrong
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from types import TracebackType
 
 from ferkd_data import errors
 from ferkd_data.builder.job import Job
-from ferkd_data.builder.messages import Failed, Finished, Labelled, Message, Ready
+from ferkd_data.builder.messages import Answered, Asking, Failed, Finished, Labelled, Message, Ready
 from ferkd_data.builder.progress import ProgressCounter
 from ferkd_data.builder.state import BuildFolder
 from ferkd_data.builder.worker import work
-from ferkd_data.errors import BuildError, FerkdError
+from ferkd_data.errors import BuildError, FerkdError, TeacherError
 
 DEATHS_PER_SHARD = 3
 """A shard that was with so many workers when they died is not given to another."""
@@ -37,6 +38,9 @@ class Member:
     connection: Connection
     shard: int | None = None
     ready: bool = False
+    asking: str = ""
+    """The teacher that it waits for."""
+    asked_at: float = 0.0
 
     def __str__(self) -> str:
         return f"worker {self.number} ({self.device}, process {self.process.pid})"
@@ -70,7 +74,8 @@ class Crew:
             if kind is None:
                 member.process.join(LEAVE_SECONDS)
             member.process.kill()
-            member.process.join()
+            # A process that hangs in a driver call of the system may not even die.
+            member.process.join(LEAVE_SECONDS)
             member.connection.close()
 
     def label(self, shards: Sequence[int]) -> None:
@@ -84,6 +89,7 @@ class Crew:
             busy = {member.connection: member for member in self.members}
             for connection in wait(list(busy), timeout=POLL_SECONDS):
                 self._hear(busy[connection])  # type: ignore[index]
+            self._check_clocks()
 
     def _start(self, number: int, device: str) -> None:
         ours, theirs = self.context.Pipe()
@@ -111,11 +117,26 @@ class Crew:
             self.counter.worker_started(member.number)
             self.idle.append(member)
         elif isinstance(message, Labelled) and member.shard is not None:
+            member.asking = ""
             self.counter.batch(member.shard, message.crops, message.rejects, member.number)
+        elif isinstance(message, (Asking, Answered)):
+            member.asking = message.teacher if isinstance(message, Asking) else ""
+            member.asked_at = time.monotonic()
         elif isinstance(message, Finished):
             self._finish(member, message.shard)
         elif isinstance(message, Failed):
             raise self._error(member, message)
+
+    def _check_clocks(self) -> None:
+        """Raise TeacherError for a teacher that lets a worker wait too long; the worker ends with the crew."""
+        limit = self.job.teacher_timeout
+        for member in self.members if limit is not None else ():
+            late = bool(member.asking) and time.monotonic() - member.asked_at > (limit or 0)
+            if late and not member.connection.poll():
+                raise TeacherError(
+                    f"teacher {member.asking}: no answer for a batch of shard {member.shard} within {limit:g} seconds, "
+                    f"{member} was ended; run the same command again, with a larger --teacher-timeout if it is slow"
+                )
 
     def _finish(self, member: Member, shard: int) -> None:
         record = self.folder.record(shard)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ferkd_data.buckets import QuantileThresholds, Thresholds
+from ferkd_data.builder.forwards import Forwards, Nobody, Observer
 from ferkd_data.builder.label_shard import Tools
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.images import ImageSource, open_source
@@ -28,6 +29,8 @@ class Job:
     """Threads that decode and cut, in each process."""
     threads: int
     """Threads that compute, in each process."""
+    teacher_timeout: float | None = None
+    """Seconds a worker may wait for a teacher before the driver ends it."""
     fail_on_reject: bool = False
     first_crop: int = 0
 
@@ -36,7 +39,9 @@ class Job:
 
 
 @contextmanager
-def open_tools(job: Job, device: str, teachers: Sequence[Teacher] | None = None) -> Iterator[Tools]:
+def open_tools(
+    job: Job, device: str, teachers: Sequence[Teacher] | None = None, observer: Observer | None = None
+) -> Iterator[Tools]:
     """What this process labels shards with; `teachers` are those it has loaded already."""
     with ThreadPoolExecutor(job.workers, thread_name_prefix="ferkd-data") as executor:
         yield Tools(
@@ -48,6 +53,7 @@ def open_tools(job: Job, device: str, teachers: Sequence[Teacher] | None = None)
             batch_size=job.batch_size,
             workers=job.workers,
             executor=executor,
+            forwards=Forwards(observer=observer or Nobody()),
             fail_on_reject=job.fail_on_reject,
             first_crop=job.first_crop,
         )

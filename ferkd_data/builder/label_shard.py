@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ferkd_data.buckets import Thresholds, assign_buckets, confidence
 from ferkd_data.builder.crop_batches import CropBatch, DecodedImage, Rejected, View, crop_batches
+from ferkd_data.builder.forwards import Forwards
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.ensemble import check_logits, combine, raise_if_wrong
 from ferkd_data.errors import BuildError
@@ -38,6 +39,7 @@ class Tools:
     batch_size: int
     workers: int
     executor: Executor
+    forwards: Forwards = field(default_factory=Forwards)
     fail_on_reject: bool = False
     first_crop: int = 0
     """0, or the number of crops that an extended label set has already."""
@@ -118,7 +120,7 @@ def _labelled(
 
 @torch.inference_mode()
 def _ask(batch: CropBatch, tools: Tools) -> _Answer:
-    logits_TBC = [teacher.logits(batch.views[view_of(teacher)]) for teacher in tools.teachers]
+    logits_TBC = [tools.forwards.logits(teacher, batch.views[view_of(teacher)]) for teacher in tools.teachers]
     target = torch.from_numpy(batch.targets).to(logits_TBC[0].device, non_blocking=True)
     prob_BC = combine(
         logits_TBC,
@@ -126,10 +128,14 @@ def _ask(batch: CropBatch, tools: Tools) -> _Answer:
         temperatures=[teacher.spec.temperature for teacher in tools.teachers],
         mode=tools.settings.ensemble,
     )
+    tools.forwards.observer.answered()
     top1_TB = torch.stack([logits.argmax(dim=1) for logits in logits_TBC])
     return _Answer(
         labels=soft_labels(prob_BC, target, top_k=tools.settings.top_k),
-        wrong=[check_logits(logits) for logits in logits_TBC],
+        wrong=[
+            check_logits(logits, teacher.spec.temperature)
+            for logits, teacher in zip(logits_TBC, tools.teachers, strict=True)
+        ],
         matches=((top1_TB == target) & (target != UNKNOWN_TARGET)).sum(dim=1),
         agreement=(top1_TB[:, None] == top1_TB[None]).sum(dim=2),
     )
@@ -143,10 +149,13 @@ def _receive(
     counts: TeacherCounts,
     on_batch: OnBatch,
 ) -> tuple[CropBatch, SoftLabels]:
+    # A GPU is asked without waiting, so a teacher that hangs there is waited for here.
+    tools.forwards.observer.asking(", ".join(str(teacher.spec) for teacher in tools.teachers))
     for wrong, teacher in zip(answer.wrong, tools.teachers, strict=True):
         raise_if_wrong(wrong, str(teacher.spec))
     counts.matches += answer.matches.cpu()
     counts.agreement += answer.agreement.cpu()
+    tools.forwards.observer.answered()
     on_batch(len(batch.targets), len(rejected.items))
     return batch, answer.labels.to_numpy()
 

@@ -9,6 +9,23 @@ class Ready(NamedTuple):
     """Its teachers are loaded."""
 
 
+class Asking(NamedTuple):
+    """It waits for a teacher's answer. Sent only where the driver minds how long that takes."""
+
+    teacher: str
+
+
+class Answered(NamedTuple):
+    """It does not wait any more."""
+
+
+class Halved(NamedTuple):
+    """The device's memory is too small for the batch; `teacher` gets `crops` at a time from now on."""
+
+    teacher: str
+    crops: int
+
+
 class Labelled(NamedTuple):
     """A batch of a shard."""
 
@@ -32,4 +49,4 @@ class Failed(NamedTuple):
     trace: str
 
 
-Message: TypeAlias = Ready | Labelled | Finished | Failed
+Message: TypeAlias = Ready | Asking | Answered | Halved | Labelled | Finished | Failed

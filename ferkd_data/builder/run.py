@@ -69,6 +69,7 @@ def build(
         batch_size=resources.resolved_batch_size(),
         workers=resources.resolved_workers(),
         threads=resources.resolved_threads(),
+        teacher_timeout=resources.teacher_timeout,
         fail_on_reject=on_error == "fail",
     )
     images = job.open_source()
@@ -123,7 +124,7 @@ def _label(
             todo.append(shard)
         else:
             counter.shard_done(shard, record.rows + len(record.rejects), len(record.rejects))
-    if len(devices) == 1:
+    if len(devices) == 1 and job.teacher_timeout is None:
         with open_tools(job, devices[0], ensemble) as tools:
             label_here(folder, plan, tools, todo, counter)
         return

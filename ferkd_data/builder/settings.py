@@ -69,7 +69,12 @@ class Resources:
     workers: int | None = None
     """Threads that decode and cut, all processes together; None: half the cores, 1 to 8 for each process."""
 
+    teacher_timeout: float | None = None
+    """Seconds that a teacher may take for a batch before the build stops; None: any time. Takes a worker process."""
+
     def __post_init__(self) -> None:
+        if self.teacher_timeout is not None and self.teacher_timeout <= 0:
+            raise UsageError(f"teacher_timeout must be above 0 seconds, got {self.teacher_timeout}")
         for name in ("processes", "batch_size", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:

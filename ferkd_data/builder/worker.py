@@ -13,7 +13,7 @@ import torch
 
 from ferkd_data.builder.job import Job, open_tools
 from ferkd_data.builder.local import label_one
-from ferkd_data.builder.messages import Failed, Finished, Labelled, Ready
+from ferkd_data.builder.messages import Answered, Asking, Failed, Finished, Halved, Labelled, Ready
 from ferkd_data.builder.plan import open_plan
 from ferkd_data.builder.state import BuildFolder
 
@@ -36,12 +36,32 @@ def work(driver: Connection, job: Job, device: str) -> None:
 def _label(driver: Connection, job: Job, device: str) -> None:
     folder = BuildFolder(job.out)
     plan = open_plan(folder.path)
-    with open_tools(job, device) as tools:
+    observer = _Telling(driver, watched=job.teacher_timeout is not None)
+    with open_tools(job, device, observer=observer) as tools:
         driver.send(Ready())
         while (shard := driver.recv()) is not None:
             record = label_one(folder, plan, tools, shard, lambda *counts: driver.send(Labelled(*counts)))
             folder.save(record)
             driver.send(Finished(shard))
+
+
+class _Telling:
+    """Passes on to the driver what the teachers are at."""
+
+    def __init__(self, driver: Connection, *, watched: bool) -> None:
+        self.driver = driver
+        self.watched = watched
+
+    def asking(self, teacher: str) -> None:
+        if self.watched:
+            self.driver.send(Asking(teacher))
+
+    def answered(self) -> None:
+        if self.watched:
+            self.driver.send(Answered())
+
+    def halved(self, teacher: str, crops: int) -> None:
+        self.driver.send(Halved(teacher, crops))
 
 
 def _end_with_the_driver() -> None:

@@ -39,17 +39,6 @@ def deadly():
     return Deadly(1)
 
 
-class Raising(Tiny):
-    def forward(self, x):
-        if len(x) > 1:
-            raise KeyError("no such layer")
-        return super().forward(x)
-
-
-def raising():
-    return Raising(1)
-
-
 class Slow(Tiny):
     def forward(self, x):
         if len(x) > 1:
@@ -176,3 +165,20 @@ def wait_until(true, seconds=60.0):
     while not true():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def test_a_teacher_that_hangs_is_named_with_its_shard(photos, deadly, tmp_path):
+    started = time.monotonic()
+    with pytest.raises(TeacherError, match=r"_teachers:slow: no answer for a batch of shard 0 within 0.5 seconds"):
+        fd.build(photos, tmp_path / "out", teachers=[deadly + "slow"], teacher_timeout=0.5, **SMALL)
+    assert time.monotonic() - started < 20
+    (sleeper,) = (int(path.name.removeprefix("asleep-")) for path in (tmp_path / "lives").iterdir())
+    assert sleeper != os.getpid() and not is_alive(sleeper)
+
+
+def test_a_time_limit_changes_nothing_else(photos, tiny_teachers, tmp_path, label_set):
+    teachers = [tiny_teachers, "python:ferkd_tiny_teachers:second"]
+    fd.build(photos, tmp_path / "out", teachers=teachers, teacher_timeout=60, **SMALL)
+    assert same_files(label_set, tmp_path / "out")
+    with pytest.raises(UsageError, match="teacher_timeout"):
+        fd.build(photos, tmp_path / "out", teachers=teachers, teacher_timeout=0, **SMALL)

@@ -1,0 +1,122 @@
+"""Teachers that run out of memory, or raise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from label_sets import SMALL, same_label_sets
+
+import ferkd_data as fd
+from ferkd_data.builder.forwards import Forwards
+from ferkd_data.ensemble import check_logits
+from ferkd_data.errors import TeacherError
+from ferkd_data.teachers import TeacherSpec, load_teachers
+
+GREEDY = """
+import torch
+from ferkd_tiny_teachers import Tiny
+
+
+class Greedy(Tiny):
+    most = 5
+
+    def forward(self, x):
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(x)
+
+
+def greedy():
+    return Greedy(1)
+
+
+class Raising(Tiny):
+    def forward(self, x):
+        if len(x) > 1:
+            raise KeyError("no such layer")
+        return super().forward(x)
+
+
+def raising():
+    return Raising(1)
+"""
+
+
+@pytest.fixture
+def greedy(tiny_teachers, tmp_path, monkeypatch):
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "greedy_teachers.py").write_text(GREEDY)
+    monkeypatch.syspath_prepend(folder)
+    return "python:greedy_teachers:greedy"
+
+
+class Heard:
+    def __init__(self):
+        self.halvings = []
+
+    def asking(self, teacher):
+        pass
+
+    def answered(self):
+        pass
+
+    def halved(self, teacher, crops):
+        self.halvings.append((teacher, crops))
+
+
+def test_out_of_memory_halves_the_batch_and_the_labels_are_the_same(photos, greedy, tiny_teachers, tmp_path):
+    for name, teacher in (("greedy", greedy), ("modest", tiny_teachers)):
+        fd.build(photos, tmp_path / name, teachers=[teacher], **SMALL)
+    assert same_label_sets(tmp_path / "greedy", tmp_path / "modest")
+
+
+def test_the_smaller_batch_is_remembered_for_each_teacher(greedy, tiny_teachers):
+    heard = Heard()
+    forwards = Forwards(observer=heard)
+    hungry, modest = load_teachers([greedy, tiny_teachers])
+    images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
+    for _ in range(2):
+        for teacher in (hungry, modest):
+            assert forwards.logits(teacher, images).shape == (32, 10)
+    torch.testing.assert_close(forwards.logits(hungry, images), forwards.logits(modest, images))
+    assert heard.halvings == [(greedy, 16), (greedy, 8), (greedy, 4)]
+
+
+def test_memory_too_small_for_one_crop_is_an_error(greedy):
+    (teacher,) = load_teachers([greedy])
+    teacher.module.most = 0
+    with pytest.raises(TeacherError, match="greedy: the device has too little memory for a single crop"):
+        Forwards().logits(teacher, torch.zeros((4, 3, 32, 32), dtype=torch.uint8))
+
+
+def test_a_teacher_that_raises_is_named(photos, greedy, tmp_path):
+    with pytest.raises(TeacherError, match="greedy_teachers:raising: failed on 32 crops: KeyError: 'no such layer'"):
+        fd.build(photos, tmp_path / "out", teachers=["python:greedy_teachers:raising"], **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("row", "temperature"),
+    [
+        ([1.0, float("nan"), 0.0], 1.0),
+        ([1.0, float("-inf"), 0.0], 1.0),
+        ([1e38, 0.0, 1.0], 0.001),
+        ([2.0, 2.0, 2.0], 1.0),
+        ([0.0, 1e-12, -1e-12], 1.0),
+        ([0.0, 1.0, 2.0], 1e12),
+    ],
+)
+def test_what_cannot_be_right(row, temperature):
+    assert check_logits(torch.tensor([row, row]), temperature)
+
+
+def test_what_can_be_right():
+    assert not check_logits(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]))
+    assert not check_logits(torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 2.0]]))
+    assert not check_logits(torch.tensor([[0.0, 0.0, 0.0]]))
+
+
+def test_a_temperature_that_empties_a_teacher_stops_the_build(photos, tiny_teachers, tmp_path):
+    spec = str(TeacherSpec.parse(tiny_teachers + "?temperature=1e30"))
+    with pytest.raises(TeacherError, match="the same for every class"):
+        fd.build(photos, tmp_path / "out", teachers=[spec], **SMALL)
