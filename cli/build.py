@@ -52,6 +52,14 @@ DONE_WITH_REJECTS = 3
     metavar="SECONDS",
     help="Stop when a teacher takes longer for a batch.  [default: wait]",
 )
+@click.option(
+    "--grace",
+    type=float,
+    default=20.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="After SIGTERM, the shards in work have so long to be finished; then they are dropped.",
+)
 @click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True)
 @click.option(
     "--on-error",
@@ -78,6 +86,7 @@ def command(
     engine: str,
     on_error: Any,
     overwrite: bool,
+    grace: float,
     dry_run: bool,
     as_json: bool,
     **changes: Any,
@@ -90,6 +99,7 @@ def command(
     import ferkd_data as fd
     from ferkd_data.buckets import parse_thresholds
     from ferkd_data.builder import dry_run as measure
+    from ferkd_data.builder import stop_on_sigterm
 
     changes["thresholds"] = parse_thresholds(thresholds.split(), confidence)
     changes["distribution"] = fd.CropDistribution(scale=scale, ratio=ratio, hflip=hflip)
@@ -97,7 +107,7 @@ def command(
         estimate = measure(source, teachers=teachers, classes=classes, precision=precision, **changes)
         print_json(asdict(estimate)) if as_json else _print_estimate(estimate)
         return 0
-    with show_progress() as on_progress:
+    with stop_on_sigterm(grace) as stop, show_progress() as on_progress:
         result = fd.build(
             source,
             out,
@@ -107,6 +117,7 @@ def command(
             on_error=on_error,
             overwrite=overwrite,
             on_progress=on_progress,
+            stop=stop,
             **changes,
         )
     print_result(result, as_json)

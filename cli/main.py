@@ -53,7 +53,7 @@ def cli(debug: bool) -> None:
     """Run the giant teachers once: soft labels for crops, and a loader that replays them.
 
     \b
-    Exit status: 0 done; 1 could not; 2 wrong usage; 3 done, with rejects.
+    Exit status: 0 done; 1 could not; 2 wrong usage; 3 done, with rejects; 143 stopped by SIGTERM.
     """
 
 

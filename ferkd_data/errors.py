@@ -9,7 +9,8 @@
     ├── BuildError                the build cannot go on
     │   ├── BuildLockedError      another live process builds into the same folder
     │   ├── SettingsMismatchError a saved state was made with other settings; names both values
-    │   └── StorageFullError      no space left; nothing finished is lost
+    │   ├── StorageFullError      no space left; nothing finished is lost
+    │   └── BuildStoppedError     exit status 143: stopped by SIGTERM; the same command goes on where it stopped
     ├── LoaderError               a batch cannot be made: names the image and its shard
     ├── ForeignFileError          somebody else's label file is not what it should be, or holds more than arrays
     ├── PublishError              a label set is not fit to be sent, or the place is taken
@@ -68,6 +69,10 @@ class SettingsMismatchError(BuildError):
 
 class StorageFullError(BuildError):
     pass
+
+
+class BuildStoppedError(BuildError):
+    exit_code = 143
 
 
 class LoaderError(FerkdError):

@@ -6,5 +6,16 @@ from ferkd_data.builder.dry_run import Estimate, dry_run
 from ferkd_data.builder.progress import Progress
 from ferkd_data.builder.run import BuildResult, build
 from ferkd_data.builder.settings import BuildSettings, Resources
+from ferkd_data.builder.stop import Stop, stop_on_sigterm
 
-__all__ = ["BuildResult", "BuildSettings", "Estimate", "Progress", "Resources", "build", "dry_run"]
+__all__ = [
+    "BuildResult",
+    "BuildSettings",
+    "Estimate",
+    "Progress",
+    "Resources",
+    "Stop",
+    "build",
+    "dry_run",
+    "stop_on_sigterm",
+]

@@ -18,6 +18,7 @@ from ferkd_data.builder.job import Job
 from ferkd_data.builder.messages import Answered, Asking, Failed, Finished, Labelled, Message, Ready
 from ferkd_data.builder.progress import ProgressCounter
 from ferkd_data.builder.state import BuildFolder
+from ferkd_data.builder.stop import Stop
 from ferkd_data.builder.worker import work
 from ferkd_data.errors import BuildError, FerkdError, TeacherError
 
@@ -49,11 +50,12 @@ class Member:
 class Crew:
     """Workers, one for each of `devices`; a context that ends them all when it is left."""
 
-    def __init__(self, job: Job, devices: Sequence[str], counter: ProgressCounter) -> None:
+    def __init__(self, job: Job, devices: Sequence[str], counter: ProgressCounter, stop: Stop) -> None:
         self.job = job
         self.devices = devices
         self.folder = BuildFolder(job.out)
         self.counter = counter
+        self.stop = stop
         self.members: list[Member] = []
         self.idle: list[Member] = []
         self.todo: deque[int] = deque()
@@ -84,7 +86,8 @@ class Crew:
         for number, device in enumerate(self.devices[: len(self.todo)]):
             self._start(number, device)
         while self.todo or any(member.shard is not None for member in self.members):
-            while self.todo and self.idle:
+            self._check_stop()
+            while self.todo and self.idle and not self.stop.requested:
                 self._give(self.idle.pop())
             busy = {member.connection: member for member in self.members}
             for connection in wait(list(busy), timeout=POLL_SECONDS):
@@ -126,6 +129,11 @@ class Crew:
             self._finish(member, message.shard)
         elif isinstance(message, Failed):
             raise self._error(member, message)
+
+    def _check_stop(self) -> None:
+        in_work = any(member.shard is not None for member in self.members)
+        if self.stop.expired or (self.stop.requested and not in_work):
+            raise self.stop.error()
 
     def _check_clocks(self) -> None:
         """Raise TeacherError for a teacher that lets a worker wait too long; the worker ends with the crew."""

@@ -10,6 +10,7 @@ from ferkd_data.builder.label_shard import OnBatch, TeacherCounts, Tools, label_
 from ferkd_data.builder.plan import Plan
 from ferkd_data.builder.progress import ProgressCounter
 from ferkd_data.builder.state import BuildFolder, RejectRecord, ShardRecord
+from ferkd_data.builder.stop import Stop
 from ferkd_data.shards.columns import ImageLabels, ShardLabels
 from ferkd_data.shards.writers import write_shard
 from ferkd_data.statistics import Statistics
@@ -18,11 +19,17 @@ STATISTICS_ROWS = 64
 """Rows whose statistics are taken at a time."""
 
 
-def label_here(folder: BuildFolder, plan: Plan, tools: Tools, shards: Sequence[int], counter: ProgressCounter) -> None:
+def label_here(
+    folder: BuildFolder, plan: Plan, tools: Tools, shards: Sequence[int], counter: ProgressCounter, stop: Stop
+) -> None:
     for shard in shards:
+        if stop.requested:
+            raise stop.error()
 
         def on_batch(crops: int, rejects: int, shard: int = shard) -> None:
             counter.batch(shard, crops, rejects)
+            if stop.expired:
+                raise stop.error()
 
         record = label_one(folder, plan, tools, shard, on_batch)
         folder.save(record)

@@ -16,6 +16,7 @@ from ferkd_data.builder.progress import OnProgress, ProgressCounter
 from ferkd_data.builder.seal import seal
 from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.builder.state import BuildFolder, open_build_folder
+from ferkd_data.builder.stop import Stop
 from ferkd_data.errors import BuildError, UsageError
 from ferkd_data.manifest import Manifest, TeacherEntry
 from ferkd_data.storage import remove_leftovers
@@ -46,6 +47,7 @@ def build(
     on_error: OnError = "reject",
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
+    stop: Stop | None = None,
     **changes: Any,
 ) -> BuildResult:
     """Label the images of `source` with an ensemble and write the label set `out`.
@@ -82,7 +84,7 @@ def build(
         folder.check_settings(_fingerprint(source, classes, settings, ensemble))
         plan = load_or_make_plan(images, folder.path, images_per_shard=settings.shard_images)
         check_targets(plan, num_classes, classes_given=classes is not None)
-        _label(job, folder, plan, devices, ensemble, on_progress or (lambda _: None))
+        _label(job, folder, plan, devices, ensemble, on_progress or (lambda _: None), stop or Stop())
         manifest = seal(
             folder,
             plan,
@@ -108,6 +110,7 @@ def _label(
     devices: Sequence[str],
     ensemble: Sequence[Teacher],
     on_progress: OnProgress,
+    stop: Stop,
 ) -> None:
     """Label every shard that has no record yet."""
     counter = ProgressCounter(
@@ -125,13 +128,15 @@ def _label(
         else:
             counter.shard_done(shard, record.rows + len(record.rejects), len(record.rejects))
     if len(devices) == 1 and job.teacher_timeout is None:
-        with open_tools(job, devices[0], ensemble) as tools:
-            label_here(folder, plan, tools, todo, counter)
+        with stop.labelling(), open_tools(job, devices[0], ensemble) as tools:
+            label_here(folder, plan, tools, todo, counter, stop)
         return
-    with Crew(job, devices, counter) as crew:
-        crew.label(todo)
-    # Killed workers leave files aside; this process alone may remove them, since it holds the lock.
-    remove_leftovers(job.out)
+    try:
+        with stop.labelling(), Crew(job, devices, counter, stop) as crew:
+            crew.label(todo)
+    finally:
+        # Killed workers leave files aside; this process alone may remove them, since it holds the lock.
+        remove_leftovers(job.out)
 
 
 def check_targets(plan: Plan, num_classes: int, *, classes_given: bool) -> None:
