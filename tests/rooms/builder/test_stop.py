@@ -34,6 +34,7 @@ def terminate_while_labelling(arguments, out, sleep):
     while not list(out.glob(".build/shards/*.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
+    time.sleep(0.3)  # well into the next shard
     process.terminate()
     _, stderr = process.communicate(timeout=60)
     return process.returncode, stderr
@@ -44,7 +45,7 @@ def terminate_while_labelling(arguments, out, sleep):
 def test_sigterm_ends_a_build_that_resumes(photos, tiny_teachers, tmp_path, processes, grace):
     out = tmp_path / "out"
     arguments = command(photos, out, tiny_teachers, "--processes", processes, "--grace", grace)
-    status, stderr = terminate_while_labelling(arguments, out, sleep=0.3)
+    status, stderr = terminate_while_labelling(arguments, out, sleep=0.5)
     assert status == STOPPED and "stopped on request; run the same command again" in stderr
     assert "Traceback" not in stderr
     finished = len(list(out.glob(".build/shards/*.json")))
@@ -54,9 +55,7 @@ def test_sigterm_ends_a_build_that_resumes(photos, tiny_teachers, tmp_path, proc
     assert not list(out.rglob("*.tmp"))
     assert subprocess.run(arguments).returncode == 0
     settings = {**SMALL, "images_per_shard": 4}
-    fd.build(
-        photos, tmp_path / "undisturbed", teachers=[tiny_teachers], batch_size=16, **{**SMALL, "images_per_shard": 4}
-    )
+    fd.build(photos, tmp_path / "undisturbed", teachers=[tiny_teachers], batch_size=16, **settings)
     assert same_files(tmp_path / "undisturbed", out)
 
 
