@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
+
+from ferkd_data.errors import UsageError
 
 from .options import json_option, print_json
 from .transfers import show_bytes
@@ -15,17 +18,36 @@ from .transfers import show_bytes
 @click.option("--images", help="The images that were labelled: each must be there, with the digest that was labelled.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one for each core]")
 @click.option("--max-faults", type=click.IntRange(min=1), default=20, show_default=True, help="Faults printed.")
+@click.option("--deep", is_flag=True, help="Also label a sample again; needs --images and --teacher.")
+@click.option("--teacher", "teachers", multiple=True, metavar="SPEC", help="With --deep: a teacher, as for build.")
+@click.option("--classes", type=click.Path(path_type=Path), help="With --deep: one line per class, as for build.")
+@click.option("--sample", type=click.IntRange(min=1), default=100, show_default=True, help="With --deep: images.")
 @json_option
-def command(labels: Path, images: str | None, workers: int | None, max_faults: int, as_json: bool) -> int:
+def command(
+    labels: Path,
+    images: str | None,
+    workers: int | None,
+    max_faults: int,
+    deep: bool,
+    teachers: tuple[str, ...],
+    classes: Path | None,
+    sample: int,
+    as_json: bool,
+) -> int:
     """Check every file, row and count of the label set LABELS.
 
     One line for each fault: file, row, image, crop, field and what is wrong. Exit status 1 when there is any.
     """
     import ferkd_data as fd
 
+    if deep and (images is None or not teachers):
+        raise UsageError("--deep needs --images (what was labelled) and --teacher (who labelled it)")
     report = fd.verify(labels, images=images, workers=workers, max_faults=max_faults, on_progress=show_bytes())
+    again = None
+    if deep and report.ok:
+        again = fd.relabel(labels, images=str(images), teachers=teachers, classes=classes, sample=sample)
     if as_json:
-        print_json(report.to_dict())
+        print_json({**report.to_dict(), **({"deep": asdict(again)} if again else {})})
         return 0 if report.ok else 1
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -39,4 +61,14 @@ def command(labels: Path, images: str | None, workers: int | None, max_faults: i
         f"{labels}: {verdict}: {report.files:,} files, {report.bytes / 1e6:,.1f} MB, {report.images:,} images, "
         f"{report.crops:,} crops"
     )
-    return 0 if report.ok else 1
+    if again:
+        click.echo(
+            f"labelled again: {again.crops:,} crops of {again.images} images; largest difference of a probability "
+            f"{again.largest_difference:.4f}, {again.mean_difference:.4f} on the mean crop; most probable class the "
+            f"same for {again.same_top1:.1%}"
+        )
+        for key in again.other_crops[:max_faults]:
+            click.echo(f"image {key!r}: its crops are not those of the manifest's seed")
+        for spec in again.other_weights:
+            click.echo(f"warning: {spec}: other weights than those of the manifest's teachers", err=True)
+    return 0 if report.ok and not (again and again.other_crops) else 1

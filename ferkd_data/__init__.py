@@ -42,6 +42,7 @@ _EXPORTS: dict[str, str] = {
     "merge": "exchange.merge",
     "publish": "exchange.publish",
     "pull": "exchange.pull",
+    "relabel": "exchange.relabel",
     "verify": "exchange.verify",
     "VerifyReport": "exchange.verify",
     "open_labels": "label_set",

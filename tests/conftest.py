@@ -51,6 +51,10 @@ def second():
     return Tiny(2)
 
 
+def third():
+    return Tiny(5)
+
+
 def eleven_classes():
     return Tiny(3, 11)
 

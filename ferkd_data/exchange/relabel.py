@@ -1,0 +1,155 @@
+"""`verify --deep`: label a random sample of images again, and compare with what is stored.
+
+Legend: S images of the sample, N crops per image, k kept classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ferkd_data.buckets import Thresholds
+from ferkd_data.builder.crop_batches import Rejected
+from ferkd_data.builder.job import Job, open_tools
+from ferkd_data.builder.label_shard import TeacherCounts, label_shard
+from ferkd_data.builder.settings import BuildSettings, Resources
+from ferkd_data.crops import CropDistribution
+from ferkd_data.errors import UsageError
+from ferkd_data.images import ImageRef, Reject
+from ferkd_data.label_set import LabelSet, open_labels
+from ferkd_data.shards.columns import ImageLabels
+from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
+
+SAMPLE = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelabelReport:
+    images: int
+    crops: int
+    other_crops: tuple[str, ...]
+    """Keys of images whose stored crops are not those of the seed."""
+    largest_difference: float
+    """Of a probability that both have kept, or of one against the least that the other kept."""
+    mean_difference: float
+    """Mean over the crops of each crop's largest difference."""
+    same_top1: float
+    """Share of the crops whose most probable class is the same."""
+    other_weights: tuple[str, ...]
+    """Teachers whose weights are not those that the manifest names."""
+
+
+def relabel(
+    path: str | Path,
+    *,
+    images: str | Path,
+    teachers: Sequence[str | TeacherSpec],
+    classes: str | Path | None = None,
+    sample: int = SAMPLE,
+    seed: int = 0,
+    precision: str = "auto",
+    resources: Resources | None = None,
+) -> RelabelReport:
+    """Draw the crops of `sample` random images again, ask the teachers again, and compare.
+
+    Differences of about 1e-3 come from float16 and other machines; more means other teachers, another preprocessing or
+    other images. Raises UsageError for a label set that was merged or imported, whose crops no single seed gives.
+    """
+    labels = open_labels(path)
+    extra = labels.manifest.model_extra or {}
+    if "merged_from" in extra or "imported_from" in extra:
+        raise UsageError(
+            f"{path}: was merged or imported; only a label set as one build wrote it can be labelled again"
+        )
+    resources = resources or Resources()
+    job = _job(labels, images, classes, teachers, precision, resources)
+    device = resources.resolved_device()
+    loaded = load_teachers(job.teachers, device=device, precision=precision)
+    rejected, counts = Rejected(), TeacherCounts.zeros(len(loaded))
+    with open_tools(job, device, loaded) as tools:
+        refs = _sample(labels, tools.source.list_images(), sample, seed)
+        rows = list(label_shard(refs, tools, rejected, counts, lambda *_: None))
+    differences, same_top1, other_crops = [], [], []
+    for fresh, _ in rows:
+        stored = labels[fresh.key]
+        if not (np.array_equal(fresh.boxes, stored.boxes) and np.array_equal(fresh.flip, stored.flip)):
+            other_crops.append(fresh.key)
+            continue
+        differences.append(difference(stored, fresh))
+        same_top1.append(stored.class_index[:, 0] == fresh.class_index[:, 0])
+    worst = np.concatenate(differences) if differences else np.zeros(1)
+    return RelabelReport(
+        images=len(rows),
+        crops=sum(len(part) for part in differences),
+        other_crops=tuple(other_crops),
+        largest_difference=float(worst.max()),
+        mean_difference=float(worst.mean()),
+        same_top1=float(np.concatenate(same_top1).mean()) if same_top1 else 0.0,
+        other_weights=_other_weights(labels, loaded),
+    )
+
+
+def difference(a: ImageLabels, b: ImageLabels) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """(N,): each crop's largest difference of a probability; a class that one cut off had at most its least kept."""
+    return np.maximum(_excess(a, b), _excess(b, a))
+
+
+def _excess(a: ImageLabels, b: ImageLabels) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    found = a.class_index[:, :, None] == b.class_index[:, None, :]
+    there = np.where(found, b.class_prob[:, None, :], 0).sum(axis=2, dtype=np.float32)
+    prob = a.class_prob.astype(np.float32)
+    least = b.class_prob[:, -1:].astype(np.float32)
+    both = np.abs(prob - there)
+    cut_off = np.maximum(prob - least, 0)
+    largest: np.ndarray[tuple[int], np.dtype[np.float32]] = np.where(found.any(axis=2), both, cut_off).max(axis=1)
+    return largest
+
+
+def _job(
+    labels: LabelSet,
+    images: str | Path,
+    classes: str | Path | None,
+    teachers: Sequence[str | TeacherSpec],
+    precision: str,
+    resources: Resources,
+) -> Job:
+    manifest = labels.manifest
+    crops, stored = manifest.crop_distribution, manifest.thresholds
+    return Job(
+        source=str(images),
+        classes=None if classes is None else str(classes),
+        out=Path(),
+        teachers=tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in teachers),
+        precision=precision,
+        settings=BuildSettings(
+            crops=manifest.num_crops,
+            top_k=manifest.top_k,
+            seed=manifest.seed,
+            distribution=CropDistribution(scale=crops.scale, ratio=crops.ratio, hflip=crops.hflip),
+            ensemble=manifest.ensemble,
+            thresholds=Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=stored.confidence),
+        ),
+        batch_size=resources.resolved_batch_size(),
+        workers=resources.resolved_workers(),
+        threads=resources.resolved_threads(),
+    )
+
+
+def _sample(labels: LabelSet, items: Iterable[ImageRef | Reject], sample: int, seed: int) -> list[ImageRef]:
+    """References of random labelled images. Raises UsageError where the source has none of them."""
+    rows = np.random.default_rng(seed).choice(len(labels), size=min(sample, len(labels)), replace=False)
+    keys = set()
+    for row in np.sort(rows).tolist():
+        keys.add(labels[row].key)
+    refs = [item for item in items if isinstance(item, ImageRef) and item.key in keys]
+    if not refs:
+        raise UsageError(f"{labels.location}: none of its images is in the source; is it the same data set?")
+    return refs
+
+
+def _other_weights(labels: LabelSet, loaded: Sequence[Teacher]) -> tuple[str, ...]:
+    known = {teacher.digest for teacher in labels.manifest.teachers}
+    return tuple(str(teacher.spec) for teacher in loaded if teacher.digest not in known)

@@ -1,0 +1,53 @@
+"""`verify --deep`: the same teachers say the same again, others do not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import ferkd_data as fd
+from ferkd_data.errors import UsageError
+from ferkd_data_cli.main import run
+
+SECOND = "python:ferkd_tiny_teachers:second"
+
+
+def test_the_same_teachers_say_the_same(label_set, photos, tiny_teachers):
+    report = fd.relabel(label_set, images=photos, teachers=[tiny_teachers, SECOND], sample=7)
+    assert (report.images, report.crops, report.other_crops, report.other_weights) == (7, 70, (), ())
+    assert report.largest_difference <= 2**-10
+    assert report.same_top1 == 1
+
+
+def test_other_teachers_show(label_set, photos, tiny_teachers):
+    report = fd.relabel(label_set, images=photos, teachers=[SECOND + "?mean=0.9,0.9,0.9"])
+    assert report.images == 20
+    assert report.largest_difference > 0.01
+    assert fd.relabel(label_set, images=photos, teachers=["python:ferkd_tiny_teachers:third"]).other_weights
+
+
+def test_crops_of_another_seed_are_named(label_set, photos, tiny_teachers, tmp_path):
+    copy = shutil.copytree(label_set, tmp_path / "copy")
+    content = json.loads((copy / "manifest.json").read_text())
+    content["seed"] = 1
+    (copy / "manifest.json").write_text(json.dumps(content))
+    report = fd.relabel(copy, images=photos, teachers=[tiny_teachers, SECOND], sample=3)
+    assert len(report.other_crops) == 3
+
+
+def test_a_merged_set_has_no_single_seed(label_set, photos, tiny_teachers, tmp_path):
+    fd.merge([label_set, label_set], tmp_path / "out")
+    with pytest.raises(UsageError, match="was merged or imported"):
+        fd.relabel(tmp_path / "out", images=photos, teachers=[tiny_teachers])
+
+
+def test_the_command(label_set, photos, tiny_teachers, capsys):
+    command = ["verify", str(label_set), "--deep", "--sample", "5", "--teacher", tiny_teachers, "--teacher", SECOND]
+    assert run(command) == 2
+    assert "--images" in capsys.readouterr().err
+    assert run([*command, "--images", str(photos)]) == 0
+    assert "labelled again: 50 crops of 5 images" in capsys.readouterr().out
+    assert run([*command, "--images", str(photos), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["deep"]["same_top1"] == 1
