@@ -68,6 +68,12 @@ DONE_WITH_REJECTS = 3
     show_default=True,
     help="What an unusable image does: land in rejects.parquet, or stop the build.",
 )
+@click.option(
+    "--part",
+    default=None,
+    metavar="I/N",
+    help="Label part I of N, beside the others, then run `ferkd-data finish OUT` (for batch systems).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the label set or unfinished build in OUT.")
 @click.option("--dry-run", is_flag=True, help="Measure a few batches and print what the whole will take.")
 @json_option
@@ -85,6 +91,7 @@ def command(
     hflip: float,
     engine: str,
     on_error: Any,
+    part: str | None,
     overwrite: bool,
     grace: float,
     dry_run: bool,
@@ -108,19 +115,35 @@ def command(
         print_json(asdict(estimate)) if as_json else _print_estimate(estimate)
         return 0
     with stop_on_sigterm(grace) as stop, show_progress() as on_progress:
-        result = fd.build(
-            source,
-            out,
-            teachers=teachers,
-            classes=classes,
-            precision=precision,
-            on_error=on_error,
-            overwrite=overwrite,
-            on_progress=on_progress,
-            stop=stop,
-            **changes,
-        )
+        changes |= {
+            "teachers": teachers,
+            "classes": classes,
+            "precision": precision,
+            "on_error": on_error,
+            "on_progress": on_progress,
+            "stop": stop,
+        }
+        if part is not None:
+            return _build_part(source, out, part, overwrite, as_json, changes)
+        result = fd.build(source, out, overwrite=overwrite, **changes)
     print_result(result, as_json)
+    return DONE_WITH_REJECTS if result.rejects else 0
+
+
+def _build_part(source: str, out: Path, part: str, overwrite: bool, as_json: bool, arguments: dict[str, Any]) -> int:
+    from ferkd_data.builder import build_part
+    from ferkd_data.errors import UsageError
+
+    if overwrite:
+        raise UsageError("--overwrite with --part would remove what other parts write; empty OUT before they begin")
+    result = build_part(source, out, part=part, **arguments)
+    if as_json:
+        print_json({**asdict(result), "out": str(out), "part": str(result.part)})
+    else:
+        click.echo(
+            f"{out}: part {result.part} is done, {result.shards} shards with {result.images} images; "
+            f"`ferkd-data finish {out}` seals the label set when all parts are"
+        )
     return DONE_WITH_REJECTS if result.rejects else 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ferkd_data.builder.dry_run import Estimate, dry_run
 from ferkd_data.builder.progress import Progress
-from ferkd_data.builder.run import BuildResult, build
+from ferkd_data.builder.run import BuildResult, PartResult, build, build_part, finish
 from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.builder.stop import Stop, stop_on_sigterm
 
@@ -12,10 +12,13 @@ __all__ = [
     "BuildResult",
     "BuildSettings",
     "Estimate",
+    "PartResult",
     "Progress",
     "Resources",
     "Stop",
     "build",
+    "build_part",
     "dry_run",
+    "finish",
     "stop_on_sigterm",
 ]

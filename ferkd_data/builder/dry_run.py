@@ -15,7 +15,7 @@ from ferkd_data.builder.crop_batches import Rejected
 from ferkd_data.builder.job import stored_thresholds
 from ferkd_data.builder.label_shard import TeacherCounts, Tools, label_shard, view_of
 from ferkd_data.builder.plan import load_or_make_plan
-from ferkd_data.builder.run import check_targets, with_changes
+from ferkd_data.builder.prepare import check_targets, with_changes
 from ferkd_data.errors import BuildError
 from ferkd_data.images import open_source
 from ferkd_data.replay import empty_batch

@@ -6,7 +6,7 @@ One row group of `plan.parquet` is one image shard, so that any shard can be wor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,10 @@ class Plan:
         with pq.ParquetFile(self.folder / "plan.parquet") as file:
             rows = file.read_row_group(shard, use_threads=False).to_pylist()
         return [ImageRef(**row) for row in rows]
+
+    def count_images(self, shards: Iterable[int]) -> int:
+        metadata = pq.read_metadata(self.folder / "plan.parquet")
+        return sum(metadata.row_group(shard).num_rows for shard in shards)
 
 
 def load_or_make_plan(source: ImageSource, folder: Path, *, images_per_shard: int) -> Plan:

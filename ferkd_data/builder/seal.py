@@ -94,19 +94,12 @@ def seal(
     return manifest
 
 
-def _record(folder: BuildFolder, shard: int) -> ShardRecord:
-    record = folder.record(shard)
-    if record is None:
-        raise RuntimeError(f"shard {shard} has no record: sealing came before labelling")
-    return record
-
-
 def _final_thresholds(folder: BuildFolder, plan: Plan, settings: BuildSettings, num_classes: int) -> Thresholds:
     if isinstance(settings.thresholds, Thresholds):
         return settings.thresholds
     counts = np.zeros(NUM_FLOAT16, np.int64)
     for shard in range(plan.summary.shards):
-        record = _record(folder, shard)
+        record = folder.existing_record(shard)
         if record.rows:
             labels = _read(folder.out, record, settings, num_classes)
             counts += confidence_counts(
@@ -119,7 +112,7 @@ def _with_thresholds(
     folder: BuildFolder, shard: int, settings: BuildSettings, thresholds: Thresholds, num_classes: int
 ) -> ShardRecord:
     """The shard's record, its buckets assigned anew where they were provisional."""
-    record = _record(folder, shard)
+    record = folder.existing_record(shard)
     final = (thresholds.low, thresholds.mid, thresholds.top)
     if record.thresholds == final or not record.rows:
         return record
@@ -176,5 +169,5 @@ def _write_rejects(folder: BuildFolder, plan: Plan) -> RejectsEntry:
     with write_atomically(path) as aside, RejectWriter(aside) as writer:
         writer.copy_from(plan.folder / "plan-rejects.parquet")
         for shard in range(plan.summary.shards):
-            writer.extend(Reject(**reject.model_dump()) for reject in _record(folder, shard).rejects)
+            writer.extend(Reject(**reject.model_dump()) for reject in folder.existing_record(shard).rejects)
     return RejectsEntry(path=REJECTS_NAME, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path))

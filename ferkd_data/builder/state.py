@@ -1,7 +1,11 @@
 """`.build/`: what an unfinished build remembers, and who may work on it.
 
-lock            held by the process that builds; the system releases it when that process dies
+lock            held by the process that builds, or shared by those that build a part each; the system releases it
+                when that process dies
+part-3-of-8     held by the process that builds this part
+plan-lock       held for a moment by a part that makes the plan, or finds it made
 state.json      the settings, to compare with those of the next run
+facts.json      what the manifest will say of teachers and source, so that `finish` needs neither
 plan.*          what to label
 shards/N.json   one record for each finished shard: written after its files, so it is the shard's commit point
 """
@@ -11,23 +15,30 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ferkd_data.buckets import QuantileThresholds, Thresholds
+from ferkd_data.builder.part import Part
+from ferkd_data.builder.settings import BuildSettings
+from ferkd_data.crops import CropDistribution
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import BuildError, BuildLockedError, SettingsMismatchError
-from ferkd_data.manifest import FILE_NAME, BlockEntry
+from ferkd_data.manifest import FILE_NAME, BlockEntry, TeacherEntry
 from ferkd_data.statistics import Statistics
 from ferkd_data.storage import remove_leftovers, write_atomically
 
 STATE_VERSION = 1
 FOLDER = ".build"
 REJECTS_NAME = "rejects.parquet"
+PART_LOCK = re.compile(r"part-(\d+)-of-(\d+)")
 
 
 class RejectRecord(BaseModel):
@@ -49,6 +60,18 @@ class ShardRecord(BaseModel):
     statistics: Statistics
     thresholds: tuple[float, float, float]
     """Those that the stored buckets were assigned with."""
+
+
+class Facts(BaseModel):
+    """What a manifest says beyond the settings and the shards."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int = STATE_VERSION
+    teachers: tuple[TeacherEntry, ...]
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    source: str
 
 
 class BuildFolder:
@@ -77,6 +100,37 @@ class BuildFolder:
                 "Use the same settings to resume it, another folder, or --overwrite"
             )
 
+    def saved_settings(self) -> BuildSettings:
+        saved = json.loads((self.path / "state.json").read_bytes())["settings"]
+        thresholds = QuantileThresholds if saved["quantile"] else Thresholds
+        distribution = {name: _tuple(value) for name, value in saved["distribution"].items()}
+        return BuildSettings(
+            **{
+                **{field.name: saved[field.name] for field in fields(BuildSettings)},
+                "distribution": CropDistribution(**distribution),
+                "thresholds": thresholds(**saved["thresholds"]),
+            }
+        )
+
+    def save_facts(self, facts: Facts) -> None:
+        with write_atomically(self.path / "facts.json") as aside:
+            aside.write_text(facts.model_dump_json(indent=1))
+
+    def saved_facts(self) -> Facts:
+        return Facts.model_validate_json((self.path / "facts.json").read_bytes())
+
+    def parts(self) -> list[Part]:
+        """Those that were ever begun."""
+        found = [PART_LOCK.fullmatch(path.name) for path in self.path.glob("part-*")]
+        return [Part(number=int(name[1]), of=int(name[2])) for name in found if name]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other part is inside."""
+        with (self.path / "plan-lock").open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
     def record(self, shard: int) -> ShardRecord | None:
         """The record of a finished shard whose files are all there; None where it has to be labelled."""
         path = self._record_path(shard)
@@ -86,12 +140,15 @@ class BuildFolder:
         whole = all(_size(self.out / file.path) == file.bytes for file in record.files)
         return record if whole else None
 
+    def existing_record(self, shard: int) -> ShardRecord:
+        record = self.record(shard)
+        if record is None:
+            raise BuildError(f"{self.out}: the files of shard {shard} are gone; run the same command again")
+        return record
+
     def save(self, record: ShardRecord) -> None:
         with write_atomically(self._record_path(record.index)) as aside:
             aside.write_text(record.model_dump_json())
-
-    def finished(self, num_shards: int) -> list[int]:
-        return [shard for shard in range(num_shards) if self.record(shard) is not None]
 
     def remove(self) -> None:
         shutil.rmtree(self.path)
@@ -120,18 +177,47 @@ def open_build_folder(out: Path, *, overwrite: bool) -> Iterator[BuildFolder]:
 
 
 @contextmanager
-def _locked(path: Path, out: Path) -> Iterator[None]:
+def open_part_folder(out: Path, part: Part) -> Iterator[BuildFolder]:
+    """Take one part of OUT for this process, beside processes that take other parts.
+
+    Raises BuildLockedError when a live process builds the whole or this part, BuildError as `open_build_folder` does.
+    """
+    _check_ours(out)
+    folder = out / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        _locked(folder / "lock", out, shared=True),
+        _locked(folder / f"part-{part.number}-of-{part.of}", out),
+    ):
+        if (out / FILE_NAME).exists():
+            raise BuildError(f"{out} holds a finished label set; use another folder")
+        yield BuildFolder(out)
+
+
+def check_unfinished(out: Path) -> None:
+    """Raise BuildError when OUT holds no build that could be finished."""
+    if (out / FILE_NAME).exists():
+        raise BuildError(f"{out} holds a finished label set")
+    for name in ("state.json", "plan.json", "facts.json"):
+        if not (out / FOLDER / name).exists():
+            raise BuildError(f"{out}: holds no unfinished build; begin one with ferkd-data build")
+
+
+@contextmanager
+def _locked(path: Path, out: Path, *, shared: bool = False) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.read(descriptor, 64).decode(errors="replace").strip()
-            raise BuildLockedError(f"{out}: another build works here (process {owner}); wait for it to end") from error
+            who = f"process {owner}" if owner else "of some parts"
+            raise BuildLockedError(f"{out}: another build works here ({who}); wait for it to end") from error
         if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
             raise BuildLockedError(f"{out}: another build has just ended here; run the command again")
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+        if not shared:
+            os.write(descriptor, str(os.getpid()).encode())
         yield
     finally:
         os.close(descriptor)
@@ -163,3 +249,7 @@ def _remove_if_only_a_lock(folder: Path) -> None:
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.exists() else None
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,25 @@
+"""`ferkd-data finish`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .build import DONE_WITH_REJECTS, print_result
+from .options import json_option
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@json_option
+def command(out: Path, as_json: bool) -> int:
+    """Seal the label set OUT, whose parts were labelled by `ferkd-data build --part I/N`.
+
+    Needs neither the images nor the teachers. Where shards are missing, it says which, and which part to run again.
+    """
+    from ferkd_data.builder import finish
+
+    result = finish(out)
+    print_result(result, as_json)
+    return DONE_WITH_REJECTS if result.rejects else 0
