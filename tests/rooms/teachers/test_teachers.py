@@ -203,7 +203,7 @@ def test_checkpoints_of_another_model_name_the_keys(tmp_path, timm_weights):
         ("torchscript:nowhere.pt", "no such file"),
         ("python:no_such_package:f", "no_such_package"),
         ("python:ferkd_tiny_teachers", "must be python:package.module:factory"),
-        ("python:ferkd_tiny_teachers:third", "has no third"),
+        ("python:ferkd_tiny_teachers:no_such_factory", "has no no_such_factory"),
         ("python:ferkd_tiny_teachers:not_a_module", "gave a int"),
         ("python:ferkd_tiny_teachers:first?size=3", None),
     ],
