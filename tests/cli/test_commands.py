@@ -154,7 +154,7 @@ def test_an_interrupt_says_how_to_go_on(photos, tiny_teachers, tmp_path):
     command = [sys.executable, "-m", "ferkd_data_cli.main", "build", photos, tmp_path / "out"]
     command += ["--teacher", tiny_teachers, *SMALL]
     process = subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, text=True, env={**os.environ, "TINY_SLEEP": "0.3"}
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, env={**os.environ, "TINY_SLEEP": "3"}
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "out/.build/plan.json").exists() and time.monotonic() < deadline:
@@ -162,5 +162,5 @@ def test_an_interrupt_says_how_to_go_on(photos, tiny_teachers, tmp_path):
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.strip().endswith("interrupted; run the same command again to go on where it stopped")
