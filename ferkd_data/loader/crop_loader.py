@@ -261,19 +261,37 @@ class _MadeInSlots(Dataset[Made]):
         return self.maker.make(Work(task.window, self.buffers.at(task.slot)))
 
 
-class _Workers(Sampler[_Task]):
+class _Tasks(Sampler[_Task]):
+    """Hands out windows, each with memory for its crops. Knows nothing of the DataLoader that asks it: a cycle of the
+    two would be taken apart in an order in which workers never hear that they may leave.
+    """
+
+    def __init__(self, buffers: BatchBuffers) -> None:
+        self.buffers = buffers
+        self.under_way: deque[_Task] = deque()
+        self.windows: Iterator[Window] = iter(())
+
+    def __iter__(self) -> Iterator[_Task]:
+        """Before the first is asked for, PyTorch has waited for those of an epoch left early."""
+        while self.under_way:
+            self.buffers.give_back(self.under_way.popleft().slot)
+        for window in self.windows:
+            task = _Task(window, self.buffers.take())
+            self.under_way.append(task)
+            yield task
+
+
+class _Workers:
     """The worker processes of a loader, alive for many epochs, and the memory they share with it."""
 
     def __init__(self, maker: BatchMaker, num_crops: int, num_workers: int, prefetch_factor: int) -> None:
         # The user's loop holds one batch while it waits for the next; one more for loops that look ahead.
         slots = num_workers * prefetch_factor + HELD_BATCHES
-        self._buffers = BatchBuffers(num_crops, maker.settings.size, slots=slots, shared=num_workers > 0)
-        self._under_way: deque[_Task] = deque()
-        self._windows: Iterator[Window] = iter(())
+        self._tasks = _Tasks(BatchBuffers(num_crops, maker.settings.size, slots=slots, shared=num_workers > 0))
         self._loader = DataLoader(
-            _MadeInSlots(maker, self._buffers),
+            _MadeInSlots(maker, self._tasks.buffers),
             batch_size=None,
-            sampler=self,
+            sampler=self._tasks,
             num_workers=num_workers,
             collate_fn=_as_it_is,
             worker_init_fn=_end_with_parent if num_workers else None,
@@ -284,19 +302,11 @@ class _Workers(Sampler[_Task]):
 
     def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:
         """The windows with their crops and targets, in order."""
-        self._windows = windows
+        tasks = self._tasks
+        tasks.windows = windows
         for made in self._loader:
-            task = self._under_way.popleft()
-            yield task.window, self._buffers.lend(task.slot, sum(made.batches)), made
-
-    def __iter__(self) -> Iterator[_Task]:
-        """Hands out the tasks. Before the first is asked for, PyTorch has waited for those of an epoch left early."""
-        while self._under_way:
-            self._buffers.give_back(self._under_way.popleft().slot)
-        for window in self._windows:
-            task = _Task(window, self._buffers.take())
-            self._under_way.append(task)
-            yield task
+            task = tasks.under_way.popleft()
+            yield task.window, tasks.buffers.lend(task.slot, sum(made.batches)), made
 
 
 def _end_with_parent(worker_id: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +305,19 @@ def test_workers_end_with_a_training_that_is_killed(label_set, photos, tmp_path)
     while alive := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline, f"still there: {alive}"
         time.sleep(0.1)
+
+
+def test_a_loader_that_nobody_needs_goes_at_once(make):
+    """In a cycle, PyTorch's queues close before the workers hear of it: 5 seconds for each of them."""
+    loader = make(num_workers=2)
+    next(iter(loader))
+    workers = weakref.ref(loader._workers._loader)
+    gc.disable()
+    try:
+        del loader
+        assert workers() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
