@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
-from .options import config_option, json_option, print_json, teacher_options
+from ferkd_data.errors import UsageError
+
+from .options import config_option, given, json_option, print_json, require_teachers, teacher_options
 from .progress import show_progress
 
 DONE_WITH_REJECTS = 3
@@ -74,7 +76,23 @@ DONE_WITH_REJECTS = 3
     metavar="I/N",
     help="Label part I of N, beside the others, then run `ferkd-data finish OUT` (for batch systems).",
 )
+@click.option(
+    "--log-json",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Append what happens to this file, one JSON object in a line.",
+)
+@click.option(
+    "--metrics",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Keep this file up to date for Prometheus' node exporter (its textfile collector).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the label set or unfinished build in OUT.")
+@click.option(
+    "--extend",
+    is_flag=True,
+    help="OUT is a finished label set: add more --crops, the images of SOURCE that it lacks, or both. Its manifest "
+    "says the rest, also the teachers. With --overwrite, an unfinished extension is begun anew.",
+)
 @click.option("--dry-run", is_flag=True, help="Measure a few batches and print what the whole will take.")
 @json_option
 @config_option
@@ -92,11 +110,14 @@ def command(
     engine: str,
     on_error: Any,
     part: str | None,
+    log_json: Path | None,
+    metrics: Path | None,
     overwrite: bool,
+    extend: bool,
     grace: float,
     dry_run: bool,
     as_json: bool,
-    **changes: Any,
+    **options: Any,
 ) -> int:
     """Label the images of SOURCE with an ensemble of teachers and write the label set OUT.
 
@@ -105,11 +126,18 @@ def command(
     """
     import ferkd_data as fd
     from ferkd_data.buckets import parse_thresholds
+    from ferkd_data.builder import JsonLog, MetricsFile, stop_on_sigterm
     from ferkd_data.builder import dry_run as measure
-    from ferkd_data.builder import stop_on_sigterm
 
-    changes["thresholds"] = parse_thresholds(thresholds.split(), confidence)
-    changes["distribution"] = fd.CropDistribution(scale=scale, ratio=ratio, hflip=hflip)
+    changes = given(options)
+    if given({"thresholds": thresholds, "confidence": confidence}):
+        changes["thresholds"] = parse_thresholds(thresholds.split(), confidence)
+    if given({"scale": scale, "ratio": ratio, "hflip": hflip}):
+        changes["distribution"] = fd.CropDistribution(scale=scale, ratio=ratio, hflip=hflip)
+    if dry_run and extend:
+        raise UsageError("--dry-run measures a build from the start; leave --extend out")
+    if not extend:
+        require_teachers(teachers)
     if dry_run:
         estimate = measure(source, teachers=teachers, classes=classes, precision=precision, **changes)
         print_json(asdict(estimate)) if as_json else _print_estimate(estimate)
@@ -120,7 +148,9 @@ def command(
             "classes": classes,
             "precision": precision,
             "on_error": on_error,
+            "extend": extend,
             "on_progress": on_progress,
+            "watchers": [kind(path) for kind, path in ((JsonLog, log_json), (MetricsFile, metrics)) if path],
             "stop": stop,
         }
         if part is not None:
@@ -132,7 +162,6 @@ def command(
 
 def _build_part(source: str, out: Path, part: str, overwrite: bool, as_json: bool, arguments: dict[str, Any]) -> int:
     from ferkd_data.builder import build_part
-    from ferkd_data.errors import UsageError
 
     if overwrite:
         raise UsageError("--overwrite with --part would remove what other parts write; empty OUT before they begin")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .options import json_option, print_json, teacher_options
+from .options import json_option, print_json, require_teachers, teacher_options
 
 
 @click.command()
@@ -42,6 +42,7 @@ def command(
     from ferkd_data.builder import Resources
     from ferkd_data.evaluate import evaluate
 
+    require_teachers(teachers)
     result = evaluate(
         source,
         teachers=teachers,

@@ -23,7 +23,7 @@ TEACHER_HELP = (
 
 def teacher_options(function: Function) -> Function:
     options = [
-        click.option("--teacher", "teachers", multiple=True, required=True, metavar="SPEC", help=TEACHER_HELP),
+        click.option("--teacher", "teachers", multiple=True, metavar="SPEC", help=TEACHER_HELP),
         click.option(
             "--classes",
             type=click.Path(dir_okay=False, path_type=Path),
@@ -53,6 +53,18 @@ def teacher_options(function: Function) -> Function:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def require_teachers(teachers: tuple[str, ...]) -> None:
+    if not teachers:
+        raise click.UsageError("Missing option '--teacher'.")
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that were written on the command line or in a --config file; not the defaults."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    return {name: value for name, value in values.items() if context.get_parameter_source(name) is not default}
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

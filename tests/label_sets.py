@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import ferkd_data as fd
-from ferkd_data.shards.columns import same_labels
+from ferkd_data.shards.columns import ShardLabels, same_labels
 
 SMALL = {"crops": 10, "crops_per_block": 4, "top_k": 4, "images_per_shard": 8, "device": "cpu"}
 
@@ -15,6 +15,16 @@ def same_label_sets(a: Path, b: Path) -> bool:
     """Row by row and value by value."""
     first, second = list(fd.open_labels(a).shards()), list(fd.open_labels(b).shards())
     return len(first) == len(second) and all(map(same_labels, first, second))
+
+
+def same_rows(a: Path, b: Path) -> bool:
+    """Whatever shards they are in."""
+    first, second = _rows_by_key(a), _rows_by_key(b)
+    return first.keys() == second.keys() and all(same_labels(first[key], second[key]) for key in first)
+
+
+def _rows_by_key(folder: Path) -> dict[str, ShardLabels]:
+    return {row.key: ShardLabels.from_rows([row]) for row in fd.open_labels(folder)}
 
 
 def files_below(folder: Path) -> dict[str, bytes]:

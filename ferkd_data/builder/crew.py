@@ -15,7 +15,7 @@ from types import TracebackType
 
 from ferkd_data import errors
 from ferkd_data.builder.job import Job
-from ferkd_data.builder.messages import Answered, Asking, Failed, Finished, Labelled, Message, Ready
+from ferkd_data.builder.messages import Answered, Asking, Failed, Finished, Halved, Labelled, Message, Ready
 from ferkd_data.builder.progress import ProgressCounter
 from ferkd_data.builder.state import BuildFolder
 from ferkd_data.builder.stop import Stop
@@ -93,6 +93,7 @@ class Crew:
             for connection in wait(list(busy), timeout=POLL_SECONDS):
                 self._hear(busy[connection])  # type: ignore[index]
             self._check_clocks()
+            self.counter.tick()
 
     def _start(self, number: int, device: str) -> None:
         ours, theirs = self.context.Pipe()
@@ -105,6 +106,7 @@ class Crew:
     def _give(self, member: Member) -> None:
         shard = self.todo.popleft()
         member.shard = shard
+        self.counter.shard_begun(shard, member.number)
         with contextlib.suppress(OSError):  # it died while it was idle; its connection will say so
             member.connection.send(shard)
 
@@ -117,11 +119,13 @@ class Crew:
         if isinstance(message, Ready):
             member.ready = True
             self.deaths_at_start = 0
-            self.counter.worker_started(member.number)
+            self.counter.worker_started(member.number, member.device)
             self.idle.append(member)
         elif isinstance(message, Labelled) and member.shard is not None:
             member.asking = ""
             self.counter.batch(member.shard, message.crops, message.rejects, member.number)
+        elif isinstance(message, Halved):
+            self.counter.halved(message.teacher, message.crops, member.number)
         elif isinstance(message, (Asking, Answered)):
             member.asking = message.teacher if isinstance(message, Asking) else ""
             member.asked_at = time.monotonic()
@@ -152,7 +156,7 @@ class Crew:
             raise BuildError(f"shard {shard}: {member} finished it, but its files are not in {self.job.out}")
         member.shard = None
         self.idle.append(member)
-        self.counter.shard_done(shard, record.rows + len(record.rejects), len(record.rejects))
+        self.counter.shard_done(record, member.number)
 
     def _bury(self, member: Member) -> None:
         """Give its shard to another, and its place to a new worker. Raises BuildError when that has no prospect."""
@@ -161,6 +165,7 @@ class Crew:
         if member in self.idle:
             self.idle.remove(member)
         how = _how(member.process.exitcode)
+        self.counter.worker_died(member.number, how, member.shard)
         if not member.ready:
             self.deaths_at_start += 1
             if self.deaths_at_start >= DEATHS_AT_START:
@@ -173,7 +178,6 @@ class Crew:
         self._start(member.number, member.device)
 
     def _lose(self, shard: int, how: str) -> None:
-        self.counter.shard_lost(shard)
         self.deaths[shard] += 1
         if self.deaths[shard] >= DEATHS_PER_SHARD:
             raise BuildError(

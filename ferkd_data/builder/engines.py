@@ -3,40 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from ferkd_data.builder.crew import Crew
+from ferkd_data.builder.events import BuildStarted, ImageRejected, Watcher
 from ferkd_data.builder.job import open_tools
-from ferkd_data.builder.local import label_here
+from ferkd_data.builder.local import Reporting, label_here
 from ferkd_data.builder.plan import Plan
 from ferkd_data.builder.prepare import Prepared
-from ferkd_data.builder.progress import OnProgress, ProgressCounter
+from ferkd_data.builder.progress import ProgressCounter
+from ferkd_data.builder.rejects import read_rejects
 from ferkd_data.builder.state import BuildFolder
 from ferkd_data.builder.stop import Stop
 
 
 def label_shards(
-    prepared: Prepared, folder: BuildFolder, plan: Plan, shards: Sequence[int], on_progress: OnProgress, stop: Stop
+    prepared: Prepared, folder: BuildFolder, plan: Plan, shards: Sequence[int], watcher: Watcher, stop: Stop
 ) -> None:
     """Label each of `shards` that has no record yet."""
     job, devices = prepared.job, prepared.devices
-    all_of_them = len(shards) == plan.summary.shards
-    counter = ProgressCounter(
-        report=on_progress,
-        crops_per_image=job.settings.crops - job.first_crop,
-        shards_total=len(shards),
-        images_total=plan.summary.images if all_of_them else plan.count_images(shards),
-        rejects_before=plan.summary.rejects if all_of_them else 0,
-    )
+    counter = _counter(prepared, plan, shards, watcher)
     todo = []
     for shard in shards:
         record = folder.record(shard)
         if record is None:
             todo.append(shard)
         else:
-            counter.shard_done(shard, record.rows + len(record.rejects), len(record.rejects))
+            counter.shard_found(record)
+    _tell_of_start(prepared, plan, counter)
     if len(devices) == 1 and job.teacher_timeout is None:
-        with stop.labelling(), open_tools(job, devices[0], prepared.ensemble) as tools:
+        observer = Reporting(counter)
+        with stop.labelling(), open_tools(job, devices[0], prepared.ensemble, observer) as tools:
             label_here(folder, plan, tools, todo, counter, stop)
         return
     with stop.labelling(), Crew(job, devices, counter, stop) as crew:
         crew.label(todo)
+
+
+def _counter(prepared: Prepared, plan: Plan, shards: Sequence[int], watcher: Watcher) -> ProgressCounter:
+    crops = prepared.job.settings.crops
+    images = plan.shard_images(shards)
+    return ProgressCounter(
+        watcher=watcher,
+        crops_of=lambda shard: crops - plan.first_crop(shard),
+        shards_total=len(shards),
+        images_total=sum(images),
+        crops_total=sum(n * (crops - plan.first_crop(shard)) for shard, n in zip(shards, images, strict=True)),
+        num_teachers=len(prepared.ensemble),
+        rejects_before=plan.summary.rejects if len(shards) == len(plan.shards) else 0,
+    )
+
+
+def _tell_of_start(prepared: Prepared, plan: Plan, counter: ProgressCounter) -> None:
+    job = prepared.job
+    crops = counter.crops_total - counter.crops_found
+    started = BuildStarted(
+        out=str(job.out),
+        source=job.source,
+        teachers=tuple(map(str, job.teachers)),
+        settings=asdict(job.settings),
+        devices=tuple(prepared.devices),
+        extends=prepared.base is not None,
+        shards=counter.shards_total,
+        shards_done=counter.shards_done,
+        images=counter.images_total,
+        crops=crops,
+        forwards=crops * counter.num_teachers,
+    )
+    counter.watcher.see(started)
+    if not counter.shards_done and counter.rejects_before:
+        for reject in read_rejects(plan.folder / "plan-rejects.parquet"):
+            rejected = ImageRejected(shard=None, key=reject.key, reason=reject.reason, detail=reject.detail)
+            counter.watcher.see(rejected)

@@ -32,7 +32,6 @@ class Job:
     teacher_timeout: float | None = None
     """Seconds a worker may wait for a teacher before the driver ends it."""
     fail_on_reject: bool = False
-    first_crop: int = 0
 
     def open_source(self) -> ImageSource:
         return open_source(self.source, classes=None if self.classes is None else Path(self.classes))
@@ -55,7 +54,6 @@ def open_tools(
             executor=executor,
             forwards=Forwards(observer=observer or Nobody()),
             fail_on_reject=job.fail_on_reject,
-            first_crop=job.first_crop,
         )
 
 

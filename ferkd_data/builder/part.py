@@ -33,6 +33,6 @@ class Part:
     def has(self, shard: int) -> bool:
         return shard % self.of == self.number - 1
 
-    def shards(self, num_shards: int) -> range:
+    def shards(self, planned: range) -> list[int]:
         """Spread over the whole, since a source's images are often sorted by size or class."""
-        return range(self.number - 1, num_shards, self.of)
+        return [shard for shard in planned if self.has(shard)]

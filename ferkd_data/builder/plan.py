@@ -6,9 +6,13 @@ One row group of `plan.parquet` is one image shard, so that any shard can be wor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,8 +21,10 @@ from pydantic import BaseModel, ConfigDict
 from ferkd_data.builder.rejects import RejectWriter
 from ferkd_data.errors import SourceError
 from ferkd_data.images import ImageRef, ImageSource, Reject
+from ferkd_data.shards.columns import DIGEST_BYTES
 from ferkd_data.storage import write_atomically
 
+REF_FIELDS = ("key", "target", "file", "offset", "length")
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -26,8 +32,10 @@ SCHEMA = pa.schema(
         pa.field("file", pa.string(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("length", pa.int64(), nullable=False),
+        pa.field("image_digest", pa.binary(DIGEST_BYTES)),
     ]
 )
+"""`image_digest` is known of an image that has labels already, and must be the same when it gets more."""
 
 
 class PlanSummary(BaseModel):
@@ -41,9 +49,20 @@ class PlanSummary(BaseModel):
     max_target: int
     rejects: int
     shards: int
+    """Planned ones."""
     sha256: str
-    """Over every key and target in their order."""
+    """Over every key and target in their order; of an extended label set, see ferkd_data.builder.plan_extension."""
     class_names: tuple[str, ...] | None
+    first_shard: int = 0
+    """The number of the first planned shard. Those before it are finished: they are an extended label set's."""
+    known_shards: int = 0
+    """So many of the planned shards, the first, are of images that an extended label set has labels of."""
+    known_images: int = 0
+    """Their images."""
+    known_crops: int = 0
+    """Crops that each of their images has already."""
+    all_listed: bool = True
+    """Whether the source still has every image of an extended label set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +70,40 @@ class Plan:
     folder: Path
     summary: PlanSummary
 
+    @property
+    def shards(self) -> range:
+        """The numbers of the planned shards."""
+        return range(self.summary.first_shard, self.summary.first_shard + self.summary.shards)
+
+    def is_known(self, shard: int) -> bool:
+        """Whether its images have labels already, and get more crops."""
+        return shard - self.summary.first_shard < self.summary.known_shards
+
+    def first_crop(self, shard: int) -> int:
+        """Where the crops begin that this build labels."""
+        return self.summary.known_crops if self.is_known(shard) else 0
+
     def refs(self, shard: int) -> list[ImageRef]:
         """The images of one shard."""
-        with pq.ParquetFile(self.folder / "plan.parquet") as file:
-            rows = file.read_row_group(shard, use_threads=False).to_pylist()
-        return [ImageRef(**row) for row in rows]
+        columns = self._read(shard, REF_FIELDS)
+        return [ImageRef(**dict(zip(REF_FIELDS, row, strict=True))) for row in zip(*columns, strict=True)]
+
+    def digests(self, shard: int) -> list[bytes]:
+        """Of the images of a known shard, as they were when they were labelled."""
+        return self._read(shard, ("image_digest",))[0]
 
     def count_images(self, shards: Iterable[int]) -> int:
+        return sum(self.shard_images(shards))
+
+    def shard_images(self, shards: Iterable[int]) -> list[int]:
+        """How many images each of these shards has."""
         metadata = pq.read_metadata(self.folder / "plan.parquet")
-        return sum(metadata.row_group(shard).num_rows for shard in shards)
+        return [metadata.row_group(shard - self.summary.first_shard).num_rows for shard in shards]
+
+    def _read(self, shard: int, columns: Sequence[str]) -> list[list[Any]]:
+        with pq.ParquetFile(self.folder / "plan.parquet") as file:
+            table = file.read_row_group(shard - self.summary.first_shard, columns=list(columns), use_threads=False)
+        return [table.column(name).to_pylist() for name in columns]
 
 
 def load_or_make_plan(source: ImageSource, folder: Path, *, images_per_shard: int) -> Plan:
@@ -67,14 +111,14 @@ def load_or_make_plan(source: ImageSource, folder: Path, *, images_per_shard: in
 
     Raises SourceError when the source holds no image at all.
     """
-    done = folder / "plan.json"
-    if done.exists():
+    if (folder / "plan.json").exists():
         return open_plan(folder)
-    writer = _PlanWriter(folder, images_per_shard)
-    summary = writer.write(source)
-    with write_atomically(done) as aside:
-        aside.write_text(summary.model_dump_json(indent=1))
-    return Plan(folder=folder, summary=summary)
+    with PlanWriter(folder) as writer:
+        for refs in _shards(source.list_images(), writer, images_per_shard):
+            writer.add_shard(refs)
+    if writer.images + writer.rejects == 0:
+        raise SourceError(f"{source.description}: no images found")
+    return save_plan(folder, writer.summary(source.class_names))
 
 
 def open_plan(folder: Path) -> Plan:
@@ -82,26 +126,59 @@ def open_plan(folder: Path) -> Plan:
     return Plan(folder=folder, summary=PlanSummary.model_validate_json((folder / "plan.json").read_bytes()))
 
 
-class _PlanWriter:
-    def __init__(self, folder: Path, images_per_shard: int) -> None:
+def save_plan(folder: Path, summary: PlanSummary) -> Plan:
+    """The last step: the plan is made once plan.json is there."""
+    with write_atomically(folder / "plan.json") as aside:
+        aside.write_text(summary.model_dump_json(indent=1))
+    return Plan(folder=folder, summary=summary)
+
+
+class PlanWriter:
+    """Writes shard after shard, and the rejects beside them; whole when the context ends without an error."""
+
+    def __init__(self, folder: Path, digest_of: str = "") -> None:
         self.folder = folder
-        self.images_per_shard = images_per_shard
-        self.digest = hashlib.sha256()
+        self.digest = hashlib.sha256(digest_of.encode())
         self.images = self.labelled = self.rejects = self.shards = 0
         self.max_target = -1
+        self._stack = ExitStack()
 
-    def write(self, source: ImageSource) -> PlanSummary:
-        with (
-            write_atomically(self.folder / "plan.parquet") as plan_path,
-            write_atomically(self.folder / "plan-rejects.parquet") as rejects_path,
-            pq.ParquetWriter(plan_path, SCHEMA, compression="zstd") as plan,
-            RejectWriter(rejects_path) as rejects,
-        ):
-            for refs in self._shards(source.list_images(), rejects):
-                columns = {name: [getattr(ref, name) for ref in refs] for name in SCHEMA.names}
-                plan.write_table(pa.table(columns, schema=SCHEMA), row_group_size=self.images_per_shard)
-        if self.images + self.rejects == 0:
-            raise SourceError(f"{source.description}: no images found")
+    def __enter__(self) -> PlanWriter:
+        with ExitStack() as stack:
+            plan_path = stack.enter_context(write_atomically(self.folder / "plan.parquet"))
+            rejects_path = stack.enter_context(write_atomically(self.folder / "plan-rejects.parquet"))
+            self._plan = stack.enter_context(pq.ParquetWriter(plan_path, SCHEMA, compression="zstd"))
+            self._rejects = stack.enter_context(RejectWriter(rejects_path))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def add_reject(self, reject: Reject) -> None:
+        self._rejects.add(reject)
+        self.rejects += 1
+
+    def add_shard(self, refs: Sequence[ImageRef], digests: Sequence[bytes] | None = None) -> None:
+        """With `digests` the images have labels already."""
+        columns = {name: list(map(attrgetter(name), refs)) for name in REF_FIELDS}
+        columns["image_digest"] = list(digests) if digests is not None else [None] * len(refs)
+        self._plan.write_table(pa.table(columns, schema=SCHEMA), row_group_size=max(len(refs), 1))
+        targets = [target for target in columns["target"] if target is not None]
+        self.shards += 1
+        self.images += len(refs)
+        self.labelled += len(targets)
+        self.max_target = max(self.max_target, *targets, -1)
+        if digests is None:
+            self.digest.update(
+                "".join(
+                    f"{key}\0{target}\n" for key, target in zip(columns["key"], columns["target"], strict=True)
+                ).encode()
+            )
+
+    def summary(self, class_names: tuple[str, ...] | None) -> PlanSummary:
         return PlanSummary(
             images=self.images,
             labelled_images=self.labelled,
@@ -109,29 +186,19 @@ class _PlanWriter:
             rejects=self.rejects,
             shards=self.shards,
             sha256=self.digest.hexdigest(),
-            class_names=source.class_names,
+            class_names=class_names,
         )
 
-    def _shards(self, listing: Iterator[ImageRef | Reject], rejects: RejectWriter) -> Iterator[list[ImageRef]]:
-        refs: list[ImageRef] = []
-        for item in listing:
-            if isinstance(item, Reject):
-                rejects.add(item)
-                self.rejects += 1
-                continue
-            self._count(item)
-            refs.append(item)
-            if len(refs) == self.images_per_shard:
-                self.shards += 1
-                yield refs
-                refs = []
-        if refs:
-            self.shards += 1
-            yield refs
 
-    def _count(self, ref: ImageRef) -> None:
-        self.images += 1
-        if ref.target is not None:
-            self.labelled += 1
-            self.max_target = max(self.max_target, ref.target)
-        self.digest.update(f"{ref.key}\0{ref.target}\n".encode())
+def _shards(listing: Iterable[ImageRef | Reject], writer: PlanWriter, size: int) -> Iterator[list[ImageRef]]:
+    refs: list[ImageRef] = []
+    for item in listing:
+        if isinstance(item, Reject):
+            writer.add_reject(item)
+            continue
+        refs.append(item)
+        if len(refs) == size:
+            yield refs
+            refs = []
+    if refs:
+        yield refs

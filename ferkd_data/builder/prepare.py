@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ferkd_data.buckets import QuantileThresholds
+from ferkd_data.builder.base import Base, identity_of, open_base
 from ferkd_data.builder.job import Job
 from ferkd_data.builder.plan import Plan, load_or_make_plan
+from ferkd_data.builder.plan_extension import load_or_make_extension
 from ferkd_data.builder.settings import BuildSettings, Resources
-from ferkd_data.builder.state import BuildFolder, Facts
-from ferkd_data.errors import UsageError
+from ferkd_data.builder.state import EXTENDS, BuildFolder, Facts
+from ferkd_data.errors import BuildError, UsageError
 from ferkd_data.images import ImageSource
-from ferkd_data.manifest import TeacherEntry
+from ferkd_data.manifest import TeacherEntry, read_manifest_bytes
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 
 OnError = Literal["reject", "fail"]
@@ -27,14 +29,18 @@ class Prepared:
     """Of each worker."""
     images: ImageSource
     ensemble: list[Teacher]
+    base: Base | None = None
+    """The label set that is to be extended."""
 
-    def begin(self, folder: BuildFolder) -> tuple[Plan, Facts]:
+    def begin(self, folder: BuildFolder, *, afresh: bool = False) -> tuple[Plan, Facts]:
         """The plan and facts of this build, those of an earlier run where there was one.
 
         Raises SettingsMismatchError when that was of other settings, UsageError when classes cannot be matched.
         """
-        folder.check_settings(_fingerprint(self.job, self.ensemble))
-        plan = load_or_make_plan(self.images, folder.path, images_per_shard=self.job.settings.shard_images)
+        if self.base is not None:
+            self._check_base(folder, self.base, afresh=afresh)
+        folder.check_settings(_fingerprint(self.job, self.ensemble, self.base))
+        plan = self._plan(folder)
         check_targets(plan, self.ensemble[0].num_classes, classes_given=self.job.classes is not None)
         facts = Facts(
             teachers=tuple(teacher_entry(teacher) for teacher in self.ensemble),
@@ -42,26 +48,49 @@ class Prepared:
             class_names=class_names(plan, self.ensemble),
             source=self.images.description,
         )
+        if self.base is not None:
+            self.base.check_class_names(facts.class_names)
         folder.save_facts(facts)
         return plan, facts
+
+    def _plan(self, folder: BuildFolder) -> Plan:
+        settings = self.job.settings
+        if self.base is not None:
+            return load_or_make_extension(self.images, folder.path, self.base, settings)
+        return load_or_make_plan(self.images, folder.path, images_per_shard=settings.shard_images)
+
+    def _check_base(self, folder: BuildFolder, base: Base, *, afresh: bool) -> None:
+        """Raises BuildError where the label set is not the one that was found before the folder was taken."""
+        if identity_of(read_manifest_bytes(base.out)) != base.identity:
+            raise BuildError(f"{base.out}: was extended by another process just now; run the same command again")
+        if afresh:
+            folder.discard_extension(base.manifest)
+        folder.drop_what_has_ended()
 
 
 def prepare(
     source: str | Path,
     out: str | Path,
     *,
-    teachers: Sequence[str | TeacherSpec],
+    teachers: Sequence[str | TeacherSpec] = (),
     settings: BuildSettings | None = None,
     resources: Resources | None = None,
     classes: str | Path | None = None,
     precision: str = "auto",
     on_error: OnError = "reject",
+    extend: bool = False,
     **changes: Any,
 ) -> Prepared:
     """The arguments are those of `build`."""
-    settings, resources = with_changes(settings, resources, changes)
+    base = open_base(Path(out)) if extend else None
     if on_error not in ("reject", "fail"):
         raise UsageError(f"on_error must be reject or fail, got {on_error!r}")
+    given = {**(vars(settings) if settings else {}), **changes}
+    settings, resources = with_changes(settings, resources, changes)
+    if base is not None:
+        settings = base.settings({name: value for name, value in given.items() if name in vars(settings)})
+        teachers = teachers or base.specs
+        precision = base.precision if precision == "auto" else precision
     devices = resources.resolved_devices()
     job = Job(
         source=str(source),
@@ -80,7 +109,9 @@ def prepare(
     ensemble = load_teachers(job.teachers, device=devices[0], precision=precision)
     if settings.top_k > ensemble[0].num_classes:
         raise UsageError(f"top_k {settings.top_k} is more than the teachers' {ensemble[0].num_classes} classes")
-    return Prepared(job=job, devices=devices, images=images, ensemble=ensemble)
+    if base is not None:
+        base.check_teachers([teacher_entry(teacher) for teacher in ensemble])
+    return Prepared(job=job, devices=devices, images=images, ensemble=ensemble, base=base)
 
 
 def check_targets(plan: Plan, num_classes: int, *, classes_given: bool) -> None:
@@ -121,7 +152,7 @@ def teacher_entry(teacher: Teacher) -> TeacherEntry:
     )
 
 
-def _fingerprint(job: Job, teachers: Sequence[Teacher]) -> dict[str, Any]:
+def _fingerprint(job: Job, teachers: Sequence[Teacher], base: Base | None) -> dict[str, Any]:
     """Everything that must be the same for a resume."""
     entries = [teacher_entry(teacher).model_dump(mode="json", exclude={"spec", "name"}) for teacher in teachers]
     place = job.source if "://" in job.source else str(Path(job.source).absolute())
@@ -132,6 +163,7 @@ def _fingerprint(job: Job, teachers: Sequence[Teacher]) -> dict[str, Any]:
         **asdict(job.settings),
         "quantile": isinstance(job.settings.thresholds, QuantileThresholds),
         "teachers": entries,
+        **({} if base is None else {EXTENDS: base.identity}),
     }
 
 

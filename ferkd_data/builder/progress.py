@@ -1,119 +1,208 @@
-"""What a build tells whoever watches."""
+"""Adds up what engines report of one or many workers, and tells whoever watches."""
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ferkd_data.builder.events import (
+    BatchHalved,
+    ImageRejected,
+    OnProgress,
+    Progress,
+    ShardDone,
+    Watcher,
+    WorkerDied,
+    WorkerProgress,
+    WorkerStarted,
+)
+from ferkd_data.builder.state import ShardRecord
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerProgress:
-    worker: int
-    shard: int
-    """The image shard that it last spoke of."""
-    crops_per_second: float
-    """Over this run."""
+__all__ = ["OnProgress", "Progress", "ProgressCounter", "WorkerProgress"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    shard: int
-    """The image shard in work."""
-    shards_done: int
-    shards_total: int
-    images_done: int
-    """Labelled or rejected, also by earlier runs of this build."""
-    images_total: int
-    crops_done: int
-    """By this run."""
-    rejects: int
-    crops_per_second: float
-    """Over this run."""
-    seconds_left: float | None
-    workers: tuple[WorkerProgress, ...] = ()
-    """Every worker that has labelled anything, in the order of their numbers."""
-
-
-OnProgress = Callable[[Progress], None]
+RATE_SECONDS = 60.0
+"""What "the last minute" is, of a worker's rate."""
+MARK_SECONDS = 1.0
+"""How often a rate is noted, and the workers are summed up."""
+TICK_SECONDS = 5.0
+"""Without a batch for so long, progress is told all the same: workers that hang show."""
+STRAGGLER_SHARE = 0.5
+"""Of the median rate."""
+STRAGGLER_SECONDS = 30.0
+"""A worker has so long to get going."""
 
 
 @dataclass(kw_only=True)
 class _Worker:
     started: float
     shard: int = 0
+    busy: bool = False
     crops: int = 0
+    marks: deque[tuple[float, int]] = field(default_factory=deque)
+    """(time, crops until then) within the last minute, and one before it."""
+
+    def add(self, crops: int, now: float) -> None:
+        self.crops += crops
+        if not self.marks or now - self.marks[-1][0] >= MARK_SECONDS:
+            self.marks.append((now, self.crops))
+        while len(self.marks) > 1 and self.marks[1][0] <= now - RATE_SECONDS:
+            self.marks.popleft()
+
+    def rate(self, now: float) -> float:
+        recent = self.started >= now - RATE_SECONDS or len(self.marks) < 2
+        since, before = (self.started, 0) if recent else self.marks[0]
+        return (self.crops - before) / max(now - since, 1e-9)
 
 
 @dataclass(kw_only=True)
 class _Shard:
+    begun: float
     crops: int = 0
     rejects: int = 0
 
 
 @dataclass(kw_only=True)
 class ProgressCounter:
-    """Adds up the events of one or many workers to a `Progress`."""
+    """What an engine calls: a worker started, a batch was labelled, a shard is done, and so on."""
 
-    report: OnProgress
-    crops_per_image: int
+    watcher: Watcher
+    crops_of: Callable[[int], int]
+    """Crops per image that this build labels in a shard."""
     shards_total: int
     images_total: int
+    crops_total: int
+    num_teachers: int
     shards_done: int = 0
     images_before: int = 0
     """Done in earlier shards or runs."""
+    crops_before: int = 0
+    crops_found: int = 0
+    """By earlier runs."""
     rejects_before: int = 0
     crops_done: int = 0
     started: float = field(default_factory=time.monotonic)
     _in_work: dict[int, _Shard] = field(default_factory=dict)
     _workers: dict[int, _Worker] = field(default_factory=dict)
+    _summary: tuple[tuple[WorkerProgress, ...], tuple[int, ...]] = ((), ())
+    _summed_at: float = float("-inf")
+    _told_at: float = float("-inf")
+    _last_shard: int = 0
 
-    def worker_started(self, worker: int) -> None:
+    def worker_started(self, worker: int, device: str = "") -> None:
         """Its rate counts from here on, not from the build's start."""
         self._workers[worker] = _Worker(started=time.monotonic())
+        self.watcher.see(WorkerStarted(worker=worker, device=device))
 
-    def shard_done(self, shard: int, images: int, rejects: int) -> None:
-        self._in_work.pop(shard, None)
-        self.shards_done += 1
-        self.images_before += images
-        self.rejects_before += rejects
+    def worker_died(self, worker: int, how: str, shard: int | None = None) -> None:
+        """What it had labelled of `shard` has to be labelled again."""
+        self._workers.pop(worker, None)
+        if shard is not None:
+            self.shard_lost(shard)
+        self.watcher.see(WorkerDied(worker=worker, how=how, shard=shard))
+
+    def halved(self, teacher: str, crops: int, worker: int = 0) -> None:
+        self.watcher.see(BatchHalved(worker=worker, teacher=teacher, crops=crops))
+
+    def shard_found(self, record: ShardRecord) -> None:
+        """An earlier run of this build has labelled it."""
+        self._count(record)
+        self.crops_found = self.crops_before
+
+    def shard_begun(self, shard: int, worker: int = 0) -> None:
+        self._in_work[shard] = _Shard(begun=time.monotonic())
+        if worker in self._workers:
+            self._workers[worker].busy = True
+
+    def shard_done(self, record: ShardRecord, worker: int = 0) -> None:
+        now = time.monotonic()
+        state = self._in_work.pop(record.index, _Shard(begun=now))
+        if worker in self._workers:
+            self._workers[worker].busy = False
+        self._count(record)
+        for reject in record.rejects:
+            self.watcher.see(ImageRejected(shard=record.index, **reject.model_dump()))
+        done = ShardDone(
+            shard=record.index,
+            worker=worker,
+            seconds=now - state.begun,
+            images=record.rows,
+            crops=record.rows * self.crops_of(record.index),
+            rejects=len(record.rejects),
+        )
+        self.watcher.see(done)
+        self._tell(record.index, now)
 
     def shard_lost(self, shard: int) -> None:
         """Its worker died: what it had labelled of the shard has to be labelled again."""
         self._in_work.pop(shard, None)
 
     def batch(self, shard: int, crops: int, rejects_in_shard: int, worker: int = 0) -> None:
-        state = self._in_work.setdefault(shard, _Shard())
+        now = time.monotonic()
+        state = self._in_work.setdefault(shard, _Shard(begun=now))
         state.crops += crops
         state.rejects = rejects_in_shard
-        if worker not in self._workers:
-            self._workers[worker] = _Worker(started=self.started)
-        self._workers[worker].shard = shard
-        self._workers[worker].crops += crops
+        busy = self._workers.setdefault(worker, _Worker(started=self.started))
+        busy.shard, busy.busy = shard, True
+        busy.add(crops, now)
         self.crops_done += crops
-        self.report(self._progress(shard))
+        self._tell(shard, now)
 
-    def _progress(self, shard: int) -> Progress:
+    def tick(self) -> None:
+        """From an engine that waits for workers."""
         now = time.monotonic()
+        if now - self._told_at >= TICK_SECONDS:
+            self._tell(self._last_shard, now)
+
+    def _count(self, record: ShardRecord) -> None:
+        images = record.rows + len(record.rejects)
+        self.shards_done += 1
+        self.images_before += images
+        self.crops_before += images * self.crops_of(record.index)
+        self.rejects_before += len(record.rejects)
+
+    def _tell(self, shard: int, now: float) -> None:
+        self._told_at, self._last_shard = now, shard
+        self.watcher.see(self._progress(shard, now))
+
+    def _progress(self, shard: int, now: float) -> Progress:
         rate = self.crops_done / max(now - self.started, 1e-9)
         rejects = sum(state.rejects for state in self._in_work.values())
-        labelled = sum(state.crops // self.crops_per_image for state in self._in_work.values())
-        done = self.images_before + labelled + rejects
-        left = (self.images_total - done) * self.crops_per_image
+        labelled = sum(state.crops // self.crops_of(number) for number, state in self._in_work.items())
+        crops = sum(state.crops + state.rejects * self.crops_of(number) for number, state in self._in_work.items())
+        left = self.crops_total - self.crops_before - crops
+        workers, stragglers = self._sum_up(now)
         return Progress(
             shard=shard,
             shards_done=self.shards_done,
             shards_total=self.shards_total,
-            images_done=done,
+            images_done=self.images_before + labelled + rejects,
             images_total=self.images_total,
             crops_done=self.crops_done,
             rejects=self.rejects_before + rejects,
             crops_per_second=rate,
             seconds_left=left / rate if rate > 0 else None,
-            workers=tuple(
-                WorkerProgress(
-                    worker=number, shard=state.shard, crops_per_second=state.crops / max(now - state.started, 1e-9)
-                )
-                for number, state in sorted(self._workers.items())
-            ),
+            workers=workers,
+            stragglers=stragglers,
+            forwards_done=self.crops_done * self.num_teachers,
+            forwards_total=(self.crops_total - self.crops_found) * self.num_teachers,
         )
+
+    def _sum_up(self, now: float) -> tuple[tuple[WorkerProgress, ...], tuple[int, ...]]:
+        """Not for every batch: a thousand workers send many of them."""
+        if now - self._summed_at >= MARK_SECONDS:
+            self._summed_at = now
+            rates = {number: state.rate(now) for number, state in sorted(self._workers.items())}
+            busy = {number: rate for number, rate in rates.items() if self._workers[number].busy}
+            slow = STRAGGLER_SHARE * statistics.median(busy.values()) if busy else 0
+            late = {n for n in busy if now - self._workers[n].started >= STRAGGLER_SECONDS}
+            self._summary = (
+                tuple(
+                    WorkerProgress(worker=number, shard=self._workers[number].shard, crops_per_second=rate)
+                    for number, rate in rates.items()
+                ),
+                tuple(number for number, rate in busy.items() if rate < slow and number in late),
+            )
+        return self._summary

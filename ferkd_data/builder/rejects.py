@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -52,16 +52,21 @@ class RejectWriter:
             self.add(reject)
 
     def copy_from(self, path: Path) -> None:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(BUFFERED):
-                self.extend(Reject(**row) for row in batch.to_pylist())
+        self.extend(read_rejects(path))
 
     def _flush(self) -> None:
-        columns = {name: [_text(getattr(reject, name)) for reject in self._pending] for name in SCHEMA.names}
+        columns = {name: [readable(getattr(reject, name)) for reject in self._pending] for name in SCHEMA.names}
         self._writer.write_table(pa.table(columns, schema=SCHEMA))
         self._pending = []
 
 
-def _text(value: str) -> str:
+def read_rejects(path: Path) -> Iterator[Reject]:
+    """With bounded memory."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(BUFFERED, columns=SCHEMA.names):
+            yield from (Reject(**row) for row in batch.to_pylist())
+
+
+def readable(value: str) -> str:
     """File names that are not UTF-8 are kept readable, with their bytes as escapes."""
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -9,11 +9,12 @@ from typing import Any
 
 import ferkd_data
 from ferkd_data.builder.engines import label_shards
+from ferkd_data.builder.events import BuildFinished, OnProgress, Watcher, Watchers
 from ferkd_data.builder.part import Part
 from ferkd_data.builder.plan import Plan, open_plan
 from ferkd_data.builder.prepare import OnError, prepare
-from ferkd_data.builder.progress import OnProgress
 from ferkd_data.builder.seal import seal
+from ferkd_data.builder.seal_extension import seal_extension
 from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.builder.state import BuildFolder, Facts, check_unfinished, open_build_folder, open_part_folder
 from ferkd_data.builder.stop import Stop
@@ -50,14 +51,16 @@ def build(
     source: str | Path,
     out: str | Path,
     *,
-    teachers: Sequence[str | TeacherSpec],
+    teachers: Sequence[str | TeacherSpec] = (),
     settings: BuildSettings | None = None,
     resources: Resources | None = None,
     classes: str | Path | None = None,
     precision: str = "auto",
     on_error: OnError = "reject",
     overwrite: bool = False,
+    extend: bool = False,
     on_progress: OnProgress | None = None,
+    watchers: Sequence[Watcher] = (),
     stop: Stop | None = None,
     **changes: Any,
 ) -> BuildResult:
@@ -66,28 +69,40 @@ def build(
     `changes` are fields of BuildSettings (crops=200, top_k=5, seed=0, …) or of Resources (device="cuda", …).
     A folder that holds an unfinished build of the same settings is resumed; finished shards are not labelled again.
 
+    With `extend`, `out` is a finished label set that gets more `crops`, the images of `source` that it lacks, or both:
+    only what is missing is labelled. It stays the label set that it was until that is done. What decides the labels
+    is taken from its manifest, also the teachers where none are given. `overwrite` then starts an unfinished extension
+    anew.
+
+    `on_progress` gets the progress after every batch, `watchers` all that happens (see ferkd_data.builder.events).
+
     Raises UsageError, SourceError, TeacherError, BuildError (see ferkd_data.errors).
     """
-    prepared = prepare(
-        source,
-        out,
-        teachers=teachers,
-        settings=settings,
-        resources=resources,
-        classes=classes,
-        precision=precision,
-        on_error=on_error,
-        **changes,
-    )
-    with open_build_folder(Path(out), overwrite=overwrite) as folder:
-        plan, facts = prepared.begin(folder)
-        shards = range(plan.summary.shards)
-        try:
-            label_shards(prepared, folder, plan, shards, on_progress or (lambda _: None), stop or Stop())
-        finally:
-            # Killed workers leave files aside; this process alone may remove them, since it holds the lock.
-            remove_leftovers(folder.out)
-        return _seal(folder, plan, prepared.job.settings, facts)
+    watcher = Watchers(watchers, on_progress)
+    with watcher.told_of_failure():
+        prepared = prepare(
+            source,
+            out,
+            teachers=teachers,
+            settings=settings,
+            resources=resources,
+            classes=classes,
+            precision=precision,
+            on_error=on_error,
+            extend=extend,
+            **changes,
+        )
+        with open_build_folder(Path(out), overwrite=overwrite, extend=extend) as folder:
+            plan, facts = prepared.begin(folder, afresh=overwrite)
+            try:
+                label_shards(prepared, folder, plan, plan.shards, watcher, stop or Stop())
+            finally:
+                # Killed workers leave files aside; this process alone may remove them, since it holds the lock.
+                remove_leftovers(folder.out)
+            result = _seal(folder, plan, prepared.job.settings, facts)
+    files = sum(len(shard.files) for shard in result.manifest.shards)
+    watcher.see(BuildFinished(images=result.manifest.num_images, rejects=result.rejects, files=files))
+    return result
 
 
 def build_part(
@@ -96,6 +111,7 @@ def build_part(
     *,
     part: str,
     on_progress: OnProgress | None = None,
+    watchers: Sequence[Watcher] = (),
     stop: Stop | None = None,
     **arguments: Any,
 ) -> PartResult:
@@ -104,20 +120,25 @@ def build_part(
     `arguments` are those of `build`. The part is resumed by the same call. Raises what `build` raises.
     """
     mine = Part.parse(part)
-    prepared = prepare(source, out, **arguments)
-    with open_part_folder(Path(out), mine) as folder:
-        with folder.alone():
-            plan, _ = prepared.begin(folder)
-        shards = mine.shards(plan.summary.shards)
-        label_shards(prepared, folder, plan, shards, on_progress or (lambda _: None), stop or Stop())
-        records = [folder.existing_record(shard) for shard in shards]
-        return PartResult(
-            out=folder.out,
-            part=mine,
-            shards=len(shards),
-            images=sum(record.rows for record in records),
-            rejects=sum(len(record.rejects) for record in records),
-        )
+    watcher = Watchers(watchers, on_progress)
+    with watcher.told_of_failure():
+        prepared = prepare(source, out, **arguments)
+        with open_part_folder(Path(out), mine, extend=prepared.base is not None) as folder:
+            with folder.alone():
+                plan, _ = prepared.begin(folder)
+            shards = mine.shards(plan.shards)
+            label_shards(prepared, folder, plan, shards, watcher, stop or Stop())
+            records = [folder.existing_record(shard) for shard in shards]
+    result = PartResult(
+        out=folder.out,
+        part=mine,
+        shards=len(shards),
+        images=sum(record.rows for record in records),
+        rejects=sum(len(record.rejects) for record in records),
+    )
+    files = sum(len(record.files) for record in records)
+    watcher.see(BuildFinished(images=result.images, rejects=result.rejects, files=files))
+    return result
 
 
 def finish(out: str | Path) -> BuildResult:
@@ -126,10 +147,14 @@ def finish(out: str | Path) -> BuildResult:
     Raises BuildError that names the shards and parts that are missing.
     """
     check_unfinished(Path(out))
-    with open_build_folder(Path(out), overwrite=False) as folder:
+    extend = BuildFolder(Path(out)).extends is not None
+    with open_build_folder(Path(out), overwrite=False, extend=extend) as folder:
+        if extend:
+            folder.drop_what_has_ended()
+            check_unfinished(Path(out))
         settings, facts = folder.saved_settings(), folder.saved_facts()
         plan = open_plan(folder.path)
-        missing = [shard for shard in range(plan.summary.shards) if folder.record(shard) is None]
+        missing = [shard for shard in plan.shards if folder.record(shard) is None]
         if missing:
             named = ", ".join(map(str, missing[:SHARDS_NAMED])) + (", …" if len(missing) > SHARDS_NAMED else "")
             parts = sorted({str(part) for part in folder.parts() for shard in missing if part.has(shard)})
@@ -139,16 +164,8 @@ def finish(out: str | Path) -> BuildResult:
 
 
 def _seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts) -> BuildResult:
-    manifest = seal(
-        folder,
-        plan,
-        settings,
-        teachers=facts.teachers,
-        num_classes=facts.num_classes,
-        class_names=facts.class_names,
-        source=facts.source,
-        version=ferkd_data.__version__,
-    )
+    ending = seal_extension if folder.extends is not None else seal
+    manifest = ending(folder, plan, settings, facts, ferkd_data.__version__)
     if manifest.num_images == 0:
         raise BuildError(
             f"{folder.out}: every one of the {manifest.rejects.rows} images was rejected; see rejects.parquet"

@@ -19,7 +19,7 @@ from ferkd_data.buckets import (
 from ferkd_data.builder.plan import Plan
 from ferkd_data.builder.rejects import RejectWriter
 from ferkd_data.builder.settings import BuildSettings
-from ferkd_data.builder.state import REJECTS_NAME, BuildFolder, ShardRecord
+from ferkd_data.builder.state import REJECTS_NAME, BuildFolder, Facts, ShardRecord
 from ferkd_data.images import Reject
 from ferkd_data.manifest import (
     FILE_NAME,
@@ -29,7 +29,6 @@ from ferkd_data.manifest import (
     RejectsEntry,
     ShardEntry,
     SourceEntry,
-    TeacherEntry,
     ThresholdsEntry,
 )
 from ferkd_data.shards import parquet, webdataset
@@ -38,23 +37,11 @@ from ferkd_data.shards.writers import write_shard
 from ferkd_data.storage import sha256_file, write_atomically
 
 
-def seal(
-    folder: BuildFolder,
-    plan: Plan,
-    settings: BuildSettings,
-    *,
-    teachers: tuple[TeacherEntry, ...],
-    num_classes: int,
-    class_names: tuple[str, ...] | None,
-    source: str,
-    version: str,
-) -> Manifest:
+def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts, version: str) -> Manifest:
     """Write rejects.parquet and manifest.json; every shard must have its record. Can be run again after a kill."""
-    thresholds = _final_thresholds(folder, plan, settings, num_classes)
-    records = [
-        _with_thresholds(folder, shard, settings, thresholds, num_classes) for shard in range(plan.summary.shards)
-    ]
-    rejects = _write_rejects(folder, plan)
+    thresholds = _final_thresholds(folder, plan, settings, facts.num_classes)
+    records = [_with_thresholds(folder, shard, settings, thresholds, facts.num_classes) for shard in plan.shards]
+    rejects = write_rejects(folder, plan, REJECTS_NAME)
     asked = settings.thresholds
     manifest = Manifest(
         created_by=CreatedBy(name="ferkd-data", version=version),
@@ -63,15 +50,15 @@ def seal(
         num_crops=settings.crops,
         crops_per_block=settings.crops_per_block,
         top_k=settings.top_k,
-        num_classes=num_classes,
-        class_names=class_names,
+        num_classes=facts.num_classes,
+        class_names=facts.class_names,
         seed=settings.seed,
         crop_distribution=CropDistributionEntry(
             scale=settings.distribution.scale,
             ratio=settings.distribution.ratio,
             hflip=settings.distribution.hflip,
         ),
-        teachers=teachers,
+        teachers=facts.teachers,
         ensemble=settings.ensemble,
         thresholds=ThresholdsEntry(
             low=thresholds.low,
@@ -81,7 +68,7 @@ def seal(
             quantile=(asked.low, asked.mid, asked.top) if isinstance(asked, QuantileThresholds) else None,
         ),
         source=SourceEntry(
-            description=source,
+            description=facts.source,
             images_seen=plan.summary.images + plan.summary.rejects,
             plan_sha256=plan.summary.sha256,
         ),
@@ -89,16 +76,20 @@ def seal(
         rejects=rejects,
         statistics=statistics.add(record.statistics for record in records),
     )
-    with write_atomically(folder.out / FILE_NAME) as aside:
-        aside.write_text(manifest.to_json(), encoding="utf-8")
+    write_manifest(folder.out, manifest)
     return manifest
+
+
+def write_manifest(out: Path, manifest: Manifest) -> None:
+    with write_atomically(out / FILE_NAME) as aside:
+        aside.write_text(manifest.to_json(), encoding="utf-8")
 
 
 def _final_thresholds(folder: BuildFolder, plan: Plan, settings: BuildSettings, num_classes: int) -> Thresholds:
     if isinstance(settings.thresholds, Thresholds):
         return settings.thresholds
     counts = np.zeros(NUM_FLOAT16, np.int64)
-    for shard in range(plan.summary.shards):
+    for shard in plan.shards:
         record = folder.existing_record(shard)
         if record.rows:
             labels = _read(folder.out, record, settings, num_classes)
@@ -164,10 +155,10 @@ def _read(out: Path, record: ShardRecord, settings: BuildSettings, num_classes: 
     return concat_crops(blocks)
 
 
-def _write_rejects(folder: BuildFolder, plan: Plan) -> RejectsEntry:
-    path = folder.out / REJECTS_NAME
+def write_rejects(folder: BuildFolder, plan: Plan, name: str) -> RejectsEntry:
+    path = folder.out / name
     with write_atomically(path) as aside, RejectWriter(aside) as writer:
         writer.copy_from(plan.folder / "plan-rejects.parquet")
-        for shard in range(plan.summary.shards):
+        for shard in plan.shards:
             writer.extend(Reject(**reject.model_dump()) for reject in folder.existing_record(shard).rejects)
-    return RejectsEntry(path=REJECTS_NAME, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path))
+    return RejectsEntry(path=name, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path))

@@ -4,10 +4,13 @@ lock            held by the process that builds, or shared by those that build a
                 when that process dies
 part-3-of-8     held by the process that builds this part
 plan-lock       held for a moment by a part that makes the plan, or finds it made
-state.json      the settings, to compare with those of the next run
+state.json      the settings, to compare with those of the next run; of an extension, also which label set it extends
 facts.json      what the manifest will say of teachers and source, so that `finish` needs neither
 plan.*          what to label
 shards/N.json   one record for each finished shard: written after its files, so it is the shard's commit point
+sealed          SHA-256 of an extension's manifest, written just before the manifest: with that in place, all is done
+
+While a finished label set is extended, its own manifest stays in place: OUT is that label set until the end.
 """
 
 from __future__ import annotations
@@ -26,19 +29,25 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ferkd_data.buckets import QuantileThresholds, Thresholds
+from ferkd_data.builder.base import identity_of
 from ferkd_data.builder.part import Part
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.crops import CropDistribution
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import BuildError, BuildLockedError, SettingsMismatchError
-from ferkd_data.manifest import FILE_NAME, BlockEntry, TeacherEntry
+from ferkd_data.manifest import FILE_NAME, BlockEntry, Manifest, TeacherEntry, read_manifest, read_manifest_bytes
 from ferkd_data.statistics import Statistics
 from ferkd_data.storage import remove_leftovers, write_atomically
 
 STATE_VERSION = 1
 FOLDER = ".build"
 REJECTS_NAME = "rejects.parquet"
+REJECTS_FILE = re.compile(r"rejects(-\d+)?\.parquet")
+"""Also those of an extended label set: its manifest names a new file, so that the old manifest stays true."""
 PART_LOCK = re.compile(r"part-(\d+)-of-(\d+)")
+SHARD_FILE = re.compile(r"\d{5,}(-\d{3,})?\.(parquet|tar)")
+EXTENDS = "extends"
+"""The setting in state.json that names the label set by its manifest's SHA-256."""
 
 
 class RejectRecord(BaseModel):
@@ -95,10 +104,57 @@ class BuildFolder:
             raise BuildError(f"{path}: damaged ({error}); start afresh with --overwrite") from error
         differences = describe_differences(saved, present)
         if differences:
+            what, afresh = ("extension", "--extend --overwrite") if EXTENDS in settings else ("build", "--overwrite")
             raise SettingsMismatchError(
-                f"{self.out} holds an unfinished build with other settings: {'; '.join(differences)}. "
-                "Use the same settings to resume it, another folder, or --overwrite"
+                f"{self.out} holds an unfinished {what} with other settings: {'; '.join(differences)}. "
+                f"Use the same settings to resume it, another folder, or {afresh}"
             )
+
+    def drop_what_has_ended(self) -> None:
+        """Clear what a build, or an extension, left that was killed after its last step."""
+        if not (self.path / "state.json").exists():
+            return
+        present = identity_of(read_manifest_bytes(self.out))
+        sealed = self.path / "sealed"
+        extends = self.extends
+        if extends is None or (sealed.exists() and sealed.read_text() == present):
+            self._remove_old_rejects()
+            self.clear()
+        elif extends != present:
+            raise BuildError(
+                f"{self.out}: {FILE_NAME} is not the one that an unfinished extension began with; bring it back, or "
+                "start the extension anew with --extend --overwrite"
+            )
+
+    def _remove_old_rejects(self) -> None:
+        listed = read_manifest(self.out).rejects.path
+        for path in self.out.iterdir():
+            if REJECTS_FILE.fullmatch(path.name) and path.name != listed:
+                path.unlink()
+
+    @property
+    def extends(self) -> str | None:
+        """The identity of the label set that is being extended here."""
+        state = json.loads((self.path / "state.json").read_bytes())
+        found: str | None = state["settings"].get(EXTENDS)
+        return found
+
+    def discard_extension(self, manifest: Manifest) -> None:
+        """Remove an unfinished extension with its shard files; never what `manifest` names."""
+        listed = {file.path for shard in manifest.shards for file in shard.files}
+        for name in ("labels", "shards"):
+            for path in (self.out / name).glob("*") if (self.out / name).is_dir() else ():
+                if SHARD_FILE.fullmatch(path.name) and f"{name}/{path.name}" not in listed:
+                    path.unlink()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything but who works here."""
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in ("lock", "plan-lock") and not PART_LOCK.fullmatch(path.name):
+                path.unlink()
 
     def saved_settings(self) -> BuildSettings:
         saved = json.loads((self.path / "state.json").read_bytes())["settings"]
@@ -158,26 +214,30 @@ class BuildFolder:
 
 
 @contextmanager
-def open_build_folder(out: Path, *, overwrite: bool) -> Iterator[BuildFolder]:
+def open_build_folder(out: Path, *, overwrite: bool, extend: bool = False) -> Iterator[BuildFolder]:
     """Take OUT for this process, for as long as the context lasts.
 
-    Raises BuildLockedError when a live process builds there, BuildError for a finished label set (without `overwrite`)
-    and for a folder that is not ours.
+    Raises BuildLockedError when a live process builds there, BuildError for a finished label set (without `overwrite`
+    or `extend`) and for a folder that is not ours.
     """
     _check_ours(out)
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
     with _locked(out / FOLDER / "lock", out):
-        if (out / FILE_NAME).exists() and not overwrite:
+        folder = BuildFolder(out)
+        if (out / FILE_NAME).exists() and not overwrite and not extend:
             _remove_if_only_a_lock(out / FOLDER)
-            raise BuildError(f"{out} holds a finished label set; use another folder, or --overwrite to replace it")
-        if overwrite:
+            raise BuildError(
+                f"{out} holds a finished label set; use another folder, --extend to add to it, or --overwrite to "
+                "replace it"
+            )
+        if overwrite and not extend:
             _clear(out)
         remove_leftovers(out)
-        yield BuildFolder(out)
+        yield folder
 
 
 @contextmanager
-def open_part_folder(out: Path, part: Part) -> Iterator[BuildFolder]:
+def open_part_folder(out: Path, part: Part, *, extend: bool = False) -> Iterator[BuildFolder]:
     """Take one part of OUT for this process, beside processes that take other parts.
 
     Raises BuildLockedError when a live process builds the whole or this part, BuildError as `open_build_folder` does.
@@ -189,14 +249,15 @@ def open_part_folder(out: Path, part: Part) -> Iterator[BuildFolder]:
         _locked(folder / "lock", out, shared=True),
         _locked(folder / f"part-{part.number}-of-{part.of}", out),
     ):
-        if (out / FILE_NAME).exists():
-            raise BuildError(f"{out} holds a finished label set; use another folder")
+        if (out / FILE_NAME).exists() and not extend:
+            raise BuildError(f"{out} holds a finished label set; use another folder, or --extend to add to it")
         yield BuildFolder(out)
 
 
 def check_unfinished(out: Path) -> None:
     """Raise BuildError when OUT holds no build that could be finished."""
-    if (out / FILE_NAME).exists():
+    finished = (out / FILE_NAME).exists()
+    if finished and (not (out / FOLDER / "state.json").exists() or BuildFolder(out).extends is None):
         raise BuildError(f"{out} holds a finished label set")
     for name in ("state.json", "plan.json", "facts.json"):
         if not (out / FOLDER / name).exists():
@@ -233,7 +294,9 @@ def _check_ours(out: Path) -> None:
 def _clear(out: Path) -> None:
     """Remove what a build wrote, the manifest first, and nothing else."""
     (out / FILE_NAME).unlink(missing_ok=True)
-    (out / REJECTS_NAME).unlink(missing_ok=True)
+    for path in out.iterdir():
+        if REJECTS_FILE.fullmatch(path.name):
+            path.unlink()
     for name in ("labels", "shards"):
         if (out / name).is_dir():
             shutil.rmtree(out / name)

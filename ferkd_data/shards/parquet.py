@@ -133,6 +133,13 @@ def read_keys(path: Path, *, rows: int) -> list[str]:
     return _keys(path, _read(path, pa.schema([schema(1, 1, np.uint16).field("key")]), rows))
 
 
+def read_identities(path: Path, *, rows: int) -> tuple[list[str], list[int | None], list[bytes]]:
+    """Keys, targets and image digests of a block file. Raises ShardError as `read_labels` does."""
+    whole = schema(1, 1, np.uint16)
+    table = _read(path, pa.schema([whole.field(name) for name in ("key", "image_digest", "target")]), rows)
+    return _keys(path, table), table.column("target").to_pylist(), table.column("image_digest").to_pylist()
+
+
 def _keys(path: Path, table: pa.Table) -> list[str]:
     try:
         return list(table.column("key").to_pylist())

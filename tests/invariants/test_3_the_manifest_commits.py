@@ -9,13 +9,14 @@ import signal
 import time
 
 import pytest
-from label_sets import SMALL, same_label_sets
+from label_sets import SMALL, files_below, same_label_sets, same_rows
 
 import ferkd_data as fd
 from ferkd_data.builder.state import open_build_folder
 from ferkd_data.errors import BuildError, BuildLockedError, ManifestError, SettingsMismatchError
 
 KILLS_PER_LAYOUT = 10
+KILLS_OF_EXTENSIONS = 6
 
 
 def build_slowly(photos, out, teacher, layout, sleep):
@@ -52,6 +53,44 @@ def test_kill_and_resume(photos, tiny_teachers, tmp_path, quick_process, layout)
         fd.build(photos, out, teachers=[tiny_teachers], layout=layout, batch_size=16, **SMALL)
     assert same_label_sets(undisturbed, out)
     assert not list(out.rglob("*.tmp"))
+    assert not (out / ".build").exists()
+
+
+def extend_slowly(photos, out, sleep):
+    os.environ["TINY_SLEEP"] = str(sleep)
+    fd.build(photos, out, extend=True, crops=12, batch_size=16, device="cpu")
+
+
+def test_kill_and_resume_an_extension(photos, make_photos, tiny_teachers, tmp_path, quick_process):
+    """Until it is whole, OUT is the old label set, byte by byte; then it is what a fresh build would have written."""
+    first, more, fresh, out = (tmp_path / name for name in ("first", "more", "fresh", "out"))
+    make_photos(more, 31)
+    settings = {**SMALL, "crops": 8, "batch_size": 16}
+    fd.build(photos, first, teachers=[tiny_teachers], **settings)
+    fd.build(more, fresh, teachers=[tiny_teachers], **{**settings, "crops": 12})
+    old = files_below(first)
+    shutil.copytree(first, out)
+    moments = random.Random(5)
+    killed = with_shards = 0
+    while killed < KILLS_OF_EXTENSIONS:
+        process = quick_process.Process(target=extend_slowly, args=(more, out, 0.05))
+        process.start()
+        wait_for(out / ".build/plan.json")
+        process.join(moments.uniform(0.0, 1.0))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+        with_shards += any(out.glob(".build/shards/*.json"))
+        if fd.open_labels(out).num_crops == 12:
+            assert same_rows(fresh, out)
+            shutil.rmtree(out)
+            shutil.copytree(first, out)
+        else:
+            assert old.items() <= files_below(out).items() and fd.verify(out).ok
+    assert with_shards > 0, "no kill came after a finished shard; the moments are wrong"
+    fd.build(more, out, extend=True, crops=12, batch_size=16, device="cpu")
+    assert same_rows(fresh, out) and fd.verify(out, images=more).faults == fd.verify(out).warnings == ()
     assert not (out / ".build").exists()
 
 

@@ -111,8 +111,8 @@ def test_a_whole_build_takes_over_what_parts_have_done(photos, tiny_teachers, tm
 def test_every_shard_is_in_one_part():
     for of in (1, 2, 3, 7, 50):
         parts = [Part(number=number, of=of) for number in range(1, of + 1)]
-        assert sorted(shard for part in parts for shard in part.shards(20)) == list(range(20))
-        assert all(part.has(shard) for part in parts for shard in part.shards(20))
+        assert sorted(shard for part in parts for shard in part.shards(range(20))) == list(range(20))
+        assert all(part.has(shard) for part in parts for shard in part.shards(range(20)))
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/0", "a/b", "-1/3", ""])

@@ -1,0 +1,317 @@
+"""More crops, more images, or both, for a label set that was finished before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from label_sets import SMALL, files_below, same_files, same_label_sets, same_rows
+
+import ferkd_data as fd
+from ferkd_data.builder import build_part, finish, seal_extension
+from ferkd_data.errors import BuildError, ManifestError, SettingsMismatchError, SourceError, UsageError
+from ferkd_data_cli.main import run
+
+SECOND = "python:ferkd_tiny_teachers:second"
+FIRST_CROPS = {**SMALL, "crops": 8}
+"""Two whole blocks of 4."""
+
+
+@pytest.fixture
+def teachers(tiny_teachers):
+    return [tiny_teachers, SECOND]
+
+
+@pytest.fixture
+def growing(make_photos, tmp_path):
+    """A folder of its own, to add images to."""
+    return make_photos(tmp_path / "photos", 20)
+
+
+def is_whole(folder: Path, images: Path) -> bool:
+    return fd.verify(folder, images=images).faults == ()
+
+
+def test_more_crops_equal_a_fresh_build_byte_by_byte(photos, teachers, tmp_path):
+    """Of 10 crops in the end, the last block is short; the manifest is the same as well."""
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    fd.build(photos, out, teachers=teachers, **FIRST_CROPS)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("labels/*")}
+    seen = []
+    fd.build(photos, out, extend=True, crops=10, device="cpu", on_progress=seen.append)
+    fd.build(photos, fresh, teachers=teachers, **SMALL)
+    assert len(before) == 6 and all(path.stat().st_mtime_ns == written for path, written in before.items())
+    assert seen[-1].crops_done == 20 * 2 and seen[-1].images_done == seen[-1].images_total == 20
+    assert same_files(out, fresh)
+
+
+def test_new_images_go_into_shards_after_the_others(growing, make_photos, teachers, tmp_path):
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    old = fd.build(growing, out, teachers=teachers, **SMALL).manifest
+    before = files_below(out / "labels")
+    make_photos(growing, 31)
+    new = fd.build(growing, out, extend=True, device="cpu").manifest
+    fd.build(growing, fresh, teachers=teachers, **SMALL)
+    assert new.shards[:3] == old.shards and [shard.rows for shard in new.shards[3:]] == [8, 3]
+    assert before.items() <= files_below(out / "labels").items()
+    assert same_rows(out, fresh) and is_whole(out, growing)
+    assert new.statistics.bucket_counts == fd.open_labels(fresh).statistics.bucket_counts
+    assert new.statistics.teacher_agreement == fd.open_labels(fresh).statistics.teacher_agreement
+    assert new.source.images_seen == 31 and new.source.plan_sha256 != old.source.plan_sha256
+
+
+def test_two_processes_add_both_at_once_and_then_nothing(growing, make_photos, teachers, tmp_path):
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    fd.build(growing, out, teachers=teachers, **FIRST_CROPS)
+    make_photos(growing, 31)
+    seen = []
+    arguments = {"extend": True, "crops": 12, "device": "cpu", "processes": 2}
+    fd.build(growing, out, on_progress=seen.append, **arguments)
+    fd.build(growing, fresh, teachers=teachers, **{**SMALL, "crops": 12})
+    assert seen[-1].crops_done == 20 * 4 + 11 * 12
+    assert same_rows(out, fresh) and is_whole(out, growing)
+    before = files_below(out)
+    fd.build(growing, out, on_progress=lambda progress: pytest.fail("there is nothing to label"), **arguments)
+    assert files_below(out) == before
+
+
+def test_a_source_of_new_images_alone(growing, make_photos, teachers, tmp_path):
+    out, more, fresh = tmp_path / "out", tmp_path / "more", tmp_path / "fresh"
+    fd.build(growing, out, teachers=teachers, **FIRST_CROPS)
+    shutil.copytree(
+        make_photos(tmp_path / "all", 31),
+        more,
+        ignore=lambda folder, names: [name for name in names if name.endswith(".jpg") and int(name[5:9]) < 20],
+    )
+    (tmp_path / "classes.txt").write_text("".join(f"class{i}\n" for i in range(10)))
+    manifest = fd.build(more, out, extend=True, classes=tmp_path / "classes.txt", device="cpu").manifest
+    fd.build(tmp_path / "all", fresh, teachers=teachers, **FIRST_CROPS)
+    assert same_rows(out, fresh)
+    assert manifest.source.description == "folder photos; folder more"
+    with pytest.raises(SourceError, match=r"'class0/photo0000' has labels .* not in folder more: .*leave out --crops"):
+        fd.build(more, out, extend=True, crops=12, classes=tmp_path / "classes.txt", device="cpu")
+
+
+def test_tars_get_new_images_and_no_more_crops(growing, make_photos, teachers, tmp_path):
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    fd.build(growing, out, teachers=teachers, layout="webdataset", **SMALL)
+    make_photos(growing, 31)
+    fd.build(growing, out, extend=True, device="cpu")
+    fd.build(growing, fresh, teachers=teachers, layout="webdataset", **SMALL)
+    assert same_rows(out, fresh) and is_whole(out, growing)
+    assert len(list(out.glob("shards/*.tar"))) == 5
+    with pytest.raises(UsageError, match=r"layout webdataset .* cannot get more; .*ferkd-data convert .* parquet"):
+        fd.build(growing, out, extend=True, crops=20, device="cpu")
+
+
+def test_quantile_thresholds_stay_those_that_were_found(growing, make_photos, teachers, tmp_path):
+    asked = fd.QuantileThresholds(low=0.1, mid=0.25, top=0.8)
+    out = tmp_path / "out"
+    old = fd.build(growing, out, teachers=teachers, thresholds=asked, **FIRST_CROPS).manifest
+    make_photos(growing, 25)
+    new = fd.build(growing, out, extend=True, crops=12, thresholds=asked, device="cpu").manifest
+    assert new.thresholds == old.thresholds and is_whole(out, growing)
+    with pytest.raises(SettingsMismatchError, match=r"thresholds.low: saved 0\.\d+, now 0.2"):
+        fd.build(growing, out, extend=True, thresholds=fd.QuantileThresholds(low=0.2, mid=0.25, top=0.8))
+
+
+def test_rejects_are_tried_again(growing, teachers, tmp_path):
+    """Repaired: labelled. Gone: the verdict stays. Still broken: a reject, once."""
+    good = (growing / "class1/photo0001.jpg").read_bytes()
+    for name in ("repaired", "gone", "broken"):
+        (growing / f"class1/{name}.jpg").write_bytes(b"no picture")
+    (growing / "class1/photo0001.png").write_bytes(good)
+    out = tmp_path / "out"
+    assert fd.build(growing, out, teachers=teachers, **FIRST_CROPS).rejects == 4
+    (growing / "class1/repaired.jpg").write_bytes(good)
+    (growing / "class1/gone.jpg").unlink()
+    manifest = fd.build(growing, out, extend=True, device="cpu").manifest
+    rejects = pq.read_table(out / manifest.rejects.path).to_pylist()
+    assert sorted((row["key"], row["reason"]) for row in rejects) == [
+        ("class1/broken", "not_an_image"),
+        ("class1/gone", "not_an_image"),
+        ("class1/photo0001", "duplicate_key"),
+    ]
+    assert manifest.num_images == 21 and manifest.source.images_seen == 24
+    assert manifest.rejects.path == "rejects-2.parquet" and not (out / "rejects.parquet").exists()
+    assert is_whole(out, growing) and not fd.verify(out).warnings
+
+
+def test_crops_of_a_set_with_rejects_leave_no_empty_shard(growing, teachers, tmp_path):
+    (growing / "class1/broken.jpg").write_bytes(b"no picture")
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    fd.build(growing, out, teachers=teachers, **FIRST_CROPS)
+    fd.build(growing, out, extend=True, crops=12, device="cpu")
+    fd.build(growing, fresh, teachers=teachers, **{**SMALL, "crops": 12})
+    assert same_files(out, fresh)
+
+
+def test_an_image_that_changed_or_broke_cannot_get_more_crops(growing, teachers, tmp_path):
+    out = tmp_path / "out"
+    fd.build(growing, out, teachers=teachers, **FIRST_CROPS)
+    before = files_below(out)
+    path = growing / "class3/photo0003.jpg"
+    old = path.read_bytes()
+    path.write_bytes((growing / "class4/photo0004.jpg").read_bytes())
+    with pytest.raises(BuildError, match=r"'class3/photo0003' is not the one .*: its bytes have changed"):
+        fd.build(growing, out, extend=True, crops=12, device="cpu")
+    path.write_bytes(b"no picture")
+    with pytest.raises(BuildError, match=r"'class3/photo0003' has labels .* cannot get more crops \(not_an_image"):
+        fd.build(growing, out, extend=True, crops=12, device="cpu")
+    assert before.items() <= files_below(out).items() and len(fd.open_labels(out)) == 20
+    path.write_bytes(old)
+    fd.build(growing, out, extend=True, crops=12, device="cpu")
+    assert fd.open_labels(out).manifest.num_crops == 12 and is_whole(out, growing)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 5}, r"keeps its settings: seed: saved 0, now 5"),
+        ({"top_k": 3, "ensemble": "logits"}, r"top_k: saved 4, now 3; ensemble: saved 'mean', now 'logits'"),
+        ({"distribution": fd.CropDistribution(hflip=0.1)}, r"distribution.hflip: saved 0.5, now 0.1"),
+        ({"crops": 10, "crops_per_block": 6}, r"crops_per_block: saved 4, now 6"),
+        ({"teachers": [SECOND, SECOND]}, r"other teachers .*: teachers\[0\].digest: saved '\w+', now '\w+'"),
+        ({"teachers": [SECOND]}, r"other teachers"),
+        ({"precision": "bf16"}, r"teachers\[0\].precision: saved 'fp32', now 'bf16'"),
+        ({"settings": fd.BuildSettings(crops=10, top_k=4)}, r"crops_per_block: saved 4, now 50"),
+    ],
+)
+def test_what_decides_the_labels_cannot_change(photos, label_set, changes, message):
+    with pytest.raises(SettingsMismatchError, match=message):
+        fd.build(photos, label_set, extend=True, device="cpu", **changes)
+    assert not (label_set / ".build").exists()
+
+
+def test_crops_that_cannot_be_reached_say_what_to_do(photos, label_set, teachers, tmp_path):
+    """The label set has 10 crops in blocks of 4."""
+    with pytest.raises(UsageError, match="has 10 crops per image already, asked for 4; give 10 or more"):
+        fd.build(photos, label_set, extend=True, crops=4)
+    with pytest.raises(UsageError, match=r"10 crops end within a crop block of 4.*parquet --crops-per-block 2"):
+        fd.build(photos, label_set, extend=True, crops=12)
+    cut, fresh = tmp_path / "cut", tmp_path / "fresh"
+    assert run(["convert", str(label_set), str(cut), "--layout", "parquet", "--crops-per-block", "2"]) == 0
+    fd.build(photos, cut, extend=True, crops=12, device="cpu")
+    fd.build(photos, fresh, teachers=teachers, **{**SMALL, "crops": 12, "crops_per_block": 2})
+    assert same_label_sets(cut, fresh) and is_whole(cut, photos)
+
+
+def test_fewer_crops_than_a_block_become_whole_blocks(photos, teachers, tmp_path):
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    fd.build(photos, out, teachers=teachers, **{**SMALL, "crops": 3})
+    assert fd.build(photos, out, extend=True, crops=8, device="cpu").manifest.crops_per_block == 3
+    fd.build(photos, fresh, teachers=teachers, **{**SMALL, "crops": 8, "crops_per_block": 3})
+    assert same_files(out, fresh)
+
+
+def test_another_numbering_of_the_classes_is_seen(growing, make_photos, teachers, tmp_path):
+    out, classes = tmp_path / "out", tmp_path / "classes.txt"
+    fd.build(growing, out, teachers=teachers, **SMALL)
+    classes.write_text("".join(f"class{i}\n" for i in reversed(range(10))))
+    make_photos(growing, 25)
+    with pytest.raises(SettingsMismatchError, match=r"'class0/photo0000' has another target in .*: saved 0, now 9"):
+        fd.build(growing, out, extend=True, classes=classes, device="cpu")
+
+
+def test_what_no_single_build_wrote_is_refused(photos, label_set, tmp_path):
+    for mark in ("imported_from", "merged_from"):
+        copy = shutil.copytree(label_set, tmp_path / mark)
+        manifest = json.loads((copy / "manifest.json").read_text())
+        (copy / "manifest.json").write_text(json.dumps({**manifest, mark: "elsewhere"}))
+        with pytest.raises(UsageError, match=f"was {mark.removesuffix('_from')}"):
+            fd.build(photos, copy, extend=True, crops=12)
+    with pytest.raises(ManifestError, match=r"no manifest\.json"):
+        fd.build(photos, tmp_path / "nothing", extend=True, crops=12)
+
+
+def interrupt(photos, out, **changes):
+    def stop(progress):
+        if progress.shard >= 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fd.build(photos, out, extend=True, device="cpu", on_progress=stop, **changes)
+
+
+def test_an_unfinished_extension_leaves_the_old_set_and_can_be_begun_anew(photos, teachers, tmp_path):
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    fd.build(photos, out, teachers=teachers, **FIRST_CROPS)
+    before = files_below(out)
+    interrupt(photos, out, crops=16)
+    assert (out / ".build").is_dir() and before.items() <= files_below(out).items()
+    assert fd.verify(out).ok and fd.open_labels(out).num_crops == 8
+    with pytest.raises(SettingsMismatchError, match=r"unfinished extension .*crops: saved 16, now 12.*--extend --ov"):
+        fd.build(photos, out, extend=True, crops=12, device="cpu")
+    with pytest.raises(BuildError, match="holds a finished label set"):
+        fd.build(photos, out, teachers=teachers, **FIRST_CROPS)
+    fd.build(photos, out, extend=True, overwrite=True, crops=12, device="cpu")
+    fd.build(photos, fresh, teachers=teachers, **{**SMALL, "crops": 12})
+    assert same_files(out, fresh)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_around_the_commit(growing, teachers, tmp_path, monkeypatch, moment):
+    """Before: still the old set. After: the new one, and what the old one left is gone with the next run."""
+    (growing / "class1/broken.jpg").write_bytes(b"no picture")
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    fd.build(growing, out, teachers=teachers, **FIRST_CROPS)
+    (growing / "class1/broken.jpg").write_bytes((growing / "class1/photo0001.jpg").read_bytes())
+    write = seal_extension.write_manifest
+
+    def killed(folder, manifest):
+        if moment == "after":
+            write(folder, manifest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(seal_extension, "write_manifest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fd.build(growing, out, extend=True, crops=12, device="cpu")
+    monkeypatch.undo()
+    assert fd.verify(out).ok and len(fd.open_labels(out)) == (20 if moment == "before" else 21)
+    fd.build(growing, out, extend=True, crops=12, device="cpu")
+    fd.build(growing, fresh, teachers=teachers, **{**SMALL, "crops": 12})
+    assert same_rows(out, fresh) and is_whole(out, growing) and fd.verify(out).warnings == ()
+
+
+def test_a_manifest_that_changed_meanwhile_stops_the_extension(photos, teachers, tmp_path):
+    out = tmp_path / "out"
+    fd.build(photos, out, teachers=teachers, **FIRST_CROPS)
+    interrupt(photos, out, crops=16)
+    text = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(text.replace('"format"', '"note": "mine", "format"'))
+    with pytest.raises(BuildError, match="not the one that an unfinished extension began with"):
+        fd.build(photos, out, extend=True, crops=16, device="cpu")
+    (out / "manifest.json").write_text(text)
+    assert fd.build(photos, out, extend=True, crops=16, device="cpu").manifest.num_crops == 16
+
+
+def test_parts_extend_too(growing, make_photos, teachers, tmp_path):
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    fd.build(growing, out, teachers=teachers, **FIRST_CROPS)
+    make_photos(growing, 31)
+    more = {"extend": True, "crops": 12, "device": "cpu"}
+    assert build_part(growing, out, part="2/2", **more).shards == 2
+    with pytest.raises(BuildError, match="3 of 5 shards are missing: 0, 2, 4"):
+        finish(out)
+    build_part(growing, out, part="1/2", **more)
+    assert len(fd.open_labels(out)) == 20
+    finish(out)
+    fd.build(growing, fresh, teachers=teachers, **{**SMALL, "crops": 12})
+    assert same_rows(out, fresh) and is_whole(out, growing)
+    with pytest.raises(BuildError, match="finished label set"):
+        finish(out)
+
+
+def test_the_command(growing, make_photos, tiny_teachers, tmp_path, capsys):
+    out = tmp_path / "out"
+    fd.build(growing, out, teachers=[tiny_teachers], **FIRST_CROPS)
+    make_photos(growing, 25)
+    assert run(["build", str(growing), str(out), "--extend", "--crops", "12", "--device", "cpu"]) == 0
+    assert "25 images x 12 crops" in capsys.readouterr().out
+    assert run(["build", str(growing), str(out), "--extend", "--seed", "0", "--top-k", "4", "--device", "cpu"]) == 0
+    assert run(["build", str(growing), str(out), "--extend", "--top-k", "5", "--device", "cpu"]) == 1
+    assert "top_k: saved 4, now 5" in capsys.readouterr().err
+    assert run(["build", str(growing), str(tmp_path / "new")]) == 2
