@@ -27,9 +27,19 @@ def line(progress: Any) -> str:
     left = "?" if progress.seconds_left is None else clock(progress.seconds_left)
     return (
         f"{progress.images_done}/{progress.images_total} images, {progress.crops_per_second:.1f} crops/s, "
-        f"{left} left, {progress.rejects} rejects, shard {progress.shard} ({progress.shards_done} of "
-        f"{progress.shards_total} done)"
+        f"{left} left, {progress.rejects} rejects, {progress.forwards_done:,} of {progress.forwards_total:,} forwards, "
+        f"shard {progress.shard} ({progress.shards_done} of {progress.shards_total} done){_workers(progress)}"
     )
+
+
+def _workers(progress: Any) -> str:
+    """Of several: how many, their rates from the slowest to the fastest, and those far behind."""
+    if len(progress.workers) < 2:
+        return ""
+    rates = [worker.crops_per_second for worker in progress.workers]
+    slow = [f"{w.worker} ({w.crops_per_second:.1f})" for w in progress.workers if w.worker in progress.stragglers]
+    behind = f", far behind: {', '.join(slow)}" if slow else ""
+    return f", {len(rates)} workers at {min(rates):.1f} to {max(rates):.1f} crops/s{behind}"
 
 
 def clock(seconds: float) -> str:

@@ -101,7 +101,7 @@ class Progress:
     workers: tuple[WorkerProgress, ...] = ()
     """Every worker that has labelled anything, in the order of their numbers; up to a second old."""
     stragglers: tuple[int, ...] = ()
-    """Workers with a shard in work that label at less than half of the median rate."""
+    """Workers with a shard in work that label at less than half of the median rate, or not at all for a minute."""
     forwards_done: int = 0
     """Crops through teachers by this run, those of shards that were lost included: what it has cost so far."""
     forwards_total: int = 0

@@ -1,4 +1,4 @@
-"""A build's log for machines: one JSON object in a line, flushed with each."""
+"""A build's log for machines: one JSON object in a line, on the disk with each event."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class JsonLog:
     def __init__(self, path: Path, progress_seconds: float = PROGRESS_SECONDS) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = path.open("a", encoding="utf-8")
+            path.open("a").close()
         except OSError as error:
             raise UsageError(f"log {path}: cannot be opened ({error.strerror})") from error
         self._path = path
@@ -56,8 +56,9 @@ class JsonLog:
         stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = {"event": name_of(event), "time": stamp, "seconds": round(now - self._opened, 3), **asdict(event)}
         try:
-            self._stream.write(json.dumps(line) + "\n")
-            self._stream.flush()
+            # Opened anew for each, so that it may be moved away meanwhile, and several parts may share it.
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
         except OSError as error:
             if not self._broken:
                 print(f"ferkd-data: log {self._path}: cannot be written any more ({error.strerror})", file=sys.stderr)

@@ -42,19 +42,25 @@ class _Worker:
     busy: bool = False
     crops: int = 0
     marks: deque[tuple[float, int]] = field(default_factory=deque)
-    """(time, crops until then) within the last minute, and one before it."""
+    """(time, crops until then) within the last minute, and the newest before it."""
+
+    def __post_init__(self) -> None:
+        self.marks.append((self.started, 0))
 
     def add(self, crops: int, now: float) -> None:
         self.crops += crops
-        if not self.marks or now - self.marks[-1][0] >= MARK_SECONDS:
+        if now - self.marks[-1][0] >= MARK_SECONDS:
             self.marks.append((now, self.crops))
-        while len(self.marks) > 1 and self.marks[1][0] <= now - RATE_SECONDS:
-            self.marks.popleft()
+        self._forget(now)
 
     def rate(self, now: float) -> float:
-        recent = self.started >= now - RATE_SECONDS or len(self.marks) < 2
-        since, before = (self.started, 0) if recent else self.marks[0]
+        self._forget(now)
+        since, before = self.marks[0]
         return (self.crops - before) / max(now - since, 1e-9)
+
+    def _forget(self, now: float) -> None:
+        while len(self.marks) > 1 and self.marks[1][0] <= now - RATE_SECONDS:
+            self.marks.popleft()
 
 
 @dataclass(kw_only=True)
@@ -203,6 +209,6 @@ class ProgressCounter:
                     WorkerProgress(worker=number, shard=self._workers[number].shard, crops_per_second=rate)
                     for number, rate in rates.items()
                 ),
-                tuple(number for number, rate in busy.items() if rate < slow and number in late),
+                tuple(number for number, rate in busy.items() if (rate < slow or not rate) and number in late),
             )
         return self._summary
