@@ -7,7 +7,7 @@ an unknown field is kept and written back.
 from __future__ import annotations
 
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -27,8 +27,9 @@ Layout = Literal["parquet", "webdataset"]
 
 
 def _inside(path: str) -> str:
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or "\\" in path or "\0" in path or ":" in path or ".." in parts:
+    # Not through pathlib, which took half of the time to open a manifest of 25,000 shards.
+    parts = path.split("/")
+    if set(parts) <= {"", "."} or path.startswith("/") or "\\" in path or "\0" in path or ":" in path or ".." in parts:
         raise ValueError(f"{path!r} is not a path inside the label set")
     return path
 
