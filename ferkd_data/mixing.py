@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ferkd_data.blending import blend_cycles, can_blend, keeps_sum
 from ferkd_data.errors import UsageError
 from ferkd_data.targets import SoftTargets, check_positive
 
@@ -107,10 +108,16 @@ def mixup(
     rng: np.random.Generator,
     inplace: bool = False,
 ) -> tuple[Tensor, SoftTargets]:
-    """Blend image b with image partner[b]; uint8 is rounded to the nearest level. As `cutmix` otherwise."""
+    """Blend image b with image partner[b]; uint8 is rounded to the nearest level. As `cutmix` otherwise.
+
+    Two images that blend with each other do so by the same share, and keep their sum.
+    """
     num = _num_rows(images, targets)
     count = 1 if per == "batch" else num
     own = np.where(rng.random(count) < prob, rng.beta(alpha, alpha, count), 1.0)
+    if per == "sample":
+        row = np.arange(num)
+        own = own[np.where(partner[partner] == row, np.minimum(row, partner), row)]
     if images.dtype == torch.uint8:
         own = np.rint(own * LEVELS) / LEVELS
     # What the images' type cannot hold of a share, the targets do not get either.
@@ -156,18 +163,23 @@ def paste_at_once(images: Tensor, partner: npt.NDArray[np.int64], boxes: npt.NDA
 
 def blend_one_by_one(images: Tensor, partner: npt.NDArray[np.int64], share: Tensor) -> None:
     """In place, each image's intermediates small enough for a CPU's cache."""
+    if can_blend(images):
+        blend_cycles(images, cycles(partner), share.tolist())
+        return
+    half = _half(partner, share)
     for cycle in cycles(partner):
         first = images[cycle[0]].clone()
         for row, other in itertools.pairwise(cycle):
-            images[row].copy_(_blend(images[row], images[other], share[row]))
+            images[row].copy_(_blend(images[row], images[other], share[row], half[row]))
         last = cycle[-1]
-        images[last].copy_(_blend(images[last], first, share[last]))
+        images[last].copy_(_blend(images[last], first, share[last], half[last]))
 
 
 def blend_at_once(images: Tensor, partner: npt.NDArray[np.int64], share: Tensor) -> None:
     """In place, for the whole batch in a few kernels."""
     others = images[torch.from_numpy(partner).to(images.device, non_blocking=True)]
-    images.copy_(_blend(images, others, share.to(images.device, non_blocking=True)[:, None, None, None]))
+    per_row = (t.to(images.device, non_blocking=True)[:, None, None, None] for t in (share, _half(partner, share)))
+    images.copy_(_blend(images, others, *per_row))
 
 
 def cycles(partner: npt.NDArray[np.int64]) -> Iterator[list[int]]:
@@ -197,13 +209,21 @@ def _place(box: list[int], channels_last: bool) -> tuple[Any, ...]:
     return rectangle if channels_last else (..., *rectangle)
 
 
-def _blend(image: Tensor, other: Tensor, share: Tensor) -> Tensor:
+def _half(partner: npt.NDArray[np.int64], share: Tensor) -> Tensor:
+    """(B,) int16: what is added before levels are cut off. A half goes up, but down where two images keep their sum."""
+    half = torch.full((len(partner),), LEVELS // 2, dtype=torch.int16)
+    shares = share.tolist()
+    half[[cycle[1] for cycle in cycles(partner) if keeps_sum(cycle, shares)]] -= 1
+    return half
+
+
+def _blend(image: Tensor, other: Tensor, share: Tensor, half: Tensor) -> Tensor:
     """uint8 levels come back as int16."""
     if image.dtype != torch.uint8:
         return other.lerp(image, share.to(image.dtype))
     levels = (share * LEVELS).round().to(torch.int16)
     mixed = image.to(torch.int16).mul_(levels).add_(other.to(torch.int16).mul_(LEVELS - levels))
-    return mixed.add_(LEVELS // 2).bitwise_right_shift_(7)
+    return mixed.add_(half).bitwise_right_shift_(7)
 
 
 def _rectangles(

@@ -6,7 +6,7 @@ antialiased filter (Pillow's: the support grows with the reduction), and then fl
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,10 @@ from ferkd_data.errors import UsageError
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 
-_RESIZE_INTO = {
-    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
-    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+# The same kernels as torch.ops.aten's, begun 2 us sooner.
+_RESIZE_INTO: dict[str, Any] = {
+    "bilinear": torch._C._nn._upsample_bilinear2d_aa,
+    "bicubic": torch._C._nn._upsample_bicubic2d_aa,
 }
 
 

@@ -52,12 +52,23 @@ class SelfMix:
 
 
 def partners(num: int, crops_per_image: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """For each crop, another crop of its own image: the group turned by the same random step."""
+    """For each crop, another crop of its own image, by the same random rule in every group.
+
+    An even group is cut into pairs that mix with each other, as the rounds of a tournament are; an odd one is turned
+    by a step.
+    """
     if crops_per_image < 2 or num % crops_per_image:
         raise UsageError(
             f"SelfMix needs at least 2 crops of each image side by side; {num} crops in groups of {crops_per_image}"
         )
     step = int(rng.integers(1, crops_per_image))
-    row = np.arange(num)
-    first = row - row % crops_per_image
-    return first + (row % crops_per_image + step) % crops_per_image
+    place = np.arange(crops_per_image)
+    if crops_per_image % 2:
+        other = (place + step) % crops_per_image
+    else:
+        last = crops_per_image - 1
+        other = (step - place) % last
+        # One meets itself, and the last, for which the rule has no place: these two are the pair that is left.
+        alone = int(np.flatnonzero(other[:last] == place[:last])[0])
+        other[alone], other[last] = last, alone
+    return np.add.outer(np.arange(0, num, crops_per_image), other).reshape(-1)

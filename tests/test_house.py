@@ -16,7 +16,7 @@ FLOORS = [
     {"rng", "extras", "storage", "differences"},
     {"remote"},
     {"crops"},
-    {"images", "replay"},
+    {"images", "replay", "blending"},
     {"teachers", "ensemble", "buckets"},
     {"shards.columns", "statistics", "labels", "targets", "normalization"},
     {"shards", "manifest", "demo", "evaluate", "losses", "calibration", "mixing", "selfmix"},

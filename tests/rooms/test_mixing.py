@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferkd_data import mixing
@@ -71,6 +71,68 @@ def test_blending_one_by_one_and_at_once_follow_the_definition(dtype, memory_for
             blend(mixed, partner, share)
             assert mixed.dtype == dtype
             assert (mixed.double() - expected).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), levels=st.lists(st.sampled_from([0, 1, 64, 96, 128]), min_size=1, max_size=12))
+def test_bytes_blend_to_the_same_levels_everywhere(vectorised, seed, levels):
+    """Cycles of every length, shares of which some are equal; with the resize kernel, without it, and as on a GPU."""
+    rng = np.random.default_rng(seed)
+    images = torch.from_numpy(rng.integers(0, 256, (len(levels), 3, 5, 7), np.uint8))
+    share, partner = torch.tensor(levels) / 128, rng.permutation(len(levels))
+    one_by_one, at_once = images.clone(), images.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixing, "can_blend", lambda images: vectorised)
+        mixing.blend_one_by_one(one_by_one, partner, share)
+    mixing.blend_at_once(at_once, partner, share)
+    assert torch.equal(one_by_one, at_once)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("blend", [mixing.blend_one_by_one, mixing.blend_at_once])
+def test_all_levels_with_all_levels(blend, pair):
+    """Nearest to the definition; a pair keeps its sum, and elsewhere a half goes up."""
+    first, second = (levels.reshape(1, 256, 256).to(torch.uint8) for levels in all_pairs())
+    images = torch.stack([first.expand(3, -1, -1), second.expand(3, -1, -1)])
+    images = images if pair else torch.cat([images, images[:1]])
+    partner = np.array([1, 0] if pair else [1, 2, 0])
+    for level in (1, 32, 63, 64, 127):
+        mixed = images.clone()
+        blend(mixed, partner, torch.full((len(images),), level / 128))
+        own, other, result = (x.to(torch.int64) for x in (images, images[partner], mixed))
+        exact = own * level + other * (128 - level)
+        assert ((result * 128 - exact).abs() <= 64).all()
+        if pair:
+            assert torch.equal(result.sum(0), own.sum(0))
+        else:
+            assert torch.equal(result, (exact + 64) // 128)
+
+
+def all_pairs():
+    return torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+
+
+@pytest.mark.parametrize("crops", range(2, 10))
+def test_partners_are_all_others_in_turn_and_pairs_where_the_number_is_even(crops):
+    met = set()
+    for seed in range(60):
+        partner = partners(3 * crops, crops, np.random.default_rng(seed))
+        assert (partner // crops == np.arange(3 * crops) // crops).all() and (partner != np.arange(3 * crops)).all()
+        assert np.array_equal(partner[:crops], partner[crops : 2 * crops] - crops)
+        assert sorted(partner) == list(range(3 * crops))
+        if crops % 2 == 0:
+            assert (partner[partner] == np.arange(3 * crops)).all()
+        met |= set(enumerate(partner[:crops].tolist()))
+    assert len(met) == crops * (crops - 1)
+
+
+def test_two_that_blend_with_each_other_have_one_share():
+    selfmix = SelfMix(prob=0.5, alpha=1.0, mode="mixup", per="sample")
+    images = random_images(64, torch.uint8, torch.channels_last)
+    _, targets = selfmix(images, one_hot(64), crops_per_image=2, rng=np.random.default_rng(0))
+    own, other = targets.weight[:, 0], targets.weight[targets.index[:, 1], 0]
+    assert torch.equal(own, other) and len(own.unique()) > 8
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
