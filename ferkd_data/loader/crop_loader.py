@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
-import sys
-import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ferkd_data.calibration import Calibration, Schedule, calibration_at
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import FerkdError, LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Made, OnError, Verify, Work
-from ferkd_data.loader.buffers import BatchBuffers, Slot
+from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Made, OnError, Verify
 from ferkd_data.loader.image_table import open_images
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import OrderKind, check_order
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, windows
+from ferkd_data.loader.workers import Workers
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
 from ferkd_data.selfmix import SelfMix
 from ferkd_data.storage import default_cache_dir
 from ferkd_data.targets import SoftTargets
 
 STATE_VERSION = 1
-HELD_BATCHES = 3
-"""That users hold at a time, as long as they do not keep them: slots beyond those in work."""
 
 
 class CropLoader:
@@ -135,7 +127,7 @@ class CropLoader:
         self._place = Place()
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._num_workers, self._prefetch_factor = num_workers, prefetch_factor
-        self._workers: _Workers | None = None
+        self._workers: Workers | None = None
         self._iteration = 0
 
     def __len__(self) -> int:
@@ -204,7 +196,7 @@ class CropLoader:
         """The rest of the epoch's windows in order, each with its crops."""
         if self._workers is None:
             crops = self._layout.spread * self._layout.batch_size
-            self._workers = _Workers(self._maker, crops, self._num_workers, self._prefetch_factor)
+            self._workers = Workers(self._maker, crops, self._num_workers, self._prefetch_factor)
         try:
             yield from self._workers.make(self._windows_of_epoch())
         except FerkdError:
@@ -242,87 +234,6 @@ class CropLoader:
             "calibration": described,
             "selfmix": None if settings.selfmix is None else asdict(settings.selfmix),
         }
-
-
-class _Task(NamedTuple):
-    """What travels to a worker."""
-
-    window: Window
-    slot: Slot
-
-
-class _MadeInSlots(Dataset[Made]):
-    """What workers do: the crops go into the buffers, which they map once; only targets travel back."""
-
-    def __init__(self, maker: BatchMaker, buffers: BatchBuffers) -> None:
-        self.maker, self.buffers = maker, buffers
-
-    def __getitem__(self, task: _Task) -> Made:
-        return self.maker.make(Work(task.window, self.buffers.at(task.slot)))
-
-
-class _Tasks(Sampler[_Task]):
-    """Hands out windows, each with memory for its crops. Knows nothing of the DataLoader that asks it: a cycle of the
-    two would be taken apart in an order in which workers never hear that they may leave.
-    """
-
-    def __init__(self, buffers: BatchBuffers) -> None:
-        self.buffers = buffers
-        self.under_way: deque[_Task] = deque()
-        self.windows: Iterator[Window] = iter(())
-
-    def __iter__(self) -> Iterator[_Task]:
-        """Before the first is asked for, PyTorch has waited for those of an epoch left early."""
-        while self.under_way:
-            self.buffers.give_back(self.under_way.popleft().slot)
-        for window in self.windows:
-            task = _Task(window, self.buffers.take())
-            self.under_way.append(task)
-            yield task
-
-
-class _Workers:
-    """The worker processes of a loader, alive for many epochs, and the memory they share with it."""
-
-    def __init__(self, maker: BatchMaker, num_crops: int, num_workers: int, prefetch_factor: int) -> None:
-        # The user's loop holds one batch while it waits for the next; one more for loops that look ahead.
-        slots = num_workers * prefetch_factor + HELD_BATCHES
-        self._tasks = _Tasks(BatchBuffers(num_crops, maker.settings.size, slots=slots, shared=num_workers > 0))
-        self._loader = DataLoader(
-            _MadeInSlots(maker, self._tasks.buffers),
-            batch_size=None,
-            sampler=self._tasks,
-            num_workers=num_workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_end_with_parent if num_workers else None,
-            prefetch_factor=prefetch_factor if num_workers else None,
-            persistent_workers=num_workers > 0,
-            multiprocessing_context="forkserver" if num_workers and sys.platform == "linux" else None,
-        )
-
-    def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:
-        """The windows with their crops and targets, in order."""
-        tasks = self._tasks
-        tasks.windows = windows
-        for made in self._loader:
-            task = tasks.under_way.popleft()
-            yield task.window, tasks.buffers.lend(task.slot, sum(made.batches)), made
-
-
-def _end_with_parent(worker_id: int) -> None:
-    """PyTorch's workers watch their parent, which here is the fork server; that lives on until they end: for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
-
-
-def _exit_after(process: Any) -> None:
-    process.join()
-    os._exit(1)
-
-
-def _as_it_is(made: Any) -> Any:
-    return made
 
 
 def _check(
