@@ -84,7 +84,7 @@ def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDAr
 def image_size(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
     """(height, width) from the header alone. Raises ImageError as `decode_rgb` does."""
     if data.startswith(JPEG_START):
-        size = _jpeg_size(data, max_pixels)
+        size = jpeg_size(data, max_pixels)
         if size is not None:
             return size
     with _opened(data, max_pixels) as image:
@@ -101,7 +101,7 @@ def image_extension(data: bytes) -> str:
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
     """None where Pillow is to decide."""
-    if _jpeg_size(data, max_pixels) is None:
+    if jpeg_size(data, max_pixels) is None:
         return None
     try:
         pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
@@ -110,7 +110,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
     return pixels
 
 
-def _jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
+def jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
     """(height, width), or None where Pillow is to decide. Raises ImageError for a size beyond the limits."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)

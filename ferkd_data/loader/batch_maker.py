@@ -93,6 +93,16 @@ class _Drawn(NamedTuple):
     codes: npt.NDArray[np.uint8]
 
 
+class Labelled(NamedTuple):
+    """A window's crops before any image is read."""
+
+    rows: npt.NDArray[np.int64]
+    records: npt.NDArray[np.void]
+    drawn: _Drawn
+    targets: list[SoftTargets]
+    """One for each batch of the window, in the order of the slots."""
+
+
 class BatchMaker:
     """`maker.make(work)` is a pure function of the window and the settings, whichever process calls it."""
 
@@ -107,14 +117,23 @@ class BatchMaker:
 
     def make(self, work: Work) -> Made:
         window = work.window
-        rows = self._rows(window)
+        labelled = self.labelled(window)
+        images = work.out[: sum(window.batches)]
+        skipped = self._cut(window, labelled, images)
+        return self.finish(window, images, labelled.targets, skipped)
+
+    def labelled(self, window: Window) -> Labelled:
+        """Which crops the window has, with the targets they have before any mixing."""
+        rows = self.rows(window)
         draws = self._draws(window.epoch)
         records = [self.cache.block(part.block)[rows] for part in draws]
         calibration = self._calibration(window.epoch)
         drawn = self._draw(records, draws, calibration)
-        images = work.out[: sum(window.batches)]
-        skipped = self._cut(window, rows, records[0], drawn, images)
         targets = self._targets(window, drawn, records[0]["target"], calibration)
+        return Labelled(rows, records[0], drawn, targets)
+
+    def finish(self, window: Window, images: Tensor, targets: list[SoftTargets], skipped: dict[int, str]) -> Made:
+        """Mix, and leave the skipped images (place in the window -> reason) out; `images` in place, on any device."""
         self._mix(window, images, targets)
         made = targets[0] if len(targets) == 1 else SoftTargets.cat(targets)
         batches = list(window.batches)
@@ -129,7 +148,8 @@ class BatchMaker:
             self.cache.block(block)
         self.cache.drop_except(blocks)
 
-    def _rows(self, window: Window) -> npt.NDArray[np.int64]:
+    def rows(self, window: Window) -> npt.NDArray[np.int64]:
+        """The label set's rows of a window's images."""
         settings = self.settings
         order = epoch_order(
             settings.order,
@@ -177,32 +197,27 @@ class BatchMaker:
     def _block_size(self) -> int:
         return self.cache.labels.manifest.block_crops(0)
 
-    def _cut(
-        self,
-        window: Window,
-        rows: npt.NDArray[np.int64],
-        records: npt.NDArray[np.void],
-        drawn: _Drawn,
-        out: Tensor,
-    ) -> dict[int, str]:
+    def _cut(self, window: Window, labelled: Labelled, out: Tensor) -> dict[int, str]:
         """Fill `out`; returns what was skipped: place in the window -> key and reason."""
-        check = self.settings.verify_images
-        digests = check == "always" or (check == "first_epoch" and window.epoch == self.first_epoch)
-        skipped: dict[int, str] = {}
+        drawn, skipped = labelled.drawn, {}
         slots = window.slots
         together = (slots[:, 0] >= 0) & (slots == slots[:, :1] + np.arange(slots.shape[1])).all(axis=1)
-        for i, row in enumerate(rows.tolist()):
+        for i, row in enumerate(labelled.rows.tolist()):
             try:
-                pixels = self._load(row, records[i], digests)
+                pixels = decode_checked(self.read(row, labelled.records[i], window.epoch), labelled.records[i])
             except ImageError as error:
-                place = self._describe(row)
-                if self.settings.on_error == "raise":
-                    raise LoaderError(f"{place}: {error}") from error
-                skipped[i] = f"{place}: {error}"
+                skipped[i] = self.skip(row, error)
                 continue
             crops = Crops(boxes=drawn.boxes[i], flip=drawn.flip[i])
             self._cut_image(pixels, slots[i], crops, bool(together[i]), out)
         return skipped
+
+    def skip(self, row: int, error: ImageError) -> str:
+        """Where and why an image is left out. Raises LoaderError where none may be."""
+        place = self._describe(row)
+        if self.settings.on_error == "raise":
+            raise LoaderError(f"{place}: {error}") from error
+        return f"{place}: {error}"
 
     def _cut_image(
         self, pixels: npt.NDArray[np.uint8], slots: npt.NDArray[np.int64], crops: Crops, together: bool, out: Tensor
@@ -217,18 +232,16 @@ class BatchMaker:
                 one = Crops(boxes=crops.boxes[m : m + 1], flip=crops.flip[m : m + 1])
                 replay(pixels, one, size=size, interpolation=interpolation, out=out[slot : slot + 1])
 
-    def _load(self, row: int, record: np.void, check_digest: bool) -> npt.NDArray[np.uint8]:
+    def read(self, row: int, record: np.void, epoch: int) -> bytes:
+        """An image's encoded bytes. Raises ImageError when it is missing, or another one than was labelled."""
         if self.images.position[row] == MISSING:
             raise ImageError("missing_image", "the image source has no image of this key")
         data = self.images.read(row)
-        if check_digest and image_digest(data) != record["image_digest"].tobytes():
-            raise ImageError("other_image", "its bytes are not those that were labelled (digest differs)")
-        pixels = decode_rgb(data, max_pixels=2**32)
-        if pixels.shape[:2] != (record["height"], record["width"]):
-            height, width = pixels.shape[:2]
-            labelled = f"{record['width']}x{record['height']}"
-            raise ImageError("other_image", f"it is {width}x{height} pixels, {labelled} were labelled")
-        return pixels
+        check = self.settings.verify_images
+        if check == "always" or (check == "first_epoch" and epoch == self.first_epoch):
+            if image_digest(data) != record["image_digest"].tobytes():
+                raise ImageError("other_image", "its bytes are not those that were labelled (digest differs)")
+        return data
 
     def _describe(self, row: int) -> str:
         labels = self.cache.labels
@@ -275,6 +288,19 @@ class BatchMaker:
                 inplace=True,
             )
             start += size
+
+
+def decode_checked(data: bytes, record: np.void) -> npt.NDArray[np.uint8]:
+    """The pixels. Raises ImageError when there are none, or not as many as were labelled."""
+    pixels = decode_rgb(data, max_pixels=2**32)
+    check_labelled_size(pixels.shape[0], pixels.shape[1], record)
+    return pixels
+
+
+def check_labelled_size(height: int, width: int, record: np.void) -> None:
+    if (height, width) != (record["height"], record["width"]):
+        labelled = f"{record['width']}x{record['height']}"
+        raise ImageError("other_image", f"it is {width}x{height} pixels, {labelled} were labelled")
 
 
 _DRAWN_FIELDS = ("boxes", "flip", "class_index", "class_prob")

@@ -18,6 +18,7 @@ from ferkd_data.errors import FerkdError, LoaderError, StateMismatchError, Usage
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Made, OnError, Verify
+from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.image_table import open_images
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import OrderKind, check_order
@@ -59,6 +60,7 @@ class CropLoader:
         num_workers: int = 0,
         prefetch_factor: int = 2,
         pin_memory: bool = False,
+        decode_device: str | torch.device | None = None,
         verify_images: Verify = "first_epoch",
         on_error: OnError = "raise",
         cache_dir: str | Path | None = None,
@@ -74,6 +76,8 @@ class CropLoader:
         order: global: any image may follow any other. shards: shards in random order, `shards_together` at a time.
         drop_last: leave out the last, incomplete batch. False: it is shorter, the same on all ranks; up to
             world_size - 1 images come twice.
+        decode_device: "cuda": JPEGs are decoded, cut and mixed there by this process, workers only read and label, and
+            the images of batches lie there. Pixels differ a little (see docs/loader.md). "cpu" tries the same path.
         verify_images: when the images' digests are compared with those labelled; their sizes always are.
         on_error: what an image that cannot be used does: raise LoaderError, or be left out of its batch and counted
             in `skipped`.
@@ -127,7 +131,8 @@ class CropLoader:
         self._place = Place()
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._num_workers, self._prefetch_factor = num_workers, prefetch_factor
-        self._workers: Workers | None = None
+        self._decode_device = None if decode_device is None else open_device(decode_device)
+        self._workers: Workers | DeviceWorkers | None = None
         self._iteration = 0
 
     def __len__(self) -> int:
@@ -182,7 +187,7 @@ class CropLoader:
     def _split(self, made: Made, window: Window, images: Tensor) -> Iterator[tuple[Tensor, SoftTargets]]:
         self.skipped += len(made.skipped)
         self.skipped_last = made.skipped
-        if self._pin_memory:
+        if self._pin_memory and images.device.type == "cpu":
             images = images.pin_memory()
         targets = made.targets(self.labels.num_classes)
         start = 0
@@ -195,8 +200,11 @@ class CropLoader:
     def _made(self) -> Iterator[tuple[Window, Tensor, Made]]:
         """The rest of the epoch's windows in order, each with its crops."""
         if self._workers is None:
-            crops = self._layout.spread * self._layout.batch_size
-            self._workers = Workers(self._maker, crops, self._num_workers, self._prefetch_factor)
+            processes = (self._num_workers, self._prefetch_factor)
+            if self._decode_device is not None:
+                self._workers = DeviceWorkers(self._maker, self._decode_device, *processes)
+            else:
+                self._workers = Workers(self._maker, self._layout.spread * self._layout.batch_size, *processes)
         try:
             yield from self._workers.make(self._windows_of_epoch())
         except FerkdError:

@@ -1,0 +1,197 @@
+"""Decoding on the training's device: workers read, check and label; the training process decodes and cuts.
+
+A window's images travel as one run of bytes with offsets. JPEGs travel as they are and are decoded there in one call;
+anything a device decoder may not take (other formats, CMYK, JPEGs that end too early) travels as the pixels that the
+host decoder made of it. What is drawn at random is the same as in workers.
+
+Legend: I images of a window, M crops per image, B crops of a batch, S output side.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from ferkd_data.crops import Crops
+from ferkd_data.errors import ImageError, UsageError
+from ferkd_data.images.decode import decode_rgb, jpeg_size
+from ferkd_data.loader.batch_maker import BatchMaker, Made, check_labelled_size, decode_checked
+from ferkd_data.loader.plan import Window
+from ferkd_data.loader.workers import start
+from ferkd_data.replay import replay_on_device
+from ferkd_data.targets import SoftTargets
+
+JPEG_END = b"\xff\xd9"
+RGB = 3
+"""torchvision's number for this way to decode."""
+MAX_PIXELS = 2**32
+
+
+class Encoded(NamedTuple):
+    """A window as it leaves a worker. NumPy but for the bytes, which travel best through shared memory."""
+
+    data: Tensor
+    """uint8: the images, one behind the other."""
+    bounds: npt.NDArray[np.int64]
+    """(I + 1,) where in `data` each begins and the last ends; nothing lies between where one was skipped."""
+    sizes: npt.NDArray[np.int64]
+    """(I, 2) height and width of images that are pixels already; 0 for JPEGs."""
+    boxes: npt.NDArray[np.uint16]
+    flip: npt.NDArray[np.bool_]
+    made: Made
+    """Before mixing, and with the crops of skipped images."""
+    skipped: dict[int, str]
+
+
+class DeviceWorkers:
+    """As `Workers`, but the crops come into being on `device`, in the process that asks for them."""
+
+    def __init__(self, maker: BatchMaker, device: torch.device, num_workers: int, prefetch_factor: int) -> None:
+        self._maker, self._device = maker, device
+        self._windows = _Windows()
+        self._loader = start(_Encoder(maker), self._windows, num_workers, prefetch_factor)
+
+    def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:
+        """The windows with their crops and targets, in order. Raises LoaderError as workers do."""
+        self._windows.windows = windows
+        for encoded in self._loader:
+            window = self._windows.under_way.popleft()
+            yield window, *self._cut(window, encoded)
+
+    def _cut(self, window: Window, encoded: Encoded) -> tuple[Tensor, Made]:
+        settings, skipped = self._maker.settings, dict(encoded.skipped)
+        shape = (sum(window.batches), settings.size, settings.size, 3)
+        images = torch.empty(shape, dtype=torch.uint8, device=self._device).permute(0, 3, 1, 2)
+        for i, pixels in self._decoded(encoded):
+            if isinstance(pixels, ImageError):
+                skipped[i] = self._maker.skip(int(self._maker.rows(window)[i]), pixels)
+                continue
+            wanted = window.slots[i] >= 0
+            crops = Crops(boxes=encoded.boxes[i][wanted], flip=encoded.flip[i][wanted])
+            cut = replay_on_device(pixels, crops, size=settings.size, interpolation=settings.interpolation)
+            images[torch.from_numpy(window.slots[i][wanted])] = cut
+        whole = encoded.made.targets(self._maker.cache.labels.num_classes)
+        bounds = np.cumsum([0, *window.batches]).tolist()
+        targets = [whole[slice(a, b)] for a, b in itertools.pairwise(bounds)]
+        made = self._maker.finish(window, images, targets, skipped)
+        return images[: sum(made.batches)], made
+
+    def _decoded(self, encoded: Encoded) -> Iterator[tuple[int, Tensor | ImageError]]:
+        """(3, H, W) of each image that was not skipped."""
+        jpegs: dict[int, Tensor] = {}
+        for i, (start_, stop) in enumerate(zip(encoded.bounds[:-1].tolist(), encoded.bounds[1:].tolist(), strict=True)):
+            data = encoded.data[start_:stop]
+            height, width = encoded.sizes[i].tolist()
+            if height:
+                yield i, data.view(height, width, 3).permute(2, 0, 1).to(self._device)
+            elif len(data):
+                jpegs[i] = data
+        yield from zip(jpegs, decode_jpegs(list(jpegs.values()), self._device), strict=True)
+
+
+class _Windows(Sampler[Window]):
+    """Hands out windows, and remembers them until they come back."""
+
+    def __init__(self) -> None:
+        self.under_way: deque[Window] = deque()
+        self.windows: Iterator[Window] = iter(())
+
+    def __iter__(self) -> Iterator[Window]:
+        self.under_way.clear()
+        for window in self.windows:
+            self.under_way.append(window)
+            yield window
+
+
+class _Encoder(Dataset[Encoded]):
+    """What workers do."""
+
+    def __init__(self, maker: BatchMaker) -> None:
+        self.maker = maker
+
+    def __getitem__(self, window: Window) -> Encoded:
+        labelled = self.maker.labelled(window)
+        parts: list[npt.NDArray[np.uint8]] = []
+        sizes, skipped = np.zeros((len(labelled.rows), 2), np.int64), {}
+        for i, row in enumerate(labelled.rows.tolist()):
+            try:
+                data = self.maker.read(row, labelled.records[i], window.epoch)
+                part, sizes[i] = _to_send(data, labelled.records[i])
+            except ImageError as error:
+                skipped[i] = self.maker.skip(row, error)
+                part = np.empty(0, np.uint8)
+            parts.append(part)
+        targets = SoftTargets.cat(labelled.targets)
+        arrays = (targets.index.numpy(), targets.weight.numpy(), targets.floor.numpy())
+        return Encoded(
+            data=torch.from_numpy(np.concatenate(parts)),
+            bounds=np.cumsum([0, *map(len, parts)]),
+            sizes=sizes,
+            boxes=labelled.drawn.boxes,
+            flip=labelled.drawn.flip,
+            made=Made(*arrays, list(window.batches), []),
+            skipped=skipped,
+        )
+
+
+def _to_send(data: bytes, record: np.void) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+    """A JPEG's bytes, or the pixels, with their height and width. Raises ImageError."""
+    size = jpeg_size(data, MAX_PIXELS) if data.endswith(JPEG_END) else None
+    if size is None:
+        pixels = decode_checked(data, record)
+        return pixels.reshape(-1), (pixels.shape[0], pixels.shape[1])
+    check_labelled_size(*size, record)
+    return np.frombuffer(data, np.uint8), (0, 0)
+
+
+def decode_jpegs(jpegs: list[Tensor], device: torch.device) -> Sequence[Tensor | ImageError]:
+    """(3, H, W) each, in one call; what the device's decoder refuses, the host's has the last word on."""
+    try:
+        return _decode(jpegs, device)
+    except RuntimeError:
+        return [_decode_one(jpeg, device) for jpeg in jpegs]
+
+
+def _decode_one(jpeg: Tensor, device: torch.device) -> Tensor | ImageError:
+    try:
+        return _decode([jpeg], device)[0]
+    except RuntimeError:
+        try:
+            pixels = decode_rgb(jpeg.numpy().tobytes(), max_pixels=MAX_PIXELS)
+        except ImageError as error:
+            return error
+        return torch.from_numpy(pixels).permute(2, 0, 1).to(device)
+
+
+def _decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
+    import torchvision.io  # noqa: F401
+
+    # The operators behind its decode_jpeg, which warns of its successor (TorchCodec) at every call.
+    if device.type == "cuda":
+        return list(torch.ops.image.decode_jpegs_cuda(jpegs, RGB, device)) if jpegs else []
+    return [torch.ops.image.decode_jpeg(jpeg, RGB, False) for jpeg in jpegs]
+
+
+def open_device(device: str | torch.device) -> torch.device:
+    """The device, once it has decoded a JPEG. Raises UsageError where it cannot."""
+    try:
+        opened = torch.device(device)
+        if opened.type not in ("cpu", "cuda"):
+            raise UsageError(f"decode_device is cuda or cpu, got {str(device)!r}")
+        jpeg = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8)), np.uint8)
+        _decode([torch.from_numpy(jpeg.copy())], opened)
+    except (RuntimeError, AttributeError, AssertionError) as error:
+        raise UsageError(
+            f"decode_device={str(device)!r}: torchvision cannot decode JPEGs there "
+            f"({str(error).splitlines()[0]}); leave it out to decode in the workers"
+        ) from error
+    return opened

@@ -1,0 +1,191 @@
+"""Decoding in the training process: on a CPU here, on a GPU where there is one."""
+
+from __future__ import annotations
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from label_sets import SMALL
+from PIL import Image
+
+import ferkd_data as fd
+from ferkd_data.errors import LoaderError, UsageError
+from ferkd_data.images import decode_rgb
+from ferkd_data.loader import device_decode
+
+CPU = torch.device("cpu")
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+CUT_LEVELS = 2
+"""By which the cut on a device may differ from the workers'."""
+
+
+@pytest.fixture
+def make(label_set, photos, tmp_path):
+    def make_(labels=label_set, **changes):
+        settings = {"batch_size": 8, "crops_per_image": 2, "size": 32, "cache_dir": tmp_path / "cache"}
+        settings |= {"images": photos, "calibration": "fkd"}
+        return fd.CropLoader(fd.open_labels(labels), **(settings | changes))
+
+    return make_
+
+
+def contents(loader):
+    return [(images.cpu().clone(), targets.dense()) for images, targets in loader]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, y) and torch.equal(t, u) for (x, t), (y, u) in zip(a, b, strict=True)
+    )
+
+
+def decoder_levels(folder, device):
+    """By how much a device's decoder differs from the workers', at most, over the JPEGs of a folder."""
+    worst = 0
+    for path in folder.rglob("*.jpg"):
+        data = path.read_bytes()
+        (ours,) = device_decode.decode_jpegs([torch.from_numpy(np.frombuffer(data, np.uint8).copy())], device)
+        theirs = torch.from_numpy(decode_rgb(data)).permute(2, 0, 1)
+        worst = max(worst, int((ours.cpu().int() - theirs.int()).abs().max()))
+    return worst
+
+
+SETTINGS = {
+    "plain": {},
+    "cutmix": {"selfmix": fd.SelfMix(prob=0.7, per="sample")},
+    "mixup": {"selfmix": fd.SelfMix(prob=1.0, mode="mixup"), "calibration": "ferkd"},
+    "spread": {"spread": 3},
+    "short last batch": {"drop_last": False, "batch_size": 12},
+    "bicubic, one crop": {"interpolation": "bicubic", "crops_per_image": 1},
+    "ranks": {"rank": 1, "world_size": 2, "batch_size": 4},
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_batches_are_those_of_the_workers(make, photos, device, name):
+    allowed = CUT_LEVELS + decoder_levels(photos, torch.device(device))
+    if device == "cpu":
+        assert allowed == CUT_LEVELS
+    ours, theirs = make(decode_device=device, **SETTINGS[name]), make(**SETTINGS[name])
+    for epoch in (0, 1):
+        for loader in (ours, theirs):
+            loader.set_epoch(epoch)
+        for (images, targets), (expected, expected_targets) in zip(ours, theirs, strict=True):
+            assert images.device.type == device and images.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(targets.dense(), expected_targets.dense())
+            assert (images.cpu().int() - expected.int()).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("name", ["mixup", "spread"])
+def test_it_resumes_after_every_batch(make, name):
+    whole = contents(make(decode_device="cpu", **SETTINGS[name]))
+    for stop in range(1, len(whole)):
+        first, second = (make(decode_device="cpu", **SETTINGS[name]) for _ in range(2))
+        stream = iter(first)
+        for _ in range(stop):
+            next(stream)
+        second.load_state_dict(first.state_dict())
+        assert same(contents(second), whole[stop:])
+
+
+def test_workers_change_nothing_and_an_epoch_left_early_leaves_nothing_behind(make):
+    loader = make(decode_device="cpu", num_workers=2, **SETTINGS["mixup"])
+    whole = contents(make(decode_device="cpu", **SETTINGS["mixup"]))
+    assert same(contents(loader), whole)
+    loader.set_epoch(0)
+    next(iter(loader))
+    loader.set_epoch(1)
+    loader.set_epoch(0)
+    assert same(contents(loader), whole)
+
+
+def test_an_image_that_cannot_be_used(make, photos, tmp_path):
+    images = shutil.copytree(photos, tmp_path / "photos")
+    path = images / "class3/photo0013.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    common = {"images": images, "decode_device": "cpu"}
+    for verify, num_workers, message in (("first_epoch", 1, "digest differs"), ("never", 0, "truncated")):
+        with pytest.raises(LoaderError, match=rf"'class3/photo0013' \(shard 0 .*{message}"):
+            list(make(verify_images=verify, num_workers=num_workers, **common))
+    Image.new("RGB", (30, 20)).save(path)
+    with pytest.raises(LoaderError, match="30x20 pixels, 64x48 were labelled"):
+        list(make(verify_images="never", **common))
+    loader = make(on_error="skip", **common)
+    sizes = sorted(len(batch) for batch, targets in loader if len(batch) == len(targets))
+    assert sizes == [6, 8, 8, 8, 8] and loader.skipped == 1
+    path.unlink()
+    loader = make(on_error="skip", **common)
+    assert len(list(loader)) == 5 and loader.skipped == 1
+
+
+@pytest.fixture
+def odd_photos(make_photos, tiny_teachers, tmp_path):
+    """A PNG, a CMYK JPEG, a grey one and a progressive one among plain ones, and their label set."""
+    folder = make_photos(tmp_path / "odd", 8, classes=2)
+    paths = sorted(folder.rglob("*.jpg"))
+    pictures = [Image.open(io.BytesIO(path.read_bytes())) for path in paths]
+    paths[0].unlink()
+    pictures[0].save(paths[0].with_suffix(".png"))
+    pictures[1].convert("CMYK").save(paths[1])
+    pictures[2].convert("L").save(paths[2])
+    pictures[3].save(paths[3], progressive=True)
+    classes = tmp_path / "classes.txt"
+    classes.write_text("".join(f"class{number}\n" for number in range(10)))
+    fd.build(folder, tmp_path / "labels", teachers=[tiny_teachers], classes=classes, **SMALL)
+    return folder, tmp_path / "labels"
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_what_the_device_cannot_decode_the_host_does(make, odd_photos, device):
+    folder, labels = odd_photos
+    allowed = CUT_LEVELS + decoder_levels(folder, torch.device(device))
+    for (images, targets), (expected, expected_targets) in zip(
+        make(labels, images=folder, decode_device=device), make(labels, images=folder), strict=True
+    ):
+        assert torch.equal(targets.dense(), expected_targets.dense())
+        assert (images.cpu().int() - expected.int()).abs().max() <= allowed
+
+
+def test_what_the_device_refuses_the_host_decodes(make, monkeypatch):
+    whole = contents(make(decode_device="cpu"))
+    decode, refused = device_decode._decode, []
+
+    def moody(jpegs, device):
+        if len(jpegs) > 1 or jpegs[0].sum() % 2:
+            refused.append(len(jpegs))
+            raise RuntimeError("no such luck")
+        return decode(jpegs, device)
+
+    loader = make(decode_device="cpu")
+    monkeypatch.setattr(device_decode, "_decode", moody)
+    assert same(contents(loader), whole)
+    assert set(refused) == {1, 4}
+
+
+def test_what_neither_decodes_is_an_error_that_names_the_image(make, monkeypatch):
+    def never(*ignored, **also):
+        raise RuntimeError("no")
+
+    def corrupt(*ignored, **also):
+        raise fd.errors.ImageError("corrupt", "nothing but noise")
+
+    strict, lenient = make(decode_device="cpu"), make(decode_device="cpu", on_error="skip")
+    monkeypatch.setattr(device_decode, "_decode", never)
+    monkeypatch.setattr(device_decode, "decode_rgb", corrupt)
+    with pytest.raises(LoaderError, match=r"image 'class\d/photo\d+' \(shard .*nothing but noise"):
+        list(strict)
+    assert [len(images) for images, _ in lenient] == [0] * 5 and lenient.skipped == 20
+
+
+def test_devices_that_cannot_decode(make):
+    with pytest.raises(UsageError, match="decode_device is cuda or cpu, got 'meta'"):
+        make(decode_device="meta")
+    with pytest.raises(UsageError, match="decode_device='nonsense': torchvision cannot decode JPEGs there"):
+        make(decode_device="nonsense")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="leave it out to decode in the workers"):
+            make(decode_device="cuda")
