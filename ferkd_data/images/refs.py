@@ -90,7 +90,8 @@ def _key_problem(key: str) -> str | None:
         return "climbs out of its folder"
     if base.startswith("__") and base.endswith("__"):
         return "is a name that WebDataset keeps for itself"
-    if "\\" in key or any(unicodedata.category(character) == "Cc" for character in key):
+    # Printable text has no control character, and that is asked faster.
+    if "\\" in key or (not key.isprintable() and any(unicodedata.category(character) == "Cc" for character in key)):
         return "has a backslash or a control character"
     try:
         size = len(key.encode("utf-8"))

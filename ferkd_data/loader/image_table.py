@@ -1,13 +1,16 @@
 """Where each labelled image's bytes lie: labels joined with an image source by key, in flat memory.
 
 The references and the places of all rows are files of a temporary folder, memory-mapped by every worker: a worker's own
-memory does not grow with the data set. While the table is made, 24 bytes for each image are held.
+memory does not grow with the data set. While the table is made, 24 bytes for each image are held, and given back.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,35 +97,44 @@ def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -
 
     Raises LabelSetError when labelled images are missing from the source (unless `allow_missing`) or none matches.
     """
-    hashes = np.fromiter((rng.hash64(key) for key in labels.keys()), np.uint64, count=len(labels))
+    if not len(labels):
+        raise LabelSetError(f"{labels.location}: it has labels of no image")
+    hashes = _hashes(labels.keys(), len(labels))
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
     position = np.full(len(labels), MISSING, np.int64)
     folder = Path(tempfile.mkdtemp(prefix="ferkd-data-images-"))
     seen = 0
     with pa.OSFile(str(folder / FILE_NAME), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        pending: list[ImageRef] = []
-        for item in source.list_images():
-            if not isinstance(item, ImageRef):
-                continue
-            wanted = np.uint64(rng.hash64(item.key))
-            at = int(np.searchsorted(hashes, wanted))
-            if at == len(hashes) or hashes[at] != wanted:
-                continue
-            position[order[at]] = seen
-            seen += 1
-            pending.append(item)
-            if len(pending) == SPOOL_ROWS:
-                writer.write_batch(_batch(pending))
-                pending = []
-        writer.write_batch(_batch(pending))
+        listed = (item for item in source.list_images() if isinstance(item, ImageRef))
+        while refs := list(itertools.islice(listed, SPOOL_ROWS)):
+            wanted = _hashes((ref.key for ref in refs), len(refs))
+            at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
+            ours = np.flatnonzero(hashes[at] == wanted)
+            position[order[at[ours]]] = seen + np.arange(len(ours))
+            seen += len(ours)
+            writer.write_batch(_batch([refs[i] for i in ours.tolist()]))
     try:
         _check_missing(labels, source, position, allow_missing)
     except LabelSetError:
         shutil.rmtree(folder)
         raise
     np.save(folder / POSITION_NAME, position)
+    del hashes, order, position
+    _give_memory_back()
     return ImageTable(source, folder)
+
+
+def _hashes(keys: Iterable[str], num: int) -> npt.NDArray[np.uint64]:
+    return np.fromiter((rng.hash64(key) for key in keys), np.uint64, count=num)
+
+
+def _give_memory_back() -> None:
+    """What the join held goes to the system: Arrow and the C library would keep it for this process."""
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def own_images(labels: LabelSet) -> ImageTable:
