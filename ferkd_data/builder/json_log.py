@@ -20,7 +20,7 @@ PROGRESS_SECONDS = 10.0
 class JsonLog:
     """Appends to a file.
 
-    A line has `event`, `time` (UTC) and `seconds` since the log was opened, then the event's own fields.
+    A line has `event`, `time` (UTC) and `elapsed` seconds since the log was opened, then the event's own fields.
 
     A log that cannot be written any more is said once on stderr; the build goes on. Raises UsageError at the start.
     """
@@ -53,8 +53,8 @@ class JsonLog:
         self._write(event, now)
 
     def _write(self, event: Event, now: float) -> None:
-        stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = {"event": name_of(event), "time": stamp, "seconds": round(now - self._opened, 3), **asdict(event)}
+        stamp = datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
+        line = {"event": name_of(event), "time": stamp, "elapsed": round(now - self._opened, 3), **asdict(event)}
         try:
             # Opened anew for each, so that it may be moved away meanwhile, and several parts may share it.
             with self._path.open("a", encoding="utf-8") as stream:

@@ -94,7 +94,7 @@ class ProgressCounter:
     _workers: dict[int, _Worker] = field(default_factory=dict)
     _summary: tuple[tuple[WorkerProgress, ...], tuple[int, ...]] = ((), ())
     _summed_at: float = float("-inf")
-    _told_at: float = float("-inf")
+    _told_at: float = field(default_factory=time.monotonic)
     _last_shard: int = 0
 
     def worker_started(self, worker: int, device: str = "") -> None:

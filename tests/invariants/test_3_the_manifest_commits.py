@@ -168,6 +168,36 @@ def test_a_live_build_locks_its_folder(photos, tiny_teachers, tmp_path, quick_pr
         pass
 
 
+def drive(photos, out, teacher, extend, queue):
+    os.environ["TINY_SLEEP"] = "0.2"
+    try:
+        if extend:
+            fd.build(photos, out, extend=True, crops=20, device="cpu")
+        else:
+            fd.build(photos, out, teachers=[teacher], **SMALL)
+        queue.put("done")
+    except BuildLockedError:
+        queue.put("locked")
+
+
+@pytest.mark.parametrize("extend", [False, True])
+def test_of_two_drivers_one_works_and_one_is_told(photos, tiny_teachers, tmp_path, quick_process, extend):
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    blocks = {**SMALL, "crops_per_block": 5}
+    if extend:
+        fd.build(photos, out, teachers=[tiny_teachers], **blocks)
+    queue = quick_process.SimpleQueue()
+    drivers = [quick_process.Process(target=drive, args=(photos, out, tiny_teachers, extend, queue)) for _ in range(2)]
+    for driver in drivers:
+        driver.start()
+    assert sorted(queue.get() for _ in drivers) == ["done", "locked"]
+    for driver in drivers:
+        driver.join()
+    settings = {**blocks, "crops": 20} if extend else SMALL
+    fd.build(photos, undisturbed, teachers=[tiny_teachers], **settings)
+    assert same_label_sets(undisturbed, out) and fd.verify(out).ok
+
+
 def test_a_finished_set_and_a_foreign_folder_are_not_touched(photos, tiny_teachers, tmp_path, label_set):
     with pytest.raises(BuildError, match="finished label set"):
         fd.build(photos, label_set, teachers=[tiny_teachers], **SMALL)
