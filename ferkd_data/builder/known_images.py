@@ -44,7 +44,7 @@ class KnownImages:
 
     def add_rejected(self, keys: Iterable[str]) -> None:
         self._tables.run_many("INSERT OR IGNORE INTO rejected VALUES (?, 0)", ((rng.digest(key),) for key in keys))
-        self._any_rejected = True
+        self._any_rejected = self._tables.run("SELECT 1 FROM rejected LIMIT 1").fetchone() is not None
 
     def find(self, key: str) -> Known | None:
         found = self._tables.run("SELECT row, target FROM known WHERE hash = ?", rng.digest(key)).fetchone()

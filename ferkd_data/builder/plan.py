@@ -24,6 +24,8 @@ from ferkd_data.images import ImageRef, ImageSource, Reject
 from ferkd_data.shards.columns import DIGEST_BYTES
 from ferkd_data.storage import write_atomically
 
+FORMAT: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["target"], "write_statistics": False}
+"""Keys and files are never the same twice; and a footer of 2,500 row groups is to be read with every shard."""
 REF_FIELDS = ("key", "target", "file", "offset", "length")
 SCHEMA = pa.schema(
     [
@@ -147,7 +149,7 @@ class PlanWriter:
         with ExitStack() as stack:
             plan_path = stack.enter_context(write_atomically(self.folder / "plan.parquet"))
             rejects_path = stack.enter_context(write_atomically(self.folder / "plan-rejects.parquet"))
-            self._plan = stack.enter_context(pq.ParquetWriter(plan_path, SCHEMA, compression="zstd"))
+            self._plan = stack.enter_context(pq.ParquetWriter(plan_path, SCHEMA, **FORMAT))
             self._rejects = stack.enter_context(RejectWriter(rejects_path))
             self._stack = stack.pop_all()
         return self

@@ -89,6 +89,8 @@ class ProgressCounter:
     """By earlier runs."""
     rejects_before: int = 0
     crops_done: int = 0
+    crops_rejected: int = 0
+    """That this run would have labelled, had their images been fit."""
     started: float = field(default_factory=time.monotonic)
     _in_work: dict[int, _Shard] = field(default_factory=dict)
     _workers: dict[int, _Worker] = field(default_factory=dict)
@@ -98,8 +100,11 @@ class ProgressCounter:
     _last_shard: int = 0
 
     def worker_started(self, worker: int, device: str = "") -> None:
-        """Its rate counts from here on, not from the build's start."""
-        self._workers[worker] = _Worker(started=time.monotonic())
+        """Its rate counts from here on, not from the build's start; and the build's from the first one's."""
+        now = time.monotonic()
+        if not self._workers and not self.crops_done:
+            self.started = now
+        self._workers[worker] = _Worker(started=now)
         self.watcher.see(WorkerStarted(worker=worker, device=device))
 
     def worker_died(self, worker: int, how: str, shard: int | None = None) -> None:
@@ -128,6 +133,7 @@ class ProgressCounter:
         if worker in self._workers:
             self._workers[worker].busy = False
         self._count(record)
+        self.crops_rejected += len(record.rejects) * self.crops_of(record.index)
         for reject in record.rejects:
             self.watcher.see(ImageRejected(shard=record.index, **reject.model_dump()))
         done = ShardDone(
@@ -193,7 +199,7 @@ class ProgressCounter:
             workers=workers,
             stragglers=stragglers,
             forwards_done=self.crops_done * self.num_teachers,
-            forwards_total=(self.crops_total - self.crops_found) * self.num_teachers,
+            forwards_total=(self.crops_total - self.crops_found - self.crops_rejected) * self.num_teachers,
         )
 
     def _sum_up(self, now: float) -> tuple[tuple[WorkerProgress, ...], tuple[int, ...]]:

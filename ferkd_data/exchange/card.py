@@ -150,7 +150,7 @@ def _files(manifest: Manifest) -> str:
     return (
         f"## Files\n\n{len(files)} shard files, {size / 1e6:,.1f} MB ({per_crop:.1f} bytes per crop), each with its "
         "size and SHA-256 in `manifest.json`. `ferkd-data verify` checks all of it; `ferkd-data pull` copies all or "
-        f"the first crop blocks. {manifest.rejects.rows:,} images could not be used: see `rejects.parquet`."
+        f"the first crop blocks. {manifest.rejects.rows:,} images could not be used: see `{manifest.rejects.path}`."
     )
 
 

@@ -84,7 +84,7 @@ def test_the_log_of_a_build_and_of_its_extension(make_photos, tiny_teachers, tmp
         ("class1/broken", "not_an_image", 0),
     ]
     last = of_kind("progress", log)[-1]
-    assert last["images_done"] == last["images_total"] == 21 and last["forwards_done"] == 160
+    assert last["images_done"] == last["images_total"] == 21 and last["forwards_done"] == last["forwards_total"] == 160
     assert last["workers"][0]["crops_per_second"] > 0 and last["stragglers"] == []
     assert {name: of_kind("build_finished", log)[0][name] for name in ("images", "rejects", "files")} == {
         "images": 20,
