@@ -2,7 +2,7 @@
 
     python benchmarks/loader_speed.py [--workers 2] [--rounds 3] [--images 960] [--uint8]
 
-Photos are foolbox's 20 ImageNet photos re-encoded at 500x375 (quality 90, about 70 KB), many times over under other
+Photos are foolbox's 20 ImageNet photos re-encoded at 500x375 (quality 92, about 70 KB), many times over under other
 names. All loaders deliver 224 px crops; those marked M=4 cut four crops of each decoded image and deliver soft labels.
 Ours and DALI deliver uint8. The three with Pillow do as their published scripts do and make normalised float tensors on
 the CPU (--uint8 leaves that out, for a comparison of the loading alone).
@@ -11,7 +11,10 @@ the CPU (--uint8 leaves that out, for a comparison of the loading alone).
 - FKD: its reference loader written anew from its description: Pillow, one torch.save file of labels per image, M=4
 - ImageFolder: torchvision's ImageFolder + RandomResizedCrop + flip, M=1
 - webdataset: tars, Pillow decode, the same transforms, M=1
-- DALI: nvidia.dali's CPU pipeline with random-crop decode, where it is installed, M=1
+- DALI: nvidia.dali's CPU pipeline with random-crop decode, where it is installed (nvidia-dali-cuda130), M=1
+- FFCV: its loader over its own file of JPEGs (written once, not timed), random-crop decode, flip, uint8, M=1, where it is
+  installed (its build wants libopencv-dev, libturbojpeg0-dev and pkg-config from Debian). It has as many threads as
+  the others have workers; its resize, OpenCV's INTER_AREA, is not Pillow's
 - floor: decode / 4 + one cut, in as many processes as there are workers, nothing else
 """
 
@@ -203,6 +206,37 @@ def dali(photos: Path, workers: int) -> Iterable[Any] | None:
     return Epochs()
 
 
+def ffcv(paths: list[Path], out: Path, workers: int) -> Iterable[Any] | None:
+    try:
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
+        from ffcv.writer import DatasetWriter
+    except ImportError:
+        return None
+
+    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=92), "label": IntField()}
+    DatasetWriter(str(out), fields, num_workers=1).from_indexed_dataset(PhotosForFfcv(paths))
+    # Its decoder hands out OpenCV's memory, whose channels come last: images stay in that order, as ours do.
+    image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip(), ToTensor(), ToTorchImage()]
+    pipelines = {"image": image, "label": [IntDecoder(), ToTensor()]}
+    return Loader(
+        str(out), batch_size=BATCH, num_workers=workers, order=OrderOption.RANDOM, drop_last=True, pipelines=pipelines
+    )  # type: ignore[no-any-return]
+
+
+class PhotosForFfcv:
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Any:
+        return Image.open(self.paths[i]), i % 10
+
+
 def floor_worker(paths: list[Path], count: int) -> int:
     """Decode one image, cut M crops of it, over and over."""
     torch.set_num_threads(1)
@@ -292,6 +326,7 @@ def main() -> None:
             "ImageFolder, M=1": (image_folder(photos, args.workers, args.uint8), 1),
             "webdataset + Pillow, M=1": (web_dataset(folder, args.workers, args.uint8), 1),
             "DALI CPU, M=1": (dali(photos, args.workers), 2),
+            "FFCV, M=1": (ffcv(paths, folder / "photos.beton", args.workers), 2),
             "floor (decode/4 + cut)": (Floor(paths, args.workers), 1),
         }
         loaders = {what: (loader, epochs) for what, (loader, epochs) in pairs.items() if loader is not None}
@@ -302,14 +337,18 @@ def main() -> None:
             for what, (loader, epochs) in loaders.items():
                 results[what].append(measure(loader, epochs))
         print(f"{args.workers} workers, {os.cpu_count()} cores, batch {BATCH}, median of {args.rounds} rounds\n")
-        print(f"{'loader':<26} {'crops/s':>8} {'CPU ms':>7}  ours M=4 is   ours M=1 is")
-        ours4, ours1 = ([rate for rate, _ in results[what]] for what in ("ours, M=4", "ours, M=1"))
+        print(f"{'':<42}  ours M=4 is       ours M=1 is")
+        print(f"{'loader':<26} {'crops/s':>8} {'CPU ms':>7}  faster  CPU less  faster  CPU less")
         for what, rounds in results.items():
             rate, cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
-            by4, by1 = (
-                statistics.median(a / b for a, (b, _) in zip(own, rounds, strict=True)) for own in (ours4, ours1)
-            )
-            print(f"{what:<26} {rate:>8.0f} {cpu:>7.3f} {by4:>11.2f}x {by1:>12.2f}x")
+            by = [ratio for own in ("ours, M=4", "ours, M=1") for ratio in ratios(results[own], rounds)]
+            print(f"{what:<26} {rate:>8.0f} {cpu:>7.3f} {by[0]:>6.2f}x {by[1]:>8.2f}x {by[2]:>6.2f}x {by[3]:>8.2f}x")
+
+
+def ratios(own: list[tuple[float, float]], other: list[tuple[float, float]]) -> tuple[float, float]:
+    """How much faster ours is, and how much less CPU time it takes: medians of each round's ratio."""
+    pairs = list(zip(own, other, strict=True))
+    return statistics.median(a[0] / b[0] for a, b in pairs), statistics.median(b[1] / a[1] for a, b in pairs)
 
 
 if __name__ == "__main__":
