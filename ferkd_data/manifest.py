@@ -105,7 +105,7 @@ class SourceEntry(Record):
     images_seen: Count
     """Labelled and rejected images together."""
     plan_sha256: Sha256
-    """Digest of the keys and targets in their order."""
+    """Digest of the keys and targets in their order; after an extension, of the digest before and what was added."""
 
 
 class RejectsEntry(FileEntry):

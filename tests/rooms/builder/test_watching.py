@@ -191,8 +191,8 @@ def clock(monkeypatch):
 
 
 def counter_of(seen, clock, **changes):
-    known = {"watcher": seen, "crops_of": lambda shard: 10, "shards_total": 9, "images_total": 900}
-    return ProgressCounter(**{**known, "crops_total": 9000, "num_teachers": 2, "started": clock.now, "_told_at": clock.now, **changes})
+    known = {"watcher": seen, "crops_of": lambda shard: 10, "shards_total": 9, "images_total": 900, "num_teachers": 2}
+    return ProgressCounter(**{**known, "crops_total": 9000, "started": clock.now, "_told_at": clock.now, **changes})
 
 
 def record(shard, rows=100):
