@@ -12,9 +12,9 @@ the CPU (--uint8 leaves that out, for a comparison of the loading alone).
 - ImageFolder: torchvision's ImageFolder + RandomResizedCrop + flip, M=1
 - webdataset: tars, Pillow decode, the same transforms, M=1
 - DALI: nvidia.dali's CPU pipeline with random-crop decode, where it is installed (nvidia-dali-cuda130), M=1
-- FFCV: its loader over its own file of JPEGs (written once, not timed), random-crop decode, flip, uint8, M=1, where it is
-  installed (its build wants libopencv-dev, libturbojpeg0-dev and pkg-config from Debian). It has as many threads as
-  the others have workers; its resize, OpenCV's INTER_AREA, is not Pillow's
+- FFCV: its loader over its own file of JPEGs (written once, not timed), random-crop decode, flip, uint8, M=1, where it
+  is installed (its build wants libopencv-dev, libturbojpeg0-dev and pkg-config from Debian). It has as many threads
+  as the others have workers; its resize, OpenCV's INTER_AREA, is not Pillow's
 - floor: decode / 4 + one cut, in as many processes as there are workers, nothing else
 """
 

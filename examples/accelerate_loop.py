@@ -27,7 +27,8 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
 
-    accelerator = Accelerator()
+    # Without a GPU it must be told: else each of several processes takes itself for the only one.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     labels = fd.open_labels(args.labels)
     loader = fd.CropLoader(
         labels,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torchvision
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -54,8 +55,9 @@ class SaveLoader(TrainerCallback):
         self.loader = loader
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **ignored: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / "loader.json").write_text(json.dumps(self.loader.state_dict()))
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / "loader.json").write_text(json.dumps(self.loader.state_dict()))
 
 
 def main() -> None:
@@ -73,8 +75,9 @@ def main() -> None:
     args = parser.parse_args()
 
     arguments = TrainingArguments(
-        args.output, num_train_epochs=args.epochs, save_steps=args.save_steps, report_to=[], ignore_data_skip=True
-    )
+        args.output, num_train_epochs=args.epochs, save_steps=args.save_steps, report_to=[], ignore_data_skip=True,
+        use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
     loader = fd.CropLoader(
         fd.open_labels(args.labels), images=args.photos, batch_size=args.batch_size, size=args.size,
         num_workers=args.workers, rank=arguments.process_index, world_size=arguments.world_size,

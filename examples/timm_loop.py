@@ -2,7 +2,9 @@
 
     python examples/timm_loop.py LABELS PHOTOS [--model mobilenetv3_small_050] [--epochs 2]
 
-timm's own distillation (timm.task) runs the teacher in every step; here it ran once, when the labels were built.
+timm's own distillation tasks (timm.task.LogitDistillationTask) run the teacher in every step. Here it ran once, when
+the labels were built; what is left is timm's plain classification task with a criterion that takes soft targets.
+Needs timm 1.0.31.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
+from timm.task import ClassificationTask
 
 import ferkd_data as fd
 
@@ -47,22 +49,22 @@ def main() -> None:
     cutmix = fd.CutMix(prob=0.5)
     optimiser = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05)
     scheduler, _ = create_scheduler_v2(optimiser, sched="cosine", num_epochs=args.epochs)
-    average = ModelEmaV3(model, decay=0.99)
+    task = ClassificationTask(model, criterion=fd.soft_cross_entropy, device=torch.device(device), verbose=False)
+    task.setup_ema(decay=0.99)
 
     for epoch in range(args.epochs):
         loader.set_epoch(epoch)
-        model.train()
+        task.train()
         for step, (images, targets) in enumerate(loader):
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             rng = fd.generator("cutmix", 0, epoch, step)
             images, targets = cutmix(images, targets, rng=rng)
             with torch.autocast(device, torch.bfloat16):
-                logits = model(fd.normalize(images, mean=config["mean"], std=config["std"]))
-            loss = fd.soft_cross_entropy(logits, targets)
+                loss = task(fd.normalize(images, mean=config["mean"], std=config["std"]), targets)["loss"]
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            average.update(model)
+            task.update_ema()
         scheduler.step(epoch + 1)
         print(f"epoch {epoch}: loss {loss.item():.4f}", flush=True)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+import ferkd_data as fd
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TINY = ["--epochs", "2", "--batch-size", "8", "--size", "32"]
@@ -51,24 +55,71 @@ def test_lightning_module(label_set, photos, tmp_path):
     assert "loss " in start([EXAMPLES / "lightning_module.py", label_set, photos, *TINY], tmp_path)
 
 
-def test_accelerate_loop_resumes(label_set, photos, tmp_path):
+RECORDER = """
+import hashlib, os, runpy, sys
+import ferkd_data as fd
+
+normalize = fd.normalize
+
+def recorded(images, **settings):
+    with open(f"{os.environ['SEEN']}-{os.environ['RANK']}.txt", "a") as file:
+        file.writelines(hashlib.sha1(image.numpy().tobytes()).hexdigest() + "\\n" for image in images.cpu())
+    return normalize(images, **settings)
+
+fd.normalize = recorded
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start_two(command, tmp_path, *, port, seen):
+    """Two processes; `trained_on` tells which crops came to their models."""
+    (tmp_path / "recorder.py").write_text(RECORDER)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    return start([*torchrun, tmp_path / "recorder.py", *command], tmp_path, SEEN=seen)
+
+
+def trained_on(tmp_path, seen):
+    crops = [(tmp_path / f"{seen}-{rank}.txt").read_text().split() for rank in range(2)]
+    assert len(crops[0]) == len(crops[1])
+    return Counter(crops[0] + crops[1])
+
+
+def crops_of_epochs(label_set, photos, tmp_path, epochs):
+    """What one process sees of whole epochs."""
+    loader = fd.CropLoader(fd.open_labels(label_set), images=photos, batch_size=8, size=32, cache_dir=tmp_path / "c")
+    crops = Counter()
+    for epoch in epochs:
+        loader.set_epoch(epoch)
+        crops.update(hashlib.sha1(image.numpy().tobytes()).hexdigest() for images, _ in loader for image in images)
+    assert crops.total() == 80 * len(epochs)
+    return crops
+
+
+def test_accelerate_on_two_processes_repeats_and_skips_nothing(label_set, photos, tmp_path):
     command = [EXAMPLES / "accelerate_loop.py", label_set, photos, *TINY, "--workers", "0", "--checkpoint", "saved"]
-    assert "epoch 1: loss" in start(command, tmp_path)
-    again = start([*command, "--epochs", "3", "--resume"], tmp_path)
-    assert "epoch 2: loss" in again and "epoch 1" not in again
+    assert "epoch 0: loss" in start_two([*command, "--epochs", "1"], tmp_path, port=29518, seen="first")
+    again = start_two([*command, "--epochs", "2", "--resume"], tmp_path, port=29519, seen="second")
+    assert "epoch 1: loss" in again and "epoch 0" not in again
+    assert trained_on(tmp_path, "first") == crops_of_epochs(label_set, photos, tmp_path, [0])
+    assert trained_on(tmp_path, "second") == crops_of_epochs(label_set, photos, tmp_path, [1])
 
 
-def test_hf_trainer_resumes_after_the_last_batch(label_set, photos, tmp_path):
-    """20 images, 2 in a batch: after step 8 the loader stands at image 16, also when it was resumed at step 4."""
-    command = [EXAMPLES / "hf_trainer.py", label_set, photos, *TINY, "--epochs", "1", "--workers", "0"]
+def test_hf_trainer_on_two_processes_resumes_after_the_last_batch(label_set, photos, tmp_path):
+    """20 images, 2 in a rank's batch: 5 steps an epoch; resumed at step 4, and again nothing is repeated or skipped."""
+    command = [EXAMPLES / "hf_trainer.py", label_set, photos, *TINY, "--epochs", "2", "--workers", "0"]
     command += ["--save-steps", "4"]
-    assert "step 10: loss" in start(command, tmp_path)
+    assert "step 10: loss" in start_two(command, tmp_path, port=29520, seen="first")
     place = tmp_path / "trained/checkpoint-8/loader.json"
     first = json.loads(place.read_text())["place"]
     for step in (8, 10):
         shutil.rmtree(tmp_path / f"trained/checkpoint-{step}")
-    assert "step 10: loss" in start([*command, "--resume"], tmp_path)
-    assert json.loads(place.read_text())["place"] == first and first["images"] == 16
+    assert "step 10: loss" in start_two([*command, "--resume"], tmp_path, port=29521, seen="second")
+    assert json.loads(place.read_text())["place"] == first and (first["epoch"], first["images"]) == (1, 12)
+    whole = trained_on(tmp_path, "first")
+    assert whole == crops_of_epochs(label_set, photos, tmp_path, [0, 1])
+    rest = trained_on(tmp_path, "second")
+    assert rest <= whole and rest.total() == 6 * 16
 
 
 @pytest.mark.parametrize(

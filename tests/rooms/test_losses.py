@@ -116,6 +116,38 @@ def test_the_divergence_of_half_precision_logits_is_that_of_their_values():
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("classes", [10, 21_841])
+def test_reductions_under_autocast(classes, reduction):
+    """The linear layer's bfloat16 logits, against the dense losses of their values in float32."""
+    targets = random_targets(6, classes, 8)
+    dense, torchs = targets.dense(), "batchmean" if reduction == "mean" else reduction
+    pairs = (
+        (
+            lambda z: soft_cross_entropy(z, targets, reduction=reduction),
+            lambda z: functional.cross_entropy(z, dense, reduction=reduction),
+        ),
+        (
+            lambda z: kl_div(z, targets, reduction=reduction),
+            lambda z: functional.kl_div(z.log_softmax(1), dense, reduction=torchs),
+        ),
+    )
+    layer, features = torch.nn.Linear(5, classes), torch.randn(6, 5) * 4
+    for ours, reference in pairs:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = layer(features)
+            loss = ours(logits)
+        assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+        plain = logits.detach().float().requires_grad_()
+        expected = reference(plain)
+        if reduction == "none":
+            expected = expected if expected.dim() == 1 else expected.sum(1)
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        (expected_gradient,) = torch.autograd.grad(expected.sum(), plain)
+        torch.testing.assert_close(gradient.float(), expected_gradient, atol=1e-6, rtol=1 / 128)
+
+
 def test_dense_targets_are_not_broadcast():
     with pytest.raises(UsageError, match=r"\(3, 7\), the targets need \(1, 7\)"):
         soft_cross_entropy(torch.randn(3, 7), torch.rand(1, 7))
