@@ -113,7 +113,10 @@ def calibration_at(schedule: Schedule, epoch: int) -> Calibration:
     if isinstance(schedule, Calibration):
         return schedule
     if callable(schedule):
-        return schedule(epoch)
+        given: object = schedule(epoch)
+        if not isinstance(given, Calibration):
+            raise UsageError(f"calibration must return a Calibration for every epoch; for {epoch} it gave {given!r}")
+        return given
     presets = {"fkd": Calibration.fkd, "ferkd": Calibration.ferkd}
     if schedule not in presets:
         raise UsageError(f"calibration must be a Calibration, a function of the epoch, fkd or ferkd; got {schedule!r}")

@@ -81,6 +81,8 @@ def _precision(logits: Tensor) -> torch.dtype:
 
 def _check(logits: Tensor, targets: SoftTargets | Tensor) -> None:
     expected = tuple(targets.shape) if isinstance(targets, Tensor) else (len(targets), targets.num_classes)
+    if isinstance(targets, Tensor) and targets.dim() == 1:
+        raise UsageError("these targets are class numbers (B,), not distributions; use torch's cross_entropy for them")
     if tuple(logits.shape) != expected:
         raise UsageError(f"logits have shape {tuple(logits.shape)}, the targets need {expected}")
 

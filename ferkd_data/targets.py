@@ -45,6 +45,9 @@ class SoftTargets:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SoftTargets:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def cuda(self, *, non_blocking: bool = False) -> SoftTargets:
+        return self.to("cuda", non_blocking=non_blocking)
+
     def pin_memory(self) -> SoftTargets:
         return self._map(lambda tensor: tensor.pin_memory())
 

@@ -42,7 +42,7 @@ class FolderSource:
 
     @property
     def description(self) -> str:
-        return f"folder {self.root.name}"
+        return f"folder {self.root.resolve().name}"
 
     def list_images(self) -> Iterator[ImageRef | Reject]:
         self.ignored_files.clear()

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ferkd_data.errors import LoaderError
 from ferkd_data.replay import empty_batch
 
 Slot: TypeAlias = "int | Tensor"
@@ -25,7 +26,15 @@ class BatchBuffers:
         self._num_crops = num_crops
         self._size = size
         self._shared = shared
-        self._slots = empty_batch(slots * num_crops, size, shared=shared)
+        try:
+            self._slots = empty_batch(slots * num_crops, size, shared=shared)
+        except RuntimeError as error:
+            megabytes = slots * num_crops * size**2 * 3 / 1e6
+            raise LoaderError(
+                f"{slots} batches of {num_crops} crops take {megabytes:,.0f} MB of shared memory, which are not there "
+                f"({str(error).splitlines()[0]}); give the container more (docker run --shm-size), or lower "
+                "num_workers, prefetch_factor, batch_size or spread"
+            ) from error
         self._free = list(range(slots))
 
     def take(self) -> Slot:

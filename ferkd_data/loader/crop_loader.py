@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,7 @@ class CropLoader:
         spread: decode an image once, but put its M crops into M different batches out of a window of this many
             (True: 2 * M). A worker holds `spread * batch_size` crops of 3 * size**2 bytes for each window in work.
         order: global: any image may follow any other. shards: shards in random order, `shards_together` at a time.
+        pin_memory: copy batches to page-locked memory, from which a GPU fetches faster; without a GPU there is none.
         drop_last: leave out the last, incomplete batch. False: it is shorter, the same on all ranks; up to
             world_size - 1 images come twice.
         decode_device: "cuda": JPEGs are decoded, cut and mixed there by this process, workers only read and label, and
@@ -87,7 +90,23 @@ class CropLoader:
         """
         if isinstance(spread, bool):
             spread = 2 * crops_per_image if spread else 1
+        _check_kinds(
+            labels,
+            calibration if num_workers else None,
+            selfmix,
+            batch_size=batch_size,
+            crops_per_image=crops_per_image,
+            size=size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+        )
         _check(batch_size, crops_per_image, size, interpolation, spread, selfmix, rank, world_size, order)
+        if num_workers < 0 or prefetch_factor < 1:
+            raise UsageError(
+                f"num_workers is 0 or more, prefetch_factor 1 or more, got {num_workers}, {prefetch_factor}"
+            )
         if verify_images not in ("first_epoch", "always", "never") or on_error not in ("raise", "skip"):
             raise UsageError("verify_images is first_epoch, always or never; on_error is raise or skip")
         calibration_at(calibration, 0)
@@ -205,8 +224,11 @@ class CropLoader:
                 self._workers = DeviceWorkers(self._maker, self._decode_device, *processes)
             else:
                 self._workers = Workers(self._maker, self._layout.spread * self._layout.batch_size, *processes)
+        came = False
         try:
-            yield from self._workers.make(self._windows_of_epoch())
+            for made in self._workers.make(self._windows_of_epoch()):
+                came = True
+                yield made
         except FerkdError:
             self._workers = None
             raise
@@ -215,9 +237,10 @@ class CropLoader:
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             self._workers = None
+            at_start = 'is what starts it under `if __name__ == "__main__":` in your script? ' if not came else ""
             raise LoaderError(
-                f"a loader worker died ({str(error).splitlines()[0]}); with too little memory, lower num_workers, "
-                "batch_size or spread"
+                f"a loader worker died ({str(error).splitlines()[0]}); {at_start}With too little memory, lower "
+                "num_workers, batch_size or spread"
             ) from error
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -242,6 +265,24 @@ class CropLoader:
             "calibration": described,
             "selfmix": None if settings.selfmix is None else asdict(settings.selfmix),
         }
+
+
+def _check_kinds(labels: Any, sent: Any, selfmix: Any, **numbers: Any) -> None:
+    """What a type checker would find; `sent` is the calibration where it must reach worker processes."""
+    if not isinstance(labels, LabelSet):
+        raise UsageError(f"labels must be a label set, as fd.open_labels({labels!r}) opens it")
+    for name, number in numbers.items():
+        if not isinstance(number, Integral):
+            raise UsageError(f"{name} must be a whole number, got {number!r}")
+    if selfmix is not None and not isinstance(selfmix, SelfMix):
+        raise UsageError(f"selfmix must be a SelfMix, such as fd.SelfMix(prob=0.5), got {selfmix!r}")
+    try:
+        pickle.dumps(sent)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"calibration cannot be sent to worker processes ({error}); define it at the top level of a module, "
+            "or use num_workers=0"
+        ) from error
 
 
 def _check(

@@ -104,10 +104,11 @@ def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -
     hashes = hashes[order]
     position = np.full(len(labels), MISSING, np.int64)
     folder = Path(tempfile.mkdtemp(prefix="ferkd-data-images-"))
-    seen = 0
+    seen, theirs = 0, ""
     with pa.OSFile(str(folder / FILE_NAME), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         listed = (item for item in source.list_images() if isinstance(item, ImageRef))
         while refs := list(itertools.islice(listed, SPOOL_ROWS)):
+            theirs = theirs or refs[0].key
             wanted = _hashes((ref.key for ref in refs), len(refs))
             at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
             ours = np.flatnonzero(hashes[at] == wanted)
@@ -115,7 +116,7 @@ def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -
             seen += len(ours)
             writer.write_batch(_batch([refs[i] for i in ours.tolist()]))
     try:
-        _check_missing(labels, source, position, allow_missing)
+        _check_missing(labels, source, position, theirs, allow_missing)
     except LabelSetError:
         shutil.rmtree(folder)
         raise
@@ -156,13 +157,16 @@ def _batch(refs: list[ImageRef]) -> pa.RecordBatch:
     return pa.record_batch([[getattr(ref, name) for ref in refs] for name in SCHEMA.names], schema=SCHEMA)
 
 
-def _check_missing(labels: LabelSet, source: ImageSource, position: npt.NDArray[np.int64], allow_missing: bool) -> None:
+def _check_missing(
+    labels: LabelSet, source: ImageSource, position: npt.NDArray[np.int64], theirs: str, allow_missing: bool
+) -> None:
     missing = np.flatnonzero(position == MISSING)
     if len(missing) == len(labels):
         ours = next(labels.keys(), "")
         raise LabelSetError(
             f"{labels.location}: no image of {source.description} has a key of this label set (such as {ours!r}); "
-            "is it the same data set, with the same folder as its root?"
+            + (f"its own are such as {theirs!r}: " if theirs else "")
+            + "is it the same data set, with the same folder as its root?"
         )
     if len(missing) and not allow_missing:
         shard, row = labels.position(int(missing[0]))

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
+from ferkd_data.errors import LoaderError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.shards.columns import class_index_dtype
 from ferkd_data.storage import explain_full_disk, remove_leftovers, write_atomically
@@ -138,7 +139,14 @@ def _arrived(fetch: tuple[int, Future[None]]) -> int:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_file = (folder / "lock").open("w")
+    except OSError as error:
+        raise LoaderError(
+            f"{folder}: crop blocks cannot be unpacked there ({error.strerror}); give cache_dir=, or set "
+            "FERKD_DATA_CACHE"
+        ) from error
+    with lock_file as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -151,5 +151,7 @@ def test_reductions_under_autocast(classes, reduction):
 def test_dense_targets_are_not_broadcast():
     with pytest.raises(UsageError, match=r"\(3, 7\), the targets need \(1, 7\)"):
         soft_cross_entropy(torch.randn(3, 7), torch.rand(1, 7))
+    with pytest.raises(UsageError, match="class numbers"):
+        soft_cross_entropy(torch.randn(3, 7), torch.arange(3))
     with pytest.raises(UsageError, match="temperature must be positive"):
         kl_div(torch.randn(2, 5), random_targets(2, 5, 1), temperature=0)

@@ -23,6 +23,7 @@ from ferkd_data.calibration import calibrate
 from ferkd_data.crops import Crops
 from ferkd_data.errors import LabelSetError, LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import decode_rgb
+from ferkd_data.loader.buffers import BatchBuffers
 from ferkd_data.loader.draw import draw, epoch_draws
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.replay import replay
@@ -423,12 +424,60 @@ def hard_at_first(epoch):
         ({"order": "random"}, "order must be"),
         ({"verify_images": "sometimes"}, "verify_images"),
         ({"calibration": "ferdk"}, "fkd or ferkd"),
+        ({"calibration": 3}, "fkd or ferkd; got 3"),
+        ({"calibration": lambda epoch: None}, "must return a Calibration for every epoch; for 0 it gave None"),
+        ({"calibration": lambda epoch: KEEP_ALL, "num_workers": 1}, "cannot be sent to worker processes .* top level"),
+        ({"selfmix": True}, "selfmix must be a SelfMix"),
+        ({"size": 32.0}, r"size must be a whole number, got 32\.0"),
+        ({"num_workers": -1}, "num_workers is 0 or more"),
+        ({"prefetch_factor": 0}, "prefetch_factor 1 or more"),
         ({"images": None}, "holds no images"),
     ],
 )
 def test_settings_that_cannot_be_right(make, changes, message):
     with pytest.raises(UsageError, match=message):
         make(**changes)
+
+
+def test_labels_that_nobody_opened(photos):
+    with pytest.raises(UsageError, match=r"as fd.open_labels\('labels'\) opens it"):
+        fd.CropLoader("labels", images=photos, batch_size=8)
+
+
+@pytest.mark.parametrize(("root", "theirs"), [(".", "photos/class0/photo0000"), ("photos/class0", "photo0000")])
+def test_images_of_another_root(make, photos, tmp_path, root, theirs):
+    shutil.copytree(photos, tmp_path / "root/photos")
+    with pytest.raises(LabelSetError, match=rf"no image of folder .*'class0/photo0000'\); its own.*'{theirs}'"):
+        make(images=tmp_path / "root" / root)
+
+
+def test_a_cache_that_cannot_be_written(make, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(LoaderError, match=r"cannot be unpacked there .*; give cache_dir=, or set FERKD_DATA_CACHE"):
+        next(iter(make(cache_dir=tmp_path / "file")))
+
+
+def test_shared_memory_that_is_not_there():
+    with pytest.raises(LoaderError, match=r"9 batches of 1000000 crops take 1,811,939,328 MB.*--shm-size"):
+        BatchBuffers(1_000_000, 8192, slots=9, shared=True)
+
+
+UNGUARDED = """
+import sys
+import ferkd_data as fd
+labels, photos, cache = sys.argv[1:]
+loader = fd.CropLoader(fd.open_labels(labels), images=photos, batch_size=8, size=32, cache_dir=cache, num_workers=1)
+next(iter(loader))
+"""
+
+
+def test_a_script_that_forgot_to_guard_its_work(label_set, photos, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    command = [sys.executable, script, label_set, photos, tmp_path]
+    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert found.returncode == 1
+    assert 'is what starts it under `if __name__ == "__main__":` in your script?' in found.stderr
 
 
 def test_images_of_another_data_set(make, make_photos, tmp_path):
