@@ -1,4 +1,4 @@
-"""Arrays out of other people's `torch.save` files, without running what else may be in them.
+"""Arrays out of other people's `torch.save` files, without running what else may be in them, and without torch.
 
 Only the zip form (PyTorch 1.6 and later) is read, its members must be stored as they are, and its pickle may name
 nothing but what rebuilds tensors and NumPy arrays of numbers. Everything else is refused before it is looked up.
@@ -7,55 +7,109 @@ nothing but what rebuilds tensors and NumPy arrays of numbers. Everything else i
 from __future__ import annotations
 
 import collections
+import io
 import pickle
-import types
 import zipfile
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from ferkd_data.errors import ForeignFileError
+from ferkd_data.exchange.opcodes import check_opcodes
 
 MAX_BYTES = 2**28
 """Of one file; FKD's 500 full distributions of 1,000 classes take 2 MB."""
-ALLOWED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+MAX_PICKLE_BYTES = 2**25
+"""Of what is not in arrays of its own; 400 crops of Dataset Reinforcement at top-10 take 60 kB."""
+MAX_ARRAYS = 16
+"""Each may hold a copy of what the pickle holds once."""
+MAX_ITEMS = 2**22
+"""Numbers, texts, lists and arrays in all: a list may be named again and again, and is then counted each time."""
+STORAGES = {
+    "DoubleStorage": "<f8",
+    "FloatStorage": "<f4",
+    "HalfStorage": "<f2",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "?",
 }
+NDARRAY = "numpy.ndarray"
+"""Stands for the class, which nobody may call."""
 RECONSTRUCT = ("numpy.core.multiarray", "numpy._core.multiarray")
 
 
 class _ArraysOnly(pickle.Unpickler):
+    def __init__(self, pickled: bytes, archive: zipfile.ZipFile, prefix: str) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self._archive = archive
+        self._prefix = prefix
+        self._arrays = 0
+        self._storages: dict[tuple[str, str], npt.NDArray[Any]] = {}
+
     def find_class(self, module: str, name: str) -> Any:
         if module in RECONSTRUCT and name == "_reconstruct":
-            return _empty_array
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1
-        if (module, name) not in ALLOWED:
+            return self._empty_array
+        if module == "torch" and name in STORAGES:
+            return name
+        known: dict[tuple[str, str], Any] = {
+            ("_codecs", "encode"): self._latin1,
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("numpy", "dtype"): np.dtype,
+            ("numpy", "ndarray"): NDARRAY,
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+        }
+        if (module, name) not in known:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")
-        return ALLOWED[module, name]
+        return known[module, name]
 
+    def persistent_load(self, pid: Any) -> npt.NDArray[Any]:
+        """A tensor's numbers: a member of the archive."""
+        kind, storage, key, _, count = pid
+        if kind != "storage" or storage not in STORAGES:
+            raise pickle.UnpicklingError(f"it holds a {kind} {storage}")
+        if (storage, key) not in self._storages:
+            self._count()
+            self._storages[storage, key] = np.frombuffer(
+                self._archive.read(f"{self._prefix}/data/{key}"), STORAGES[storage]
+            )
+        found = self._storages[storage, key]
+        if len(found) != count:
+            raise pickle.UnpicklingError(f"it claims {count} numbers where {len(found)} are")
+        return found
 
-def _empty_array(kind: type, shape: tuple[int, ...], code: bytes) -> Any:
-    """What NumPy's pickles begin an array with; its state brings shape and numbers."""
-    if kind is not np.ndarray or tuple(shape) != (0,):
-        raise pickle.UnpicklingError("it holds an array of an unknown kind")
-    return np.ndarray((0,), np.uint8)
+    def _tensor(self, numbers: npt.NDArray[Any], start: int, shape: Any, strides: Any, *_: Any) -> npt.NDArray[Any]:
+        """A view of a storage, as `torch._utils` rebuilds it; one that shows a number twice is refused."""
+        last = start + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        count = int(np.prod([int(size) for size in shape], dtype=object))
+        if min((start, *shape, *strides)) < 0 or (count and last >= len(numbers)) or count > len(numbers):
+            raise pickle.UnpicklingError(f"it claims a tensor of shape {tuple(shape)} in {len(numbers)} numbers")
+        steps = [stride * numbers.itemsize for stride in strides]
+        view = np.lib.stride_tricks.as_strided(numbers[start:], tuple(shape), steps, writeable=False)
+        return np.ascontiguousarray(view).reshape(shape)
 
+    def _empty_array(self, kind: str, shape: tuple[int, ...], code: bytes) -> npt.NDArray[Any]:
+        """What NumPy's pickles begin an array with; its state brings shape and numbers."""
+        if kind != NDARRAY or tuple(shape) != (0,):
+            raise pickle.UnpicklingError("it holds an array of an unknown kind")
+        self._count()
+        return np.ndarray((0,), np.uint8)
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """How old pickle protocols write an array's bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it holds text in {encoding!r}")
-    return text.encode("latin1")
+    def _latin1(self, text: str, encoding: str) -> bytes:
+        """How old pickle protocols write an array's bytes."""
+        if encoding != "latin1":
+            raise pickle.UnpicklingError(f"it holds text in {encoding!r}")
+        self._count()
+        return text.encode("latin1")
 
-
-_PICKLE = types.ModuleType("arrays_only")
-_PICKLE.__dict__.update(Unpickler=_ArraysOnly, load=lambda stream, **_: _ArraysOnly(stream).load())
+    def _count(self) -> None:
+        self._arrays += 1
+        if self._arrays > 2 * MAX_ARRAYS:
+            raise pickle.UnpicklingError(f"it holds more than {MAX_ARRAYS} arrays")
 
 
 def load_arrays(path: Path) -> Any:
@@ -64,44 +118,55 @@ def load_arrays(path: Path) -> Any:
     Raises ForeignFileError for a file that holds anything else, is damaged, or is out of proportion.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ForeignFileError(f"{path}: {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise ForeignFileError(f"{path}: {size} bytes; at most {MAX_BYTES} are read")
         with path.open("rb") as stream:
-            _check_zip(path, stream)
-            stream.seek(0)
-            content = torch.load(stream, map_location="cpu", pickle_module=_PICKLE, weights_only=False)
-        return _plain(path, content)
+            content = _load(path, stream, size)
+        return _plain(path, content, [MAX_ITEMS])
     except ForeignFileError:
         raise
     except FileNotFoundError as error:
         raise ForeignFileError(f"{path}: no such file") from error
     except Exception as error:
-        # An unpickler meets arbitrary bytes here, and torch and NumPy raise of every kind on them.
+        # An unpickler meets arbitrary bytes here, and pickle and NumPy raise of every kind on them.
         raise ForeignFileError(f"{path}: is not a file of arrays alone ({error}); it was not loaded") from error
 
 
-def _check_zip(path: Path, stream: IO[bytes]) -> None:
+def _load(path: Path, stream: IO[bytes], size: int) -> Any:
     if stream.read(4) != b"PK\x03\x04":
         raise ForeignFileError(f"{path}: is not in the form that torch.save has written since PyTorch 1.6")
     with zipfile.ZipFile(stream) as archive:
-        for member in archive.infolist():
+        members = archive.infolist()
+        for member in members:
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > MAX_BYTES:
                 raise ForeignFileError(f"{path}: member {member.filename!r} is compressed or too large")
+        if sum(member.file_size for member in members) > size:
+            raise ForeignFileError(f"{path}: its members overlap")
+        prefix = members[0].filename.partition("/")[0] if members else ""
+        names = {member.filename for member in members}
+        if f"{prefix}/byteorder" in names and archive.read(f"{prefix}/byteorder") != b"little":
+            raise ForeignFileError(f"{path}: its numbers are not little-endian")
+        if archive.getinfo(f"{prefix}/data.pkl").file_size > MAX_PICKLE_BYTES:
+            raise ForeignFileError(f"{path}: its pickle is too large")
+        pickled = archive.read(f"{prefix}/data.pkl")
+        check_opcodes(pickled)
+        return _ArraysOnly(pickled, archive, prefix).load()
 
 
-def _plain(path: Path, content: Any) -> Any:
-    if isinstance(content, torch.Tensor):
-        if content.numel() * content.element_size() > MAX_BYTES:
-            raise ForeignFileError(f"{path}: claims a tensor of shape {tuple(content.shape)}")
-        return content.numpy()
+def _plain(path: Path, content: Any, left: list[int]) -> Any:
+    """The content without any type of its own; `left[0]` is how many items more it may have."""
+    left[0] -= 1
+    if left[0] < 0:
+        raise ForeignFileError(f"{path}: holds more than {MAX_ITEMS} items")
+    if content is None or isinstance(content, (bool, int, float, str, bytes)):
+        return content
     if isinstance(content, np.ndarray):
         if content.dtype.kind not in "biuf" or content.nbytes > MAX_BYTES:
             raise ForeignFileError(f"{path}: holds an array of {content.dtype}, expected numbers")
         return content
-    if isinstance(content, (list, tuple)):
-        return type(content)(_plain(path, item) for item in content)
+    if type(content) in (list, tuple):
+        return type(content)([_plain(path, item, left) for item in content])
     if isinstance(content, dict):
-        return {key: _plain(path, item) for key, item in content.items()}
-    if content is None or isinstance(content, (bool, int, float, str, bytes)):
-        return content
+        return {key: _plain(path, item, left) for key, item in content.items()}
     raise ForeignFileError(f"{path}: holds a {type(content).__name__}, expected arrays")
