@@ -16,14 +16,26 @@ from ferkd_data.errors import UsageError
 @click.option(
     "--crops-per-block", type=click.IntRange(min=1), help="Of layout parquet.  [default: as it is; import: 50]"
 )
-@click.option("--from", "source", type=click.Choice(["fkd"]), help="LABELS is a folder of FKD's files, one per image.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Choice(["fkd", "dr"]),
+    help="LABELS is a folder of FKD's or Dataset Reinforcement's files, one per image.",
+)
 @click.option("--to", "target", type=click.Choice(["fkd"]), help="Write FKD's files, for its own training script.")
 @click.option("--images", help="The images: needed for layout webdataset and for --from.")
 @click.option("--classes", type=click.Path(path_type=Path), help="With --from: one line per class, as for build.")
-@click.option("--num-classes", type=click.IntRange(min=2), default=1000, show_default=True, help="With --from.")
-@click.option("--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="With --from: of full labels.")
-@click.option("--teacher", help="With --from: the teacher's name.")
-@click.option("--teacher-size", type=int, default=224, show_default=True, help="With --from: its input size.")
+@click.option(
+    "--ids", type=click.Path(path_type=Path), help="With --from dr: the images' keys in the order of their IDs."
+)
+@click.option(
+    "--num-classes", type=click.IntRange(min=2), help="With --from.  [default: fkd 1000; dr: as its files say]"
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="With --from fkd: of full labels."
+)
+@click.option("--teacher", help="With --from: the teacher's name.  [default: dr as it says]")
+@click.option("--teacher-size", type=int, default=224, show_default=True, help="With --from fkd: its input size.")
 def command(
     labels: Path,
     out: Path,
@@ -33,30 +45,44 @@ def command(
     target: str | None,
     images: str | None,
     classes: Path | None,
-    num_classes: int,
+    ids: Path | None,
+    num_classes: int | None,
     top_k: int,
     teacher: str | None,
     teacher_size: int,
 ) -> int:
-    """Write the label set LABELS anew into the folder OUT: in another layout, from FKD's files, or as FKD's files."""
+    """Write the label set LABELS anew into the folder OUT: in another layout, from others' files, or as FKD's."""
     import ferkd_data as fd
 
     if [layout is not None and source is None, source is not None, target is not None].count(True) != 1:
-        raise UsageError("give one of --layout LAYOUT, --from fkd, --to fkd")
+        raise UsageError("give one of --layout LAYOUT, --from fkd, --from dr, --to fkd")
     if target is not None:
         label_type = fd.export_fkd(labels, out)
         click.echo(f"{out}: written for FKD's training script; its --soft_label_type is {label_type}")
         return 0
-    if source is not None:
-        if images is None or teacher is None:
-            raise UsageError("--from fkd needs --images (the labelled images) and --teacher (its name)")
+    if source is not None and images is None:
+        raise UsageError(f"--from {source} needs --images (the labelled images)")
+    if source == "fkd":
+        if teacher is None:
+            raise UsageError("--from fkd needs --teacher (its name)")
         manifest = fd.import_fkd(
             labels,
             out,
-            images=images,
-            num_classes=num_classes,
+            images=str(images),
+            num_classes=num_classes or 1000,
             teacher=fd.FkdTeacher(name=teacher, size=teacher_size),
             top_k=top_k,
+            crops_per_block=crops_per_block or 50,
+            classes=classes,
+        )
+    elif source == "dr":
+        manifest = fd.import_dr(
+            labels,
+            out,
+            images=str(images),
+            ids=ids,
+            num_classes=num_classes,
+            teacher=teacher,
             crops_per_block=crops_per_block or 50,
             classes=classes,
         )
@@ -67,4 +93,8 @@ def command(
         f"{out}: layout {manifest.layout}, {manifest.num_images:,} images with {manifest.num_crops} crops, "
         f"{size / 1e6:,.2f} MB, {manifest.rejects.rows:,} rejected"
     )
+    counted = manifest.statistics
+    if source is not None and counted.crops_with_target:
+        share = counted.top1_matches_target / counted.crops_with_target
+        click.echo(f"the ground truth is the most probable class of {share:.1%} of the crops")
     return 3 if source is not None and manifest.rejects.rows else 0

@@ -10,65 +10,90 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ferkd_data.buckets import Thresholds, assign_buckets, confidence
 from ferkd_data.errors import ForeignFileError
 from ferkd_data.exchange.foreign_arrays import load_arrays
-from ferkd_data.labels import CLASS_BITS
-from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels, class_index_dtype
+from ferkd_data.exchange.foreign_labels import UNKNOWN_DIGEST, ForeignLabels, check_boxes, check_labels
+from ferkd_data.manifest import CropDistributionEntry, TeacherEntry
+from ferkd_data.shards.columns import ImageLabels
 from ferkd_data.storage import inside
 
-HIGHEST_TOTAL = 1 + 1e-3
+
+@dataclass(frozen=True, kw_only=True)
+class FkdTeacher:
+    """What FKD's files do not say of the teacher."""
+
+    name: str
+    size: int = 224
+    """Pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FkdFiles:
+    """A folder of FKD's files."""
+
+    folder: Path
+    num_classes: int
+    top_k: int
+    """Kept of full distributions; the other label types keep what they have."""
+    teacher: FkdTeacher
+
+    format: ClassVar[str] = "FKD"
+    expected: ClassVar[str] = "FOLDER/KEY.tar"
+    distribution: ClassVar[CropDistributionEntry] = CropDistributionEntry(
+        scale=(0.08, 0.936), ratio=(3 / 4, 4 / 3), hflip=0.5
+    )
+    """The defaults of FKD's generator; its files do not say."""
+
+    @property
+    def teachers(self) -> tuple[TeacherEntry, ...]:
+        entry = TeacherEntry(
+            spec=f"fkd:{self.teacher.name}",
+            name=self.teacher.name,
+            digest=UNKNOWN_DIGEST,
+            num_classes=self.num_classes,
+            size=self.teacher.size,
+            interpolation="bicubic",
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            weight=1,
+            temperature=1,
+            precision="fp32",
+        )
+        return (entry,)
+
+    def read(self, key: str, size: tuple[int, int]) -> ForeignLabels:
+        """Labels of any of FKD's types: `hard`, `smoothing`, `marginal_*`, or the full distribution, cut to its top-k.
+
+        Raises ForeignFileError for a file that is none, or holds classes or probabilities that cannot be; ValueError
+        for a crop that is not inside the image.
+        """
+        path = file_of(self.folder, key)
+        content = load_arrays(path)
+        if not isinstance(content, (list, tuple)) or len(content) != 3:
+            raise ForeignFileError(f"{path}: is not FKD's [coords, flips, labels]")
+        coords, flip, labels = (np.asarray(part) for part in content)
+        num_crops = len(labels)
+        if coords.shape != (num_crops, 4) or flip.shape != (num_crops,) or not num_crops:
+            raise ForeignFileError(
+                f"{path}: coords {coords.shape}, flips {flip.shape} and labels {labels.shape} do not fit"
+            )
+        if not np.isfinite(coords).all():
+            raise ForeignFileError(f"{path}: holds numbers that are not finite")
+        index, prob = _labels(path, labels, self.num_classes, self.top_k)
+        check_labels(path, index, prob, self.num_classes)
+        boxes = boxes_of(coords.astype(np.float64), *size)
+        return ForeignLabels(boxes=boxes, flip=flip.astype(np.bool_), class_index=index, class_prob=prob)
 
 
 def file_of(folder: Path, key: str) -> Path:
     """Where FKD keeps the labels of an image."""
     return inside(folder, f"{key}.tar")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FkdImage:
-    """One file as arrays, checked."""
-
-    coords: npt.NDArray[np.float64]
-    """(N, 4)"""
-    flip: npt.NDArray[np.bool_]
-    """(N,)"""
-    class_index: npt.NDArray[np.int64]
-    """(N, k), in no order."""
-    class_prob: npt.NDArray[np.float32]
-    """(N, k)"""
-
-
-def read_file(path: Path, *, num_classes: int, top_k: int) -> FkdImage:
-    """Labels of any of FKD's types: `hard`, `smoothing`, `marginal_*`, or the full distribution, cut to its top-k.
-
-    Raises ForeignFileError for a file that is none, or holds classes or probabilities that cannot be.
-    """
-    content = load_arrays(path)
-    if not isinstance(content, (list, tuple)) or len(content) != 3:
-        raise ForeignFileError(f"{path}: is not FKD's [coords, flips, labels]")
-    coords, flip, labels = (np.asarray(part) for part in content)
-    num_crops = len(labels)
-    if coords.shape != (num_crops, 4) or flip.shape != (num_crops,) or not num_crops:
-        raise ForeignFileError(
-            f"{path}: coords {coords.shape}, flips {flip.shape} and labels {labels.shape} do not fit"
-        )
-    index, prob = _labels(path, labels, num_classes, top_k)
-    if not np.isfinite(coords).all() or not np.isfinite(prob).all():
-        raise ForeignFileError(f"{path}: holds numbers that are not finite")
-    if index.min() < 0 or index.max() >= num_classes:
-        raise ForeignFileError(f"{path}: class {int(index.max())} of {num_classes} classes")
-    if prob.min() < 0 or prob.sum(axis=1).max() > HIGHEST_TOTAL:
-        raise ForeignFileError(
-            f"{path}: probabilities {prob.min():.4g} to {prob.sum(axis=1).max():.4g} in sum; not 0..1"
-        )
-    return FkdImage(coords=coords.astype(np.float64), flip=flip.astype(np.bool_), class_index=index, class_prob=prob)
 
 
 def _labels(
@@ -98,45 +123,7 @@ def boxes_of(coords: npt.NDArray[np.float64], height: int, width: int) -> npt.ND
     bottom, right = top + coords[:, 2] * height, left + coords[:, 3] * width
     corners = np.rint(np.stack([top, left, bottom, right], axis=1)).astype(np.int64)
     boxes = np.stack([corners[:, 0], corners[:, 1], *(corners[:, 2:] - corners[:, :2]).T], axis=1)
-    fits = (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all() and (corners[:, 2:] <= (height, width)).all()
-    if not fits:
-        raise ValueError("a crop is not inside the image; are these the images that were labelled?")
-    return boxes.astype(np.uint16)
-
-
-def to_labels(
-    image: FkdImage,
-    *,
-    key: str,
-    digest: bytes,
-    size: tuple[int, int],
-    target: int,
-    num_classes: int,
-    thresholds: Thresholds,
-) -> ImageLabels:
-    """A row of a label set. The ground truth's probability is unknown where it was cut off. Raises ValueError."""
-    stored = image.class_prob.clip(0, 1).astype(np.float16)
-    rank = stored.view(np.int16).astype(np.int64) << CLASS_BITS
-    order = np.argsort(-(rank - image.class_index), axis=1, kind="stable")
-    index = np.take_along_axis(image.class_index, order, axis=1)
-    prob = np.take_along_axis(stored, order, axis=1)
-    is_target = index == target
-    known = is_target.any(axis=1) & (target != UNKNOWN_TARGET)
-    target_prob = np.where(known, np.where(is_target, prob, 0).max(axis=1), np.float16(np.nan)).astype(np.float16)
-    height, width = size
-    return ImageLabels(
-        key=key,
-        image_digest=digest,
-        height=height,
-        width=width,
-        target=target,
-        boxes=boxes_of(image.coords, height, width),
-        flip=image.flip,
-        class_index=index.astype(class_index_dtype(num_classes)),
-        class_prob=prob,
-        target_prob=target_prob,
-        bucket=assign_buckets(confidence(prob, target_prob, thresholds.confidence), thresholds),
-    )
+    return check_boxes(boxes, height, width)
 
 
 def write_file(path: Path, labels: ImageLabels) -> None:

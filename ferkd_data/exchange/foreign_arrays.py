@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ferkd_data.errors import ForeignFileError
 from ferkd_data.exchange.opcodes import check_opcodes
@@ -25,8 +24,9 @@ MAX_PICKLE_BYTES = 2**25
 """Of what is not in arrays of its own; 400 crops of Dataset Reinforcement at top-10 take 60 kB."""
 MAX_ARRAYS = 16
 """Each may hold a copy of what the pickle holds once."""
-MAX_ITEMS = 2**22
+MAX_ITEMS = 2**20
 """Numbers, texts, lists and arrays in all: a list may be named again and again, and is then counted each time."""
+Numbers = np.ndarray[Any, np.dtype[Any]]
 STORAGES = {
     "DoubleStorage": "<f8",
     "FloatStorage": "<f4",
@@ -38,6 +38,7 @@ STORAGES = {
     "ByteStorage": "u1",
     "BoolStorage": "?",
 }
+SCALARS = frozenset((type(None), bool, int, float, str, bytes))
 NDARRAY = "numpy.ndarray"
 """Stands for the class, which nobody may call."""
 RECONSTRUCT = ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -49,7 +50,7 @@ class _ArraysOnly(pickle.Unpickler):
         self._archive = archive
         self._prefix = prefix
         self._arrays = 0
-        self._storages: dict[tuple[str, str], npt.NDArray[Any]] = {}
+        self._storages: dict[tuple[str, str], Numbers] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module in RECONSTRUCT and name == "_reconstruct":
@@ -67,22 +68,21 @@ class _ArraysOnly(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")
         return known[module, name]
 
-    def persistent_load(self, pid: Any) -> npt.NDArray[Any]:
+    def persistent_load(self, pid: Any) -> Numbers:
         """A tensor's numbers: a member of the archive."""
         kind, storage, key, _, count = pid
         if kind != "storage" or storage not in STORAGES:
             raise pickle.UnpicklingError(f"it holds a {kind} {storage}")
         if (storage, key) not in self._storages:
             self._count()
-            self._storages[storage, key] = np.frombuffer(
-                self._archive.read(f"{self._prefix}/data/{key}"), STORAGES[storage]
-            )
+            data = self._archive.read(f"{self._prefix}/data/{key}")
+            self._storages[storage, key] = np.frombuffer(data, STORAGES[storage])
         found = self._storages[storage, key]
         if len(found) != count:
             raise pickle.UnpicklingError(f"it claims {count} numbers where {len(found)} are")
         return found
 
-    def _tensor(self, numbers: npt.NDArray[Any], start: int, shape: Any, strides: Any, *_: Any) -> npt.NDArray[Any]:
+    def _tensor(self, numbers: Numbers, start: int, shape: Any, strides: Any, *_: Any) -> Numbers:
         """A view of a storage, as `torch._utils` rebuilds it; one that shows a number twice is refused."""
         last = start + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         count = int(np.prod([int(size) for size in shape], dtype=object))
@@ -90,14 +90,15 @@ class _ArraysOnly(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it claims a tensor of shape {tuple(shape)} in {len(numbers)} numbers")
         steps = [stride * numbers.itemsize for stride in strides]
         view = np.lib.stride_tricks.as_strided(numbers[start:], tuple(shape), steps, writeable=False)
-        return np.ascontiguousarray(view).reshape(shape)
+        packed: Numbers = np.ascontiguousarray(view).reshape(shape)
+        return packed
 
-    def _empty_array(self, kind: str, shape: tuple[int, ...], code: bytes) -> npt.NDArray[Any]:
+    def _empty_array(self, kind: str, shape: tuple[int, ...], code: bytes) -> Numbers:
         """What NumPy's pickles begin an array with; its state brings shape and numbers."""
         if kind != NDARRAY or tuple(shape) != (0,):
             raise pickle.UnpicklingError("it holds an array of an unknown kind")
         self._count()
-        return np.ndarray((0,), np.uint8)
+        return np.empty(0, np.uint8)
 
     def _latin1(self, text: str, encoding: str) -> bytes:
         """How old pickle protocols write an array's bytes."""
@@ -159,13 +160,16 @@ def _plain(path: Path, content: Any, left: list[int]) -> Any:
     left[0] -= 1
     if left[0] < 0:
         raise ForeignFileError(f"{path}: holds more than {MAX_ITEMS} items")
-    if content is None or isinstance(content, (bool, int, float, str, bytes)):
+    if type(content) in SCALARS:
         return content
     if isinstance(content, np.ndarray):
         if content.dtype.kind not in "biuf" or content.nbytes > MAX_BYTES:
             raise ForeignFileError(f"{path}: holds an array of {content.dtype}, expected numbers")
         return content
     if type(content) in (list, tuple):
+        if SCALARS.issuperset(map(type, content)):
+            left[0] -= len(content)
+            return content
         return type(content)([_plain(path, item, left) for item in content])
     if isinstance(content, dict):
         return {key: _plain(path, item, left) for key, item in content.items()}

@@ -1,0 +1,200 @@
+"""`convert --from`: other people's label files into a label set of layout parquet, given the images they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ferkd_data
+from ferkd_data import statistics
+from ferkd_data.buckets import Thresholds
+from ferkd_data.builder.rejects import RejectWriter
+from ferkd_data.errors import ForeignFileError, ImageError, UsageError
+from ferkd_data.exchange.convert import new_folder, write_manifest
+from ferkd_data.exchange.dataset_reinforcement import image_folder_ids, listed_ids, open_reinforced
+from ferkd_data.exchange.fkd import FkdFiles, FkdTeacher
+from ferkd_data.exchange.foreign_labels import LabelFiles, to_row
+from ferkd_data.images import FolderSource, ImageRef, ImageSource, Reject, image_size, open_source
+from ferkd_data.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry, SourceEntry, ThresholdsEntry
+from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels, ShardLabels
+from ferkd_data.shards.writers import write_shard
+from ferkd_data.statistics import Statistics, shard_statistics
+from ferkd_data.storage import image_digest, sha256_file, write_atomically
+
+OnImages = Callable[[int], None]
+"""Gets the images done."""
+
+
+def import_fkd(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    images: str | Path,
+    num_classes: int,
+    teacher: FkdTeacher,
+    top_k: int = 5,
+    crops_per_block: int = 50,
+    images_per_shard: int = 4096,
+    classes: str | Path | None = None,
+    on_progress: OnImages | None = None,
+) -> Manifest:
+    """A label set of layout parquet from FKD's files: FOLDER/KEY.tar for each image of `images`, such as
+    FOLDER/n01440764/n01440764_10026.tar.
+
+    `top_k` applies to full distributions; FKD's other label types keep the k they have. An image without labels or with
+    labels that cannot be read becomes a reject. Raises SourceError, UsageError when nothing can be imported.
+    """
+    files = FkdFiles(folder=Path(folder), num_classes=num_classes, top_k=top_k, teacher=teacher)
+    source = open_source(images, classes=None if classes is None else Path(classes))
+    work = _Import(files=files, source=source, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
+    return work.run(new_folder(out), on_progress)
+
+
+def import_dr(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    images: str | Path,
+    ids: str | Path | None = None,
+    num_classes: int | None = None,
+    teacher: str | None = None,
+    crops_per_block: int = 50,
+    images_per_shard: int = 4096,
+    classes: str | Path | None = None,
+    on_progress: OnImages | None = None,
+) -> Manifest:
+    """A label set of layout parquet from Dataset Reinforcement's files: FOLDER/ID.pth.tar and FOLDER/config.pth.tar.
+
+    An ID is an image's number in torchvision's ImageFolder of the training set; with `ids`, the line of that text file
+    that holds the image's key. The configuration tells the teachers and the classes' number unless you do.
+
+    Raises SourceError; UsageError for crops that cannot be replayed (RandAugment, erasing, mixing) and when nothing can
+    be imported.
+    """
+    source = open_source(images, classes=None if classes is None else Path(classes))
+    folder = Path(folder)
+    if ids is not None:
+        known = listed_ids(Path(ids))
+    elif isinstance(source, FolderSource) and source.class_folders is not None:
+        known = image_folder_ids(source.root, folder)
+    else:
+        raise UsageError(f"{images}: only a folder of class folders numbers its images; give a file of keys with --ids")
+    files = open_reinforced(folder, known, num_classes=num_classes, teacher=teacher)
+    work = _Import(files=files, source=source, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
+    return work.run(new_folder(out), on_progress)
+
+
+@dataclass(kw_only=True)
+class _Import:
+    files: LabelFiles
+    source: ImageSource
+    crops_per_block: int
+    images_per_shard: int
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    shape: tuple[int, int] = (0, 0)
+    """(N crops, k classes), as the first image has them."""
+    rejects: list[Reject] = field(default_factory=list)
+
+    def run(self, out: Path, on_progress: OnImages | None) -> Manifest:
+        entries: list[ShardEntry] = []
+        counted = []
+        items = self.source.list_images()
+        while group := list(islice(items, self.images_per_shard)):
+            rows = list(self._rows(group))
+            if rows:
+                starts = range(0, self.shape[0], self.crops_per_block)
+                count, files = write_shard(
+                    out, len(entries), ((row, b"") for row in rows), layout="parquet", block_starts=starts
+                )
+                entries.append(ShardEntry(index=len(entries), rows=count, files=files))
+                counted.append(shard_statistics(ShardLabels.from_rows(rows)))
+            if on_progress:
+                on_progress(sum(entry.rows for entry in entries))
+        if not entries:
+            raise UsageError(self._nothing())
+        rejects = _write_rejects(out, self.rejects)
+        return write_manifest(out, self._manifest(tuple(entries), rejects, statistics.add(counted)))
+
+    def _rows(self, items: Iterable[ImageRef | Reject]) -> Iterator[ImageLabels]:
+        refs = []
+        for item in items:
+            if isinstance(item, ImageRef):
+                refs.append(item)
+            else:
+                self.rejects.append(item)
+        for ref, data in zip(refs, self.source.read(refs), strict=True):
+            try:
+                if isinstance(data, ImageError):
+                    raise data
+                yield self._row(ref, data)
+            except ImageError as error:
+                self.rejects.append(Reject(key=ref.key, reason=error.reason, detail=error.detail))
+            except (ForeignFileError, ValueError) as error:
+                self.rejects.append(Reject(key=ref.key, reason="unreadable_labels", detail=str(error)))
+
+    def _row(self, ref: ImageRef, data: bytes) -> ImageLabels:
+        size = image_size(data)
+        labels = self.files.read(ref.key, size)
+        shape = labels.class_index.shape
+        if self.shape == (0, 0):
+            self.shape = shape
+        if shape != self.shape:
+            raise ForeignFileError(f"{shape} crops and classes, the first image has {self.shape}")
+        return to_row(
+            labels,
+            key=ref.key,
+            digest=image_digest(data),
+            size=size,
+            target=UNKNOWN_TARGET if ref.target is None else ref.target,
+            num_classes=self.files.num_classes,
+            thresholds=self.thresholds,
+        )
+
+    def _nothing(self) -> str:
+        first = self.rejects[0] if self.rejects else None
+        why = f"; the first: {first.key}: {first.detail}" if first else ""
+        here = f"{self.files.folder}: no image of {self.source.description} has labels here"
+        return f"{here}; {self.files.expected} is expected{why}"
+
+    def _manifest(self, shards: tuple[ShardEntry, ...], rejects: RejectsEntry, counted: Statistics) -> Manifest:
+        num_crops, top_k = self.shape
+        num_images = sum(shard.rows for shard in shards)
+        origin: dict[str, Any] = {"format": self.files.format, "crops_follow_seed": False}
+        manifest = Manifest(
+            created_by=CreatedBy(name="ferkd-data", version=ferkd_data.__version__),
+            layout="parquet",
+            num_images=num_images,
+            num_crops=num_crops,
+            crops_per_block=self.crops_per_block,
+            top_k=top_k,
+            num_classes=self.files.num_classes,
+            seed=0,
+            crop_distribution=self.files.distribution,
+            teachers=self.files.teachers,
+            ensemble="mean",
+            thresholds=ThresholdsEntry(
+                low=self.thresholds.low,
+                mid=self.thresholds.mid,
+                top=self.thresholds.top,
+                confidence=self.thresholds.confidence,
+            ),
+            source=SourceEntry(
+                description=f"imported from {self.files.format}'s files, images: {self.source.description}",
+                images_seen=num_images + rejects.rows,
+                plan_sha256="0" * 64,
+            ),
+            shards=shards,
+            rejects=rejects,
+            statistics=counted,
+        )
+        return manifest.model_copy(update={"imported_from": origin})
+
+
+def _write_rejects(out: Path, rejects: list[Reject]) -> RejectsEntry:
+    path = out / "rejects.parquet"
+    with write_atomically(path) as aside, RejectWriter(aside) as writer:
+        writer.extend(rejects)
+    return RejectsEntry(path=path.name, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path))
