@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ferkd_data.errors import ShardError
 from ferkd_data.shards.columns import DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels, class_index_dtype
+from ferkd_data.shards.pages import claimed_bytes
 
 BOX_COLUMNS = ("box_top", "box_left", "box_height", "box_width")
 
@@ -93,21 +95,29 @@ def write(path: Path, labels: ShardLabels) -> None:
     )
 
 
-MAX_KEY_BYTES = 1100
-"""Bytes a key may take in a column chunk: keys are at most 1,024 bytes long."""
+MAX_TEXT_BYTES = 1100
+"""Bytes that a text may take in a column chunk: keys are at most 1,024 bytes long."""
+PAGE_BYTES = 65536
+"""What a column chunk may take besides its values."""
+MAX_DECODED_BYTES, MAX_EXPANSION = 2**30, 100
+"""A block takes at most so many bytes in memory, or so many times its file's. Builds give 2 to 20 times."""
+NULLABLE = ("target", "target_prob")
 
 
 def read_labels(path: Path, *, rows: int, num_crops: int, top_k: int, num_classes: int) -> ShardLabels:
     """One block file as arrays.
 
     Raises ShardError when the file is missing or truncated, when a column is missing or of another type, when it
-    does not hold what the manifest says (checked in the footer, before memory is taken).
+    does not hold what the manifest says (checked in the footer and the page headers, before memory is taken).
     """
     index_dtype = class_index_dtype(num_classes)
     table = _read(path, schema(num_crops, top_k, index_dtype), rows)
 
     def lists(name: str) -> npt.NDArray[Any]:
-        return _numpy(table.column(name).combine_chunks().flatten()).reshape(rows, -1)
+        flat = table.column(name).combine_chunks().flatten()
+        if flat.null_count and name not in NULLABLE:
+            raise ShardError(f"{path}: column {name!r} holds nulls")
+        return _numpy(flat).reshape(rows, -1)
 
     def values(name: str) -> npt.NDArray[Any]:
         return _numpy(table.column(name).combine_chunks())
@@ -115,7 +125,7 @@ def read_labels(path: Path, *, rows: int, num_crops: int, top_k: int, num_classe
     class_index = lists("class_index").reshape(rows, num_crops, top_k)
     target = table.column("target").combine_chunks().fill_null(UNKNOWN_TARGET)
     return ShardLabels(
-        keys=_keys(path, table),
+        keys=_texts(path, table, "key"),
         image_digest=_fixed_binary(table.column("image_digest").combine_chunks()),
         height=values("height"),
         width=values("width"),
@@ -130,33 +140,53 @@ def read_labels(path: Path, *, rows: int, num_crops: int, top_k: int, num_classe
 
 
 def read_keys(path: Path, *, rows: int) -> list[str]:
-    return _keys(path, _read(path, pa.schema([schema(1, 1, np.uint16).field("key")]), rows))
+    return read_texts(path, "key", rows=rows)
 
 
 def read_identities(path: Path, *, rows: int) -> tuple[list[str], list[int | None], list[bytes]]:
     """Keys, targets and image digests of a block file. Raises ShardError as `read_labels` does."""
     whole = schema(1, 1, np.uint16)
     table = _read(path, pa.schema([whole.field(name) for name in ("key", "image_digest", "target")]), rows)
-    return _keys(path, table), table.column("target").to_pylist(), table.column("image_digest").to_pylist()
+    return _texts(path, table, "key"), table.column("target").to_pylist(), table.column("image_digest").to_pylist()
 
 
-def _keys(path: Path, table: pa.Table) -> list[str]:
-    try:
-        return list(table.column("key").to_pylist())
-    except UnicodeDecodeError as error:
-        raise ShardError(f"{path}: column 'key' holds text that is not UTF-8 ({error})") from error
+def read_texts(path: Path, column: str, *, rows: int) -> list[str]:
+    """A column of short texts. Raises ShardError as `read_labels` does."""
+    return _texts(path, _read(path, pa.schema([pa.field(column, pa.string())]), rows), column)
+
+
+def _texts(path: Path, table: pa.Table, name: str) -> list[str]:
+    """The rows share their texts: a dictionary of one long text may stand for a million rows."""
+    texts: list[str] = []
+    for chunk in table.column(name).chunks:
+        longest = pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0
+        if longest > MAX_TEXT_BYTES:
+            raise ShardError(f"{path}: column {name!r} holds a text of {longest} bytes")
+        try:
+            distinct = chunk.dictionary.to_pylist()
+        except UnicodeDecodeError as error:
+            raise ShardError(f"{path}: column {name!r} holds text that is not UTF-8 ({error})") from error
+        texts += [distinct[index] for index in chunk.indices.to_pylist()]
+    return texts
 
 
 def _read(path: Path, expected: pa.Schema, rows: int) -> pa.Table:
+    texts = [field.name for field in expected if pa.types.is_string(field.type)]
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, read_dictionary=texts) as file:
             _check_schema(path, file.schema_arrow, expected)
-            _check_footer(path, file.metadata, expected, rows)
-            return file.read(columns=expected.names, use_threads=False)
+            _check_claims(path, file.metadata, expected, rows)
+            table = file.read(columns=expected.names, use_threads=False)
     except FileNotFoundError as error:
         raise ShardError(f"{path}: the shard is missing; restore it or build the label set again") from error
+    except KeyError as error:
+        raise ShardError(f"{path}: column {error.args[0].decode()!r} is missing") from error
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise ShardError(f"{path}: cannot be read as a label block ({error})") from error
+        raise ShardError(f"{path}: cannot be read as Parquet ({error})") from error
+    for name in expected.names:
+        if table.column(name).null_count and name not in NULLABLE:
+            raise ShardError(f"{path}: column {name!r} holds nulls")
+    return table
 
 
 def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
@@ -164,28 +194,41 @@ def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
         if field.name not in found.names:
             raise ShardError(f"{path}: column {field.name!r} is missing")
         actual = found.field(field.name).type
+        if pa.types.is_dictionary(actual):
+            actual = actual.value_type
         if not actual.equals(field.type):
             raise ShardError(f"{path}: column {field.name!r} is {actual}, expected {field.type}")
 
 
-def _check_footer(path: Path, footer: pq.FileMetaData, expected: pa.Schema, rows: int) -> None:
+def _check_claims(path: Path, footer: pq.FileMetaData, expected: pa.Schema, rows: int) -> None:
     if footer.num_rows != rows:
         raise ShardError(f"{path}: holds {footer.num_rows} rows, the manifest says {rows}")
+    if footer.num_row_groups > max(rows, 1):
+        raise ShardError(f"{path}: claims {footer.num_row_groups} row groups for {rows} rows")
     per_row = {field.name: getattr(field.type, "list_size", 1) for field in expected}
+    widths = [32 if pa.types.is_string(field.type) else _width(field.type) for field in expected]
+    decoded = rows * sum(width * per_row[name] for name, width in zip(expected.names, widths, strict=True)) // 8
+    if decoded > max(MAX_DECODED_BYTES, MAX_EXPANSION * path.stat().st_size):
+        raise ShardError(f"{path}: {path.stat().st_size} bytes that would become {decoded} in memory")
     for group in range(footer.num_row_groups):
-        chunks = footer.row_group(group)
-        for i in range(chunks.num_columns):
-            chunk = chunks.column(i)
+        rows_here = footer.row_group(group).num_rows
+        columns = (footer.row_group(group).column(i) for i in range(footer.num_columns))
+        chunks = [chunk for chunk in columns if chunk.path_in_schema.split(".")[0] in per_row]
+        for chunk, claimed in zip(chunks, claimed_bytes(path, chunks), strict=True):
             name = chunk.path_in_schema.split(".")[0]
-            if name not in per_row:
-                continue
-            values = per_row[name] * chunks.num_rows
-            limit = 65536 + chunks.num_rows * (MAX_KEY_BYTES if name == "key" else 20 * per_row[name])
-            if chunk.num_values != values or chunk.total_uncompressed_size > limit:
+            each = MAX_TEXT_BYTES if pa.types.is_string(expected.field(name).type) else 20 * per_row[name]
+            values, limit = per_row[name] * rows_here, PAGE_BYTES + rows_here * each
+            size = max(chunk.total_uncompressed_size, claimed)
+            if chunk.num_values != values or size > limit:
                 raise ShardError(
-                    f"{path}: column {name!r} claims {chunk.num_values} values in {chunk.total_uncompressed_size} "
-                    f"bytes; {values} values in at most {limit} bytes are possible"
+                    f"{path}: column {name!r} claims {chunk.num_values} values in {size} bytes; {values} values in at "
+                    f"most {limit} bytes are possible"
                 )
+
+
+def _width(kind: pa.DataType) -> int:
+    """Bits of a value, or of a list's elements."""
+    return int((kind.value_type if pa.types.is_fixed_size_list(kind) else kind).bit_width)
 
 
 def _numpy(array: pa.Array) -> npt.NDArray[Any]:

@@ -117,7 +117,7 @@ def test_a_truncated_or_missing_shard(copy):
 def test_a_shard_of_the_right_size_with_rubbish(copy):
     path = copy / "labels/00000-000.parquet"
     path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(ShardError, match="cannot be read as a label block"):
+    with pytest.raises(ShardError, match="cannot be read as Parquet"):
         fd.open_labels(copy).shard(0)
 
 

@@ -197,7 +197,7 @@ def test_rejects_are_checked(copy):
     (fault,) = fd.verify(copy).faults
     assert fault.file == "rejects.parquet"
     edit(copy, lambda m: m["rejects"].update(sha256=sha256_file(copy / "rejects.parquet")))
-    assert "cannot be read as a list of rejects" in str(fd.verify(copy).faults[0])
+    assert "cannot be read as Parquet" in str(fd.verify(copy).faults[0])
 
 
 def test_missing_short_and_stray_files(copy):
