@@ -20,6 +20,7 @@ from .transfers import show_bytes
 @click.option("--author", help="Who publishes it.")
 @click.option("--homepage", help="Where to read more.")
 @click.option("--citation", help="How to cite it: BibTeX or a sentence.")
+@click.option("--sign", "sign_with", type=click.Path(path_type=Path), help="An OpenSSH key to sign the manifest with.")
 @click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Files sent at once.")
 @click.option("--overwrite", is_flag=True, help="Replace another label set that lies at URL.")
 @click.option("--dry-run", is_flag=True, help="Print what would be sent.")
@@ -32,6 +33,7 @@ def command(
     author: str | None,
     homepage: str | None,
     citation: str | None,
+    sign_with: Path | None,
     workers: int,
     overwrite: bool,
     dry_run: bool,
@@ -52,7 +54,14 @@ def command(
         citation=citation,
     )
     result = fd.publish(
-        labels, url, card=card, workers=workers, overwrite=overwrite, dry_run=dry_run, on_progress=show_bytes()
+        labels,
+        url,
+        card=card,
+        sign_with=sign_with,
+        workers=workers,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        on_progress=show_bytes(),
     )
     if dry_run:
         for file in result.sent:

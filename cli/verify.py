@@ -14,8 +14,10 @@ from .transfers import show_bytes
 
 
 @click.command()
-@click.argument("labels", type=click.Path(path_type=Path))
+@click.argument("labels")
 @click.option("--images", help="The images that were labelled: each must be there, with the digest that was labelled.")
+@click.option("--signed-by", type=click.Path(path_type=Path), help="A file of allowed signers, as OpenSSH has it.")
+@click.option("--signer", help="With --signed-by: which of them.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one for each core]")
 @click.option("--max-faults", type=click.IntRange(min=1), default=20, show_default=True, help="Faults printed.")
 @click.option("--deep", is_flag=True, help="Also label a sample again; needs --images and --teacher.")
@@ -24,8 +26,10 @@ from .transfers import show_bytes
 @click.option("--sample", type=click.IntRange(min=1), default=100, show_default=True, help="With --deep: images.")
 @json_option
 def command(
-    labels: Path,
+    labels: str,
     images: str | None,
+    signed_by: Path | None,
+    signer: str | None,
     workers: int | None,
     max_faults: int,
     deep: bool,
@@ -34,7 +38,7 @@ def command(
     sample: int,
     as_json: bool,
 ) -> int:
-    """Check every file, row and count of the label set LABELS.
+    """Check every file, row and count of the label set LABELS, a folder or a URL.
 
     One line for each fault: file, row, image, crop, field and what is wrong. Exit status 1 when there is any.
     """
@@ -42,7 +46,17 @@ def command(
 
     if deep and (images is None or not teachers):
         raise UsageError("--deep needs --images (what was labelled) and --teacher (who labelled it)")
-    report = fd.verify(labels, images=images, workers=workers, max_faults=max_faults, on_progress=show_bytes())
+    if signer is not None and signed_by is None:
+        raise UsageError("--signer needs --signed-by (a file that says whose keys are whose)")
+    report = fd.verify(
+        labels,
+        images=images,
+        signed_by=signed_by,
+        signer=signer,
+        workers=workers,
+        max_faults=max_faults,
+        on_progress=show_bytes(),
+    )
     again = None
     if deep and report.ok:
         again = fd.relabel(labels, images=str(images), teachers=teachers, classes=classes, sample=sample)
@@ -61,6 +75,8 @@ def command(
         f"{labels}: {verdict}: {report.files:,} files, {report.bytes / 1e6:,.1f} MB, {report.images:,} images, "
         f"{report.crops:,} crops"
     )
+    if report.signer:
+        say(f"its manifest is signed by {report.signer}")
     if again:
         click.echo(
             f"labelled again: {again.crops:,} crops of {again.images} images; largest difference of a probability "

@@ -17,6 +17,7 @@
     ├── RemoteError               a server lacks a file, refuses it, or gives another one; or cannot be reached
     ├── StateMismatchError        a loader's saved state is of other settings or labels; names both values
     └── LabelSetError             a label set cannot be read
+        ├── SignatureError        a label set is not signed, not by whom it should be, or changed since
         ├── ManifestError         manifest.json is missing, malformed or of an unknown version
         └── ShardError            a shard is missing, truncated, or does not hold what the manifest says
 
@@ -100,6 +101,10 @@ class StateMismatchError(FerkdError):
 
 
 class LabelSetError(FerkdError):
+    pass
+
+
+class SignatureError(LabelSetError):
     pass
 
 

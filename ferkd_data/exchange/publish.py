@@ -12,6 +12,7 @@ from pathlib import Path
 from ferkd_data.errors import ManifestError, PublishError, UsageError
 from ferkd_data.exchange.card import CardFields, render_card
 from ferkd_data.exchange.croissant import render_croissant
+from ferkd_data.exchange.signing import SIGNATURE, sign
 from ferkd_data.exchange.verify import verify
 from ferkd_data.label_set import LabelSet, open_labels, read_remote_manifest
 from ferkd_data.manifest import FILE_NAME
@@ -51,6 +52,7 @@ def publish(
     url: str,
     *,
     card: CardFields,
+    sign_with: str | Path | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     workers: int = 4,
@@ -61,8 +63,9 @@ def publish(
 
     Every file is read back and its digest compared; the manifest goes last, so nobody ever opens half a label set.
     After an interruption, what arrived is not sent again. A README.md in `path` is sent in place of the generated card.
+    With `sign_with`, an OpenSSH key, a signature of the manifest goes with it; one that lies in `path` goes as it is.
 
-    Raises PublishError when the label set has faults or the place holds another label set, RemoteError.
+    Raises SignatureError; PublishError when the label set has faults or the place holds another label set, RemoteError.
     """
     labels = open_labels(path)
     if is_remote(labels.location):
@@ -72,6 +75,7 @@ def publish(
     _check_place(target, labels, overwrite)
     with tempfile.TemporaryDirectory(prefix="ferkd-data-publish-") as scratch:
         files, manifest = _files(labels, url, card, Path(scratch))
+        files += _signature(labels, sign_with, Path(scratch))
         journal = _Journal(labels, target)
         missing = [file for file in files if not journal.holds(target, file)]
         skipped = len(files) - len(missing)
@@ -138,6 +142,15 @@ def _files(labels: LabelSet, url: str, card: CardFields, scratch: Path) -> tuple
         written.write_text(render_card(labels, card, url), encoding="utf-8")
     beside = [_to_send(README, written), _to_send(CROISSANT, scratch / CROISSANT)]
     return [*listed, *beside], _to_send(FILE_NAME, folder / FILE_NAME)
+
+
+def _signature(labels: LabelSet, key: str | Path | None, scratch: Path) -> list[FileToSend]:
+    folder = Path(labels.location)
+    if key is not None:
+        sign(folder / FILE_NAME, Path(key), scratch / SIGNATURE)
+        return [_to_send(SIGNATURE, scratch / SIGNATURE)]
+    there = inside(folder, SIGNATURE)
+    return [_to_send(SIGNATURE, there)] if there.exists() else []
 
 
 def _to_send(name: str, file: Path) -> FileToSend:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ferkd_data import statistics
 from ferkd_data.errors import PublishError, RemoteError, UsageError
+from ferkd_data.exchange.signing import SIGNATURE
 from ferkd_data.label_set import LabelSet, LocalFiles, read_remote_manifest
 from ferkd_data.manifest import FILE_NAME, FileEntry, Manifest, ShardEntry, parse_manifest
 from ferkd_data.remote import Remote, Retries, is_remote, open_remote
@@ -71,7 +72,8 @@ def pull(
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
             raise
-    _fetch_beside(remote, out)
+    # A part has a manifest of its own, which nobody signed.
+    _fetch_beside(remote, out, (*BESIDE, SIGNATURE) if part is whole else BESIDE)
     if part is not whole:
         part = _with_statistics(out, part)
         text = part.to_json().encode()
@@ -133,9 +135,9 @@ def _with_statistics(out: Path, part: Manifest) -> Manifest:
     return part.model_copy(update={"statistics": counted})
 
 
-def _fetch_beside(remote: Remote, out: Path) -> None:
-    """The card and the licence, where there are any."""
-    for name in BESIDE:
+def _fetch_beside(remote: Remote, out: Path, names: Sequence[str]) -> None:
+    """The card, the licence and so on, where there are any."""
+    for name in names:
         try:
             data = remote.read(name, max_bytes=MAX_BESIDE_BYTES)
         except RemoteError as error:

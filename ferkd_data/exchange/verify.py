@@ -19,6 +19,7 @@ from ferkd_data import rng, statistics
 from ferkd_data.buckets import Thresholds
 from ferkd_data.errors import LabelSetError, RemoteError, ShardError
 from ferkd_data.exchange.row_checks import row_faults
+from ferkd_data.exchange.signing import SIGNATURE, check_signature
 from ferkd_data.images import REASONS, ImageError, ImageRef, open_source
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.manifest import FILE_NAME, BlockEntry, ShardEntry
@@ -29,7 +30,7 @@ from ferkd_data.statistics import Statistics, shard_statistics
 from ferkd_data.storage import image_digest, sha256_file
 
 MAX_FAULTS = 20
-COMPANIONS = ("README.md", "croissant.json", "LICENSE")
+COMPANIONS = ("README.md", "croissant.json", "LICENSE", SIGNATURE)
 """Files that belong beside a published label set without being listed in its manifest."""
 READ_AT_ONCE = 256
 PROBABILITIES = ("class_prob", "target_prob")
@@ -64,6 +65,8 @@ class VerifyReport:
     """The first ones, at most as many as were asked for."""
     faults_found: int
     warnings: tuple[str, ...]
+    signer: str | None = None
+    """Who signed the manifest, where that was asked for."""
 
     @property
     def ok(self) -> bool:
@@ -77,6 +80,8 @@ def verify(
     path: str | Path,
     *,
     images: str | Path | None = None,
+    signed_by: str | Path | None = None,
+    signer: str | None = None,
     workers: int | None = None,
     max_faults: int = MAX_FAULTS,
     on_progress: Callable[[int, int], None] | None = None,
@@ -86,9 +91,14 @@ def verify(
     With `images`, every labelled image must be in that source with the digest that was labelled. Faults are collected,
     not raised; `on_progress` gets (bytes checked, bytes in all). Takes 24 bytes of memory for each image.
 
-    Raises ManifestError when there is no manifest that can be read, SourceError for `images` that cannot be listed.
+    With `signed_by`, a file of allowed signers as OpenSSH has it, the manifest must be signed by one of them (by
+    `signer`, where given).
+
+    Raises SignatureError, ManifestError when there is no manifest that can be read, SourceError for `images` that
+    cannot be listed.
     """
     labels = open_labels(path)
+    name = None if signed_by is None else check_signature(labels, Path(signed_by), signer)
     check = _Check(labels, max_faults)
     done, total = 0, sum(file.bytes for shard in labels.manifest.shards for file in shard.files)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="ferkd-verify") as executor:
@@ -100,7 +110,7 @@ def verify(
     check.whole()
     if images is not None:
         check.images(str(images))
-    return check.report(total)
+    return replace(check.report(total), signer=name)
 
 
 @dataclass(kw_only=True)

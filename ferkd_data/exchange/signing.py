@@ -1,0 +1,100 @@
+"""Who published a label set: OpenSSH signatures of its manifest, which holds the SHA-256 of every other file.
+
+`ssh-keygen` makes and checks them, with the keys and the files of allowed signers that people have for Git already. It
+is started directly, never through a shell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from ferkd_data.errors import RemoteError, SignatureError
+from ferkd_data.label_set import LabelSet, read_remote_manifest
+from ferkd_data.manifest import FILE_NAME, read_manifest_bytes
+from ferkd_data.remote import is_remote, open_remote
+from ferkd_data.storage import inside
+
+SIGNATURE = f"{FILE_NAME}.sig"
+NAMESPACE = "ferkd-data"
+"""What a signature is for: one made for Git or mail is none for a label set."""
+MAX_SIGNATURE_BYTES = 65536
+
+
+def sign(manifest: Path, key: Path, to: Path) -> None:
+    """Sign with a private key, or with the agent's key that a public key file names. May ask for a passphrase.
+
+    Raises SignatureError when there is no ssh-keygen or it cannot sign.
+    """
+    made = _ssh_keygen(["sign", "-q", "-f", str(key.absolute()), "-n", NAMESPACE], manifest.read_bytes())
+    if made.returncode or b"SSH SIGNATURE" not in made.stdout:
+        raise SignatureError(f"{key}: ssh-keygen could not sign with this key ({_said(made)})")
+    to.write_bytes(made.stdout)
+
+
+def check_signature(labels: LabelSet, allowed_signers: Path, signer: str | None = None) -> str:
+    """The name under which `allowed_signers` (see ssh-keygen's manual) knows who signed this label set's manifest.
+
+    With `signer`, only that name will do. Raises SignatureError when there is no signature, it is not of an allowed
+    signer, or the manifest is not what was signed.
+    """
+    where = f"{labels.location}/{FILE_NAME}"
+    manifest, signature = _signed(labels)
+    if hashlib.sha256(manifest).hexdigest() != labels.identity:
+        raise SignatureError(f"{where}: changed while it was read; open the label set again")
+    if not allowed_signers.is_file():
+        raise SignatureError(f"{allowed_signers}: no such file of allowed signers")
+    with tempfile.TemporaryDirectory(prefix="ferkd-data-signature-") as folder:
+        file = Path(folder) / SIGNATURE
+        file.write_bytes(signature)
+        known = ["-f", str(allowed_signers.absolute()), "-s", str(file)]
+        for name in [signer] if signer else _names(known, where, allowed_signers):
+            found = _ssh_keygen(["verify", "-n", NAMESPACE, "-I", name, *known], manifest)
+            if found.returncode == 0:
+                return name
+    who = f"signer {signer!r}" if signer else f"any signer of {allowed_signers}"
+    raise SignatureError(f"{where}: its signature is not by {who}, or the manifest was changed since ({_said(found)})")
+
+
+def _names(known: list[str], where: str, allowed_signers: Path) -> list[str]:
+    """Under which names the signature's key is allowed."""
+    found = _ssh_keygen(["find-principals", *known], b"")
+    names = found.stdout.decode("utf-8", "replace").splitlines()
+    if found.returncode or not names:
+        raise SignatureError(f"{where}: signed with a key that {allowed_signers} does not know ({_said(found)})")
+    return names
+
+
+def _signed(labels: LabelSet) -> tuple[bytes, bytes]:
+    """The manifest and its signature, as they lie there."""
+    place = labels.location
+    missing = f"{place}: holds no {SIGNATURE}; its publisher did not sign it (publish --sign)"
+    if is_remote(place):
+        remote = open_remote(place)
+        try:
+            return read_remote_manifest(remote), remote.read(SIGNATURE, max_bytes=MAX_SIGNATURE_BYTES)
+        except RemoteError as error:
+            if error.status == 404:
+                raise SignatureError(missing) from error
+            raise
+    file = inside(Path(place), SIGNATURE)
+    if not file.is_file():
+        raise SignatureError(missing)
+    if file.stat().st_size > MAX_SIGNATURE_BYTES:
+        raise SignatureError(f"{file}: {file.stat().st_size} bytes are no signature")
+    return read_manifest_bytes(Path(place)), file.read_bytes()
+
+
+def _ssh_keygen(arguments: list[str], stdin: bytes) -> subprocess.CompletedProcess[bytes]:
+    program = shutil.which("ssh-keygen")
+    if program is None:
+        raise SignatureError("signatures need ssh-keygen (OpenSSH 8.2 or newer), which is not installed")
+    return subprocess.run([program, "-Y", *arguments], input=stdin, capture_output=True, check=False)
+
+
+def _said(result: subprocess.CompletedProcess[bytes]) -> str:
+    text = (result.stderr or result.stdout).decode("utf-8", "replace")
+    return " ".join(text.split()) or f"ssh-keygen ended with status {result.returncode}"
