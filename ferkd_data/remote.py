@@ -29,7 +29,19 @@ STORE_CHUNK_BYTES = 8 * CHUNK_BYTES
 NOT_FOUND = (404, 410)
 FORBIDDEN = (401, 403)
 TRANSIENT = (408, 425, 429)
-LOG_IN = "log in as the store's own tools ask"
+LOG_IN = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run: aws configure",
+    "gs": "run: gcloud auth application-default login (public data: gs://anonymous@BUCKET/...)",
+    "hf": "set HF_TOKEN, or run: hf auth login",
+}
+DENIED = (
+    "ACCESS_DENIED",
+    "INVALID_ACCESS_KEY_ID",
+    "INVALID_CLIENT_TOKEN_ID",
+    "INVALID_SIGNATURE",
+    "UNRECOGNIZED_CLIENT",
+)
+"""As Arrow names what S3 answers with 403."""
 
 T = TypeVar("T")
 
@@ -78,7 +90,7 @@ class Remote:
         if scheme in ("http", "https"):
             return _Http(self.url, self.retries.timeout)
         if scheme == "hf":
-            return _Http(_hub_address(self.url), self.retries.timeout, _hub_headers())
+            return _Http(hub_address(self.url), self.retries.timeout, hub_headers(), LOG_IN["hf"])
         return _Store(self.url)
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
@@ -201,25 +213,38 @@ def open_remote(url: str, retries: Retries | None = None) -> Remote:
     if url.partition("://")[0] not in SCHEMES or "::" in url:
         raise UsageError(f"{url}: label sets are read from and written to {', '.join(SCHEMES)} URLs only")
     if url.startswith("hf:"):
-        _hub_address(url)
+        hub_address(url)
     return Remote(url.rstrip("/"), retries or Retries())
 
 
 class _Http:
-    def __init__(self, url: str, timeout: float, headers: dict[str, str] | None = None) -> None:
+    def __init__(self, url: str, timeout: float, headers: dict[str, str] | None = None, log_in: str = "") -> None:
         import urllib3
 
-        self._url = url
+        self._url, self._log_in = url, log_in
         # Compressed transfers would make byte positions meaningless.
         self._headers = {"Accept-Encoding": "identity", **(headers or {})}
         self._pool = urllib3.PoolManager(
-            timeout=urllib3.Timeout(connect=timeout, read=timeout), retries=urllib3.Retry(0, redirect=3), maxsize=16
+            timeout=urllib3.Timeout(connect=timeout, read=timeout),
+            # A total of 0 would forbid redirects too.
+            retries=urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=3),
+            maxsize=16,
         )
+        self._versions: dict[str, str] = {}
+        """The ETag of each file under way, so that halves of two versions are not joined."""
 
     def read(self, name: str, start: int) -> tuple[int, Iterator[bytes]]:
-        response = self._request("GET", name, {"Range": f"bytes={start}-"} if start else {})
+        version = self._versions.pop(name, None) if start else None
+        condition = {"If-Range": version} if version else {}
+        response = self._request("GET", name, {"Range": f"bytes={start}-", **condition} if start else {})
+        found = response.headers.get("ETag", "")
+        if found and not found.startswith("W/"):
+            self._versions[name] = found
         if response.status == 200:
             return 0, self._chunks(response)
+        if version and found and found != version:
+            response.close()
+            return self.read(name, 0)
         if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             response.close()
             raise RemoteError(f"{self._url}/{name}: asked for bytes from {start}, the server sent others")
@@ -254,7 +279,7 @@ class _Http:
         response.drain_conn()
         if status >= 500 or status in TRANSIENT:
             raise Transient(f"the server answered {status}")
-        raise _refused(url, status)
+        raise _refused(url, status, self._log_in)
 
     @staticmethod
     def _chunks(response: Any) -> Iterator[bytes]:
@@ -338,22 +363,28 @@ def _explained(what: str) -> Iterator[None]:
         number = int(status.group(1)) if status else None
         if number is not None and 400 <= number < 500 and number not in TRANSIENT:
             raise _refused(what, number) from error
+        if any(name in text for name in DENIED):
+            raise _refused(what, 403) from error
         if "credentials" in text.lower():
-            raise RemoteError(f"{what}: no credentials were found; {LOG_IN}") from error
+            raise RemoteError(f"{what}: no credentials were found; {_log_in(what)}") from error
         if isinstance(error, ValueError):
             raise RemoteError(f"{what}: {text}") from error
         raise Transient(text) from error
 
 
-def _refused(what: str, status: int) -> RemoteError:
+def _refused(what: str, status: int, log_in: str = "") -> RemoteError:
     if status in NOT_FOUND:
         return RemoteError(f"{what}: no such file on the server", status=status)
     if status in FORBIDDEN:
-        return RemoteError(f"{what}: access denied ({status}); is it private? {LOG_IN}", status)
+        return RemoteError(f"{what}: access denied ({status}); is it private? {log_in or _log_in(what)}", status)
     return RemoteError(f"{what}: the server refused ({status})", status)
 
 
-def _hub_address(url: str) -> str:
+def _log_in(what: str) -> str:
+    return LOG_IN.get(what.partition("://")[0], "only files that anybody may read can be had over HTTP")
+
+
+def hub_address(url: str) -> str:
     """Where the hub serves the files of `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`. Raises UsageError."""
     match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[\w.-]+)*)", url)
     if match is None or ".." in url:
@@ -363,7 +394,7 @@ def _hub_address(url: str) -> str:
     return f"{endpoint}/datasets/{repository}/resolve/{revision or 'main'}{folder}"
 
 
-def _hub_headers() -> dict[str, str]:
+def hub_headers() -> dict[str, str]:
     """The user's token, where there is one: the hub's own variable or login file."""
     token = os.environ.get("HF_TOKEN")
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))

@@ -86,11 +86,27 @@ def test_rubbish_left_from_another_file_is_dropped(server, tmp_path):
 
 def test_a_file_that_changes_under_us(server, tmp_path):
     file = server.folder / "labels/a.parquet"
-    server.drop_after = 1_500_000
+    server.drop_after, server.etags = 1_500_000, False
     server.before_body = lambda _: file.write_bytes(DATA if file.read_bytes() != DATA else DATA[::-1])
     with pytest.raises(RemoteError, match=r"is not the file that the manifest lists \(SHA-256 differs, twice\)"):
         download(server, tmp_path / "a")
     assert not list(tmp_path.glob("*a*"))
+
+
+@pytest.mark.parametrize("etags", [True, "stubborn"])
+def test_halves_of_two_versions_are_never_joined(server, tmp_path, etags):
+    """The new version comes from its start, also from a server that pays no heed to If-Range; nothing is wasted."""
+    file, new = server.folder / "labels/a.parquet", DATA[::-1]
+    server.drop_after, server.etags = 1_500_000, etags
+
+    def replace(_):
+        server.before_body = None
+        file.write_bytes(new)
+
+    server.before_body = replace
+    download(server, tmp_path / "a", sha256=hashlib.sha256(new).hexdigest())
+    assert (tmp_path / "a").read_bytes() == new
+    assert server.sent["labels/a.parquet"] <= 1_500_000 + len(new) + (etags == "stubborn") * 1_500_000
 
 
 def test_a_file_that_is_longer_than_promised_takes_no_disk(server, tmp_path):
@@ -113,6 +129,36 @@ def test_what_will_not_pass_is_not_tried_again(server, tmp_path, status, message
 def test_nobody_listens(tmp_path):
     with pytest.raises(RemoteError, match="cannot be reached"):
         open_remote("http://127.0.0.1:9", QUICK).read("x", max_bytes=1)
+
+
+@pytest.mark.parametrize(("status", "message"), [(401, "access denied"), (403, "access denied"), (404, "no manifest")])
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_stores_that_refuse(tmp_path, monkeypatch, scheme, status, message):
+    """A stand-in of the two stores that answers every request alike. What will not pass is asked once."""
+    with serve(tmp_path) as server:
+        server.refuse_all = status
+        host = server.url.removeprefix("http://")
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE"):
+            monkeypatch.delenv(f"AWS_{name}", raising=False)
+        for name in ("CONFIG_FILE", "SHARED_CREDENTIALS_FILE"):
+            monkeypatch.setenv(f"AWS_{name}", str(tmp_path / "none"))
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        url = "s3://bucket/x" if scheme == "s3" else f"gs://anonymous@bucket/x?scheme=http&endpoint_override={host}"
+        with pytest.raises((RemoteError, ManifestError), match=message) as caught:
+            fd.open_labels(url)
+        if status != 404:
+            assert {"s3": "AWS_ACCESS_KEY_ID", "gs": "gcloud auth"}[scheme] in str(caught.value)
+        assert len(server.requests) == 1
+
+
+def test_the_hub_says_how_to_log_in(tmp_path, monkeypatch):
+    with serve(tmp_path) as server:
+        server.refuse_all = 401
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        with pytest.raises(RemoteError, match=r"access denied \(401\); is it private\? set HF_TOKEN"):
+            fd.open_labels("hf://datasets/org/name")
 
 
 @pytest.mark.parametrize("url", ["pipe://touch x", "ftp://127.0.0.1/x", "s3::http://x/y", "zip://a.zip::http://x"])
