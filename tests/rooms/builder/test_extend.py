@@ -73,9 +73,9 @@ def test_two_processes_add_both_at_once_and_then_nothing(growing, make_photos, t
     fd.build(growing, fresh, teachers=teachers, **{**SMALL, "crops": 12})
     assert seen[-1].crops_done == 20 * 4 + 11 * 12
     assert same_rows(out, fresh) and is_whole(out, growing)
-    before = files_below(out)
+    before, written = files_below(out), (out / "manifest.json").stat().st_mtime_ns
     fd.build(growing, out, on_progress=lambda progress: pytest.fail("there is nothing to label"), **arguments)
-    assert files_below(out) == before
+    assert files_below(out) == before and (out / "manifest.json").stat().st_mtime_ns == written
 
 
 def test_a_source_of_new_images_alone(growing, make_photos, teachers, tmp_path):
