@@ -12,6 +12,7 @@ from label_sets import SMALL, files_below, same_files, same_label_sets, same_row
 
 import ferkd_data as fd
 from ferkd_data.builder import build_part, finish, seal_extension
+from ferkd_data.builder.state import BuildFolder
 from ferkd_data.errors import BuildError, ManifestError, SettingsMismatchError, SourceError, UsageError
 from ferkd_data_cli.main import run
 
@@ -274,6 +275,23 @@ def test_a_kill_around_the_commit(growing, teachers, tmp_path, monkeypatch, mome
     fd.build(growing, out, extend=True, crops=12, device="cpu")
     fd.build(growing, fresh, teachers=teachers, **{**SMALL, "crops": 12})
     assert same_rows(out, fresh) and is_whole(out, growing) and fd.verify(out).warnings == ()
+
+
+def test_what_a_build_left_that_was_killed_after_its_last_step_is_no_extension(photos, teachers, tmp_path, monkeypatch):
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BuildFolder, "remove", killed)
+        fd.build(photos, out, teachers=teachers, **FIRST_CROPS)
+    assert (out / ".build/state.json").exists()
+    with pytest.raises(BuildError, match="finished label set"):
+        finish(out)
+    fd.build(photos, out, extend=True, crops=12, device="cpu")
+    fd.build(photos, fresh, teachers=teachers, **{**SMALL, "crops": 12})
+    assert same_files(out, fresh)
 
 
 def test_a_manifest_that_changed_meanwhile_stops_the_extension(photos, teachers, tmp_path):
