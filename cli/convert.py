@@ -8,6 +8,8 @@ import click
 
 from ferkd_data.errors import UsageError
 
+from .say import say
+
 
 @click.command()
 @click.argument("labels", type=click.Path(path_type=Path))
@@ -58,7 +60,7 @@ def command(
         raise UsageError("give one of --layout LAYOUT, --from fkd, --from dr, --to fkd")
     if target is not None:
         label_type = fd.export_fkd(labels, out)
-        click.echo(f"{out}: written for FKD's training script; its --soft_label_type is {label_type}")
+        say(f"{out}: written for FKD's training script; its --soft_label_type is {label_type}")
         return 0
     if source is not None and images is None:
         raise UsageError(f"--from {source} needs --images (the labelled images)")
@@ -89,12 +91,12 @@ def command(
     else:
         manifest = fd.convert(labels, out, layout=layout, images=images, crops_per_block=crops_per_block)
     size = sum(file.bytes for shard in manifest.shards for file in shard.files)
-    click.echo(
+    say(
         f"{out}: layout {manifest.layout}, {manifest.num_images:,} images with {manifest.num_crops} crops, "
         f"{size / 1e6:,.2f} MB, {manifest.rejects.rows:,} rejected"
     )
     counted = manifest.statistics
     if source is not None and counted.crops_with_target:
         share = counted.top1_matches_target / counted.crops_with_target
-        click.echo(f"the ground truth is the most probable class of {share:.1%} of the crops")
+        say(f"the ground truth is the most probable class of {share:.1%} of the crops")
     return 3 if source is not None and manifest.rejects.rows else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .options import json_option, print_json
+from .say import say
 
 
 @click.command()
@@ -37,9 +38,9 @@ def command(labels: str, as_json: bool) -> int:
         "written by": f"{manifest.created_by.name} {manifest.created_by.version}, format version {manifest.version}",
     }
     for name, value in rows.items():
-        click.echo(f"{name:<13} {value}")
+        say(f"{name:<13} {value}")
     for teacher in manifest.teachers:
-        click.echo(
+        say(
             f"{'teacher':<13} {teacher.name}: {teacher.size} px {teacher.interpolation}, weight {teacher.weight:g}, "
             f"temperature {teacher.temperature:g}, {teacher.precision}, weights {teacher.digest[:12]}"
         )

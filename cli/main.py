@@ -13,6 +13,8 @@ import click
 import ferkd_data
 from ferkd_data.errors import FerkdError
 
+from .say import say
+
 COMMANDS = {
     "build": "Label images with a teacher ensemble and write a label set.",
     "demo": "Build a label set from real photos and real teachers, in a few minutes on a CPU.",
@@ -78,13 +80,13 @@ def run(args: list[str]) -> int:
     except FerkdError as error:
         if debug:
             traceback.print_exc()
-        click.echo(f"ferkd-data: {' '.join(str(error).split())}", err=True)
+        say(f"ferkd-data: {' '.join(str(error).split())}", err=True)
         return error.exit_code
     except Exception as error:
         if debug:
             traceback.print_exc()
         text = " ".join(str(error).split())
-        click.echo(f"ferkd-data: unexpected {type(error).__name__}: {text} (--debug shows where)", err=True)
+        say(f"ferkd-data: unexpected {type(error).__name__}: {text} (--debug shows where)", err=True)
         return 1
 
 

@@ -8,6 +8,8 @@ import click
 
 from ferkd_data.errors import UsageError
 
+from .say import say
+
 ADDED = {"teachers": "the same crops by all teachers", "crops": "all crops", "images": "all images"}
 
 
@@ -25,12 +27,12 @@ def command(labels: tuple[str, ...], out: Path, weights: str | None) -> int:
 
     result = fd.merge(labels, out, weights=None if weights is None else _numbers(weights))
     manifest = result.manifest
-    click.echo(
+    say(
         f"{out}: {ADDED[result.kind]}: {manifest.num_images:,} images with {manifest.num_crops} crops, "
         f"top-{manifest.top_k} of {len(manifest.teachers)} teachers"
     )
     if result.kind == "teachers":
-        click.echo(
+        say(
             "a probability differs from that of a build with all teachers at once by at most "
             f"{result.mean_uncertain:.4f} on the mean crop, {result.max_uncertain:.4f} on the worst: the mass that the "
             "label sets cut off"

@@ -12,6 +12,8 @@ import click
 
 from ferkd_data.errors import UsageError
 
+from .say import say
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 TEACHER_HELP = (
@@ -109,4 +111,4 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def print_json(content: Any) -> None:
-    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    say(json.dumps(content, indent=2, ensure_ascii=False))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .say import say
 from .transfers import show_bytes
 
 
@@ -65,9 +66,7 @@ def command(
     )
     if dry_run:
         for file in result.sent:
-            click.echo(f"{file.bytes:>14,}  {file.name}")
+            say(f"{file.bytes:>14,}  {file.name}")
     verb = "would be sent" if dry_run else "sent"
-    click.echo(
-        f"{url}: {len(result.sent)} files, {result.bytes / 1e6:,.2f} MB {verb}, {result.skipped} were there already"
-    )
+    say(f"{url}: {len(result.sent)} files, {result.bytes / 1e6:,.2f} MB {verb}, {result.skipped} were there already")
     return 0

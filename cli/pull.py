@@ -8,6 +8,7 @@ import click
 
 from ferkd_data.errors import UsageError
 
+from .say import say
 from .transfers import show_bytes
 
 
@@ -27,7 +28,7 @@ def command(url: str, out: Path, crops: int | None, shards: str | None, workers:
     wanted = None if shards is None else parse_shards(shards)
     result = fd.pull(url, out, crops=crops, shards=wanted, workers=workers, on_progress=show_bytes())
     size = sum(file.bytes for shard in result.manifest.shards for file in shard.files)
-    click.echo(
+    say(
         f"{out}: {result.manifest.num_images:,} images with {result.manifest.num_crops} crops, {size / 1e6:,.2f} MB; "
         f"{result.fetched} files fetched"
     )

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from .options import json_option, print_json
+from .say import say
 
 
 @click.command()
@@ -54,9 +55,9 @@ def describe_crop(labels: Any, image: Any, n: int) -> dict[str, Any]:
 def print_image(labels: Any, image: Any, crops: list[dict[str, Any]]) -> None:
     names = labels.class_names
     target = "unlabelled" if image.target < 0 else (names[image.target] if names else f"class {image.target}")
-    click.echo(f"{image.key} ({image.width}x{image.height}, {target})")
+    say(f"{image.key} ({image.width}x{image.height}, {target})")
     for crop in crops:
         top, left, height, width = crop["box"]
         place = f"{width}x{height}+{left}+{top}{' flipped' if crop['flip'] else ''}"
         text = ", ".join(f"{label['name'].split(',')[0]} {label['prob']:.2f}" for label in crop["labels"][:3])
-        click.echo(f"  {crop['crop']:>3}  {place:<24} {crop['bucket']:<14} {text}")
+        say(f"  {crop['crop']:>3}  {place:<24} {crop['bucket']:<14} {text}")

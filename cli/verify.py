@@ -10,6 +10,7 @@ import click
 from ferkd_data.errors import UsageError
 
 from .options import json_option, print_json
+from .say import say
 from .transfers import show_bytes
 
 
@@ -64,27 +65,27 @@ def command(
         print_json({**report.to_dict(), **({"deep": asdict(again)} if again else {})})
         return 0 if report.ok else 1
     for warning in report.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     for fault in report.faults:
-        click.echo(str(fault))
+        say(str(fault))
     hidden = report.faults_found - len(report.faults)
     if hidden:
-        click.echo(f"... and {hidden:,} more faults (--max-faults)")
+        say(f"... and {hidden:,} more faults (--max-faults)")
     verdict = "whole" if report.ok else f"{report.faults_found:,} faults"
-    click.echo(
+    say(
         f"{labels}: {verdict}: {report.files:,} files, {report.bytes / 1e6:,.1f} MB, {report.images:,} images, "
         f"{report.crops:,} crops"
     )
     if report.signer:
         say(f"its manifest is signed by {report.signer}")
     if again:
-        click.echo(
+        say(
             f"labelled again: {again.crops:,} crops of {again.images} images; largest difference of a probability "
             f"{again.largest_difference:.4f}, {again.mean_difference:.4f} on the mean crop; most probable class the "
             f"same for {again.same_top1:.1%}"
         )
         for key in again.other_crops[:max_faults]:
-            click.echo(f"image {key!r}: its crops are not those of the manifest's seed")
+            say(f"image {key!r}: its crops are not those of the manifest's seed")
         for spec in again.other_weights:
-            click.echo(f"warning: {spec}: other weights than those of the manifest's teachers", err=True)
+            say(f"warning: {spec}: other weights than those of the manifest's teachers", err=True)
     return 0 if report.ok and not (again and again.other_crops) else 1

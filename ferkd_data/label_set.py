@@ -117,6 +117,8 @@ class LocalFiles:
             size = path.stat().st_size
         except FileNotFoundError as error:
             raise ShardError(f"{path}: the shard is missing; restore it or build the label set again") from error
+        if not path.is_file():
+            raise ShardError(f"{path}: is not a regular file")
         if size != entry.bytes:
             raise ShardError(f"{path}: {size} bytes, the manifest says {entry.bytes}; fetch or build it again")
         return path
@@ -190,6 +192,14 @@ class LabelSet:
         for entry in self.manifest.shards:
             if entry.rows:
                 yield from self._read_keys(entry)
+
+    def key_hashes(self) -> npt.NDArray[np.uint64]:
+        """(images,): a hash of each key, in row order. Raises ShardError."""
+        # Without `count`, which would take memory for as many keys as a manifest claims.
+        hashes = np.fromiter((rng.hash64(key) for key in self.keys()), np.uint64)
+        if len(hashes) != len(self):
+            raise ShardError(f"{self.location}: holds {len(hashes)} keys, the manifest says {len(self)}")
+        return hashes
 
     def __iter__(self) -> Iterator[ImageLabels]:
         for labels in self.shards():
@@ -282,7 +292,7 @@ class LabelSet:
 
     def _load_key_index(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
         if self._key_index is None:
-            hashes = np.fromiter((rng.hash64(key) for key in self.keys()), np.uint64, count=len(self))
+            hashes = self.key_hashes()
             order = np.argsort(hashes, kind="stable")
             self._key_index = hashes[order], order
         return self._key_index

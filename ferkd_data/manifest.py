@@ -7,13 +7,14 @@ an unknown field is kept and written back.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ferkd_data.errors import ManifestError
-from ferkd_data.statistics import Statistics
+from ferkd_data.statistics import Count, Statistics
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -21,6 +22,10 @@ MAX_MANIFEST_BYTES = 256 * 2**20
 """A manifest above this is refused unread: 1 billion images need about 150 MB."""
 MAX_CROPS, MAX_TOP_K = 10**6, 1000
 """So that the lists of one image stay within what Parquet and memory can hold."""
+MAX_CLASSES = 2**24
+"""Ranking keeps 24 bits for the class."""
+FREE_TOKENS, BYTES_PER_TOKEN = 10**6, 16
+"""JSON of brackets and commas alone takes 30 times its size in memory; in a manifest they are one byte in 38."""
 PIXELS = "decoded raster, converted to RGB; EXIF orientation ignored"
 
 Layout = Literal["parquet", "webdataset"]
@@ -28,8 +33,7 @@ Layout = Literal["parquet", "webdataset"]
 
 def _inside(path: str) -> str:
     # Not through pathlib, which took half of the time to open a manifest of 25,000 shards.
-    parts = path.split("/")
-    if set(parts) <= {"", "."} or path.startswith("/") or "\\" in path or "\0" in path or ":" in path or ".." in parts:
+    if not {"", ".", ".."}.isdisjoint(path.split("/")) or not {"\\", "\0", ":"}.isdisjoint(path):
         raise ValueError(f"{path!r} is not a path inside the label set")
     return path
 
@@ -42,7 +46,6 @@ def _is_shard(path: str) -> str:
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -128,7 +131,7 @@ class Manifest(Record):
     """Crops per image, N."""
     crops_per_block: Annotated[int, Field(ge=1, le=MAX_CROPS)]
     top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)]
-    num_classes: Annotated[int, Field(ge=1)]
+    num_classes: Annotated[int, Field(ge=1, le=MAX_CLASSES)]
     class_names: tuple[str, ...] | None = None
     seed: int
     crop_distribution: CropDistributionEntry
@@ -160,6 +163,10 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
     """Validate a manifest. Raises ManifestError that names the first field at fault."""
     if len(text) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"{where}: {len(text)} bytes is more than a manifest may have ({MAX_MANIFEST_BYTES})")
+    data = text.encode() if isinstance(text, str) else text
+    tokens = sum(map(data.count, (b"[", b"{", b",")))
+    if tokens > FREE_TOKENS + len(data) // BYTES_PER_TOKEN:
+        raise ManifestError(f"{where}: {tokens} brackets and commas in {len(data)} bytes are no manifest")
     try:
         content: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -191,6 +198,8 @@ def read_manifest_bytes(folder: Path) -> bytes:
     """The manifest as it lies there, unparsed. Raises ManifestError when there is none."""
     path = folder / FILE_NAME
     try:
+        if not path.is_file() and path.exists():
+            raise ManifestError(f"{path}: is not a regular file")
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ManifestError(f"{path}: more than {MAX_MANIFEST_BYTES} bytes")
         return path.read_bytes()
@@ -215,6 +224,10 @@ def _check_whole(manifest: Manifest, where: str) -> None:
         expected = list(range(manifest.num_blocks)) if shard.rows else []
         if blocks != expected:
             raise ManifestError(f"{where}: shard {shard.index} has crop blocks {blocks}, expected {expected}")
+    paths = [manifest.rejects.path, *(file.path for shard in manifest.shards for file in shard.files)]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path, count in Counter(paths).items() if count > 1)
+        raise ManifestError(f"{where}: lists the file {twice!r} twice")
     low, mid, top = manifest.thresholds.low, manifest.thresholds.mid, manifest.thresholds.top
     if not low <= mid <= top:
         raise ManifestError(f"{where}: the thresholds {low} {mid} {top} are not in their order")
@@ -224,5 +237,9 @@ def _check_whole(manifest: Manifest, where: str) -> None:
             f"{where}: {manifest.num_images} labelled and {manifest.rejects.rows} rejected images do not add up "
             f"to the {manifest.source.images_seen} seen"
         )
+    teachers, counted = len(manifest.teachers), manifest.statistics
+    per_teacher = {len(counted.teacher_top1_matches_target), len(counted.teacher_agreement)} - {0}
+    if per_teacher - {teachers} or any(len(row) != teachers for row in counted.teacher_agreement):
+        raise ManifestError(f"{where}: statistics of other teachers than the {teachers} that are listed")
     if manifest.class_names is not None and len(manifest.class_names) != manifest.num_classes:
         raise ManifestError(f"{where}: {len(manifest.class_names)} class names for {manifest.num_classes} classes")

@@ -23,7 +23,9 @@ RANGE_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0
 PAPER_SHARES = (0.43, 0.89, 1.29, 2.03, 3.66, 4.35, 5.04, 7.76, 8.14, 28.73, 37.34, 0.33)
 """Percent of ImageNet crops in each range, as FerKD (ICCV 2023) reports them."""
 
-Count = Annotated[int, Field(ge=0)]
+MAX_COUNT = 2**53
+"""Counts are exact in every reader's numbers."""
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
 
 class Statistics(BaseModel):

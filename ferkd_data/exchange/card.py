@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
@@ -12,6 +13,11 @@ from ferkd_data.manifest import Manifest
 from ferkd_data.statistics import summarise
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+
+METHOD = (
+    "Z. Shen and E. Xing, A Fast Knowledge Distillation Framework for Visual Recognition, ECCV 2022 (FKD)",
+    "Z. Shen, FerKD: Surgical Label Adaptation for Efficient Distillation, ICCV 2023",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +54,9 @@ def render_card(labels: LabelSet, fields: CardFields, url: str) -> str:
         _teachers(labels.manifest),
         _crops(labels.manifest),
         _statistics(labels.manifest),
-        _files(labels.manifest),
+        _files(labels),
         _licence(labels.manifest, fields),
+        _citation(labels, fields, url),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -60,6 +67,7 @@ def _front_matter(manifest: Manifest, fields: CardFields) -> str:
         f"pretty_name: {json.dumps(fields.name)}",
         f"license: {json.dumps(fields.license)}",
         "task_categories: [image-classification]",
+        "annotations_creators: [machine-generated]",
         f"size_categories: [{json.dumps(size)}]",
         "tags: [knowledge-distillation, soft-labels, ferkd-data]",
         "configs:",
@@ -79,7 +87,8 @@ def _summary(manifest: Manifest) -> str:
         f"({manifest.statistics.crops:,} crops): the {manifest.top_k} most probable of {manifest.num_classes:,} "
         f"classes as {len(manifest.teachers)} teacher{'s' if len(manifest.teachers) > 1 else ''} saw them, for "
         f"knowledge distillation after FKD and FerKD. Layout `{manifest.layout}`: {what}. Written by "
-        f"{manifest.created_by.name} {manifest.created_by.version} from: {manifest.source.description}."
+        f"{_code(f'{manifest.created_by.name} {manifest.created_by.version}')} from: "
+        f"{_code(manifest.source.description)}."
     )
 
 
@@ -106,9 +115,10 @@ def _teachers(manifest: Manifest) -> str:
         right = "unknown"
         if statistics.crops_with_target and len(statistics.teacher_top1_matches_target) > number:
             right = f"{statistics.teacher_top1_matches_target[number] / statistics.crops_with_target:.1%}"
+        digest = "unknown" if set(teacher.digest) == {"0"} else f"`{teacher.digest[:16]}`"
         rows.append(
-            f"| {teacher.name} | {teacher.size} px {teacher.interpolation} | {teacher.weight:g} | "
-            f"{teacher.temperature:g} | {right} | `{teacher.digest[:16]}` |"
+            f"| {_code(teacher.name)} | {teacher.size} px {teacher.interpolation} | {teacher.weight:g} | "
+            f"{teacher.temperature:g} | {right} | {digest} |"
         )
     if statistics.crops_with_target:
         share = statistics.top1_matches_target / statistics.crops_with_target
@@ -121,11 +131,14 @@ def _teachers(manifest: Manifest) -> str:
 
 def _crops(manifest: Manifest) -> str:
     crops, thresholds = manifest.crop_distribution, manifest.thresholds
+    imported = (manifest.model_extra or {}).get("imported_from")
+    seed = f"seed {manifest.seed}" if imported is None else "drawn elsewhere, without a seed of ours"
+    measured = "p_max" if thresholds.confidence == "max" else "the ground truth's probability"
     return (
         f"## Crops\n\nRandomResizedCrop, scale {crops.scale[0]:g} to {crops.scale[1]:g}, ratio {crops.ratio[0]:.4g} to "
-        f"{crops.ratio[1]:.4g}, horizontal flip {crops.hflip:g}, seed {manifest.seed}; in blocks of "
-        f"{manifest.crops_per_block}. Buckets: below {thresholds.low:g} extreme hard, below {thresholds.mid:g} "
-        f"moderate hard, below {thresholds.top:g} hard positive, above easy positive."
+        f"{crops.ratio[1]:.4g}, horizontal flip {crops.hflip:g}, {seed}; in blocks of {manifest.crops_per_block}. "
+        f"Buckets by {measured}: below {thresholds.low:g} extreme hard, below {thresholds.mid:g} moderate hard, below "
+        f"{thresholds.top:g} hard positive, above easy positive."
     )
 
 
@@ -139,18 +152,23 @@ def _statistics(manifest: Manifest) -> str:
             f"{row['paper_share']:.2f} |"
         )
     rows += ["", "| bucket | crops | share % |", "| --- | --- | --- |"]
-    rows += [f"| {name} | {bucket['crops']:,} | {bucket['share']:.2f} |" for name, bucket in summary["buckets"].items()]
+    rows += [
+        f"| `{name}` | {bucket['crops']:,} | {bucket['share']:.2f} |" for name, bucket in summary["buckets"].items()
+    ]
+    rows += ["", f"The stored classes hold {summary['mean_kept_prob']:.1%} of the probability on the mean crop."]
     return "\n".join(rows)
 
 
-def _files(manifest: Manifest) -> str:
+def _files(labels: LabelSet) -> str:
+    manifest = labels.manifest
     files = [file for shard in manifest.shards for file in shard.files]
     size = sum(file.bytes for file in files)
     per_crop = size / max(manifest.statistics.crops, 1)
     return (
         f"## Files\n\n{len(files)} shard files, {size / 1e6:,.1f} MB ({per_crop:.1f} bytes per crop), each with its "
         "size and SHA-256 in `manifest.json`. `ferkd-data verify` checks all of it; `ferkd-data pull` copies all or "
-        f"the first crop blocks. {manifest.rejects.rows:,} images could not be used: see `{manifest.rejects.path}`."
+        f"the first crop blocks. {manifest.rejects.rows:,} images could not be used: see `{manifest.rejects.path}`.\n\n"
+        f"Its identity, the SHA-256 of `manifest.json`: `{labels.identity}`"
     )
 
 
@@ -159,7 +177,29 @@ def _licence(manifest: Manifest, fields: CardFields) -> str:
     lines.append(f"Images: {fields.image_license}." if fields.image_license else "The images are not included.")
     if fields.author or fields.homepage:
         lines.append(f"Published by {', '.join(part for part in (fields.author, fields.homepage) if part)}.")
-    method = "Z. Shen et al., FerKD: Surgical Label Adaptation for Efficient Distillation, ICCV 2023"
-    lines += ["", "## Citation", "", fields.citation or f"{fields.author or fields.name}: {fields.name}."]
-    lines += ["", f"The method: {method}."]
     return "\n".join(lines)
+
+
+def _citation(labels: LabelSet, fields: CardFields, url: str) -> str:
+    """How to cite the label set, as its publisher says or as BibTeX from what is known; then the method."""
+    place = fields.homepage or (url if "://" in url else None)
+    entry = {
+        "title": fields.name,
+        "author": fields.author,
+        "year": fields.published[:4],
+        "url": place,
+        "note": f"soft labels, manifest {labels.identity[:16]}",
+    }
+    said = ",\n".join(f"  {name} = {{{value}}}" for name, value in entry.items() if value)
+    own = fields.citation or f"```bibtex\n@misc{{{_bibtex_key(fields)},\n{said}\n}}\n```"
+    return f"## Citation\n\n{own}\n\nThe method:\n\n" + "\n".join(f"- {work}" for work in METHOD)
+
+
+def _bibtex_key(fields: CardFields) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", fields.name.lower()).strip("-") + fields.published[:4]
+
+
+def _code(text: str) -> str:
+    """Words of others as a code span on one line: there they are neither HTML, nor links, nor cells of a table."""
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return f"`{' '.join(shown.split()).replace('`', chr(39)).replace('|', chr(92) + '|')}`"

@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 import ferkd_data
-from ferkd_data import rng, statistics
+from ferkd_data import statistics
 from ferkd_data.buckets import Thresholds
 from ferkd_data.builder.rejects import RejectWriter
 from ferkd_data.errors import LabelSetError, UsageError
@@ -21,6 +20,7 @@ from ferkd_data.images import Reject
 from ferkd_data.label_set import LabelSet, check_same_classes, combined_teachers, ensemble_shares, open_labels
 from ferkd_data.manifest import FILE_NAME, CreatedBy, Manifest, RejectsEntry, ShardEntry
 from ferkd_data.merging import check_same_crops, merge_labels
+from ferkd_data.shards import parquet
 from ferkd_data.shards.columns import ShardLabels, concat_crops
 from ferkd_data.shards.writers import write_shard
 from ferkd_data.statistics import shard_statistics
@@ -32,6 +32,8 @@ SAME_TEACHERS = ("teachers", "ensemble", "top_k", "thresholds")
 SETTINGS = {"teachers": SAME_CROPS, "crops": SAME_TEACHERS, "images": (*SAME_CROPS, *SAME_TEACHERS)}
 """What must be the same, by what the label sets add to each other."""
 REJECTS = "rejects.parquet"
+LONGEST_DETAIL = 16384
+"""Bytes: a path may have 4,096, and is shown with escapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ def merge(
 def _kind(sets: Sequence[LabelSet]) -> Kind:
     """Raises LabelSetError where it is neither, with the first setting or key that conflicts."""
     first = sets[0]
-    hashes = [np.fromiter((rng.hash64(key) for key in labels.keys()), np.uint64, count=len(labels)) for labels in sets]
+    hashes = [labels.key_hashes() for labels in sets]
     for labels, theirs in zip(sets[1:], hashes[1:], strict=True):
         check_same_classes(first, labels)
         known = np.isin(theirs, hashes[0])
@@ -242,7 +244,12 @@ def _write_rejects(out: Path, sets: Sequence[LabelSet], kind: Kind) -> RejectsEn
     path = out / REJECTS
     with write_atomically(path) as aside, RejectWriter(aside) as writer:
         for labels in sets if kind == "images" else sets[:1]:
-            with pq.ParquetFile(labels.file(labels.manifest.rejects)) as file:
-                for batch in file.iter_batches(columns=["key", "reason", "detail"]):
-                    writer.extend(Reject(**row) for row in batch.to_pylist())
+            entry = labels.manifest.rejects
+            file = labels.file(entry)
+            columns = (
+                parquet.read_texts(file, name, rows=entry.rows, longest=LONGEST_DETAIL)
+                for name in ("key", "reason", "detail")
+            )
+            for key, reason, detail in zip(*columns, strict=True):
+                writer.add(Reject(key=key, reason=reason, detail=detail))
     return RejectsEntry(path=REJECTS, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path))

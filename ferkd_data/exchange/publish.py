@@ -17,7 +17,7 @@ from ferkd_data.exchange.verify import verify
 from ferkd_data.label_set import LabelSet, open_labels, read_remote_manifest
 from ferkd_data.manifest import FILE_NAME
 from ferkd_data.remote import Remote, Retries, is_remote, open_remote
-from ferkd_data.storage import default_cache_dir, sha256_file
+from ferkd_data.storage import default_cache_dir, inside, sha256_file
 
 README, CROISSANT = "README.md", "croissant.json"
 
@@ -136,7 +136,8 @@ def _files(labels: LabelSet, url: str, card: CardFields, scratch: Path) -> tuple
         for entry in entries
     ]
     (scratch / CROISSANT).write_text(render_croissant(labels, card, url), encoding="utf-8")
-    written = folder / README
+    # A stranger's README.md may be a link to a file of the publisher's.
+    written = inside(folder, README)
     if not written.exists():
         written = scratch / README
         written.write_text(render_card(labels, card, url), encoding="utf-8")

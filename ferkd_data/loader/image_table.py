@@ -99,7 +99,7 @@ def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -
     """
     if not len(labels):
         raise LabelSetError(f"{labels.location}: it has labels of no image")
-    hashes = _hashes(labels.keys(), len(labels))
+    hashes = labels.key_hashes()
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
     position = np.full(len(labels), MISSING, np.int64)

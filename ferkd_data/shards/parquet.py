@@ -150,18 +150,19 @@ def read_identities(path: Path, *, rows: int) -> tuple[list[str], list[int | Non
     return _texts(path, table, "key"), table.column("target").to_pylist(), table.column("image_digest").to_pylist()
 
 
-def read_texts(path: Path, column: str, *, rows: int) -> list[str]:
-    """A column of short texts. Raises ShardError as `read_labels` does."""
-    return _texts(path, _read(path, pa.schema([pa.field(column, pa.string())]), rows), column)
+def read_texts(path: Path, column: str, *, rows: int, longest: int = MAX_TEXT_BYTES) -> list[str]:
+    """A column of texts of at most `longest` bytes. Raises ShardError as `read_labels` does."""
+    wanted = pa.schema([pa.field(column, pa.string())])
+    return _texts(path, _read(path, wanted, rows, longest), column, longest)
 
 
-def _texts(path: Path, table: pa.Table, name: str) -> list[str]:
+def _texts(path: Path, table: pa.Table, name: str, longest: int = MAX_TEXT_BYTES) -> list[str]:
     """The rows share their texts: a dictionary of one long text may stand for a million rows."""
     texts: list[str] = []
     for chunk in table.column(name).chunks:
-        longest = pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0
-        if longest > MAX_TEXT_BYTES:
-            raise ShardError(f"{path}: column {name!r} holds a text of {longest} bytes")
+        size = pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0
+        if size > longest:
+            raise ShardError(f"{path}: column {name!r} holds a text of {size} bytes")
         try:
             distinct = chunk.dictionary.to_pylist()
         except UnicodeDecodeError as error:
@@ -170,12 +171,12 @@ def _texts(path: Path, table: pa.Table, name: str) -> list[str]:
     return texts
 
 
-def _read(path: Path, expected: pa.Schema, rows: int) -> pa.Table:
+def _read(path: Path, expected: pa.Schema, rows: int, longest: int = MAX_TEXT_BYTES) -> pa.Table:
     texts = [field.name for field in expected if pa.types.is_string(field.type)]
     try:
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             _check_schema(path, file.schema_arrow, expected)
-            _check_claims(path, file.metadata, expected, rows)
+            _check_claims(path, file.metadata, expected, rows=rows, longest=longest)
             table = file.read(columns=expected.names, use_threads=False)
     except FileNotFoundError as error:
         raise ShardError(f"{path}: the shard is missing; restore it or build the label set again") from error
@@ -200,7 +201,7 @@ def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
             raise ShardError(f"{path}: column {field.name!r} is {actual}, expected {field.type}")
 
 
-def _check_claims(path: Path, footer: pq.FileMetaData, expected: pa.Schema, rows: int) -> None:
+def _check_claims(path: Path, footer: pq.FileMetaData, expected: pa.Schema, *, rows: int, longest: int) -> None:
     if footer.num_rows != rows:
         raise ShardError(f"{path}: holds {footer.num_rows} rows, the manifest says {rows}")
     if footer.num_row_groups > max(rows, 1):
@@ -216,7 +217,7 @@ def _check_claims(path: Path, footer: pq.FileMetaData, expected: pa.Schema, rows
         chunks = [chunk for chunk in columns if chunk.path_in_schema.split(".")[0] in per_row]
         for chunk, claimed in zip(chunks, claimed_bytes(path, chunks), strict=True):
             name = chunk.path_in_schema.split(".")[0]
-            each = MAX_TEXT_BYTES if pa.types.is_string(expected.field(name).type) else 20 * per_row[name]
+            each = longest if pa.types.is_string(expected.field(name).type) else 20 * per_row[name]
             values, limit = per_row[name] * rows_here, PAGE_BYTES + rows_here * each
             size = max(chunk.total_uncompressed_size, claimed)
             if chunk.num_values != values or size > limit:

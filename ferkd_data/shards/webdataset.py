@@ -28,6 +28,8 @@ CROPS_SUFFIX = "crops.npy"
 MAX_CROPS_BYTES = 256 * 2**20
 """A `.crops.npy` above this is refused before it is read; 500 crops at top-10 take 26 KB."""
 
+TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
+"""What tarfile raises for headers that nobody wrote in earnest."""
 NPY_ERRORS = (
     ValueError,
     EOFError,
@@ -121,10 +123,13 @@ def scan(path: Path) -> Iterator[Sample]:
     parts: dict[str, tarfile.TarInfo] = {}
     key = ""
     try:
+        size = path.stat().st_size
         with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]
                 member_key, suffix = _split_member(path, member)
+                if not 0 <= member.size <= size - member.offset_data:
+                    raise ShardError(f"{path}: truncated: {size} bytes, member {member.name!r} claims {member.size}")
                 if member_key != key and parts:
                     yield _sample(path, key, parts, stream)
                     parts = {}
@@ -140,7 +145,7 @@ def scan(path: Path) -> Iterator[Sample]:
             _check_end(path, stream, tar.offset)
     except FileNotFoundError as error:
         raise ShardError(f"{path}: the shard is missing; restore it or build the label set again") from error
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except TAR_ERRORS as error:
         raise ShardError(f"{path}: cannot be read as a tar ({error})") from error
 
 
@@ -196,7 +201,7 @@ def parse_npy(data: bytes, where: str) -> npt.NDArray[np.void]:
 
 def _split_member(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:
     name = member.name
-    if not member.isreg():
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
         raise ShardError(f"{path}: member {name!r} is not a regular file; links and devices are refused")
     folder, _, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
