@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from ferkd_data.errors import ShardError
 from ferkd_data.shards.columns import DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels, class_index_dtype
-from ferkd_data.shards.pages import claimed_bytes
+from ferkd_data.shards.pages import read_claims
 
 BOX_COLUMNS = ("box_top", "box_left", "box_height", "box_width")
 
@@ -174,9 +174,9 @@ def _texts(path: Path, table: pa.Table, name: str, longest: int = MAX_TEXT_BYTES
 def _read(path: Path, expected: pa.Schema, rows: int, longest: int = MAX_TEXT_BYTES) -> pa.Table:
     texts = [field.name for field in expected if pa.types.is_string(field.type)]
     try:
+        _check_claims(path, expected, rows=rows, longest=longest)
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             _check_schema(path, file.schema_arrow, expected)
-            _check_claims(path, file.metadata, expected, rows=rows, longest=longest)
             table = file.read(columns=expected.names, use_threads=False)
     except FileNotFoundError as error:
         raise ShardError(f"{path}: the shard is missing; restore it or build the label set again") from error
@@ -201,30 +201,26 @@ def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
             raise ShardError(f"{path}: column {field.name!r} is {actual}, expected {field.type}")
 
 
-def _check_claims(path: Path, footer: pq.FileMetaData, expected: pa.Schema, *, rows: int, longest: int) -> None:
-    if footer.num_rows != rows:
-        raise ShardError(f"{path}: holds {footer.num_rows} rows, the manifest says {rows}")
-    if footer.num_row_groups > max(rows, 1):
-        raise ShardError(f"{path}: claims {footer.num_row_groups} row groups for {rows} rows")
+def _check_claims(path: Path, expected: pa.Schema, *, rows: int, longest: int) -> None:
+    claims = read_claims(path, expected.names)
+    if claims.rows != rows:
+        raise ShardError(f"{path}: holds {claims.rows} rows, the manifest says {rows}")
+    if claims.row_groups > max(rows, 1):
+        raise ShardError(f"{path}: claims {claims.row_groups} row groups for {rows} rows")
     per_row = {field.name: getattr(field.type, "list_size", 1) for field in expected}
     widths = [32 if pa.types.is_string(field.type) else _width(field.type) for field in expected]
     decoded = rows * sum(width * per_row[name] for name, width in zip(expected.names, widths, strict=True)) // 8
     if decoded > max(MAX_DECODED_BYTES, MAX_EXPANSION * path.stat().st_size):
         raise ShardError(f"{path}: {path.stat().st_size} bytes that would become {decoded} in memory")
-    for group in range(footer.num_row_groups):
-        rows_here = footer.row_group(group).num_rows
-        columns = (footer.row_group(group).column(i) for i in range(footer.num_columns))
-        chunks = [chunk for chunk in columns if chunk.path_in_schema.split(".")[0] in per_row]
-        for chunk, claimed in zip(chunks, claimed_bytes(path, chunks), strict=True):
-            name = chunk.path_in_schema.split(".")[0]
-            each = longest if pa.types.is_string(expected.field(name).type) else 20 * per_row[name]
-            values, limit = per_row[name] * rows_here, PAGE_BYTES + rows_here * each
-            size = max(chunk.total_uncompressed_size, claimed)
-            if chunk.num_values != values or size > limit:
-                raise ShardError(
-                    f"{path}: column {name!r} claims {chunk.num_values} values in {size} bytes; {values} values in at "
-                    f"most {limit} bytes are possible"
-                )
+    for chunk in claims.chunks:
+        name = chunk.column
+        each = longest if pa.types.is_string(expected.field(name).type) else 20 * per_row[name]
+        values, limit = per_row[name] * chunk.rows, PAGE_BYTES + chunk.rows * each
+        if chunk.values != values or chunk.bytes > limit:
+            raise ShardError(
+                f"{path}: column {name!r} claims {chunk.values} values in {chunk.bytes} bytes; {values} values in at "
+                f"most {limit} bytes are possible"
+            )
 
 
 def _width(kind: pa.DataType) -> int:
