@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 from ferkd_data import manifest, statistics
 from ferkd_data.images import REASONS
-from ferkd_data.shards import parquet, webdataset
+from ferkd_data.images.refs import MAX_KEY_BYTES
+from ferkd_data.shards import pages, parquet, webdataset
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
 
@@ -103,7 +104,32 @@ def field_docs(model: type[BaseModel]) -> dict[str, str]:
     return docs
 
 
+def npy_descr() -> str:
+    return f"    {webdataset.record_dtype(5, np.uint16).descr}".replace(", ('class_index", ",\n     ('class_index")
+
+
+def limits_table() -> str:
+    rows = {
+        "bytes of `manifest.json`": manifest.MAX_MANIFEST_BYTES,
+        "bytes of a key": MAX_KEY_BYTES,
+        "crops per image": manifest.MAX_CROPS,
+        "classes kept for each crop": manifest.MAX_TOP_K,
+        "classes": manifest.MAX_CLASSES,
+        "any count": statistics.MAX_COUNT,
+        "pixels of an image's side": 65535,
+        "bytes of a `.crops.npy`": webdataset.MAX_CROPS_BYTES,
+        "bytes of a Parquet footer": pages.MAX_FOOTER_BYTES,
+        "bytes of a Parquet page header": pages.MAX_PAGE_HEADER_BYTES,
+        f"bytes of a block in memory (or {parquet.MAX_EXPANSION} times its file)": parquet.MAX_DECODED_BYTES,
+    }
+    return "\n".join(
+        ["| what | at most |", "| --- | ---: |", *(f"| {name} | {most:,} |" for name, most in rows.items())]
+    )
+
+
 TABLES = {
+    "npy descr": npy_descr,
+    "limits": limits_table,
     "parquet columns": parquet_table,
     "crop record": record_table,
     "reasons": reasons_table,
