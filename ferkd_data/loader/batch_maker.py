@@ -31,7 +31,7 @@ from ferkd_data.images import decode_rgb
 from ferkd_data.loader.draw import BlockDraws, draw, epoch_draws
 from ferkd_data.loader.image_table import MISSING, ImageTable
 from ferkd_data.loader.label_cache import LabelCache
-from ferkd_data.loader.order import epoch_order
+from ferkd_data.loader.order import InChunks, epoch_order
 from ferkd_data.loader.plan import Window
 from ferkd_data.replay import Interpolation, replay
 from ferkd_data.selfmix import SelfMix
@@ -112,6 +112,7 @@ class BatchMaker:
         self.settings = settings
         self.first_epoch = 0
         """The epoch whose images are checked by their digest, where `verify_images` is first_epoch."""
+        self._order: tuple[int, InChunks] | None = None
         self._calibrations: OrderedDict[int, Calibration] = OrderedDict()
         self._shard_rows = np.array([shard.rows for shard in cache.labels.manifest.shards], np.int64)
 
@@ -150,15 +151,17 @@ class BatchMaker:
 
     def rows(self, window: Window) -> npt.NDArray[np.int64]:
         """The label set's rows of a window's images."""
-        settings = self.settings
-        order = epoch_order(
-            settings.order,
-            self._shard_rows,
-            seed=settings.seed,
-            epoch=window.epoch,
-            shards_together=settings.shards_together,
-        )
-        return order.rows(window.positions)
+        if self._order is None or self._order[0] != window.epoch:
+            settings = self.settings
+            order = epoch_order(
+                settings.order,
+                self._shard_rows,
+                seed=settings.seed,
+                epoch=window.epoch,
+                shards_together=settings.shards_together,
+            )
+            self._order = (window.epoch, InChunks(order, len(self.cache.labels)))
+        return self._order[1].rows(window.positions)
 
     def _draws(self, epoch: int) -> tuple[BlockDraws, ...]:
         labels = self.cache.labels

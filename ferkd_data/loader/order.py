@@ -5,6 +5,7 @@ A position counts the images of an epoch; a row is an image's place in the label
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
@@ -20,6 +21,10 @@ OrderKind = Literal["global", "shards", "sequential"]
 ORDERS: tuple[OrderKind, ...] = get_args(OrderKind)
 ROUNDS = 6
 """Of the Feistel network: 4 suffice for a random permutation in theory (Luby and Rackoff, 1988)."""
+
+
+KNOWN_CHUNKS = 4
+"""That are kept."""
 
 
 class Order(Protocol):
@@ -96,6 +101,30 @@ class ShardShuffle:
             shard = np.searchsorted(self._starts, shuffled, side="right") - 1
             found[inside] = self._first[shard] + shuffled - self._starts[shard]
         return found.reshape(np.shape(positions))
+
+
+class InChunks:
+    """Another order, worked out for many positions at once: for those of one batch it would cost 2 % of the loading."""
+
+    def __init__(self, order: Order, num_images: int, *, chunk: int = 4096) -> None:
+        self._order, self._num_images, self._chunk = order, num_images, chunk
+        self._known: OrderedDict[int, Rows] = OrderedDict()
+
+    def rows(self, positions: Rows) -> Rows:
+        found = np.empty_like(positions)
+        chunks = positions // self._chunk
+        for number in np.unique(chunks).tolist():
+            inside = chunks == number
+            found[inside] = self._rows_of(number)[positions[inside] - number * self._chunk]
+        return found
+
+    def _rows_of(self, number: int) -> Rows:
+        if number not in self._known:
+            stop = min((number + 1) * self._chunk, self._num_images)
+            self._known[number] = self._order.rows(np.arange(number * self._chunk, stop))
+            if len(self._known) > KNOWN_CHUNKS:
+                self._known.popitem(last=False)
+        return self._known[number]
 
 
 def check_order(kind: str) -> None:

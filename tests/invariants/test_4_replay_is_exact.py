@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from label_sets import SMALL
 from PIL import Image
 
+import ferkd_data as fd
 from ferkd_data.crops import CropDistribution, Crops, draw_crops
 from ferkd_data.errors import UsageError
 from ferkd_data.images import decode_rgb
@@ -100,6 +105,38 @@ def test_real_photos_are_within_one_level_of_pillow(real_photos, interpolation, 
             assert gaps.max() <= 2
             above, total = above + int((gaps > 1).sum()), total + gaps.size
     assert above <= most * total
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_the_loader_gives_the_crops_that_the_teacher_saw(photos, tiny_teachers, tmp_path, monkeypatch, layout):
+    """Byte for byte: what came to a teacher of 32 px in a build, against all epochs of a loader at 32 px."""
+    teacher_module = sys.modules["ferkd_tiny_teachers"]
+    mean, std = (teacher_module.Tiny.preprocessing[name][0] for name in ("mean", "std"))
+    forward, seen = teacher_module.Tiny.forward, Counter()
+
+    def recorded(self, x):
+        pixels = ((x * std + mean) * 255).round().to(torch.uint8)
+        seen.update(crop.contiguous().numpy().tobytes() for crop in pixels)
+        return forward(self, x)
+
+    monkeypatch.setattr(teacher_module.Tiny, "forward", recorded)
+    fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], layout=layout, precision="fp32", **SMALL)
+    images = photos if layout == "parquet" else None
+    loader = fd.CropLoader(
+        fd.open_labels(tmp_path / "out"),
+        images=images,
+        batch_size=10,
+        crops_per_image=2,
+        size=32,
+        calibration="fkd",
+        cache_dir=tmp_path / "cache",
+    )
+    loaded = Counter()
+    for epoch in range(5):
+        loader.set_epoch(epoch)
+        loaded.update(crop.contiguous().numpy().tobytes() for batch, _ in loader for crop in batch)
+    assert loaded.total() == 200 and len(loaded) > 190
+    assert loaded <= seen
 
 
 def test_a_crop_is_the_same_alone_and_in_a_batch_and_into_a_given_batch():

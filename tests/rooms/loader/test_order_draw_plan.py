@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ferkd_data import rng
 from ferkd_data.loader.draw import draw, epoch_draws
-from ferkd_data.loader.order import epoch_order, permute
+from ferkd_data.loader.order import InChunks, epoch_order, permute
 from ferkd_data.loader.plan import Layout, Place, count_batches, windows
 
 
@@ -43,6 +43,19 @@ def test_an_epoch_holds_every_row_once(kind, shards, seed, epoch):
     assert sorted(rows.tolist()) == list(range(total))
     if total > 3:
         assert order.rows(np.arange(total)[2:4]).tolist() == rows[2:4].tolist()
+
+
+@pytest.mark.parametrize("kind", ["sequential", "global", "shards"])
+@settings(deadline=None, max_examples=40)
+@given(shards=st.lists(st.integers(0, 40), min_size=1, max_size=9), chunk=st.integers(1, 50), data=st.data())
+def test_an_order_in_chunks_is_the_order(kind, shards, chunk, data):
+    total = sum(shards)
+    order = epoch_order(kind, shards, seed=1, epoch=2, shards_together=2)
+    in_chunks = InChunks(order, total, chunk=chunk)
+    for _ in range(3):
+        positions = np.array(data.draw(st.lists(st.integers(0, total - 1))) if total else [], np.int64)
+        assert in_chunks.rows(positions).tolist() == order.rows(positions).tolist()
+    assert len(in_chunks._known) <= 4
 
 
 def test_epochs_and_seeds_differ():
