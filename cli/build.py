@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ DONE_WITH_REJECTS = 3
 )
 @click.option("--max-pixels", type=int, default=89_478_485, show_default=True, help="Larger images are rejected.")
 @click.option("--batch-size", type=int, default=None, help="Crops per forward pass.  [default: by device]")
+@click.option(
+    "--compile",
+    is_flag=True,
+    help="Run PyTorch teachers through torch.compile: minutes at the start of each worker, and a C++ compiler; "
+    "`ferkd-data bench` says whether it pays.",
+)
 @click.option("--workers", type=int, default=None, help="Threads that decode and cut.  [default: by cores]")
 @click.option("--processes", type=int, default=None, help="Worker processes on each device.  [default: 1]")
 @click.option(
@@ -142,7 +149,8 @@ def command(
         estimate = measure(source, teachers=teachers, classes=classes, precision=precision, **changes)
         print_json(asdict(estimate)) if as_json else _print_estimate(estimate)
         return 0
-    with stop_on_sigterm(grace) as stop, show_progress() as on_progress:
+    with stop_on_sigterm(grace) as stop, show_progress() as report:
+        on_progress = _with_hint(report) if _may_be_slow(teachers, changes) else report
         changes |= {
             "teachers": teachers,
             "classes": classes,
@@ -158,6 +166,31 @@ def command(
         result = fd.build(source, out, overwrite=overwrite, **changes)
     print_result(result, as_json)
     return DONE_WITH_REJECTS if result.rejects else 0
+
+
+def _may_be_slow(teachers: tuple[str, ...], changes: dict[str, Any]) -> bool:
+    """Whether there is a teacher that ONNX Runtime often runs several times faster."""
+    from ferkd_data.builder import Resources
+
+    plain = [teacher for teacher in teachers if not teacher.startswith("onnx:")]
+    return bool(plain) and not changes["compile"] and Resources(device=changes["device"]).resolved_device() == "cpu"
+
+
+def _with_hint(report: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Says it once, when the labelling has begun."""
+    said = False
+
+    def report_and_hint(progress: Any) -> None:
+        nonlocal said
+        if not said:
+            said = True
+            click.echo(
+                "hint: on a CPU, ONNX Runtime runs many teachers several times faster: `ferkd-data bench` measures it",
+                err=True,
+            )
+        report(progress)
+
+    return report_and_hint
 
 
 def _build_part(source: str, out: Path, part: str, overwrite: bool, as_json: bool, arguments: dict[str, Any]) -> int:

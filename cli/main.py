@@ -17,6 +17,7 @@ from .say import say
 
 COMMANDS = {
     "build": "Label images with a teacher ensemble and write a label set.",
+    "bench": "Which way of running a teacher is the fastest here; write it as an ONNX file.",
     "demo": "Build a label set from real photos and real teachers, in a few minutes on a CPU.",
     "evaluate": "Check that every teacher is wired right: top-1, top-5, calibration error.",
     "finish": "Seal a build whose parts were labelled one by one.",

@@ -24,6 +24,11 @@ def normalize(
     stds = torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
     scale = (1 / (255 * stds)).to(images.device, torch.float32, non_blocking=True)
     shift = (-means / stds).to(images.device, torch.float32, non_blocking=True)
+    return scaled(images, scale, shift, dtype)
+
+
+def scaled(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """shift + pixel * scale of a uint8 batch, in its memory format; `scale` and `shift` are float32 (1, 3, 1, 1)."""
     if images.device.type == "cpu":
         return _on_cpu(images, scale, shift).to(dtype)
     return _in_one_kernel(images, scale, shift, dtype)

@@ -22,6 +22,7 @@ from ferkd_data.replay import empty_batch
 from ferkd_data.shards.columns import ImageLabels
 from ferkd_data.shards.writers import write_shard
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
+from ferkd_data.teachers.compiled import compile_teachers
 
 MEASURE_SECONDS = 15.0
 """How long the whole pipeline is timed."""
@@ -70,6 +71,8 @@ def dry_run(
     device = resources.resolved_device()
     ensemble = load_teachers(teachers, device=device, precision=precision)
     workers, batch_size = resources.resolved_workers(), resources.resolved_batch_size()
+    if resources.compile:
+        ensemble = compile_teachers(ensemble, batch_size)
     with (
         tempfile.TemporaryDirectory(prefix="ferkd-data-dry-run-") as name,
         ThreadPoolExecutor(workers) as executor,

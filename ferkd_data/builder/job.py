@@ -14,6 +14,7 @@ from ferkd_data.builder.label_shard import Tools
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.images import ImageSource, open_source
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
+from ferkd_data.teachers.compiled import compile_teachers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Job:
     """Threads that decode and cut, in each process."""
     threads: int
     """Threads that compute, in each process."""
+    compile: bool = False
+    """Compile the teachers, in each process."""
     teacher_timeout: float | None = None
     """Seconds a worker may wait for a teacher before the driver ends it."""
     fail_on_reject: bool = False
@@ -41,11 +44,14 @@ class Job:
 def open_tools(
     job: Job, device: str, teachers: Sequence[Teacher] | None = None, observer: Observer | None = None
 ) -> Iterator[Tools]:
-    """What this process labels shards with; `teachers` are those it has loaded already."""
+    """What this process labels shards with; `teachers` are those it has loaded already. Compiles them if asked to."""
+    loaded = teachers or load_teachers(job.teachers, device=device, precision=job.precision)
+    if job.compile:
+        loaded = compile_teachers(loaded, job.batch_size)
     with ThreadPoolExecutor(job.workers, thread_name_prefix="ferkd-data") as executor:
         yield Tools(
             source=job.open_source(),
-            teachers=teachers or load_teachers(job.teachers, device=device, precision=job.precision),
+            teachers=loaded,
             settings=job.settings,
             thresholds=stored_thresholds(job.settings),
             device=device,

@@ -102,6 +102,7 @@ def prepare(
         batch_size=resources.resolved_batch_size(),
         workers=resources.resolved_workers(),
         threads=resources.resolved_threads(),
+        compile=resources.compile,
         teacher_timeout=resources.teacher_timeout,
         fail_on_reject=on_error == "fail",
     )

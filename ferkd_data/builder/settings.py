@@ -13,6 +13,8 @@ from ferkd_data.images import DEFAULT_MAX_PIXELS
 from ferkd_data.manifest import Layout
 
 DEFAULT_IMAGES_PER_SHARD: dict[Layout, int] = {"parquet": 4096, "webdataset": 1024}
+CPU_BATCH = 8
+CUDA_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +67,12 @@ class Resources:
     processes: int | None = None
     """Worker processes on each device; None: one. A build with one worker in all needs no process of its own."""
     batch_size: int | None = None
-    """Crops per forward pass; None: 256 on cuda, 32 on cpu."""
+    """Crops per forward pass; None: 256 on cuda, 8 on cpu, where a larger batch outgrows the caches of a core."""
     workers: int | None = None
     """Threads that decode and cut, all processes together; None: half the cores, 1 to 8 for each process."""
+
+    compile: bool = False
+    """Run teachers that are PyTorch modules through torch.compile; takes minutes at the start of each worker."""
 
     teacher_timeout: float | None = None
     """Seconds that a teacher may take for a batch before the build stops; None: any time. Takes a worker process."""
@@ -102,7 +107,7 @@ class Resources:
         return self.resolved_devices()[0]
 
     def resolved_batch_size(self) -> int:
-        return self.batch_size or (32 if self.resolved_device() == "cpu" else 256)
+        return self.batch_size or (CPU_BATCH if self.resolved_device() == "cpu" else CUDA_BATCH)
 
     def resolved_workers(self) -> int:
         """Threads that decode and cut in each process."""

@@ -47,6 +47,7 @@ def test_build_info_stats_show(call, photos, tiny_teachers, tmp_path):
     status, text, err = call("build", photos, out, "--teacher", tiny_teachers, *SMALL)
     assert (status, "20 images x 10 crops" in text) == (0, True)
     assert "20/20 images" in err and "crops/s" in err
+    assert err.count("hint: on a CPU") == 1 and "ferkd-data bench" in err
 
     status, text, _ = call("info", out)
     assert status == 0 and "top-4 of 10 classes" in text

@@ -91,7 +91,7 @@ def test_memory_too_small_for_one_crop_is_an_error(greedy):
 
 
 def test_a_teacher_that_raises_is_named(photos, greedy, tmp_path):
-    with pytest.raises(TeacherError, match="greedy_teachers:raising: failed on 32 crops: KeyError: 'no such layer'"):
+    with pytest.raises(TeacherError, match="greedy_teachers:raising: failed on 8 crops: KeyError: 'no such layer'"):
         fd.build(photos, tmp_path / "out", teachers=["python:greedy_teachers:raising"], **SMALL)
 
 

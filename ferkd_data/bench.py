@@ -1,0 +1,291 @@
+"""Which way of running a teacher is the fastest on this machine: eager, channels-last, compiled, or ONNX Runtime.
+
+Legend: B crops of a batch, C classes, S input size.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ferkd_data.errors import FerkdError, TeacherError, UsageError
+from ferkd_data.replay import empty_batch
+from ferkd_data.storage import write_atomically
+from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
+from ferkd_data.teachers.compiled import compile_teacher, is_plain_module
+from ferkd_data.teachers.onnx_models import OnnxTeacher, export_onnx
+from ferkd_data.teachers.teacher import ModuleTeacher
+
+Way: TypeAlias = Literal["eager", "channels-last", "compile", "onnx", "as it is"]
+CPU_BATCHES = (4, 8, 32)
+CUDA_BATCHES = (64, 256)
+TOLERANCE = 1e-3
+"""How far a probability of an exported teacher may be from the eager one's: about what float16 labels can tell."""
+CHECKED_CROPS = 16
+ROUNDS = 3
+WORTH = 1.1
+"""A way that is not this much faster than what a build does anyway is not worth advice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    way: Way
+    batch_size: int
+    threads: int
+    crops_per_second: float
+    """Median of the rounds."""
+    ratio: float
+    """To the same teacher eager, at its best batch size and number of threads."""
+    largest_difference: float
+    """Of any probability, against eager."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherTimings:
+    spec: str
+    timings: tuple[Timing, ...]
+    failures: dict[str, str]
+    """Way -> why it cannot be had."""
+    advice: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherBench:
+    device: str
+    cores: int
+    """Threads that PyTorch computes with here, unless told otherwise."""
+    teachers: tuple[TeacherTimings, ...]
+
+
+def bench_teachers(
+    teachers: Sequence[str | TeacherSpec],
+    *,
+    device: str = "cpu",
+    precision: str = "auto",
+    batch_sizes: Sequence[int] | None = None,
+    threads: Sequence[int] | None = None,
+    compiled: bool = True,
+    seconds: float = 1.0,
+) -> TeacherBench:
+    """Time each teacher in every way that works for it, by turns in three rounds of `seconds` for each way.
+
+    `threads` are 1 and all by default (on a GPU, all). Compiling takes a minute or more for each teacher, and
+    `compiled=False` leaves it out. Raises UsageError, TeacherError.
+    """
+    cores = torch.get_num_threads()
+    batch_sizes = tuple(batch_sizes or (CPU_BATCHES if device == "cpu" else CUDA_BATCHES))
+    threads = tuple(threads or sorted({1, cores} if device == "cpu" else {cores}))
+    if min(*batch_sizes, *threads, 1) < 1 or seconds <= 0:
+        raise UsageError("batch sizes and threads must be at least 1, and seconds above 0")
+    loaded = load_teachers(teachers, device=device, precision=precision)
+    with tempfile.TemporaryDirectory(prefix="ferkd-data-bench-") as folder:
+        timed = [
+            _Bench(teacher, device, batch_sizes, threads, seconds, Path(folder) / f"{number}.onnx").run(compiled, cores)
+            for number, teacher in enumerate(loaded)
+        ]
+    return TeacherBench(device=device, cores=cores, teachers=tuple(timed))
+
+
+def export_teacher(teacher: str | TeacherSpec, path: Path) -> TeacherSpec:
+    """Write a teacher as an ONNX file, and give the spec to use from now on.
+
+    Raises TeacherError, and writes nothing, where its probabilities are further than TOLERANCE from the eager ones.
+    """
+    (eager,) = load_teachers([teacher])
+    with write_atomically(path) as aside:
+        exported = _export(eager, aside)
+        difference = _largest_difference(eager, exported)
+        if not difference <= TOLERANCE:
+            raise TeacherError(
+                f"teacher {eager.spec}: its ONNX form differs by {difference:.2g} in a probability, more than "
+                f"{TOLERANCE:g}; nothing was written, use it as it is"
+            )
+    return TeacherSpec(kind="onnx", name=str(path), weight=eager.spec.weight, temperature=eager.spec.temperature)
+
+
+class _Bench:
+    """One teacher's ways, timed."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        device: str,
+        batch_sizes: Sequence[int],
+        threads: Sequence[int],
+        seconds: float,
+        onnx_path: Path,
+    ) -> None:
+        self.teacher = teacher
+        self.device = device
+        self.batch_sizes = batch_sizes
+        self.threads = threads
+        self.seconds = seconds
+        self.onnx_path = onnx_path
+        self.failures: dict[str, str] = {}
+        self.rates: dict[tuple[Way, int, int], list[float]] = {}
+        self.differences: dict[Way, float] = {}
+
+    def run(self, compiled: bool, cores: int) -> TeacherTimings:
+        ways = self._ways()
+        self._time(ways, self.batch_sizes)
+        if compiled and is_plain_module(self.teacher):
+            # For the one batch size that promises most: each costs a compilation.
+            best = max(self.batch_sizes, key=lambda size: self._rate(("channels-last", size, max(self.threads))))
+            self._time(self._compiled(self.teacher, best), [best])
+        first = next(iter(self.rates))[0]
+        base = max(self._rate(key) for key in self.rates if key[0] == first)
+        timings = tuple(
+            Timing(
+                way=way,
+                batch_size=size,
+                threads=threads,
+                crops_per_second=self._rate((way, size, threads)),
+                ratio=self._rate((way, size, threads)) / base,
+                largest_difference=self.differences[way],
+            )
+            for way, size, threads in self.rates
+        )
+        found = TeacherTimings(spec=str(self.teacher.spec), timings=timings, failures=self.failures, advice="")
+        return replace(found, advice=advice(found, cores))
+
+    def _ways(self) -> dict[tuple[Way, int], Teacher]:
+        """(way, threads) -> the teacher; an ONNX session has the number of its threads built in."""
+        if not is_plain_module(self.teacher):
+            return {("as it is", threads): self._with(threads, self.teacher) for threads in self.threads}
+        ways: dict[tuple[Way, int], Teacher] = {}
+        for threads in self.threads:
+            ways["eager", threads] = _in_planes(self.teacher)
+            ways["channels-last", threads] = self.teacher
+        if self.device != "cpu":
+            self.failures["onnx"] = "compared on a CPU only"
+            return ways
+        try:
+            _export(self.teacher, self.onnx_path)
+            for threads in self.threads:
+                with _threads(threads):
+                    ways["onnx", threads] = _open_onnx(self.onnx_path)
+        except FerkdError as error:
+            self.failures["onnx"] = str(error)
+        return ways
+
+    def _with(self, threads: int, teacher: Teacher) -> Teacher:
+        with _threads(threads):
+            return load_teachers([teacher.spec], device=self.device, precision=teacher.precision)[0]
+
+    def _compiled(self, teacher: ModuleTeacher, batch_size: int) -> dict[tuple[Way, int], Teacher]:
+        try:
+            # What it compiles has the number of threads built in as well.
+            return {("compile", max(self.threads)): compile_teacher(teacher, batch_size)}
+        except TeacherError as error:
+            self.failures["compile"] = str(error)
+            return {}
+
+    def _time(self, ways: dict[tuple[Way, int], Teacher], batch_sizes: Sequence[int]) -> None:
+        for (way, _), teacher in ways.items():
+            self.differences[way] = _largest_difference(self.teacher, teacher)
+        size = self.teacher.preprocessing.size
+        batches = {count: _pictures(count, size).to(self.device) for count in batch_sizes}
+        for number in range(ROUNDS):
+            for (way, threads), teacher in ways.items():
+                for count, batch in batches.items():
+                    with _threads(threads):
+                        if number == 0:
+                            teacher.logits(batch).cpu()
+                        rate = _measure(teacher, batch, self.seconds)
+                    self.rates.setdefault((way, count, threads), []).append(rate)
+
+    def _rate(self, key: tuple[Way, int, int]) -> float:
+        return statistics.median(self.rates[key])
+
+
+def advice(found: TeacherTimings, cores: int) -> str:
+    """One line: what to give to `build`, counting a way with one thread once for each core."""
+
+    def on_all_cores(timing: Timing) -> float:
+        return timing.crops_per_second * max(1, cores // timing.threads)
+
+    best = max(found.timings, key=on_all_cores)
+    now = max((t for t in found.timings if t.way in ("channels-last", "as it is")), key=on_all_cores)
+    if on_all_cores(best) < WORTH * on_all_cores(now):
+        best = now
+    options = {
+        "onnx": f"--teacher onnx:FILE.onnx (ferkd-data bench --teacher {found.spec} --export FILE.onnx writes it) ",
+        "compile": "--compile ",
+    }.get(best.way, "")
+    processes = f" --processes {cores // best.threads}" if cores // best.threads > 1 else ""
+    gain = on_all_cores(best) / on_all_cores(now)
+    why = f"{gain:.1f} times the best that it does without" if options else "nothing else is much faster"
+    return f"build {options}--batch-size {best.batch_size}{processes}: {why}"
+
+
+def _in_planes(teacher: ModuleTeacher) -> ModuleTeacher:
+    """As PyTorch makes a module: every channel a plane of its own."""
+    other = copy.copy(teacher)
+    other.memory_format = torch.contiguous_format
+    module = teacher.module
+    other.module = copy.deepcopy(module).to(memory_format=torch.contiguous_format)  # type: ignore[attr-defined]
+    return other
+
+
+def _export(teacher: Teacher, path: Path) -> OnnxTeacher:
+    if not is_plain_module(teacher):
+        raise TeacherError(f"teacher {teacher.spec}: only PyTorch modules can be written as ONNX files")
+    module = teacher.module
+    assert isinstance(module, nn.Module)
+    try:
+        export_onnx(module, path, preprocessing=teacher.preprocessing)
+    except FerkdError:
+        raise
+    except Exception as error:
+        # The exporter's exceptions share no base but Exception.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TeacherError(f"teacher {teacher.spec}: cannot be written as an ONNX file ({reason})") from error
+    return _open_onnx(path)
+
+
+def _open_onnx(path: Path) -> OnnxTeacher:
+    return OnnxTeacher(TeacherSpec(kind="onnx", name=str(path)), device="cpu", precision="fp32")
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(teacher: Teacher, batch_BCSS: Tensor, seconds: float) -> float:
+    started, done = time.perf_counter(), 0
+    while (passed := time.perf_counter() - started) < seconds or not done:
+        teacher.logits(batch_BCSS).cpu()
+        done += len(batch_BCSS)
+    return done / passed if passed else 0.0
+
+
+def _largest_difference(eager: Teacher, other: Teacher) -> float:
+    """Of any probability of any class on the same pictures; a number that is none when either gives none."""
+    pictures = _pictures(CHECKED_CROPS, eager.preprocessing.size)
+    first, second = (teacher.logits(pictures).cpu().softmax(dim=1) for teacher in (eager, other))
+    return float((first - second).abs().max())
+
+
+def _pictures(count: int, size: int) -> Tensor:
+    """Smooth colours with some noise, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.rand((count, 3, 6, 6), generator=generator) * 255
+    large = nn.functional.interpolate(smooth, size=(size, size), mode="bicubic")
+    noise = torch.randn((count, 3, size, size), generator=generator) * 8
+    return empty_batch(count, size).copy_((large + noise).clamp_(0, 255))

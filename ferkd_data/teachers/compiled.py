@@ -1,0 +1,71 @@
+"""Teachers whose network `torch.compile` has compiled, for one batch size."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ferkd_data.errors import TeacherError, UsageError
+from ferkd_data.teachers.teacher import ModuleTeacher, Teacher
+
+BACKEND: Any = "inductor"
+"""A name, or a function as torch.compile takes it."""
+
+
+def compile_teachers(teachers: Sequence[Teacher], batch_size: int) -> list[Teacher]:
+    """The same teachers, the compilable ones compiled; ONNX and TorchScript files stay as they are.
+
+    Raises UsageError when no teacher can be compiled, TeacherError when compiling one fails.
+    """
+    if not any(map(is_plain_module, teachers)):
+        raise UsageError("compile: ONNX and TorchScript teachers cannot be compiled, and there is no other; drop it")
+    return [compile_teacher(teacher, batch_size) if is_plain_module(teacher) else teacher for teacher in teachers]
+
+
+def is_plain_module(teacher: Teacher) -> TypeGuard[ModuleTeacher]:
+    """Whether it is a PyTorch module that can be compiled or exported."""
+    module = teacher.module if isinstance(teacher, ModuleTeacher) else None
+    return isinstance(module, nn.Module) and not isinstance(module, torch.jit.ScriptModule)
+
+
+def compile_teacher(teacher: ModuleTeacher, batch_size: int) -> ModuleTeacher:
+    """Compiles at once, and not at the first batch, which may have a time limit. Raises TeacherError."""
+    size = teacher.preprocessing.size
+    other = copy.copy(teacher)
+    other.module = _Padded(torch.compile(teacher.module, backend=BACKEND, dynamic=False), batch_size)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            other.logits(torch.zeros((batch_size, 3, size, size), dtype=torch.uint8))
+    except Exception as error:
+        # The compiler's exceptions share no base but Exception.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TeacherError(f"teacher {teacher.spec}: cannot be compiled ({reason}); drop --compile") from error
+    return other
+
+
+class _Padded:
+    """Gives the network batches of one size, which a shorter one is filled up to: another size is compiled anew."""
+
+    def __init__(self, module: Callable[[Tensor], Tensor], batch_size: int) -> None:
+        self.module = module
+        self.batch_size = batch_size
+
+    def __call__(self, images_BCSS: Tensor) -> Tensor:
+        short = self.batch_size - len(images_BCSS)
+        if short > 0:
+            fill = images_BCSS[-1:].expand(short, -1, -1, -1)
+            padded = torch.cat([images_BCSS, fill]).contiguous(memory_format=torch.channels_last)
+        else:
+            padded = images_BCSS
+        try:
+            return self.module(padded)[: len(images_BCSS)]
+        except torch.cuda.OutOfMemoryError:
+            # Whoever asked comes again with half as many, which must not be filled up to what was too much.
+            self.batch_size = max(1, len(padded) // 2)
+            raise
