@@ -76,9 +76,17 @@ def replay(
 
 
 def replay_on_device(
-    image_CHW: Tensor, crops: Crops, *, size: int, interpolation: Interpolation = "bilinear"
+    image_CHW: Tensor,
+    crops: Crops,
+    boxes_N4: Tensor | None = None,
+    flip_N: Tensor | None = None,
+    *,
+    size: int,
+    interpolation: Interpolation = "bilinear",
 ) -> Tensor:
     """The same crops cut on the image's own device: uint8 (N, 3, S, S), within 2 levels of `replay`.
+
+    `boxes_N4` (int64) and `flip_N` are those of `crops` where they are on the device already.
 
     Both passes of the resize are matrix products over all crops at once, so the number of kernels does not depend
     on N. On CUDA they run in float16 with float32 sums, which holds 8-bit pixels exactly.
@@ -89,13 +97,14 @@ def replay_on_device(
     _check(height, width, crops, interpolation)
     device = image_CHW.device
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    boxes = torch.from_numpy(crops.boxes.astype(np.int64)).to(device, non_blocking=True)
-    flip = torch.from_numpy(crops.flip).to(device, non_blocking=True)
+    boxes = torch.from_numpy(crops.boxes.astype(np.int64)).to(device) if boxes_N4 is None else boxes_N4
+    flip = torch.from_numpy(crops.flip).to(device) if flip_N is None else flip_N
     top, left, box_h, box_w = boxes.unbind(1)
 
-    across_NSW = filter_weights(left, box_w, extent=width, size=size, interpolation=interpolation)
-    across_NSW = torch.where(flip[:, None, None], across_NSW.flip(1), across_NSW).to(dtype)
-    down_NSH = filter_weights(top, box_h, extent=height, size=size, interpolation=interpolation).to(dtype)
+    across_NSW = filter_weights(
+        left, box_w, extent=width, size=size, interpolation=interpolation, backwards=flip, dtype=dtype
+    )
+    down_NSH = filter_weights(top, box_h, extent=height, size=size, interpolation=interpolation, dtype=dtype)
 
     rows = image_CHW.to(dtype).reshape(3 * height, width)
     narrow = torch.matmul(rows, across_NSW.transpose(1, 2)).view(-1, 3, height, size)
@@ -105,26 +114,40 @@ def replay_on_device(
     return crops_NCSS.round_().clamp_(0, 255).to(torch.uint8, memory_format=torch.channels_last)
 
 
-def filter_weights(start: Tensor, length: Tensor, *, extent: int, size: int, interpolation: Interpolation) -> Tensor:
+def filter_weights(
+    start: Tensor,
+    length: Tensor,
+    *,
+    extent: int,
+    size: int,
+    interpolation: Interpolation,
+    backwards: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Resampling weights (N, S, extent) along one axis: output o of crop n is the sum of weights[n, o] * pixels.
 
     Pillow's antialiased filters: a triangle, or the cubic with a = -0.5, stretched by the reduction and normalised
-    over the pixels inside the crop.
+    over the pixels inside the crop. Crops that are `backwards` (N,) have their outputs in reverse. The passes over all
+    N * S * extent weights are what cutting costs on a GPU, so everything that can be is done on smaller tensors.
     """
     length_N11 = length[:, None, None].to(torch.float32)
     scale = length_N11 / size
     stretch = scale.clamp(min=1.0)
-    output = torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None]
-    pixel = torch.arange(extent, device=start.device, dtype=torch.float32)[None, None, :]
-    pixel = pixel - start[:, None, None].to(torch.float32)
-    distance = ((pixel + 0.5 - (output + 0.5) * scale) / stretch).abs()
+    output_1S1 = torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None]
+    if backwards is not None:
+        output_1S1 = torch.where(backwards[:, None, None], (size - 1) - output_1S1, output_1S1)
+    pixel_N1E = torch.arange(extent, device=start.device, dtype=torch.float32)[None, None, :]
+    pixel_N1E = pixel_N1E - start[:, None, None].to(torch.float32)
+    centre_NS1 = (output_1S1 + 0.5) * scale / stretch
+    distance = ((pixel_N1E + 0.5) / stretch - centre_NS1).abs_()
     weights = _triangle(distance) if interpolation == "bilinear" else _cubic(distance)
-    weights = weights * ((pixel >= 0) & (pixel < length_N11))
-    return weights / weights.sum(dim=2, keepdim=True)
+    weights *= (pixel_N1E >= 0) & (pixel_N1E < length_N11)
+    share = weights.sum(dim=2, keepdim=True).reciprocal_()
+    return torch.mul(weights, share, out=torch.empty_like(weights, dtype=dtype))
 
 
 def _triangle(distance: Tensor) -> Tensor:
-    return (1.0 - distance).clamp(min=0.0)
+    return distance.neg_().add_(1.0).clamp_(min=0.0)
 
 
 def _cubic(distance: Tensor, a: float = -0.5) -> Tensor:

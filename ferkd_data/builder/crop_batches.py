@@ -17,14 +17,17 @@ from torch import Tensor
 
 from ferkd_data.builder.pipeline import look_ahead
 from ferkd_data.builder.settings import BuildSettings
+from ferkd_data.builder.staging import Staging
 from ferkd_data.crops import Crops, draw_crops
-from ferkd_data.errors import ImageError
+from ferkd_data.errors import BuildError, ImageError
 from ferkd_data.images import ImageRef, Reject, decode_rgb
 from ferkd_data.replay import Interpolation, empty_batch, replay, replay_on_device
 from ferkd_data.shards.columns import UNKNOWN_TARGET
 from ferkd_data.storage import image_digest
 
 BATCHES_AHEAD = 2
+CUT_BYTES = 2**30
+"""Memory that cutting on a device takes at a time, about; crops of a huge image are cut in several steps."""
 
 
 class View(NamedTuple):
@@ -63,6 +66,8 @@ class CropBatch:
     """uint8 (B, 3, S, S) for each view."""
     targets: npt.NDArray[np.int64]
     """(B,), -1 where unknown."""
+    cut: Any = None
+    """The moment when the views are ready on their device, for `Staging.join`."""
 
 
 @dataclass(kw_only=True)
@@ -79,7 +84,7 @@ def crop_batches(
     settings: BuildSettings,
     first_crop: int,
     views: Sequence[View],
-    device: str,
+    staging: Staging,
     batch_size: int,
     executor: Executor,
     workers: int,
@@ -94,7 +99,7 @@ def crop_batches(
         return _decode(*item, settings=settings, first_crop=first_crop)
 
     def cut(slices: Sequence[Slice]) -> CropBatch:
-        return _cut(slices, views, device)
+        return _cut(slices, views, staging)
 
     decoded = look_ahead(executor, decode, zip(refs, contents, strict=True), depth=workers + 1)
     return look_ahead(executor, cut, _slices(_accepted(decoded, rejected), batch_size), depth=BATCHES_AHEAD)
@@ -147,15 +152,17 @@ def _slices(images: Iterable[DecodedImage], batch_size: int) -> Iterator[list[Sl
         yield batch
 
 
-def _cut(slices: Sequence[Slice], views: Sequence[View], device: str) -> CropBatch:
-    on_cpu = device == "cpu"
+def _cut(slices: Sequence[Slice], views: Sequence[View], staging: Staging) -> CropBatch:
     counts = [piece.stop - piece.start for piece in slices]
     targets = np.repeat([piece.image.target for piece in slices], counts).astype(np.int64)
-    cut = _cut_on_cpu if on_cpu else _cut_on_device
-    return CropBatch(slices=slices, views={view: cut(slices, view, device) for view in views}, targets=targets)
+    if not staging.on_device:
+        return CropBatch(slices=slices, views={view: _cut_on_cpu(slices, view) for view in views}, targets=targets)
+    with staging.cutting():
+        crops = _cut_on_device(slices, views, staging)
+        return CropBatch(slices=slices, views=crops, targets=targets, cut=staging.mark())
 
 
-def _cut_on_cpu(slices: Sequence[Slice], view: View, device: str) -> Tensor:
+def _cut_on_cpu(slices: Sequence[Slice], view: View) -> Tensor:
     out = empty_batch(sum(piece.stop - piece.start for piece in slices), view.size)
     row = 0
     for piece in slices:
@@ -171,12 +178,30 @@ def _cut_on_cpu(slices: Sequence[Slice], view: View, device: str) -> Tensor:
     return out
 
 
-def _cut_on_device(slices: Sequence[Slice], view: View, device: str) -> Tensor:
-    parts: list[Any] = []
-    for piece in slices:
-        pixels = torch.from_numpy(piece.image.pixels).to(device).permute(2, 0, 1)
-        parts.append(replay_on_device(pixels, _part(piece), size=view.size, interpolation=view.interpolation))
-    return torch.cat(parts)
+def _cut_on_device(slices: Sequence[Slice], views: Sequence[View], staging: Staging) -> dict[View, Tensor]:
+    """Every image is brought up once, and all its crops are cut together: the kernels of a batch are few."""
+    parts: dict[View, list[Tensor]] = {view: [] for view in views}
+    try:
+        for piece in slices:
+            pixels = staging.upload(piece.image.pixels).permute(2, 0, 1)
+            for view in views:
+                for crops in _affordable(_part(piece), view.size, piece.image.pixels.shape):
+                    boxes, flip = staging.upload(crops.boxes.astype(np.int64)), staging.upload(crops.flip)
+                    parts[view].append(replay_on_device(pixels, crops, boxes, flip, **view._asdict()))
+        return {view: torch.cat(tensors) for view, tensors in parts.items()}
+    except torch.cuda.OutOfMemoryError as error:
+        raise BuildError(
+            "the device has too little memory to cut crops beside its teachers; end what else runs on it, or use a "
+            "smaller --batch-size or fewer --processes"
+        ) from error
+
+
+def _affordable(crops: Crops, size: int, shape: tuple[int, ...]) -> Iterator[Crops]:
+    """So many crops of an image at a time that the weights and the half-resized crops fit into CUT_BYTES."""
+    height, width = shape[:2]
+    step = max(1, CUT_BYTES // (size * (12 * max(height, width) + 6 * height)))
+    for start in range(0, len(crops), step):
+        yield Crops(boxes=crops.boxes[start : start + step], flip=crops.flip[start : start + step])
 
 
 def _part(piece: Slice) -> Crops:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from ferkd_data.buckets import Thresholds, assign_buckets, confidence
 from ferkd_data.builder.crop_batches import CropBatch, DecodedImage, Rejected, View, crop_batches
 from ferkd_data.builder.forwards import Forwards
 from ferkd_data.builder.settings import BuildSettings
+from ferkd_data.builder.staging import Fetched, Staging, open_staging
 from ferkd_data.ensemble import check_logits, combine, raise_if_wrong
 from ferkd_data.errors import BuildError
 from ferkd_data.images import ImageRef, ImageSource
@@ -44,6 +46,10 @@ class Tools:
     first_crop: int = 0
     """0, or the number of crops that an extended label set has already."""
 
+    @cached_property
+    def staging(self) -> Staging:
+        return open_staging(self.device)
+
 
 @dataclass(kw_only=True)
 class TeacherCounts:
@@ -62,6 +68,9 @@ class TeacherCounts:
         )
 
 
+ASKED_AHEAD = 2
+"""Batches that a device has to do while the host deals with the answers of the one before."""
+
 OnBatch = Callable[[int, int], None]
 """Called with the crops just labelled and the images rejected so far in this shard."""
 
@@ -79,7 +88,7 @@ def label_shard(
         settings=tools.settings,
         first_crop=tools.first_crop,
         views=list(dict.fromkeys(view_of(teacher) for teacher in tools.teachers)),
-        device=tools.device,
+        staging=tools.staging,
         batch_size=tools.batch_size,
         executor=tools.executor,
         workers=tools.workers,
@@ -98,9 +107,8 @@ class _Answer:
     """A batch's results while the device may still be computing them."""
 
     labels: DeviceLabels
-    wrong: list[Tensor]
-    matches: Tensor
-    agreement: Tensor
+    fetched: Fetched
+    """On the host: the three tensors of `labels`; whether each teacher is wrong (T,); matches; agreement."""
 
 
 def _labelled(
@@ -111,7 +119,7 @@ def _labelled(
     for batch in batches:
         asked.append((batch, _ask(batch, tools)))
         _fail_on_reject(tools, rejected)
-        if len(asked) > 1:
+        if len(asked) > ASKED_AHEAD:
             yield _receive(*asked.popleft(), tools, rejected, counts, on_batch)
     _fail_on_reject(tools, rejected)
     while asked:
@@ -120,8 +128,9 @@ def _labelled(
 
 @torch.inference_mode()
 def _ask(batch: CropBatch, tools: Tools) -> _Answer:
+    tools.staging.join(batch.cut, list(batch.views.values()))
     logits_TBC = [tools.forwards.logits(teacher, batch.views[view_of(teacher)]) for teacher in tools.teachers]
-    target = torch.from_numpy(batch.targets).to(logits_TBC[0].device, non_blocking=True)
+    target = tools.staging.upload(batch.targets)
     prob_BC = combine(
         logits_TBC,
         weights=[teacher.spec.weight for teacher in tools.teachers],
@@ -130,15 +139,15 @@ def _ask(batch: CropBatch, tools: Tools) -> _Answer:
     )
     tools.forwards.observer.answered()
     top1_TB = torch.stack([logits.argmax(dim=1) for logits in logits_TBC])
-    return _Answer(
-        labels=soft_labels(prob_BC, target, top_k=tools.settings.top_k),
-        wrong=[
-            check_logits(logits, teacher.spec.temperature)
-            for logits, teacher in zip(logits_TBC, tools.teachers, strict=True)
-        ],
-        matches=((top1_TB == target) & (target != UNKNOWN_TARGET)).sum(dim=1),
-        agreement=(top1_TB[:, None] == top1_TB[None]).sum(dim=2),
-    )
+    labels = soft_labels(prob_BC, target, top_k=tools.settings.top_k)
+    wrong = [
+        check_logits(logits, teacher.spec.temperature)
+        for logits, teacher in zip(logits_TBC, tools.teachers, strict=True)
+    ]
+    matches = ((top1_TB == target) & (target != UNKNOWN_TARGET)).sum(dim=1)
+    agreement = (top1_TB[:, None] == top1_TB[None]).sum(dim=2)
+    results = [labels.class_index, labels.class_prob, labels.target_prob, torch.stack(wrong), matches, agreement]
+    return _Answer(labels=labels, fetched=tools.staging.fetch(results))
 
 
 def _receive(
@@ -151,13 +160,16 @@ def _receive(
 ) -> tuple[CropBatch, SoftLabels]:
     # A GPU is asked without waiting, so a teacher that hangs there is waited for here.
     tools.forwards.observer.asking(", ".join(str(teacher.spec) for teacher in tools.teachers))
-    for wrong, teacher in zip(answer.wrong, tools.teachers, strict=True):
+    answer.fetched.wait()
+    class_index, class_prob, target_prob, wrong_T, matches, agreement = answer.fetched.tensors
+    for wrong, teacher in zip(wrong_T, tools.teachers, strict=True):
         raise_if_wrong(wrong, str(teacher.spec))
-    counts.matches += answer.matches.cpu()
-    counts.agreement += answer.agreement.cpu()
+    counts.matches += matches
+    counts.agreement += agreement
     tools.forwards.observer.answered()
     on_batch(len(batch.targets), len(rejected.items))
-    return batch, answer.labels.to_numpy()
+    labels = replace(answer.labels, class_index=class_index, class_prob=class_prob, target_prob=target_prob)
+    return batch, labels.to_numpy()
 
 
 def _by_image(

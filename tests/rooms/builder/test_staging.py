@@ -1,0 +1,154 @@
+"""The loop as it runs on a GPU, on tensors of the CPU: what is asked for before it is there, is wrong here too."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from label_sets import SMALL
+
+import ferkd_data as fd
+from ferkd_data.builder import crop_batches
+from ferkd_data.builder.staging import CudaStaging, Fetched
+from ferkd_data.errors import BuildError
+
+
+class LateDevice:
+    """A device whose answers come when they are waited for, and whose crops may be used when they were joined."""
+
+    on_device = True
+
+    def __init__(self):
+        self.inside = threading.local()
+        self.marked, self.joined, self.waits = [], [], 0
+
+    @contextmanager
+    def cutting(self):
+        self.inside.yes = True
+        yield
+        self.inside.yes = False
+
+    def upload(self, array):
+        return torch.from_numpy(array.copy())
+
+    def mark(self):
+        assert self.inside.yes
+        self.marked.append(object())
+        return self.marked[-1]
+
+    def join(self, moment, tensors):
+        assert moment in self.marked and moment not in self.joined and all(len(crops) for crops in tensors)
+        self.joined.append(moment)
+
+    def fetch(self, tensors):
+        copies = [torch.full_like(tensor, -7 if tensor.dtype != torch.bool else True) for tensor in tensors]
+        real = [tensor.clone() for tensor in tensors]
+
+        @torch.inference_mode()
+        def wait():
+            self.waits += 1
+            for copy, tensor in zip(copies, real, strict=True):
+                copy.copy_(tensor)
+
+        return Fetched(copies, wait)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    device = LateDevice()
+    monkeypatch.setattr("ferkd_data.builder.label_shard.open_staging", lambda name: device)
+    return device
+
+
+@pytest.mark.parametrize("cut_bytes", [2**30, 2**17])
+def test_the_loop_of_a_device_gives_the_labels_of_the_cpu(
+    photos, tiny_teachers, tmp_path, label_set, late, monkeypatch, cut_bytes
+):
+    monkeypatch.setattr(crop_batches, "CUT_BYTES", cut_bytes)
+    teachers = [tiny_teachers, "python:ferkd_tiny_teachers:second"]
+    fd.build(photos, tmp_path / "out", teachers=teachers, batch_size=16, **SMALL)
+    assert late.waits == len(late.joined) == len(late.marked) == 13, "20 x 10 crops in batches of 16, in 3 shards"
+    ours, theirs = fd.open_labels(tmp_path / "out"), fd.open_labels(label_set)
+    for image, other in zip(ours, theirs, strict=True):
+        assert np.array_equal(image.boxes, other.boxes)
+        # Two levels of 255 in a crop, and no more, may differ.
+        np.testing.assert_allclose(image.target_prob, other.target_prob, atol=0.02)
+    first, second = ours.statistics, theirs.statistics
+    assert first.teacher_top1_matches_target == pytest.approx(second.teacher_top1_matches_target, abs=2)
+    assert first.crops == second.crops == 200
+
+
+def test_a_huge_image_is_cut_in_steps(monkeypatch):
+    crops = fd.draw_crops("k", 60, 80, seed=0, count=7, distribution=fd.CropDistribution())
+    monkeypatch.setattr(crop_batches, "CUT_BYTES", 3 * 32 * (12 * 80 + 6 * 60))
+    steps = list(crop_batches._affordable(crops, 32, (60, 80, 3)))
+    assert [len(step) for step in steps] == [3, 3, 1]
+    assert np.array_equal(np.concatenate([step.boxes for step in steps]), crops.boxes)
+    monkeypatch.setattr(crop_batches, "CUT_BYTES", 1)
+    assert [len(step) for step in crop_batches._affordable(crops, 32, (60, 80, 3))] == [1] * 7
+
+
+def test_no_memory_for_cutting_is_an_error_that_says_so(photos, tiny_teachers, tmp_path, late, monkeypatch):
+    def full(*args, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(crop_batches, "replay_on_device", full)
+    with pytest.raises(BuildError, match="too little memory to cut crops"):
+        fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL)
+
+
+class Recorder:
+    """Stands for streams and events, and writes down what they are told."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def __getattr__(self, call):
+        def told(*others):
+            self.log.append((self.name, call, *(getattr(other, "name", other) for other in others)))
+            return Recorder(f"event of {self.name}", self.log)
+
+        return told
+
+
+def test_what_is_said_to_streams_and_events(monkeypatch):
+    log = []
+    names = iter(("side", "back"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Recorder(next(names), log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Recorder("teachers", log))
+
+    @contextmanager
+    def stream(recorder):
+        log.append(("enter", recorder.name))
+        yield
+        log.append(("leave", recorder.name))
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (log.append(("pin",)), tensor)[1])
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, other: log.append(("keep for", other.name)))
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, device, pin_memory: torch.zeros(tensor.shape))
+    staging = CudaStaging("cpu")
+    with staging.cutting():
+        crops = staging.upload(np.ones((2, 3), np.float32))
+        moment = staging.mark()
+    staging.join(moment, [crops])
+    copies, wait = staging.fetch([crops])
+    wait()
+    assert torch.equal(copies[0], crops)
+    assert log == [
+        ("enter", "side"),
+        ("pin",),
+        ("side", "record_event"),
+        ("leave", "side"),
+        ("teachers", "wait_event", "event of side"),
+        ("keep for", "teachers"),
+        ("back", "wait_stream", "teachers"),
+        ("enter", "back"),
+        ("keep for", "back"),
+        ("back", "record_event"),
+        ("leave", "back"),
+        ("event of back", "synchronize"),
+    ]
