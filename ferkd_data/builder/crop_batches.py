@@ -15,17 +15,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ferkd_data.builder.pipeline import look_ahead
+from ferkd_data.builder.pipeline import in_background, look_ahead
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.builder.staging import Staging
 from ferkd_data.crops import Crops, draw_crops
 from ferkd_data.errors import BuildError, ImageError
-from ferkd_data.images import ImageRef, Reject, decode_rgb
+from ferkd_data.images import ImageRef, Reject, decode_rgb, while_it_answers
 from ferkd_data.replay import Interpolation, empty_batch, replay, replay_on_device
 from ferkd_data.shards.columns import UNKNOWN_TARGET
 from ferkd_data.storage import image_digest
 
 BATCHES_AHEAD = 2
+READ_AHEAD = 16
+"""Encoded images read before they are decoded: a source that answers late for a moment is not noticed."""
 CUT_BYTES = 2**30
 """Memory that cutting on a device takes at a time, about; crops of a huge image are cut in several steps."""
 
@@ -101,7 +103,8 @@ def crop_batches(
     def cut(slices: Sequence[Slice]) -> CropBatch:
         return _cut(slices, views, staging)
 
-    decoded = look_ahead(executor, decode, zip(refs, contents, strict=True), depth=workers + 1)
+    read = in_background(while_it_answers(contents), depth=READ_AHEAD)
+    decoded = look_ahead(executor, decode, zip(refs, read, strict=True), depth=workers + 1)
     return look_ahead(executor, cut, _slices(_accepted(decoded, rejected), batch_size), depth=BATCHES_AHEAD)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -34,3 +35,14 @@ def look_ahead(
     finally:
         for future in under_way:
             future.cancel()
+
+
+def in_background(items: Iterable[Item], *, depth: int) -> Iterator[Item]:
+    """The same items, taken out of their iterator in a thread of its own, up to `depth` before they are asked for."""
+    source = iter(items)
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ferkd-data-read") as executor:
+        for item in look_ahead(executor, lambda _: next(source, end), itertools.repeat(None), depth=depth):
+            if item is end:
+                return
+            yield item  # type: ignore[misc]

@@ -8,6 +8,7 @@ from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images.decode import DEFAULT_MAX_PIXELS, decode_rgb, image_extension, image_size
 from ferkd_data.images.folder import FolderSource, open_folder
 from ferkd_data.images.hf_parquet import ParquetSource, open_parquet
+from ferkd_data.images.patience import while_it_answers
 from ferkd_data.images.refs import REASONS, ImageRef, ImageSource, Reject, check_key
 from ferkd_data.images.tars import TarSource
 from ferkd_data.storage import expand, is_url
@@ -27,6 +28,7 @@ __all__ = [
     "image_extension",
     "image_size",
     "open_source",
+    "while_it_answers",
 ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ferkd_data.errors import ImageError, SourceError
+from ferkd_data.images.patience import patiently, unreadable
 from ferkd_data.images.refs import ImageRef, Reject, check_key
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp")
@@ -61,11 +62,19 @@ class FolderSource:
 
     def read_one(self, ref: ImageRef) -> bytes:
         try:
-            # Without pathlib and buffering, which cost as much as the read itself.
-            with open(f"{self.root}/{ref.file}", "rb", buffering=0) as stream:  # noqa: PTH123
-                return stream.read()
+            return patiently(lambda: self._read_file(ref.file), ref.file)
         except OSError as error:
-            raise ImageError("unreadable", f"{ref.file}: {error.strerror}") from error
+            raise unreadable(ref.file, error) from error
+
+    def _read_file(self, file: str) -> bytes:
+        try:
+            # Without pathlib and buffering, which cost as much as the read itself.
+            with open(f"{self.root}/{file}", "rb", buffering=0) as stream:  # noqa: PTH123
+                return stream.read()
+        except FileNotFoundError as error:
+            if not self.root.is_dir():
+                raise TimeoutError(f"{self.root} is gone; is it a file system that was mounted?") from error
+            raise
 
     def _list_folder(self, folder: str, target: int | None, above: set[tuple[int, int]]) -> Iterator[ImageRef | Reject]:
         """`above` holds the folders on the way down, so that a link to one of them ends there."""

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images.duplicates import DuplicateFilter
+from ferkd_data.images.patience import patiently, unreadable
 from ferkd_data.images.refs import MAX_TARGET, ImageRef, Reject, check_key
 
 KEY_COLUMNS = ("key", "__key__", "id")
@@ -52,7 +53,26 @@ class ParquetSource:
         for ref in refs:
             if cursor is None or cursor.file != ref.file or ref.offset < cursor.row:
                 cursor = _Cursor(self.root, ref.file, ref.offset)
-            yield cursor.advance_to(ref.offset)
+            content, cursor = self._read_row(ref, cursor)
+            yield content
+
+    def _read_row(self, ref: ImageRef, cursor: _Cursor) -> tuple[bytes | ImageError, _Cursor]:
+        """The row, and the cursor that gave it: a new one where the first had failed."""
+        cursors = [cursor]
+
+        def action() -> bytes | ImageError:
+            if not cursors:
+                cursors.append(_Cursor(self.root, ref.file, ref.offset))
+            try:
+                return cursors[0].advance_to(ref.offset)
+            except OSError:
+                cursors.clear()
+                raise
+
+        try:
+            return patiently(action, f"{ref.file}, row {ref.offset}"), cursors[0]
+        except OSError as error:
+            return unreadable(f"{ref.file}, row {ref.offset}", error), cursor
 
     def read_one(self, ref: ImageRef) -> bytes:
         data = next(self.read([ref]))
@@ -81,13 +101,14 @@ class _Cursor:
         self._batch_start = first
 
     def advance_to(self, row: int) -> bytes | ImageError:
+        """Raises OSError."""
         try:
             while self._batch is None or row >= self._batch_start + self._batch.num_rows:
                 self._batch_start += 0 if self._batch is None else self._batch.num_rows
                 self._batch = next(self._batches)
         except StopIteration:
             return ImageError("unreadable", f"{self.file} has no row {row}; did it change?")
-        except (OSError, pa.ArrowException) as error:
+        except pa.ArrowException as error:
             return ImageError("unreadable", f"{self.file}, row {row}: {error}")
         self.row = row
         image = self._batch.column("image")[row - self._batch_start].as_py() or {}

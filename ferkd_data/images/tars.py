@@ -6,13 +6,14 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images.duplicates import DuplicateFilter
 from ferkd_data.images.folder import EXTENSIONS, UNSUPPORTED
+from ferkd_data.images.patience import PatientFile, unreadable
 from ferkd_data.images.refs import MAX_TARGET, ImageRef, Reject, check_key
-from ferkd_data.storage import CHUNK_BYTES, open_binary
+from ferkd_data.storage import CHUNK_BYTES
 
 TARGET_FIELDS = ("label", "target", "cls", "class")
 MAX_TARGET_BYTES = 2**20
@@ -45,32 +46,33 @@ class TarSource:
                         yield item
 
     def read(self, refs: Iterable[ImageRef]) -> Iterator[bytes | ImageError]:
-        name, stream = "", None
+        name = ""
+        stream: PatientFile | None = None
         try:
             for ref in refs:
                 if stream is None or ref.file != name:
                     if stream is not None:
                         stream.close()
-                    name, stream = ref.file, open_binary(ref.file)
+                    name, stream = ref.file, PatientFile(ref.file)
                 yield _read_at(stream, ref)
         finally:
             if stream is not None:
                 stream.close()
 
     def read_one(self, ref: ImageRef) -> bytes:
-        with open_binary(ref.file) as stream:
+        with PatientFile(ref.file) as stream:
             data = _read_at(stream, ref)
         if isinstance(data, ImageError):
             raise data
         return data
 
 
-def _read_at(stream: IO[bytes], ref: ImageRef) -> bytes | ImageError:
+def _read_at(stream: PatientFile, ref: ImageRef) -> bytes | ImageError:
     try:
         stream.seek(ref.offset)
         data = stream.read(ref.length)
     except OSError as error:
-        return ImageError("unreadable", f"{ref.file}: {error}")
+        return unreadable(ref.file, error)
     if len(data) != ref.length:
         return ImageError("unreadable", f"{ref.file}: ends within the image; did the tar change?")
     return data
@@ -78,7 +80,7 @@ def _read_at(stream: IO[bytes], ref: ImageRef) -> bytes | ImageError:
 
 def _list_tar(name: str) -> Iterator[ImageRef | Reject]:
     try:
-        with open_binary(name) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        with PatientFile(name) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as tar:
             parts: list[tuple[str, tarfile.TarInfo]] = []
             key = None
             for member in _headers(tar, stream):
@@ -99,7 +101,7 @@ def _list_tar(name: str) -> Iterator[ImageRef | Reject]:
         raise SourceError(f"{name}: cannot be read as a tar ({str(error) or type(error).__name__})") from error
 
 
-def _headers(tar: tarfile.TarFile, stream: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+def _headers(tar: tarfile.TarFile, stream: PatientFile) -> Iterator[tarfile.TarInfo]:
     """Every header, to the end of the file. Raises tarfile.ReadError where tarfile would stop early or turn back."""
     last = -1
     for member in tar:
@@ -129,7 +131,7 @@ def split_member(name: str) -> tuple[str, str]:
 
 
 def _sample(
-    tar: str, key: str | None, parts: list[tuple[str, tarfile.TarInfo]], stream: IO[bytes]
+    tar: str, key: str | None, parts: list[tuple[str, tarfile.TarInfo]], stream: PatientFile
 ) -> Iterator[ImageRef | Reject]:
     if key is None or not parts:
         return
@@ -158,7 +160,7 @@ def _extension(suffix: str) -> str:
     return "." + suffix.rpartition(".")[2].lower()
 
 
-def _target(parts: list[tuple[str, tarfile.TarInfo]], stream: IO[bytes]) -> int | None:
+def _target(parts: list[tuple[str, tarfile.TarInfo]], stream: PatientFile) -> int | None:
     members = {suffix: member for suffix, member in parts if suffix in ("cls", "json")}
     if not members:
         return None

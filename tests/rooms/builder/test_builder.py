@@ -1,19 +1,17 @@
 from __future__ import annotations
 
-import os
-import subprocess
 import threading
 
 import numpy as np
 import pytest
-from label_sets import SMALL, same_label_sets
+from label_sets import SMALL
 
 import ferkd_data as fd
 from ferkd_data.builder import dry_run
 from ferkd_data.builder.pipeline import look_ahead
 from ferkd_data.crops import Crops
 from ferkd_data.differences import describe_differences
-from ferkd_data.errors import StorageFullError, TeacherError, UsageError
+from ferkd_data.errors import TeacherError, UsageError
 from ferkd_data.images import decode_rgb
 from ferkd_data.replay import replay
 from ferkd_data.teachers import load_teachers
@@ -104,33 +102,6 @@ def test_progress_counts_to_the_end(photos, tiny_teachers, tmp_path):
     assert seen[-1].crops_done == 200 and seen[-1].shards_total == 3
     done = [progress.images_done for progress in seen]
     assert done == sorted(done)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 4 MiB."""
-    mounted = tmp_path / "disk"
-    mounted.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(mounted)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    yield mounted
-    subprocess.run(["umount", "-l", str(mounted)], check=True)
-
-
-@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
-def test_a_full_disk_loses_nothing(photos, tiny_teachers, tmp_path, small_disk, layout):
-    out = small_disk / "out"
-    ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(4_000_000))
-    settings = {**SMALL, "images_per_shard": 2, "crops": 40}
-    with pytest.raises(StorageFullError, match="no space left on the disk; free some and run"):
-        fd.build(photos, out, teachers=[tiny_teachers], layout=layout, **settings)
-    assert not (out / "manifest.json").exists()
-    ballast.unlink()
-    fd.build(photos, out, teachers=[tiny_teachers], layout=layout, **settings)
-    fd.build(photos, tmp_path / "other", teachers=[tiny_teachers], layout=layout, **settings)
-    assert same_label_sets(out, tmp_path / "other")
 
 
 def test_look_ahead_keeps_order_and_its_depth():
