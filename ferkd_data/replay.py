@@ -97,8 +97,8 @@ def replay_on_device(
     _check(height, width, crops, interpolation)
     device = image_CHW.device
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    boxes = torch.from_numpy(crops.boxes.astype(np.int64)).to(device) if boxes_N4 is None else boxes_N4
-    flip = torch.from_numpy(crops.flip).to(device) if flip_N is None else flip_N
+    boxes = _upload(crops.boxes.astype(np.int64), device) if boxes_N4 is None else boxes_N4
+    flip = _upload(crops.flip, device) if flip_N is None else flip_N
     top, left, box_h, box_w = boxes.unbind(1)
 
     across_NSW = filter_weights(
@@ -154,6 +154,10 @@ def _cubic(distance: Tensor, a: float = -0.5) -> Tensor:
     near = ((a + 2.0) * distance - (a + 3.0)) * distance * distance + 1.0
     far = ((distance - 5.0) * distance + 8.0) * distance * a - 4.0 * a
     return torch.where(distance < 1.0, near, torch.where(distance < 2.0, far, 0.0))
+
+
+def _upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _check(height: int, width: int, crops: Crops, interpolation: str) -> None:

@@ -51,28 +51,23 @@ class ParquetSource:
     def read(self, refs: Iterable[ImageRef]) -> Iterator[bytes | ImageError]:
         cursor: _Cursor | None = None
         for ref in refs:
-            if cursor is None or cursor.file != ref.file or ref.offset < cursor.row:
-                cursor = _Cursor(self.root, ref.file, ref.offset)
+            if cursor is not None and (cursor.file != ref.file or ref.offset < cursor.row):
+                cursor = None
             content, cursor = self._read_row(ref, cursor)
             yield content
 
-    def _read_row(self, ref: ImageRef, cursor: _Cursor) -> tuple[bytes | ImageError, _Cursor]:
-        """The row, and the cursor that gave it: a new one where the first had failed."""
-        cursors = [cursor]
+    def _read_row(self, ref: ImageRef, cursor: _Cursor | None) -> tuple[bytes | ImageError, _Cursor | None]:
+        """The row, and the cursor to go on with: one that has failed is not used again."""
 
-        def action() -> bytes | ImageError:
-            if not cursors:
-                cursors.append(_Cursor(self.root, ref.file, ref.offset))
-            try:
-                return cursors[0].advance_to(ref.offset)
-            except OSError:
-                cursors.clear()
-                raise
+        def action() -> tuple[bytes | ImageError, _Cursor]:
+            nonlocal cursor
+            mine, cursor = cursor or _Cursor(self.root, ref.file, ref.offset), None
+            return mine.advance_to(ref.offset), mine
 
         try:
-            return patiently(action, f"{ref.file}, row {ref.offset}"), cursors[0]
+            return patiently(action, f"{ref.file}, row {ref.offset}")
         except OSError as error:
-            return unreadable(f"{ref.file}, row {ref.offset}", error), cursor
+            return unreadable(f"{ref.file}, row {ref.offset}", error), None
 
     def read_one(self, ref: ImageRef) -> bytes:
         data = next(self.read([ref]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tarfile
-import threading
 import time
 from pathlib import Path
 
@@ -107,19 +106,26 @@ def movable(make_photos, tmp_path):
     return make_photos(tmp_path / "photos", 20)
 
 
-def test_a_source_that_is_gone_for_a_moment(movable, tiny_teachers, tmp_path, label_set):
-    """As a mount that is lost and comes back; long before the build has read everything."""
-    away, back = movable.with_name("away"), []
+def test_a_source_that_is_gone_for_a_moment(movable, tiny_teachers, tmp_path, label_set, monkeypatch):
+    """As a mount that is lost while the first shard is labelled, and comes back when the next was asked for."""
+    away, waits = movable.with_name("away"), []
 
-    def go_away(progress):
-        if not back:
-            movable.rename(away)
-            back.append(threading.Timer(0.1, lambda: away.rename(movable)))
-            back[0].start()
+    class Waiting(Retries):
+        def wait(self, attempt):
+            waits.append(attempt)
+            if attempt == 2:
+                away.rename(movable)
 
+    monkeypatch.setattr("ferkd_data.images.patience.RETRIES", Waiting())
     teachers = [tiny_teachers, "python:ferkd_tiny_teachers:second"]
-    fd.build(movable, tmp_path / "out", teachers=teachers, on_progress=go_away, **SMALL)
-    back[0].join()
+    fd.build(
+        movable,
+        tmp_path / "out",
+        teachers=teachers,
+        on_progress=lambda progress: waits or away.exists() or movable.rename(away),
+        **SMALL,
+    )
+    assert waits == [1, 2]
     assert same_label_sets(tmp_path / "out", label_set)
 
 
@@ -131,7 +137,6 @@ def test_a_source_that_stays_away_stops_the_build_and_it_resumes(movable, tiny_t
         if not away.exists():
             movable.rename(away)
 
-    # One image to a shard: nothing of the next is read ahead.
     with pytest.raises(SourceError, match=r"3 images in a row cannot be read, the last .*photos is gone"):
         fd.build(movable, out, teachers=teachers, on_progress=go_away, **SMALL)
     assert not (out / "rejects.parquet").exists()
@@ -205,7 +210,9 @@ def test_a_damaged_parquet_row_is_a_reject_and_a_failing_one_is_read_again(monke
 
     def advance_to(cursor, row):
         if row == 2 and failures:
+            cursor.file = "broken"
             raise failures.pop(0)
+        assert cursor.file != "broken", "it has failed"
         return real(cursor, row)
 
     monkeypatch.setattr(_Cursor, "advance_to", advance_to)
