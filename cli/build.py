@@ -173,7 +173,8 @@ def _may_be_slow(teachers: tuple[str, ...], changes: dict[str, Any]) -> bool:
     from ferkd_data.builder import Resources
 
     plain = [teacher for teacher in teachers if not teacher.startswith("onnx:")]
-    return bool(plain) and not changes["compile"] and Resources(device=changes["device"]).resolved_device() == "cpu"
+    device = Resources(device=changes.get("device", "auto")).resolved_device()
+    return bool(plain) and not changes.get("compile") and device == "cpu"
 
 
 def _with_hint(report: Callable[[Any], None]) -> Callable[[Any], None]:
