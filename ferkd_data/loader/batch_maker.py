@@ -29,7 +29,7 @@ from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, LoaderError
 from ferkd_data.images import decode_rgb
 from ferkd_data.loader.draw import BlockDraws, draw, epoch_draws
-from ferkd_data.loader.image_table import MISSING, ImageTable
+from ferkd_data.loader.image_table import MISSING, ImageTable, give_memory_back
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import InChunks, epoch_order
 from ferkd_data.loader.plan import Window
@@ -148,6 +148,7 @@ class BatchMaker:
         for block in sorted(blocks):
             self.cache.block(block)
         self.cache.drop_except(blocks)
+        give_memory_back()
 
     def rows(self, window: Window) -> npt.NDArray[np.int64]:
         """The label set's rows of a window's images."""

@@ -122,7 +122,7 @@ def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -
         raise
     np.save(folder / POSITION_NAME, position)
     del hashes, order, position
-    _give_memory_back()
+    give_memory_back()
     return ImageTable(source, folder)
 
 
@@ -130,8 +130,8 @@ def _hashes(keys: Iterable[str], num: int) -> npt.NDArray[np.uint64]:
     return np.fromiter((rng.hash64(key) for key in keys), np.uint64, count=num)
 
 
-def _give_memory_back() -> None:
-    """What the join held goes to the system: Arrow and the C library would keep it for this process."""
+def give_memory_back() -> None:
+    """What a join or the unpacking of labels held goes to the system; Arrow and the C library would keep it."""
     pa.default_memory_pool().release_unused()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
