@@ -6,24 +6,22 @@ import contextlib
 import multiprocessing
 import signal
 import time
-from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
 
-from ferkd_data import errors
+from ferkd_data.builder.backlog import Backlog
+from ferkd_data.builder.failures import failure, too_slow
 from ferkd_data.builder.job import Job
 from ferkd_data.builder.messages import Answered, Asking, Failed, Finished, Halved, Labelled, Message, Ready
 from ferkd_data.builder.progress import ProgressCounter
 from ferkd_data.builder.state import BuildFolder
 from ferkd_data.builder.stop import Stop
 from ferkd_data.builder.worker import work
-from ferkd_data.errors import BuildError, FerkdError, TeacherError
+from ferkd_data.errors import BuildError
 
-DEATHS_PER_SHARD = 3
-"""A shard that was with so many workers when they died is not given to another."""
 DEATHS_AT_START = 3
 """So many deaths in a row before any worker was ready mean that none will be."""
 POLL_SECONDS = 0.5
@@ -58,8 +56,7 @@ class Crew:
         self.stop = stop
         self.members: list[Member] = []
         self.idle: list[Member] = []
-        self.todo: deque[int] = deque()
-        self.deaths: Counter[int] = Counter()
+        self.todo = Backlog()
         self.deaths_at_start = 0
         self.context = multiprocessing.get_context("spawn")
 
@@ -82,7 +79,7 @@ class Crew:
 
     def label(self, shards: Sequence[int]) -> None:
         """Returns when each of `shards` has its record. Raises what a worker raised, or BuildError."""
-        self.todo.extend(shards)
+        self.todo.add(shards)
         for number, device in enumerate(self.devices[: len(self.todo)]):
             self._start(number, device)
         while self.todo or any(member.shard is not None for member in self.members):
@@ -104,7 +101,7 @@ class Crew:
         self.members.append(Member(number=number, device=device, process=process, connection=ours))
 
     def _give(self, member: Member) -> None:
-        shard = self.todo.popleft()
+        shard = self.todo.take()
         member.shard = shard
         self.counter.shard_begun(shard, member.number)
         with contextlib.suppress(OSError):  # it died while it was idle; its connection will say so
@@ -132,7 +129,7 @@ class Crew:
         elif isinstance(message, Finished):
             self._finish(member, message.shard)
         elif isinstance(message, Failed):
-            raise self._error(member, message)
+            raise failure(message, f"shard {member.shard}: {member}" if member.shard is not None else str(member))
 
     def _check_stop(self) -> None:
         in_work = any(member.shard is not None for member in self.members)
@@ -145,10 +142,7 @@ class Crew:
         for member in self.members if limit is not None else ():
             late = bool(member.asking) and time.monotonic() - member.asked_at > (limit or 0)
             if late and not member.connection.poll():
-                raise TeacherError(
-                    f"teacher {member.asking}: no answer for a batch of shard {member.shard} within {limit:g} seconds, "
-                    f"{member} was ended; run the same command again, with a larger --teacher-timeout if it is slow"
-                )
+                raise too_slow(member.asking, member.shard, limit or 0, str(member))
 
     def _finish(self, member: Member, shard: int) -> None:
         record = self.folder.record(shard)
@@ -174,31 +168,8 @@ class Crew:
                     "--processes 1 (in a script of your own, build under `if __name__ == '__main__':`)"
                 )
         if member.shard is not None:
-            self._lose(member.shard, f"{member} {how}")
+            self.todo.give_back(member.shard, f"{member} {how}")
         self._start(member.number, member.device)
-
-    def _lose(self, shard: int, how: str) -> None:
-        self.deaths[shard] += 1
-        if self.deaths[shard] >= DEATHS_PER_SHARD:
-            raise BuildError(
-                f"shard {shard}: {self.deaths[shard]} workers died while they labelled it, the last was {how}; if the "
-                "system ran out of memory, use fewer --processes or a smaller --batch-size"
-            )
-        self.todo.appendleft(shard)
-
-    def _error(self, member: Member, failed: Failed) -> FerkdError:
-        kind = getattr(errors, failed.kind, None)
-        place = f"shard {member.shard}: {member}" if member.shard is not None else str(member)
-        if isinstance(kind, type) and issubclass(kind, FerkdError) and kind is not errors.ImageError:
-            error: FerkdError = kind(failed.text)
-        else:
-            error = BuildError(f"{place} failed: {failed.kind}: {failed.text} (--debug shows where)")
-        error.__cause__ = WorkerTraceback(f"in {place}\n{failed.trace}")
-        return error
-
-
-class WorkerTraceback(Exception):
-    """Where a worker raised, as text: the cause of what the driver raises."""
 
 
 def _how(exitcode: int | None) -> str:

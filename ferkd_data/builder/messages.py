@@ -1,4 +1,8 @@
-"""What a worker process tells its driver. The driver answers with the number of a shard, or None: that was all."""
+"""What a worker tells its driver.
+
+Over a pipe, the driver answers with the number of a shard, or None: that was all. A worker on Ray is called for each
+shard and yields its messages: Opened when it was asked to get ready, then Labelled, at last Finished, Slow or Failed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,13 @@ from typing import NamedTuple, TypeAlias
 
 class Ready(NamedTuple):
     """Its teachers are loaded."""
+
+
+class Opened(NamedTuple):
+    """Its teachers are loaded, on a node of a cluster."""
+
+    node: str
+    process: int
 
 
 class Asking(NamedTuple):
@@ -40,6 +51,12 @@ class Finished(NamedTuple):
     shard: int
 
 
+class Slow(NamedTuple):
+    """It has waited for this teacher as long as a worker may, and still does."""
+
+    teacher: str
+
+
 class Failed(NamedTuple):
     """No other try would help."""
 
@@ -49,4 +66,4 @@ class Failed(NamedTuple):
     trace: str
 
 
-Message: TypeAlias = Ready | Asking | Answered | Halved | Labelled | Finished | Failed
+Message: TypeAlias = Ready | Opened | Asking | Answered | Halved | Labelled | Finished | Slow | Failed

@@ -1,0 +1,29 @@
+"""What a worker could not do, as the error that the build raises."""
+
+from __future__ import annotations
+
+from ferkd_data import errors
+from ferkd_data.builder.messages import Failed
+from ferkd_data.errors import BuildError, FerkdError, TeacherError
+
+
+class WorkerTraceback(Exception):
+    """Where a worker raised, as text: the cause of what the driver raises."""
+
+
+def failure(failed: Failed, place: str) -> FerkdError:
+    """An error of ours as it was raised; any other as a BuildError that says where."""
+    kind = getattr(errors, failed.kind, None)
+    if isinstance(kind, type) and issubclass(kind, FerkdError) and kind is not errors.ImageError:
+        error: FerkdError = kind(failed.text)
+    else:
+        error = BuildError(f"{place} failed: {failed.kind}: {failed.text} (--debug shows where)")
+    error.__cause__ = WorkerTraceback(f"in {place}\n{failed.trace}")
+    return error
+
+
+def too_slow(teacher: str, shard: int | None, limit_seconds: float, worker: str) -> TeacherError:
+    return TeacherError(
+        f"teacher {teacher}: no answer for a batch of shard {shard} within {limit_seconds:g} seconds, "
+        f"{worker} was ended; run the same command again, with a larger --teacher-timeout if it is slow"
+    )
