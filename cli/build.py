@@ -69,7 +69,27 @@ DONE_WITH_REJECTS = 3
     metavar="SECONDS",
     help="After SIGTERM, the shards in work have so long to be finished; then they are dropped.",
 )
-@click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: on a Ray cluster, whose nodes all see SOURCE and OUT; --processes are then those of the whole cluster "
+    "(default: as many as it has room for), --workers the threads of each.",
+)
+@click.option(
+    "--ray-address",
+    default=None,
+    metavar="HOST:PORT",
+    help="The cluster, or auto for the one that runs here.  [default: $RAY_ADDRESS, else a Ray for this build alone]",
+)
+@click.option(
+    "--gpus-per-teacher",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Share of a GPU for each worker on a Ray cluster: with 0.5, two workers share one.",
+)
 @click.option(
     "--on-error",
     type=click.Choice(["reject", "fail"]),
@@ -114,7 +134,6 @@ def command(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     hflip: float,
-    engine: str,
     on_error: Any,
     part: str | None,
     log_json: Path | None,

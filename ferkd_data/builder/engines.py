@@ -12,6 +12,7 @@ from ferkd_data.builder.local import Reporting, label_here
 from ferkd_data.builder.plan import Plan
 from ferkd_data.builder.prepare import Prepared
 from ferkd_data.builder.progress import ProgressCounter
+from ferkd_data.builder.ray_crew import RayCrew
 from ferkd_data.builder.rejects import read_rejects
 from ferkd_data.builder.state import BuildFolder
 from ferkd_data.builder.stop import Stop
@@ -21,7 +22,7 @@ def label_shards(
     prepared: Prepared, folder: BuildFolder, plan: Plan, shards: Sequence[int], watcher: Watcher, stop: Stop
 ) -> None:
     """Label each of `shards` that has no record yet."""
-    job, devices = prepared.job, prepared.devices
+    job, devices, fleet = prepared.job, prepared.workplace.devices, prepared.workplace.fleet
     counter = _counter(prepared, plan, shards, watcher)
     todo = []
     for shard in shards:
@@ -31,6 +32,10 @@ def label_shards(
         else:
             counter.shard_found(record)
     _tell_of_start(prepared, plan, counter)
+    if fleet is not None:
+        with stop.labelling(), RayCrew(job, fleet, counter, stop) as on_ray:
+            on_ray.label(todo)
+        return
     if len(devices) == 1 and job.teacher_timeout is None:
         observer = Reporting(counter)
         with stop.labelling(), open_tools(job, devices[0], prepared.ensemble, observer) as tools:
@@ -62,7 +67,7 @@ def _tell_of_start(prepared: Prepared, plan: Plan, counter: ProgressCounter) -> 
         source=job.source,
         teachers=tuple(map(str, job.teachers)),
         settings=asdict(job.settings),
-        devices=tuple(prepared.devices),
+        devices=tuple(prepared.workplace.devices),
         extends=prepared.base is not None,
         shards=counter.shards_total,
         shards_done=counter.shards_done,

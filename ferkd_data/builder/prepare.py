@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from ferkd_data.builder.plan import Plan, load_or_make_plan
 from ferkd_data.builder.plan_extension import load_or_make_extension
 from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.builder.state import EXTENDS, BuildFolder, Facts
+from ferkd_data.builder.workplace import Workplace, open_workplace
 from ferkd_data.errors import BuildError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.manifest import TeacherEntry, read_manifest_bytes
@@ -25,8 +27,7 @@ OnError = Literal["reject", "fail"]
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     job: Job
-    devices: list[str]
-    """Of each worker."""
+    workplace: Workplace
     images: ImageSource
     ensemble: list[Teacher]
     base: Base | None = None
@@ -68,6 +69,7 @@ class Prepared:
         folder.drop_what_has_ended()
 
 
+@contextmanager
 def prepare(
     source: str | Path,
     out: str | Path,
@@ -80,8 +82,8 @@ def prepare(
     on_error: OnError = "reject",
     extend: bool = False,
     **changes: Any,
-) -> Prepared:
-    """The arguments are those of `build`."""
+) -> Iterator[Prepared]:
+    """The arguments are those of `build`. A cluster that it needs is there for as long as the context lasts."""
     base = open_base(Path(out)) if extend else None
     if on_error not in ("reject", "fail"):
         raise UsageError(f"on_error must be reject or fail, got {on_error!r}")
@@ -91,28 +93,30 @@ def prepare(
         settings = base.settings({name: value for name, value in given.items() if name in vars(settings)})
         teachers = teachers or base.specs
         precision = base.precision if precision == "auto" else precision
-    devices = resources.resolved_devices()
-    job = Job(
-        source=str(source),
-        classes=None if classes is None else str(classes),
-        out=Path(out),
-        teachers=tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in teachers),
-        precision=precision,
-        settings=settings,
-        batch_size=resources.resolved_batch_size(),
-        workers=resources.resolved_workers(),
-        threads=resources.resolved_threads(),
-        compile=resources.compile,
-        teacher_timeout=resources.teacher_timeout,
-        fail_on_reject=on_error == "fail",
-    )
-    images = job.open_source()
-    ensemble = load_teachers(job.teachers, device=devices[0], precision=precision)
-    if settings.top_k > ensemble[0].num_classes:
-        raise UsageError(f"top_k {settings.top_k} is more than the teachers' {ensemble[0].num_classes} classes")
-    if base is not None:
-        base.check_teachers([teacher_entry(teacher) for teacher in ensemble])
-    return Prepared(job=job, devices=devices, images=images, ensemble=ensemble, base=base)
+    with open_workplace(resources) as workplace:
+        job = Job(
+            source=str(source),
+            classes=None if classes is None else str(classes),
+            out=Path(out),
+            teachers=tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in teachers),
+            precision=precision,
+            settings=settings,
+            batch_size=workplace.batch_size,
+            workers=workplace.workers,
+            threads=workplace.threads,
+            compile=resources.compile,
+            teacher_timeout=resources.teacher_timeout,
+            fail_on_reject=on_error == "fail",
+        )
+        images = job.open_source()
+        ensemble = load_teachers(
+            job.teachers, device=workplace.device_here, precision=precision, used_on=workplace.devices[0]
+        )
+        if settings.top_k > ensemble[0].num_classes:
+            raise UsageError(f"top_k {settings.top_k} is more than the teachers' {ensemble[0].num_classes} classes")
+        if base is not None:
+            base.check_teachers([teacher_entry(teacher) for teacher in ensemble])
+        yield Prepared(job=job, workplace=workplace, images=images, ensemble=ensemble, base=base)
 
 
 def check_targets(plan: Plan, num_classes: int, *, classes_given: bool) -> None:

@@ -80,19 +80,21 @@ def build(
     """
     watcher = Watchers(watchers, on_progress)
     with watcher.told_of_failure():
-        prepared = prepare(
-            source,
-            out,
-            teachers=teachers,
-            settings=settings,
-            resources=resources,
-            classes=classes,
-            precision=precision,
-            on_error=on_error,
-            extend=extend,
-            **changes,
-        )
-        with open_build_folder(Path(out), overwrite=overwrite, extend=extend) as folder:
+        with (
+            prepare(
+                source,
+                out,
+                teachers=teachers,
+                settings=settings,
+                resources=resources,
+                classes=classes,
+                precision=precision,
+                on_error=on_error,
+                extend=extend,
+                **changes,
+            ) as prepared,
+            open_build_folder(Path(out), overwrite=overwrite, extend=extend) as folder,
+        ):
             plan, facts = prepared.begin(folder, afresh=overwrite)
             try:
                 label_shards(prepared, folder, plan, plan.shards, watcher, stop or Stop())
@@ -122,8 +124,10 @@ def build_part(
     mine = Part.parse(part)
     watcher = Watchers(watchers, on_progress)
     with watcher.told_of_failure():
-        prepared = prepare(source, out, **arguments)
-        with open_part_folder(Path(out), mine, extend=prepared.base is not None) as folder:
+        with (
+            prepare(source, out, **arguments) as prepared,
+            open_part_folder(Path(out), mine, extend=prepared.base is not None) as folder,
+        ):
             with folder.alone():
                 plan, _ = prepared.begin(folder)
             shards = mine.shards(plan.shards)

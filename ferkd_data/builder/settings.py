@@ -77,7 +77,21 @@ class Resources:
     teacher_timeout: float | None = None
     """Seconds that a teacher may take for a batch before the build stops; None: any time. Takes a worker process."""
 
+    engine: Literal["local", "ray"] = "local"
+    """On a Ray cluster, `processes` are those of the whole cluster, None: as many as it has room for; `workers` are the
+    threads of each; `device` is auto, cpu or cuda."""
+    ray_address: str | None = None
+    """HOST:PORT of a cluster, or auto for the one that runs here; None: $RAY_ADDRESS, else one for this build alone."""
+    gpus_per_teacher: float = 1.0
+    """Share of a GPU that each worker on a Ray cluster gets: with 0.5, two workers share one."""
+
     def __post_init__(self) -> None:
+        if self.engine not in ("local", "ray"):
+            raise UsageError(f"engine must be local or ray, got {self.engine!r}")
+        if self.ray_address is not None and self.engine != "ray":
+            raise UsageError("a Ray address is of use with --engine ray only")
+        if not 0 < self.gpus_per_teacher <= 1:
+            raise UsageError(f"gpus_per_teacher must be above 0 and at most 1, got {self.gpus_per_teacher:g}")
         if self.teacher_timeout is not None and self.teacher_timeout <= 0:
             raise UsageError(f"teacher_timeout must be above 0 seconds, got {self.teacher_timeout}")
         for name in ("processes", "batch_size", "workers"):
@@ -107,7 +121,7 @@ class Resources:
         return self.resolved_devices()[0]
 
     def resolved_batch_size(self) -> int:
-        return self.batch_size or (CPU_BATCH if self.resolved_device() == "cpu" else CUDA_BATCH)
+        return self.batch_size or default_batch_size(self.resolved_device())
 
     def resolved_workers(self) -> int:
         """Threads that decode and cut in each process."""
@@ -117,6 +131,10 @@ class Resources:
     def resolved_threads(self) -> int:
         """Threads that one process computes with."""
         return max(1, cores() // len(self.resolved_devices()))
+
+
+def default_batch_size(device: str) -> int:
+    return CPU_BATCH if device == "cpu" else CUDA_BATCH
 
 
 def cores() -> int:

@@ -34,15 +34,21 @@ def load_teacher(spec: TeacherSpec, *, device: str = "cpu", precision: Precision
     assert_never(spec.kind)
 
 
-def load_teachers(specs: Sequence[TeacherSpec | str], *, device: str = "cpu", precision: str = "auto") -> list[Teacher]:
+def load_teachers(
+    specs: Sequence[TeacherSpec | str], *, device: str = "cpu", precision: str = "auto", used_on: str | None = None
+) -> list[Teacher]:
     """All teachers of an ensemble; precision `auto` is bf16 on cuda (fp32 for ONNX files) and fp32 on a CPU.
+
+    `used_on` is the device of those that label, where these here are loaded only to be looked at.
 
     Raises TeacherError when there is none, or they disagree on the number of classes.
     """
     if not specs:
         raise TeacherError("an ensemble needs at least one teacher")
     parsed = [spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in specs]
-    teachers = [load_teacher(spec, device=device, precision=_precision(spec, device, precision)) for spec in parsed]
+    teachers = [
+        load_teacher(spec, device=device, precision=_precision(spec, used_on or device, precision)) for spec in parsed
+    ]
     first = teachers[0]
     for teacher in teachers[1:]:
         if teacher.num_classes != first.num_classes:
