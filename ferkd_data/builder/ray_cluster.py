@@ -33,6 +33,8 @@ LOCAL_STORE_BYTES = 100_000_000
 """Only messages go through Ray's object store."""
 CPU_THREADS = 4
 """Of a worker that has no GPU: more share one teacher's memory, fewer lose less to waiting for each other."""
+LEAST_CPU = 0.1
+"""Of a worker on a GPU node that counts few CPUs."""
 MOST_DECODERS = 8
 
 
@@ -42,9 +44,10 @@ class Fleet:
     """The module, connected."""
     device: str
     """cpu or cuda"""
-    cpus: int
+    cpus: float
     """That one worker asks for."""
     gpus: float
+    """The same; 0 where it labels on a CPU."""
     workers: int
     threads: int
     processes: int | None
@@ -60,10 +63,11 @@ class Fleet:
         return max(1, room + (WAITING_WORKERS if self.grows else 0))
 
     def __str__(self) -> str:
-        return f"{self.gpus:g} GPUs and {self.cpus} CPUs" if self.gpus else f"{self.cpus} CPUs"
+        """What each worker asks for."""
+        return f"{self.gpus:g} GPU and {self.cpus:g} CPU" if self.gpus else f"{self.cpus:g} CPU"
 
     def _room(self, node: Mapping[str, float]) -> int:
-        by_cpu = int(node.get("CPU", 0) // self.cpus)
+        by_cpu = int(node.get("CPU", 0) / self.cpus)
         return min(by_cpu, int(node.get("GPU", 0)) * int(1 / self.gpus + 1e-6)) if self.gpus else by_cpu
 
 
@@ -92,12 +96,14 @@ def _fleet(ray: Any, resources: Resources, *, grows: bool) -> Fleet:
     nodes = _nodes(ray)
     with_gpu = [node for node in nodes if node.get("GPU", 0) > 0]
     if resources.device == "cuda" or (resources.device == "auto" and with_gpu):
-        device, cpus, gpus = "cuda", 1, resources.gpus_per_teacher
-        shares = [node.get("CPU", 0) * gpus / node["GPU"] for node in with_gpu]
-        threads = max(1, int(min(shares, default=CPU_THREADS)))
+        device, gpus = "cuda", resources.gpus_per_teacher
+        share = min((node.get("CPU", 0) * gpus / node["GPU"] for node in with_gpu), default=CPU_THREADS)
+        threads = max(1, int(share))
+        cpus = max(LEAST_CPU, min(1.0, share))
     else:
         device, gpus = "cpu", 0.0
-        cpus = threads = _threads([int(node.get("CPU", 0)) for node in nodes], resources.processes)
+        threads = _threads([int(node.get("CPU", 0)) for node in nodes], resources.processes)
+        cpus = threads
     return Fleet(
         ray=ray,
         device=device,
@@ -111,11 +117,11 @@ def _fleet(ray: Any, resources: Resources, *, grows: bool) -> Fleet:
 
 
 def _threads(cpus_of_nodes: list[int], processes: int | None) -> int:
-    """The most, at which so many processes find room; without a number, a few on every node."""
-    most = max([1, *cpus_of_nodes])
+    """The most, at which so many processes find room; without a number, a few that every node has."""
     if processes is None:
-        return min(CPU_THREADS, most)
-    fitting = [count for count in range(1, most + 1) if sum(cpus // count for cpus in cpus_of_nodes) >= processes]
+        return min(CPU_THREADS, *filter(None, cpus_of_nodes), CPU_THREADS)
+    counts = range(1, max(cpus_of_nodes, default=1) + 1)
+    fitting = [count for count in counts if sum(cpus // count for cpus in cpus_of_nodes) >= processes]
     return max(fitting, default=1)
 
 

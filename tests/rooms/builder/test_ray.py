@@ -1,0 +1,220 @@
+"""Builds on a real Ray cluster: what they write, and what is survived. (How many workers there are: test_fleet.py.)"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from label_sets import SMALL, same_files
+
+import ferkd_data as fd
+from ferkd_data.errors import BuildError, TeacherError
+
+STOPPED = 143
+ONE_CPU = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
+BUILD = {**SMALL, "images_per_shard": 4, "batch_size": 8}
+OPTIONS = ["--crops", "10", "--crops-per-block", "4", "--top-k", "4", "--images-per-shard", "4", "--device", "cpu"]
+
+pytestmark = [
+    # Ray leaves sockets and processes to the garbage collector.
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
+]
+
+TEACHERS = '''
+"""Teachers that look into a folder for what is to happen to them. The driver loads them too, but never asks a batch."""
+import os, signal, time
+from pathlib import Path
+from ferkd_tiny_teachers import Tiny
+
+FOLDER = Path(os.environ["RAY_TEACHERS_FOLDER"])
+
+
+class Deadly(Tiny):
+    """Ends its process as long as it finds lives to take."""
+
+    def forward(self, x):
+        for life in FOLDER.glob("life-*") if len(x) > 1 else ():
+            life.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+def deadly():
+    return Deadly(1)
+
+
+class Slow(Tiny):
+    """Slow while a file `slow` is there, and waits for others to work beside it while there is a file `together`."""
+
+    def forward(self, x):
+        if len(x) > 1:
+            (FOLDER / f"at-work-{os.getpid()}").touch()
+            while (FOLDER / "together").exists() and len(list(FOLDER.glob("at-work-*"))) < 2:
+                time.sleep(0.05)
+            if (FOLDER / "slow").exists():
+                time.sleep(0.4)
+        return super().forward(x)
+
+
+def slow():
+    return Slow(1)
+
+
+class Hanging(Tiny):
+    def forward(self, x):
+        if len(x) > 1:
+            time.sleep(60)
+        return super().forward(x)
+
+
+def hanging():
+    return Hanging(1)
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_teachers):
+    """Where the teachers look; `python:ray_teachers:` is importable on every node."""
+    folder = tmp_path_factory.mktemp("ray-teachers")
+    (folder / "ray_teachers.py").write_text(TEACHERS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ["PYTHONPATH"]]))
+        patch.setenv("RAY_TEACHERS_FOLDER", str(folder))
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def cluster(folder):
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args=ONE_CPU)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, photos, tmp_path_factory):
+    """Builds on this machine, by the name of the teacher."""
+    made = tmp_path_factory.mktemp("undisturbed")
+
+    def build(name):
+        if not (made / name).exists():
+            fd.build(photos, made / name, teachers=[f"python:ray_teachers:{name}"], **BUILD)
+        return made / name
+
+    return build
+
+
+def test_a_node_joins_and_is_lost(cluster, folder, photos, undisturbed, tmp_path):
+    """The second node comes when the first is at work, and is killed in its first shard."""
+    expected = undisturbed("slow")
+    for path in folder.glob("at-work-*"):
+        path.unlink()
+    (folder / "slow").touch()
+    nodes, reports = [], []
+
+    def on_progress(progress):
+        reports.append(progress)
+        if not nodes:
+            (folder / "together").touch()
+            nodes.append(cluster.add_node(**ONE_CPU))
+        elif len(progress.workers) == 2 and (folder / "slow").exists():
+            cluster.remove_node(nodes[0], allow_graceful=False)
+            (folder / "slow").unlink()
+
+    fd.build(
+        photos,
+        tmp_path / "out",
+        teachers=["python:ray_teachers:slow"],
+        engine="ray",
+        ray_address=cluster.address,
+        on_progress=on_progress,
+        **BUILD,
+    )
+    assert same_files(expected, tmp_path / "out")
+    assert not (folder / "slow").exists()
+    assert reports[-1].images_done == 20 and reports[-1].crops_done > 200, "what the lost node had labelled came twice"
+    assert all("(node " in worker.name and ", cpu, process " in worker.name for worker in reports[-1].workers)
+
+
+def test_killed_workers(cluster, folder, photos, undisturbed, tmp_path, capfd):
+    """Three of them with one shard end the build; one more in the next run is survived."""
+    expected = undisturbed("deadly")
+    for number in range(4):
+        (folder / f"life-{number}").touch()
+    build = {"teachers": ["python:ray_teachers:deadly"], "engine": "ray", "ray_address": cluster.address, **BUILD}
+    with pytest.raises(BuildError, match=r"shard 0: 3 workers died while they labelled it, .* \(Actor\w+Error\); if"):
+        fd.build(photos, tmp_path / "out", processes=1, **build)
+    assert len(list(folder.glob("life-*"))) == 1
+    fd.build(photos, tmp_path / "out", processes=1, **build)
+    assert not list(folder.glob("life-*"))
+    assert same_files(expected, tmp_path / "out")
+    assert capfd.readouterr().out == ""
+
+
+def test_teachers_that_fail(cluster, photos, tmp_path):
+    build = {"engine": "ray", "ray_address": cluster.address, **BUILD}
+    with pytest.raises(TeacherError, match=r"^teacher python:ferkd_tiny_teachers:nan gave NaN") as raised:
+        fd.build(photos, tmp_path / "a", teachers=["python:ferkd_tiny_teachers:nan"], **build)
+    assert "raise_if_wrong" in str(raised.value.__cause__)
+    slow = (
+        r"^teacher python:ray_teachers:hanging: no answer for a batch of shard 0 within 0.5 sec.*worker 0 \(node .* was"
+    )
+    with pytest.raises(TeacherError, match=slow):
+        fd.build(photos, tmp_path / "b", teachers=["python:ray_teachers:hanging"], teacher_timeout=0.5, **build)
+
+
+def command(photos, out, *more):
+    build = [sys.executable, "-m", "ferkd_data_cli.main", "build", str(photos), str(out)]
+    return [*build, "--teacher", "python:ray_teachers:slow", "--engine", "ray", "--batch-size", "8", *OPTIONS, *more]
+
+
+def start(arguments, out):
+    """The process, well into a shard that comes after the first of this run."""
+    before = len(list(out.glob(".build/shards/*.json")))
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len(list(out.glob(".build/shards/*.json"))) > before or process.poll() is not None)
+    time.sleep(0.3)
+    return process
+
+
+def test_a_driver_that_is_stopped_and_one_that_is_killed(cluster, folder, photos, undisturbed, tmp_path):
+    """SIGTERM on a Ray of the build's own, kill -9 on a cluster; each time the next run goes on."""
+    expected, out = undisturbed("slow"), tmp_path / "out"
+    (folder / "slow").touch()
+    (folder / "together").unlink(missing_ok=True)
+    stopped = start(command(photos, out, "--processes", "1"), out)
+    stopped.terminate()
+    printed, complaints = stopped.communicate(timeout=60)
+    assert stopped.returncode == STOPPED, complaints
+    lines = complaints.splitlines()
+    assert printed == "" and all(" images, " in line for line in lines[:-1]), complaints
+    assert lines[-1] == "ferkd-data: stopped on request; run the same command again to go on where it stopped"
+    finished = len(list(out.glob(".build/shards/*.json")))
+    assert finished == 2 and not list(out.rglob("*.tmp"))
+
+    killed = start(command(photos, out, "--ray-address", cluster.address), out)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert 3 <= len(list(out.glob(".build/shards/*.json"))) < 5
+    (folder / "slow").unlink()
+    reports = []
+    build = {"teachers": ["python:ray_teachers:slow"], "engine": "ray", "ray_address": cluster.address, **BUILD}
+    fd.build(photos, out, on_progress=reports.append, **build)
+    assert reports[0].shards_done >= 3
+    assert same_files(expected, out)
+
+
+def wait_until(true, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
