@@ -23,8 +23,8 @@ from ferkd_data.builder.state import BuildFolder, ShardRecord
 from ferkd_data.builder.stop import Stop
 from ferkd_data.errors import BuildError
 
-TRIES_TO_OPEN = 3
-"""By Ray: so many deaths in a row before a worker was ready mean that it never will be."""
+DEATHS_AT_START = 3
+"""So many deaths of one worker in a row before it was ready mean that it never will be."""
 POLL_SECONDS = 0.5
 SIZE_SECONDS = 10.0
 """How often the cluster is asked what it has room for."""
@@ -37,11 +37,13 @@ VISIBLE_SECONDS = 90.0
 @dataclass(kw_only=True, eq=False)
 class Member:
     number: int
-    actor: Any
     name: str
+    actor: Any = None
     call: Any = None
     """What it was asked to do: to get ready, or a stream of messages about `shard`. None while it is idle."""
     shard: int | None = None
+    starts: int = 0
+    deaths_at_start: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -71,8 +73,7 @@ class RayCrew:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for member in self.members:
-            with contextlib.suppress(self.ray.exceptions.RayError):
-                self.ray.kill(member.actor)
+            self._kill(member)
 
     def label(self, shards: Sequence[int]) -> None:
         """Returns when each of `shards` has its record. Raises what a worker raised, or BuildError."""
@@ -99,33 +100,29 @@ class RayCrew:
         if now - self.size_from > SIZE_SECONDS or not self.members:
             self.size, self.size_from = self.fleet.size(), now
         while len(self.members) < min(self.size, len(self.todo) + self._in_work()):
-            self._start(len(self.members))
+            self.members.append(Member(number=len(self.members), name=f"worker {len(self.members)}"))
+            self._start(self.members[-1])
         if self.patient_until is not None and now > self.patient_until:
             self.patient_until = None
             log.warning("Ray has started no worker yet: each asks for %s; `ray status` shows what is free", self.fleet)
 
-    def _start(self, number: int) -> None:
-        # Ray starts the actor again where there is room when its process or node dies, and calls `open` again.
+    def _start(self, member: Member) -> None:
+        """Ray finds a place for it, and waits for one where there is none."""
+        member.starts += 1
         actor = self.ray.remote(Labeller).options(
-            name=f"ferkd-data {self.job.out.name} {self.token} worker {number}",
+            name=f"ferkd-data {self.job.out.name} {self.token} worker {member.number} start {member.starts}",
             num_cpus=self.fleet.cpus,
             num_gpus=self.fleet.gpus,
-            max_restarts=-1,
         )
-        handle = actor.remote(
+        member.actor = actor.remote(
             self.job, self.fleet.device, driver_folder=str(Path.cwd()), driver_version=ferkd_data.__version__
         )
-        self.members.append(Member(number=number, actor=handle, name=f"worker {number}"))
-        self._open(self.members[-1])
-
-    def _open(self, member: Member) -> None:
-        member.call = member.actor.open.options(name="get ready", max_task_retries=TRIES_TO_OPEN - 1).remote()
+        member.call = member.actor.open.options(name="get ready").remote()
 
     def _give(self, member: Member) -> None:
         member.shard = self.todo.take()
         self.counter.shard_begun(member.shard, member.number)
-        # A shard is not retried by Ray: another worker is free for it sooner, and the deaths are counted.
-        label = member.actor.label.options(name=f"shard {member.shard}", num_returns="streaming", max_task_retries=0)
+        label = member.actor.label.options(name=f"shard {member.shard}", num_returns="streaming")
         member.call = label.remote(member.shard)
 
     def _with_news(self) -> list[Member]:
@@ -146,6 +143,7 @@ class RayCrew:
             self._bury(member, error)
             return
         if isinstance(message, Opened):
+            member.deaths_at_start = 0
             place = f"{self.fleet.device} of node {message.node}, process {message.process}"
             member.name = f"worker {member.number} ({place})"
             member.call = None
@@ -180,18 +178,30 @@ class RayCrew:
         return record
 
     def _bury(self, member: Member, error: Exception) -> None:
-        """Its process or node died, or cannot be reached."""
+        """Its process or node died, or cannot be reached: a new actor takes its place, and any worker its shard.
+
+        Ray's own restarts do not say how often a process died, and an actor that waits to be restarted keeps its shard.
+        """
         if self.stop.requested:  # who stops a batch job often signals all its processes, Ray's own too
             raise self.stop.error()
         how = f"{member} ({type(error).__name__})"
         self.counter.worker_died(member.number, how, member.shard)
-        if member.shard is None:
-            raise BuildError(
-                f"{TRIES_TO_OPEN} workers in a row died before they were ready, the last was {how}: {_last_line(error)}"
-            ) from error
-        shard, member.shard = member.shard, None
-        self.todo.give_back(shard, how)
-        self._open(member)
+        self._kill(member)
+        if member.shard is not None:
+            shard, member.shard = member.shard, None
+            self.todo.give_back(shard, how)
+        else:
+            member.deaths_at_start += 1
+            if member.deaths_at_start >= DEATHS_AT_START:
+                raise BuildError(
+                    f"{DEATHS_AT_START} workers in a row died before they were ready, the last was {how}: "
+                    f"{_last_line(error)}"
+                ) from error
+        self._start(member)
+
+    def _kill(self, member: Member) -> None:
+        with contextlib.suppress(self.ray.exceptions.RayError):
+            self.ray.kill(member.actor)
 
 
 def _last_line(error: Exception) -> str:

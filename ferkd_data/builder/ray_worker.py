@@ -30,8 +30,6 @@ REPORT_SECONDS = 1.0
 
 
 class Labeller:
-    """Made anew by Ray, from the same arguments, in another process when that of the first one died."""
-
     def __init__(self, job: Job, device: str, *, driver_folder: str, driver_version: str) -> None:
         self.job = job
         self.device = device
