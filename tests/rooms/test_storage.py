@@ -33,6 +33,15 @@ def test_a_file_appears_whole_and_under_its_name_only_at_the_end(tmp_path):
     assert path.read_bytes() == b"whole" and names(path.parent) == ["a.bin"]
 
 
+def test_two_writers_with_the_same_process_number_do_not_meet(tmp_path):
+    """As on two machines that share the folder."""
+    path = tmp_path / "a.bin"
+    with write_atomically(path) as one, write_atomically(path) as two:
+        one.write_bytes(b"one")
+        two.write_bytes(b"two")
+    assert path.read_bytes() == b"one" and names(tmp_path) == ["a.bin"]
+
+
 def test_a_failure_keeps_the_old_file_and_leaves_nothing_aside(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
