@@ -12,7 +12,7 @@ import pytest
 from label_sets import SMALL, same_files
 
 import ferkd_data as fd
-from ferkd_data.builder.events import Progress, WorkerDied, WorkerStarted
+from ferkd_data.builder.events import WorkerDied, WorkerStarted
 from ferkd_data.errors import BuildError, TeacherError
 
 STOPPED = 143
@@ -50,19 +50,23 @@ def deadly():
 
 
 class Slow(Tiny):
-    """Slow while a file `slow` is there, and waits for others to work beside it while there is a file `together`."""
+    """Slow while a file `slow` is there; waits while a file says that its process is to, or all for somebody beside."""
 
     def forward(self, x):
         if len(x) > 1:
             (FOLDER / f"at-work-{os.getpid()}").touch()
             until = time.monotonic() + 60
-            while (FOLDER / "together").exists() and len(list(FOLDER.glob("at-work-*"))) < 2:
+            while self.waits():
                 if time.monotonic() > until:
-                    raise TimeoutError("nobody came")
+                    raise TimeoutError("waited in vain")
                 time.sleep(0.05)
             if (FOLDER / "slow").exists():
                 time.sleep(0.4)
         return super().forward(x)
+
+    def waits(self):
+        alone = len(list(FOLDER.glob("at-work-*"))) < 2
+        return (FOLDER / f"wait-{os.getpid()}").exists() or ((FOLDER / "together").exists() and alone)
 
 
 def slow():
@@ -118,22 +122,24 @@ def undisturbed(folder, photos, tmp_path_factory):
 
 
 def test_a_node_joins_and_is_lost(cluster, folder, photos, undisturbed, tmp_path):
-    """The second node comes when the first is at work, and is killed in its first shard."""
+    """The second node comes when a worker is ready on the first, and is killed in its first shard."""
     expected = undisturbed("slow")
     for path in folder.glob("at-work-*"):
         path.unlink()
-    (folder / "slow").touch()
-    nodes, events = [], []
+    (folder / "together").touch()
+    nodes, events, started = [], [], []
 
     class Watcher:
         def see(self, event):
             events.append(event)
-            if isinstance(event, Progress) and not nodes:
-                (folder / "together").touch()
-                nodes.append(cluster.add_node(**ONE_CPU))
-            elif isinstance(event, Progress) and (folder / "slow").exists() and both_work(event):
-                cluster.remove_node(nodes[0], allow_graceful=False)
-                (folder / "slow").unlink()
+            if isinstance(event, WorkerStarted):
+                started.append(event.device.rpartition(" ")[2])
+                if len(started) == 1:
+                    nodes.append(cluster.add_node(**ONE_CPU))
+                elif len(started) == 2:
+                    (folder / f"wait-{started[1]}").touch()
+            elif nodes and len(started) > 1 and (folder / f"at-work-{started[1]}").exists():
+                cluster.remove_node(nodes.pop(), allow_graceful=False)
 
     fd.build(
         photos,
@@ -145,14 +151,9 @@ def test_a_node_joins_and_is_lost(cluster, folder, photos, undisturbed, tmp_path
         **BUILD,
     )
     assert same_files(expected, tmp_path / "out")
-    started = [event for event in events if isinstance(event, WorkerStarted)]
     (died,) = [event for event in events if isinstance(event, WorkerDied)]
-    assert died.worker in {event.worker for event in started[1:]} and "Error)" in died.how
-    assert all(event.device.startswith("cpu of node ") for event in started)
-
-
-def both_work(progress):
-    return sum(worker.crops_per_second > 0 for worker in progress.workers) == 2
+    assert not nodes and died.shard is not None and "Error)" in died.how and f"process {started[1]}" in died.how
+    assert all(event.device.startswith("cpu of node ") for event in events if isinstance(event, WorkerStarted))
 
 
 def test_killed_workers(cluster, folder, photos, undisturbed, tmp_path, capfd):
