@@ -90,6 +90,8 @@ class Resources:
             raise UsageError(f"engine must be local or ray, got {self.engine!r}")
         if self.ray_address is not None and self.engine != "ray":
             raise UsageError("a Ray address is of use with --engine ray only")
+        if self.gpus_per_teacher != 1 and self.engine != "ray":
+            raise UsageError("--gpus-per-teacher is of use with --engine ray only; --processes N runs N on each device")
         if not 0 < self.gpus_per_teacher <= 1:
             raise UsageError(f"gpus_per_teacher must be above 0 and at most 1, got {self.gpus_per_teacher:g}")
         if self.teacher_timeout is not None and self.teacher_timeout <= 0:

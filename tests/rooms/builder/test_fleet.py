@@ -65,8 +65,9 @@ def test_workers_on_cpus(fleet_of):
     [
         ({"engine": "slurm"}, "engine must be local or ray"),
         ({"ray_address": "auto"}, "--engine ray only"),
-        ({"gpus_per_teacher": 0}, "above 0 and at most 1"),
-        ({"gpus_per_teacher": 2}, "above 0 and at most 1"),
+        ({"gpus_per_teacher": 0.5}, "--gpus-per-teacher is of use with --engine ray only"),
+        ({"engine": "ray", "gpus_per_teacher": 0}, "above 0 and at most 1"),
+        ({"engine": "ray", "gpus_per_teacher": 2}, "above 0 and at most 1"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):

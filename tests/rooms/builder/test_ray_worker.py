@@ -110,6 +110,16 @@ def test_no_more_workers_than_shards_or_room(job, fleet):
         assert len(crew.members) == expected
 
 
+def test_waiting_for_a_place_is_said_once(job, fleet, monkeypatch, caplog):
+    monkeypatch.setattr("ferkd_data.builder.ray_crew.PATIENCE_SECONDS", -1)
+    crew = RayCrew(job, fleet, mock.Mock(), Stop())
+    crew.todo.add([0])
+    crew._grow()
+    crew._grow()
+    (said,) = caplog.messages
+    assert "no worker yet: each asks for 0.5 GPU and 1 CPU" in said
+
+
 def test_a_worker_that_dies_after_the_stop_is_the_stop(job, fleet):
     """A batch system may signal Ray's own processes at the same time."""
     stop = Stop(grace_seconds=60)
