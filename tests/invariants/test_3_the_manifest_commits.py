@@ -36,6 +36,8 @@ def test_kill_and_resume(photos, tiny_teachers, tmp_path, quick_process, layout)
         process.start()
         if moments.random() < 0.8:
             wait_for(out / ".build/plan.json")
+        if killed % 2:
+            wait_for_a_shard(out, process)
         process.join(moments.uniform(0.0, 1.0))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
@@ -76,7 +78,9 @@ def test_kill_and_resume_an_extension(photos, make_photos, tiny_teachers, tmp_pa
         process = quick_process.Process(target=extend_slowly, args=(more, out, 0.05))
         process.start()
         wait_for(out / ".build/plan.json")
-        process.join(moments.uniform(0.0, 1.0))
+        if killed % 2:
+            wait_for_a_shard(out, process)
+        process.join(moments.uniform(0.0, 0.5))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             killed += 1
@@ -92,6 +96,12 @@ def test_kill_and_resume_an_extension(photos, make_photos, tiny_teachers, tmp_pa
     fd.build(more, out, extend=True, crops=12, batch_size=16, device="cpu")
     assert same_rows(fresh, out) and fd.verify(out, images=more).faults == fd.verify(out).warnings == ()
     assert not (out / ".build").exists()
+
+
+def wait_for_a_shard(out, process):
+    """However slow the machine is."""
+    while process.is_alive() and not any(out.glob(".build/shards/*.json")):
+        time.sleep(0.02)
 
 
 def wait_for(path):
