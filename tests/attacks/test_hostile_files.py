@@ -263,3 +263,29 @@ def test_keys_that_would_escape_are_written_nowhere(copy, tmp_path):
     with pytest.raises(LabelSetError, match="not a path inside"):
         fd.export_fkd(copy, tmp_path / "deep/fkd")
     assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob("deep/*.tar"))
+
+
+@pytest.mark.parametrize("size", [-1024, 10**15])
+def test_members_of_sizes_that_cannot_be(tar_copy, size):
+    """A negative size leads older tarfiles back to where they were."""
+    retyped(tar_copy, lambda number, member: setattr(member, "size", size if number == 0 else member.size))
+    with pytest.raises(ShardError, match=f"member '.*' claims {size}"):
+        fd.open_labels(tar_copy).shard(0)
+
+
+def test_the_card_says_what_strangers_need(label_set):
+    labels = fd.open_labels(label_set)
+    fields = fd.CardFields(name="Tiny labels", license="cc0-1.0", author="Lab", published="2026-11-25")
+    card = render_card(labels, fields, "s3://bucket/tiny")
+    for said in (
+        f"the SHA-256 of `manifest.json`: `{labels.identity}`",
+        "@misc{tiny-labels2026,\n  title = {Tiny labels},\n  author = {Lab},\n  year = {2026},\n  url = {s3://bucket/tiny}",
+        "ECCV 2022 (FKD)",
+        "FerKD: Surgical Label Adaptation",
+        "| 0.95-1.00 |",
+        "Buckets by p_max: below 0.15 extreme hard",
+        "of the probability on the mean crop",
+        "seed 0; in blocks of 4",
+    ):
+        assert said in card, said
+    assert len(card.split("```python\n")[1].split("```")[0].strip().splitlines()) == 5
