@@ -39,10 +39,11 @@ def command(
     overwrite: bool,
     dry_run: bool,
 ) -> int:
-    """Send the label set in the folder LABELS to URL: a folder, s3://BUCKET/PATH or gs://BUCKET/PATH.
+    """Send the label set in the folder LABELS to URL: a folder, s3://BUCKET/PATH, gs://BUCKET/PATH, or
+    hf://datasets/ORG/NAME, which is made if need be.
 
-    The label set is verified first. Each file is read back; the manifest goes last. Run the same command again after an
-    interruption: what arrived is not sent again.
+    The label set is verified first. The digest of each file that arrived is compared; the manifest goes last. Run the
+    same command again after an interruption: what arrived is not sent again.
     """
     import ferkd_data as fd
 

@@ -35,7 +35,7 @@ from ferkd_data.shards import parquet, webdataset
 from ferkd_data.shards.checks import check_classes, check_probabilities
 from ferkd_data.shards.columns import ImageLabels, ShardLabels, class_index_dtype, concat_crops
 from ferkd_data.statistics import Statistics
-from ferkd_data.storage import default_cache_dir, inside
+from ferkd_data.storage import OpenFile, default_cache_dir, inside
 
 SHARDS_KEPT = 2
 """Shards that `labels[key]` keeps in memory."""
@@ -47,7 +47,7 @@ class Files(Protocol):
     @property
     def location(self) -> str: ...
 
-    def get(self, entry: FileEntry) -> Path:
+    def open(self, entry: FileEntry) -> OpenFile:
         """The file on this host, of the size that the manifest says. Raises LabelSetError, RemoteError."""
 
 
@@ -111,7 +111,7 @@ class LocalFiles:
     def location(self) -> str:
         return str(self.folder)
 
-    def get(self, entry: FileEntry) -> Path:
+    def open(self, entry: FileEntry) -> OpenFile:
         path = inside(self.folder, entry.path)
         try:
             size = path.stat().st_size
@@ -121,7 +121,7 @@ class LocalFiles:
             raise ShardError(f"{path}: is not a regular file")
         if size != entry.bytes:
             raise ShardError(f"{path}: {size} bytes, the manifest says {entry.bytes}; fetch or build it again")
-        return path
+        return OpenFile(path)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class CachedFiles:
     def location(self) -> str:
         return self.remote.url
 
-    def get(self, entry: FileEntry) -> Path:
+    def open(self, entry: FileEntry) -> OpenFile:
         return self.cache.fetch(self.remote, entry)
 
 
@@ -156,6 +156,16 @@ class LabelSet:
     def location(self) -> str:
         """The folder or the URL."""
         return self.files.location
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all files lie on this host, so that reading every key costs little."""
+        return isinstance(self.files, LocalFiles)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What a cache may hold of this set."""
+        return self.files.cache.limit if isinstance(self.files, CachedFiles) else DEFAULT_BYTES
 
     def __repr__(self) -> str:
         return f"LabelSet({self.location!r}, images={len(self)}, crops={self.num_crops}, top_k={self.top_k})"
@@ -231,20 +241,23 @@ class LabelSet:
     def raw_block(self, shard: int, block: int) -> ShardLabels:
         """As `block`, with the right shape and types but whatever values the file holds."""
         entry = self.manifest.shards[shard]
-        path = self.file(entry.files[block])
-        if self.manifest.layout == "parquet":
-            return parquet.read_labels(
-                path,
-                rows=entry.rows,
-                num_crops=self.manifest.block_crops(block),
-                top_k=self.top_k,
-                num_classes=self.num_classes,
-            )
-        return self._checked(path, entry, [row for row, _ in webdataset.read_rows(path)])
+        with self.open(entry.files[block]) as file:
+            if self.manifest.layout == "parquet":
+                return parquet.read_labels(
+                    file.path,
+                    rows=entry.rows,
+                    num_crops=self.manifest.block_crops(block),
+                    top_k=self.top_k,
+                    num_classes=self.num_classes,
+                )
+            return self._checked(file.path, entry, [row for row, _ in webdataset.read_rows(file.path)])
 
-    def file(self, entry: FileEntry) -> Path:
-        """A file of this set on this host, of the size that the manifest says. Raises ShardError, RemoteError."""
-        return self.files.get(entry)
+    def open(self, entry: FileEntry) -> OpenFile:
+        """A file of this set on this host, of the size that the manifest says. Raises ShardError, RemoteError.
+
+        Its path is good for as long as it is open: the cache may drop it afterwards.
+        """
+        return self.files.open(entry)
 
     def locate(self, key: str) -> tuple[int, int]:
         """(shard, row in the shard) of an image. Raises KeyError.
@@ -302,14 +315,14 @@ class LabelSet:
         return self._read_keys(self.manifest.shards[shard])
 
     def _read_keys(self, entry: ShardEntry) -> list[str]:
-        path = self.file(entry.files[0])
-        if self.manifest.layout == "parquet":
-            return parquet.read_keys(path, rows=entry.rows)
-        return [sample.key for sample in webdataset.scan(path)]
+        with self.open(entry.files[0]) as file:
+            if self.manifest.layout == "parquet":
+                return parquet.read_keys(file.path, rows=entry.rows)
+            return [sample.key for sample in webdataset.scan(file.path)]
 
     def fetch(self, shard: int, block: int) -> None:
         """See to it that `block(shard, block)` finds its files on this host. Raises ShardError, RemoteError."""
-        self.file(self.manifest.shards[shard].files[block])
+        self.open(self.manifest.shards[shard].files[block]).close()
 
     def _checked(self, path: Path, entry: ShardEntry, rows: list[ImageLabels]) -> ShardLabels:
         expected = (self.manifest.num_crops, self.top_k)
@@ -352,6 +365,14 @@ class EnsembleLabels(LabelSet):
     @property
     def location(self) -> str:
         return " + ".join(labels.location for labels in self.sets)
+
+    @property
+    def is_local(self) -> bool:
+        return all(labels.is_local for labels in self.sets)
+
+    @property
+    def cache_bytes(self) -> int:
+        return min(labels.cache_bytes for labels in self.sets)
 
     def block(self, shard: int, block: int) -> ShardLabels:
         stored = self.manifest.thresholds

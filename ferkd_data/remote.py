@@ -384,14 +384,34 @@ def _log_in(what: str) -> str:
     return LOG_IN.get(what.partition("://")[0], "only files that anybody may read can be had over HTTP")
 
 
-def hub_address(url: str) -> str:
-    """Where the hub serves the files of `hf://datasets/ORG/NAME[@REVISION][/FOLDER]`. Raises UsageError."""
-    match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[\w.-]+)*)", url)
+@dataclass(frozen=True)
+class HubPlace:
+    """`hf://datasets/ORG/NAME[@REVISION][/FOLDER]`"""
+
+    repository: str
+    revision: str
+    folder: str
+    """With a slash at its end, or empty."""
+
+
+def parse_hub_url(url: str) -> HubPlace:
+    """Raises UsageError."""
+    match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[\w.-]+)*)/?", url)
     if match is None or ".." in url:
         raise UsageError(f"{url}: is not of the form hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
     repository, revision, folder = match.groups()
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return f"{endpoint}/datasets/{repository}/resolve/{revision or 'main'}{folder}"
+    return HubPlace(repository, revision or "main", f"{folder[1:]}/" if folder else "")
+
+
+def hub_endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def hub_address(url: str) -> str:
+    """Where the hub serves the files. Raises UsageError."""
+    place = parse_hub_url(url)
+    folder = f"/{place.folder}".rstrip("/")
+    return f"{hub_endpoint()}/datasets/{place.repository}/resolve/{place.revision}{folder}"
 
 
 def hub_headers() -> dict[str, str]:

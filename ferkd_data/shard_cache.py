@@ -1,7 +1,8 @@
-"""Shards of remote label sets on this host: fetched once, checked once, bounded in size, shared by all processes.
+"""Shards of label sets on this host: made once, checked once, bounded in size, shared by all processes.
 
-A file is named by its SHA-256, so label sets that share files share them here, and a name is a promise kept at arrival.
-The least recently used files go first; what was used within `GRACE_SECONDS` stays, since somebody may be opening it.
+A fetched file is named by its SHA-256, so label sets that share files share them here, and a name is a promise kept at
+arrival. The least recently used files go first. A file that any process has open stays: whoever opens one holds a
+shared lock on it, which ends with the process however that ends.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ferkd_data.errors import StorageFullError
 from ferkd_data.manifest import FileEntry
-from ferkd_data.remote import Remote, part_of
+from ferkd_data.remote import Remote
+from ferkd_data.storage import OpenFile
 
 DEFAULT_BYTES = 50 * 10**9
-GRACE_SECONDS = 60.0
+LEFTOVER_SECONDS = 3600.0
+"""A half-written file untouched for so long is nobody's any more."""
 LOCKS = "locks"
 
 
@@ -28,29 +31,39 @@ LOCKS = "locks"
 class ShardCache:
     folder: Path
     limit: int = DEFAULT_BYTES
-    """Bytes that may be kept; what is in use at once may exceed it."""
+    """Bytes that may be kept; what is open at once may exceed it."""
 
-    def fetch(self, remote: Remote, entry: FileEntry) -> Path:
-        """The file, on this host. Raises RemoteError, StorageFullError when the disk is full."""
-        path = self.folder / entry.sha256[:2] / (entry.sha256 + PurePosixPath(entry.path).suffix)
-        if not _touch(path):
-            with _locked(self.folder / LOCKS / entry.sha256[:3]):
-                if not _touch(path):
-                    self._make_room(entry.bytes, keep=path)
-                    remote.download(entry.path, path, size=entry.bytes, sha256=entry.sha256)
-        return path
+    def fetch(self, remote: Remote, entry: FileEntry) -> OpenFile:
+        """A file of a label set. Raises RemoteError, StorageFullError when the disk is full."""
 
-    def _make_room(self, wanted: int, keep: Path) -> None:
-        """Remove the least recently used files until `wanted` bytes more stay within the limit."""
+        def download(path: Path) -> None:
+            remote.download(entry.path, path, size=entry.bytes, sha256=entry.sha256)
+
+        return self.open(entry.sha256 + PurePosixPath(entry.path).suffix, entry.bytes, download)
+
+    def open(self, name: str, size: int, make: Callable[[Path], None]) -> OpenFile:
+        """The file of this name, which says all about its content; `make` writes it where it is not there in this size.
+
+        Making one kind of file (by its ending) may open files of another kind, as long as that goes one way only.
+        """
+        path = self.folder / name[:2] / name
+        found = _open(path, size)
+        if found is None:
+            with _locked(self.folder / LOCKS / (name[:3] + path.suffix)):
+                while (found := _open(path, size)) is None:
+                    self._make_room(size)
+                    make(path)
+        return found
+
+    def _make_room(self, wanted: int) -> None:
+        """Remove the least recently used files until `wanted` bytes more stay within the limit and find a place."""
         with _locked(self.folder / LOCKS / "all"):
             files = sorted(self._files(), key=lambda file: file[1])
             total = sum(size for _, _, size in files) + wanted
-            young = time.time() - GRACE_SECONDS
             for path, used, size in files:
-                if total <= self.limit:
+                if total <= self.limit and shutil.disk_usage(self.folder).free >= wanted:
                     break
-                if used < young and path != part_of(keep):
-                    path.unlink(missing_ok=True)
+                if _remove(path, used):
                     total -= size
         free = shutil.disk_usage(self.folder).free
         if free < wanted:
@@ -60,25 +73,46 @@ class ShardCache:
             )
 
     def _files(self) -> Iterator[tuple[Path, float, int]]:
-        for path in self.folder.glob("??/*"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:
-                continue
-            yield path, stat.st_mtime, stat.st_size
-        for path in self.folder.glob("??/.*.part"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:
-                continue
-            yield path, stat.st_mtime, stat.st_size
+        """(path, time of last use, bytes) of all files, half-written ones too."""
+        for folder in self.folder.glob("??"):
+            for path in folder.iterdir():
+                try:
+                    stat = path.stat()
+                except FileNotFoundError:
+                    continue
+                yield path, stat.st_mtime, stat.st_size
 
 
-def _touch(path: Path) -> bool:
-    """Mark a file as used now; False where it is not there."""
+def _open(path: Path, size: int) -> OpenFile | None:
+    """Open a file, mark it as used now, and see to it that it stays; None where it is not there, or damaged."""
     try:
+        file = OpenFile(path)
         os.utime(path)
     except FileNotFoundError:
+        return None
+    fcntl.flock(file.descriptor, fcntl.LOCK_SH)
+    found = os.fstat(file.descriptor)
+    if found.st_nlink and found.st_size == size:
+        return file
+    if found.st_nlink:
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _remove(path: Path, used: float) -> bool:
+    """Remove a file that nobody has open; False where somebody has, or is writing it."""
+    if path.name.startswith("."):
+        if used > time.time() - LEFTOVER_SECONDS:
+            return False
+        path.unlink(missing_ok=True)
+        return True
+    try:
+        with OpenFile(path) as file:
+            fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
         return False
     return True
 

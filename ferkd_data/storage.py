@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import mmap
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any, cast
 
 from ferkd_data.errors import LabelSetError, SourceError, StorageFullError
@@ -19,8 +21,10 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def write_atomically(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is synced to disk and renamed, on failure removed.
+
+    Without `sync`, the file may be lost with the power, which is good enough for what can be made again.
 
     Raises StorageFullError when the disk is full.
     """
@@ -30,9 +34,11 @@ def write_atomically(path: Path) -> Iterator[Path]:
     try:
         with explain_full_disk(path):
             yield aside
-            _sync(aside)
+            if sync:
+                _sync(aside)
         aside.replace(path)
-        _sync(path.parent)
+        if sync:
+            _sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -70,6 +76,39 @@ def default_cache_dir() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ferkd-data"
+
+
+class OpenFile:
+    """A file kept open for reading at offsets, by any thread; closed with its last reference at the latest."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Fewer bytes where the file ends."""
+        return os.pread(self.descriptor, length, offset)
+
+    def map(self) -> mmap.mmap:
+        """The whole file, which must not be empty. The map counts as a reference to what is open."""
+        return mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def sha256_file(path: Path) -> str:

@@ -122,10 +122,10 @@ class _Extension:
             if not entry.rows:
                 yield [], [], []
                 continue
-            path = self.labels.file(entry.files[0])
-            if self.base.manifest.layout == "parquet":
-                yield parquet.read_identities(path, rows=entry.rows)
-                continue
-            samples = list(webdataset.scan(path))
+            with self.labels.open(entry.files[0]) as file:
+                if self.base.manifest.layout == "parquet":
+                    yield parquet.read_identities(file.path, rows=entry.rows)
+                    continue
+                samples = list(webdataset.scan(file.path))
             targets = [None if sample.target == UNKNOWN_TARGET else sample.target for sample in samples]
             yield [sample.key for sample in samples], targets, []

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ferkd_data import rng
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.exchange import fkd
 from ferkd_data.images import open_source
@@ -72,18 +73,19 @@ def convert(
         if table is not None:
             shutil.rmtree(table.folder)
     rejects = source.manifest.rejects
-    shutil.copyfile(source.file(rejects), out / rejects.path)
+    with source.open(rejects) as opened:
+        shutil.copyfile(opened.path, out / rejects.path)
     changes = {"layout": layout, "crops_per_block": block, "shards": tuple(entries)}
     return write_manifest(out, source.manifest.model_copy(update=changes))
 
 
 def _rows(source: LabelSet, shard: ShardEntry, table: ImageTable | None) -> Iterator[Row]:
     if source.manifest.layout == "webdataset":
-        yield from webdataset.read_rows(source.file(shard.files[0]))
+        with source.open(shard.files[0]) as opened:
+            yield from webdataset.read_rows(opened.path)
         return
-    first = int(source.first_row[shard.index])
-    for row, labels in enumerate(source.shard(shard.index)):
-        data = b"" if table is None else table.read(first + row)
+    for labels in source.shard(shard.index):
+        data = b"" if table is None else table.read_key(rng.hash64(labels.key))
         if table is not None and image_digest(data) != labels.image_digest:
             raise LabelSetError(f"image {labels.key!r} is not the one that was labelled (its digest differs)")
         yield labels, data

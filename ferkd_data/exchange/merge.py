@@ -245,11 +245,11 @@ def _write_rejects(out: Path, sets: Sequence[LabelSet], kind: Kind) -> RejectsEn
     with write_atomically(path) as aside, RejectWriter(aside) as writer:
         for labels in sets if kind == "images" else sets[:1]:
             entry = labels.manifest.rejects
-            file = labels.file(entry)
-            columns = (
-                parquet.read_texts(file, name, rows=entry.rows, longest=LONGEST_DETAIL)
-                for name in ("key", "reason", "detail")
-            )
+            with labels.open(entry) as opened:
+                columns = [
+                    list(parquet.read_texts(opened.path, name, rows=entry.rows, longest=LONGEST_DETAIL))
+                    for name in ("key", "reason", "detail")
+                ]
             for key, reason, detail in zip(*columns, strict=True):
                 writer.add(Reject(key=key, reason=reason, detail=detail))
     return RejectsEntry(path=REJECTS, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path))

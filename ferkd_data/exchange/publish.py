@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ferkd_data.errors import ManifestError, PublishError, UsageError
 from ferkd_data.exchange.card import CardFields, render_card
 from ferkd_data.exchange.croissant import render_croissant
+from ferkd_data.exchange.places import open_place, open_target
+from ferkd_data.exchange.sending import FileToSend
 from ferkd_data.exchange.signing import SIGNATURE, sign
 from ferkd_data.exchange.verify import verify
 from ferkd_data.label_set import LabelSet, open_labels, read_remote_manifest
 from ferkd_data.manifest import FILE_NAME
-from ferkd_data.remote import Remote, Retries, is_remote, open_remote
-from ferkd_data.storage import default_cache_dir, inside, sha256_file
+from ferkd_data.remote import Remote, Retries, is_remote
+from ferkd_data.storage import inside, sha256_file
 
 README, CROISSANT = "README.md", "croissant.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileToSend:
-    name: str
-    file: Path
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,51 +52,40 @@ def publish(
     retries: Retries | None = None,
     on_progress: OnSent | None = None,
 ) -> PublishResult:
-    """Send the label set in `path` to `url`, a folder, s3:// or gs://, with a card and Croissant metadata beside it.
+    """Send the label set in `path` to `url`: a folder, s3://, gs:// or hf://datasets/ORG/NAME.
 
-    Every file is read back and its digest compared; the manifest goes last, so nobody ever opens half a label set.
+    With it go a card and Croissant metadata.
+
+    The digest of every file that arrived is compared; the manifest goes last, so nobody ever opens half a label set.
     After an interruption, what arrived is not sent again. A README.md in `path` is sent in place of the generated card.
     With `sign_with`, an OpenSSH key, a signature of the manifest goes with it; one that lies in `path` goes as it is.
 
-    Raises SignatureError; PublishError when the label set has faults or the place holds another label set, RemoteError.
+    Raises SignatureError; PublishError when the label set has faults or the place holds another label set, RemoteError,
+    MissingExtraError for the hub.
     """
     labels = open_labels(path)
     if is_remote(labels.location):
         raise UsageError(f"{path}: publish takes a folder; fetch the label set first: ferkd-data pull {path} DIR")
     target = open_target(url, retries)
+    place = open_place(target, labels.identity, workers)
     _check(labels)
     _check_place(target, labels, overwrite)
     with tempfile.TemporaryDirectory(prefix="ferkd-data-publish-") as scratch:
         files, manifest = _files(labels, url, card, Path(scratch))
         files += _signature(labels, sign_with, Path(scratch))
-        journal = _Journal(labels, target)
-        missing = [file for file in files if not journal.holds(target, file)]
+        missing = place.missing(files)
         skipped = len(files) - len(missing)
         if dry_run:
             return PublishResult(url=url, sent=(*missing, manifest), skipped=skipped)
         total = sum(file.bytes for file in missing)
         done = 0
-        for file in _send_all(target, missing, workers):
-            journal.add(file)
+        for file in place.send(missing):
             done += file.bytes
             if on_progress:
                 on_progress(done, total)
-        target.upload(manifest.file, manifest.name, size=manifest.bytes, sha256=manifest.sha256)
-        journal.remove()
+        list(place.send(place.missing([manifest])))
+        place.finish()
     return PublishResult(url=url, sent=(*missing, manifest), skipped=skipped)
-
-
-def open_target(url: str, retries: Retries | None = None) -> Remote:
-    """A place to write to. Raises UsageError for one that cannot be written."""
-    scheme = url.partition("://")[0] if "://" in url else "file"
-    if scheme in ("http", "https"):
-        raise UsageError(f"{url}: HTTP servers are read only here; publish to a folder, s3:// or gs://")
-    if scheme == "hf":
-        raise UsageError(
-            f"{url}: publish to a folder, then send it with the hub's own resumable uploader: "
-            "hf upload-large-folder ORG/NAME --repo-type=dataset FOLDER"
-        )
-    return open_remote(url if "://" in url else Path(url).absolute().as_uri(), retries)
 
 
 def _check(labels: LabelSet) -> None:
@@ -156,47 +138,3 @@ def _signature(labels: LabelSet, key: str | Path | None, scratch: Path) -> list[
 
 def _to_send(name: str, file: Path) -> FileToSend:
     return FileToSend(name=name, file=file, bytes=file.stat().st_size, sha256=sha256_file(file))
-
-
-def _send_all(target: Remote, files: list[FileToSend], workers: int) -> Iterator[FileToSend]:
-    """Send several files at a time; yields each once it has arrived. The first failure ends it."""
-
-    def send(file: FileToSend) -> FileToSend:
-        target.upload(file.file, file.name, size=file.bytes, sha256=file.sha256)
-        return file
-
-    pending: set[Future[FileToSend]] = set()
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="ferkd-publish")
-    try:
-        for file in files:
-            pending.add(executor.submit(send, file))
-            if len(pending) >= 2 * workers:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-class _Journal:
-    """Which files of this label set have been read back from this place; spares reading them again after a kill."""
-
-    def __init__(self, labels: LabelSet, target: Remote) -> None:
-        place = hashlib.sha256(target.url.encode()).hexdigest()[:16]
-        self._path = default_cache_dir() / "publish" / f"{labels.identity[:32]}-{place}.txt"
-        self._arrived = set(self._path.read_text().split()) if self._path.exists() else set()
-
-    def holds(self, target: Remote, file: FileToSend) -> bool:
-        if file.sha256 in self._arrived and target.size(file.name) == file.bytes:
-            return True
-        return target.holds(file.name, size=file.bytes, sha256=file.sha256)
-
-    def add(self, file: FileToSend) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as stream:
-            stream.write(f"{file.sha256}\n")
-
-    def remove(self) -> None:
-        self._path.unlink(missing_ok=True)

@@ -168,10 +168,10 @@ class _Check:
 
     def _read(self, entry: ShardEntry, file: BlockEntry, found: _Found) -> ShardLabels | None:
         try:
-            path = self.labels.file(file)
-            if sha256_file(path) != file.sha256:
-                raise ShardError(f"{path}: the bytes are not those of the manifest (SHA-256 differs)")
-            labels = self.labels.raw_block(entry.index, file.block)
+            with self.labels.open(file) as opened:
+                if sha256_file(opened.path) != file.sha256:
+                    raise ShardError(f"{opened.path}: the bytes are not those of the manifest (SHA-256 differs)")
+                labels = self.labels.raw_block(entry.index, file.block)
         except (LabelSetError, RemoteError, OSError) as error:
             found.faults.append(Fault(file=file.path, message=_without_path(error, self.labels.location, file.path)))
             return None
@@ -236,10 +236,10 @@ class _Check:
     def _rejects(self) -> None:
         entry = self.manifest.rejects
         try:
-            path = self.labels.file(entry)
-            if sha256_file(path) != entry.sha256:
-                raise ShardError(f"{path}: the bytes are not those of the manifest (SHA-256 differs)")
-            reasons = parquet.read_texts(path, "reason", rows=entry.rows)
+            with self.labels.open(entry) as opened:
+                if sha256_file(opened.path) != entry.sha256:
+                    raise ShardError(f"{opened.path}: the bytes are not those of the manifest (SHA-256 differs)")
+                reasons = parquet.read_texts(opened.path, "reason", rows=entry.rows)
         except (LabelSetError, RemoteError, OSError) as error:
             self.add(Fault(file=entry.path, message=_without_path(error, self.labels.location, entry.path)))
             return

@@ -29,10 +29,11 @@ from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, LoaderError
 from ferkd_data.images import decode_rgb
 from ferkd_data.loader.draw import BlockDraws, draw, epoch_draws
-from ferkd_data.loader.image_table import MISSING, ImageTable, give_memory_back
+from ferkd_data.loader.image_table import Images, give_memory_back
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import InChunks, epoch_order
 from ferkd_data.loader.plan import Window
+from ferkd_data.loader.shard_records import ShardRecords
 from ferkd_data.replay import Interpolation, replay
 from ferkd_data.selfmix import SelfMix
 from ferkd_data.storage import image_digest
@@ -106,7 +107,7 @@ class Labelled(NamedTuple):
 class BatchMaker:
     """`maker.make(work)` is a pure function of the window and the settings, whichever process calls it."""
 
-    def __init__(self, cache: LabelCache, images: ImageTable, settings: BatchSettings) -> None:
+    def __init__(self, cache: LabelCache | ShardRecords, images: Images, settings: BatchSettings) -> None:
         self.cache = cache
         self.images = images
         self.settings = settings
@@ -125,9 +126,15 @@ class BatchMaker:
 
     def labelled(self, window: Window) -> Labelled:
         """Which crops the window has, with the targets they have before any mixing."""
-        rows = self.rows(window)
+        order = self._order_of(window.epoch)
+        rows = order.rows(window.positions)
         draws = self._draws(window.epoch)
-        records = [self.cache.block(part.block)[rows] for part in draws]
+        stage = None
+        if isinstance(self.cache, ShardRecords):
+            stage = order.stage(window.positions)
+            self.cache.stage(stage, {part.block for part in draws})
+        self.images.stage(stage)
+        records = [self.cache.take(part.block, rows) for part in draws]
         calibration = self._calibration(window.epoch)
         drawn = self._draw(records, draws, calibration)
         targets = self._targets(window, drawn, records[0]["target"], calibration)
@@ -143,26 +150,26 @@ class BatchMaker:
         return Made(made.index.numpy(), made.weight.numpy(), made.floor.numpy(), batches, list(skipped.values()))
 
     def prepare_blocks(self, epoch: int) -> None:
-        """Unpack the blocks of an epoch before workers ask for them, and drop those it does not draw from."""
-        blocks = {part.block for part in self._draws(epoch)}
-        for block in sorted(blocks):
-            self.cache.block(block)
-        self.cache.drop_except(blocks)
+        """See to what an epoch needs before workers ask for it."""
+        self.cache.prepare({part.block for part in self._draws(epoch)})
         give_memory_back()
 
     def rows(self, window: Window) -> npt.NDArray[np.int64]:
         """The label set's rows of a window's images."""
-        if self._order is None or self._order[0] != window.epoch:
+        return self._order_of(window.epoch).rows(window.positions)
+
+    def _order_of(self, epoch: int) -> InChunks:
+        if self._order is None or self._order[0] != epoch:
             settings = self.settings
             order = epoch_order(
                 settings.order,
                 self._shard_rows,
                 seed=settings.seed,
-                epoch=window.epoch,
+                epoch=epoch,
                 shards_together=settings.shards_together,
             )
-            self._order = (window.epoch, InChunks(order, len(self.cache.labels)))
-        return self._order[1].rows(window.positions)
+            self._order = (epoch, InChunks(order, len(self.cache.labels)))
+        return self._order[1]
 
     def _draws(self, epoch: int) -> tuple[BlockDraws, ...]:
         labels = self.cache.labels
@@ -238,9 +245,7 @@ class BatchMaker:
 
     def read(self, row: int, record: np.void, epoch: int) -> bytes:
         """An image's encoded bytes. Raises ImageError when it is missing, or another one than was labelled."""
-        if self.images.position[row] == MISSING:
-            raise ImageError("missing_image", "the image source has no image of this key")
-        data = self.images.read(row)
+        data = self.images.read(row, record)
         check = self.settings.verify_images
         if check == "always" or (check == "first_epoch" and epoch == self.first_epoch):
             if image_digest(data) != record["image_digest"].tobytes():

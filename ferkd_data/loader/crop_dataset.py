@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,8 +51,7 @@ class CropDataset(Dataset[Item]):
         """The arguments are those of `CropLoader`. Raises UsageError and LabelSetError as it does."""
         if crops_per_image < 1:
             raise UsageError(f"crops_per_image must be at least 1, got {crops_per_image}")
-        table = open_images(labels, images, allow_missing=False)
-        weakref.finalize(self, shutil.rmtree, table.folder, ignore_errors=True)
+        table = open_images(labels, images, allow_missing=False, streamed=False)
         settings = BatchSettings(
             crops_per_image=crops_per_image,
             size=size,

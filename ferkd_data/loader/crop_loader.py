@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from numbers import Integral
@@ -25,6 +23,7 @@ from ferkd_data.loader.image_table import open_images
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import OrderKind, check_order
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, windows
+from ferkd_data.loader.shard_records import ShardRecords
 from ferkd_data.loader.workers import Workers
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
 from ferkd_data.selfmix import SelfMix
@@ -75,7 +74,9 @@ class CropLoader:
         selfmix: mixes crops of one image within the batch; needs spread=False and M >= 2.
         spread: decode an image once, but put its M crops into M different batches out of a window of this many
             (True: 2 * M). A worker holds `spread * batch_size` crops of 3 * size**2 bytes for each window in work.
-        order: global: any image may follow any other. shards: shards in random order, `shards_together` at a time.
+        order: global: any image may follow any other; a crop block is unpacked as a whole first. shards: shards in
+            random order, `shards_together` at a time; sequential: as the label set has them. These two read shard by
+            shard, and fetch the next ones in the background.
         pin_memory: copy batches to page-locked memory, from which a GPU fetches faster; without a GPU there is none.
         drop_last: leave out the last, incomplete batch. False: it is shorter, the same on all ranks; up to
             world_size - 1 images come twice.
@@ -129,11 +130,11 @@ class CropLoader:
                 f"{len(labels)} images x {crops_per_image} crops make no batch of {batch_size} for each of "
                 f"{world_size} ranks; use a smaller batch_size, or drop_last=False"
             )
-        table = open_images(labels, images, allow_missing=on_error == "skip")
-        weakref.finalize(self, shutil.rmtree, table.folder, ignore_errors=True)
+        streamed = order != "global"
+        cache = Path(cache_dir) if cache_dir else default_cache_dir()
         self._maker = BatchMaker(
-            LabelCache(labels, Path(cache_dir) if cache_dir else default_cache_dir()),
-            table,
+            ShardRecords(labels, cache) if streamed else LabelCache(labels, cache),
+            open_images(labels, images, allow_missing=on_error == "skip", streamed=streamed),
             BatchSettings(
                 crops_per_image=crops_per_image,
                 size=size,

@@ -1,7 +1,7 @@
-"""Where each labelled image's bytes lie: labels joined with an image source by key, in flat memory.
+"""Where each image's bytes lie: an image source's references by the hash of their key, in flat memory.
 
-The references and the places of all rows are files of a temporary folder, memory-mapped by every worker: a worker's own
-memory does not grow with the data set. While the table is made, 24 bytes for each image are held, and given back.
+The table is a few files of a temporary folder, memory-mapped by every worker: a worker's own memory does not grow with
+the data set. While the table is made, 24 bytes for each image are held, and given back.
 """
 
 from __future__ import annotations
@@ -10,58 +10,75 @@ import ctypes
 import itertools
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from ferkd_data import rng
-from ferkd_data.errors import LabelSetError, UsageError
-from ferkd_data.images import ImageRef, ImageSource, TarSource, open_source
+from ferkd_data.errors import ImageError, LabelSetError, UsageError
+from ferkd_data.images import ImageRef, ImageSource, open_source
 from ferkd_data.label_set import LabelSet
-from ferkd_data.shards import webdataset
+from ferkd_data.loader.order import Stage
+from ferkd_data.loader.own_images import OwnImages
 
 SCHEMA = pa.schema([("file", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 FILE_NAME = "images.arrow"
-POSITION_NAME = "position.npy"
+INDEX_NAME = "index.npy"
+INDEX_DTYPE = np.dtype([("key_hash", "<u8"), ("place", "<i8")])
 SPOOL_ROWS = 8192
-MISSING = -1
+
+
+class Images(Protocol):
+    """The images of a label set. Can be pickled."""
+
+    def stage(self, stage: Stage | None) -> None:
+        """Told before each piece of an epoch, so that what it needs can be fetched together."""
+
+    def read(self, row: int, record: np.void) -> bytes:
+        """The encoded bytes of a labelled image, given its row and record. Raises ImageError."""
 
 
 class ImageTable:
-    """`table.read(row)` gives an image's encoded bytes. Can be pickled, as long as `folder` exists."""
+    """Images of a source. Can be pickled, as long as the original, which removes `folder` with itself, exists."""
 
     def __init__(self, source: ImageSource, folder: Path) -> None:
         self.source = source
         self.folder = folder
-        self._position: npt.NDArray[np.int64] | None = None
+        self._index: npt.NDArray[np.void] | None = None
         self._batches: list[tuple[npt.NDArray[Any], ...]] = []
         self._starts = np.zeros(1, np.int64)
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
-    @property
-    def position(self) -> npt.NDArray[np.int64]:
-        """(images,): a row's place in the file, -1 where the source lacks the image."""
-        if self._position is None:
-            self._position = np.load(self.folder / POSITION_NAME, mmap_mode="r", allow_pickle=False)
-        return self._position
+    def stage(self, stage: Stage | None) -> None:
+        """Images of a source are read where they lie."""
 
-    def ref(self, row: int) -> ImageRef:
-        """Where the image lies; without its key, which the labels have."""
-        at = int(self.position[row])
-        if not self._batches:
+    def read(self, row: int, record: np.void) -> bytes:
+        return self.read_key(int(record["key_hash"]))
+
+    def read_key(self, key_hash: int) -> bytes:
+        """The encoded bytes of the image whose key has this hash. Raises ImageError when it cannot be read."""
+        return self.source.read_one(self.ref(key_hash))
+
+    def ref(self, key_hash: int) -> ImageRef:
+        """Where the image lies; without its key, which the labels have. Raises ImageError where there is none."""
+        if self._index is None:
             self._open()
+            self._index = np.load(self.folder / INDEX_NAME, mmap_mode="r", allow_pickle=False)
+        hashes = self._index["key_hash"]
+        found = int(np.searchsorted(hashes, np.uint64(key_hash)))
+        if found == len(hashes) or int(hashes[found]) != key_hash:
+            raise ImageError("missing_image", "the image source has no image of this key")
+        at = int(self._index["place"][found])
         batch = int(np.searchsorted(self._starts, at, side="right")) - 1
         bounds, names, offsets, lengths = self._batches[batch]
         at -= int(self._starts[batch])
         file = names[bounds[at] : bounds[at + 1]].tobytes().decode()
         return ImageRef(key="", target=None, file=file, offset=int(offsets[at]), length=int(lengths[at]))
-
-    def read(self, row: int) -> bytes:
-        """The encoded bytes. Raises ImageError when the image cannot be read."""
-        return self.source.read_one(self.ref(row))
 
     def _open(self) -> None:
         """Map the file, and look at its columns as NumPy: Arrow's scalars would cost more than reading the image."""
@@ -75,55 +92,41 @@ class ImageTable:
             self._batches.append((np.frombuffer(bounds, np.int32), text, offset, length))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_position": None, "_batches": []}
+        return {**self.__dict__, "_index": None, "_batches": []}
 
 
-def open_images(labels: LabelSet, images: str | Path | ImageSource | None, *, allow_missing: bool) -> ImageTable:
+def open_images(
+    labels: LabelSet, images: str | Path | ImageSource | None, *, allow_missing: bool, streamed: bool
+) -> Images:
     """The labels' images: from a source, by key, or from a label set of layout `webdataset` itself.
 
-    The table's temporary folder is the caller's to remove. Raises UsageError when there are no images, LabelSetError as
-    `join_images` does.
+    Where labels of another host are `streamed`, their keys are not known beforehand: a missing image is found when its
+    turn comes. Raises UsageError when there are no images, LabelSetError as `join_images` does.
     """
     if images is None:
         if labels.manifest.layout != "webdataset":
             raise UsageError(f"{labels.location}: a label set of layout parquet holds no images; give images=…")
-        return own_images(labels)
+        return OwnImages(labels)
     source = open_source(images) if isinstance(images, (str, Path)) else images
+    if streamed and not labels.is_local:
+        return _tabulate(source, None)[0]
     return join_images(labels, source, allow_missing=allow_missing)
 
 
 def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -> ImageTable:
-    """The table; its temporary folder is the caller's to remove.
+    """The images of a source that are labelled.
 
     Raises LabelSetError when labelled images are missing from the source (unless `allow_missing`) or none matches.
     """
     if not len(labels):
         raise LabelSetError(f"{labels.location}: it has labels of no image")
     hashes = labels.key_hashes()
-    order = np.argsort(hashes, kind="stable")
-    hashes = hashes[order]
-    position = np.full(len(labels), MISSING, np.int64)
-    folder = Path(tempfile.mkdtemp(prefix="ferkd-data-images-"))
-    seen, theirs = 0, ""
-    with pa.OSFile(str(folder / FILE_NAME), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        listed = (item for item in source.list_images() if isinstance(item, ImageRef))
-        while refs := list(itertools.islice(listed, SPOOL_ROWS)):
-            theirs = theirs or refs[0].key
-            wanted = _hashes((ref.key for ref in refs), len(refs))
-            at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
-            ours = np.flatnonzero(hashes[at] == wanted)
-            position[order[at[ours]]] = seen + np.arange(len(ours))
-            seen += len(ours)
-            writer.write_batch(_batch([refs[i] for i in ours.tolist()]))
-    try:
-        _check_missing(labels, source, position, theirs, allow_missing)
-    except LabelSetError:
-        shutil.rmtree(folder)
-        raise
-    np.save(folder / POSITION_NAME, position)
-    del hashes, order, position
+    table, theirs = _tabulate(source, np.sort(hashes))
+    index = np.load(table.folder / INDEX_NAME, mmap_mode="r", allow_pickle=False)
+    _check_missing(labels, source, ~np.isin(hashes, index["key_hash"]), theirs, allow_missing)
+    del hashes, index
     give_memory_back()
-    return ImageTable(source, folder)
+    return table
 
 
 def _hashes(keys: Iterable[str], num: int) -> npt.NDArray[np.uint64]:
@@ -138,19 +141,27 @@ def give_memory_back() -> None:
         trim(0)
 
 
-def own_images(labels: LabelSet) -> ImageTable:
-    """The images inside a label set of layout `webdataset`; the temporary folder is the caller's to remove."""
-    folder = Path(tempfile.mkdtemp(prefix="ferkd-data-images-"))
-    tars = [str(labels.file(entry.files[0])) for entry in labels.manifest.shards if entry.rows]
-    with pa.OSFile(str(folder / FILE_NAME), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        for tar in tars:
-            refs = [
-                ImageRef(key=s.key, target=None, file=tar, offset=s.image_offset, length=s.image_bytes)
-                for s in webdataset.scan(Path(tar))
-            ]
+def _tabulate(source: ImageSource, wanted: npt.NDArray[np.uint64] | None) -> tuple[ImageTable, str]:
+    """The images of a source, or those of them whose keys have one of these hashes, which are sorted; its first key."""
+    table = ImageTable(source, Path(tempfile.mkdtemp(prefix="ferkd-data-images-")))
+    found, theirs = [np.empty(0, np.uint64)], ""
+    with pa.OSFile(str(table.folder / FILE_NAME), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        listed = (item for item in source.list_images() if isinstance(item, ImageRef))
+        while refs := list(itertools.islice(listed, SPOOL_ROWS)):
+            theirs = theirs or refs[0].key
+            hashes = _hashes((ref.key for ref in refs), len(refs))
+            if wanted is not None:
+                at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
+                ours = np.flatnonzero(wanted[at] == hashes)
+                refs, hashes = [refs[i] for i in ours.tolist()], hashes[ours]
+            found.append(hashes)
             writer.write_batch(_batch(refs))
-    np.save(folder / POSITION_NAME, np.arange(len(labels)))
-    return ImageTable(TarSource(tars, None), folder)
+    key_hashes = np.concatenate(found)
+    order = np.argsort(key_hashes, kind="stable")
+    index = np.empty(len(order), INDEX_DTYPE)
+    index["key_hash"], index["place"] = key_hashes[order], order
+    np.save(table.folder / INDEX_NAME, index)
+    return table, theirs
 
 
 def _batch(refs: list[ImageRef]) -> pa.RecordBatch:
@@ -158,9 +169,9 @@ def _batch(refs: list[ImageRef]) -> pa.RecordBatch:
 
 
 def _check_missing(
-    labels: LabelSet, source: ImageSource, position: npt.NDArray[np.int64], theirs: str, allow_missing: bool
+    labels: LabelSet, source: ImageSource, lacks: npt.NDArray[np.bool_], theirs: str, allow_missing: bool
 ) -> None:
-    missing = np.flatnonzero(position == MISSING)
+    missing = np.flatnonzero(lacks)
     if len(missing) == len(labels):
         ours = next(labels.keys(), "")
         raise LabelSetError(

@@ -18,32 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data import rng
 from ferkd_data.errors import LoaderError
 from ferkd_data.label_set import LabelSet
-from ferkd_data.shards.columns import class_index_dtype
+from ferkd_data.loader.records import Records, fill, record_dtype
 from ferkd_data.storage import explain_full_disk, remove_leftovers, write_atomically
 
 FETCH_AHEAD = 4
 """Files of a remote label set that are on their way at once."""
-
-
-def record_dtype(num_crops: int, top_k: int, num_classes: int) -> np.dtype[np.void]:
-    return np.dtype(
-        [
-            ("key_hash", "<u8"),
-            ("image_digest", "u1", (16,)),
-            ("height", "<u2"),
-            ("width", "<u2"),
-            ("target", "<i4"),
-            ("boxes", "<u2", (num_crops, 4)),
-            ("class_index", class_index_dtype(num_classes), (num_crops, top_k)),
-            ("class_prob", "<f2", (num_crops, top_k)),
-            ("target_prob", "<f2", (num_crops,)),
-            ("flip", "?", (num_crops,)),
-            ("bucket", "u1", (num_crops,)),
-        ]
-    )
 
 
 class LabelCache:
@@ -52,9 +33,19 @@ class LabelCache:
     def __init__(self, labels: LabelSet, cache_dir: Path) -> None:
         self.labels = labels
         self.folder = cache_dir / labels.identity[:32]
-        self._open: dict[int, npt.NDArray[np.void]] = {}
+        self._open: dict[int, Records] = {}
 
-    def block(self, block: int) -> npt.NDArray[np.void]:
+    def take(self, block: int, rows: npt.NDArray[np.int64]) -> Records:
+        """The records of these rows, as `block` has them."""
+        return self.block(block)[rows]
+
+    def prepare(self, blocks: set[int]) -> None:
+        """Unpack blocks before workers ask for them, and drop the others."""
+        for block in sorted(blocks):
+            self.block(block)
+        self.drop_except(blocks)
+
+    def block(self, block: int) -> Records:
         """Records of every row, read-only and memory-mapped: (images,).
 
         Raises ShardError for a damaged shard, StorageFullError when the cache's disk is full.
@@ -80,17 +71,13 @@ class LabelCache:
             if int(path.stem.removeprefix("block-")) not in blocks:
                 path.unlink(missing_ok=True)
 
-    def _dtype(self, block: int) -> np.dtype[np.void]:
-        manifest = self.labels.manifest
-        return record_dtype(manifest.block_crops(block), manifest.top_k, manifest.num_classes)
-
-    def _load(self, path: Path, block: int) -> npt.NDArray[np.void] | None:
+    def _load(self, path: Path, block: int) -> Records | None:
         """None where the file is missing, short, or of another kind."""
         try:
             records = np.load(path, mmap_mode="r", allow_pickle=False)
         except (FileNotFoundError, ValueError, EOFError, OSError):
             return None
-        fits = records.dtype == self._dtype(block) and records.shape == (len(self.labels),)
+        fits = records.dtype == record_dtype(self.labels, block) and records.shape == (len(self.labels),)
         return records if fits else None
 
     def _unpack(self, path: Path, block: int) -> None:
@@ -98,11 +85,13 @@ class LabelCache:
         with write_atomically(path) as aside, explain_full_disk(aside):
             shape = (len(self.labels),)
             # Reserving the space first turns a full disk into an error here; writing through a map would be a crash.
-            records = np.lib.format.open_memmap(aside, mode="w+", dtype=self._dtype(block), shape=shape)
+            records = np.lib.format.open_memmap(aside, mode="w+", dtype=record_dtype(self.labels, block), shape=shape)
             with aside.open("r+b") as stream:
                 os.posix_fallocate(stream.fileno(), 0, aside.stat().st_size)
             for shard in self._fetched_ahead(block):
-                self._fill(records, shard, block)
+                first = int(self.labels.first_row[shard])
+                part = records[first : first + self.labels.manifest.shards[shard].rows]
+                fill(part, self.labels, shard, block)
             records.flush()
             del records
 
@@ -117,15 +106,6 @@ class LabelCache:
                     yield _arrived(pending.popleft())
             while pending:
                 yield _arrived(pending.popleft())
-
-    def _fill(self, records: npt.NDArray[np.void], shard: int, block: int) -> None:
-        labels = self.labels.block(shard, block)
-        first = int(self.labels.first_row[shard])
-        part = records[first : first + len(labels)]
-        part["key_hash"] = [rng.hash64(key) for key in labels.keys]
-        for name in records.dtype.names or ():
-            if name != "key_hash":
-                part[name] = getattr(labels, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,21 @@ KNOWN_CHUNKS = 4
 """That are kept."""
 
 
+class Stage(NamedTuple):
+    """Where an epoch that goes from shard to shard is."""
+
+    now: list[int]
+    """Shards that a piece of the epoch needs, and those shuffled together with them."""
+    coming: list[int]
+    """The shards after them."""
+
+
 class Order(Protocol):
     def rows(self, positions: Rows) -> Rows:
         """The rows at these positions of the epoch, element by element."""
+
+    def stage(self, positions: Rows) -> Stage | None:
+        """The shards of these positions; None where any shard may be needed at any time."""
 
 
 def permute(positions: Rows, size: int, key: int) -> Rows:
@@ -58,12 +70,22 @@ def _feistel(values: rng.UInt64s, keys: rng.UInt64s, half: np.uint64, mask: np.u
     return result
 
 
-@dataclass(frozen=True)
 class Sequential:
     """As the label set has them."""
 
+    def __init__(self, shard_rows: Sequence[int] | Rows, *, shards_ahead: int) -> None:
+        self._full = np.flatnonzero(np.asarray(shard_rows))
+        self._stops = np.cumsum(np.asarray(shard_rows)[self._full])
+        self._shards_ahead = shards_ahead
+
     def rows(self, positions: Rows) -> Rows:
         return positions
+
+    def stage(self, positions: Rows) -> Stage:
+        touched = np.unique(np.searchsorted(self._stops, positions, side="right"))
+        after = int(touched[-1]) + 1
+        coming = self._full[after : after + self._shards_ahead]
+        return Stage(self._full[touched].tolist(), coming.tolist())
 
 
 @dataclass(frozen=True)
@@ -75,6 +97,9 @@ class GlobalShuffle:
 
     def rows(self, positions: Rows) -> Rows:
         return permute(positions, self.num_images, self.key)
+
+    def stage(self, positions: Rows) -> None:
+        return None
 
 
 class ShardShuffle:
@@ -93,7 +118,7 @@ class ShardShuffle:
     def rows(self, positions: Rows) -> Rows:
         flat = np.asarray(positions, np.int64).reshape(-1)
         found = np.empty_like(flat)
-        groups = np.searchsorted(self._group_starts, flat, side="right") - 1
+        groups = self._groups(flat)
         for group in np.unique(groups):
             inside = groups == group
             start, stop = int(self._group_starts[group]), int(self._group_starts[group + 1])
@@ -101,6 +126,19 @@ class ShardShuffle:
             shard = np.searchsorted(self._starts, shuffled, side="right") - 1
             found[inside] = self._first[shard] + shuffled - self._starts[shard]
         return found.reshape(np.shape(positions))
+
+    def stage(self, positions: Rows) -> Stage:
+        groups = np.unique(self._groups(positions)).tolist()
+        now = [shard for group in groups for shard in self._shards_of(group)]
+        return Stage(now, self._shards_of(groups[-1] + 1))
+
+    def _groups(self, positions: Rows) -> Rows:
+        return np.searchsorted(self._group_starts, positions, side="right") - 1
+
+    def _shards_of(self, group: int) -> list[int]:
+        """Those that have rows."""
+        places = range(group * self._group_size, min((group + 1) * self._group_size, len(self._shards)))
+        return [int(self._shards[i]) for i in places if self._starts[i] < self._starts[i + 1]]
 
 
 class InChunks:
@@ -117,6 +155,9 @@ class InChunks:
             inside = chunks == number
             found[inside] = self._rows_of(number)[positions[inside] - number * self._chunk]
         return found
+
+    def stage(self, positions: Rows) -> Stage | None:
+        return self._order.stage(positions)
 
     def _rows_of(self, number: int) -> Rows:
         if number not in self._known:
@@ -139,7 +180,7 @@ def epoch_order(
     check_order(kind)
     key = rng.hash64("order", seed, epoch)
     if kind == "sequential":
-        return Sequential()
+        return Sequential(shard_rows, shards_ahead=shards_together)
     if kind == "global":
         return GlobalShuffle(int(np.sum(shard_rows)), key)
     return ShardShuffle(shard_rows, key, shards_together=shards_together)

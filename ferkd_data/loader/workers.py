@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ferkd_data.errors import FerkdError
 from ferkd_data.loader.batch_maker import BatchMaker, Made, Work
 from ferkd_data.loader.buffers import BatchBuffers, Slot
 from ferkd_data.loader.plan import Window
@@ -28,14 +29,18 @@ class _Task(NamedTuple):
     slot: Slot
 
 
-class _MadeInSlots(Dataset[Made]):
-    """What workers do: the crops go into the buffers, which they map once; only targets travel back."""
+class _MadeInSlots(Dataset[Made | FerkdError]):
+    """What workers do: the crops go into the buffers, which they map once; only targets, or an error, travel back."""
 
     def __init__(self, maker: BatchMaker, buffers: BatchBuffers) -> None:
         self.maker, self.buffers = maker, buffers
 
-    def __getitem__(self, task: _Task) -> Made:
-        return self.maker.make(Work(task.window, self.buffers.at(task.slot)))
+    def __getitem__(self, task: _Task) -> Made | FerkdError:
+        try:
+            return self.maker.make(Work(task.window, self.buffers.at(task.slot)))
+        except FerkdError as error:
+            # As PyTorch would pass it on, the message would be a traceback.
+            return error
 
 
 class _Tasks(Sampler[_Task]):
@@ -72,6 +77,8 @@ class Workers:
         tasks = self._tasks
         tasks.windows = windows
         for made in self._loader:
+            if isinstance(made, FerkdError):
+                raise made
             task = tasks.under_way.popleft()
             yield task.window, tasks.buffers.lend(task.slot, sum(made.batches)), made
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import tarfile
+import threading
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +29,9 @@ from ferkd_data.storage import image_digest
 CROPS_SUFFIX = "crops.npy"
 MAX_CROPS_BYTES = 256 * 2**20
 """A `.crops.npy` above this is refused before it is read; 500 crops at top-10 take 26 KB."""
+
+MAX_HEADER_BYTES = 2**16
+_HEADERS = threading.Lock()
 
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
 """What tarfile raises for headers that nobody wrote in earnest."""
@@ -185,18 +190,39 @@ def npy_bytes(array: npt.NDArray[Any]) -> bytes:
 
 def parse_npy(data: bytes, where: str) -> npt.NDArray[np.void]:
     """Crop records from .npy bytes, never unpickling. Raises ShardError for anything but `record_dtype`."""
+    width = 2 if data[6:7] == b"\x01" else 4
+    end = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
     try:
-        records = np.load(io.BytesIO(data), allow_pickle=False)
+        with _HEADERS:
+            shape, dtype = _parse_header(data[: min(end, MAX_HEADER_BYTES)])
+        if len(shape) != 1 or "class_index" not in (dtype.names or ()):
+            raise ShardError(f"{where}: does not hold crop records")
+        records = np.frombuffer(data, dtype, shape[0], end)
     except NPY_ERRORS as error:
         raise ShardError(f"{where}: not a plain NumPy array ({error})") from error
-    names = getattr(records, "dtype", np.dtype("u1")).names or ()
-    if not isinstance(records, np.ndarray) or "class_index" not in names or records.ndim != 1:
-        raise ShardError(f"{where}: does not hold crop records")
     index = records.dtype["class_index"]
     top_k = index.shape[0] if index.shape else 0
     if index.base not in (np.dtype("<u2"), np.dtype("<u4")) or records.dtype != record_dtype(top_k, index.base):
         raise ShardError(f"{where}: crop records are {records.dtype}, expected {record_dtype(5, np.uint16)}")
     return records
+
+
+@lru_cache(maxsize=64)
+def _parse_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of a .npy file from all that comes before its data; those of one label set are alike.
+
+    NumPy evaluates a literal for it, which Python 3.11 cannot do in two threads at once, and which takes longer than
+    reading the records.
+    """
+    stream = io.BytesIO(header)
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+    else:
+        raise ValueError(f"version {version} of the .npy format")
+    return shape, dtype
 
 
 def _split_member(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:

@@ -203,25 +203,56 @@ def entry(server, name, data):
     return FileEntry(path=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def test_the_cache_keeps_what_was_used_last(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_cache, "GRACE_SECONDS", 0.0)
+def fetched(cache, remote, file):
+    """Where the cache keeps a file that is closed again."""
+    with cache.fetch(remote, file) as opened:
+        return opened.path
+
+
+def test_the_cache_keeps_what_was_used_last(server, tmp_path):
     cache, remote = ShardCache(tmp_path / "cache", 2500), open_remote(server.url, QUICK)
     files = [entry(server, f"{i}.parquet", bytes([i]) * 1000) for i in range(3)]
     paths = []
     for age, file in zip((300, 200), files[:2], strict=True):
-        paths.append(cache.fetch(remote, file))
+        paths.append(fetched(cache, remote, file))
         os.utime(paths[-1], (time.time() - age,) * 2)
-    assert cache.fetch(remote, files[0]) == paths[0]
-    paths.append(cache.fetch(remote, files[2]))
+    assert fetched(cache, remote, files[0]) == paths[0]
+    paths.append(fetched(cache, remote, files[2]))
     assert [path.exists() for path in paths] == [True, False, True]
     assert len(server.requests) == 3
-    assert cache.fetch(remote, files[1]).read_bytes() == b"\1" * 1000
+    assert fetched(cache, remote, files[1]).read_bytes() == b"\1" * 1000
 
 
-def test_what_was_used_just_now_is_never_removed(server, tmp_path):
+def test_what_is_open_is_never_removed_and_what_is_closed_goes(server, tmp_path):
     cache, remote = ShardCache(tmp_path / "cache", 1), open_remote(server.url, QUICK)
-    paths = [cache.fetch(remote, entry(server, f"{i}.parquet", bytes([i]) * 1000)) for i in range(3)]
-    assert all(path.exists() for path in paths)
+    files = [entry(server, f"{i}.parquet", bytes([i]) * 1000) for i in range(3)]
+    opened = [cache.fetch(remote, file) for file in files]
+    assert all(file.path.exists() for file in opened)
+    mapped = opened[1].map()
+    for file in opened:
+        file.close()
+    fetched(cache, remote, entry(server, "3.parquet", b"3" * 1000))
+    assert [file.path.exists() for file in opened] == [False, True, False], "a map counts as open"
+    assert mapped[:3] == b"\1\1\1"
+    mapped.close()
+
+
+def test_a_file_damaged_in_the_cache_is_fetched_again(server, tmp_path):
+    cache, remote = ShardCache(tmp_path / "cache"), open_remote(server.url, QUICK)
+    file = entry(server, "a.parquet", b"a" * 1000)
+    fetched(cache, remote, file).write_bytes(b"a" * 999)
+    assert fetched(cache, remote, file).read_bytes() == b"a" * 1000
+
+
+def test_half_written_files_go_when_nobody_can_be_writing_them(server, tmp_path):
+    cache, remote = ShardCache(tmp_path / "cache", 1), open_remote(server.url, QUICK)
+    fresh, old = tmp_path / "cache/ab/.new.parquet.part", tmp_path / "cache/ab/.old.parquet.part"
+    for path in (fresh, old):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 2 * shard_cache.LEFTOVER_SECONDS,) * 2)
+    fetched(cache, remote, entry(server, "a.parquet", b"a" * 1000))
+    assert fresh.exists() and not old.exists()
 
 
 def test_no_room_for_the_cache(server, tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ from servers import s3_store, serve
 
 import ferkd_data as fd
 from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError
-from ferkd_data.exchange import publish as publish_module
 from ferkd_data.manifest import read_manifest
 from ferkd_data.remote import Remote, Retries
 from ferkd_data_cli.main import run
@@ -88,7 +87,7 @@ def test_what_arrived_before_an_interruption_is_not_sent_again(label_set, tmp_pa
 
 
 def test_files_that_arrived_damaged_are_found(label_set, tmp_path, monkeypatch):
-    real = publish_module.Remote.transport.func
+    real = Remote.transport.func
 
     def damaging(self):
         transport = real(self)
@@ -120,8 +119,6 @@ def test_what_is_refused(label_set, tar_label_set, tmp_path):
         fd.publish(tmp_path, str(tmp_path / "public"), card=CARD)
     with pytest.raises(UsageError, match="HTTP servers are read only"):
         fd.publish(label_set, "http://127.0.0.1/x", card=CARD)
-    with pytest.raises(UsageError, match="hf upload-large-folder"):
-        fd.publish(label_set, "hf://datasets/org/name", card=CARD)
     fd.publish(label_set, str(tmp_path / "public"), card=CARD)
     with pytest.raises(PublishError, match="holds another label set"):
         fd.publish(tar_label_set, str(tmp_path / "public"), card=CARD)

@@ -156,7 +156,7 @@ def test_a_resumed_loader_reads_nothing_that_was_consumed(make, monkeypatch):
     second.load_state_dict(loader.state_dict())
     read = []
     original = second._maker.images.read
-    monkeypatch.setattr(second._maker.images, "read", lambda row: read.append(row) or original(row))
+    monkeypatch.setattr(second._maker.images, "read", lambda row, record: read.append(row) or original(row, record))
     assert len(list(second)) == 2
     assert len(read) == 8
 

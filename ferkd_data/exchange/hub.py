@@ -1,0 +1,138 @@
+"""Publishing to the Hugging Face hub, by its own client library: many files in few commits.
+
+Files are sent first and then committed together, so a kill loses no file that arrived: the next run finds it in the
+hub's storage. The hub states the digest of everything it holds, which is compared without reading anything back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ferkd_data import extras
+from ferkd_data.errors import RemoteError
+from ferkd_data.exchange.sending import FileToSend
+from ferkd_data.remote import LOG_IN, hub_endpoint, parse_hub_url
+
+COMMIT_FILES = 500
+MAX_COMMITS = 40
+"""The hub slows down who commits often: larger label sets get larger commits."""
+
+TOGETHER = 4
+"""Files asked about in one request, for each that is sent at a time."""
+
+
+class Hub:
+    """A data set repository, made (public) when the first file is sent to one that does not exist."""
+
+    def __init__(self, url: str, workers: int) -> None:
+        """Raises MissingExtraError, UsageError."""
+        self._url, self._place, self._workers = url, parse_hub_url(url), workers
+        self._hub, self._errors, self._utils = (
+            extras.require(f"huggingface_hub{part}", extra="hub", what_for="publishing to the hub")
+            for part in ("", ".errors", ".utils")
+        )
+        self._api = self._hub.HfApi(endpoint=hub_endpoint())
+        self._where = {"repo_id": self._place.repository, "repo_type": "dataset"}
+
+    def missing(self, files: Sequence[FileToSend]) -> list[FileToSend]:
+        there = self._listed()
+        return [file for file in files if not _is_same(there.get(self._place.folder + file.name), file)]
+
+    def send(self, files: Sequence[FileToSend]) -> Iterator[FileToSend]:
+        """Yields files as they arrive; they are seen by others from the commit on that follows each batch."""
+        size = max(COMMIT_FILES, -(-len(files) // MAX_COMMITS))
+        for start in range(0, len(files), size):
+            batch = files[start : start + size]
+            yield from self._send(batch)
+            lost = self.missing(batch)
+            if lost:
+                raise RemoteError(
+                    f"{self._url}/{lost[0].name}: what arrived is not what was sent; run the same command again"
+                )
+
+    def finish(self) -> None:
+        """The hub itself remembers what has arrived."""
+
+    def _send(self, batch: Sequence[FileToSend]) -> Iterator[FileToSend]:
+        additions = [
+            self._hub.CommitOperationAdd(path_in_repo=self._place.folder + file.name, path_or_fileobj=str(file.file))
+            for file in batch
+        ]
+        revision = {"revision": self._place.revision, "num_threads": self._workers}
+        with self._explained():
+            self._utils.disable_progress_bars()
+            if not self._api.repo_exists(**self._where):
+                self._api.create_repo(**self._where, exist_ok=True)
+        together = TOGETHER * self._workers
+        for start in range(0, len(batch), together):
+            some = slice(start, start + together)
+            with self._explained():
+                self._api.preupload_lfs_files(
+                    self._place.repository, additions[some], repo_type="dataset", free_memory=False, **revision
+                )
+            yield from batch[some]
+        named = batch[0].name if len(batch) == 1 else f"{len(batch)} files"
+        with self._explained():
+            self._api.create_commit(
+                **self._where, operations=additions, commit_message=f"ferkd-data publish: {named}", **revision
+            )
+
+    def _listed(self) -> dict[str, Any]:
+        """What the hub says of each file, by its path; empty where there is no such repository or folder."""
+        errors = self._errors
+        absent = (errors.RepositoryNotFoundError, errors.EntryNotFoundError)
+        with self._explained():
+            try:
+                tree = self._api.list_repo_tree(
+                    **self._where,
+                    path_in_repo=self._place.folder.rstrip("/") or None,
+                    revision=self._place.revision,
+                    recursive=True,
+                )
+                return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+            except absent as error:
+                if _status(error) == 401:
+                    raise
+                return {}
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        errors = self._errors
+        # The library has changed its HTTP client more than once; its own error derives from the client's.
+        http_errors = errors.HfHubHTTPError.__bases__
+        try:
+            yield
+        except errors.LocalTokenNotFoundError as error:
+            raise RemoteError(f"{self._url}: no token was found; {LOG_IN['hf']}") from error
+        except (*http_errors, ValueError, RuntimeError) as error:
+            status = _status(error)
+            if status in (401, 403):
+                raise RemoteError(
+                    f"{self._url}: access denied ({status}); the token must be allowed to write there: {LOG_IN['hf']}",
+                    status,
+                ) from error
+            said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise RemoteError(
+                f"{self._url}: {said}; what arrived is kept: run the same command again", status
+            ) from error
+
+
+def _status(error: Exception) -> int | None:
+    response = getattr(error, "response", getattr(error.__cause__, "response", None))
+    return None if response is None else int(response.status_code)
+
+
+def _is_same(entry: Any, file: FileToSend) -> bool:
+    """Whether the hub has this very file: by SHA-256 for large ones, by Git's digest for others."""
+    if entry is None or entry.size != file.bytes:
+        return False
+    return bool(entry.lfs.sha256 == file.sha256 if entry.lfs else entry.blob_id == _git_digest(file.file))
+
+
+def _git_digest(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

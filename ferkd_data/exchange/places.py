@@ -1,0 +1,106 @@
+"""Where label sets are published to: what is there already, and sending what is not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Protocol
+
+from ferkd_data.errors import UsageError
+from ferkd_data.exchange.hub import Hub
+from ferkd_data.exchange.sending import FileToSend
+from ferkd_data.remote import Remote, Retries, open_remote
+from ferkd_data.storage import default_cache_dir
+
+
+class Place(Protocol):
+    def missing(self, files: Sequence[FileToSend]) -> list[FileToSend]:
+        """Those that are not there with the right digest. Raises RemoteError."""
+
+    def send(self, files: Sequence[FileToSend]) -> Iterator[FileToSend]:
+        """Yields each once it has arrived. Raises RemoteError, also when another digest arrived."""
+
+    def finish(self) -> None:
+        """All is sent."""
+
+
+def open_target(url: str, retries: Retries | None = None) -> Remote:
+    """A place to write to, for reading. Raises UsageError for one that cannot be written."""
+    if url.partition("://")[0] in ("http", "https"):
+        raise UsageError(f"{url}: HTTP servers are read only here; publish to a folder, s3://, gs:// or hf://")
+    return open_remote(url if "://" in url else Path(url).absolute().as_uri(), retries)
+
+
+def open_place(target: Remote, identity: str, workers: int) -> Place:
+    """`identity` is that of the label set to be sent. Raises UsageError, MissingExtraError."""
+    if target.url.startswith("hf://"):
+        return Hub(target.url, workers)
+    return Store(target, identity, workers)
+
+
+class Store:
+    """A folder or an object store: every file is read back and its digest compared."""
+
+    def __init__(self, target: Remote, identity: str, workers: int) -> None:
+        self._target, self._workers = target, workers
+        self._journal = _Journal(identity, target.url)
+
+    def missing(self, files: Sequence[FileToSend]) -> list[FileToSend]:
+        return [file for file in files if not self._holds(file)]
+
+    def send(self, files: Sequence[FileToSend]) -> Iterator[FileToSend]:
+        """Several at a time. The first failure ends it."""
+
+        def send(file: FileToSend) -> FileToSend:
+            self._target.upload(file.file, file.name, size=file.bytes, sha256=file.sha256)
+            return file
+
+        pending: set[Future[FileToSend]] = set()
+        executor = ThreadPoolExecutor(self._workers, thread_name_prefix="ferkd-publish")
+        try:
+            for file in files:
+                pending.add(executor.submit(send, file))
+                if len(pending) >= 2 * self._workers:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from self._noted(done)
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from self._noted(done)
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+    def finish(self) -> None:
+        self._journal.remove()
+
+    def _holds(self, file: FileToSend) -> bool:
+        if self._journal.holds(file) and self._target.size(file.name) == file.bytes:
+            return True
+        return self._target.holds(file.name, size=file.bytes, sha256=file.sha256)
+
+    def _noted(self, done: set[Future[FileToSend]]) -> Iterator[FileToSend]:
+        for future in done:
+            file = future.result()
+            self._journal.add(file)
+            yield file
+
+
+class _Journal:
+    """Which files of this label set have been read back from this place; spares reading them again after a kill."""
+
+    def __init__(self, identity: str, url: str) -> None:
+        place = hashlib.sha256(url.encode()).hexdigest()[:16]
+        self._path = default_cache_dir() / "publish" / f"{identity[:32]}-{place}.txt"
+        self._arrived = set(self._path.read_text().split()) if self._path.exists() else set()
+
+    def holds(self, file: FileToSend) -> bool:
+        return file.sha256 in self._arrived
+
+    def add(self, file: FileToSend) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as stream:
+            stream.write(f"{file.sha256}\n")
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
