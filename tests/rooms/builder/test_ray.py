@@ -205,7 +205,7 @@ def test_a_driver_that_is_stopped_and_one_that_is_killed(cluster, folder, photos
     printed, complaints = stopped.communicate(timeout=60)
     assert stopped.returncode == STOPPED, complaints
     lines = complaints.splitlines()
-    assert printed == "" and all(" images, " in line for line in lines[:-1]), complaints
+    assert printed == "" and all(" images, " in line or line.startswith("hint: on a CPU") for line in lines[:-1])
     assert lines[-1] == "ferkd-data: stopped on request; run the same command again to go on where it stopped"
     assert len(list(out.glob(".build/shards/*.json"))) >= 2 and not list(out.rglob("*.tmp"))
 
