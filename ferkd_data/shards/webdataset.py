@@ -195,6 +195,8 @@ def parse_npy(data: bytes, where: str) -> npt.NDArray[np.void]:
     try:
         with _HEADERS:
             shape, dtype = _parse_header(data[: min(end, MAX_HEADER_BYTES)])
+        if dtype.hasobject:
+            raise ValueError("Python objects, which are never unpickled")
         if len(shape) != 1 or "class_index" not in (dtype.names or ()):
             raise ShardError(f"{where}: does not hold crop records")
         records = np.frombuffer(data, dtype, shape[0], end)
