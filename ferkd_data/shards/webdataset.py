@@ -7,6 +7,7 @@ is unknown) and `KEY.crops.npy` (N records of `record_dtype`). The stock webdata
 from __future__ import annotations
 
 import io
+import math
 import tarfile
 import threading
 import tokenize
@@ -197,11 +198,11 @@ def parse_npy(data: bytes, where: str) -> npt.NDArray[np.void]:
             shape, dtype = _parse_header(data[: min(end, MAX_HEADER_BYTES)])
         if dtype.hasobject:
             raise ValueError("Python objects, which are never unpickled")
-        if len(shape) != 1 or "class_index" not in (dtype.names or ()):
-            raise ShardError(f"{where}: does not hold crop records")
-        records = np.frombuffer(data, dtype, shape[0], end)
+        records = np.frombuffer(data, dtype, math.prod(shape), end)
     except NPY_ERRORS as error:
         raise ShardError(f"{where}: not a plain NumPy array ({error})") from error
+    if len(shape) != 1 or "class_index" not in (dtype.names or ()):
+        raise ShardError(f"{where}: does not hold crop records")
     index = records.dtype["class_index"]
     top_k = index.shape[0] if index.shape else 0
     if index.base not in (np.dtype("<u2"), np.dtype("<u4")) or records.dtype != record_dtype(top_k, index.base):
