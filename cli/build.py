@@ -19,7 +19,7 @@ DONE_WITH_REJECTS = 3
 
 @click.command()
 @click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out")
 @teacher_options
 @click.option("--crops", type=int, default=200, show_default=True, help="Crops per image.")
 @click.option("--crops-per-block", type=int, default=50, show_default=True, help="Crops in one block file.")
@@ -125,7 +125,7 @@ DONE_WITH_REJECTS = 3
 @config_option
 def command(
     source: str,
-    out: Path,
+    out: str,
     teachers: tuple[str, ...],
     classes: Path | None,
     precision: str,
@@ -145,7 +145,8 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Label the images of SOURCE with an ensemble of teachers and write the label set OUT.
+    """Label the images of SOURCE with an ensemble of teachers and write the label set OUT, a folder or a
+    s3:// or gs:// URL.
 
     SOURCE is a folder of class folders, a flat folder, WebDataset tars (a glob or brace pattern), or a folder of
     Parquet files with an `image` column. Run the same command again to resume a build that was interrupted.
@@ -213,7 +214,7 @@ def _with_hint(report: Callable[[Any], None]) -> Callable[[Any], None]:
     return report_and_hint
 
 
-def _build_part(source: str, out: Path, part: str, overwrite: bool, as_json: bool, arguments: dict[str, Any]) -> int:
+def _build_part(source: str, out: str, part: str, overwrite: bool, as_json: bool, arguments: dict[str, Any]) -> int:
     from ferkd_data.builder import build_part
 
     if overwrite:
@@ -249,7 +250,7 @@ def print_result(result: Any, as_json: bool) -> None:
     )
     if result.rejects:
         click.echo(
-            f"{result.rejects} images could not be used: {result.out / manifest.rejects.path} says why",
+            f"{result.rejects} images could not be used: {result.out}/{manifest.rejects.path} says why",
             err=True,
         )
 

@@ -76,6 +76,12 @@ class Transport(Protocol):
 
     def write(self, name: str, file: Path) -> None: ...
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below the URL, by name."""
+
+    def remove(self, name: str) -> None:
+        """A file, or a folder with all that is in it; nothing where there is neither."""
+
 
 @dataclass(frozen=True)
 class Remote:
@@ -111,6 +117,21 @@ class Remote:
 
     def size(self, name: str) -> int | None:
         return self._persist(name, lambda: self.transport.size(name))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below the URL, by name: one request for a thousand of them."""
+        return self._persist("", self.transport.sizes)
+
+    def remove(self, name: str) -> None:
+        """A file, or a folder with all that is in it; nothing where there is neither."""
+        self._persist(name, lambda: self.transport.remove(name))
+
+    def fetch(self, name: str, to: Path, *, size: int) -> None:
+        """A file of which nothing but the size is known. Raises RemoteError, StorageFullError."""
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with explain_full_disk(to):
+            self._fill(name, part_of(to), size)
+        part_of(to).replace(to)
 
     def download(self, name: str, to: Path, *, size: int, sha256: str) -> None:
         """Fetch a file whose size and digest are known; continues what an earlier attempt left beside `to`.
@@ -260,7 +281,16 @@ class _Http:
         return int(response.headers.get("Content-Length", -1))
 
     def write(self, name: str, file: Path) -> None:
-        raise UsageError(f"{self._url}: HTTP servers are read only here; publish to a folder, s3://, gs:// or hf://")
+        raise self._read_only()
+
+    def sizes(self) -> dict[str, int]:
+        raise self._read_only()
+
+    def remove(self, name: str) -> None:
+        raise self._read_only()
+
+    def _read_only(self) -> UsageError:
+        return UsageError(f"{self._url}: HTTP servers are read only here; write to a folder, s3:// or gs://")
 
     def _request(self, method: str, name: str, headers: dict[str, str]) -> Any:
         import urllib3
@@ -332,6 +362,24 @@ class _Store:
             with file_system.open_output_stream(path) as sink:
                 while chunk := source.read(STORE_CHUNK_BYTES):
                     sink.write(chunk)
+
+    def sizes(self) -> dict[str, int]:
+        from pyarrow import fs
+
+        file_system, root = self._target
+        with _explained(self._url):
+            found = file_system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+        return {info.path.removeprefix(f"{root}/"): info.size for info in found if info.is_file}
+
+    def remove(self, name: str) -> None:
+        file_system, root = self._target
+        path = f"{root}/{name}"
+        with _explained(f"{self._url}/{name}"):
+            info = file_system.get_file_info(path)
+            if info.is_file:
+                file_system.delete_file(path)
+            elif info.type.name == "Directory":
+                file_system.delete_dir(path)
 
     @staticmethod
     def _chunks(file: Any, what: str) -> Iterator[bytes]:

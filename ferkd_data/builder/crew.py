@@ -17,8 +17,8 @@ from ferkd_data.builder.failures import failure, too_slow
 from ferkd_data.builder.job import Job
 from ferkd_data.builder.messages import Answered, Asking, Failed, Finished, Halved, Labelled, Message, Ready
 from ferkd_data.builder.progress import ProgressCounter
-from ferkd_data.builder.state import BuildFolder
 from ferkd_data.builder.stop import Stop
+from ferkd_data.builder.store_folder import folder_of
 from ferkd_data.builder.worker import work
 from ferkd_data.errors import BuildError
 
@@ -51,7 +51,7 @@ class Crew:
     def __init__(self, job: Job, devices: Sequence[str], counter: ProgressCounter, stop: Stop) -> None:
         self.job = job
         self.devices = devices
-        self.folder = BuildFolder(job.out)
+        self.folder = folder_of(job.out)
         self.counter = counter
         self.stop = stop
         self.members: list[Member] = []

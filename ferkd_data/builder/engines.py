@@ -25,8 +25,7 @@ def label_shards(
     job, devices, fleet = prepared.job, prepared.workplace.devices, prepared.workplace.fleet
     counter = _counter(prepared, plan, shards, watcher)
     todo = []
-    for shard in shards:
-        record = folder.record(shard)
+    for shard, record in folder.records(shards):
         if record is None:
             todo.append(shard)
         else:

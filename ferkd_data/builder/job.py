@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ferkd_data.buckets import QuantileThresholds, Thresholds
 from ferkd_data.builder.forwards import Forwards, Nobody, Observer
@@ -21,7 +21,8 @@ from ferkd_data.teachers.compiled import compile_teachers
 class Job:
     source: str
     classes: str | None
-    out: Path
+    out: Path | str
+    """A folder, or the URL of a store."""
     teachers: tuple[TeacherSpec, ...]
     precision: str
     settings: BuildSettings
@@ -35,6 +36,11 @@ class Job:
     teacher_timeout: float | None = None
     """Seconds a worker may wait for a teacher before the driver ends it."""
     fail_on_reject: bool = False
+
+    @property
+    def name(self) -> str:
+        """Short, for people."""
+        return PurePosixPath(self.out).name
 
     def open_source(self) -> ImageSource:
         return open_source(self.source, classes=None if self.classes is None else Path(self.classes))

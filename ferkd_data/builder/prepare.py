@@ -15,6 +15,7 @@ from ferkd_data.builder.plan import Plan, load_or_make_plan
 from ferkd_data.builder.plan_extension import load_or_make_extension
 from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.builder.state import EXTENDS, BuildFolder, Facts
+from ferkd_data.builder.store_folder import place_of
 from ferkd_data.builder.workplace import Workplace, open_workplace
 from ferkd_data.errors import BuildError, UsageError
 from ferkd_data.images import ImageSource
@@ -52,6 +53,7 @@ class Prepared:
         if self.base is not None:
             self.base.check_class_names(facts.class_names)
         folder.save_facts(facts)
+        folder.share()
         return plan, facts
 
     def _plan(self, folder: BuildFolder) -> Plan:
@@ -84,7 +86,7 @@ def prepare(
     **changes: Any,
 ) -> Iterator[Prepared]:
     """The arguments are those of `build`. A cluster that it needs is there for as long as the context lasts."""
-    base = open_base(Path(out)) if extend else None
+    base = _base(place_of(out)) if extend else None
     if on_error not in ("reject", "fail"):
         raise UsageError(f"on_error must be reject or fail, got {on_error!r}")
     given = {**(vars(settings) if settings else {}), **changes}
@@ -97,7 +99,7 @@ def prepare(
         job = Job(
             source=str(source),
             classes=None if classes is None else str(classes),
-            out=Path(out),
+            out=place_of(out),
             teachers=tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in teachers),
             precision=precision,
             settings=settings,
@@ -117,6 +119,12 @@ def prepare(
         if base is not None:
             base.check_teachers([teacher_entry(teacher) for teacher in ensemble])
         yield Prepared(job=job, workplace=workplace, images=images, ensemble=ensemble, base=base)
+
+
+def _base(place: Path | str) -> Base:
+    if isinstance(place, str):
+        raise UsageError(f"{place}: --extend works on a folder; pull the label set, extend it, and publish it again")
+    return open_base(place)
 
 
 def check_targets(plan: Plan, num_classes: int, *, classes_given: bool) -> None:

@@ -19,8 +19,9 @@ from ferkd_data.builder.messages import Failed, Finished, Halved, Labelled, Mess
 from ferkd_data.builder.progress import ProgressCounter
 from ferkd_data.builder.ray_cluster import Fleet, log
 from ferkd_data.builder.ray_worker import Labeller
-from ferkd_data.builder.state import BuildFolder, ShardRecord
+from ferkd_data.builder.state import ShardRecord
 from ferkd_data.builder.stop import Stop
+from ferkd_data.builder.store_folder import folder_of
 from ferkd_data.errors import BuildError
 
 DEATHS_AT_START = 3
@@ -53,10 +54,10 @@ class RayCrew:
     """Actors of one build; a context that ends them all when it is left."""
 
     def __init__(self, job: Job, fleet: Fleet, counter: ProgressCounter, stop: Stop) -> None:
-        self.job = replace(job, out=job.out.absolute())
+        self.job = replace(job, out=job.out.absolute() if isinstance(job.out, Path) else job.out)
         self.fleet = fleet
         self.ray = fleet.ray
-        self.folder = BuildFolder(job.out)
+        self.folder = folder_of(job.out)
         self.counter = counter
         self.stop = stop
         self.todo = Backlog()
@@ -110,7 +111,7 @@ class RayCrew:
         """Ray finds a place for it, and waits for one where there is none."""
         member.starts += 1
         actor = self.ray.remote(Labeller).options(
-            name=f"ferkd-data {self.job.out.name} {self.token} worker {member.number} start {member.starts}",
+            name=f"ferkd-data {self.job.name} {self.token} worker {member.number} start {member.starts}",
             num_cpus=self.fleet.cpus,
             num_gpus=self.fleet.gpus,
         )
@@ -171,7 +172,7 @@ class RayCrew:
         deadline = time.monotonic() + VISIBLE_SECONDS
         while (record := self.folder.record(shard)) is None and time.monotonic() < deadline:
             # A network file system looks again for a name that it knows as missing when its folder is listed.
-            for path in (self.folder.path / "shards", self.job.out / "labels", self.job.out / "shards"):
+            for path in (self.folder.path / "shards", self.folder.out / "labels", self.folder.out / "shards"):
                 if path.is_dir():
                     list(path.iterdir())
             time.sleep(POLL_SECONDS)

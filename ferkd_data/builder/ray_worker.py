@@ -22,7 +22,7 @@ from ferkd_data.builder.label_shard import Tools
 from ferkd_data.builder.local import label_one
 from ferkd_data.builder.messages import Failed, Finished, Halved, Labelled, Message, Opened, Slow
 from ferkd_data.builder.plan import open_plan
-from ferkd_data.builder.state import BuildFolder
+from ferkd_data.builder.store_folder import folder_of
 from ferkd_data.errors import BuildError
 
 REPORT_SECONDS = 1.0
@@ -42,7 +42,7 @@ class Labeller:
 
     def __repr__(self) -> str:
         """What Ray's dashboard calls it."""
-        return f"ferkd-data {self.job.out.name} on {self.device}"
+        return f"ferkd-data {self.job.name} on {self.device}"
 
     def open(self) -> Message:
         """Load the teachers, where that has not been done."""
@@ -79,14 +79,11 @@ class Labeller:
         # Relative paths and modules of teachers mean what they mean to the driver, where the node has that folder.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             os.chdir(self.driver_folder)
-        if not BuildFolder(self.job.out).path.is_dir():
-            raise BuildError(
-                f"node {platform.node()} does not see {self.job.out}; OUT has to be on a file system that all share"
-            )
+        folder_of(self.job.out).join()
 
     def _label(self, shard: int) -> None:
         tools = self._open()
-        folder = BuildFolder(self.job.out)
+        folder = folder_of(self.job.out)
         self.watch.begin()
         folder.save(label_one(folder, open_plan(folder.path), tools, shard, self.watch.labelled))
 

@@ -10,15 +10,17 @@ from typing import Any
 import ferkd_data
 from ferkd_data.builder.engines import label_shards
 from ferkd_data.builder.events import BuildFinished, OnProgress, Watcher, Watchers
+from ferkd_data.builder.locks import check_unfinished, open_build_folder, open_part_folder
 from ferkd_data.builder.part import Part
 from ferkd_data.builder.plan import Plan, open_plan
 from ferkd_data.builder.prepare import OnError, prepare
 from ferkd_data.builder.seal import seal
 from ferkd_data.builder.seal_extension import seal_extension
 from ferkd_data.builder.settings import BuildSettings, Resources
-from ferkd_data.builder.state import BuildFolder, Facts, check_unfinished, open_build_folder, open_part_folder
+from ferkd_data.builder.state import BuildFolder, Facts
 from ferkd_data.builder.stop import Stop
-from ferkd_data.errors import BuildError
+from ferkd_data.builder.store_folder import open_out, place_of
+from ferkd_data.errors import BuildError, UsageError
 from ferkd_data.manifest import Manifest
 from ferkd_data.storage import remove_leftovers
 from ferkd_data.teachers import TeacherSpec
@@ -29,7 +31,7 @@ SHARDS_NAMED = 8
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
-    out: Path
+    out: Path | str
     manifest: Manifest
 
     @property
@@ -64,7 +66,7 @@ def build(
     stop: Stop | None = None,
     **changes: Any,
 ) -> BuildResult:
-    """Label the images of `source` with an ensemble and write the label set `out`.
+    """Label the images of `source` with an ensemble and write the label set `out`: a folder, or s3:// or gs://.
 
     `changes` are fields of BuildSettings (crops=200, top_k=5, seed=0, …) or of Resources (device="cuda", …).
     A folder that holds an unfinished build of the same settings is resumed; finished shards are not labelled again.
@@ -93,7 +95,7 @@ def build(
                 extend=extend,
                 **changes,
             ) as prepared,
-            open_build_folder(Path(out), overwrite=overwrite, extend=extend) as folder,
+            open_out(place_of(out), overwrite=overwrite, extend=extend) as folder,
         ):
             plan, facts = prepared.begin(folder, afresh=overwrite)
             try:
@@ -122,11 +124,12 @@ def build_part(
     `arguments` are those of `build`. The part is resumed by the same call. Raises what `build` raises.
     """
     mine = Part.parse(part)
+    place = _local(out, "parts share a folder; for a store, use --engine ray or build without --part")
     watcher = Watchers(watchers, on_progress)
     with watcher.told_of_failure():
         with (
             prepare(source, out, **arguments) as prepared,
-            open_part_folder(Path(out), mine, extend=prepared.base is not None) as folder,
+            open_part_folder(place, mine, extend=prepared.base is not None) as folder,
         ):
             with folder.alone():
                 plan, _ = prepared.begin(folder)
@@ -150,12 +153,13 @@ def finish(out: str | Path) -> BuildResult:
 
     Raises BuildError that names the shards and parts that are missing.
     """
-    check_unfinished(Path(out))
-    extend = BuildFolder(Path(out)).extends is not None
-    with open_build_folder(Path(out), overwrite=False, extend=extend) as folder:
+    place = _local(out, "only a build in parts is finished by hand; run its build command again")
+    check_unfinished(place)
+    extend = BuildFolder(place).extends is not None
+    with open_build_folder(place, overwrite=False, extend=extend) as folder:
         if extend:
             folder.drop_what_has_ended()
-            check_unfinished(Path(out))
+            check_unfinished(place)
         settings, facts = folder.saved_settings(), folder.saved_facts()
         plan = open_plan(folder.path)
         missing = [shard for shard in plan.shards if folder.record(shard) is None]
@@ -167,12 +171,21 @@ def finish(out: str | Path) -> BuildResult:
         return _seal(folder, plan, settings, facts)
 
 
+def _local(out: str | Path, hint: str) -> Path:
+    """Raises UsageError for a store."""
+    place = place_of(out)
+    if isinstance(place, str):
+        raise UsageError(f"{place}: {hint}")
+    return place
+
+
 def _seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts) -> BuildResult:
     ending = seal_extension if folder.extends is not None else seal
     manifest = ending(folder, plan, settings, facts, ferkd_data.__version__)
     if manifest.num_images == 0:
         raise BuildError(
-            f"{folder.out}: every one of the {manifest.rejects.rows} images was rejected; see rejects.parquet"
+            f"{folder.place}: every one of the {manifest.rejects.rows} images was rejected; see rejects.parquet"
         )
+    folder.commit(manifest)
     folder.remove()
-    return BuildResult(out=folder.out, manifest=manifest)
+    return BuildResult(out=folder.place, manifest=manifest)

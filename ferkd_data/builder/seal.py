@@ -92,7 +92,8 @@ def _final_thresholds(folder: BuildFolder, plan: Plan, settings: BuildSettings, 
     for shard in plan.shards:
         record = folder.existing_record(shard)
         if record.rows:
-            labels = _read(folder.out, record, settings, num_classes)
+            with folder.at_hand(record):
+                labels = _read(folder.out, record, settings, num_classes)
             counts += confidence_counts(
                 confidence(labels.class_prob, labels.target_prob, settings.thresholds.confidence)
             )
@@ -116,11 +117,12 @@ def _with_thresholds(
             counts[:] += np.bincount(bucket, minlength=4)
             yield _with_bucket(labels, bucket), image
 
-    _, files = write_shard(folder.out, shard, rows(), layout=settings.layout, block_starts=settings.block_starts)
-    changed = record.statistics.model_copy(update={"bucket_counts": tuple(counts.tolist())})
-    record = record.model_copy(update={"files": files, "statistics": changed, "thresholds": final})
-    folder.save(record)
-    return record
+    with folder.at_hand(record):
+        _, files = write_shard(folder.out, shard, rows(), layout=settings.layout, block_starts=settings.block_starts)
+        changed = record.statistics.model_copy(update={"bucket_counts": tuple(counts.tolist())})
+        final_record = record.model_copy(update={"files": files, "statistics": changed, "thresholds": final})
+        folder.save(final_record)
+    return final_record
 
 
 def _with_bucket(labels: ImageLabels, bucket: object) -> ImageLabels:

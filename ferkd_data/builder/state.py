@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
+import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -34,10 +34,10 @@ from ferkd_data.builder.part import Part
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.crops import CropDistribution
 from ferkd_data.differences import describe_differences
-from ferkd_data.errors import BuildError, BuildLockedError, SettingsMismatchError
+from ferkd_data.errors import BuildError, SettingsMismatchError
 from ferkd_data.manifest import FILE_NAME, BlockEntry, Manifest, TeacherEntry, read_manifest, read_manifest_bytes
 from ferkd_data.statistics import Statistics
-from ferkd_data.storage import remove_leftovers, write_atomically
+from ferkd_data.storage import write_atomically
 
 STATE_VERSION = 1
 FOLDER = ".build"
@@ -84,11 +84,28 @@ class Facts(BaseModel):
 
 
 class BuildFolder:
-    """The folder OUT while a build works in it. Made by `open_build_folder`."""
+    """The folder OUT while a build works in it."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
+        """Where this host writes the label set's files."""
         self.path = out / FOLDER
+
+    @property
+    def place(self) -> Path | str:
+        """OUT, as the user calls it."""
+        return self.out
+
+    def join(self) -> None:
+        """See what the driver has prepared, from any host. Raises BuildError where it is not to be seen."""
+        if not self.path.is_dir():
+            raise BuildError(
+                f"node {platform.node()} does not see {self.out}; OUT has to be on a file system that all share, "
+                "or in a store"
+            )
+
+    def share(self) -> None:
+        """Let other hosts see the settings, the facts and the plan."""
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Save the settings, or compare them with those saved. Raises SettingsMismatchError naming both values."""
@@ -106,7 +123,7 @@ class BuildFolder:
         if differences:
             what, afresh = ("extension", "--extend --overwrite") if EXTENDS in settings else ("build", "--overwrite")
             raise SettingsMismatchError(
-                f"{self.out} holds an unfinished {what} with other settings: {'; '.join(differences)}. "
+                f"{self.place} holds an unfinished {what} with other settings: {'; '.join(differences)}. "
                 f"Use the same settings to resume it, another folder, or {afresh}"
             )
 
@@ -196,118 +213,34 @@ class BuildFolder:
         whole = all(_size(self.out / file.path) == file.bytes for file in record.files)
         return record if whole else None
 
+    def records(self, shards: Iterable[int]) -> Iterator[tuple[int, ShardRecord | None]]:
+        """`record` of each."""
+        return ((shard, self.record(shard)) for shard in shards)
+
     def existing_record(self, shard: int) -> ShardRecord:
         record = self.record(shard)
         if record is None:
-            raise BuildError(f"{self.out}: the files of shard {shard} are gone; run the same command again")
+            raise BuildError(f"{self.place}: the files of shard {shard} are gone; run the same command again")
         return record
 
     def save(self, record: ShardRecord) -> None:
         with write_atomically(self._record_path(record.index)) as aside:
             aside.write_text(record.model_dump_json())
 
+    @contextmanager
+    def at_hand(self, record: ShardRecord) -> Iterator[None]:
+        """The files of a shard lie below `out` meanwhile."""
+        yield
+
+    def commit(self, manifest: Manifest) -> None:
+        """`out` holds the whole label set, with the manifest."""
+
     def remove(self) -> None:
+        """Forget the build: it has ended."""
         shutil.rmtree(self.path)
 
     def _record_path(self, shard: int) -> Path:
         return self.path / "shards" / f"{shard:05d}.json"
-
-
-@contextmanager
-def open_build_folder(out: Path, *, overwrite: bool, extend: bool = False) -> Iterator[BuildFolder]:
-    """Take OUT for this process, for as long as the context lasts.
-
-    Raises BuildLockedError when a live process builds there, BuildError for a finished label set (without `overwrite`
-    or `extend`) and for a folder that is not ours.
-    """
-    _check_ours(out)
-    (out / FOLDER).mkdir(parents=True, exist_ok=True)
-    with _locked(out / FOLDER / "lock", out):
-        folder = BuildFolder(out)
-        if (out / FILE_NAME).exists() and not overwrite and not extend:
-            _remove_if_only_a_lock(out / FOLDER)
-            raise BuildError(
-                f"{out} holds a finished label set; use another folder, --extend to add to it, or --overwrite to "
-                "replace it"
-            )
-        if overwrite and not extend:
-            _clear(out)
-        remove_leftovers(out)
-        yield folder
-
-
-@contextmanager
-def open_part_folder(out: Path, part: Part, *, extend: bool = False) -> Iterator[BuildFolder]:
-    """Take one part of OUT for this process, beside processes that take other parts.
-
-    Raises BuildLockedError when a live process builds the whole or this part, BuildError as `open_build_folder` does.
-    """
-    _check_ours(out)
-    folder = out / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    with (
-        _locked(folder / "lock", out, shared=True),
-        _locked(folder / f"part-{part.number}-of-{part.of}", out),
-    ):
-        if (out / FILE_NAME).exists() and not extend:
-            raise BuildError(f"{out} holds a finished label set; use another folder, or --extend to add to it")
-        yield BuildFolder(out)
-
-
-def check_unfinished(out: Path) -> None:
-    """Raise BuildError when OUT holds no build that could be finished."""
-    finished = (out / FILE_NAME).exists()
-    if finished and (not (out / FOLDER / "state.json").exists() or BuildFolder(out).extends is None):
-        raise BuildError(f"{out} holds a finished label set")
-    for name in ("state.json", "plan.json", "facts.json"):
-        if not (out / FOLDER / name).exists():
-            raise BuildError(f"{out}: holds no unfinished build; begin one with ferkd-data build")
-
-
-@contextmanager
-def _locked(path: Path, out: Path, *, shared: bool = False) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(descriptor, 64).decode(errors="replace").strip()
-            who = f"process {owner}" if owner else "of some parts"
-            raise BuildLockedError(f"{out}: another build works here ({who}); wait for it to end") from error
-        if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
-            raise BuildLockedError(f"{out}: another build has just ended here; run the command again")
-        os.ftruncate(descriptor, 0)
-        if not shared:
-            os.write(descriptor, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _check_ours(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise BuildError(f"{out}: is a file; give a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / FOLDER).is_dir() and not (out / FILE_NAME).is_file():
-        raise BuildError(f"{out}: is not empty and holds no label set; give a new or empty folder")
-
-
-def _clear(out: Path) -> None:
-    """Remove what a build wrote, the manifest first, and nothing else."""
-    (out / FILE_NAME).unlink(missing_ok=True)
-    for path in out.iterdir():
-        if REJECTS_FILE.fullmatch(path.name):
-            path.unlink()
-    for name in ("labels", "shards"):
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-    for path in (out / FOLDER).iterdir():
-        if path.name != "lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _remove_if_only_a_lock(folder: Path) -> None:
-    if [path.name for path in folder.iterdir()] == ["lock"]:
-        shutil.rmtree(folder)
 
 
 def _size(path: Path) -> int | None:

@@ -15,7 +15,7 @@ from ferkd_data.builder.job import Job, open_tools
 from ferkd_data.builder.local import label_one
 from ferkd_data.builder.messages import Answered, Asking, Failed, Finished, Halved, Labelled, Ready
 from ferkd_data.builder.plan import open_plan
-from ferkd_data.builder.state import BuildFolder
+from ferkd_data.builder.store_folder import folder_of
 
 
 def work(driver: Connection, job: Job, device: str) -> None:
@@ -34,7 +34,7 @@ def work(driver: Connection, job: Job, device: str) -> None:
 
 
 def _label(driver: Connection, job: Job, device: str) -> None:
-    folder = BuildFolder(job.out)
+    folder = folder_of(job.out)
     plan = open_plan(folder.path)
     observer = _Telling(driver, watched=job.teacher_timeout is not None)
     with open_tools(job, device, observer=observer) as tools:

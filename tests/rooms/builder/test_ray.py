@@ -9,7 +9,8 @@ import sys
 import time
 
 import pytest
-from label_sets import SMALL, same_files
+from label_sets import SMALL, files_below, same_files
+from servers import s3_store
 
 import ferkd_data as fd
 from ferkd_data.builder.events import WorkerDied, WorkerStarted
@@ -90,7 +91,8 @@ def folder(tmp_path_factory, tiny_teachers):
     """Where the teachers look; `python:ray_teachers:` is importable on every node."""
     folder = tmp_path_factory.mktemp("ray-teachers")
     (folder / "ray_teachers.py").write_text(TEACHERS)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, s3_store(patch, "bucket"):
+        patch.setenv("FERKD_DATA_CACHE", str(folder / "cache-of-the-nodes"))
         patch.syspath_prepend(folder)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ["PYTHONPATH"]]))
         patch.setenv("RAY_TEACHERS_FOLDER", str(folder))
@@ -169,6 +171,25 @@ def test_killed_workers(cluster, folder, photos, undisturbed, tmp_path, capfd):
     assert not list(folder.glob("life-*"))
     assert same_files(expected, tmp_path / "out")
     assert capfd.readouterr().out == ""
+
+
+def test_hosts_that_share_nothing_but_a_store(cluster, folder, photos, undisturbed, tmp_path, monkeypatch):
+    expected, out = undisturbed("slow"), "s3://bucket/sets/new"
+    (folder / "together").unlink(missing_ok=True)
+    monkeypatch.setenv("FERKD_DATA_CACHE", str(tmp_path / "cache-of-the-driver"))
+    fd.build(
+        photos,
+        out,
+        teachers=["python:ray_teachers:slow"],
+        engine="ray",
+        ray_address=cluster.address,
+        processes=1,
+        **BUILD,
+    )
+    assert any((folder / "cache-of-the-nodes/builds").glob("*/.build/plan.json"))
+    assert not files_below(tmp_path / "cache-of-the-driver")
+    fd.pull(out, tmp_path / "copy")
+    assert same_files(expected, tmp_path / "copy")
 
 
 def test_teachers_that_fail(cluster, photos, tmp_path):

@@ -1,0 +1,152 @@
+"""Builds whose OUT is an S3 store: a real server (moto), real kills, hosts that share nothing but the store."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from label_sets import SMALL, files_below, same_files
+from servers import s3_store
+
+import ferkd_data as fd
+from ferkd_data.builder import build_part, finish
+from ferkd_data.builder.events import ShardDone
+from ferkd_data.builder.store_folder import StoreFolder
+from ferkd_data.errors import BuildError, BuildLockedError, UsageError
+from ferkd_data.remote import open_remote
+
+OUT = "s3://bucket/sets/new"
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path):
+    monkeypatch.setenv("FERKD_DATA_CACHE", str(tmp_path / "cache-of-this-host"))
+    with s3_store(monkeypatch, "bucket"):
+        yield open_remote(OUT)
+
+
+@pytest.fixture
+def teachers(tiny_teachers):
+    return [tiny_teachers, "python:ferkd_tiny_teachers:second"]
+
+
+def fetched(folder: Path) -> Path:
+    """The whole of what the store holds, as a folder."""
+    remote = open_remote(OUT)
+    for name, size in remote.sizes().items():
+        remote.fetch(name, folder / name, size=size)
+    return folder
+
+
+def build(photos: Path, teachers: list[str]) -> None:
+    fd.build(photos, OUT, teachers=teachers, **SMALL)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_store_gets_what_a_folder_would(store, photos, teachers, label_set, tmp_path, processes):
+    result = fd.build(photos, OUT, teachers=teachers, processes=processes, **SMALL)
+    assert result.out == OUT
+    assert same_files(fetched(tmp_path / "copy"), label_set)
+    assert not files_below(tmp_path / "cache-of-this-host")
+    assert fd.open_labels(OUT).identity == fd.open_labels(label_set).identity
+    with pytest.raises(BuildError, match="holds a finished label set"):
+        fd.build(photos, OUT, teachers=teachers, **SMALL)
+    fd.build(photos, OUT, teachers=teachers, overwrite=True, **{**SMALL, "crops": 2})
+    assert fd.open_labels(OUT).num_crops == 2
+    assert not [name for name in store.sizes() if name.endswith("-001.parquet")]
+
+
+def test_images_go_along_and_buckets_are_assigned_at_the_end(store, photos, teachers, tmp_path):
+    settings = {**SMALL, "layout": "webdataset", "thresholds": fd.QuantileThresholds(low=0.1, mid=0.4, top=0.9)}
+    fd.build(photos, tmp_path / "local", teachers=teachers, **settings)
+    fd.build(photos, OUT, teachers=teachers, **settings)
+    assert same_files(fetched(tmp_path / "copy"), tmp_path / "local")
+
+
+def test_another_host_goes_on_after_a_kill(store, photos, teachers, label_set, tmp_path, monkeypatch, quick_process):
+    monkeypatch.setenv("TINY_SLEEP", "0.2")
+    process = quick_process.Process(target=build, args=(photos, teachers))
+    process.start()
+    while process.is_alive() and not any(name.startswith(".build/shards/") for name in store.sizes()):
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    monkeypatch.setenv("TINY_SLEEP", "0")
+    finished = {name for name in store.sizes() if name.startswith(".build/shards/")}
+    assert 0 < len(finished) < 3
+    monkeypatch.setenv("FERKD_DATA_CACHE", str(tmp_path / "cache-of-another-host"))
+    done = []
+    fd.build(photos, OUT, teachers=teachers, watchers=[Noting(done)], **SMALL)
+    assert len(done) == 3 - len(finished)
+    assert same_files(fetched(tmp_path / "copy"), label_set)
+
+
+class Noting:
+    def __init__(self, done):
+        self.done = done
+
+    def see(self, event):
+        if isinstance(event, ShardDone):
+            self.done.append(event.shard)
+
+
+def test_a_shard_whose_file_is_gone_or_short_is_labelled_again(store, photos, teachers, label_set, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(progress):
+        if progress.shard == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fd.build(photos, OUT, teachers=teachers, on_progress=stop, **SMALL)
+    store.remove("labels/00000-001.parquet")
+    (tmp_path / "short").write_bytes(b"short")
+    store.transport.write("labels/00001-000.parquet", tmp_path / "short")
+    done = []
+    fd.build(photos, OUT, teachers=teachers, watchers=[Noting(done)], **SMALL)
+    assert done == [0, 1, 2]
+    assert same_files(fetched(tmp_path / "copy"), label_set)
+
+
+def test_other_settings_other_files_and_other_drivers_are_refused(store, photos, teachers, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def try_beside(progress):
+        with pytest.raises(BuildLockedError, match=f"{OUT}: another build works here"):
+            fd.build(photos, OUT, teachers=teachers, **SMALL)
+        raise Stop
+
+    with pytest.raises(Stop):
+        fd.build(photos, OUT, teachers=teachers, on_progress=try_beside, **SMALL)
+    with pytest.raises(BuildError, match=f"{OUT} holds an unfinished build with other settings: .*top_k.*4.*3"):
+        fd.build(photos, OUT, teachers=teachers, **{**SMALL, "top_k": 3})
+    (tmp_path / "theirs").write_text("notes")
+    open_remote("s3://bucket/theirs").upload(
+        tmp_path / "theirs", "notes.txt", size=5, sha256=fd.storage.sha256_file(tmp_path / "theirs")
+    )
+    with pytest.raises(BuildError, match="is not empty and holds no label set"):
+        fd.build(photos, "s3://bucket/theirs", teachers=teachers, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"out": "https://example.org/x"}, "writes to a folder, s3:// or gs://"),
+        ({"out": OUT, "extend": True}, "pull the label set, extend it"),
+    ],
+)
+def test_what_stores_do_not_do(photos, teachers, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        fd.build(photos, teachers=teachers, **SMALL, **arguments)
+    with pytest.raises(UsageError, match="parts share a folder"):
+        build_part(photos, OUT, part="1/2", teachers=teachers, **SMALL)
+    with pytest.raises(UsageError, match="run its build command again"):
+        finish(OUT)
+
+
+def test_a_worker_that_comes_when_all_is_done_says_so(store):
+    with pytest.raises(BuildError, match="holds no unfinished build"):
+        StoreFolder(OUT).join()
