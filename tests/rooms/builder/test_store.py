@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from label_sets import SMALL, files_below, same_files
@@ -89,6 +90,18 @@ class Noting:
     def see(self, event):
         if isinstance(event, ShardDone):
             self.done.append(event.shard)
+
+
+def test_a_host_keeps_no_shard_that_was_sent(store, photos, teachers, tmp_path):
+    class Watcher:
+        kept: ClassVar[list[Path]] = []
+
+        def see(self, event):
+            if isinstance(event, ShardDone):
+                self.kept += (tmp_path / "cache-of-this-host").rglob("labels/*")
+
+    fd.build(photos, OUT, teachers=teachers, watchers=[Watcher()], **SMALL)
+    assert not Watcher.kept
 
 
 def test_a_shard_whose_file_is_gone_or_short_is_labelled_again(store, photos, teachers, label_set, tmp_path):
