@@ -155,7 +155,12 @@ def test_an_interrupt_says_how_to_go_on(photos, tiny_teachers, tmp_path):
     command = [sys.executable, "-m", "ferkd_data_cli.main", "build", photos, tmp_path / "out"]
     command += ["--teacher", tiny_teachers, *SMALL]
     process = subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, text=True, env={**os.environ, "TINY_SLEEP": "3"}
+        list(map(str, command)),
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TINY_SLEEP": "3"},
+        # Who runs these tests in the background of a shell ignores Ctrl-C, and so would the build.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "out/.build/plan.json").exists() and time.monotonic() < deadline:
