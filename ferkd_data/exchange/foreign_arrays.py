@@ -83,7 +83,11 @@ class _ArraysOnly(pickle.Unpickler):
         return found
 
     def _tensor(self, numbers: Numbers, start: int, shape: Any, strides: Any, *_: Any) -> Numbers:
-        """A view of a storage, as `torch._utils` rebuilds it; one that shows a number twice is refused."""
+        """A view of a storage, as `torch._utils` rebuilds it; one that shows a number twice is refused.
+
+        Its copy is counted, since any number of views may share a storage.
+        """
+        self._count()
         last = start + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         count = int(np.prod([int(size) for size in shape], dtype=object))
         if min((start, *shape, *strides)) < 0 or (count and last >= len(numbers)) or count > len(numbers):
@@ -109,6 +113,7 @@ class _ArraysOnly(pickle.Unpickler):
 
     def _count(self) -> None:
         self._arrays += 1
+        # A tensor counts with its storage, an old array with its bytes.
         if self._arrays > 2 * MAX_ARRAYS:
             raise pickle.UnpicklingError(f"it holds more than {MAX_ARRAYS} arrays")
 

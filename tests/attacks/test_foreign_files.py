@@ -74,6 +74,16 @@ def test_claims(tmp_path, name):
         load_arrays(path)
 
 
+def test_a_storage_shown_in_view_after_view(tmp_path):
+    """Each view that is not stored in its own order is a copy: 48 kB would become 4 GB with 100,000 of them."""
+    whole = torch.zeros(100, 120)
+    torch.save([whole.T for _ in range(foreign_arrays.MAX_ARRAYS)], tmp_path / "few.tar")
+    assert len(load_arrays(tmp_path / "few.tar")) == foreign_arrays.MAX_ARRAYS
+    torch.save([whole.T for _ in range(100)], tmp_path / "many.tar")
+    with pytest.raises(ForeignFileError, match="more than 16 arrays"):
+        load_arrays(tmp_path / "many.tar")
+
+
 def test_members_that_overlap(tmp_path):
     path = tmp_path / "x.tar"
     torch.save([torch.zeros(1000), torch.ones(1000)], path)
