@@ -255,9 +255,11 @@ class _Http:
         """The ETag of each file under way, so that halves of two versions are not joined."""
 
     def read(self, name: str, start: int) -> tuple[int, Iterator[bytes]]:
-        version = self._versions.pop(name, None) if start else None
+        version = self._versions.get(name) if start else None
         condition = {"If-Range": version} if version else {}
         response = self._request("GET", name, {"Range": f"bytes={start}-", **condition} if start else {})
+        # Forgotten only now: a server that answers 503 first may answer with another version next.
+        self._versions.pop(name, None)
         found = response.headers.get("ETag", "")
         if found and not found.startswith("W/"):
             self._versions[name] = found

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import time
+from dataclasses import replace as replace_fields
 
 import numpy as np
 import pytest
@@ -107,6 +108,20 @@ def test_halves_of_two_versions_are_never_joined(server, tmp_path, etags):
     download(server, tmp_path / "a", sha256=hashlib.sha256(new).hexdigest())
     assert (tmp_path / "a").read_bytes() == new
     assert server.sent["labels/a.parquet"] <= 1_500_000 + len(new) + (etags == "stubborn") * 1_500_000
+
+
+def test_nor_when_the_server_is_away_in_between(server):
+    """Of a small file nobody knows the digest: only the server's ETag keeps two versions of a manifest apart."""
+    file, new = server.folder / "labels/a.parquet", DATA[::-1]
+    server.drop_after = 1_500_000
+
+    def replace(_):
+        server.before_body, server.unavailable = None, 1
+        file.write_bytes(new)
+
+    server.before_body = replace
+    patient = replace_fields(QUICK, attempts=6)
+    assert open_remote(server.url, patient).read("labels/a.parquet", max_bytes=len(new)) == new
 
 
 def test_a_file_that_is_longer_than_promised_takes_no_disk(server, tmp_path):
