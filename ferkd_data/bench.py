@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Literal, TypeAlias
 
 import torch
@@ -218,8 +219,9 @@ def advice(found: TeacherTimings, cores: int) -> str:
     now = max((t for t in found.timings if t.way in ("channels-last", "as it is")), key=on_all_cores)
     if on_all_cores(best) < WORTH * on_all_cores(now):
         best = now
+    export = f"ferkd-data bench --teacher {quote(found.spec)} --export FILE.onnx"
     options = {
-        "onnx": f"--teacher onnx:FILE.onnx (ferkd-data bench --teacher {found.spec} --export FILE.onnx writes it) ",
+        "onnx": f"--teacher onnx:FILE.onnx ({export} writes it) ",
         "compile": "--compile ",
     }.get(best.way, "")
     processes = f" --processes {cores // best.threads}" if cores // best.threads > 1 else ""

@@ -78,6 +78,10 @@ def flat():
     return Flat(1)
 
 
+def not_there():
+    raise OSError("no weights")
+
+
 def not_a_module():
     return 3
 '''

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ferkd_data.errors import TeacherError
+from ferkd_data.errors import FerkdError, TeacherError
 from ferkd_data.storage import sha256_file
 from ferkd_data.teachers.checkpoint import load_checkpoint
 from ferkd_data.teachers.spec import TeacherSpec
@@ -70,7 +70,13 @@ def _make(spec: TeacherSpec) -> nn.Module:
         raise TeacherError(f"teacher {spec}: {error}; is it installed, or in the working directory?") from error
     except AttributeError as error:
         raise TeacherError(f"teacher {spec}: module {package} has no {factory}") from error
-    module = function()
+    try:
+        module = function()
+    except FerkdError:
+        raise
+    except Exception as error:
+        # The builder's own code, which may raise anything.
+        raise TeacherError(f"teacher {spec}: {factory}() failed: {type(error).__name__}: {error}") from error
     if not isinstance(module, nn.Module):
         raise TeacherError(f"teacher {spec}: {factory}() gave a {type(module).__name__}, expected an nn.Module")
     return module

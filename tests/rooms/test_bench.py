@@ -90,12 +90,12 @@ def timings(**rates):
         Timing(way=way, batch_size=size, threads=threads, crops_per_second=rate, ratio=1, largest_difference=0)
         for way, (size, threads, rate) in {name.replace("_", "-"): value for name, value in rates.items()}.items()
     ]
-    return TeacherTimings(spec="timm:x", timings=tuple(ways), failures={}, advice="")
+    return TeacherTimings(spec="timm:x?weight=2", timings=tuple(ways), failures={}, advice="")
 
 
 def test_advice():
     assert advice(timings(channels_last=(8, 4, 100), onnx=(4, 1, 100)), cores=4).startswith(
-        "build --teacher onnx:FILE.onnx (ferkd-data bench --teacher timm:x --export FILE.onnx writes it) "
+        "build --teacher onnx:FILE.onnx (ferkd-data bench --teacher 'timm:x?weight=2' --export FILE.onnx writes it) "
         "--batch-size 4 --processes 4: 4.0 times"
     )
     assert advice(timings(channels_last=(8, 4, 100), compile=(8, 4, 150)), cores=4).startswith("build --compile --bat")

@@ -205,6 +205,7 @@ def test_checkpoints_of_another_model_name_the_keys(tmp_path, timm_weights):
         ("python:ferkd_tiny_teachers", "must be python:package.module:factory"),
         ("python:ferkd_tiny_teachers:no_such_factory", "has no no_such_factory"),
         ("python:ferkd_tiny_teachers:not_a_module", "gave a int"),
+        ("python:ferkd_tiny_teachers:not_there", r"not_there\(\) failed: OSError: no weights"),
         ("python:ferkd_tiny_teachers:first?size=3", None),
     ],
 )
