@@ -56,7 +56,7 @@ def command(
     """Write the label set LABELS anew into the folder OUT: in another layout, from others' files, or as FKD's."""
     import ferkd_data as fd
 
-    if [layout is not None and source is None, source is not None, target is not None].count(True) != 1:
+    if [layout, source, target].count(None) != 2:
         raise UsageError("give one of --layout LAYOUT, --from fkd, --from dr, --to fkd")
     if target is not None:
         label_type = fd.export_fkd(labels, out)

@@ -202,4 +202,7 @@ def test_the_commands(label_set, photos, tmp_path, capsys):
     assert "--teacher" in capsys.readouterr().err
     assert run([*back, "--num-classes", "10", "--teacher", "x"]) == 0
     assert run(["convert", str(label_set), str(tmp_path / "x")]) == 2
+    capsys.readouterr()
+    assert run([*back[:2], str(tmp_path / "both"), *back[3:], "--teacher", "x", "--layout", "webdataset"]) == 2
+    assert "give one of" in capsys.readouterr().err
     assert SMALL["crops"] == fd.open_labels(tmp_path / "back").num_crops
