@@ -31,7 +31,7 @@ from ferkd_data.manifest import (
 from ferkd_data.merging import merge_labels
 from ferkd_data.remote import Remote, is_remote, open_remote
 from ferkd_data.shard_cache import DEFAULT_BYTES, ShardCache
-from ferkd_data.shards import parquet, webdataset
+from ferkd_data.shards import parquet, plain_tar, webdataset
 from ferkd_data.shards.checks import check_classes, check_probabilities
 from ferkd_data.shards.columns import ImageLabels, ShardLabels, class_index_dtype, concat_crops
 from ferkd_data.statistics import Statistics
@@ -238,8 +238,11 @@ class LabelSet:
         check_probabilities(path, labels)
         return labels
 
-    def raw_block(self, shard: int, block: int) -> ShardLabels:
-        """As `block`, with the right shape and types but whatever values the file holds."""
+    def raw_block(self, shard: int, block: int, *, digests: bool = True) -> ShardLabels:
+        """As `block`, with the right shape and types but whatever values the file holds.
+
+        Without `digests`, those of layout webdataset, which are computed from its images, are left 0.
+        """
         entry = self.manifest.shards[shard]
         with self.open(entry.files[block]) as file:
             if self.manifest.layout == "parquet":
@@ -250,6 +253,15 @@ class LabelSet:
                     top_k=self.top_k,
                     num_classes=self.num_classes,
                 )
+            plain = plain_tar.read_labels(
+                file.path,
+                num_crops=self.manifest.num_crops,
+                top_k=self.top_k,
+                index_dtype=class_index_dtype(self.num_classes),
+                digests=digests,
+            )
+            if plain is not None and len(plain) == entry.rows:
+                return plain
             return self._checked(file.path, entry, [row for row, _ in webdataset.read_rows(file.path)])
 
     def open(self, entry: FileEntry) -> OpenFile:
@@ -384,7 +396,7 @@ class EnsembleLabels(LabelSet):
             where=f"{self.location}: shard {shard}, crop block {block}",
         ).labels
 
-    def raw_block(self, shard: int, block: int) -> ShardLabels:
+    def raw_block(self, shard: int, block: int, *, digests: bool = True) -> ShardLabels:
         return self.block(shard, block)
 
     def fetch(self, shard: int, block: int) -> None:

@@ -7,6 +7,7 @@ their type and length before they are hashed, so (1, 0) and (0, 1), or ("a", "bc
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,11 @@ def generator(*parts: Part) -> np.random.Generator:
 
 def hash64(*parts: Part) -> int:
     return int.from_bytes(digest(*parts, size_bytes=8), "little")
+
+
+def hashes64(texts: Sequence[str]) -> UInt64s:
+    """`hash64` of each text."""
+    return np.frombuffer(b"".join([digest(text, size_bytes=8) for text in texts]), "<u8").astype(np.uint64)
 
 
 def uniforms(raw: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:

@@ -18,6 +18,8 @@ from ferkd_data.buckets import BUCKETS
 from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels
 
 NUM_BINS = 200
+NUM_PATTERNS = 2**16
+"""Of a float16."""
 RANGE_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 """FerKD's p_max ranges: each holds its lower edge, the last one both."""
 PAPER_SHARES = (0.43, 0.89, 1.29, 2.03, 3.66, 4.35, 5.04, 7.76, 8.14, 28.73, 37.34, 0.33)
@@ -78,18 +80,32 @@ def crop_statistics(
     target: npt.NDArray[np.integer],
 ) -> Statistics:
     """Statistics of stored columns: class_index, class_prob (R, N, k); target_prob, bucket (R, N); target (R,)."""
-    p_max = class_prob[..., 0].astype(np.float64)
     known = target != UNKNOWN_TARGET
-    matches = class_index[known, :, 0].astype(np.int64) == target[known, None]
+    said = target_prob if known.all() else target_prob[known]
+    num_crops = target_prob.shape[1]
     return Statistics(
-        crops=p_max.size,
-        p_max_histogram=tuple(histogram(p_max).tolist()),
+        crops=target_prob.size,
+        p_max_histogram=tuple(histogram(*_counts(class_prob[..., 0])).tolist()),
         bucket_counts=tuple(np.bincount(bucket.reshape(-1), minlength=4).tolist()),
-        crops_with_target=matches.size,
-        top1_matches_target=int(matches.sum()),
-        target_prob_sum=float(np.nansum(target_prob[known].astype(np.float64))),
-        kept_prob_sum=float(class_prob.astype(np.float64).sum()),
+        crops_with_target=int(known.sum()) * num_crops,
+        # No class is numbered -1, so crops without a target never match.
+        top1_matches_target=int((class_index[..., 0] == target[:, None]).sum()),
+        target_prob_sum=float(np.nansum(_times_seen(said))),
+        kept_prob_sum=float(_times_seen(class_prob).sum()),
     )
+
+
+def _counts(values: npt.NDArray[np.float16]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """The distinct values and how often each occurs: there are few, and converting all takes longer than counting."""
+    counts = np.bincount(np.ascontiguousarray(values).reshape(-1).view(np.uint16), minlength=NUM_PATTERNS)
+    patterns = np.flatnonzero(counts)
+    return patterns.astype(np.uint16).view(np.float16).astype(np.float64), counts[patterns]
+
+
+def _times_seen(values: npt.NDArray[np.float16]) -> npt.NDArray[np.float64]:
+    """The distinct values, each times the number of its occurrences. Float64 adds them up without rounding."""
+    distinct, counts = _counts(values)
+    return distinct * counts
 
 
 def shard_statistics(labels: ShardLabels) -> Statistics:
@@ -103,10 +119,15 @@ def shard_statistics(labels: ShardLabels) -> Statistics:
     )
 
 
-def histogram(p_max: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Counts in NUM_BINS equal bins of [0, 1]; exact at the edges, because an edge times 200 is compared as a whole."""
+def histogram(
+    p_max: npt.NDArray[np.float64], counts: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.int64]:
+    """Crops in NUM_BINS equal bins of [0, 1], each once or as often as `counts` says.
+
+    Exact at the edges, because an edge times 200 is compared as a whole.
+    """
     bins = np.clip(np.floor(p_max.reshape(-1) * NUM_BINS + 1e-9), 0, NUM_BINS - 1).astype(np.int64)
-    return np.bincount(bins, minlength=NUM_BINS)
+    return np.bincount(bins, counts, minlength=NUM_BINS).astype(np.int64)
 
 
 class Range(NamedTuple):

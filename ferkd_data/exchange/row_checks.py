@@ -5,8 +5,9 @@ Legend: R images, N crops per image, k kept classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ import numpy.typing as npt
 
 from ferkd_data.buckets import BUCKETS, Thresholds, assign_buckets, confidence
 from ferkd_data.errors import ImageError
+from ferkd_data.exchange.row_screen import suspects
 from ferkd_data.images import check_key
+from ferkd_data.images.refs import MAX_KEY_BYTES
 from ferkd_data.shards.checks import MAX_TOTAL
 from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels
 
@@ -30,17 +33,37 @@ class RowFault:
     message: str
 
 
+PLAIN_KEYS = re.compile(r"(?:[\w-]+(?:/[\w-]+)*\n)*")
+"""Keys, one a line, that nobody could object to, but for their length and the names that WebDataset keeps."""
+
+
 def row_faults(labels: ShardLabels, *, num_classes: int, thresholds: Thresholds, limit: int) -> Iterator[RowFault]:
     """Every rule that a row breaks, once for each row and rule; at most `limit` rows for each rule."""
-    for row, key in enumerate(labels.keys):
+    yield from _key_faults(labels.keys)
+    for field, bad, explain in _image_rules(labels, num_classes):
+        yield from _broken(field, bad, explain, labels, limit)
+    rows = np.flatnonzero(suspects(labels, num_classes=num_classes, thresholds=thresholds))
+    if len(rows) == 0:
+        return
+    some = labels.take(rows)
+    rules = [*_box_rules(some), *_class_rules(some, num_classes)]
+    rules += [*_target_prob_rules(some), *_bucket_rules(some, thresholds)]
+    for field, bad, explain in rules:
+        for fault in _broken(field, bad, explain, some, limit):
+            yield replace(fault, row=int(rows[fault.row]))
+
+
+def _key_faults(keys: Sequence[str]) -> Iterator[RowFault]:
+    lines = "".join(f"{key}\n" for key in keys)
+    # A character takes at most 4 bytes.
+    short = 4 * max(map(len, keys), default=0) <= MAX_KEY_BYTES and lines.count("\n") == len(keys)
+    if short and "__" not in lines and PLAIN_KEYS.fullmatch(lines):
+        return
+    for row, key in enumerate(keys):
         try:
             check_key(key)
         except ImageError as error:
             yield RowFault(row=row, crop=None, field="key", message=error.detail)
-    rules = [*_image_rules(labels, num_classes), *_box_rules(labels), *_class_rules(labels, num_classes)]
-    rules += [*_target_prob_rules(labels), *_bucket_rules(labels, thresholds)]
-    for field, bad, explain in rules:
-        yield from _broken(field, bad, explain, labels, limit)
 
 
 Explain = str

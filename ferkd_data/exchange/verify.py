@@ -6,7 +6,7 @@ Legend: R images of a shard, N crops per image, k kept classes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng, statistics
-from ferkd_data.buckets import Thresholds
+from ferkd_data.buckets import NUM_FLOAT16, Thresholds
 from ferkd_data.errors import LabelSetError, RemoteError, ShardError
 from ferkd_data.exchange.row_checks import row_faults
 from ferkd_data.exchange.signing import SIGNATURE, check_signature
@@ -25,7 +25,7 @@ from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.manifest import FILE_NAME, BlockEntry, ShardEntry
 from ferkd_data.remote import is_remote
 from ferkd_data.shards import parquet
-from ferkd_data.shards.columns import ShardLabels
+from ferkd_data.shards.columns import CROP_FIELDS, ShardLabels
 from ferkd_data.statistics import Statistics, shard_statistics
 from ferkd_data.storage import image_digest, sha256_file
 
@@ -33,7 +33,6 @@ MAX_FAULTS = 20
 COMPANIONS = ("README.md", "croissant.json", "LICENSE", SIGNATURE)
 """Files that belong beside a published label set without being listed in its manifest."""
 READ_AT_ONCE = 256
-PROBABILITIES = ("class_prob", "target_prob")
 SAME_IN_BLOCKS = ("image_digest", "height", "width", "target")
 
 
@@ -99,11 +98,13 @@ def verify(
     """
     labels = open_labels(path)
     name = None if signed_by is None else check_signature(labels, Path(signed_by), signer)
-    check = _Check(labels, max_faults)
+    check = _Check(labels, max_faults, digests=images is not None)
     done, total = 0, sum(file.bytes for shard in labels.manifest.shards for file in shard.files)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="ferkd-verify") as executor:
-        for found, entry in zip(executor.map(check.shard, labels.manifest.shards), labels.manifest.shards, strict=True):
-            check.take(found)
+        pairs = [(entry, file) for entry in labels.manifest.shards for file in entry.files]
+        blocks = executor.map(check.file, *zip(*pairs, strict=True)) if pairs else iter(())
+        for entry in labels.manifest.shards:
+            check.take(check.shard(entry, [next(blocks) for _ in entry.files]))
             done += sum(file.bytes for file in entry.files)
             if on_progress:
                 on_progress(done, total)
@@ -111,6 +112,16 @@ def verify(
     if images is not None:
         check.images(str(images))
     return replace(check.report(total), signer=name)
+
+
+@dataclass(kw_only=True)
+class _Block:
+    """What one file showed."""
+
+    faults: list[Fault] = field(default_factory=list)
+    statistics: Statistics = field(default_factory=Statistics)
+    rows: ShardLabels | None = None
+    """Without their crops; None where the file cannot be read."""
 
 
 @dataclass(kw_only=True)
@@ -126,10 +137,12 @@ class _Found:
 
 
 class _Check:
-    def __init__(self, labels: LabelSet, max_faults: int) -> None:
+    def __init__(self, labels: LabelSet, max_faults: int, *, digests: bool) -> None:
         self.labels = labels
         self.manifest = labels.manifest
         self.max_faults = max_faults
+        self.digests = digests
+        """Whether those of the images in tars are needed: nothing in a label set says what they should be."""
         self.faults: list[Fault] = []
         self.faults_found = 0
         self.warnings: list[str] = []
@@ -146,32 +159,40 @@ class _Check:
         found.faults = []
         self.found.append(found)
 
-    def shard(self, entry: ShardEntry) -> _Found:
-        """Everything that can be said of one shard alone. Runs in several threads."""
-        found = _Found()
-        first: ShardLabels | None = None
-        parts = []
-        for file in entry.files:
-            labels = self._read(entry, file, found)
-            if labels is None:
-                found.readable = False
-                continue
-            if first is None:
-                first = labels
-                found.hashes = np.fromiter((rng.hash64(key) for key in labels.keys), np.uint64, count=len(labels))
-                found.digests = labels.image_digest
-            else:
-                found.faults.extend(_differing(first, labels, entry.files[0], file))
-            parts.append(_statistics(labels))
-        found.statistics = statistics.add(parts)
+    def file(self, entry: ShardEntry, file: BlockEntry) -> _Block:
+        """Everything that can be said of one file alone. Runs in several threads."""
+        found = _Block()
+        labels = self._read(entry, file, found)
+        if labels is None:
+            return found
+        found.statistics = _statistics(labels)
+        # Copies, so that the crops can go.
+        found.rows = replace(labels, **{name: getattr(labels, name)[:, :0].copy() for name in CROP_FIELDS})
         return found
 
-    def _read(self, entry: ShardEntry, file: BlockEntry, found: _Found) -> ShardLabels | None:
+    def shard(self, entry: ShardEntry, blocks: Sequence[_Block]) -> _Found:
+        """Everything that the files of one shard together can show."""
+        found = _Found(readable=all(block.rows is not None for block in blocks))
+        first: ShardLabels | None = None
+        for file, block in zip(entry.files, blocks, strict=True):
+            found.faults.extend(block.faults)
+            if block.rows is None:
+                continue
+            if first is None:
+                first = block.rows
+                found.hashes = rng.hashes64(first.keys)
+                found.digests = first.image_digest
+            else:
+                found.faults.extend(_differing(first, block.rows, entry.files[0], file))
+        found.statistics = statistics.add(block.statistics for block in blocks)
+        return found
+
+    def _read(self, entry: ShardEntry, file: BlockEntry, found: _Block) -> ShardLabels | None:
         try:
             with self.labels.open(file) as opened:
                 if sha256_file(opened.path) != file.sha256:
                     raise ShardError(f"{opened.path}: the bytes are not those of the manifest (SHA-256 differs)")
-                labels = self.labels.raw_block(entry.index, file.block)
+                labels = self.labels.raw_block(entry.index, file.block, digests=self.digests)
         except (LabelSetError, RemoteError, OSError) as error:
             found.faults.append(Fault(file=file.path, message=_without_path(error, self.labels.location, file.path)))
             return None
@@ -309,8 +330,23 @@ class _Check:
 
 def _statistics(labels: ShardLabels) -> Statistics:
     """Of rows that may be rubbish: what cannot be counted counts as 0 or as the last."""
-    clean = {name: np.nan_to_num(getattr(labels, name), posinf=1, neginf=0).clip(0, 1) for name in PROBABILITIES}
-    return shard_statistics(replace(labels, **clean, bucket=labels.bucket.clip(max=3)))
+    return shard_statistics(
+        replace(
+            labels,
+            class_prob=_clean(labels.class_prob),
+            target_prob=_clean(labels.target_prob),
+            bucket=labels.bucket.clip(max=3),
+        )
+    )
+
+
+def _clean(prob: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
+    odd = prob.view(np.uint16) >= NUM_FLOAT16
+    if not odd.any():
+        return prob
+    cleaned = prob.copy()
+    cleaned[odd] = np.nan_to_num(prob[odd], posinf=1, neginf=0).clip(0, 1)
+    return cleaned
 
 
 def _differing(first: ShardLabels, other: ShardLabels, a: BlockEntry, b: BlockEntry) -> Iterator[Fault]:

@@ -97,6 +97,11 @@ class ShardLabels:
         """The same rows with crops `start` .. `stop - 1` only."""
         return replace(self, **{name: getattr(self, name)[:, start:stop] for name in CROP_FIELDS})
 
+    def take(self, rows: npt.NDArray[np.int64]) -> ShardLabels:
+        """The rows of these numbers, in their order."""
+        arrays = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "keys"}
+        return replace(self, keys=[self.keys[row] for row in rows.tolist()], **arrays)
+
     @classmethod
     def from_rows(cls, rows: Sequence[ImageLabels]) -> ShardLabels:
         """Stack at least one row."""
