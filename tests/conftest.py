@@ -20,6 +20,12 @@ from ferkd_data import extras
 
 torch.set_num_threads(2)
 
+# The workers of loaders, and the tests' own processes, have torch and ferkd_data loaded when they start: seconds each.
+# The first fork server of a session serves to its end, so this cannot wait for the test that needs it.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["ferkd_data.builder", "ferkd_data.label_set", "ferkd_data.loader"]
+)
+
 TINY_TEACHERS = '''
 """Teachers that cost nothing, for tests of everything but the teachers."""
 import os, time
@@ -154,9 +160,7 @@ def tar_label_set(tmp_path_factory: pytest.TempPathFactory, photos: Path, tiny_t
 @pytest.fixture(scope="session")
 def quick_process() -> multiprocessing.context.ForkServerContext:
     """Starts processes that have torch and ferkd_data loaded, but never used."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ferkd_data.builder", "ferkd_data.label_set"])
-    return context
+    return multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture

@@ -182,12 +182,19 @@ def test_listing_a_tar_takes_the_same_memory_for_ten_times_the_images(tmp_path):
     peaks = []
     for count in (300, 3000):
         write_tar(tmp_path / f"{count}.tar", [(f"k{i:06d}.jpg", data) for i in range(count)])
-        source = open_source(tmp_path / f"{count}.tar")
+        peaks.append(peak_of_listing(open_source(tmp_path / f"{count}.tar"), count))
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def peak_of_listing(source, num_images):
+    """The lower of two: pathlib interns names, and once in a while Python's table of those grows, by megabytes."""
+    peaks = []
+    for _ in range(2):
         tracemalloc.start()
-        assert sum(1 for _ in source.list_images()) == count
+        assert sum(1 for _ in source.list_images()) == num_images
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0]
+    return min(peaks)
 
 
 @given(st.lists(st.text(max_size=3), max_size=60))
@@ -289,10 +296,7 @@ def test_listing_class_folders_holds_one_folder_at_a_time(tmp_path):
             for number in range(100):
                 (tmp_path / f"{folders}/c{folder:03d}/k{number}.jpg").touch()
         source = open_source(tmp_path / str(folders))
-        tracemalloc.start()
-        assert sum(1 for _ in source.list_images()) == 100 * folders
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        peaks.append(peak_of_listing(source, 100 * folders))
     assert peaks[1] < 1.5 * peaks[0]
 
 
