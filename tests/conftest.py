@@ -10,15 +10,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# The networks here are so small that threads would mostly wait for each other, and by default they do so spinning.
+# Before torch is there, and for all processes that tests start.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
 import numpy as np
 import pytest
-import torch
 from label_sets import SMALL
 from PIL import Image
 
 from ferkd_data import extras
-
-torch.set_num_threads(2)
 
 # The workers of loaders, and the tests' own processes, have torch and ferkd_data loaded when they start: seconds each.
 # The first fork server of a session serves to its end, so this cannot wait for the test that needs it.
