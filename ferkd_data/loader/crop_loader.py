@@ -234,10 +234,9 @@ class CropLoader:
             self._workers = None
             raise
         except (RuntimeError, OSError, EOFError) as error:
-            # A dead worker shows as PyTorch's own error, or as a broken pipe on the batch it was sending.
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
             self._workers = None
+            if not self._num_workers or not _of_a_dead_worker(error):
+                raise
             at_start = 'is what starts it under `if __name__ == "__main__":` in your script? ' if not came else ""
             raise LoaderError(
                 f"a loader worker died ({str(error).splitlines()[0]}); {at_start}With too little memory, lower "
@@ -266,6 +265,15 @@ class CropLoader:
             "calibration": described,
             "selfmix": None if settings.selfmix is None else asdict(settings.selfmix),
         }
+
+
+def _of_a_dead_worker(error: Exception) -> bool:
+    """It shows as PyTorch's own error, or as a broken pipe on the batch it was sending.
+
+    What a worker raised itself comes as "Caught ... in DataLoader worker process", with its traceback.
+    """
+    text = str(error)
+    return not text.startswith("Caught ") and ("DataLoader worker" in text or not isinstance(error, RuntimeError))
 
 
 def _check_kinds(labels: Any, sent: Any, selfmix: Any, **numbers: Any) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ferkd_data.crops import Crops
-from ferkd_data.errors import ImageError, UsageError
+from ferkd_data.errors import FerkdError, ImageError, UsageError
 from ferkd_data.images.decode import decode_rgb, jpeg_size
 from ferkd_data.loader.batch_maker import BatchMaker, Made, check_labelled_size, decode_checked
 from ferkd_data.loader.plan import Window
@@ -64,6 +64,8 @@ class DeviceWorkers:
         """The windows with their crops and targets, in order. Raises LoaderError as workers do."""
         self._windows.windows = windows
         for encoded in self._loader:
+            if isinstance(encoded, FerkdError):
+                raise encoded
             window = self._windows.under_way.popleft()
             yield window, *self._cut(window, encoded)
 
@@ -112,13 +114,20 @@ class _Windows(Sampler[Window]):
             yield window
 
 
-class _Encoder(Dataset[Encoded]):
+class _Encoder(Dataset[Encoded | FerkdError]):
     """What workers do."""
 
     def __init__(self, maker: BatchMaker) -> None:
         self.maker = maker
 
-    def __getitem__(self, window: Window) -> Encoded:
+    def __getitem__(self, window: Window) -> Encoded | FerkdError:
+        try:
+            return self._encoded(window)
+        except FerkdError as error:
+            # As PyTorch would pass it on, the message would be a traceback.
+            return error
+
+    def _encoded(self, window: Window) -> Encoded:
         labelled = self.maker.labelled(window)
         parts: list[npt.NDArray[np.uint8]] = []
         sizes, skipped = np.zeros((len(labelled.rows), 2), np.int64), {}

@@ -284,6 +284,14 @@ def test_a_worker_that_dies_is_an_error_not_a_hang(make):
     assert len(list(make(batch_size=2))) == 20
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_goes_wrong_in_a_worker_is_not_taken_for_its_death(make, num_workers):
+    loader = make(num_workers=num_workers)
+    shutil.rmtree(loader._maker.images.folder)
+    with pytest.raises(FileNotFoundError, match=r"images\.arrow"):
+        list(loader)
+
+
 ENDLESS = """
 import multiprocessing, os, sys, time
 import ferkd_data as fd

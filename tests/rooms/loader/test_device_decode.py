@@ -109,7 +109,7 @@ def test_an_image_that_cannot_be_used(make, photos, tmp_path):
     path.write_bytes(path.read_bytes()[:300])
     common = {"images": images, "decode_device": "cpu"}
     for verify, num_workers, message in (("first_epoch", 1, "digest differs"), ("never", 0, "truncated")):
-        with pytest.raises(LoaderError, match=rf"'class3/photo0013' \(shard 0 .*{message}"):
+        with pytest.raises(LoaderError, match=rf"^image 'class3/photo0013' \(shard 0 .*{message}"):
             list(make(verify_images=verify, num_workers=num_workers, **common))
     Image.new("RGB", (30, 20)).save(path)
     with pytest.raises(LoaderError, match="30x20 pixels, 64x48 were labelled"):
