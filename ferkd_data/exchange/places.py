@@ -57,6 +57,7 @@ class Store:
             self._target.upload(file.file, file.name, size=file.bytes, sha256=file.sha256)
             return file
 
+        self._journal.begin()
         pending: set[Future[FileToSend]] = set()
         executor = ThreadPoolExecutor(self._workers, thread_name_prefix="ferkd-publish")
         try:
@@ -87,18 +88,29 @@ class Store:
 
 
 class _Journal:
-    """Which files of this label set have been read back from this place; spares reading them again after a kill."""
+    """Which files of this label set have been read back from this place; spares reading them again after a kill.
+
+    There is one for each place, begun anew for another label set: what that one sent may lie over files noted here.
+    """
 
     def __init__(self, identity: str, url: str) -> None:
         place = hashlib.sha256(url.encode()).hexdigest()[:16]
-        self._path = default_cache_dir() / "publish" / f"{identity[:32]}-{place}.txt"
-        self._arrived = set(self._path.read_text().split()) if self._path.exists() else set()
+        self._path = default_cache_dir() / "publish" / f"{place}.txt"
+        self._identity = identity
+        noted = self._path.read_text().split() if self._path.exists() else []
+        self._arrived = set(noted[1:]) if noted[:1] == [identity] else set()
 
     def holds(self, file: FileToSend) -> bool:
         return file.sha256 in self._arrived
 
+    def begin(self) -> None:
+        """Before the first file is sent."""
+        if not self._arrived:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(f"{self._identity}\n")
+
     def add(self, file: FileToSend) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._arrived.add(file.sha256)
         with self._path.open("a") as stream:
             stream.write(f"{file.sha256}\n")
 

@@ -14,8 +14,10 @@ from servers import s3_store, serve
 
 import ferkd_data as fd
 from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError
+from ferkd_data.exchange.places import Store
 from ferkd_data.manifest import read_manifest
 from ferkd_data.remote import Remote, Retries
+from ferkd_data.storage import sha256_file
 from ferkd_data_cli.main import run
 
 CARD = fd.CardFields(name="tiny labels", license="cc-by-4.0", image_license="cc0-1.0", published="2026-11-24")
@@ -84,6 +86,33 @@ def test_what_arrived_before_an_interruption_is_not_sent_again(label_set, tmp_pa
     result = fd.publish(label_set, place, card=CARD)
     assert result.skipped == 3
     assert same_label_sets(label_set, tmp_path / "public")
+
+
+def test_what_another_label_set_was_sent_over_is_sent_again(tar_label_set, tmp_path, monkeypatch):
+    """Tars of the same images have the same size, whatever their labels are."""
+    place, other = str(tmp_path / "public"), shutil.copytree(tar_label_set, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    for entry in (file for shard in manifest["shards"] for file in shard["files"]):
+        tar = other / entry["path"]
+        tar.write_bytes(tar.read_bytes()[:-1] + b"?")
+        entry["sha256"] = sha256_file(tar)
+    (other / "manifest.json").write_text(json.dumps(manifest))
+
+    def stop_before_the_manifest(label_set):
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "finish", lambda store: None)
+            patch.setattr(Store, "missing", no_manifest)
+            fd.publish(label_set, place, card=CARD)
+
+    real = Store.missing
+
+    def no_manifest(store, files):
+        return [file for file in real(store, files) if file.name != "manifest.json"]
+
+    stop_before_the_manifest(tar_label_set)
+    stop_before_the_manifest(other)
+    fd.publish(tar_label_set, place, card=CARD)
+    assert same_label_sets(tar_label_set, tmp_path / "public")
 
 
 def test_files_that_arrived_damaged_are_found(label_set, tmp_path, monkeypatch):
