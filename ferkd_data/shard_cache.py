@@ -12,14 +12,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ferkd_data.errors import StorageFullError
 from ferkd_data.manifest import FileEntry
 from ferkd_data.remote import Remote
-from ferkd_data.storage import OpenFile
+from ferkd_data.storage import OpenFile, locked_for_cache
 
 DEFAULT_BYTES = 50 * 10**9
 LEFTOVER_SECONDS = 3600.0
@@ -34,7 +33,7 @@ class ShardCache:
     """Bytes that may be kept; what is open at once may exceed it."""
 
     def fetch(self, remote: Remote, entry: FileEntry) -> OpenFile:
-        """A file of a label set. Raises RemoteError, StorageFullError when the disk is full."""
+        """A file of a label set. Raises RemoteError, StorageFullError when the disk is full, LoaderError as `open`."""
 
         def download(path: Path) -> None:
             remote.download(entry.path, path, size=entry.bytes, sha256=entry.sha256)
@@ -45,11 +44,12 @@ class ShardCache:
         """The file of this name, which says all about its content; `make` writes it where it is not there in this size.
 
         Making one kind of file (by its ending) may open files of another kind, as long as that goes one way only.
+        Raises LoaderError where the folder cannot be written to.
         """
         path = self.folder / name[:2] / name
         found = _open(path, size)
         if found is None:
-            with _locked(self.folder / LOCKS / (name[:3] + path.suffix)):
+            with locked_for_cache(self.folder / LOCKS / (name[:3] + path.suffix)):
                 while (found := _open(path, size)) is None:
                     self._make_room(size)
                     make(path)
@@ -57,7 +57,7 @@ class ShardCache:
 
     def _make_room(self, wanted: int) -> None:
         """Remove the least recently used files until `wanted` bytes more stay within the limit and find a place."""
-        with _locked(self.folder / LOCKS / "all"):
+        with locked_for_cache(self.folder / LOCKS / "all"):
             files = sorted(self._files(), key=lambda file: file[1])
             total = sum(size for _, _, size in files) + wanted
             for path, used, size in files:
@@ -115,11 +115,3 @@ def _remove(path: Path, used: float) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import mmap
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
 
-from ferkd_data.errors import LabelSetError, SourceError, StorageFullError
+from ferkd_data.errors import LabelSetError, LoaderError, SourceError, StorageFullError
 
 CHUNK_BYTES = 2**20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -68,6 +69,21 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked_for_cache(path: Path) -> Iterator[None]:
+    """Hold this lock file, which the process's end lets go. Raises LoaderError where it cannot be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock_file = path.open("w")
+    except OSError as error:
+        raise LoaderError(
+            f"{path.parent}: labels cannot be kept there ({error.strerror}); give cache_dir=, or set FERKD_DATA_CACHE"
+        ) from error
+    with lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        yield
 
 
 def default_cache_dir() -> Path:

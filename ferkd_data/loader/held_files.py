@@ -68,7 +68,7 @@ class HeldFiles(Generic[K, T]):
             return
         try:
             found = self._open_one(key)
-        except FerkdError:
+        except (FerkdError, OSError):
             # Whoever needs the file asks for it again, and says what is wrong with it.
             return
         if key in self._wanted:

@@ -6,22 +6,19 @@ A global shuffle touches every shard at once. The block is unpacked once for all
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data.errors import LoaderError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.records import Records, fill, record_dtype
-from ferkd_data.storage import explain_full_disk, remove_leftovers, write_atomically
+from ferkd_data.storage import explain_full_disk, locked_for_cache, remove_leftovers, write_atomically
 
 FETCH_AHEAD = 4
 """Files of a remote label set that are on their way at once."""
@@ -54,7 +51,7 @@ class LabelCache:
             path = self.folder / f"block-{block:03d}.npy"
             found = self._load(path, block)
             if found is None:
-                with _locked(self.folder):
+                with locked_for_cache(self.folder / "lock"):
                     found = self._load(path, block)
                     if found is None:
                         self._unpack(path, block)
@@ -115,18 +112,3 @@ def _arrived(fetch: tuple[int, Future[None]]) -> int:
     shard, future = fetch
     future.result()
     return shard
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock_file = (folder / "lock").open("w")
-    except OSError as error:
-        raise LoaderError(
-            f"{folder}: crop blocks cannot be unpacked there ({error.strerror}); give cache_dir=, or set "
-            "FERKD_DATA_CACHE"
-        ) from error
-    with lock_file as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -57,8 +57,9 @@ class ShardRecords:
         def unpack(path: Path) -> None:
             records = np.empty(rows, dtype)
             fill(records, self.labels, shard, block)
-            with write_atomically(path, sync=False) as aside:
-                records.tofile(aside)
+            # NumPy's tofile would not say that the disk is full.
+            with write_atomically(path, sync=False) as aside, aside.open("wb") as stream:
+                stream.write(records.view(np.uint8).data)
 
         told = f"{self.labels.identity} {shard} {block} {dtype.descr}"
         name = hashlib.sha256(told.encode()).hexdigest() + SUFFIX

@@ -461,8 +461,9 @@ def test_images_of_another_root(make, photos, tmp_path, root, theirs):
 
 def test_a_cache_that_cannot_be_written(make, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(LoaderError, match=r"cannot be unpacked there .*; give cache_dir=, or set FERKD_DATA_CACHE"):
-        next(iter(make(cache_dir=tmp_path / "file")))
+    for order in ("global", "shards"):
+        with pytest.raises(LoaderError, match=r"cannot be kept there .*; give cache_dir=, or set FERKD_DATA_CACHE"):
+            next(iter(make(cache_dir=tmp_path / "file", order=order)))
 
 
 def test_shared_memory_that_is_not_there():

@@ -6,6 +6,7 @@ import shutil
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ from label_sets import SMALL
 from servers import serve
 
 import ferkd_data as fd
-from ferkd_data.errors import LoaderError, RemoteError
+from ferkd_data.errors import LoaderError, RemoteError, StorageFullError
 from ferkd_data.loader.held_files import HeldFiles
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import epoch_order
 from ferkd_data.loader.shard_records import ShardRecords
 from ferkd_data.remote import Retries
+from ferkd_data.storage import explain_full_disk
 
 QUICK = Retries(attempts=2, first_wait=0.001, timeout=5)
 SETTINGS = {"batch_size": 8, "crops_per_image": 2, "size": 32, "calibration": "fkd", "shards_together": 2}
@@ -60,6 +62,17 @@ def everything_at_hand(monkeypatch):
 
 def used(folder):
     return {path: path.stat().st_size for path in folder.glob("shards/??/*")}
+
+
+def test_a_cache_on_a_full_disk(many_shards, tmp_path, monkeypatch):
+    @contextmanager
+    def on_a_full_disk(path, *, sync):
+        with explain_full_disk(path):
+            yield Path("/dev/full")
+
+    monkeypatch.setattr("ferkd_data.loader.shard_records.write_atomically", on_a_full_disk)
+    with pytest.raises(StorageFullError, match="no space left"):
+        ShardRecords(fd.open_labels(many_shards / "parquet"), tmp_path).take(0, np.arange(3))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
