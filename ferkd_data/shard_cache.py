@@ -88,7 +88,7 @@ def _open(path: Path, size: int) -> OpenFile | None:
     try:
         file = OpenFile(path)
         os.utime(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     fcntl.flock(file.descriptor, fcntl.LOCK_SH)
     found = os.fstat(file.descriptor)
