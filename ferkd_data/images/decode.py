@@ -81,13 +81,13 @@ def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDAr
             raise ImageError(reason, str(error) or type(error).__name__) from error
 
 
-def image_size(data: bytes | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+def image_size(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
     """(height, width) from the header alone. Raises ImageError as `decode_rgb` does."""
-    if data[: len(JPEG_START)] == JPEG_START:
+    if data.startswith(JPEG_START):
         size = jpeg_size(data, max_pixels)
         if size is not None:
             return size
-    with _opened(bytes(data), max_pixels) as image:
+    with _opened(data, max_pixels) as image:
         return image.height, image.width
 
 
@@ -110,7 +110,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
     return pixels
 
 
-def jpeg_size(data: bytes | memoryview, max_pixels: int) -> tuple[int, int] | None:
+def jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
     """(height, width), or None where Pillow is to decide. Raises ImageError for a size beyond the limits."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)

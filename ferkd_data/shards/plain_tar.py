@@ -9,9 +9,9 @@ Legend: R images, N crops per image, k kept classes, M members.
 
 from __future__ import annotations
 
-import mmap
 import re
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data.errors import ImageError, ShardError
-from ferkd_data.images.decode import image_size
+from ferkd_data.images.decode import DEFAULT_MAX_PIXELS, JPEG_START, image_size, jpeg_size
 from ferkd_data.shards import webdataset
 from ferkd_data.shards.columns import CROP_FIELDS, DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels
 from ferkd_data.storage import OpenFile, image_digest
@@ -33,17 +33,22 @@ REGULAR = b"0"
 END = bytes(BLOCK)
 SAMPLE = re.compile(r"^((?:[\w-]+/)*[\w-]+)\.(?:(cls)\n\1\.)?crops\.npy\n\1\.(?!cls\n)\w+\n", re.ASCII | re.MULTILINE)
 """The members of one sample, a name to a line, in the order in which webdataset writes them."""
-TARGET_BYTES = 16
+CROPS_END = f".{webdataset.CROPS_SUFFIX}\0".encode()
+TARGET = re.compile(rb"[0-9]{1,9}")
+"""Larger targets than 9 digits are left to `webdataset.scan`."""
+NO_DIGEST = bytes(DIGEST_BYTES)
+START_BYTES, WINDOW_BYTES = 2048, 3 * 2**12
+"""Of an image: most JPEGs say their size before. Of a sample: more than its records and their headers."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Members:
+class _Members:
     names: str
     """Each with a line feed behind it."""
-    offsets: list[int]
-    """(M,) of their contents."""
-    sizes: list[int]
-    """(M,)"""
+    places: list[tuple[int, int]]
+    """(M,) of offset and size of their contents."""
+    starts: list[bytes]
+    """(M,) of crop records the whole content; of others, what is needed to begin with."""
 
 
 def read_labels(path: Path, *, num_crops: int, top_k: int, index_dtype: Any, digests: bool) -> ShardLabels | None:
@@ -53,32 +58,37 @@ def read_labels(path: Path, *, num_crops: int, top_k: int, index_dtype: Any, dig
     """
     try:
         with OpenFile(path) as file:
-            data = file.map()
-    except (OSError, ValueError):
+            members = _walk(file.read)
+            return None if members is None else _labels(file, members, (num_crops, top_k), index_dtype, digests)
+    except (ImageError, ShardError, OSError, ValueError):
+        # Found again there, and explained.
         return None
-    members = plain_members(data)
-    return None if members is None else _labels(data, members, (num_crops, top_k), index_dtype, digests)
 
 
-def plain_members(data: mmap.mmap) -> Members | None:
-    headers: list[bytes] = []
-    offsets: list[int] = []
-    sizes: list[int] = []
-    at = 0
-    while (header := data[at : at + BLOCK]) != END:
-        digits = header[SIZE]
-        if not digits.isdigit():
+def _walk(read: Callable[[int, int], bytes]) -> _Members | None:
+    """From header to header; a read brings the next headers along with what is needed."""
+    headers, places, starts = [], [], []
+    at = window_at = 0
+    window = b""
+    while True:
+        header = window[at - window_at : at - window_at + BLOCK]
+        if len(header) < BLOCK:
+            window, window_at = read(at, WINDOW_BYTES), at
+            header = window[:BLOCK]
+        if header == END:
+            break
+        size = int(header[SIZE], 8)
+        needed = size if CROPS_END in header else min(size, START_BYTES)
+        if size < 0 or needed > webdataset.MAX_CROPS_BYTES:
             return None
-        try:
-            size = int(digits, 8)
-        except ValueError:
-            return None
+        at += BLOCK
+        start = window[at - window_at : at - window_at + needed]
         headers.append(header)
-        offsets.append(at + BLOCK)
-        sizes.append(size)
-        at += BLOCK + -(-size // BLOCK) * BLOCK
+        places.append((at, size))
+        starts.append(start if len(start) == needed else read(at, needed))
+        at += -(-size // BLOCK) * BLOCK
     names = _names(headers) if headers else None
-    return None if names is None else Members(names=names, offsets=offsets, sizes=sizes)
+    return None if names is None else _Members(names=names, places=places, starts=starts)
 
 
 def _names(headers: list[bytes]) -> str | None:
@@ -91,7 +101,8 @@ def _names(headers: list[bytes]) -> str | None:
     alike = all((table[:, part] == table[0, part]).all() for part in (OWNERS, TIME, REST))
     if not alike or first.type != REGULAR or first.linkname or table[0, PREFIX].any():
         return None
-    if (table[:, SIZE_END] != 0).any() or not _checksums_hold(table):
+    digits = table[:, SIZE]
+    if ((digits < ord("0")) | (digits > ord("7"))).any() or table[:, SIZE_END].any() or not _checksums_hold(table):
         return None
     names = np.ascontiguousarray(table[:, NAME]).view(f"S{NAME_BYTES}")[:, 0].tolist()
     text = b"\n".join(names)
@@ -111,60 +122,50 @@ def _checksums_hold(table: npt.NDArray[np.uint8]) -> bool:
 
 
 def _labels(
-    data: mmap.mmap, members: Members, shape: tuple[int, int], index_dtype: Any, digests: bool
+    file: OpenFile, members: _Members, shape: tuple[int, int], index_dtype: Any, digests: bool
 ) -> ShardLabels | None:
     samples = SAMPLE.findall(members.names)
     keys = [key for key, _ in samples]
     ends = list(accumulate(3 if cls else 2 for _, cls in samples))
-    if not keys or ends[-1] != len(members.sizes) or len(set(keys)) != len(keys):
+    if not keys or ends[-1] != len(members.places) or len(set(keys)) != len(keys):
         return None
-    view = memoryview(data)
-    offsets, sizes = members.offsets, members.sizes
-    images = [view[offsets[end - 1] : offsets[end - 1] + sizes[end - 1]] for end in ends]
-    records = _records(view, [(offsets[end - 2], sizes[end - 2]) for end in ends], shape, index_dtype)
-    texts = [
-        data[offsets[end - 3] : offsets[end - 3] + min(sizes[end - 3], TARGET_BYTES)] if cls else None
-        for end, (_, cls) in zip(ends, samples, strict=True)
-    ]
-    if records is None or not all(text is None or text.isdigit() for text in texts):
+    records = _records([members.starts[end - 2] for end in ends], shape, index_dtype)
+    texts = [members.starts[end - 3] if cls else None for end, (_, cls) in zip(ends, samples, strict=True)]
+    if records is None or not all(text is None or TARGET.fullmatch(text) for text in texts):
         return None
-    targets = [UNKNOWN_TARGET if text is None else int(text) for text in texts]
-    try:
-        image_sizes = np.array([image_size(image) for image in images], np.uint16)
-    except ImageError:
-        return None
-    if max(targets) > np.iinfo(np.int32).max:
-        return None
-    digest = b"".join(map(image_digest, images)) if digests else bytes(DIGEST_BYTES * len(keys))
+    images = [members.places[end - 1] for end in ends]
+    sizes = [_image_size(file, *members.places[end - 1], members.starts[end - 1]) for end in ends]
+    hashed = (image_digest(file.read(*place)) for place in images) if digests else (NO_DIGEST for _ in images)
+    heights, widths = np.array(sizes, np.uint16).T
     return ShardLabels(
         keys=keys,
-        image_digest=np.frombuffer(digest, np.uint8).reshape(len(keys), DIGEST_BYTES),
-        height=image_sizes[:, 0],
-        width=image_sizes[:, 1],
-        target=np.array(targets, np.int32),
+        image_digest=np.frombuffer(b"".join(hashed), np.uint8).reshape(len(keys), DIGEST_BYTES),
+        height=heights,
+        width=widths,
+        target=np.array([UNKNOWN_TARGET if text is None else int(text) for text in texts], np.int32),
         **{name: records[name] for name in CROP_FIELDS},
     )
 
 
-def _records(
-    view: memoryview, places: list[tuple[int, int]], shape: tuple[int, int], index_dtype: Any
-) -> npt.NDArray[np.void] | None:
-    """(R, N) crop records with their box as one field; None unless all have the header of the first."""
+def _records(contents: list[bytes], shape: tuple[int, int], index_dtype: Any) -> npt.NDArray[np.void] | None:
+    """(R, N) crop records, their box as one field; None unless all have the header and the size of the first."""
     num_crops, top_k = shape
-    start, size = places[0]
-    if size > webdataset.MAX_CROPS_BYTES or any(other != size for _, other in places):
-        return None
     dtype = webdataset.record_dtype(top_k, index_dtype)
-    try:
-        first = webdataset.parse_npy(bytes(view[start : start + size]), "")
-    except ShardError:
-        return None
-    header = size - first.nbytes
+    first = webdataset.parse_npy(contents[0], "")
+    size = len(contents[0])
+    header = contents[0][: size - first.nbytes]
     if first.dtype != dtype or len(first) != num_crops:
         return None
-    if b"".join(view[at : at + header] for at, _ in places) != bytes(view[start : start + header]) * len(places):
+    if not all(len(content) == size and content.startswith(header) for content in contents):
         return None
-    body = b"".join(view[at + header : at + size] for at, _ in places)
-    others = (dtype.names or ())[4:]
-    whole_box = np.dtype([("boxes", "<u2", (4,)), *((name, dtype[name]) for name in others)])
-    return np.frombuffer(body, whole_box).reshape(len(places), num_crops)
+    others = [(name, dtype[name]) for name in (dtype.names or ())[4:]]
+    crops = np.dtype([("boxes", "<u2", (4,)), *others])
+    whole = np.dtype([("header", np.void, len(header)), ("crops", crops, (num_crops,))])
+    records: npt.NDArray[np.void] = np.frombuffer(b"".join(contents), whole)["crops"]
+    return records
+
+
+def _image_size(file: OpenFile, at: int, size: int, start: bytes) -> tuple[int, int]:
+    """As `image_size` of the whole image: a JPEG's first bytes say the same, or nothing."""
+    found = jpeg_size(start, DEFAULT_MAX_PIXELS) if start.startswith(JPEG_START) else None
+    return found or image_size(file.read(at, size))
