@@ -238,11 +238,8 @@ class LabelSet:
         check_probabilities(path, labels)
         return labels
 
-    def raw_block(self, shard: int, block: int, *, digests: bool = True) -> ShardLabels:
-        """As `block`, with the right shape and types but whatever values the file holds.
-
-        Without `digests`, those of layout webdataset, which are computed from its images, are left 0.
-        """
+    def raw_block(self, shard: int, block: int) -> ShardLabels:
+        """As `block`, with the right shape and types but whatever values the file holds."""
         entry = self.manifest.shards[shard]
         with self.open(entry.files[block]) as file:
             if self.manifest.layout == "parquet":
@@ -253,16 +250,24 @@ class LabelSet:
                     top_k=self.top_k,
                     num_classes=self.num_classes,
                 )
-            plain = plain_tar.read_labels(
-                file.path,
-                num_crops=self.manifest.num_crops,
-                top_k=self.top_k,
-                index_dtype=class_index_dtype(self.num_classes),
-                digests=digests,
-            )
-            if plain is not None and len(plain) == entry.rows:
+            plain = self.plain_rows(shard, file.read)
+            if plain is not None:
                 return plain
             return self._checked(file.path, entry, [row for row, _ in webdataset.read_rows(file.path)])
+
+    def plain_rows(self, shard: int, read: plain_tar.Read, *, digests: bool = True) -> ShardLabels | None:
+        """As `raw_block`, for a tar without anything unusual, through a function that reads it; None for others.
+
+        Without `digests`, those of its images are left 0.
+        """
+        rows = plain_tar.read_labels(
+            read,
+            num_crops=self.manifest.num_crops,
+            top_k=self.top_k,
+            index_dtype=class_index_dtype(self.num_classes),
+            digests=digests,
+        )
+        return rows if rows is not None and len(rows) == self.manifest.shards[shard].rows else None
 
     def open(self, entry: FileEntry) -> OpenFile:
         """A file of this set on this host, of the size that the manifest says. Raises ShardError, RemoteError.
@@ -396,7 +401,7 @@ class EnsembleLabels(LabelSet):
             where=f"{self.location}: shard {shard}, crop block {block}",
         ).labels
 
-    def raw_block(self, shard: int, block: int, *, digests: bool = True) -> ShardLabels:
+    def raw_block(self, shard: int, block: int) -> ShardLabels:
         return self.block(shard, block)
 
     def fetch(self, shard: int, block: int) -> None:

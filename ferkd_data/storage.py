@@ -135,6 +135,39 @@ def sha256_file(path: Path) -> str:
     return state.hexdigest()
 
 
+class HashedFile:
+    """A file that is hashed from its first byte to its last, and can be read meanwhile without reading it twice."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self.file = file
+        self._state = hashlib.sha256()
+        self._chunk = b""
+        self._start = 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Fewer bytes where the file ends. Offsets that grow are found in what was hashed last."""
+        while offset >= self._start + len(self._chunk) and self._hash_more():
+            pass
+        at = offset - self._start
+        if 0 <= at <= len(self._chunk) - length:
+            return self._chunk[at : at + length]
+        return self.file.read(offset, length)
+
+    def sha256(self) -> str:
+        while self._hash_more():
+            pass
+        return self._state.hexdigest()
+
+    def _hash_more(self) -> bool:
+        start = self._start + len(self._chunk)
+        chunk = self.file.read(start, CHUNK_BYTES)
+        if not chunk:
+            return False
+        self._state.update(chunk)
+        self._start, self._chunk = start, chunk
+        return True
+
+
 def image_digest(data: bytes) -> bytes:
     """BLAKE2b-128 of an encoded image: 16 bytes."""
     return hashlib.blake2b(data, digest_size=16).digest()

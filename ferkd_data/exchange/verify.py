@@ -27,7 +27,7 @@ from ferkd_data.remote import is_remote
 from ferkd_data.shards import parquet
 from ferkd_data.shards.columns import CROP_FIELDS, ShardLabels
 from ferkd_data.statistics import Statistics, shard_statistics
-from ferkd_data.storage import image_digest, sha256_file
+from ferkd_data.storage import HashedFile, image_digest, sha256_file
 
 MAX_FAULTS = 20
 COMPANIONS = ("README.md", "croissant.json", "LICENSE", SIGNATURE)
@@ -190,9 +190,14 @@ class _Check:
     def _read(self, entry: ShardEntry, file: BlockEntry, found: _Block) -> ShardLabels | None:
         try:
             with self.labels.open(file) as opened:
-                if sha256_file(opened.path) != file.sha256:
+                hashed = HashedFile(opened)
+                plain = None
+                if self.manifest.layout == "webdataset":
+                    plain = self.labels.plain_rows(entry.index, hashed.read, digests=self.digests)
+                if hashed.sha256() != file.sha256:
                     raise ShardError(f"{opened.path}: the bytes are not those of the manifest (SHA-256 differs)")
-                labels = self.labels.raw_block(entry.index, file.block, digests=self.digests)
+                # Other libraries see only bytes that are those of the manifest.
+                labels = self.labels.raw_block(entry.index, file.block) if plain is None else plain
         except (LabelSetError, RemoteError, OSError) as error:
             found.faults.append(Fault(file=file.path, message=_without_path(error, self.labels.location, file.path)))
             return None

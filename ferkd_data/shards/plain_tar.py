@@ -14,7 +14,6 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from ferkd_data.errors import ImageError, ShardError
 from ferkd_data.images.decode import DEFAULT_MAX_PIXELS, JPEG_START, image_size, jpeg_size
 from ferkd_data.shards import webdataset
 from ferkd_data.shards.columns import CROP_FIELDS, DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels
-from ferkd_data.storage import OpenFile, image_digest
+from ferkd_data.storage import image_digest
 
 BLOCK, NAME, NAME_BYTES = tarfile.BLOCKSIZE, slice(0, 100), 100
 OWNERS, SIZE, SIZE_END, TIME = slice(100, 124), slice(124, 135), 135, slice(136, 148)
@@ -41,6 +40,10 @@ START_BYTES, WINDOW_BYTES = 2048, 3 * 2**12
 """Of an image: most JPEGs say their size before. Of a sample: more than its records and their headers."""
 
 
+Read = Callable[[int, int], bytes]
+"""Bytes of the tar by offset and length."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Members:
     names: str
@@ -51,21 +54,20 @@ class _Members:
     """(M,) of crop records the whole content; of others, what is needed to begin with."""
 
 
-def read_labels(path: Path, *, num_crops: int, top_k: int, index_dtype: Any, digests: bool) -> ShardLabels | None:
+def read_labels(read: Read, *, num_crops: int, top_k: int, index_dtype: Any, digests: bool) -> ShardLabels | None:
     """The rows of a tar, as views of its records; None where `webdataset.read_rows` is to decide.
 
     Without `digests`, those of the images are not computed and left 0.
     """
     try:
-        with OpenFile(path) as file:
-            members = _walk(file.read)
-            return None if members is None else _labels(file, members, (num_crops, top_k), index_dtype, digests)
+        members = _walk(read)
+        return None if members is None else _labels(read, members, (num_crops, top_k), index_dtype, digests)
     except (ImageError, ShardError, OSError, ValueError):
         # Found again there, and explained.
         return None
 
 
-def _walk(read: Callable[[int, int], bytes]) -> _Members | None:
+def _walk(read: Read) -> _Members | None:
     """From header to header; a read brings the next headers along with what is needed."""
     headers, places, starts = [], [], []
     at = window_at = 0
@@ -122,7 +124,7 @@ def _checksums_hold(table: npt.NDArray[np.uint8]) -> bool:
 
 
 def _labels(
-    file: OpenFile, members: _Members, shape: tuple[int, int], index_dtype: Any, digests: bool
+    read: Read, members: _Members, shape: tuple[int, int], index_dtype: Any, digests: bool
 ) -> ShardLabels | None:
     samples = SAMPLE.findall(members.names)
     keys = [key for key, _ in samples]
@@ -134,8 +136,8 @@ def _labels(
     if records is None or not all(text is None or TARGET.fullmatch(text) for text in texts):
         return None
     images = [members.places[end - 1] for end in ends]
-    sizes = [_image_size(file, *members.places[end - 1], members.starts[end - 1]) for end in ends]
-    hashed = (image_digest(file.read(*place)) for place in images) if digests else (NO_DIGEST for _ in images)
+    sizes = [_image_size(read, *members.places[end - 1], members.starts[end - 1]) for end in ends]
+    hashed = (image_digest(read(*place)) for place in images) if digests else (NO_DIGEST for _ in images)
     heights, widths = np.array(sizes, np.uint16).T
     return ShardLabels(
         keys=keys,
@@ -165,7 +167,7 @@ def _records(contents: list[bytes], shape: tuple[int, int], index_dtype: Any) ->
     return records
 
 
-def _image_size(file: OpenFile, at: int, size: int, start: bytes) -> tuple[int, int]:
+def _image_size(read: Read, at: int, size: int, start: bytes) -> tuple[int, int]:
     """As `image_size` of the whole image: a JPEG's first bytes say the same, or nothing."""
     found = jpeg_size(start, DEFAULT_MAX_PIXELS) if start.startswith(JPEG_START) else None
-    return found or image_size(file.read(at, size))
+    return found or image_size(read(at, size))
