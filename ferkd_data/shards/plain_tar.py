@@ -4,7 +4,7 @@ tarfile takes 40 us for a member, which is as long as hashing 50 KB. Here the he
 them must be alike but for name, size and checksum. Whatever is the least bit different is left to `webdataset.scan`,
 which knows every rule and every error.
 
-Legend: R images, N crops per image, k kept classes, M members.
+Legend: R images, N crops per image, k kept classes, M members, B bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -32,26 +31,38 @@ REGULAR = b"0"
 END = bytes(BLOCK)
 SAMPLE = re.compile(r"^((?:[\w-]+/)*[\w-]+)\.(?:(cls)\n\1\.)?crops\.npy\n\1\.(?!cls\n)\w+\n", re.ASCII | re.MULTILINE)
 """The members of one sample, a name to a line, in the order in which webdataset writes them."""
-CROPS_END = f".{webdataset.CROPS_SUFFIX}\0".encode()
-TARGET = re.compile(rb"[0-9]{1,9}")
+TARGET_END, TARGET_BYTES = b".cls\0", 10
 """Larger targets than 9 digits are left to `webdataset.scan`."""
 NO_DIGEST = bytes(DIGEST_BYTES)
-START_BYTES, WINDOW_BYTES = 2048, 3 * 2**12
-"""Of an image: most JPEGs say their size before. Of a sample: more than its records and their headers."""
-
+START_BYTES = 1024
+"""Of an image: most JPEGs say their size before."""
 
 Read = Callable[[int, int], bytes]
 """Bytes of the tar by offset and length."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Members:
-    names: str
-    """Each with a line feed behind it."""
-    places: list[tuple[int, int]]
-    """(M,) of offset and size of their contents."""
-    starts: list[bytes]
-    """(M,) of crop records the whole content; of others, what is needed to begin with."""
+class _Shape:
+    """What all samples of a tar have in common: where their members lie."""
+
+    has_target: bool
+    records_at: int
+    """From the sample's first byte to the content of its `.crops.npy`."""
+    records_bytes: int
+    image_at: int
+
+    @property
+    def headers_at(self) -> list[int]:
+        return [*([0] if self.has_target else []), self.records_at - BLOCK, self.image_at - BLOCK]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Samples:
+    shape: _Shape
+    table: npt.NDArray[np.uint8]
+    """(R, B): the first bytes of each, to the first START_BYTES of its image."""
+    images: list[tuple[int, int]]
+    """(R,) of offset and size."""
 
 
 def read_labels(read: Read, *, num_crops: int, top_k: int, index_dtype: Any, digests: bool) -> ShardLabels | None:
@@ -60,46 +71,132 @@ def read_labels(read: Read, *, num_crops: int, top_k: int, index_dtype: Any, dig
     Without `digests`, those of the images are not computed and left 0.
     """
     try:
-        members = _walk(read)
-        return None if members is None else _labels(read, members, (num_crops, top_k), index_dtype, digests)
+        samples = _walk(read)
+        return None if samples is None else _labels(read, samples, (num_crops, top_k), index_dtype, digests)
     except (ImageError, ShardError, OSError, ValueError):
         # Found again there, and explained.
         return None
 
 
-def _walk(read: Read) -> _Members | None:
-    """From header to header; a read brings the next headers along with what is needed."""
-    headers, places, starts = [], [], []
-    at = window_at = 0
-    window = b""
-    while True:
-        header = window[at - window_at : at - window_at + BLOCK]
-        if len(header) < BLOCK:
-            window, window_at = read(at, WINDOW_BYTES), at
-            header = window[:BLOCK]
-        if header == END:
-            break
-        size = int(header[SIZE], 8)
-        needed = size if CROPS_END in header else min(size, START_BYTES)
-        if size < 0 or needed > webdataset.MAX_CROPS_BYTES:
-            return None
-        at += BLOCK
-        start = window[at - window_at : at - window_at + needed]
-        headers.append(header)
-        places.append((at, size))
-        starts.append(start if len(start) == needed else read(at, needed))
-        at += -(-size // BLOCK) * BLOCK
-    names = _names(headers) if headers else None
-    return None if names is None else _Members(names=names, places=places, starts=starts)
-
-
-def _names(headers: list[bytes]) -> str | None:
-    """The names, or None for headers of which tarfile might think otherwise."""
-    try:
-        first = tarfile.TarInfo.frombuf(headers[0], "utf-8", "strict")
-    except (tarfile.HeaderError, ValueError):
+def _walk(read: Read) -> _Samples | None:
+    """One read for each sample."""
+    shape = _shape(read)
+    if shape is None:
         return None
-    table = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
+    size_at, size_end = shape.image_at - BLOCK + SIZE.start, shape.image_at - BLOCK + SIZE.stop
+    length = shape.image_at + START_BYTES
+    starts, images = [], []
+    at = 0
+    while (start := read(at, length))[:BLOCK] != END:
+        size = int(start[size_at:size_end], 8)
+        if size < 0:
+            return None
+        starts.append(start if len(start) == length else start.ljust(length, b"\0"))
+        images.append((at + shape.image_at, size))
+        at += shape.image_at + _padded(size)
+    table = np.frombuffer(b"".join(starts), np.uint8).reshape(-1, length)
+    return _Samples(shape=shape, table=table, images=images)
+
+
+def _shape(read: Read) -> _Shape | None:
+    """As the first sample has it."""
+    has_target = TARGET_END in read(0, BLOCK)[NAME]
+    header_at = 2 * BLOCK if has_target else 0
+    size = int(read(header_at, BLOCK)[SIZE], 8)
+    if not 0 <= size <= webdataset.MAX_CROPS_BYTES:
+        return None
+    records_at = header_at + BLOCK
+    return _Shape(
+        has_target=has_target,
+        records_at=records_at,
+        records_bytes=size,
+        image_at=records_at + _padded(size) + BLOCK,
+    )
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _labels(
+    read: Read, samples: _Samples, shape: tuple[int, int], index_dtype: Any, digests: bool
+) -> ShardLabels | None:
+    keys = _keys(samples)
+    targets = _targets(samples)
+    records = _records(samples, shape, index_dtype)
+    if keys is None or targets is None or records is None:
+        return None
+    starts = samples.table[:, samples.shape.image_at :]
+    sizes = [_image_size(read, *image, start) for image, start in zip(samples.images, starts, strict=True)]
+    hashed = (image_digest(read(*image)) if digests else NO_DIGEST for image in samples.images)
+    heights, widths = np.array(sizes, np.uint16).T
+    return ShardLabels(
+        keys=keys,
+        image_digest=np.frombuffer(b"".join(hashed), np.uint8).reshape(len(keys), DIGEST_BYTES),
+        height=heights,
+        width=widths,
+        target=targets,
+        **{name: records[name] for name in CROP_FIELDS},
+    )
+
+
+def _keys(samples: _Samples) -> list[str] | None:
+    """(R,), or None for headers of which tarfile might think otherwise."""
+    headers = np.stack([samples.table[:, at : at + BLOCK] for at in samples.shape.headers_at], axis=1)
+    names = _names(headers.reshape(-1, BLOCK)) if len(headers) else None
+    if names is None:
+        return None
+    found = SAMPLE.findall(names)
+    keys = [key for key, _ in found]
+    whole = len(found) == len(headers) and all(bool(target) == samples.shape.has_target for _, target in found)
+    return keys if whole and len(set(keys)) == len(keys) else None
+
+
+def _targets(samples: _Samples) -> npt.NDArray[np.int32] | None:
+    if not samples.shape.has_target:
+        return np.full(len(samples.table), UNKNOWN_TARGET, np.int32)
+    sizes = _numbers(samples.table[:, SIZE])
+    texts = np.ascontiguousarray(samples.table[:, BLOCK : BLOCK + TARGET_BYTES]).view(f"S{TARGET_BYTES}")[:, 0].tolist()
+    fine = (sizes < TARGET_BYTES).all() and all(map(bytes.isdigit, texts))
+    # Behind a text, the writer's zeros.
+    if not fine or [len(text) for text in texts] != sizes.tolist():
+        return None
+    return np.array([int(text) for text in texts], np.int32)
+
+
+def _records(samples: _Samples, shape: tuple[int, int], index_dtype: Any) -> npt.NDArray[np.void] | None:
+    """(R, N) crop records, their box as one field; None unless all have the header and the size of the first."""
+    at, size = samples.shape.records_at, samples.shape.records_bytes
+    num_crops, top_k = shape
+    dtype = webdataset.record_dtype(top_k, index_dtype)
+    first = webdataset.parse_npy(samples.table[0, at : at + size].tobytes(), "")
+    body_at = at + size - first.nbytes
+    if first.dtype != dtype or len(first) != num_crops:
+        return None
+    for part in (samples.table[:, at - BLOCK :][:, SIZE], samples.table[:, at:body_at]):
+        if (part != part[0]).any():
+            return None
+    others = [(name, dtype[name]) for name in (dtype.names or ())[4:]]
+    crops = np.dtype((np.dtype([("boxes", "<u2", (4,)), *others]), (num_crops,)))
+    length = samples.table.shape[1]
+    whole = np.dtype({"names": ["crops"], "formats": [crops], "offsets": [body_at], "itemsize": length})
+    records: npt.NDArray[np.void] = samples.table.reshape(-1).view(whole)["crops"]
+    return records
+
+
+def _image_size(read: Read, at: int, size: int, start: npt.NDArray[np.uint8]) -> tuple[int, int]:
+    """As `image_size` of the whole image: a JPEG's first bytes say the same, or nothing."""
+    begins = start[:size].tobytes()
+    found = jpeg_size(begins, DEFAULT_MAX_PIXELS) if begins.startswith(JPEG_START) else None
+    return found or image_size(read(at, size))
+
+
+def _names(table: npt.NDArray[np.uint8]) -> str | None:
+    """Of (M, 512) headers, a name to a line."""
+    try:
+        first = tarfile.TarInfo.frombuf(table[0].tobytes(), "utf-8", "strict")
+    except tarfile.HeaderError:
+        return None
     alike = all((table[:, part] == table[0, part]).all() for part in (OWNERS, TIME, REST))
     if not alike or first.type != REGULAR or first.linkname or table[0, PREFIX].any():
         return None
@@ -114,60 +211,16 @@ def _names(headers: list[bytes]) -> str | None:
 
 
 def _checksums_hold(table: npt.NDArray[np.uint8]) -> bool:
-    digits = table[:, CHECKSUM].astype(np.int64) - ord("0")
-    if ((digits < 0) | (digits > 7)).any():
+    digits = table[:, CHECKSUM]
+    if ((digits < ord("0")) | (digits > ord("7"))).any():
         return False
-    stored = digits @ (8 ** np.arange(digits.shape[1])[::-1])
     total = table.sum(axis=1, dtype=np.int64) - table[:, CHECKSUM_BYTES].sum(axis=1, dtype=np.int64)
     blanks = (CHECKSUM_BYTES.stop - CHECKSUM_BYTES.start) * ord(" ")
-    return bool((stored == total + blanks).all())
+    return bool((_numbers(digits) == total + blanks).all())
 
 
-def _labels(
-    read: Read, members: _Members, shape: tuple[int, int], index_dtype: Any, digests: bool
-) -> ShardLabels | None:
-    samples = SAMPLE.findall(members.names)
-    keys = [key for key, _ in samples]
-    ends = list(accumulate(3 if cls else 2 for _, cls in samples))
-    if not keys or ends[-1] != len(members.places) or len(set(keys)) != len(keys):
-        return None
-    records = _records([members.starts[end - 2] for end in ends], shape, index_dtype)
-    texts = [members.starts[end - 3] if cls else None for end, (_, cls) in zip(ends, samples, strict=True)]
-    if records is None or not all(text is None or TARGET.fullmatch(text) for text in texts):
-        return None
-    images = [members.places[end - 1] for end in ends]
-    sizes = [_image_size(read, *members.places[end - 1], members.starts[end - 1]) for end in ends]
-    hashed = (image_digest(read(*place)) for place in images) if digests else (NO_DIGEST for _ in images)
-    heights, widths = np.array(sizes, np.uint16).T
-    return ShardLabels(
-        keys=keys,
-        image_digest=np.frombuffer(b"".join(hashed), np.uint8).reshape(len(keys), DIGEST_BYTES),
-        height=heights,
-        width=widths,
-        target=np.array([UNKNOWN_TARGET if text is None else int(text) for text in texts], np.int32),
-        **{name: records[name] for name in CROP_FIELDS},
-    )
-
-
-def _records(contents: list[bytes], shape: tuple[int, int], index_dtype: Any) -> npt.NDArray[np.void] | None:
-    """(R, N) crop records, their box as one field; None unless all have the header and the size of the first."""
-    num_crops, top_k = shape
-    dtype = webdataset.record_dtype(top_k, index_dtype)
-    first = webdataset.parse_npy(contents[0], "")
-    size = len(contents[0])
-    header = contents[0][: size - first.nbytes]
-    if first.dtype != dtype or len(first) != num_crops:
-        return None
-    if not all(len(content) == size and content.startswith(header) for content in contents):
-        return None
-    others = [(name, dtype[name]) for name in (dtype.names or ())[4:]]
-    crops = np.dtype([("boxes", "<u2", (4,)), *others])
-    whole = np.dtype([("header", np.void, len(header)), ("crops", crops, (num_crops,))])
-    records: npt.NDArray[np.void] = np.frombuffer(b"".join(contents), whole)["crops"]
-    return records
-
-
-def _image_size(read: Read, at: int, size: int, start: bytes) -> tuple[int, int]:
-    """As `image_size` of the whole image: a JPEG's first bytes say the same, or nothing."""
-    found = jpeg_size(start, DEFAULT_MAX_PIXELS) if start.startswith(JPEG_START) else None
-    return found or image_size(read(at, size))
+def _numbers(digits: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """(M, D) octal digits as numbers (M,)."""
+    powers = 8 ** np.arange(digits.shape[1], dtype=np.int64)[::-1]
+    numbers: npt.NDArray[np.int64] = (digits.astype(np.int64) - ord("0")) @ powers
+    return numbers
