@@ -346,9 +346,10 @@ def _statistics(labels: ShardLabels) -> Statistics:
 
 
 def _clean(prob: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
-    odd = prob.view(np.uint16) >= NUM_FLOAT16
-    if not odd.any():
+    patterns = prob.view(np.uint16)
+    if patterns.max(initial=0) < NUM_FLOAT16:
         return prob
+    odd = patterns >= NUM_FLOAT16
     cleaned = prob.copy()
     cleaned[odd] = np.nan_to_num(prob[odd], posinf=1, neginf=0).clip(0, 1)
     return cleaned

@@ -26,7 +26,8 @@ from ferkd_data.storage import image_digest
 
 BLOCK, NAME, NAME_BYTES = tarfile.BLOCKSIZE, slice(0, 100), 100
 OWNERS, SIZE, SIZE_END, TIME = slice(100, 124), slice(124, 135), 135, slice(136, 148)
-CHECKSUM, CHECKSUM_BYTES, REST, PREFIX = slice(148, 154), slice(148, 156), slice(156, BLOCK), slice(345, BLOCK)
+CHECKSUM, CHECKSUM_END, CHECKSUM_BYTES = slice(148, 154), slice(154, 156), slice(148, 156)
+REST, PREFIX = slice(156, BLOCK), slice(345, BLOCK)
 REGULAR = b"0"
 END = bytes(BLOCK)
 SAMPLE = re.compile(r"^((?:[\w-]+/)*[\w-]+)\.(?:(cls)\n\1\.)?crops\.npy\n\1\.(?!cls\n)\w+\n", re.ASCII | re.MULTILINE)
@@ -197,7 +198,7 @@ def _names(table: npt.NDArray[np.uint8]) -> str | None:
         first = tarfile.TarInfo.frombuf(table[0].tobytes(), "utf-8", "strict")
     except tarfile.HeaderError:
         return None
-    alike = all((table[:, part] == table[0, part]).all() for part in (OWNERS, TIME, REST))
+    alike = all((table[:, part] == table[0, part]).all() for part in (OWNERS, TIME, CHECKSUM_END, REST))
     if not alike or first.type != REGULAR or first.linkname or table[0, PREFIX].any():
         return None
     digits = table[:, SIZE]
