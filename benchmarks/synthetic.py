@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
+from ferkd_data.buckets import Thresholds, assign_buckets
 from ferkd_data.builder.rejects import RejectWriter
+from ferkd_data.crops import CropDistribution, draw_crops
+from ferkd_data.label_set import open_labels
 from ferkd_data.manifest import (
     CreatedBy,
     CropDistributionEntry,
+    Layout,
     Manifest,
     RejectsEntry,
     ShardEntry,
@@ -18,8 +24,8 @@ from ferkd_data.manifest import (
 )
 from ferkd_data.shards.columns import ImageLabels
 from ferkd_data.shards.writers import write_shard
-from ferkd_data.statistics import Statistics
-from ferkd_data.storage import sha256_file
+from ferkd_data.statistics import Statistics, add, shard_statistics
+from ferkd_data.storage import image_digest, sha256_file
 
 NO_TEACHER = TeacherEntry(
     spec="none",
@@ -43,11 +49,14 @@ def write_label_set(
     num_crops: int,
     top_k: int,
     num_classes: int,
+    layout: Layout = "parquet",
+    crops_per_block: int | None = None,
 ) -> None:
-    """A label set of layout parquet, one crop block, with the rows of each shard."""
+    """A label set with the rows of each shard, of one crop block where not said otherwise. Its statistics are empty."""
+    per_block = crops_per_block or num_crops
     entries = []
     for index, rows in enumerate(shards):
-        count, files = write_shard(out, index, rows, layout="parquet", block_starts=[0])
+        count, files = write_shard(out, index, rows, layout=layout, block_starts=range(0, num_crops, per_block))
         entries.append(ShardEntry(index=index, rows=count, files=files))
     with RejectWriter(out / "rejects.parquet") as rejects:
         pass
@@ -55,10 +64,10 @@ def write_label_set(
     images = sum(entry.rows for entry in entries)
     manifest = Manifest(
         created_by=CreatedBy(name="benchmark", version="0"),
-        layout="parquet",
+        layout=layout,
         num_images=images,
         num_crops=num_crops,
-        crops_per_block=num_crops,
+        crops_per_block=per_block,
         top_k=top_k,
         num_classes=num_classes,
         seed=0,
@@ -72,3 +81,37 @@ def write_label_set(
         statistics=Statistics(),
     )
     (out / "manifest.json").write_text(manifest.to_json())
+
+
+def count_statistics(folder: Path) -> None:
+    """Write into the manifest what the rows of the label set in `folder` say."""
+    labels = open_labels(folder)
+    counted = add(map(shard_statistics, labels.shards()))
+    (folder / "manifest.json").write_text(labels.manifest.model_copy(update={"statistics": counted}).to_json())
+
+
+def random_labels(
+    key: str, generator: np.random.Generator, *, num_crops: int, top_k: int, num_classes: int, image: bytes
+) -> ImageLabels:
+    """Rows that `verify` finds nothing wrong with, for an image of 500x375 pixels."""
+    prob = -np.sort(-generator.dirichlet([0.2] * (4 * top_k), num_crops)[:, :top_k], axis=1).astype(np.float16)
+    index = generator.integers(0, num_classes // top_k, (num_crops, top_k)) * top_k + np.arange(top_k)
+    order = np.lexsort((index, -prob.astype(np.float32)), axis=1)
+    index = np.take_along_axis(index, order, axis=1)
+    target = int(generator.integers(num_classes))
+    hit = index == target
+    said = np.where(hit.any(axis=1), np.where(hit, prob, 0).max(axis=1), prob[:, -1] / 2)
+    crops = draw_crops(key, 375, 500, seed=0, count=num_crops, distribution=CropDistribution())
+    return ImageLabels(
+        key=key,
+        image_digest=image_digest(image),
+        height=375,
+        width=500,
+        target=target,
+        boxes=crops.boxes,
+        flip=crops.flip,
+        class_index=index.astype(np.uint16),
+        class_prob=prob,
+        target_prob=said.astype(np.float16),
+        bucket=assign_buckets(prob[:, 0], Thresholds()),
+    )

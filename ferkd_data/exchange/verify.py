@@ -165,7 +165,7 @@ class _Check:
         labels = self._read(entry, file, found)
         if labels is None:
             return found
-        found.statistics = _statistics(labels)
+        found.statistics = _statistics(labels) if found.faults else shard_statistics(labels)
         # Copies, so that the crops can go.
         found.rows = replace(labels, **{name: getattr(labels, name)[:, :0].copy() for name in CROP_FIELDS})
         return found
@@ -204,7 +204,7 @@ class _Check:
         stored = self.manifest.thresholds
         thresholds = Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=stored.confidence)
         for fault in row_faults(
-            labels, num_classes=self.manifest.num_classes, thresholds=thresholds, limit=self.max_faults
+            labels, num_classes=self.manifest.num_classes, thresholds=thresholds, limit=max(self.max_faults, 1)
         ):
             crop = None if fault.crop is None else fault.crop + file.block * self.manifest.crops_per_block
             found.faults.append(

@@ -248,6 +248,13 @@ def test_faults_are_bounded_and_counted(copy):
     assert not report.ok
 
 
+def test_faults_that_nobody_wants_listed_are_faults(copy):
+    damage(copy, "class_prob", descending(0.5, np.nan, 0.1, 0.1))
+    report = fd.verify(copy, max_faults=0)
+    assert not report.ok
+    assert report.faults == ()
+
+
 def test_the_command(copy, capsys):
     assert run(["verify", str(copy)]) == 0
     assert "whole: 11 files" in capsys.readouterr().out
