@@ -127,9 +127,7 @@ def shard_statistics(labels: ShardLabels) -> Statistics:
     )
 
 
-def histogram(
-    p_max: npt.NDArray[np.float64], counts: npt.NDArray[np.int64] | None = None
-) -> npt.NDArray[np.int64]:
+def histogram(p_max: npt.NDArray[np.float64], counts: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
     """Crops in NUM_BINS equal bins of [0, 1], each once or as often as `counts` says.
 
     Exact at the edges, because an edge times 200 is compared as a whole.

@@ -49,10 +49,11 @@ def _screen(labels: ShardLabels, rows: slice, num_classes: int, thresholds: Thre
     bad |= _classes(index, prob, num_classes)
     bad |= _target_prob(index, prob, said, absent, target)
     confidence = prob[0] if thresholds.confidence == "max" else np.where(absent, prob[0], said)
-    bad |= labels.bucket[rows] != _buckets(confidence, thresholds)
-    of_rows: Mask = bad.any(axis=1)
+    wrong: Mask = labels.bucket[rows] != _buckets(confidence, thresholds)
+    of_rows: Mask = (bad | wrong).any(axis=1)
     # A class that does not exist may look like one that does when it is cut to the size of class_index.
-    return of_rows | (((target < 0) | (target >= num_classes)) & (target != UNKNOWN_TARGET))
+    of_rows |= ((target < 0) | (target >= num_classes)) & (target != UNKNOWN_TARGET)
+    return of_rows
 
 
 def _along_crops(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -69,7 +70,8 @@ def _boxes(boxes: npt.NDArray[np.uint16], image_height: npt.NDArray[Any], image_
     below, right = image_height[:, None], image_width[:, None]
     # Where top > below, the difference wraps, and the row is stopped already.
     bad: Mask = (height == 0) | (width == 0) | (top > below) | (left > right)
-    return bad | (height > below - top) | (width > right - left)
+    bad |= (height > below - top) | (width > right - left)
+    return bad
 
 
 def _classes(index: npt.NDArray[Any], prob: Patterns, num_classes: int) -> Mask:
@@ -79,7 +81,8 @@ def _classes(index: npt.NDArray[Any], prob: Patterns, num_classes: int) -> Mask:
     rising = prob[1:] > prob[:-1]
     rising |= (prob[1:] == prob[:-1]) & (index[1:] < index[:-1])
     bad |= rising.any(axis=0)
-    return bad | ~(from_patterns(prob).sum(axis=0) <= EXACT_TOTAL)
+    bad |= from_patterns(prob).sum(axis=0) > EXACT_TOTAL
+    return bad
 
 
 def _target_prob(index: npt.NDArray[Any], prob: Patterns, said: Patterns, absent: Mask, target: Any) -> Mask:
@@ -94,6 +97,6 @@ def _target_prob(index: npt.NDArray[Any], prob: Patterns, said: Patterns, absent
 def _buckets(confidence: Patterns, thresholds: Thresholds) -> npt.NDArray[np.uint8]:
     """As buckets.assign_buckets, for patterns of 0..1."""
     low, mid, top = np.searchsorted(VALUES, [thresholds.low, thresholds.mid, thresholds.top]).astype(np.uint16)
-    buckets = (confidence >= low).view(np.uint8) + (confidence >= mid).view(np.uint8)
+    buckets: npt.NDArray[np.uint8] = (confidence >= low).view(np.uint8) + (confidence >= mid).view(np.uint8)
     buckets += (confidence >= top).view(np.uint8)
     return buckets

@@ -350,7 +350,7 @@ def _clean(prob: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
     if patterns.max(initial=0) < NUM_FLOAT16:
         return prob
     odd = patterns >= NUM_FLOAT16
-    cleaned = prob.copy()
+    cleaned: npt.NDArray[np.float16] = prob.copy()
     cleaned[odd] = np.nan_to_num(prob[odd], posinf=1, neginf=0).clip(0, 1)
     return cleaned
 
