@@ -49,8 +49,8 @@ def _screen(labels: ShardLabels, rows: slice, num_classes: int, thresholds: Thre
     bad |= _classes(index, prob, num_classes)
     bad |= _target_prob(index, prob, said, absent, target)
     confidence = prob[0] if thresholds.confidence == "max" else np.where(absent, prob[0], said)
-    wrong: Mask = labels.bucket[rows] != _buckets(confidence, thresholds)
-    of_rows: Mask = (bad | wrong).any(axis=1)
+    bad |= np.not_equal(labels.bucket[rows], _buckets(confidence, thresholds))
+    of_rows: Mask = np.logical_or.reduce(bad, axis=1)
     # A class that does not exist may look like one that does when it is cut to the size of class_index.
     of_rows |= ((target < 0) | (target >= num_classes)) & (target != UNKNOWN_TARGET)
     return of_rows
