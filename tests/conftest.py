@@ -165,6 +165,12 @@ def quick_process() -> multiprocessing.context.ForkServerContext:
 
 
 @pytest.fixture
+def quick_workers(monkeypatch: pytest.MonkeyPatch, quick_process: multiprocessing.context.ForkServerContext) -> None:
+    """The workers of builds start so too; what a test puts into the environment does not come to them."""
+    monkeypatch.setattr("ferkd_data.builder.crew.multiprocessing.get_context", lambda method: quick_process)
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 4 MiB."""
     mounted = tmp_path / "disk"

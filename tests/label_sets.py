@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import ferkd_data as fd
@@ -37,7 +36,6 @@ def same_files(a: Path, b: Path) -> bool:
     return len(first) > 3 and first == second
 
 
-def build_with_two(photos: Path, out: Path, teacher: str, lives: Path) -> None:
+def build_with_two(photos: Path, out: Path, teacher: str) -> None:
     """For a process of its own, which finds this module but no test's."""
-    os.environ["DEADLY_LIVES"] = str(lives)
     fd.build(photos, out, teachers=[teacher], processes=2, **SMALL)

@@ -16,6 +16,8 @@ import pytest
 import ferkd_data as fd
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+"""On a port that is free."""
 TINY = ["--epochs", "2", "--batch-size", "8", "--size", "32"]
 
 
@@ -39,8 +41,7 @@ def test_examples_are_short():
 
 
 def test_plain_ddp_on_two_processes_and_resumed(label_set, photos, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-    command = [*torchrun, EXAMPLES / "plain_ddp.py", label_set, photos, *TINY, "--workers", "0"]
+    command = [*TORCHRUN, EXAMPLES / "plain_ddp.py", label_set, photos, *TINY, "--workers", "0"]
     assert "epoch 1: loss" in start(command, tmp_path)
     again = start([*command, "--epochs", "3"], tmp_path)
     assert "epoch 2: loss" in again and "epoch 1" not in again
@@ -72,11 +73,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def start_two(command, tmp_path, *, port, seen):
+def start_two(command, tmp_path, *, seen):
     """Two processes; `trained_on` tells which crops came to their models."""
     (tmp_path / "recorder.py").write_text(RECORDER)
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    return start([*torchrun, tmp_path / "recorder.py", *command], tmp_path, SEEN=seen)
+    return start([*TORCHRUN, tmp_path / "recorder.py", *command], tmp_path, SEEN=seen)
 
 
 def trained_on(tmp_path, seen):
@@ -98,8 +98,8 @@ def crops_of_epochs(label_set, photos, tmp_path, epochs):
 
 def test_accelerate_on_two_processes_repeats_and_skips_nothing(label_set, photos, tmp_path):
     command = [EXAMPLES / "accelerate_loop.py", label_set, photos, *TINY, "--workers", "0", "--checkpoint", "saved"]
-    assert "epoch 0: loss" in start_two([*command, "--epochs", "1"], tmp_path, port=29518, seen="first")
-    again = start_two([*command, "--epochs", "2", "--resume"], tmp_path, port=29519, seen="second")
+    assert "epoch 0: loss" in start_two([*command, "--epochs", "1"], tmp_path, seen="first")
+    again = start_two([*command, "--epochs", "2", "--resume"], tmp_path, seen="second")
     assert "epoch 1: loss" in again and "epoch 0" not in again
     assert trained_on(tmp_path, "first") == crops_of_epochs(label_set, photos, tmp_path, [0])
     assert trained_on(tmp_path, "second") == crops_of_epochs(label_set, photos, tmp_path, [1])
@@ -109,12 +109,12 @@ def test_hf_trainer_on_two_processes_resumes_after_the_last_batch(label_set, pho
     """20 images, 2 in a rank's batch: 5 steps an epoch; resumed at step 4, and again nothing is repeated or skipped."""
     command = [EXAMPLES / "hf_trainer.py", label_set, photos, *TINY, "--epochs", "2", "--workers", "0"]
     command += ["--save-steps", "4"]
-    assert "step 10: loss" in start_two(command, tmp_path, port=29520, seen="first")
+    assert "step 10: loss" in start_two(command, tmp_path, seen="first")
     place = tmp_path / "trained/checkpoint-8/loader.json"
     first = json.loads(place.read_text())["place"]
     for step in (8, 10):
         shutil.rmtree(tmp_path / f"trained/checkpoint-{step}")
-    assert "step 10: loss" in start_two([*command, "--resume"], tmp_path, port=29521, seen="second")
+    assert "step 10: loss" in start_two([*command, "--resume"], tmp_path, seen="second")
     assert json.loads(place.read_text())["place"] == first and (first["epoch"], first["images"]) == (1, 12)
     whole = trained_on(tmp_path, "first")
     assert whole == crops_of_epochs(label_set, photos, tmp_path, [0, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from label_sets import SMALL, same_files, same_label_sets
 
 import ferkd_data as fd
@@ -15,10 +16,12 @@ def test_a_second_build_gives_the_same_bytes(photos, tiny_teachers, tmp_path, la
     assert same_files(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.usefixtures("quick_workers")
 @pytest.mark.parametrize("layout", ["parquet", "webdataset"])
 def test_two_processes_give_the_same_bytes_as_one(photos, tiny_teachers, tmp_path, layout):
     seen = []
     for processes in (1, 2):
+        torch.set_num_threads(3 - processes)
         fd.build(
             photos,
             tmp_path / str(processes),

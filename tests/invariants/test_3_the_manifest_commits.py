@@ -35,7 +35,7 @@ def test_kill_and_resume(photos, tiny_teachers, tmp_path, quick_process, layout)
         process = quick_process.Process(target=build_slowly, args=(photos, out, tiny_teachers, layout, 0.05))
         process.start()
         if moments.random() < 0.8:
-            wait_for(out / ".build/plan.json")
+            wait_for(out / ".build/plan.json", process)
         if killed % 2:
             wait_for_a_shard(out, process)
         process.join(moments.uniform(0.0, 1.0))
@@ -77,7 +77,7 @@ def test_kill_and_resume_an_extension(photos, make_photos, tiny_teachers, tmp_pa
     while killed < KILLS_OF_EXTENSIONS:
         process = quick_process.Process(target=extend_slowly, args=(more, out, 0.05))
         process.start()
-        wait_for(out / ".build/plan.json")
+        wait_for(out / ".build/plan.json", process)
         if killed % 2:
             wait_for_a_shard(out, process)
         process.join(moments.uniform(0.0, 0.5))
@@ -104,9 +104,8 @@ def wait_for_a_shard(out, process):
         time.sleep(0.02)
 
 
-def wait_for(path):
-    deadline = time.monotonic() + 30
-    while not path.exists() and time.monotonic() < deadline:
+def wait_for(path, process):
+    while process.is_alive() and not path.exists():
         time.sleep(0.02)
 
 
@@ -167,9 +166,9 @@ def test_other_settings_are_refused_and_named(photos, tiny_teachers, tmp_path):
 
 def test_a_live_build_locks_its_folder(photos, tiny_teachers, tmp_path, quick_process):
     out = tmp_path / "out"
-    process = quick_process.Process(target=build_slowly, args=(photos, out, tiny_teachers, "parquet", 0.3))
+    process = quick_process.Process(target=build_slowly, args=(photos, out, tiny_teachers, "parquet", 30))
     process.start()
-    wait_for(out / ".build/plan.json")
+    wait_for(out / ".build/plan.json", process)
     with pytest.raises(BuildLockedError, match=str(process.pid)):
         fd.build(photos, out, teachers=[tiny_teachers], **SMALL)
     process.kill()

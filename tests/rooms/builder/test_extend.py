@@ -64,6 +64,7 @@ def test_new_images_go_into_shards_after_the_others(growing, make_photos, teache
     assert new.source.images_seen == 31 and new.source.plan_sha256 != old.source.plan_sha256
 
 
+@pytest.mark.usefixtures("quick_workers")
 def test_two_processes_add_both_at_once_and_then_nothing(growing, make_photos, teachers, tmp_path):
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     fd.build(growing, out, teachers=teachers, **FIRST_CROPS)

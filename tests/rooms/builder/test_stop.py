@@ -15,37 +15,65 @@ import ferkd_data as fd
 from ferkd_data.builder import Stop
 from ferkd_data.builder.stop import stop_on_sigterm
 from ferkd_data.errors import BuildStoppedError, UsageError
+from ferkd_data_cli.main import run
 
 STOPPED = 143
 OPTIONS = ("--crops", "10", "--crops-per-block", "4", "--top-k", "4", "--images-per-shard", "4", "--device", "cpu")
 
+GATED = '''
+"""A teacher that says nothing from the first finished shard on, until there is a file `open`."""
+import os, time
+from pathlib import Path
+from ferkd_tiny_teachers import Tiny
 
-def command(photos, out, teacher, *more):
-    build = [sys.executable, "-m", "ferkd_data_cli.main", "build", str(photos), str(out), "--teacher", teacher]
-    return [*build, *OPTIONS, "--batch-size", "16", *more]
+FOLDER = Path(os.environ["GATED_FOLDER"])
 
 
-def terminate_while_labelling(arguments, out, sleep):
-    """The exit status and stderr of a build that gets SIGTERM after its first shard."""
-    process = subprocess.Popen(
-        arguments, env={**os.environ, "TINY_SLEEP": str(sleep)}, stderr=subprocess.PIPE, text=True
-    )
+class Gated(Tiny):
+    def forward(self, x):
+        while not (FOLDER / "open").exists() and any(FOLDER.glob("out/.build/shards/*.json")):
+            (FOLDER / "waits").touch()
+            time.sleep(0.01)
+        return super().forward(x)
+
+
+def gated():
+    return Gated(1)
+'''
+
+
+@pytest.fixture
+def gated(tiny_teachers, tmp_path, monkeypatch):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/gated_teachers.py").write_text(GATED)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "modules"), os.environ["PYTHONPATH"]]))
+    monkeypatch.setenv("GATED_FOLDER", str(tmp_path))
+    yield "python:gated_teachers:gated"
+    del sys.modules["gated_teachers"]
+
+
+def terminate_while_labelling(arguments, folder):
+    """The exit status and stderr of a build that gets SIGTERM within a shard after its first."""
+    command = [sys.executable, "-m", "ferkd_data_cli.main", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list(out.glob(".build/shards/*.json")):
+    while not (folder / "waits").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    time.sleep(0.3)  # well into the next shard
     process.terminate()
+    (folder / "open").touch()
     _, stderr = process.communicate(timeout=60)
     return process.returncode, stderr
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
 @pytest.mark.parametrize("grace", ["0", "20"])
-def test_sigterm_ends_a_build_that_resumes(photos, tiny_teachers, tmp_path, processes, grace):
+def test_sigterm_ends_a_build_that_resumes(photos, gated, tmp_path, processes, grace):
     out = tmp_path / "out"
-    arguments = command(photos, out, tiny_teachers, "--processes", processes, "--grace", grace)
-    status, stderr = terminate_while_labelling(arguments, out, sleep=0.5)
+    arguments = ["build", str(photos), str(out), "--teacher", gated, *OPTIONS, "--batch-size", "16"]
+    arguments += ["--processes", processes, "--grace", grace]
+    status, stderr = terminate_while_labelling(arguments, tmp_path)
     assert status == STOPPED and "stopped on request; run the same command again" in stderr
     assert "Traceback" not in stderr
     finished = len(list(out.glob(".build/shards/*.json")))
@@ -53,9 +81,9 @@ def test_sigterm_ends_a_build_that_resumes(photos, tiny_teachers, tmp_path, proc
         assert finished == (1 if grace == "0" else 2)
     assert 1 <= finished <= 4
     assert not list(out.rglob("*.tmp"))
-    assert subprocess.run(arguments).returncode == 0
+    assert run([*arguments, "--processes", "1"]) == 0
     settings = {**SMALL, "images_per_shard": 4}
-    fd.build(photos, tmp_path / "undisturbed", teachers=[tiny_teachers], batch_size=16, **settings)
+    fd.build(photos, tmp_path / "undisturbed", teachers=[gated], batch_size=16, **settings)
     assert same_files(tmp_path / "undisturbed", out)
 
 
