@@ -13,7 +13,7 @@ from label_sets import SMALL, files_below, same_label_sets, same_rows
 
 import ferkd_data as fd
 from ferkd_data.builder.locks import open_build_folder
-from ferkd_data.errors import BuildError, BuildLockedError, ManifestError, SettingsMismatchError
+from ferkd_data.errors import BuildError, BuildLockedError, FerkdError, ManifestError, SettingsMismatchError
 
 KILLS_PER_LAYOUT = 10
 KILLS_OF_EXTENSIONS = 6
@@ -166,7 +166,7 @@ def test_other_settings_are_refused_and_named(photos, tiny_teachers, tmp_path):
 
 def test_a_live_build_locks_its_folder(photos, tiny_teachers, tmp_path, quick_process):
     out = tmp_path / "out"
-    process = quick_process.Process(target=build_slowly, args=(photos, out, tiny_teachers, "parquet", 30))
+    process = quick_process.Process(target=build_slowly, args=(photos, out, tiny_teachers, "parquet", 3))
     process.start()
     wait_for(out / ".build/plan.json", process)
     with pytest.raises(BuildLockedError, match=str(process.pid)):
@@ -177,16 +177,17 @@ def test_a_live_build_locks_its_folder(photos, tiny_teachers, tmp_path, quick_pr
         pass
 
 
-def drive(photos, out, teacher, extend, queue):
-    os.environ["TINY_SLEEP"] = "0.2"
+def drive(photos, out, teacher, extend, queue, told):
+    """The one that works waits, in its first shard, until the other is told."""
+    settings = {"extend": True, "crops": 20, "device": "cpu"} if extend else {"teachers": [teacher], **SMALL}
     try:
-        if extend:
-            fd.build(photos, out, extend=True, crops=20, device="cpu")
-        else:
-            fd.build(photos, out, teachers=[teacher], **SMALL)
+        fd.build(photos, out, on_progress=lambda progress: told.wait(60), **settings)
         queue.put("done")
     except BuildLockedError:
+        told.set()
         queue.put("locked")
+    except FerkdError as error:
+        queue.put(str(error))
 
 
 @pytest.mark.parametrize("extend", [False, True])
@@ -196,7 +197,8 @@ def test_of_two_drivers_one_works_and_one_is_told(photos, tiny_teachers, tmp_pat
     if extend:
         fd.build(photos, out, teachers=[tiny_teachers], **blocks)
     queue = quick_process.SimpleQueue()
-    drivers = [quick_process.Process(target=drive, args=(photos, out, tiny_teachers, extend, queue)) for _ in range(2)]
+    arguments = (photos, out, tiny_teachers, extend, queue, quick_process.Event())
+    drivers = [quick_process.Process(target=drive, args=arguments) for _ in range(2)]
     for driver in drivers:
         driver.start()
     assert sorted(queue.get() for _ in drivers) == ["done", "locked"]

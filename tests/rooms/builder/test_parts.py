@@ -22,12 +22,14 @@ SETTINGS = {**SMALL, "images_per_shard": 2}
 """20 images in 10 shards."""
 
 
+def part_of_build(photos, out, teacher, part):
+    return ["build", str(photos), str(out), "--teacher", teacher, *OPTIONS, "--part", part]
+
+
 def start_part(photos, out, teacher, part, *more, sleep=0.0):
-    build = [sys.executable, "-m", "ferkd_data_cli.main", "build", str(photos), str(out), "--teacher", teacher]
+    command = [sys.executable, "-m", "ferkd_data_cli.main", *part_of_build(photos, out, teacher, part), *more]
     environment = {**os.environ, "TINY_SLEEP": str(sleep)}
-    return subprocess.Popen(
-        [*build, *OPTIONS, "--part", part, *more], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("more", [(), ("--layout", "webdataset", "--thresholds", "quantile:0.1,0.25,0.8")])
@@ -36,15 +38,16 @@ def test_parts_at_the_same_time_make_the_build_of_one(photos, tiny_teachers, tmp
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     layout = {"layout": "webdataset", "thresholds": fd.QuantileThresholds(low=0.1, mid=0.25, top=0.8)} if more else {}
     fd.build(photos, undisturbed, teachers=[tiny_teachers], **SETTINGS, **layout)
-    parts = [start_part(photos, out, tiny_teachers, f"{i}/3", *more, sleep=0.2) for i in (1, 2, 3)]
+    # The second sleeps long enough to be at work still when it is killed.
+    sleeps = ((1, 0.2), (2, 3), (3, 0.2))
+    parts = [start_part(photos, out, tiny_teachers, f"{i}/3", *more, sleep=sleep) for i, sleep in sleeps]
     wait_until(lambda: (out / ".build/shards/00001.json").exists())
     parts[1].kill()
     outputs = [part.communicate(timeout=120) for part in parts]
     assert [part.returncode for part in parts] == [0, -9, 0], outputs
     with pytest.raises(BuildError, match=r"of 10 shards are missing: .*; run part 2/3 again"):
         finish(out)
-    again = start_part(photos, out, tiny_teachers, "2/3", *more)
-    assert again.communicate(timeout=120) and again.returncode == 0
+    assert run([*part_of_build(photos, out, tiny_teachers, "2/3"), *more]) == 0
     assert run(["finish", str(out)]) == 0
     assert same_files(undisturbed, out)
 
