@@ -231,6 +231,7 @@ class CropLoader:
                 came = True
                 yield made
         except FerkdError:
+            self._workers.end()
             self._workers = None
             raise
         except (RuntimeError, OSError, EOFError) as error:

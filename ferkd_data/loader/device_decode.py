@@ -69,6 +69,10 @@ class DeviceWorkers:
             window = self._windows.under_way.popleft()
             yield window, *self._cut(window, encoded)
 
+    def end(self) -> None:
+        """As `Workers.end`."""
+        del self._loader
+
     def _cut(self, window: Window, encoded: Encoded) -> tuple[Tensor, Made]:
         settings, skipped = self._maker.settings, dict(encoded.skipped)
         shape = (sum(window.batches), settings.size, settings.size, 3)
@@ -124,7 +128,7 @@ class _Encoder(Dataset[Encoded | FerkdError]):
         try:
             return self._encoded(window)
         except FerkdError as error:
-            # As PyTorch would pass it on, the message would be a traceback.
+            # Raised, it would come with PyTorch's frames, which hold the workers as long as anybody keeps the error.
             return error
 
     def _encoded(self, window: Window) -> Encoded:

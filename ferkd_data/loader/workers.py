@@ -82,6 +82,10 @@ class Workers:
             task = tasks.under_way.popleft()
             yield task.window, tasks.buffers.lend(task.slot, sum(made.batches)), made
 
+    def end(self) -> None:
+        """Let the processes go now: whoever keeps an error keeps its frames, and with them all that is used there."""
+        del self._loader
+
 
 def start(work: Dataset[Any], tasks: Sampler[Any], num_workers: int, prefetch_factor: int) -> DataLoader[Any]:
     """A DataLoader whose workers do `work[task]` for each task, in order, and end with their training."""

@@ -292,6 +292,15 @@ def test_what_goes_wrong_in_a_worker_is_not_taken_for_its_death(make, num_worker
         list(loader)
 
 
+@pytest.mark.parametrize("changes", [{}, {"decode_device": "cpu"}])
+def test_an_error_that_is_kept_keeps_no_workers(make, photos, tmp_path, changes):
+    others = multiprocessing.active_children()
+    loader = make(images=damaged(photos, tmp_path / "photos", other_picture), num_workers=2, **changes)
+    with pytest.raises(LoaderError, match="'class3/photo0013'") as caught:
+        list(loader)
+    assert set(multiprocessing.active_children()) <= set(others) and caught.value.__traceback__
+
+
 ENDLESS = """
 import multiprocessing, os, sys, time
 import ferkd_data as fd
