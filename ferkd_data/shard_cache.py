@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ferkd_data.errors import StorageFullError
+from ferkd_data.errors import LoaderError, StorageFullError
 from ferkd_data.manifest import FileEntry
 from ferkd_data.remote import Remote
 from ferkd_data.storage import OpenFile, locked_for_cache
@@ -24,6 +24,8 @@ DEFAULT_BYTES = 50 * 10**9
 LEFTOVER_SECONDS = 3600.0
 """A half-written file untouched for so long is nobody's any more."""
 LOCKS = "locks"
+ATTEMPTS = 3
+"""To make a file that somebody else removes at once."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,13 @@ class ShardCache:
         found = _open(path, size)
         if found is None:
             with locked_for_cache(self.folder / LOCKS / (name[:3] + path.suffix)):
-                while (found := _open(path, size)) is None:
+                for _ in range(ATTEMPTS):
+                    if (found := _open(path, size)) is not None:
+                        return found
                     self._make_room(size)
                     make(path)
+                if (found := _open(path, size)) is None:
+                    raise LoaderError(f"{path}: cannot be kept in the cache; does something else remove its files?")
         return found
 
     def _make_room(self, wanted: int) -> None:

@@ -154,7 +154,9 @@ class Crew:
 
     def _bury(self, member: Member) -> None:
         """Give its shard to another, and its place to a new worker. Raises BuildError when that has no prospect."""
-        member.process.join()
+        member.process.join(LEAVE_SECONDS)
+        member.process.kill()  # one that closed its pipe and does not end would hold the build
+        member.process.join(LEAVE_SECONDS)
         self.members.remove(member)
         if member in self.idle:
             self.idle.remove(member)

@@ -17,7 +17,7 @@ from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.builder.state import EXTENDS, BuildFolder, Facts
 from ferkd_data.builder.store_folder import place_of
 from ferkd_data.builder.workplace import Workplace, open_workplace
-from ferkd_data.errors import BuildError, UsageError
+from ferkd_data.errors import BuildError, FerkdError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.manifest import TeacherEntry, read_manifest_bytes
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
@@ -41,7 +41,20 @@ class Prepared:
         """
         if self.base is not None:
             self._check_base(folder, self.base, afresh=afresh)
+        begun_before = folder.is_begun
         folder.check_settings(_fingerprint(self.job, self.ensemble, self.base))
+        try:
+            plan, facts = self._plan_and_facts(folder)
+        except FerkdError:
+            if not begun_before:
+                # What is corrected now are settings: they must not meet those of a build that never was.
+                folder.clear()
+            raise
+        folder.save_facts(facts)
+        folder.share()
+        return plan, facts
+
+    def _plan_and_facts(self, folder: BuildFolder) -> tuple[Plan, Facts]:
         plan = self._plan(folder)
         check_targets(plan, self.ensemble[0].num_classes, classes_given=self.job.classes is not None)
         facts = Facts(
@@ -52,8 +65,6 @@ class Prepared:
         )
         if self.base is not None:
             self.base.check_class_names(facts.class_names)
-        folder.save_facts(facts)
-        folder.share()
         return plan, facts
 
     def _plan(self, folder: BuildFolder) -> Plan:

@@ -165,7 +165,8 @@ def finish(out: str | Path) -> BuildResult:
         missing = [shard for shard in plan.shards if folder.record(shard) is None]
         if missing:
             named = ", ".join(map(str, missing[:SHARDS_NAMED])) + (", …" if len(missing) > SHARDS_NAMED else "")
-            parts = sorted({str(part) for part in folder.parts() for shard in missing if part.has(shard)})
+            divisions = {part.of for part in folder.parts()}
+            parts = sorted({f"{shard % of + 1}/{of}" for of in divisions for shard in missing})
             again = f"; run part {', '.join(parts)} again" if parts else ""
             raise BuildError(f"{out}: {len(missing)} of {plan.summary.shards} shards are missing: {named}{again}")
         return _seal(folder, plan, settings, facts)

@@ -185,6 +185,11 @@ class BuildFolder:
             }
         )
 
+    @property
+    def is_begun(self) -> bool:
+        """Its facts are there, which are saved when the plan is made and checked."""
+        return (self.path / "facts.json").exists()
+
     def save_facts(self, facts: Facts) -> None:
         with write_atomically(self.path / "facts.json") as aside:
             aside.write_text(facts.model_dump_json(indent=1))

@@ -173,6 +173,8 @@ class CropLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, SoftTargets]]:
         """The rest of the epoch; afterwards the loader stands at the start of the next one."""
         epoch = self._place.epoch
+        if not self._iteration:
+            self._maker.first_epoch = epoch
         self._maker.prepare_blocks(epoch)
         self._iteration += 1
         iteration = self._iteration
@@ -198,7 +200,6 @@ class CropLoader:
         if differences:
             raise StateMismatchError(f"this state was saved by another loader: {'; '.join(differences)}")
         self._place = Place(**state["place"])
-        self._maker.first_epoch = self._place.epoch
 
     def _windows_of_epoch(self) -> Iterator[Window]:
         """From where the loader stands."""

@@ -75,6 +75,14 @@ def test_targets_that_cannot_mean_the_teachers_classes(make_photos, tiny_teacher
         fd.build(few, tmp_path / "out", teachers=[tiny_teachers], **SMALL)
 
 
+def test_a_setting_corrected_before_the_build_began_meets_no_other(make_photos, tiny_teachers, tmp_path):
+    few, out, classes = make_photos(tmp_path / "few", 4, classes=4), tmp_path / "out", tmp_path / "classes.txt"
+    with pytest.raises(UsageError, match="--classes"):
+        fd.build(few, out, teachers=[tiny_teachers], **SMALL)
+    classes.write_text("".join(f"class{i}\n" for i in range(10)))
+    assert fd.build(few, out, teachers=[tiny_teachers], classes=classes, **SMALL).manifest.num_images == 4
+
+
 def test_unknown_settings_are_named(photos, tiny_teachers, tmp_path):
     with pytest.raises(UsageError, match="no setting 'topk'"):
         fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], topk=3)

@@ -52,6 +52,12 @@ def test_parts_at_the_same_time_make_the_build_of_one(photos, tiny_teachers, tmp
     assert same_files(undisturbed, out)
 
 
+def test_a_part_that_was_never_begun_is_named(photos, tiny_teachers, tmp_path):
+    build_part(photos, tmp_path / "out", part="1/2", teachers=[tiny_teachers], **SETTINGS)
+    with pytest.raises(BuildError, match=r"5 of 10 shards are missing: 1, 3, 5, 7, 9; run part 2/2 again"):
+        finish(tmp_path / "out")
+
+
 def wait_until(true, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not true():

@@ -253,6 +253,13 @@ def test_an_image_that_cannot_be_used(make, photos, tmp_path, name, num_workers)
     assert sizes == [6, 8, 8, 8, 8] and loader.skipped == 1
 
 
+def test_the_first_epoch_is_the_one_that_training_begins_with(make, photos, tmp_path):
+    loader = make(images=damaged(photos, tmp_path / "other", other_picture))
+    loader.set_epoch(5)
+    with pytest.raises(LoaderError, match="digest differs"):
+        list(loader)
+
+
 def test_without_digests_a_corrupt_image_is_still_found(make, photos, tmp_path):
     for name, message in {"corrupt": "truncated", "another size": "30x20 pixels, 64x48 were labelled"}.items():
         images = damaged(photos, tmp_path / name, DAMAGE[name][0])
