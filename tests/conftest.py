@@ -160,7 +160,7 @@ def tar_label_set(tmp_path_factory: pytest.TempPathFactory, photos: Path, tiny_t
 
 @pytest.fixture(scope="session")
 def quick_process() -> multiprocessing.context.ForkServerContext:
-    """Starts processes that have torch and ferkd_data loaded, but never used."""
+    """Starts processes that have torch and ferkd_data loaded, but never used, and the environment of the first one."""
     return multiprocessing.get_context("forkserver")
 
 

@@ -102,7 +102,7 @@ def test_the_first_batch_waits_for_one_group_of_shards(many_shards, images_of, t
     early = {f"{shard:05d}" for shard in (*stage.now, *stage.coming)}
     with serve(many_shards / layout) as server:
         server.before_body = lambda name: (
-            name.startswith(("labels", "shards")) and (any(shard in name for shard in early) or free.wait(30))
+            name.startswith(("labels", "shards")) and (any(shard in name for shard in early) or free.wait(300))
         )
         labels = fd.open_labels(server.url, cache_dir=tmp_path)
         settings = SETTINGS | {"images": images_of[layout], "order": "shards"}
@@ -123,7 +123,7 @@ def test_the_next_group_comes_by_itself(many_shards, tmp_path):
         labels = fd.open_labels(server.url, cache_dir=tmp_path)
         batches = iter(fd.CropLoader(labels, cache_dir=tmp_path, order="shards", **SETTINGS))
         next(batches)
-        assert arrived.wait(30), "nobody asked for it"
+        assert arrived.wait(300), "nobody asked for it"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
