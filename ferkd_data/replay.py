@@ -62,14 +62,15 @@ def replay(
     row, column = image_HWC_t.stride(0), image_HWC_t.stride(1)
     resize_into = _RESIZE_INTO[interpolation]
     output_size = [size, size]
+    # Flipped straight into the batch: a copy fewer, in memory that stays in the cache from crop to crop.
+    unflipped = empty_batch(1, size) if crops.flip.any() else None
     for n, ((top, left, height, width), flip) in enumerate(zip(crops.boxes.tolist(), crops.flip.tolist(), strict=True)):
         # One view instead of two slices, which cost 3 us more.
         patch = image_HWC_t.as_strided((1, 3, height, width), (0, 1, row, column), top * row + left * column)
         slot = out[n : n + 1]
-        if flip:
-            resized = torch.empty_like(slot)
-            resize_into(patch, output_size, False, None, None, out=resized)
-            slot.copy_(resized.flip(-1))
+        if flip and unflipped is not None:
+            resize_into(patch, output_size, False, None, None, out=unflipped)
+            torch.ops.aten.flip.out(unflipped, [3], out=slot)
         else:
             resize_into(patch, output_size, False, None, None, out=slot)
     return out
@@ -163,20 +164,10 @@ def _upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
 def _check(height: int, width: int, crops: Crops, interpolation: str) -> None:
     if interpolation not in INTERPOLATIONS:
         raise UsageError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
-    if len(crops) == 0:
-        return
-    boxes = crops.boxes.astype(np.int64)
-    inside = (
-        (boxes[:, 2] > 0)
-        & (boxes[:, 3] > 0)
-        & (boxes[:, :2] >= 0).all(axis=1)
-        & (boxes[:, 0] + boxes[:, 2] <= height)
-        & (boxes[:, 1] + boxes[:, 3] <= width)
-    )
-    if not inside.all():
-        n = int(np.flatnonzero(~inside)[0])
-        top, left, box_h, box_w = boxes[n].tolist()
-        raise UsageError(
-            f"crop {n} (top {top}, left {left}, height {box_h}, width {box_w}) does not lie inside "
-            f"an image of {height} rows and {width} columns; is this the image that was labelled?"
-        )
+    # Plain integers: for the few crops of an image that a loader cuts, NumPy's comparisons take ten times as long.
+    for n, (top, left, box_h, box_w) in enumerate(crops.boxes.tolist()):
+        if not (box_h > 0 and box_w > 0 and 0 <= top <= height - box_h and 0 <= left <= width - box_w):
+            raise UsageError(
+                f"crop {n} (top {top}, left {left}, height {box_h}, width {box_w}) does not lie inside "
+                f"an image of {height} rows and {width} columns; is this the image that was labelled?"
+            )
