@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import torch
+
 from ferkd_data.buckets import QuantileThresholds, Thresholds
 from ferkd_data.builder.forwards import Forwards, Nobody, Observer
 from ferkd_data.builder.label_shard import Tools
@@ -52,9 +54,11 @@ def open_tools(
 ) -> Iterator[Tools]:
     """What this process labels shards with; `teachers` are those it has loaded already. Compiles them if asked to."""
     loaded = teachers or load_teachers(job.teachers, device=device, precision=job.precision)
+    # This thread keeps the number it has: it would take that of the pool if it had not asked for its own before.
+    torch.get_num_threads()
     if job.compile:
         loaded = compile_teachers(loaded, job.batch_size)
-    with ThreadPoolExecutor(job.workers, thread_name_prefix="ferkd-data") as executor:
+    with ThreadPoolExecutor(job.workers, thread_name_prefix="ferkd-data", initializer=_compute_alone) as executor:
         yield Tools(
             source=job.open_source(),
             teachers=loaded,
@@ -67,6 +71,11 @@ def open_tools(
             forwards=Forwards(observer=observer or Nobody()),
             fail_on_reject=job.fail_on_reject,
         )
+
+
+def _compute_alone() -> None:
+    """A thread that decodes and cuts is one of several; those of PyTorch's own wait by spinning, on the others' cores."""
+    torch.set_num_threads(1)
 
 
 def stored_thresholds(settings: BuildSettings) -> Thresholds:

@@ -4,11 +4,14 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from label_sets import SMALL
 
 import ferkd_data as fd
 from ferkd_data.builder import dry_run
+from ferkd_data.builder.job import open_tools
 from ferkd_data.builder.pipeline import look_ahead
+from ferkd_data.builder.prepare import prepare
 from ferkd_data.crops import Crops
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import TeacherError, UsageError
@@ -59,6 +62,20 @@ def test_thresholds_on_the_targets_probability(photos, tiny_teachers, tmp_path):
 def test_a_teacher_that_says_nothing_stops_the_build_by_name(photos, tiny_teachers, tmp_path, factory):
     with pytest.raises(TeacherError, match=f"ferkd_tiny_teachers:{factory} gave NaN"):
         fd.build(photos, tmp_path / "out", teachers=[f"python:ferkd_tiny_teachers:{factory}"], **SMALL)
+
+
+def test_threads_that_decode_have_no_threads_of_their_own(photos, tiny_teachers, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with (
+            prepare(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL) as prepared,
+            open_tools(prepared.job, "cpu", prepared.ensemble) as tools,
+        ):
+            assert tools.executor.submit(torch.get_num_threads).result() == 1
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_top_k_may_be_all_classes(photos, tiny_teachers, tmp_path):
