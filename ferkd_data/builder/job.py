@@ -74,7 +74,7 @@ def open_tools(
 
 
 def _compute_alone() -> None:
-    """A thread that decodes and cuts is one of several; those of PyTorch's own wait by spinning, on the others' cores."""
+    """One of several threads that decode and cut: PyTorch's own wait by spinning, on the others' cores."""
     torch.set_num_threads(1)
 
 
