@@ -1,6 +1,6 @@
 """Crops per second of whole loaders on the same photos, side by side, with their CPU time.
 
-    python benchmarks/loader_speed.py [--workers 2] [--rounds 3] [--images 960] [--uint8]
+    [BATCH=64] python benchmarks/loader_speed.py [--workers 2] [--rounds 3] [--images 960] [--uint8]
 
 Photos are foolbox's 20 ImageNet photos re-encoded at 500x375 (quality 92, about 70 KB), many times over under other
 names. All loaders deliver 224 px crops; those marked M=4 cut four crops of each decoded image and deliver soft labels.
@@ -48,7 +48,7 @@ from ferkd_data.shards.columns import ImageLabels
 from ferkd_data.storage import image_digest
 
 SIZE, CROPS, TOP_K, CLASSES, M = 224, 50, 5, 1000, 4
-BATCH = 64
+BATCH = int(os.environ.get("BATCH", "64"))
 
 
 def write_photos(folder: Path, num_images: int) -> list[Path]:
