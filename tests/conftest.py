@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -156,6 +157,18 @@ def tar_label_set(tmp_path_factory: pytest.TempPathFactory, photos: Path, tiny_t
     teachers = [tiny_teachers, "python:ferkd_tiny_teachers:second"]
     fd.build(photos, out, teachers=teachers, layout="webdataset", **SMALL)
     return out
+
+
+@pytest.fixture
+def copy(label_set: Path, tmp_path: Path) -> Path:
+    """`label_set`, to be damaged."""
+    return shutil.copytree(label_set, tmp_path / "copy")
+
+
+@pytest.fixture
+def tar_copy(tar_label_set: Path, tmp_path: Path) -> Path:
+    """`tar_label_set`, to be damaged."""
+    return shutil.copytree(tar_label_set, tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")

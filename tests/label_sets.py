@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ferkd_data as fd
 from ferkd_data.shards.columns import ShardLabels, same_labels
@@ -39,3 +43,17 @@ def same_files(a: Path, b: Path) -> bool:
 def build_with_two(photos: Path, out: Path, teacher: str) -> None:
     """For a process of its own, which finds this module but no test's."""
     fd.build(photos, out, teachers=[teacher], processes=2, **SMALL)
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)

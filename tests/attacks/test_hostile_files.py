@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from label_sets import edit_manifest
 
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, ManifestError, ShardError
@@ -28,23 +29,6 @@ from ferkd_data_cli.say import printable
 GOLDEN = Path(__file__).parent.parent / "golden" / "version-1"
 HARMLESS = {("reason_bomb", use) for use in ("open", "keys", "convert", "export", "pull")} | {("npy_bomb", "keys")}
 """Uses that do not touch what the bomb is in."""
-
-
-@pytest.fixture
-def copy(label_set, tmp_path):
-    return shutil.copytree(label_set, tmp_path / "copy")
-
-
-@pytest.fixture
-def tar_copy(tar_label_set, tmp_path):
-    return shutil.copytree(tar_label_set, tmp_path / "copy")
-
-
-def edit(folder, change):
-    path = folder / "manifest.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def test_bombs_take_no_memory_whatever_is_done_with_them(tmp_path):
@@ -83,7 +67,7 @@ def replaced(folder, name, make, block="labels/00000-000.parquet"):
     table = table.set_column(at, pa.field(name, kind), make(table.column(at).combine_chunks()))
     pq.write_table(table, folder / block)
     told = {"bytes": (folder / block).stat().st_size, "sha256": sha256_file(folder / block)}
-    edit(folder, lambda m: m["shards"][0]["files"][0].update(told))
+    edit_manifest(folder, lambda m: m["shards"][0]["files"][0].update(told))
 
 
 @pytest.mark.parametrize("name", ["key", "height", "image_digest", "flip", "class_prob", "bucket"])
@@ -112,7 +96,7 @@ def test_more_row_groups_than_rows(copy):
         for _ in range(8):
             writer.write_table(table.slice(0, 0))
     size = (copy / "labels/00000-000.parquet").stat().st_size
-    edit(copy, lambda m: m["shards"][0]["files"][0].update(bytes=size))
+    edit_manifest(copy, lambda m: m["shards"][0]["files"][0].update(bytes=size))
     with pytest.raises(ShardError, match="9 row groups for 8 rows"):
         fd.open_labels(copy).shard(0)
 
@@ -132,7 +116,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_manifests_that_claim_too_much(copy, name):
-    edit(copy, NUMBERS[name])
+    edit_manifest(copy, NUMBERS[name])
     with pytest.raises(ManifestError):
         fd.open_labels(copy)
 
@@ -173,7 +157,7 @@ def retyped(folder, change):
         change(number, member)
         out.write(member.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512))
     path.write_bytes(out.getvalue() + bytes(1024))
-    edit(folder, lambda m: m["shards"][0]["files"][0].update(bytes=path.stat().st_size))
+    edit_manifest(folder, lambda m: m["shards"][0]["files"][0].update(bytes=path.stat().st_size))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +179,7 @@ def test_a_sparse_member_by_its_extended_header(tar_copy):
         for member, data in members:
             member.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(10**15)}
             tar.addfile(member, io.BytesIO(data))
-    edit(tar_copy, lambda m: m["shards"][0]["files"][0].update(bytes=path.stat().st_size))
+    edit_manifest(tar_copy, lambda m: m["shards"][0]["files"][0].update(bytes=path.stat().st_size))
     with pytest.raises(ShardError, match="links and devices are refused"):
         fd.open_labels(tar_copy).shard(0)
 
@@ -216,10 +200,10 @@ def rows_with_evil_keys(folder):
 
 
 def test_strangers_words_do_not_reach_the_terminal(copy, capsys):
-    edit(copy, evil_names)
+    edit_manifest(copy, evil_names)
     rows_with_evil_keys(copy)
     (copy / f"stray\x1b[2J{EVIL[:9]}").touch()
-    edit(copy, lambda m: m["shards"][1]["files"][0].update(path="labels/\x1b[31mx.parquet"))
+    edit_manifest(copy, lambda m: m["shards"][1]["files"][0].update(path="labels/\x1b[31mx.parquet"))
     commands = [["info"], ["info", "--json"], ["show"], ["show", "--json"], ["verify"], ["verify", "--json"], ["stats"]]
     said = ""
     for name, *options in commands:
@@ -238,7 +222,7 @@ def test_what_is_printable():
 
 
 def test_strangers_words_stay_words_in_the_card(copy):
-    edit(copy, evil_names)
+    edit_manifest(copy, evil_names)
     card = render_card(fd.open_labels(copy), fd.CardFields(name='a "name": x\n---', license="cc0-1.0"), "s3://b/x")
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["pretty_name"] == 'a "name": x\n---'

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import http.server
-import json
 import shutil
 import threading
 
 import pytest
+from label_sets import edit_manifest
 from servers import serve
 
 import ferkd_data as fd
@@ -18,13 +18,6 @@ from ferkd_data.errors import ManifestError, RemoteError, UsageError
 @pytest.fixture
 def copy(label_set, tmp_path):
     return shutil.copytree(label_set, tmp_path / "www")
-
-
-def edit(folder, change):
-    path = folder / "manifest.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 PATHS = [
@@ -44,7 +37,7 @@ PATHS = [
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("use", ["open", "pull", "verify"])
 def test_paths_that_lead_elsewhere(copy, tmp_path, path, use):
-    edit(copy, lambda m: m["shards"][0]["files"][0].update(path=path))
+    edit_manifest(copy, lambda m: m["shards"][0]["files"][0].update(path=path))
     with serve(copy) as server:
         with pytest.raises(ManifestError, match=r"shards\.0\.files\.0\.path"):
             if use == "open":
@@ -58,14 +51,14 @@ def test_paths_that_lead_elsewhere(copy, tmp_path, path, use):
 
 
 def test_a_rejects_path_that_leads_elsewhere(copy, tmp_path):
-    edit(copy, lambda m: m["rejects"].update(path="../../evil.parquet"))
+    edit_manifest(copy, lambda m: m["rejects"].update(path="../../evil.parquet"))
     with serve(copy) as server, pytest.raises(ManifestError, match=r"rejects\.path"):
         fd.pull(server.url, tmp_path / "mine")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "README.md", ".build/lock", "labels"])
 def test_pull_never_lets_a_shard_take_another_files_place(copy, tmp_path, name):
-    edit(copy, lambda m: m["shards"][0]["files"][0].update(path=name))
+    edit_manifest(copy, lambda m: m["shards"][0]["files"][0].update(path=name))
     with serve(copy) as server, pytest.raises(ManifestError, match="is not where shard files lie"):
         fd.pull(server.url, tmp_path / "mine")
 

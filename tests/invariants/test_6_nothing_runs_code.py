@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import shutil
 import tarfile
@@ -12,26 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from label_sets import edit_manifest
 
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, ManifestError, ShardError
-
-
-@pytest.fixture
-def copy(label_set, tmp_path):
-    return shutil.copytree(label_set, tmp_path / "copy")
-
-
-@pytest.fixture
-def tar_copy(tar_label_set, tmp_path):
-    return shutil.copytree(tar_label_set, tmp_path / "copy")
-
-
-def edit(folder, change):
-    path = folder / "manifest.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def set_in(*path_and_value):
@@ -70,7 +53,7 @@ MANIFESTS = {
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_hostile_manifest(copy, name):
     change, message = MANIFESTS[name]
-    edit(copy, change)
+    edit_manifest(copy, change)
     with pytest.raises(ManifestError, match=message):
         fd.open_labels(copy)
 
@@ -85,7 +68,7 @@ def test_deeply_nested_json_and_cut_json(copy):
 
 
 def test_an_unknown_field_is_kept(copy):
-    edit(copy, set_in("teachers", 0, "licence", "MIT"))
+    edit_manifest(copy, set_in("teachers", 0, "licence", "MIT"))
     assert '"licence": "MIT"' in fd.open_labels(copy).manifest.to_json()
 
 
@@ -101,7 +84,7 @@ def replace_shard(folder, table, block="labels/00000-000.parquet"):
     """Put another table in a shard's place, with a manifest that agrees on its size."""
     path = folder / block
     pq.write_table(table, path)
-    edit(folder, set_in("shards", 0, "files", 0, "bytes", path.stat().st_size))
+    edit_manifest(folder, set_in("shards", 0, "files", 0, "bytes", path.stat().st_size))
 
 
 def test_a_truncated_or_missing_shard(copy):
@@ -206,7 +189,7 @@ def rewrite_tar(folder, change):
         for member, data in change(members):
             member.size = len(data) if member.isreg() else 0
             tar.addfile(member, io.BytesIO(data))
-    edit(folder, set_in("shards", 0, "files", 0, "bytes", path.stat().st_size))
+    edit_manifest(folder, set_in("shards", 0, "files", 0, "bytes", path.stat().st_size))
 
 
 def npy(array):
@@ -274,6 +257,6 @@ def test_a_truncated_tar(tar_copy):
     data = path.read_bytes()
     for size in (0, 100, 1000, len(data) // 2, len(data) - 12_000):
         path.write_bytes(data[:size])
-        edit(tar_copy, set_in("shards", 0, "files", 0, "bytes", size))
+        edit_manifest(tar_copy, set_in("shards", 0, "files", 0, "bytes", size))
         with pytest.raises(ShardError):
             fd.open_labels(tar_copy).shard(0)

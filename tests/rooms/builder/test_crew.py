@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from label_sets import SMALL, build_with_two, same_files
+from label_sets import SMALL, build_with_two, same_files, wait_until
 
 import ferkd_data as fd
 from ferkd_data.builder import Resources
@@ -164,13 +163,6 @@ def test_workers_end_with_a_driver_that_is_killed(photos, deadly, tiny_teachers,
 
 def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/exe").exists()
-
-
-def wait_until(true, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_a_teacher_that_hangs_is_named_with_its_shard(photos, deadly, tmp_path):

@@ -6,10 +6,9 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
-from label_sets import SMALL, same_files
+from label_sets import SMALL, same_files, wait_until
 
 import ferkd_data as fd
 from ferkd_data.builder import build_part, finish
@@ -56,13 +55,6 @@ def test_a_part_that_was_never_begun_is_named(photos, tiny_teachers, tmp_path):
     build_part(photos, tmp_path / "out", part="1/2", teachers=[tiny_teachers], **SETTINGS)
     with pytest.raises(BuildError, match=r"5 of 10 shards are missing: 1, 3, 5, 7, 9; run part 2/2 again"):
         finish(tmp_path / "out")
-
-
-def wait_until(true, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_rejects_of_all_parts_are_kept(make_photos, tiny_teachers, tmp_path, capsys):

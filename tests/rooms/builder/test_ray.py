@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from label_sets import SMALL, files_below, same_files
+from label_sets import SMALL, files_below, same_files, wait_until
 from servers import s3_store
 
 import ferkd_data as fd
@@ -240,10 +240,3 @@ def test_a_driver_that_is_stopped_and_one_that_is_killed(cluster, folder, photos
     fd.build(photos, out, **build)
     assert len(kept) == 9 and [path.stat().st_mtime_ns for path in kept] == written
     assert same_files(expected, out)
-
-
-def wait_until(true, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)

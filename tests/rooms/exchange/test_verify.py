@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from label_sets import edit_manifest
 
 import ferkd_data as fd
 from ferkd_data.manifest import read_manifest
@@ -19,18 +20,6 @@ from ferkd_data.storage import sha256_file
 from ferkd_data_cli.main import run
 
 ROW, CROP = 3, 1
-
-
-@pytest.fixture
-def copy(label_set, tmp_path):
-    return shutil.copytree(label_set, tmp_path / "copy")
-
-
-def edit(folder, change):
-    path = folder / "manifest.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def fix_digest(folder, file):
@@ -43,7 +32,7 @@ def fix_digest(folder, file):
                     entry["bytes"] = (folder / file).stat().st_size
                     entry["sha256"] = sha256_file(folder / file)
 
-    edit(folder, change)
+    edit_manifest(folder, change)
 
 
 def damage(folder, field, value, *, shard=0, block=0, crop=CROP):
@@ -178,7 +167,7 @@ def test_statistics_must_add_up(copy, name):
         said = content["statistics"][name]
         content["statistics"][name] = [said[0] + 1, *said[1:]] if isinstance(said, list) else said + 1
 
-    edit(copy, change)
+    edit_manifest(copy, change)
     (fault,) = fd.verify(copy).faults
     assert (fault.file, fault.field) == ("manifest.json", f"statistics.{name}")
 
@@ -196,7 +185,7 @@ def test_rejects_are_checked(copy):
     (copy / "rejects.parquet").write_bytes(b"x" * (copy / "rejects.parquet").stat().st_size)
     (fault,) = fd.verify(copy).faults
     assert fault.file == "rejects.parquet"
-    edit(copy, lambda m: m["rejects"].update(sha256=sha256_file(copy / "rejects.parquet")))
+    edit_manifest(copy, lambda m: m["rejects"].update(sha256=sha256_file(copy / "rejects.parquet")))
     assert "cannot be read as Parquet" in str(fd.verify(copy).faults[0])
 
 
