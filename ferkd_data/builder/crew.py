@@ -1,180 +1,217 @@
-"""The engine of many processes on one machine: a driver that hands out shards, and sees to workers that die."""
+"""The driver of a build: hands shards to workers, hears what becomes of them, and sees to workers that die."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Generic
 
 from ferkd_data.builder.backlog import Backlog
-from ferkd_data.builder.failures import failure, too_slow
-from ferkd_data.builder.job import Job
-from ferkd_data.builder.messages import Answered, Asking, Failed, Finished, Halved, Labelled, Message, Ready
+from ferkd_data.builder.failures import failure, silent, too_slow
+from ferkd_data.builder.messages import Computed, Failed, Finished, Halved, Labelled, Ready, Settled, Slow
 from ferkd_data.builder.progress import ProgressCounter
+from ferkd_data.builder.state import BuildFolder
 from ferkd_data.builder.stop import Stop
-from ferkd_data.builder.store_folder import folder_of
-from ferkd_data.builder.worker import work
+from ferkd_data.builder.workers import AnyWorker, WorkerLostError, Workers
 from ferkd_data.errors import BuildError
 
 DEATHS_AT_START = 3
-"""So many deaths in a row before any worker was ready mean that none will be."""
+"""So many deaths of one worker in a row before it was ready mean that it never will be."""
 POLL_SECONDS = 0.5
 LEAVE_SECONDS = 30.0
 """How long a worker may take to leave when there is no more to do."""
+ROOM_SECONDS = 10.0
+"""How often is asked what there is room for."""
+VISIBLE_SECONDS = 90.0
+"""A network file system may show a file that another node wrote so much later."""
+SILENT_SECONDS = 10.0
+"""A worker that may wait for a teacher for a limited time says every second that it lives."""
 
 
 @dataclass(kw_only=True, eq=False)
-class Member:
+class Member(Generic[AnyWorker]):
     number: int
-    device: str
-    process: SpawnProcess
-    connection: Connection
+    worker: AnyWorker
     shard: int | None = None
-    ready: bool = False
-    asking: str = ""
-    """The teacher that it waits for."""
-    asked_at: float = 0.0
+    """That it labels."""
+    writing: set[int] = field(default_factory=set)
+    """Labelled, and not saved yet, as far as is known."""
+    free: bool = False
+    """It has done what it was asked to."""
+    deaths_at_start: int = 0
+    silent_seconds: float = 0.0
 
     def __str__(self) -> str:
-        return f"worker {self.number} ({self.device}, process {self.process.pid})"
+        return str(self.worker)
 
 
-class Crew:
-    """Workers, one for each of `devices`; a context that ends them all when it is left."""
+@dataclass(kw_only=True)
+class _Unseen:
+    """A finished shard whose record is not to be seen here yet."""
 
-    def __init__(self, job: Job, devices: Sequence[str], counter: ProgressCounter, stop: Stop) -> None:
-        self.job = job
-        self.devices = devices
-        self.folder = folder_of(job.out)
+    worker: int
+    name: str
+    deadline: float
+    look_at: float = 0.0
+
+
+class Crew(Generic[AnyWorker]):
+    """A context that ends all workers when it is left."""
+
+    def __init__(
+        self,
+        workers: Workers[AnyWorker],
+        folder: BuildFolder,
+        counter: ProgressCounter,
+        stop: Stop,
+        teacher_timeout: float | None = None,
+    ) -> None:
+        self.workers = workers
+        self.folder = folder
         self.counter = counter
         self.stop = stop
-        self.members: list[Member] = []
-        self.idle: list[Member] = []
+        self.teacher_timeout = teacher_timeout
         self.todo = Backlog()
-        self.deaths_at_start = 0
-        self.context = multiprocessing.get_context("spawn")
+        self.members: list[Member[AnyWorker]] = []
+        self.unseen: dict[int, _Unseen] = {}
+        self.room = 0
+        self.room_from = 0.0
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> Crew[AnyWorker]:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for member in self.members:
-            with contextlib.suppress(OSError):
-                member.connection.send(None)
+            member.worker.leave()
         for member in self.members:
-            if kind is None:
-                member.process.join(LEAVE_SECONDS)
-            member.process.kill()
-            # A process that hangs in a driver call of the system may not even die.
-            member.process.join(LEAVE_SECONDS)
-            member.connection.close()
+            member.worker.end(LEAVE_SECONDS if kind is None else 0)
 
     def label(self, shards: Sequence[int]) -> None:
         """Returns when each of `shards` has its record. Raises what a worker raised, or BuildError."""
         self.todo.add(shards)
-        for number, device in enumerate(self.devices[: len(self.todo)]):
-            self._start(number, device)
-        while self.todo or any(member.shard is not None for member in self.members):
-            self._check_stop()
-            while self.todo and self.idle and not self.stop.requested:
-                self._give(self.idle.pop())
-            busy = {member.connection: member for member in self.members}
-            for connection in wait(list(busy), timeout=POLL_SECONDS):
-                self._hear(busy[connection])  # type: ignore[index]
-            self._check_clocks()
+        while self.todo or self._in_work():
+            if self.stop.expired or (self.stop.requested and not self._in_work()):
+                raise self.stop.error()
+            self._grow()
+            for member in self.members:
+                if member.free:
+                    self._give(member)
+            self._listen()
+            self._look_for_records()
             self.counter.tick()
 
-    def _start(self, number: int, device: str) -> None:
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=work, args=(theirs, self.job, device), daemon=True)
-        with contextlib.suppress(BrokenPipeError):  # it died while it was born; its connection will say so
-            process.start()
-        theirs.close()
-        self.members.append(Member(number=number, device=device, process=process, connection=ours))
+    def _in_work(self) -> int:
+        """Shards that somebody labels or writes."""
+        labelled = sum(member.shard is not None for member in self.members)
+        return labelled + sum(len(member.writing) for member in self.members) + len(self.unseen)
 
-    def _give(self, member: Member) -> None:
-        shard = self.todo.take()
-        member.shard = shard
-        self.counter.shard_begun(shard, member.number)
-        with contextlib.suppress(OSError):  # it died while it was idle; its connection will say so
-            member.connection.send(shard)
+    def _grow(self) -> None:
+        now = time.monotonic()
+        if now - self.room_from > ROOM_SECONDS or not self.members:
+            self.room, self.room_from = self.workers.room(), now
+        while len(self.members) < min(self.room, len(self.todo) + self._in_work()):
+            number = len(self.members)
+            self.members.append(Member(number=number, worker=self.workers.start(number)))
 
-    def _hear(self, member: Member) -> None:
-        try:
-            message: Message = member.connection.recv()
-        except (EOFError, OSError):
-            self._bury(member)
+    def _give(self, member: Member[AnyWorker]) -> None:
+        if self.todo and not self.stop.requested:
+            member.shard = self.todo.take()
+            self.counter.shard_begun(member.shard, member.number)
+            member.worker.label(member.shard)
+        elif member.writing:
+            member.worker.settle()
+        else:
             return
-        if isinstance(message, Ready):
-            member.ready = True
-            self.deaths_at_start = 0
-            self.counter.worker_started(member.number, member.device)
-            self.idle.append(member)
-        elif isinstance(message, Labelled) and member.shard is not None:
-            member.asking = ""
-            self.counter.batch(member.shard, message.crops, message.rejects, member.number)
-        elif isinstance(message, Halved):
-            self.counter.halved(message.teacher, message.crops, member.number)
-        elif isinstance(message, (Asking, Answered)):
-            member.asking = message.teacher if isinstance(message, Asking) else ""
-            member.asked_at = time.monotonic()
-        elif isinstance(message, Finished):
-            self._finish(member, message.shard)
-        elif isinstance(message, Failed):
-            raise failure(message, f"shard {member.shard}: {member}" if member.shard is not None else str(member))
+        member.free = False
 
-    def _check_stop(self) -> None:
-        in_work = any(member.shard is not None for member in self.members)
-        if self.stop.expired or (self.stop.requested and not in_work):
+    def _listen(self) -> None:
+        began = time.monotonic()
+        news = self.workers.with_news([member.worker for member in self.members], POLL_SECONDS)
+        passed = time.monotonic() - began
+        spoke = {id(worker) for worker in news}
+        for member in list(self.members):
+            if id(member.worker) in spoke:
+                member.silent_seconds = 0
+                self._hear(member)
+            else:
+                # Not by the clock: who is stopped for a while, and these workers with him, has heard nothing either.
+                member.silent_seconds += min(passed, 2 * POLL_SECONDS)
+                self._check_alive(member)
+
+    def _hear(self, member: Member[AnyWorker]) -> None:
+        try:
+            message = member.worker.hear()
+        except WorkerLostError as lost:
+            self._bury(member, lost)
+            return
+        match message:
+            case Ready():
+                member.deaths_at_start, member.free = 0, True
+                self.counter.worker_started(member.number, member.worker.place(message))
+            case Labelled(crops, rejects):
+                if member.shard is not None:
+                    self.counter.batch(member.shard, crops, rejects, member.number)
+            case Halved(teacher, crops):
+                self.counter.halved(teacher, crops, member.number)
+            case Computed():
+                if member.shard is not None:
+                    member.writing.add(member.shard)
+                member.shard, member.free = None, True
+                self.counter.worker_idle(member.number)
+            case Finished(shard):
+                member.writing.discard(shard)
+                self._expect_record(shard, member)
+            case Settled():
+                member.free = True
+            case Slow(teacher):
+                raise too_slow(teacher, member.shard, self.teacher_timeout or 0, str(member))
+            case Failed():
+                raise failure(message, f"shard {member.shard}: {member}" if member.shard is not None else str(member))
+
+    def _check_alive(self, member: Member[AnyWorker]) -> None:
+        limit = self.teacher_timeout
+        if limit is not None and member.shard is not None and member.silent_seconds > limit + SILENT_SECONDS:
+            raise silent(member.shard, limit, str(member))
+
+    def _expect_record(self, shard: int, member: Member[AnyWorker]) -> None:
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        self.unseen[shard] = _Unseen(worker=member.number, name=str(member), deadline=deadline)
+
+    def _look_for_records(self) -> None:
+        now = time.monotonic()
+        for shard, unseen in [(shard, unseen) for shard, unseen in self.unseen.items() if unseen.look_at <= now]:
+            record = self.folder.record(shard)
+            if record is not None:
+                del self.unseen[shard]
+                self.counter.shard_done(record, unseen.worker)
+            elif now > unseen.deadline:
+                raise BuildError(f"shard {shard}: {unseen.name} finished it; its files are not in {self.folder.place}")
+            else:
+                unseen.look_at = now + POLL_SECONDS
+                self.folder.look_again()
+
+    def _bury(self, member: Member[AnyWorker], lost: WorkerLostError) -> None:
+        """Give its shards to others, and its place to a new worker. Raises BuildError when that has no prospect."""
+        if self.stop.requested:  # who stops a batch job often signals all its processes
             raise self.stop.error()
-
-    def _check_clocks(self) -> None:
-        """Raise TeacherError for a teacher that lets a worker wait too long; the worker ends with the crew."""
-        limit = self.job.teacher_timeout
-        for member in self.members if limit is not None else ():
-            late = bool(member.asking) and time.monotonic() - member.asked_at > (limit or 0)
-            if late and not member.connection.poll():
-                raise too_slow(member.asking, member.shard, limit or 0, str(member))
-
-    def _finish(self, member: Member, shard: int) -> None:
-        record = self.folder.record(shard)
-        if record is None:
-            raise BuildError(f"shard {shard}: {member} finished it, but its files are not in {self.job.out}")
-        member.shard = None
-        self.idle.append(member)
-        self.counter.shard_done(record, member.number)
-
-    def _bury(self, member: Member) -> None:
-        """Give its shard to another, and its place to a new worker. Raises BuildError when that has no prospect."""
-        member.process.join(LEAVE_SECONDS)
-        member.process.kill()  # one that closed its pipe and does not end would hold the build
-        member.process.join(LEAVE_SECONDS)
-        self.members.remove(member)
-        if member in self.idle:
-            self.idle.remove(member)
-        how = _how(member.process.exitcode)
-        self.counter.worker_died(member.number, how, member.shard)
-        if not member.ready:
-            self.deaths_at_start += 1
-            if self.deaths_at_start >= DEATHS_AT_START:
+        member.worker.end(LEAVE_SECONDS)
+        held = [*sorted(member.writing), *([] if member.shard is None else [member.shard])]
+        self.counter.worker_died(member.number, str(lost), held)
+        for shard in held:
+            if self.folder.record(shard) is not None:
+                self._expect_record(shard, member)
+            else:
+                self.todo.give_back(shard, f"{member} {lost}")
+        if not held and not member.free:
+            member.deaths_at_start += 1
+            if member.deaths_at_start >= DEATHS_AT_START:
                 raise BuildError(
-                    f"{self.deaths_at_start} workers in a row died before they were ready, the last {how}; try "
-                    "--processes 1 (in a script of your own, build under `if __name__ == '__main__':`)"
-                )
-        if member.shard is not None:
-            self.todo.give_back(member.shard, f"{member} {how}")
-        self._start(member.number, member.device)
-
-
-def _how(exitcode: int | None) -> str:
-    if exitcode is None or exitcode >= 0:
-        return f"ended with status {exitcode}"
-    return f"killed by {signal.Signals(-exitcode).name}"
+                    f"{member}: died {DEATHS_AT_START} times in a row before it was ready, the last time {lost}; "
+                    f"{self.workers.when_none_gets_ready}"
+                ) from lost
+        member.shard, member.free, member.writing = None, False, set()
+        member.worker = self.workers.start(member.number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from ferkd_data.builder.crew import Crew
 from ferkd_data.builder.events import BuildStarted, ImageRejected, Watcher
@@ -12,10 +13,12 @@ from ferkd_data.builder.local import Reporting, label_here
 from ferkd_data.builder.plan import Plan
 from ferkd_data.builder.prepare import Prepared
 from ferkd_data.builder.progress import ProgressCounter
-from ferkd_data.builder.ray_crew import RayCrew
+from ferkd_data.builder.ray_workers import RayWorkers
 from ferkd_data.builder.rejects import read_rejects
 from ferkd_data.builder.state import BuildFolder
 from ferkd_data.builder.stop import Stop
+from ferkd_data.builder.worker_processes import WorkerProcesses
+from ferkd_data.builder.workers import Workers
 
 
 def label_shards(
@@ -31,17 +34,14 @@ def label_shards(
         else:
             counter.shard_found(record)
     _tell_of_start(prepared, plan, counter)
-    if fleet is not None:
-        with stop.labelling(), RayCrew(job, fleet, counter, stop) as on_ray:
-            on_ray.label(todo)
-        return
-    if len(devices) == 1 and job.teacher_timeout is None:
-        observer = Reporting(counter)
-        with stop.labelling(), open_tools(job, devices[0], prepared.ensemble, observer) as tools:
-            label_here(folder, plan, tools, todo, counter, stop)
-        return
-    with stop.labelling(), Crew(job, devices, counter, stop) as crew:
-        crew.label(todo)
+    with stop.labelling():
+        if fleet is None and len(devices) == 1 and job.teacher_timeout is None:
+            with open_tools(job, devices[0], prepared.ensemble, Reporting(counter)) as tools:
+                label_here(folder, plan, tools, todo, counter, stop)
+            return
+        workers: Workers[Any] = WorkerProcesses(job, devices) if fleet is None else RayWorkers(job, fleet)
+        with Crew(workers, folder, counter, stop, job.teacher_timeout) as crew:
+            crew.label(todo)
 
 
 def _counter(prepared: Prepared, plan: Plan, shards: Sequence[int], watcher: Watcher) -> ProgressCounter:

@@ -39,8 +39,8 @@ class WorkerStarted:
 class WorkerDied:
     worker: int
     how: str
-    shard: int | None
-    """The one it had in work, which another worker gets."""
+    shards: tuple[int, ...]
+    """What it labelled or wrote, which other workers get."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,14 @@ def failure(failed: Failed, place: str) -> FerkdError:
     return error
 
 
+def silent(shard: int, limit_seconds: float, worker: str) -> TeacherError:
+    """Its process cannot even say which teacher."""
+    return TeacherError(
+        f"shard {shard}: a teacher hangs, and {worker} with it, for longer than {limit_seconds:g} seconds; the worker "
+        "was ended. Run the same command again, with a larger --teacher-timeout if the teacher is slow"
+    )
+
+
 def too_slow(teacher: str, shard: int | None, limit_seconds: float, worker: str) -> TeacherError:
     return TeacherError(
         f"teacher {teacher}: no answer for a batch of shard {shard} within {limit_seconds:g} seconds, "

@@ -1,7 +1,7 @@
 """What a worker tells its driver.
 
-Over a pipe, the driver answers with the number of a shard, or None: that was all. A worker on Ray is called for each
-shard and yields its messages: Opened when it was asked to get ready, then Labelled, at last Finished, Slow or Failed.
+A worker is asked to get ready (Ready), then to label a shard (Labelled, at last Computed), and where there is no other
+shard for it, to settle (at last Settled). Finished comes with any of these. Slow and Failed end what was asked for.
 """
 
 from __future__ import annotations
@@ -12,22 +12,8 @@ from typing import NamedTuple, TypeAlias
 class Ready(NamedTuple):
     """Its teachers are loaded."""
 
-
-class Opened(NamedTuple):
-    """Its teachers are loaded, on a node of a cluster."""
-
     node: str
     process: int
-
-
-class Asking(NamedTuple):
-    """It waits for a teacher's answer. Sent only where the driver minds how long that takes."""
-
-    teacher: str
-
-
-class Answered(NamedTuple):
-    """It does not wait any more."""
 
 
 class Halved(NamedTuple):
@@ -38,17 +24,25 @@ class Halved(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """A batch of a shard."""
+    """Crops of the shard that it was asked for, since it last said so. None is a sign of life."""
 
     crops: int
     rejects: int
     """Of this shard so far."""
 
 
+class Computed(NamedTuple):
+    """The shard is labelled, and being written. The worker is free for another."""
+
+
 class Finished(NamedTuple):
-    """A shard; its record is saved."""
+    """A shard that was labelled is written; its record is saved."""
 
     shard: int
+
+
+class Settled(NamedTuple):
+    """All that was labelled is written."""
 
 
 class Slow(NamedTuple):
@@ -66,4 +60,4 @@ class Failed(NamedTuple):
     trace: str
 
 
-Message: TypeAlias = Ready | Opened | Asking | Answered | Halved | Labelled | Finished | Slow | Failed
+Message: TypeAlias = Ready | Halved | Labelled | Computed | Finished | Settled | Slow | Failed

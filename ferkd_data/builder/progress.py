@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ferkd_data.builder.events import (
@@ -107,12 +107,17 @@ class ProgressCounter:
         self._workers[worker] = _Worker(started=now)
         self.watcher.see(WorkerStarted(worker=worker, device=device))
 
-    def worker_died(self, worker: int, how: str, shard: int | None = None) -> None:
-        """What it had labelled of `shard` has to be labelled again."""
+    def worker_idle(self, worker: int) -> None:
+        """Until it begins another shard."""
+        if worker in self._workers:
+            self._workers[worker].busy = False
+
+    def worker_died(self, worker: int, how: str, shards: Sequence[int] = ()) -> None:
+        """What it had labelled of `shards` has to be labelled again."""
         self._workers.pop(worker, None)
-        if shard is not None:
-            self.shard_lost(shard)
-        self.watcher.see(WorkerDied(worker=worker, how=how, shard=shard))
+        for shard in shards:
+            self._in_work.pop(shard, None)
+        self.watcher.see(WorkerDied(worker=worker, how=how, shards=tuple(shards)))
 
     def halved(self, teacher: str, crops: int, worker: int = 0) -> None:
         self.watcher.see(BatchHalved(worker=worker, teacher=teacher, crops=crops))
@@ -130,8 +135,6 @@ class ProgressCounter:
     def shard_done(self, record: ShardRecord, worker: int = 0) -> None:
         now = time.monotonic()
         state = self._in_work.pop(record.index, _Shard(begun=now))
-        if worker in self._workers:
-            self._workers[worker].busy = False
         self._count(record)
         self.crops_rejected += len(record.rejects) * self.crops_of(record.index)
         for reject in record.rejects:
@@ -146,10 +149,6 @@ class ProgressCounter:
         )
         self.watcher.see(done)
         self._tell(record.index, now)
-
-    def shard_lost(self, shard: int) -> None:
-        """Its worker died: what it had labelled of the shard has to be labelled again."""
-        self._in_work.pop(shard, None)
 
     def batch(self, shard: int, crops: int, rejects_in_shard: int, worker: int = 0) -> None:
         now = time.monotonic()

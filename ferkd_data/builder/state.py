@@ -237,6 +237,12 @@ class BuildFolder:
         """The files of a shard lie below `out` meanwhile."""
         yield
 
+    def look_again(self) -> None:
+        """A network file system looks again for a name that it knows as missing when its folder is listed."""
+        for path in (self.path / "shards", self.out / "labels", self.out / "shards"):
+            if path.is_dir():
+                list(path.iterdir())
+
     def commit(self, manifest: Manifest) -> None:
         """`out` holds the whole label set, with the manifest."""
 

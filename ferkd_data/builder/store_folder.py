@@ -114,6 +114,9 @@ class StoreFolder(BuildFolder):
         self._send(self._record_path(record.index), self._record_name(record.index))
         self._drop(record)
 
+    def look_again(self) -> None:
+        pass
+
     @contextmanager
     def at_hand(self, record: ShardRecord) -> Iterator[None]:
         for file in record.files:

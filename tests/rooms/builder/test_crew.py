@@ -16,7 +16,7 @@ from ferkd_data.errors import BuildError, TeacherError, UsageError
 
 DEADLY = '''
 """Teachers that end the process they run in."""
-import os, signal, time
+import ctypes, os, signal, time
 from pathlib import Path
 from ferkd_tiny_teachers import Tiny
 
@@ -51,6 +51,19 @@ class Slow(Tiny):
 
 def slow():
     return Slow(1)
+
+
+class Frozen(Tiny):
+    """Hangs in C code that keeps all other threads of its process from running."""
+
+    def forward(self, x):
+        if len(x) > 1:
+            ctypes.PyDLL(None).sleep(600)
+        return super().forward(x)
+
+
+def frozen():
+    return Frozen(1)
 
 
 def unborn():
@@ -100,7 +113,10 @@ def test_a_shard_that_kills_every_worker_ends_the_build_and_resumes(photos, dead
 
 @pytest.mark.usefixtures("quick_workers")
 def test_workers_that_never_start_end_the_build(photos, deadly, tmp_path):
-    with pytest.raises(BuildError, match=r"3 workers in a row died before they were ready, the last killed by SIGKILL"):
+    with pytest.raises(
+        BuildError,
+        match=r"worker \d .*: died 3 times in a row before it was ready, the last time killed by SIGKILL; try",
+    ):
         fd.build(photos, tmp_path / "out", teachers=[deadly + "unborn"], processes=2, **SMALL)
 
 
@@ -171,6 +187,12 @@ def test_a_teacher_that_hangs_is_named_with_its_shard(photos, deadly, tmp_path):
         fd.build(photos, tmp_path / "out", teachers=[deadly + "slow"], teacher_timeout=2, **SMALL)
     (sleeper,) = (int(path.name.removeprefix("asleep-")) for path in (tmp_path / "lives").iterdir())
     assert sleeper != os.getpid() and not is_alive(sleeper)
+
+
+def test_a_teacher_that_stops_its_whole_process(photos, deadly, tmp_path, monkeypatch):
+    monkeypatch.setattr("ferkd_data.builder.crew.SILENT_SECONDS", 2)
+    with pytest.raises(TeacherError, match=r"shard 0: a teacher hangs, and worker 0 .* longer than 1 seconds"):
+        fd.build(photos, tmp_path / "out", teachers=[deadly + "frozen"], teacher_timeout=1, **SMALL)
 
 
 @pytest.mark.usefixtures("quick_workers")

@@ -11,11 +11,11 @@ import pytest
 
 import ferkd_data
 from ferkd_data.builder import BuildSettings, Stop
+from ferkd_data.builder.crew import Crew
 from ferkd_data.builder.job import Job
 from ferkd_data.builder.messages import Failed
 from ferkd_data.builder.ray_cluster import Fleet
-from ferkd_data.builder.ray_crew import RayCrew
-from ferkd_data.builder.ray_worker import Labeller
+from ferkd_data.builder.ray_workers import Actor, RayWorkers
 from ferkd_data.errors import BuildError, BuildStoppedError
 from ferkd_data.teachers import TeacherSpec
 
@@ -43,7 +43,7 @@ def job(photos, tiny_teachers, tmp_path):
     ],
 )
 def test_a_node_that_cannot_take_part_says_why(job, version, text):
-    worker = Labeller(job, "cpu", driver_folder=str(Path.cwd()), driver_version=version)
+    worker = Actor(job, "cpu", driver_folder=str(Path.cwd()), driver_version=version)
     answer = worker.open()
     assert isinstance(answer, Failed) and answer.kind == "BuildError"
     with pytest.raises(BuildError, match=text):
@@ -85,6 +85,10 @@ class DeadlyRay:
         return [{"Alive": True, "Resources": {"CPU": 1, "GPU": 1}}]
 
 
+def crew_of(job, fleet, stop):
+    return Crew(RayWorkers(job, fleet), mock.Mock(), mock.Mock(), stop)
+
+
 @pytest.fixture
 def fleet():
     return Fleet(ray=DeadlyRay(), device="cuda", cpus=1, gpus=0.5, workers=1, threads=1, processes=None, grows=False)
@@ -92,8 +96,10 @@ def fleet():
 
 def test_workers_that_never_get_ready_end_the_build(job, fleet):
     with (
-        pytest.raises(BuildError, match=r"3 workers in a row died .* worker \d \(LostError\): the reason$"),
-        RayCrew(job, fleet, mock.Mock(), Stop()) as crew,
+        pytest.raises(
+            BuildError, match=r"^worker 0: died 3 times .* ready, the last time lost \(LostError: the reason\); `ray"
+        ),
+        crew_of(job, fleet, Stop()) as crew,
     ):
         crew.label(range(10))
     asked = fleet.ray.started[0]
@@ -104,18 +110,17 @@ def test_workers_that_never_get_ready_end_the_build(job, fleet):
 
 def test_no_more_workers_than_shards_or_room(job, fleet):
     for processes, shards, expected in ((None, 10, 1), (4, 10, 4), (4, 2, 2)):
-        crew = RayCrew(job, replace(fleet, processes=processes), mock.Mock(), Stop())
+        crew = crew_of(job, replace(fleet, processes=processes), Stop())
         crew.todo.add(range(shards))
         crew._grow()
         assert len(crew.members) == expected
 
 
 def test_waiting_for_a_place_is_said_once(job, fleet, monkeypatch, caplog):
-    monkeypatch.setattr("ferkd_data.builder.ray_crew.PATIENCE_SECONDS", -1)
-    crew = RayCrew(job, fleet, mock.Mock(), Stop())
-    crew.todo.add([0])
-    crew._grow()
-    crew._grow()
+    monkeypatch.setattr("ferkd_data.builder.ray_workers.PATIENCE_SECONDS", -1)
+    workers = RayWorkers(job, fleet)
+    for _ in range(2):
+        workers.with_news([workers.start(0)], 0)
     (said,) = caplog.messages
     assert "no worker yet: each asks for 0.5 GPU and 1 CPU" in said
 
@@ -123,7 +128,7 @@ def test_waiting_for_a_place_is_said_once(job, fleet, monkeypatch, caplog):
 def test_a_worker_that_dies_after_the_stop_is_the_stop(job, fleet):
     """A batch system may signal Ray's own processes at the same time."""
     stop = Stop(grace_seconds=60)
-    crew = RayCrew(job, fleet, mock.Mock(), stop)
+    crew = crew_of(job, fleet, stop)
     with pytest.raises(BuildStoppedError), crew, stop.labelling():
         crew.todo.add([0])
         crew._grow()

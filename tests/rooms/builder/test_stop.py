@@ -21,7 +21,7 @@ STOPPED = 143
 OPTIONS = ("--crops", "10", "--crops-per-block", "4", "--top-k", "4", "--images-per-shard", "4", "--device", "cpu")
 
 GATED = '''
-"""A teacher that says nothing from the first finished shard on, until there is a file `open`."""
+"""A teacher that answers for one shard, and then says nothing until there is a file `open`."""
 import os, time
 from pathlib import Path
 from ferkd_tiny_teachers import Tiny
@@ -30,10 +30,14 @@ FOLDER = Path(os.environ["GATED_FOLDER"])
 
 
 class Gated(Tiny):
+    crops = 0
+
     def forward(self, x):
-        while not (FOLDER / "open").exists() and any(FOLDER.glob("out/.build/shards/*.json")):
-            (FOLDER / "waits").touch()
+        while self.crops >= 4 * 10 and not (FOLDER / "open").exists():
+            if any(FOLDER.glob("out/.build/shards/*.json")):
+                (FOLDER / "waits").touch()
             time.sleep(0.01)
+        self.crops += len(x) if len(x) > 1 else 0
         return super().forward(x)
 
 

@@ -1,0 +1,115 @@
+"""The workers of one machine: processes, each with a pipe to the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+
+from ferkd_data.builder.job import Job
+from ferkd_data.builder.labeller import Labeller
+from ferkd_data.builder.messages import Message, Ready
+from ferkd_data.builder.workers import WorkerLostError
+
+
+class WorkerProcess:
+    def __init__(self, number: int, device: str, process: SpawnProcess, connection: Connection) -> None:
+        self.number = number
+        self.device = device
+        self.process = process
+        self.connection = connection
+
+    def __str__(self) -> str:
+        return f"worker {self.number} ({self.device}, process {self.process.pid})"
+
+    def place(self, ready: Ready) -> str:
+        return self.device
+
+    def label(self, shard: int) -> None:
+        self._send(shard)
+
+    def settle(self) -> None:
+        self._send(None)
+
+    def hear(self) -> Message:
+        try:
+            message: Message = self.connection.recv()
+        except (EOFError, OSError) as error:
+            self.end(1)
+            raise WorkerLostError(_how(self.process.exitcode)) from error
+        return message
+
+    def leave(self) -> None:
+        self.connection.close()
+
+    def end(self, patience_seconds: float) -> None:
+        self.process.join(patience_seconds)
+        self.process.kill()
+        # A process that hangs in a driver call of the system may not even die.
+        self.process.join(1)
+        self.connection.close()
+
+    def _send(self, shard: int | None) -> None:
+        with contextlib.suppress(OSError):  # it died while it was idle; its connection will say so
+            self.connection.send(shard)
+
+
+class WorkerProcesses:
+    """One for each of `devices`."""
+
+    when_none_gets_ready = "try --processes 1 (in a script of your own, build under `if __name__ == '__main__':`)"
+
+    def __init__(self, job: Job, devices: Sequence[str]) -> None:
+        self.job = job
+        self.devices = devices
+        self.context = multiprocessing.get_context("spawn")
+
+    def room(self) -> int:
+        return len(self.devices)
+
+    def start(self, number: int) -> WorkerProcess:
+        ours, theirs = self.context.Pipe()
+        device = self.devices[number]
+        process = self.context.Process(target=work, args=(theirs, self.job, device), daemon=True)
+        with contextlib.suppress(BrokenPipeError):  # it died while it was born; its connection will say so
+            process.start()
+        theirs.close()
+        return WorkerProcess(number, device, process, ours)
+
+    def with_news(self, workers: Sequence[WorkerProcess], seconds: float) -> list[WorkerProcess]:
+        spoke = wait([worker.connection for worker in workers], timeout=seconds)
+        return [worker for worker in workers if worker.connection in spoke]
+
+
+def work(driver: Connection, job: Job, device: str) -> None:
+    """What such a process does. Returns when the driver has no more for it, or is gone."""
+    # A batch system, and Ctrl-C, signal all processes of a job; the driver decides what the signal means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_driver, daemon=True).start()
+    labeller = Labeller(job, device)
+    with contextlib.suppress(EOFError, OSError):
+        driver.send(labeller.open())
+        while True:
+            shard = driver.recv()
+            for message in labeller.settle() if shard is None else labeller.label(shard):
+                driver.send(message)
+
+
+def _end_with_the_driver() -> None:
+    """A driver that was killed says nothing, and what runs on without it would disturb the next."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _how(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"ended with status {exitcode}"
+    return f"killed by {signal.Signals(-exitcode).name}"

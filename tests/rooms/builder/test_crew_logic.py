@@ -1,0 +1,195 @@
+"""What the driver does about workers that say what a test wants. (Real ones: test_crew.py, test_ray.py.)"""
+
+from __future__ import annotations
+
+from collections import deque
+from unittest import mock
+
+import pytest
+
+from ferkd_data.builder import Stop, crew
+from ferkd_data.builder.crew import Crew
+from ferkd_data.builder.messages import Computed, Finished, Labelled, Ready, Settled
+from ferkd_data.builder.workers import WorkerLostError
+from ferkd_data.errors import BuildError, TeacherError
+
+LOST = WorkerLostError("killed by SIGKILL")
+ANSWERS = {"label": lambda shard: [Labelled(10, 0), Computed()], "settle": lambda shard: [Finished(shard), Settled()]}
+
+
+class Scripted:
+    """Does what `script` has for it: (what it was asked, shard) -> messages; else what a good worker would."""
+
+    def __init__(self, number, script, saved):
+        self.number = number
+        self.script = script
+        self.saved = saved
+        self.messages = deque([Ready("node", 1)])
+        self.labelled = []
+        self.asked = []
+
+    def __str__(self):
+        return f"worker {self.number}"
+
+    def place(self, ready):
+        return "cpu"
+
+    def label(self, shard):
+        before = [Finished(self.labelled.pop())] if self.labelled else []
+        self.labelled.append(shard)
+        self.answer("label", shard, [*before, *ANSWERS["label"](shard)])
+
+    def settle(self):
+        shard = self.labelled.pop()
+        self.answer("settle", shard, ANSWERS["settle"](shard))
+
+    def answer(self, what, shard, usual):
+        self.asked.append((what, shard))
+        self.messages.extend(self.script.pop((what, shard), usual))
+
+    def hear(self):
+        message = self.messages.popleft()
+        if message is LOST:
+            self.messages.clear()
+            raise LOST
+        if isinstance(message, Finished):
+            self.saved.add(message.shard)
+        return message
+
+    def leave(self):
+        pass
+
+    def end(self, patience_seconds):
+        pass
+
+
+class Scripts:
+    when_none_gets_ready = "try something else"
+
+    def __init__(self, script=None, room=1):
+        self.script = script or {}
+        self.saved = set()
+        self.started = []
+        self._room = room
+
+    def room(self):
+        return self._room
+
+    def start(self, number):
+        self.started.append(Scripted(number, self.script, self.saved))
+        return self.started[-1]
+
+    def with_news(self, workers, seconds):
+        return [worker for worker in workers if worker.messages]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(crew, "POLL_SECONDS", 0.01)
+
+
+def crew_of(scripts, teacher_timeout=None, stop=None):
+    folder = mock.Mock(place="out")
+    folder.record.side_effect = lambda shard: mock.Mock(index=shard) if shard in scripts.saved else None
+    return Crew(scripts, folder, mock.Mock(), stop or Stop(), teacher_timeout)
+
+
+def done(made):
+    return [call.args[0].index for call in made.counter.shard_done.call_args_list]
+
+
+def test_the_last_shard_is_settled_and_all_are_done():
+    scripts = Scripts()
+    made = crew_of(scripts)
+    made.label([0, 1, 2])
+    (worker,) = scripts.started
+    assert worker.asked == [("label", 0), ("label", 1), ("label", 2), ("settle", 2)]
+    assert done(made) == [0, 1, 2]
+
+
+def test_a_worker_that_dies_with_two_shards_gives_back_both():
+    scripts = Scripts({("label", 1): [LOST]})
+    made = crew_of(scripts)
+    made.label([0, 1, 2])
+    assert len(scripts.started) == 2
+    made.counter.worker_died.assert_called_once_with(0, "killed by SIGKILL", [0, 1])
+    assert sorted(done(made)) == [0, 1, 2]
+    assert {shard for what, shard in scripts.started[1].asked if what == "label"} == {0, 1, 2}
+
+
+def test_a_shard_whose_record_is_there_is_not_labelled_again():
+    scripts = Scripts({("label", 1): [LOST]})
+    made = crew_of(scripts)
+    scripts.saved.add(0)
+    made.label([0, 1])
+    assert [shard for what, shard in scripts.started[1].asked if what == "label"] == [1]
+    assert sorted(done(made)) == [0, 1]
+
+
+def test_a_shard_that_is_written_when_its_worker_dies_again_and_again():
+    scripts = Scripts({("settle", 0): [LOST]})
+    made = crew_of(scripts)
+    scripts.script = _Always({("settle", 0): [LOST]})
+    with pytest.raises(
+        BuildError, match="shard 0: 3 workers died while they labelled it, the last was worker 0 killed"
+    ):
+        made.label([0])
+
+
+class _Always(dict):
+    def pop(self, key, usual):
+        return self.get(key, usual)
+
+
+def test_a_record_that_is_seen_late_and_one_that_never_is(monkeypatch):
+    """As on a network file system."""
+    scripts = Scripts()
+    made = crew_of(scripts)
+    seen = iter([None, None, mock.Mock(index=0)])
+    made.folder.record.side_effect = lambda shard: next(seen)
+    made.label([0])
+    assert done(made) == [0] and made.folder.look_again.call_count == 2
+    monkeypatch.setattr(crew, "VISIBLE_SECONDS", 0.05)
+    made = crew_of(Scripts())
+    made.folder.record.side_effect = lambda shard: None
+    with pytest.raises(BuildError, match="shard 0: worker 0 finished it; its files are not in out"):
+        made.label([0])
+
+
+def test_others_work_on_while_a_record_is_waited_for():
+    scripts = Scripts()
+    made = crew_of(scripts)
+    hidden = iter([None] * 3)
+    made.folder.record.side_effect = lambda shard: (
+        next(hidden, mock.Mock(index=0)) if shard == 0 else mock.Mock(index=1)
+    )
+    made.label([0, 1])
+    assert done(made) == [1, 0]
+
+
+def test_a_worker_that_says_nothing_at_all(monkeypatch):
+    """Its process is stuck, and cannot even tell that its teacher hangs."""
+    monkeypatch.setattr(crew, "SILENT_SECONDS", 0.02)
+    scripts = Scripts({("label", 0): []})
+    scripts.with_news = _slowly(scripts.with_news)
+    with pytest.raises(TeacherError, match=r"shard 0: a teacher hangs, and worker 0 with it, .* than 0.05 seconds"):
+        crew_of(scripts, teacher_timeout=0.05).label([0])
+
+
+def _slowly(with_news):
+    import time
+
+    def wait(workers, seconds):
+        time.sleep(seconds)
+        return with_news(workers, seconds)
+
+    return wait
+
+
+def test_signs_of_life_are_enough(monkeypatch):
+    monkeypatch.setattr(crew, "SILENT_SECONDS", 0.02)
+    scripts = Scripts({("label", 0): [*[Labelled(0, 0)] * 50, Computed()]})
+    scripts.with_news = _slowly(scripts.with_news)
+    made = crew_of(scripts, teacher_timeout=0.05)
+    made.label([0])
+    assert done(made) == [0]
