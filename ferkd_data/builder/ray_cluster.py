@@ -148,9 +148,7 @@ def _connect(ray: Any, address: str) -> None:
             f"Ray address {address}: give HOST:PORT, or auto, on a machine of the cluster; from elsewhere, submit the "
             "command with: ray job submit -- ferkd-data build …"
         )
-    if address == "auto":
-        address = _running_here(ray)
-    host, _, port = address.rpartition(":")
+    host, _, port = (_running_here(ray) if address == "auto" else address).rpartition(":")
     if not host or not port.isdecimal():
         raise UsageError(f"Ray address {address}: must be HOST:PORT (such as 10.0.0.1:6379) or auto")
     _check_answers(host.strip("[]"), int(port))
@@ -180,12 +178,13 @@ def _check_answers(host: str, port: int) -> None:
         raise BuildError(f"{where}: something else does; the cluster's own port is 6379 unless it was told otherwise")
 
 
-def _init(ray: Any, **arguments: Any) -> None:
+def _init(ray: Any, address: str, **arguments: Any) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **arguments)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise BuildError(f"Ray {arguments['address']}: cannot be used: {error}") from error
+        token = "" if address == "local" else "; a cluster that asks for a token needs RAY_AUTH_MODE=token here"
+        raise BuildError(f"Ray {address}: cannot be used: {error}{token}") from error
     finally:
         # Ray takes the signal, in the one thread that can, and ours has a grace time.
         if before is not None and threading.current_thread() is threading.main_thread():

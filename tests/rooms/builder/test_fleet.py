@@ -133,3 +133,21 @@ def test_a_server_that_says_nothing_is_no_cluster(server, monkeypatch):
 def test_an_address_in_the_environment_counts(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "nowhere")
     assert "Ray address nowhere" in str(address_error(None))
+
+
+def test_a_cluster_that_asks_for_a_token(server, monkeypatch):
+    """Ray brings the token by itself for the address `auto`; for another it has to be told to."""
+    port, answer = server
+    answer.append(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+    asked = []
+
+    def init(address, **_):
+        asked.append(address)
+        raise ConnectionError("Failed to connect")
+
+    services = SimpleNamespace(get_ray_address_from_environment=lambda *_: f"127.0.0.1:{port}")
+    private = SimpleNamespace(services=services)
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init, shutdown=lambda: None, _private=private)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert str(address_error("auto")).endswith("a cluster that asks for a token needs RAY_AUTH_MODE=token here")
+    assert asked == ["auto"]

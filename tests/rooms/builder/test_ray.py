@@ -246,3 +246,26 @@ def test_a_driver_that_is_stopped_and_one_that_is_killed(cluster, folder, photos
     fd.build(photos, out, **build)
     assert len(kept) == 9 and [path.stat().st_mtime_ns for path in kept] == written
     assert same_files(expected, out)
+
+
+def test_a_cluster_whose_head_dies(folder, photos, undisturbed, tmp_path, monkeypatch):
+    """Ray ends the driver then, after a minute in earnest; what was finished is kept."""
+    from ray.cluster_utils import Cluster
+
+    expected, out = undisturbed("slow"), tmp_path / "out"
+    (folder / "slow").touch()
+    (folder / "together").unlink(missing_ok=True)
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
+    mortal = Cluster(initialize_head=True, head_node_args=ONE_CPU)
+    try:
+        driver = start(command(photos, out, "--ray-address", mortal.address), out)
+        mortal.head_node.kill_gcs_server()
+        _, complaints = driver.communicate(timeout=60)
+    finally:
+        mortal.shutdown()
+    assert driver.returncode == 1 and "Failed to connect to GCS" in complaints
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("labels/00000-*")}
+    (folder / "slow").unlink()
+    fd.build(photos, out, teachers=["python:ray_teachers:slow"], **BUILD)
+    assert len(kept) == 3 and kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert same_files(expected, out)
