@@ -4,7 +4,8 @@
 
 Shards are made up: of 4,096 images with four blocks of 50 crops. Nothing is labelled.
 
-- message: CPU time of the driver for what a worker tells once a second (ProgressCounter, which sums up all workers)
+- driver: CPU time of the driver, with workers that tell once a second how far they are, as real ones do (what
+  Ray itself needs to carry the messages is not in it)
 - record: writing and reading back a shard's record, as a worker and a resumed driver do
 - manifest: size, time to write, time to parse with all checks, memory that it takes
 """
@@ -12,17 +13,23 @@ Shards are made up: of 4,096 images with four blocks of 50 crops. Nothing is lab
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import tempfile
+import threading
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from synthetic import NO_TEACHER
 
+from ferkd_data.builder.crew import Crew
+from ferkd_data.builder.messages import Labelled, Message, Ready
 from ferkd_data.builder.progress import ProgressCounter
 from ferkd_data.builder.state import BuildFolder, ShardRecord
+from ferkd_data.builder.stop import Stop
+from ferkd_data.errors import BuildStoppedError
 from ferkd_data.manifest import (
     BlockEntry,
     CreatedBy,
@@ -37,7 +44,7 @@ from ferkd_data.manifest import (
 from ferkd_data.statistics import Statistics
 
 IMAGES, CROPS, BLOCK, BLOCK_BYTES = 4096, 200, 50, 3_860_000
-WORKERS, MESSAGES, RECORDS = 1000, 20_000, 300
+WORKERS, SECONDS, RECORDS = (10, 100, 1000, 3000), 10.0, 300
 
 
 def files(shard: int) -> tuple[BlockEntry, ...]:
@@ -52,22 +59,72 @@ class Nobody:
         pass
 
 
-def message_us() -> float:
+class Teller:
+    """A worker that labels one shard for ever, and says so every second."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.due = time.monotonic() + number % 1000 / 1000
+        self.message: Message = Ready("node", number)
+
+    def place(self, ready: Ready) -> str:
+        return "cuda of node"
+
+    def label(self, shard: int) -> None:
+        self.message = Labelled(2000, 0)
+
+    def settle(self) -> None:
+        pass
+
+    def hear(self) -> Message:
+        self.due += 1
+        return self.message
+
+    def leave(self) -> None:
+        pass
+
+    def end(self, patience_seconds: float) -> None:
+        pass
+
+
+class Tellers:
+    when_none_gets_ready = ""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def room(self) -> int:
+        return self.count
+
+    def start(self, number: int) -> Teller:
+        return Teller(number)
+
+    def with_news(self, workers: Sequence[Teller], seconds: float) -> list[Teller]:
+        first = min(worker.due for worker in workers)
+        time.sleep(max(0.0, min(seconds, first - time.monotonic())))
+        now = time.monotonic()
+        return [worker for worker in workers if worker.due <= now]
+
+
+def driver_share(workers: int) -> float:
+    """Of a core."""
     counter = ProgressCounter(
         watcher=Nobody(),
         crops_of=lambda shard: CROPS,
-        shards_total=WORKERS,
-        images_total=WORKERS * IMAGES,
-        crops_total=WORKERS * IMAGES * CROPS,
+        shards_total=workers,
+        images_total=workers * IMAGES,
+        crops_total=workers * IMAGES * CROPS,
         num_teachers=1,
     )
-    for worker in range(WORKERS):
-        counter.worker_started(worker, "cuda of node")
-        counter.shard_begun(worker, worker)
-    started = time.process_time()
-    for number in range(MESSAGES):
-        counter.batch(number % WORKERS, 2000, 0, number % WORKERS)
-    return (time.process_time() - started) / MESSAGES * 1e6
+    stop = Stop(grace_seconds=0)
+    with tempfile.TemporaryDirectory() as name, stop.labelling(), contextlib.suppress(BuildStoppedError):
+        crew = Crew(Tellers(workers), BuildFolder(Path(name)), counter, stop)
+        threading.Timer(3, lambda: marks.append((time.monotonic(), time.process_time()))).start()
+        threading.Timer(3 + SECONDS, stop.request).start()
+        marks: list[tuple[float, float]] = []
+        crew.label(range(workers))
+    (wall, cpu) = marks[0]
+    return (time.process_time() - cpu) / (time.monotonic() - wall)
 
 
 def record_us(folder: BuildFolder) -> tuple[float, float]:
@@ -130,9 +187,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, nargs="+", default=[313, 3418, 24415, 244141])
     shards = parser.parse_args().shards
-    cost = statistics.median(message_us() for _ in range(3))
-    print(f"a message from one of {WORKERS:,} workers: {cost:.1f} us of the driver's CPU time, ", end="")
-    print(f"{cost * WORKERS / 1e6:.1%} of a core at one message per worker and second")
+    for workers in WORKERS:
+        print(f"a driver of {workers:>6,} workers: {driver_share(workers):.1%} of a core", flush=True)
     with tempfile.TemporaryDirectory() as name:
         write, read = record_us(BuildFolder(Path(name)))
     print(f"a shard's record: {write:.0f} us to write and sync, {read:.0f} us to read\n")

@@ -38,10 +38,10 @@ class Member(Generic[AnyWorker]):
     """That it labels."""
     writing: set[int] = field(default_factory=set)
     """Labelled, and not saved yet, as far as is known."""
-    free: bool = False
-    """It has done what it was asked to."""
+    ready: bool = False
     deaths_at_start: int = 0
-    silent_seconds: float = 0.0
+    heard_at: float = 0.0
+    """By the driver's own clock of how long it has listened."""
 
     def __str__(self) -> str:
         return str(self.worker)
@@ -75,7 +75,12 @@ class Crew(Generic[AnyWorker]):
         self.teacher_timeout = teacher_timeout
         self.todo = Backlog()
         self.members: list[Member[AnyWorker]] = []
+        self.free: list[Member[AnyWorker]] = []
+        """Those that have done what they were asked to."""
+        self.held: set[int] = set()
+        """Shards that members label or write. Kept beside what they say, since there may be a thousand of them."""
         self.unseen: dict[int, _Unseen] = {}
+        self.listened_seconds = 0.0
         self.room = 0
         self.room_from = 0.0
 
@@ -97,17 +102,14 @@ class Crew(Generic[AnyWorker]):
             if self.stop.expired or (self.stop.requested and not self._in_work()):
                 raise self.stop.error()
             self._grow()
-            for member in self.members:
-                if member.free:
-                    self._give(member)
+            self.free = [member for member in self.free if not self._give(member)]
             self._listen()
             self._look_for_records()
             self.counter.tick()
 
     def _in_work(self) -> int:
-        """Shards that somebody labels or writes."""
-        labelled = sum(member.shard is not None for member in self.members)
-        return labelled + sum(len(member.writing) for member in self.members) + len(self.unseen)
+        """Shards that somebody has begun."""
+        return len(self.held) + len(self.unseen)
 
     def _grow(self) -> None:
         now = time.monotonic()
@@ -117,30 +119,29 @@ class Crew(Generic[AnyWorker]):
             number = len(self.members)
             self.members.append(Member(number=number, worker=self.workers.start(number)))
 
-    def _give(self, member: Member[AnyWorker]) -> None:
+    def _give(self, member: Member[AnyWorker]) -> bool:
+        """Whether there was something for it to do."""
         if self.todo and not self.stop.requested:
             member.shard = self.todo.take()
+            self.held.add(member.shard)
             self.counter.shard_begun(member.shard, member.number)
             member.worker.label(member.shard)
         elif member.writing:
             member.worker.settle()
         else:
-            return
-        member.free = False
+            return False
+        return True
 
     def _listen(self) -> None:
         began = time.monotonic()
-        news = self.workers.with_news([member.worker for member in self.members], POLL_SECONDS)
-        passed = time.monotonic() - began
-        spoke = {id(worker) for worker in news}
-        for member in list(self.members):
-            if id(member.worker) in spoke:
-                member.silent_seconds = 0
-                self._hear(member)
-            else:
-                # Not by the clock: who is stopped for a while, and these workers with him, has heard nothing either.
-                member.silent_seconds += min(passed, 2 * POLL_SECONDS)
-                self._check_alive(member)
+        spoke = self.workers.with_news([member.worker for member in self.members], POLL_SECONDS)
+        # Not by the clock: a driver that is stopped for a while, and its workers with it, has heard nothing either.
+        self.listened_seconds += min(time.monotonic() - began, 2 * POLL_SECONDS)
+        for member in [self.members[worker.number] for worker in spoke]:
+            member.heard_at = self.listened_seconds
+            self._hear(member)
+        if self.teacher_timeout is not None:
+            self._check_alive(self.teacher_timeout)
 
     def _hear(self, member: Member[AnyWorker]) -> None:
         try:
@@ -150,7 +151,8 @@ class Crew(Generic[AnyWorker]):
             return
         match message:
             case Ready():
-                member.deaths_at_start, member.free = 0, True
+                member.deaths_at_start, member.ready = 0, True
+                self.free.append(member)
                 self.counter.worker_started(member.number, member.worker.place(message))
             case Labelled(crops, rejects):
                 if member.shard is not None:
@@ -160,22 +162,25 @@ class Crew(Generic[AnyWorker]):
             case Computed():
                 if member.shard is not None:
                     member.writing.add(member.shard)
-                member.shard, member.free = None, True
+                member.shard = None
+                self.free.append(member)
                 self.counter.worker_idle(member.number)
             case Finished(shard):
                 member.writing.discard(shard)
+                self.held.discard(shard)
                 self._expect_record(shard, member)
             case Settled():
-                member.free = True
+                self.free.append(member)
             case Slow(teacher):
                 raise too_slow(teacher, member.shard, self.teacher_timeout or 0, str(member))
             case Failed():
                 raise failure(message, f"shard {member.shard}: {member}" if member.shard is not None else str(member))
 
-    def _check_alive(self, member: Member[AnyWorker]) -> None:
-        limit = self.teacher_timeout
-        if limit is not None and member.shard is not None and member.silent_seconds > limit + SILENT_SECONDS:
-            raise silent(member.shard, limit, str(member))
+    def _check_alive(self, limit_seconds: float) -> None:
+        for member in self.members:
+            silent_seconds = self.listened_seconds - member.heard_at
+            if member.shard is not None and silent_seconds > limit_seconds + SILENT_SECONDS:
+                raise silent(member.shard, limit_seconds, str(member))
 
     def _expect_record(self, shard: int, member: Member[AnyWorker]) -> None:
         deadline = time.monotonic() + VISIBLE_SECONDS
@@ -201,17 +206,19 @@ class Crew(Generic[AnyWorker]):
         member.worker.end(LEAVE_SECONDS)
         held = [*sorted(member.writing), *([] if member.shard is None else [member.shard])]
         self.counter.worker_died(member.number, str(lost), held)
+        self.held.difference_update(held)
         for shard in held:
             if self.folder.record(shard) is not None:
                 self._expect_record(shard, member)
             else:
                 self.todo.give_back(shard, f"{member} {lost}")
-        if not held and not member.free:
+        if not member.ready:
             member.deaths_at_start += 1
             if member.deaths_at_start >= DEATHS_AT_START:
                 raise BuildError(
                     f"{member}: died {DEATHS_AT_START} times in a row before it was ready, the last time {lost}; "
                     f"{self.workers.when_none_gets_ready}"
                 ) from lost
-        member.shard, member.free, member.writing = None, False, set()
-        member.worker = self.workers.start(member.number)
+        self.free = [other for other in self.free if other is not member]
+        member.shard, member.ready, member.writing = None, False, set()
+        member.worker, member.heard_at = self.workers.start(member.number), self.listened_seconds

@@ -66,8 +66,52 @@ class _Worker:
 @dataclass(kw_only=True)
 class _Shard:
     begun: float
+    crops_per_image: int
     crops: int = 0
+    """Labelled."""
     rejects: int = 0
+
+    @property
+    def images_done(self) -> int:
+        return self.crops // self.crops_per_image + self.rejects
+
+    @property
+    def crops_passed(self) -> int:
+        """Labelled, or of images that were rejected."""
+        return self.crops + self.rejects * self.crops_per_image
+
+
+class _InWork:
+    """Shards that are labelled now, and their sums: kept, since each of a thousand workers makes them change."""
+
+    def __init__(self) -> None:
+        self.images_done = self.crops_passed = self.rejects = 0
+        self._shards: dict[int, _Shard] = {}
+
+    def begin(self, number: int, shard: _Shard) -> None:
+        self.end(number)
+        self._shards[number] = shard
+
+    def get(self, number: int) -> _Shard | None:
+        return self._shards.get(number)
+
+    def add(self, number: int, crops: int, rejects: int) -> None:
+        shard = self._shards[number]
+        self._sum(shard, -1)
+        shard.crops += crops
+        shard.rejects = rejects
+        self._sum(shard, 1)
+
+    def end(self, number: int) -> _Shard | None:
+        shard = self._shards.pop(number, None)
+        if shard is not None:
+            self._sum(shard, -1)
+        return shard
+
+    def _sum(self, shard: _Shard, sign: int) -> None:
+        self.images_done += sign * shard.images_done
+        self.crops_passed += sign * shard.crops_passed
+        self.rejects += sign * shard.rejects
 
 
 @dataclass(kw_only=True)
@@ -92,7 +136,7 @@ class ProgressCounter:
     crops_rejected: int = 0
     """That this run would have labelled, had their images been fit."""
     started: float = field(default_factory=time.monotonic)
-    _in_work: dict[int, _Shard] = field(default_factory=dict)
+    _in_work: _InWork = field(default_factory=_InWork)
     _workers: dict[int, _Worker] = field(default_factory=dict)
     _summary: tuple[tuple[WorkerProgress, ...], tuple[int, ...]] = ((), ())
     _summed_at: float = float("-inf")
@@ -116,7 +160,7 @@ class ProgressCounter:
         """What it had labelled of `shards` has to be labelled again."""
         self._workers.pop(worker, None)
         for shard in shards:
-            self._in_work.pop(shard, None)
+            self._in_work.end(shard)
         self.watcher.see(WorkerDied(worker=worker, how=how, shards=tuple(shards)))
 
     def halved(self, teacher: str, crops: int, worker: int = 0) -> None:
@@ -128,13 +172,13 @@ class ProgressCounter:
         self.crops_found = self.crops_before
 
     def shard_begun(self, shard: int, worker: int = 0) -> None:
-        self._in_work[shard] = _Shard(begun=time.monotonic())
+        self._begin(shard)
         if worker in self._workers:
             self._workers[worker].busy = True
 
     def shard_done(self, record: ShardRecord, worker: int = 0) -> None:
         now = time.monotonic()
-        state = self._in_work.pop(record.index, _Shard(begun=now))
+        state = self._in_work.end(record.index)
         self._count(record)
         self.crops_rejected += len(record.rejects) * self.crops_of(record.index)
         for reject in record.rejects:
@@ -142,7 +186,7 @@ class ProgressCounter:
         done = ShardDone(
             shard=record.index,
             worker=worker,
-            seconds=now - state.begun,
+            seconds=now - state.begun if state is not None else 0.0,
             images=record.rows,
             crops=record.rows * self.crops_of(record.index),
             rejects=len(record.rejects),
@@ -152,9 +196,9 @@ class ProgressCounter:
 
     def batch(self, shard: int, crops: int, rejects_in_shard: int, worker: int = 0) -> None:
         now = time.monotonic()
-        state = self._in_work.setdefault(shard, _Shard(begun=now))
-        state.crops += crops
-        state.rejects = rejects_in_shard
+        if self._in_work.get(shard) is None:
+            self._begin(shard)
+        self._in_work.add(shard, crops, rejects_in_shard)
         busy = self._workers.setdefault(worker, _Worker(started=self.started))
         busy.shard, busy.busy = shard, True
         busy.add(crops, now)
@@ -166,6 +210,9 @@ class ProgressCounter:
         now = time.monotonic()
         if now - self._told_at >= TICK_SECONDS:
             self._tell(self._last_shard, now)
+
+    def _begin(self, shard: int) -> None:
+        self._in_work.begin(shard, _Shard(begun=time.monotonic(), crops_per_image=self.crops_of(shard)))
 
     def _count(self, record: ShardRecord) -> None:
         images = record.rows + len(record.rejects)
@@ -180,19 +227,16 @@ class ProgressCounter:
 
     def _progress(self, shard: int, now: float) -> Progress:
         rate = self.crops_done / max(now - self.started, 1e-9)
-        rejects = sum(state.rejects for state in self._in_work.values())
-        labelled = sum(state.crops // self.crops_of(number) for number, state in self._in_work.items())
-        crops = sum(state.crops + state.rejects * self.crops_of(number) for number, state in self._in_work.items())
-        left = self.crops_total - self.crops_before - crops
+        left = self.crops_total - self.crops_before - self._in_work.crops_passed
         workers, stragglers = self._sum_up(now)
         return Progress(
             shard=shard,
             shards_done=self.shards_done,
             shards_total=self.shards_total,
-            images_done=self.images_before + labelled + rejects,
+            images_done=self.images_before + self._in_work.images_done,
             images_total=self.images_total,
             crops_done=self.crops_done,
-            rejects=self.rejects_before + rejects,
+            rejects=self.rejects_before + self._in_work.rejects,
             crops_per_second=rate,
             seconds_left=left / rate if rate > 0 else None,
             workers=workers,

@@ -76,7 +76,8 @@ def build(
     is taken from its manifest, also the teachers where none are given. `overwrite` then starts an unfinished extension
     anew.
 
-    `on_progress` gets the progress after every batch, `watchers` all that happens (see ferkd_data.builder.events).
+    `on_progress` gets the progress after every batch, or about every second where there are worker processes;
+    `watchers` all that happens (see ferkd_data.builder.events).
 
     Raises UsageError, SourceError, TeacherError, BuildError (see ferkd_data.errors).
     """

@@ -15,6 +15,8 @@ class WorkerLostError(Exception):
 class Worker(Protocol):
     """Another process; it gets ready as soon as it is there."""
 
+    number: int
+
     def __str__(self) -> str:
         """Its number, and where it runs as far as that is known."""
 
