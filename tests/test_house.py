@@ -13,7 +13,7 @@ ROOT = Path(ferkd_data.__file__).parent
 
 FLOORS = [
     {"errors"},
-    {"rng", "extras", "storage", "differences"},
+    {"rng", "extras", "storage", "file_lock", "differences"},
     {"remote"},
     {"crops"},
     {"images", "replay", "blending", "normalization"},

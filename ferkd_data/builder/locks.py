@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from ferkd_data.builder.part import Part
 from ferkd_data.builder.state import FOLDER, REJECTS_FILE, BuildFolder
 from ferkd_data.errors import BuildError, BuildLockedError
+from ferkd_data.file_lock import held
 from ferkd_data.manifest import FILE_NAME
 from ferkd_data.storage import remove_leftovers
 
@@ -67,25 +66,9 @@ def check_unfinished(out: Path) -> None:
             raise BuildError(f"{out}: holds no unfinished build; begin one with ferkd-data build")
 
 
-@contextmanager
-def locked(path: Path, out: Path | str, *, shared: bool = False) -> Iterator[None]:
+def locked(path: Path, out: Path | str, *, shared: bool = False) -> AbstractContextManager[None]:
     """Hold this file's lock. Raises BuildLockedError when another process has it; `out` is what that says."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(descriptor, 64).decode(errors="replace").strip()
-            who = f"process {owner}" if owner else "of some parts"
-            raise BuildLockedError(f"{out}: another build works here ({who}); wait for it to end") from error
-        if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
-            raise BuildLockedError(f"{out}: another build has just ended here; run the command again")
-        os.ftruncate(descriptor, 0)
-        if not shared:
-            os.write(descriptor, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(descriptor)
+    return held(path, out, work="build", refusal=BuildLockedError, shared=shared)
 
 
 def _check_ours(out: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ferkd_data import statistics
 from ferkd_data.errors import PublishError, RemoteError, UsageError
 from ferkd_data.exchange.signing import SIGNATURE
+from ferkd_data.file_lock import held
 from ferkd_data.label_set import LabelSet, LocalFiles, read_remote_manifest
 from ferkd_data.manifest import FILE_NAME, FileEntry, Manifest, ShardEntry, parse_manifest
 from ferkd_data.remote import Remote, Retries, is_remote, open_remote
@@ -18,6 +20,10 @@ from ferkd_data.storage import inside, sha256_file, write_atomically
 
 BESIDE = ("README.md", "LICENSE")
 MAX_BESIDE_BYTES = 2**20
+LOCK = ".pull.lock"
+
+OnFetched = Callable[[int, int], None]
+"""Gets (bytes that lie there, bytes in all)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +42,7 @@ def pull(
     shards: Sequence[int] | None = None,
     workers: int = 4,
     retries: Retries | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnFetched | None = None,
 ) -> PullResult:
     """Copy a label set from a URL or a folder into `out`, checked file by file; resumes after an interruption.
 
@@ -44,15 +50,43 @@ def pull(
     with `shards`, only those image shards. The smaller label set has a manifest of its own: counts and statistics
     of what it holds (without those per teacher, which only a build can know), and `pulled_from`.
 
-    Raises UsageError for crops or shards that are not there, PublishError when `out` holds another label set,
-    RemoteError, ShardError.
+    Raises UsageError for crops or shards that are not there, PublishError when `out` holds another label set or another
+    pull works there, RemoteError, ShardError.
     """
     out = Path(out)
     remote = open_remote(url if is_remote(url) else Path(url).absolute().as_uri(), retries)
     text = read_remote_manifest(remote)
     whole = parse_manifest(text, f"{url}/{FILE_NAME}")
     part = _selected(whole, url, crops, shards)
-    _check_place(out, part)
+    with _alone(out):
+        _check_place(out, part)
+        fetched = _fetch_files(remote, out, part, workers, on_progress)
+        # A part has a manifest of its own, which nobody signed.
+        _fetch_beside(remote, out, (*BESIDE, SIGNATURE) if part is whole else BESIDE)
+        if part is not whole:
+            part = _with_statistics(out, part)
+            text = part.to_json().encode()
+        with write_atomically(out / FILE_NAME) as aside:
+            aside.write_bytes(text)
+    return PullResult(out=out, manifest=part, fetched=fetched)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Two pulls into one folder would write to the same unfinished files."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; give a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = out / LOCK
+    with held(lock, out, work="pull", refusal=PublishError):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _fetch_files(remote: Remote, out: Path, part: Manifest, workers: int, on_progress: OnFetched | None) -> int:
+    """All that the manifest lists; how many of them came over the line."""
     entries: list[FileEntry] = [*(file for shard in part.shards for file in shard.files), part.rejects]
     total, done, fetched = sum(entry.bytes for entry in entries), 0, 0
 
@@ -72,14 +106,7 @@ def pull(
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
             raise
-    # A part has a manifest of its own, which nobody signed.
-    _fetch_beside(remote, out, (*BESIDE, SIGNATURE) if part is whole else BESIDE)
-    if part is not whole:
-        part = _with_statistics(out, part)
-        text = part.to_json().encode()
-    with write_atomically(out / FILE_NAME) as aside:
-        aside.write_bytes(text)
-    return PullResult(out=out, manifest=part, fetched=fetched)
+    return fetched
 
 
 def _selected(whole: Manifest, url: str, crops: int | None, shards: Sequence[int] | None) -> Manifest:

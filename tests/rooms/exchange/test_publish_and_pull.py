@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import warnings
 
 import numpy as np
@@ -16,7 +17,7 @@ import ferkd_data as fd
 from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError
 from ferkd_data.exchange.places import Store
 from ferkd_data.manifest import read_manifest
-from ferkd_data.remote import Remote, Retries
+from ferkd_data.remote import Remote, Retries, part_of
 from ferkd_data.storage import sha256_file
 from ferkd_data_cli.main import run
 
@@ -185,6 +186,46 @@ def test_a_pull_goes_on_after_dropped_connections_and_a_kill(label_set, tmp_path
         assert sum(server.sent.values()) <= once + 2 * (label_set / "manifest.json").stat().st_size
         assert sum(server.sent.values()) - before < once / 2
     assert same_label_sets(label_set, tmp_path / "mine")
+
+
+def pull_until_killed(url, out):
+    fd.pull(url, out, workers=1, retries=QUICK)
+
+
+def test_of_two_pulls_into_one_folder_the_second_is_told(label_set, tmp_path, quick_process):
+    """Until the first one dies; then the next goes on where it was, also in the file that it was in."""
+    out, last = tmp_path / "mine", "labels/00002-002.parquet"
+    half, asked, dead = (label_set / last).stat().st_size // 2, threading.Event(), threading.Event()
+
+    def keep_waiting(name):
+        """With the rest of the last file, once."""
+        if name == last and [path for _, path, _ in server.requests].count(last) == 2 and not asked.is_set():
+            asked.set()
+            dead.wait(60)
+
+    with serve(label_set) as server:
+        server.drop_after, server.before_body = half, keep_waiting
+        process = quick_process.Process(target=pull_until_killed, args=(server.url, out))
+        process.start()
+        try:
+            assert asked.wait(60)
+            with pytest.raises(PublishError, match=rf"mine: another pull works here \(process {process.pid}\); wait"):
+                fd.pull(server.url, out, retries=QUICK)
+        finally:
+            process.kill()
+            process.join()
+            dead.set()
+        assert not (out / "manifest.json").exists() and part_of(out / last).stat().st_size == half
+        server.drop_after = None
+        assert fd.pull(server.url, out, retries=QUICK).fetched == 2
+        assert [asked for _, name, asked in server.requests if name == last][-1] == f"bytes={half}-"
+    assert same_label_sets(label_set, out) and not fd.verify(out).warnings
+
+
+def test_a_pull_into_a_file(label_set, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UsageError, match="notes: is a file; give a folder"):
+        fd.pull(str(label_set), tmp_path / "notes")
 
 
 def test_the_card(label_set, tmp_path):
