@@ -99,7 +99,10 @@ def read_remote_manifest(remote: Remote) -> bytes:
         return remote.read(FILE_NAME, max_bytes=MAX_MANIFEST_BYTES)
     except RemoteError as error:
         if error.status == 404:
-            raise ManifestError(f"{remote.url}: no {FILE_NAME}; is this the URL of a published label set?") from error
+            raise ManifestError(
+                f"{remote.url}: no {FILE_NAME}; is this the URL of a published label set? While one is sent, or where "
+                "that was interrupted, there is none: it comes last"
+            ) from error
         raise
 
 

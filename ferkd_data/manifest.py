@@ -204,13 +204,18 @@ def read_manifest_bytes(folder: Path) -> bytes:
             raise ManifestError(f"{path}: more than {MAX_MANIFEST_BYTES} bytes")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        unfinished = (folder / ".build").is_dir()
-        advice = (
-            "its build has not finished: run the same build command to resume it"
-            if unfinished
-            else ("is this the folder that a build wrote?")
+        raise ManifestError(f"{folder}: no {FILE_NAME}; {_why_none(folder)}") from error
+
+
+def _why_none(folder: Path) -> str:
+    if (folder / ".build").is_dir():
+        return "its build has not finished: run the same build command to resume it"
+    if (folder / "labels").is_dir() or (folder / "shards").is_dir():
+        return (
+            "was a publish, pull, convert or merge interrupted here? They write it last: run the same command again to "
+            "finish"
         )
-        raise ManifestError(f"{folder}: no {FILE_NAME}; {advice}") from error
+    return "is this the folder that a build wrote?"
 
 
 def _check_whole(manifest: Manifest, where: str) -> None:

@@ -105,6 +105,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             elif item["key"] == "file":
                 hub.files[value["path"]] = base64.b64decode(value["content"])
                 names.append(value["path"])
+            elif item["key"] == "deletedFile":
+                del hub.files[value["path"]]
+                names.append(f"-{value['path']}")
         hub.commits.append(names)
         self._json({"commitUrl": f"{hub.url}/datasets/org/name/commit/{'0' * 40}", "commitOid": "0" * 40})
 

@@ -42,12 +42,17 @@ class Hub:
         there = self._listed()
         return [file for file in files if not _is_same(there.get(self._place.folder + file.name), file)]
 
-    def send(self, files: Sequence[FileToSend]) -> Iterator[FileToSend]:
-        """Yields files as they arrive; they are seen by others from the commit on that follows each batch."""
+    def send(self, files: Sequence[FileToSend], *, instead_of: Sequence[str] = ()) -> Iterator[FileToSend]:
+        """Yields files as they arrive; they are seen by others from the commit on that follows each batch.
+
+        What they come instead of goes with the first of these commits.
+        """
         size = max(COMMIT_FILES, -(-len(files) // MAX_COMMITS))
-        for start in range(0, len(files), size):
+        there = self._listed() if instead_of else {}
+        gone = [name for name in instead_of if self._place.folder + name in there]
+        for start in range(0, max(len(files), 1 if gone else 0), size):
             batch = files[start : start + size]
-            yield from self._send(batch)
+            yield from self._send(batch, gone if start == 0 else ())
             lost = self.missing(batch)
             if lost:
                 raise RemoteError(
@@ -57,7 +62,7 @@ class Hub:
     def finish(self) -> None:
         """The hub itself remembers what has arrived."""
 
-    def _send(self, batch: Sequence[FileToSend]) -> Iterator[FileToSend]:
+    def _send(self, batch: Sequence[FileToSend], gone: Sequence[str]) -> Iterator[FileToSend]:
         additions = [
             self._hub.CommitOperationAdd(path_in_repo=self._place.folder + file.name, path_or_fileobj=str(file.file))
             for file in batch
@@ -75,10 +80,12 @@ class Hub:
                     self._place.repository, additions[some], repo_type="dataset", free_memory=False, **revision
                 )
             yield from batch[some]
+        removals = [self._hub.CommitOperationDelete(path_in_repo=self._place.folder + name) for name in gone]
         named = batch[0].name if len(batch) == 1 else f"{len(batch)} files"
+        message = f"ferkd-data publish: {named}"
         with self._explained():
             self._api.create_commit(
-                **self._where, operations=additions, commit_message=f"ferkd-data publish: {named}", **revision
+                **self._where, operations=[*removals, *additions], commit_message=message, **revision
             )
 
     def _listed(self) -> dict[str, Any]:

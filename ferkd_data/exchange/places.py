@@ -19,8 +19,11 @@ class Place(Protocol):
     def missing(self, files: Sequence[FileToSend]) -> list[FileToSend]:
         """Those that are not there with the right digest. Raises RemoteError."""
 
-    def send(self, files: Sequence[FileToSend]) -> Iterator[FileToSend]:
-        """Yields each once it has arrived. Raises RemoteError, also when another digest arrived."""
+    def send(self, files: Sequence[FileToSend], *, instead_of: Sequence[str] = ()) -> Iterator[FileToSend]:
+        """Yields each once it has arrived. Raises RemoteError, also when another digest arrived.
+
+        Files named by `instead_of`, where there are any, are gone before one of the others is seen there.
+        """
 
     def finish(self) -> None:
         """All is sent."""
@@ -50,8 +53,10 @@ class Store:
     def missing(self, files: Sequence[FileToSend]) -> list[FileToSend]:
         return [file for file in files if not self._holds(file)]
 
-    def send(self, files: Sequence[FileToSend]) -> Iterator[FileToSend]:
+    def send(self, files: Sequence[FileToSend], *, instead_of: Sequence[str] = ()) -> Iterator[FileToSend]:
         """Several at a time. The first failure ends it."""
+        for name in instead_of:
+            self._target.remove(name)
 
         def send(file: FileToSend) -> FileToSend:
             self._target.upload(file.file, file.name, size=file.bytes, sha256=file.sha256)

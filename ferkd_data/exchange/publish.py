@@ -57,7 +57,9 @@ def publish(
     With it go a card and Croissant metadata.
 
     The digest of every file that arrived is compared; the manifest goes last, so nobody ever opens half a label set.
-    After an interruption, what arrived is not sent again. A README.md in `path` is sent in place of the generated card.
+    After an interruption, what arrived is not sent again. With `overwrite`, the manifest of another label set goes away
+    before anything of this one comes. A README.md in `path` is sent in place of the generated card.
+
     With `sign_with`, an OpenSSH key, a signature of the manifest goes with it; one that lies in `path` goes as it is.
 
     Raises SignatureError; PublishError when the label set has faults or the place holds another label set, RemoteError,
@@ -69,7 +71,7 @@ def publish(
     target = open_target(url, retries)
     place = open_place(target, labels.identity, workers)
     _check(labels)
-    _check_place(target, labels, overwrite)
+    same = _is_there(target, labels, overwrite)
     with tempfile.TemporaryDirectory(prefix="ferkd-data-publish-") as scratch:
         files, manifest = _files(labels, url, card, Path(scratch))
         files += _signature(labels, sign_with, Path(scratch))
@@ -79,7 +81,9 @@ def publish(
             return PublishResult(url=url, sent=(*missing, manifest), skipped=skipped)
         total = sum(file.bytes for file in missing)
         done = 0
-        for file in place.send(missing):
+        # Of another label set, or what a kill left of it: also a signature that would stay beside an unsigned set.
+        stale = [] if same else sorted({FILE_NAME, SIGNATURE} - {file.name for file in files})
+        for file in place.send(missing, instead_of=stale):
             done += file.bytes
             if on_progress:
                 on_progress(done, total)
@@ -97,16 +101,18 @@ def _check(labels: LabelSet) -> None:
         )
 
 
-def _check_place(target: Remote, labels: LabelSet, overwrite: bool) -> None:
+def _is_there(target: Remote, labels: LabelSet, overwrite: bool) -> bool:
+    """Whether the place holds this very manifest. Raises PublishError where it holds another and may not lose it."""
     try:
         there = hashlib.sha256(read_remote_manifest(target)).hexdigest()
     except ManifestError:
-        return
+        return False
     if there != labels.identity and not overwrite:
         raise PublishError(
             f"{target.url}: holds another label set (manifest {there[:12]}, this one is {labels.identity[:12]}); "
             "publish to another place, or replace it with --overwrite"
         )
+    return there == labels.identity
 
 
 def _files(labels: LabelSet, url: str, card: CardFields, scratch: Path) -> tuple[list[FileToSend], FileToSend]:

@@ -95,6 +95,32 @@ def test_a_place_that_is_taken(label_set, tar_label_set, hub):
     assert fd.open_labels(URL).identity == fd.open_labels(tar_label_set).identity
 
 
+@pytest.mark.parametrize("folder", ["", "/sets/tiny"])
+def test_an_old_manifest_goes_in_the_commit_that_brings_the_first_new_files(
+    label_set, tar_label_set, hub, monkeypatch, folder
+):
+    monkeypatch.setattr(hub_module, "COMMIT_FILES", 4)
+    fd.publish(label_set, f"{URL}{folder}", card=CARD)
+    below = folder[1:] + "/" * bool(folder)
+    hub.files[f"{below}manifest.json.sig"] = b"of the old one"
+    hub.commits.clear()
+    fd.publish(tar_label_set, f"{URL}{folder}", card=CARD, overwrite=True)
+    first, *between, last = [[name.replace(below, "") for name in names] for names in hub.commits]
+    assert first[:2] == ["-manifest.json", "-manifest.json.sig"] and len(first) == 2 + 4
+    assert between and not any("manifest.json" in name for names in between for name in names)
+    assert last == ["manifest.json"] and f"{below}manifest.json.sig" not in hub.files
+
+
+def test_only_the_manifest_is_another(label_set, hub, tmp_path):
+    """Nothing is sent before it, and a signature of the old one goes all the same."""
+    fd.publish(label_set, URL, card=CARD)
+    hub.files["manifest.json"] += b" "
+    hub.files["manifest.json.sig"] = b"of the old one"
+    result = fd.publish(label_set, URL, card=CARD, overwrite=True)
+    assert [file.name for file in result.sent] == ["manifest.json"]
+    assert hub.commits[2:] == [["-manifest.json", "-manifest.json.sig"], ["manifest.json"]]
+
+
 def test_a_token_that_may_not_write(label_set, monkeypatch):
     with stand_in_hub(monkeypatch, token="hf_wrong") as hub:
         with pytest.raises(RemoteError, match=r"access denied \(401\); the token must be allowed .*HF_TOKEN") as caught:

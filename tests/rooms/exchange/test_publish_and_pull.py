@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -87,6 +88,37 @@ def test_what_arrived_before_an_interruption_is_not_sent_again(label_set, tmp_pa
     result = fd.publish(label_set, place, card=CARD)
     assert result.skipped == 3
     assert same_label_sets(label_set, tmp_path / "public")
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_an_overwriting_that_is_killed_leaves_no_manifest_over_new_files(
+    label_set, tar_label_set, tmp_path, monkeypatch, kind
+):
+    """The old one goes first, so that nobody reads it together with new files."""
+    upload, seen = Remote.upload, []
+
+    def cut(self, file, name, **digest):
+        seen.append(self.size("manifest.json"))
+        if len(seen) >= 4:
+            raise Cut
+        upload(self, file, name, **digest)
+
+    with s3_store(monkeypatch, "bucket") if kind == "s3" else nullcontext():
+        place = "s3://bucket/public" if kind == "s3" else str(tmp_path / "public")
+        fd.publish(tar_label_set, place, card=CARD)
+        fd.publish(label_set, place, card=CARD, overwrite=True, dry_run=True)
+        assert fd.open_labels(place).identity == fd.open_labels(tar_label_set).identity
+        with monkeypatch.context() as patch:
+            patch.setattr(Remote, "upload", cut)
+            with pytest.raises(Cut):
+                fd.publish(label_set, place, card=CARD, overwrite=True, workers=1)
+        assert set(seen) == {None}
+        message = "it comes last" if kind == "s3" else "interrupted here.* run the same command again"
+        for read in (fd.open_labels, fd.verify):
+            with pytest.raises(ManifestError, match=message):
+                read(place)
+        assert fd.publish(label_set, place, card=CARD).skipped == 3 + 1, "and the rejects, of which neither has any"
+        assert fd.open_labels(place).identity == fd.open_labels(label_set).identity
 
 
 def test_what_another_label_set_was_sent_over_is_sent_again(tar_label_set, tmp_path, monkeypatch):

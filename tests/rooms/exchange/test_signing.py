@@ -73,6 +73,15 @@ def test_the_signature_arrives_before_the_manifest(label_set, key, tmp_path, mon
     assert sent[-2:] == ["manifest.json.sig", "manifest.json"]
 
 
+def test_a_set_that_is_sent_unsigned_keeps_no_others_signature(public, label_set, tar_label_set, allowed):
+    fd.publish(label_set, str(public), card=CARD)
+    assert fd.verify(public, signed_by=allowed).signer == "lab@x", "the same set, signed before"
+    card = fd.CardFields(name="tars", license="mit", image_license="mit")
+    fd.publish(tar_label_set, str(public), card=card, overwrite=True)
+    with pytest.raises(SignatureError, match="did not sign it"):
+        fd.verify(public, signed_by=allowed)
+
+
 def test_what_is_not_what_was_signed(public, allowed, key, tmp_path):
     with pytest.raises(SignatureError, match="not by signer 'eve@x', or"):
         fd.verify(public, signed_by=allowed, signer="eve@x")
