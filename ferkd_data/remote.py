@@ -9,6 +9,7 @@ import hashlib
 import os
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from urllib.parse import quote
 import pyarrow as pa
 
 from ferkd_data.errors import RemoteError, UsageError
-from ferkd_data.storage import CHUNK_BYTES, NO_SPACE, explain_full_disk, is_url, sha256_file
+from ferkd_data.storage import CHUNK_BYTES, NO_SPACE, explain_full_disk, is_url, sha256_file, write_atomically
 
 SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
 """What label sets are read from; everything else (pipe:, ftp:, chains with ::) is refused."""
@@ -358,10 +359,13 @@ class _Store:
     def write(self, name: str, file: Path) -> None:
         file_system, root = self._target
         path = f"{root}/{name}"
-        with _explained(f"{self._url}/{name}"), file.open("rb") as source:
+        with _explained(f"{self._url}/{name}"):
             if file_system.type_name == "local":
-                file_system.create_dir(path.rpartition("/")[0], recursive=True)
-            with file_system.open_output_stream(path) as sink:
+                # Readers may have the old file mapped; and half a manifest would be taken for another label set's.
+                with write_atomically(Path(path)) as aside:
+                    shutil.copyfile(file, aside)
+                return
+            with file.open("rb") as source, file_system.open_output_stream(path) as sink:
                 while chunk := source.read(STORE_CHUNK_BYTES):
                     sink.write(chunk)
 

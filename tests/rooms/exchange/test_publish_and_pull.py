@@ -121,6 +121,16 @@ def test_an_overwriting_that_is_killed_leaves_no_manifest_over_new_files(
         assert fd.open_labels(place).identity == fd.open_labels(label_set).identity
 
 
+def test_who_reads_a_folder_that_is_overwritten_keeps_the_old_file(label_set, tar_label_set, tmp_path):
+    """As a loader that has it mapped: written over in place, it would change or end under its reader."""
+    fd.publish(tar_label_set, str(tmp_path / "public"), card=CARD)
+    with (tmp_path / "public/README.md").open("rb") as reader:
+        old = (tmp_path / "public/README.md").read_bytes()
+        fd.publish(label_set, str(tmp_path / "public"), card=CARD, overwrite=True)
+        assert reader.read() == old != (tmp_path / "public/README.md").read_bytes()
+    assert not list((tmp_path / "public").rglob("*.tmp"))
+
+
 def test_what_another_label_set_was_sent_over_is_sent_again(tar_label_set, tmp_path, monkeypatch):
     """Tars of the same images have the same size, whatever their labels are."""
     place, other = str(tmp_path / "public"), shutil.copytree(tar_label_set, tmp_path / "other")
