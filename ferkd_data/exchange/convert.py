@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ferkd_data import rng
+from ferkd_data.builder.state import REJECTS_NAME
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.exchange import fkd
 from ferkd_data.images import open_source
@@ -110,7 +111,7 @@ def new_folder(out: str | Path) -> Path:
     out = Path(out)
     if (out / FILE_NAME).exists() or (out.exists() and not out.is_dir()):
         raise UsageError(f"{out}: is there already; convert into a new folder")
-    left = {path.name for path in out.iterdir()} - {"labels", "shards", "rejects.parquet"} if out.exists() else set()
+    left = {path.name for path in out.iterdir()} - {"labels", "shards", REJECTS_NAME} if out.exists() else set()
     if left:
         raise UsageError(f"{out}: holds {sorted(left)[0]!r}; convert into a new folder")
     out.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,6 +14,7 @@ import ferkd_data
 from ferkd_data import statistics
 from ferkd_data.buckets import Thresholds
 from ferkd_data.builder.rejects import RejectWriter
+from ferkd_data.builder.state import REJECTS_NAME
 from ferkd_data.errors import ForeignFileError, ImageError, UsageError
 from ferkd_data.exchange.convert import new_folder, write_manifest
 from ferkd_data.exchange.dataset_reinforcement import image_folder_ids, listed_ids, open_reinforced
@@ -96,14 +99,29 @@ class _Import:
     thresholds: Thresholds = field(default_factory=Thresholds)
     shape: tuple[int, int] = (0, 0)
     """(N crops, k classes), as the first image has them."""
-    rejects: list[Reject] = field(default_factory=list)
+    first_reject: Reject | None = None
 
     def run(self, out: Path, on_progress: OnImages | None) -> Manifest:
+        path = out / REJECTS_NAME
+        # Elsewhere until the end, so that a kill leaves nothing in OUT that is in the way of the next attempt.
+        with tempfile.TemporaryDirectory(prefix="ferkd-data-import-") as scratch:
+            written = Path(scratch) / REJECTS_NAME
+            with RejectWriter(written) as rejects:
+                shards, counted = self._write_shards(out, rejects, on_progress)
+            with write_atomically(path) as aside:
+                shutil.copyfile(written, aside)
+        entry = RejectsEntry(path=path.name, rows=rejects.rows, bytes=path.stat().st_size, sha256=sha256_file(path))
+        return write_manifest(out, self._manifest(shards, entry, counted))
+
+    def _write_shards(
+        self, out: Path, rejects: RejectWriter, on_progress: OnImages | None
+    ) -> tuple[tuple[ShardEntry, ...], Statistics]:
+        """Raises UsageError where no image has labels."""
         entries: list[ShardEntry] = []
         counted = []
         items = self.source.list_images()
         while group := list(islice(items, self.images_per_shard)):
-            rows = list(self._rows(group))
+            rows = list(self._rows(group, rejects))
             if rows:
                 starts = range(0, self.shape[0], self.crops_per_block)
                 count, files = write_shard(
@@ -115,25 +133,28 @@ class _Import:
                 on_progress(sum(entry.rows for entry in entries))
         if not entries:
             raise UsageError(self._nothing())
-        rejects = _write_rejects(out, self.rejects)
-        return write_manifest(out, self._manifest(tuple(entries), rejects, statistics.add(counted)))
+        return tuple(entries), statistics.add(counted)
 
-    def _rows(self, items: Iterable[ImageRef | Reject]) -> Iterator[ImageLabels]:
+    def _rows(self, items: Iterable[ImageRef | Reject], rejects: RejectWriter) -> Iterator[ImageLabels]:
         refs = []
         for item in items:
             if isinstance(item, ImageRef):
                 refs.append(item)
             else:
-                self.rejects.append(item)
+                self._reject(item, rejects)
         for ref, data in zip(refs, self.source.read(refs), strict=True):
             try:
                 if isinstance(data, ImageError):
                     raise data
                 yield self._row(ref, data)
             except ImageError as error:
-                self.rejects.append(Reject(key=ref.key, reason=error.reason, detail=error.detail))
+                self._reject(Reject(key=ref.key, reason=error.reason, detail=error.detail), rejects)
             except (ForeignFileError, ValueError) as error:
-                self.rejects.append(Reject(key=ref.key, reason="unreadable_labels", detail=str(error)))
+                self._reject(Reject(key=ref.key, reason="unreadable_labels", detail=str(error)), rejects)
+
+    def _reject(self, reject: Reject, rejects: RejectWriter) -> None:
+        self.first_reject = self.first_reject or reject
+        rejects.add(reject)
 
     def _row(self, ref: ImageRef, data: bytes) -> ImageLabels:
         size = image_size(data)
@@ -154,7 +175,7 @@ class _Import:
         )
 
     def _nothing(self) -> str:
-        first = self.rejects[0] if self.rejects else None
+        first = self.first_reject
         why = f"; the first: {first.key}: {first.detail}" if first else ""
         here = f"{self.files.folder}: no image of {self.source.description} has labels here"
         return f"{here}; {self.files.expected} is expected{why}"
@@ -191,10 +212,3 @@ class _Import:
             statistics=counted,
         )
         return manifest.model_copy(update={"imported_from": origin})
-
-
-def _write_rejects(out: Path, rejects: list[Reject]) -> RejectsEntry:
-    path = out / "rejects.parquet"
-    with write_atomically(path) as aside, RejectWriter(aside) as writer:
-        writer.extend(rejects)
-    return RejectsEntry(path=path.name, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path))

@@ -15,6 +15,7 @@ import ferkd_data
 from ferkd_data import statistics
 from ferkd_data.buckets import Thresholds
 from ferkd_data.builder.rejects import RejectWriter
+from ferkd_data.builder.state import REJECTS_NAME
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.images import Reject
 from ferkd_data.label_set import LabelSet, check_same_classes, combined_teachers, ensemble_shares, open_labels
@@ -31,7 +32,6 @@ SAME_CROPS = ("seed", "crop_distribution", "num_crops")
 SAME_TEACHERS = ("teachers", "ensemble", "top_k", "thresholds")
 SETTINGS = {"teachers": SAME_CROPS, "crops": SAME_TEACHERS, "images": (*SAME_CROPS, *SAME_TEACHERS)}
 """What must be the same, by what the label sets add to each other."""
-REJECTS = "rejects.parquet"
 LONGEST_DETAIL = 16384
 """Bytes: a path may have 4,096, and is shown with escapes."""
 
@@ -241,7 +241,7 @@ def _origin(labels: LabelSet) -> dict[str, Any]:
 
 
 def _write_rejects(out: Path, sets: Sequence[LabelSet], kind: Kind) -> RejectsEntry:
-    path = out / REJECTS
+    path = out / REJECTS_NAME
     with write_atomically(path) as aside, RejectWriter(aside) as writer:
         for labels in sets if kind == "images" else sets[:1]:
             entry = labels.manifest.rejects
@@ -252,4 +252,4 @@ def _write_rejects(out: Path, sets: Sequence[LabelSet], kind: Kind) -> RejectsEn
                 ]
             for key, reason, detail in zip(*columns, strict=True):
                 writer.add(Reject(key=key, reason=reason, detail=detail))
-    return RejectsEntry(path=REJECTS, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path))
+    return RejectsEntry(path=REJECTS_NAME, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import tracemalloc
 import zipfile
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +19,10 @@ from label_sets import SMALL, same_label_sets
 
 import ferkd_data as fd
 from ferkd_data.errors import ForeignFileError, LabelSetError, UsageError
+from ferkd_data.exchange import import_labels
 from ferkd_data.exchange.fkd import boxes_of
 from ferkd_data.exchange.foreign_arrays import load_arrays
+from ferkd_data.images import Reject, open_source
 from ferkd_data_cli.main import run
 
 TEACHER = fd.FkdTeacher(name="someone", size=32)
@@ -138,6 +143,53 @@ def test_images_without_labels_are_rejects(label_set, photos, tmp_path):
     assert fd.verify(tmp_path / "out").ok
     with pytest.raises(UsageError, match=r"FOLDER/KEY\.tar is expected"):
         fd.import_fkd(tmp_path, tmp_path / "none", images=photos, num_classes=10, teacher=TEACHER)
+
+
+def many_rejects(number, place, **_):
+    """A source with so many more images that cannot be used before the others."""
+    source = open_source(place)
+
+    def list_images():
+        yield from (Reject(key=f"class0/{i}", reason="bad_key", detail=f"photo number {i}") for i in range(number))
+        yield from source.list_images()
+
+    return SimpleNamespace(description=source.description, list_images=list_images, read=source.read)
+
+
+def test_rejects_go_to_their_file_and_not_into_memory(label_set, photos, tmp_path, monkeypatch):
+    fd.export_fkd(label_set, tmp_path / "fkd")
+    peaks = {}
+    for number in (5_000, 50_000):
+        monkeypatch.setattr(import_labels, "open_source", partial(many_rejects, number))
+        tracemalloc.start()
+        manifest = fd.import_fkd(
+            tmp_path / "fkd", tmp_path / str(number), images=photos, num_classes=10, teacher=TEACHER
+        )
+        peaks[number] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (manifest.num_images, manifest.rejects.rows) == (20, number)
+    assert fd.verify(tmp_path / "5000").ok
+    assert peaks[50_000] < 1.5 * peaks[5_000], peaks
+
+
+class Cut(Exception):
+    pass
+
+
+def test_an_import_that_was_interrupted_is_begun_again_in_its_folder(label_set, photos, tmp_path):
+    fd.export_fkd(label_set, tmp_path / "fkd")
+    sorted((tmp_path / "fkd").rglob("*.tar"))[0].unlink()
+    settings = {"images": photos, "num_classes": 10, "teacher": TEACHER, "images_per_shard": 8}
+
+    def cut(done):
+        here = {path.name for path in (tmp_path / "out").iterdir()}
+        raise Cut(here)
+
+    with pytest.raises(Cut) as caught:
+        fd.import_fkd(tmp_path / "fkd", tmp_path / "out", on_progress=cut, **settings)
+    assert caught.value.args == ({"labels"},), "what a kill would leave: nothing that is in the way"
+    assert fd.import_fkd(tmp_path / "fkd", tmp_path / "out", **settings).rejects.rows == 1
+    assert fd.verify(tmp_path / "out").ok and not fd.verify(tmp_path / "out").warnings
 
 
 class Attack:
