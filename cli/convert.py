@@ -9,6 +9,7 @@ import click
 from ferkd_data.errors import UsageError
 
 from .say import say
+from .transfers import show_images
 
 
 @click.command()
@@ -58,8 +59,9 @@ def command(
 
     if [layout, source, target].count(None) != 2:
         raise UsageError("give one of --layout LAYOUT, --from fkd, --from dr, --to fkd")
+    show = show_images()
     if target is not None:
-        label_type = fd.export_fkd(labels, out)
+        label_type = fd.export_fkd(labels, out, on_progress=show)
         say(f"{out}: written for FKD's training script; its --soft_label_type is {label_type}")
         return 0
     if source is not None and images is None:
@@ -76,6 +78,7 @@ def command(
             top_k=top_k,
             crops_per_block=crops_per_block or 50,
             classes=classes,
+            on_progress=lambda done: show(done, None),
         )
     elif source == "dr":
         manifest = fd.import_dr(
@@ -87,9 +90,12 @@ def command(
             teacher=teacher,
             crops_per_block=crops_per_block or 50,
             classes=classes,
+            on_progress=lambda done: show(done, None),
         )
     else:
-        manifest = fd.convert(labels, out, layout=layout, images=images, crops_per_block=crops_per_block)
+        manifest = fd.convert(
+            labels, out, layout=layout, images=images, crops_per_block=crops_per_block, on_progress=show
+        )
     size = sum(file.bytes for shard in manifest.shards for file in shard.files)
     say(
         f"{out}: layout {manifest.layout}, {manifest.num_images:,} images with {manifest.num_crops} crops, "

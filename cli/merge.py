@@ -9,6 +9,7 @@ import click
 from ferkd_data.errors import UsageError
 
 from .say import say
+from .transfers import show_images
 
 ADDED = {"teachers": "the same crops by all teachers", "crops": "all crops", "images": "all images"}
 
@@ -25,7 +26,8 @@ def command(labels: tuple[str, ...], out: Path, weights: str | None) -> int:
     """
     import ferkd_data as fd
 
-    result = fd.merge(labels, out, weights=None if weights is None else _numbers(weights))
+    numbers = None if weights is None else _numbers(weights)
+    result = fd.merge(labels, out, weights=numbers, on_progress=show_images())
     manifest = result.manifest
     say(
         f"{out}: {ADDED[result.kind]}: {manifest.num_images:,} images with {manifest.num_crops} crops, "

@@ -101,7 +101,7 @@ def export_fkd(labels: str | Path, out: str | Path, *, on_progress: OnProgress |
     out = new_folder(out)
     for done, row in enumerate(source, start=1):
         fkd.write_file(fkd.file_of(out, row.key), row)
-        if on_progress and done % 1000 == 0:
+        if on_progress and (done % 1000 == 0 or done == len(source)):
             on_progress(done, len(source))
     return f"marginal_smoothing_k{source.top_k}" if source.top_k in (5, 10) else "marginal_renorm"
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import label_sets
 import pytest
 
 import ferkd_data as fd
@@ -149,6 +151,40 @@ def test_evaluate(call, photos, tiny_teachers):
     status, text, _ = call("evaluate", photos, "--teacher", tiny_teachers, "--json", "--diagnose", 0)
     content = json.loads(text)
     assert content["scores"][0]["images"] == 20 and 0 <= content["scores"][0]["ece"] <= 1
+
+
+CONVERSIONS = {
+    "layout": ["convert", "LABELS", "tars", "--layout", "webdataset", "--images", "PHOTOS"],
+    "to": ["convert", "LABELS", "fkd", "--to", "fkd"],
+    "from": ["convert", "fkd", "back", "--from", "fkd", "--images", "PHOTOS", "--teacher", "x", "--num-classes", "10"],
+    "merge": ["merge", "LABELS", "other", "both"],
+    "pull": ["pull", "LABELS", "mine"],
+    "publish": ["publish", "LABELS", "public", "--license", "mit"],
+    "verify": ["verify", "LABELS", "--json"],
+}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_goes_to_stderr(call, photos, label_set, tiny_teachers, tmp_path, monkeypatch, terminal):
+    """On a terminal one live line, which ends with the work; elsewhere lines, here without the usual pause."""
+    monkeypatch.setattr("ferkd_data_cli.transfers.LOG_SECONDS", 0.0)
+    monkeypatch.chdir(tmp_path)
+    fd.build(photos, "other", teachers=["python:ferkd_tiny_teachers:third"], **label_sets.SMALL)
+    for name, command in CONVERSIONS.items():
+        if terminal:
+            monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        places = {"LABELS": label_set, "PHOTOS": photos}
+        status, out, err = call(*(places.get(word, word) for word in command))
+        assert status == 0, err
+        if name in ("pull", "publish", "verify"):
+            assert re.search(r"([\d.]+) of \1 MB, [\d.,]+ MB/s\n$", err)
+        else:
+            assert re.search(r"20 images, [\d.,]+ images/s\n$" if name == "from" else r"20 of 20 images, .*/s\n$", err)
+        assert "images/s" not in out and "MB/s" not in out
+        if name == "verify":
+            assert json.loads(out)["ok"]
+        if terminal and name not in ("from", "to"):
+            assert err.count("\r") >= 2 and err.count("\n") == 1
 
 
 def test_an_interrupt_says_how_to_go_on(photos, tiny_teachers, tmp_path):
