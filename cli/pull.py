@@ -17,21 +17,44 @@ from .transfers import show_bytes
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--crops", type=click.IntRange(min=1), help="Only the crop blocks that hold the first so many crops.")
 @click.option("--shards", metavar="LIST", help="Only these image shards, such as 0-9,12.")
+@click.option("--signed-by", type=click.Path(path_type=Path), help="A file of allowed signers, as OpenSSH has it.")
+@click.option("--signer", help="With --signed-by: which of them.")
 @click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Files fetched at once.")
-def command(url: str, out: Path, crops: int | None, shards: str | None, workers: int) -> int:
+def command(
+    url: str,
+    out: Path,
+    crops: int | None,
+    shards: str | None,
+    signed_by: Path | None,
+    signer: str | None,
+    workers: int,
+) -> int:
     """Copy the label set at URL (http(s)://, s3://, gs://, hf:// or a folder) into the folder OUT, all or a part.
 
-    Each file is checked against the manifest. Run the same command again after an interruption: it goes on.
+    Each file is checked against the manifest; with --signed-by, the manifest against its signature before any of them is
+    fetched. Run the same command again after an interruption: it goes on.
     """
     import ferkd_data as fd
 
     wanted = None if shards is None else parse_shards(shards)
-    result = fd.pull(url, out, crops=crops, shards=wanted, workers=workers, on_progress=show_bytes())
+    result = fd.pull(
+        url,
+        out,
+        crops=crops,
+        shards=wanted,
+        signed_by=signed_by,
+        signer=signer,
+        workers=workers,
+        on_progress=show_bytes(),
+    )
     size = sum(file.bytes for shard in result.manifest.shards for file in shard.files)
     say(
         f"{out}: {result.manifest.num_images:,} images with {result.manifest.num_crops} crops, {size / 1e6:,.2f} MB; "
         f"{result.fetched} files fetched"
     )
+    if result.signer:
+        of = "the manifest of the whole" if "pulled_from" in (result.manifest.model_extra or {}) else "its manifest"
+        say(f"{of} is signed by {result.signer}")
     return 0
 
 

@@ -47,8 +47,6 @@ def command(
 
     if deep and (images is None or not teachers):
         raise UsageError("--deep needs --images (what was labelled) and --teacher (who labelled it)")
-    if signer is not None and signed_by is None:
-        raise UsageError("--signer needs --signed-by (a file that says whose keys are whose)")
     report = fd.verify(
         labels,
         images=images,

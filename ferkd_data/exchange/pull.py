@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ferkd_data import statistics
 from ferkd_data.errors import PublishError, RemoteError, UsageError
-from ferkd_data.exchange.signing import SIGNATURE
+from ferkd_data.exchange.signing import SIGNATURE, check_signed, read_remote_signature, require_signers
 from ferkd_data.file_lock import held
 from ferkd_data.label_set import LabelSet, LocalFiles, read_remote_manifest
 from ferkd_data.manifest import FILE_NAME, FileEntry, Manifest, ShardEntry, parse_manifest
@@ -32,6 +32,8 @@ class PullResult:
     manifest: Manifest
     fetched: int
     """Files that came over the line; the others lay there already."""
+    signer: str | None = None
+    """Who signed the manifest of the whole label set, where that was asked for."""
 
 
 def pull(
@@ -40,6 +42,8 @@ def pull(
     *,
     crops: int | None = None,
     shards: Sequence[int] | None = None,
+    signed_by: str | Path | None = None,
+    signer: str | None = None,
     workers: int = 4,
     retries: Retries | None = None,
     on_progress: OnFetched | None = None,
@@ -50,25 +54,36 @@ def pull(
     with `shards`, only those image shards. The smaller label set has a manifest of its own: counts and statistics
     of what it holds (without those per teacher, which only a build can know), and `pulled_from`.
 
-    Raises UsageError for crops or shards that are not there, PublishError when `out` holds another label set or another
-    pull works there, RemoteError, ShardError.
+    With `signed_by`, a file of allowed signers as OpenSSH has it, nothing is fetched unless one of them (`signer`,
+    where given) signed the manifest, which names the SHA-256 of every file, also of a part.
+
+    Raises UsageError for crops or shards that are not there, SignatureError, PublishError when `out` holds another
+    label set or another pull works there, RemoteError, ShardError.
     """
+    require_signers(signed_by, signer)
     out = Path(out)
     remote = open_remote(url if is_remote(url) else Path(url).absolute().as_uri(), retries)
     text = read_remote_manifest(remote)
+    name, signature = None, None
+    if signed_by is not None:
+        signature = read_remote_signature(remote)
+        name = check_signed(text, signature, f"{url}/{FILE_NAME}", Path(signed_by), signer)
     whole = parse_manifest(text, f"{url}/{FILE_NAME}")
     part = _selected(whole, url, crops, shards)
     with _alone(out):
         _check_place(out, part)
         fetched = _fetch_files(remote, out, part, workers, on_progress)
-        # A part has a manifest of its own, which nobody signed.
-        _fetch_beside(remote, out, (*BESIDE, SIGNATURE) if part is whole else BESIDE)
+        _fetch_beside(remote, out, BESIDE)
         if part is not whole:
+            # It has a manifest of its own, which nobody signed.
             part = _with_statistics(out, part)
             text = part.to_json().encode()
-        with write_atomically(out / FILE_NAME) as aside:
-            aside.write_bytes(text)
-    return PullResult(out=out, manifest=part, fetched=fetched)
+        elif signature is not None:
+            _write(out / SIGNATURE, signature)
+        else:
+            _fetch_beside(remote, out, (SIGNATURE,))
+        _write(out / FILE_NAME, text)
+    return PullResult(out=out, manifest=part, fetched=fetched, signer=name)
 
 
 @contextmanager
@@ -171,5 +186,9 @@ def _fetch_beside(remote: Remote, out: Path, names: Sequence[str]) -> None:
             if error.status == 404:
                 continue
             raise
-        with write_atomically(out / name) as aside:
-            aside.write_bytes(data)
+        _write(out / name, data)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with write_atomically(path) as aside:
+        aside.write_bytes(data)

@@ -12,10 +12,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from ferkd_data.errors import RemoteError, SignatureError
+from ferkd_data.errors import RemoteError, SignatureError, UsageError
 from ferkd_data.label_set import LabelSet, read_remote_manifest
 from ferkd_data.manifest import FILE_NAME, read_manifest_bytes
-from ferkd_data.remote import is_remote, open_remote
+from ferkd_data.remote import Remote, is_remote, open_remote
 from ferkd_data.storage import inside
 
 SIGNATURE = f"{FILE_NAME}.sig"
@@ -35,16 +35,27 @@ def sign(manifest: Path, key: Path, to: Path) -> None:
     to.write_bytes(made.stdout)
 
 
-def check_signature(labels: LabelSet, allowed_signers: Path, signer: str | None = None) -> str:
-    """The name under which `allowed_signers` (see ssh-keygen's manual) knows who signed this label set's manifest.
+def require_signers(signed_by: str | Path | None, signer: str | None) -> None:
+    """Raises UsageError for a name that nothing could be held against."""
+    if signer is not None and signed_by is None:
+        raise UsageError("signer needs signed_by, a file that says whose keys are whose (--signer needs --signed-by)")
 
-    With `signer`, only that name will do. Raises SignatureError when there is no signature, it is not of an allowed
-    signer, or the manifest is not what was signed.
-    """
-    where = f"{labels.location}/{FILE_NAME}"
+
+def check_signature(labels: LabelSet, allowed_signers: Path, signer: str | None = None) -> str:
+    """As `check_signed`, of a label set that is open. Raises SignatureError also where it holds no signature."""
     manifest, signature = _signed(labels)
+    where = f"{labels.location}/{FILE_NAME}"
     if hashlib.sha256(manifest).hexdigest() != labels.identity:
         raise SignatureError(f"{where}: changed while it was read; open the label set again")
+    return check_signed(manifest, signature, where, allowed_signers, signer)
+
+
+def check_signed(manifest: bytes, signature: bytes, where: str, allowed_signers: Path, signer: str | None) -> str:
+    """The name under which `allowed_signers` (see ssh-keygen's manual) knows who signed this manifest.
+
+    With `signer`, only that name will do. Raises SignatureError when the signature is not of an allowed signer, or the
+    manifest is not what was signed.
+    """
     if not allowed_signers.is_file():
         raise SignatureError(f"{allowed_signers}: no such file of allowed signers")
     with tempfile.TemporaryDirectory(prefix="ferkd-data-signature-") as folder:
@@ -59,6 +70,16 @@ def check_signature(labels: LabelSet, allowed_signers: Path, signer: str | None 
     raise SignatureError(f"{where}: its signature is not by {who}, or the manifest was changed since ({_said(found)})")
 
 
+def read_remote_signature(remote: Remote) -> bytes:
+    """Raises SignatureError where there is none, RemoteError."""
+    try:
+        return remote.read(SIGNATURE, max_bytes=MAX_SIGNATURE_BYTES)
+    except RemoteError as error:
+        if error.status == 404:
+            raise SignatureError(_unsigned(remote.url)) from error
+        raise
+
+
 def _names(known: list[str], where: str, allowed_signers: Path) -> list[str]:
     """Under which names the signature's key is allowed."""
     found = _ssh_keygen(["find-principals", *known], b"")
@@ -71,21 +92,19 @@ def _names(known: list[str], where: str, allowed_signers: Path) -> list[str]:
 def _signed(labels: LabelSet) -> tuple[bytes, bytes]:
     """The manifest and its signature, as they lie there."""
     place = labels.location
-    missing = f"{place}: holds no {SIGNATURE}; its publisher did not sign it (publish --sign)"
     if is_remote(place):
         remote = open_remote(place)
-        try:
-            return read_remote_manifest(remote), remote.read(SIGNATURE, max_bytes=MAX_SIGNATURE_BYTES)
-        except RemoteError as error:
-            if error.status == 404:
-                raise SignatureError(missing) from error
-            raise
+        return read_remote_manifest(remote), read_remote_signature(remote)
     file = inside(Path(place), SIGNATURE)
     if not file.is_file():
-        raise SignatureError(missing)
+        raise SignatureError(_unsigned(place))
     if file.stat().st_size > MAX_SIGNATURE_BYTES:
         raise SignatureError(f"{file}: {file.stat().st_size} bytes are no signature")
     return read_manifest_bytes(Path(place)), file.read_bytes()
+
+
+def _unsigned(place: str) -> str:
+    return f"{place}: holds no {SIGNATURE}; its publisher did not sign it (publish --sign)"
 
 
 def _ssh_keygen(arguments: list[str], stdin: bytes) -> subprocess.CompletedProcess[bytes]:

@@ -19,7 +19,7 @@ from ferkd_data import rng, statistics
 from ferkd_data.buckets import NUM_FLOAT16, Thresholds
 from ferkd_data.errors import LabelSetError, RemoteError, ShardError
 from ferkd_data.exchange.row_checks import row_faults
-from ferkd_data.exchange.signing import SIGNATURE, check_signature
+from ferkd_data.exchange.signing import SIGNATURE, check_signature, require_signers
 from ferkd_data.images import REASONS, ImageError, ImageRef, open_source
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.manifest import FILE_NAME, BlockEntry, ShardEntry
@@ -93,9 +93,10 @@ def verify(
     With `signed_by`, a file of allowed signers as OpenSSH has it, the manifest must be signed by one of them (by
     `signer`, where given).
 
-    Raises SignatureError, ManifestError when there is no manifest that can be read, SourceError for `images` that
-    cannot be listed.
+    Raises UsageError, SignatureError, ManifestError when there is no manifest that can be read, SourceError for
+    `images` that cannot be listed.
     """
+    require_signers(signed_by, signer)
     labels = open_labels(path)
     name = None if signed_by is None else check_signature(labels, Path(signed_by), signer)
     check = _Check(labels, max_faults, digests=images is not None)

@@ -9,7 +9,7 @@ import pytest
 from servers import serve
 
 import ferkd_data as fd
-from ferkd_data.errors import RemoteError, SignatureError
+from ferkd_data.errors import RemoteError, SignatureError, UsageError
 from ferkd_data.exchange import signing
 from ferkd_data_cli.main import run
 
@@ -60,6 +60,48 @@ def test_a_signed_set_in_a_folder_on_a_server_and_pulled(public, allowed, tmp_pa
         fd.verify(tmp_path / "part", signed_by=allowed)
     fd.publish(tmp_path / "mine", str(tmp_path / "again"), card=CARD)
     assert fd.verify(tmp_path / "again", signed_by=allowed).signer == "lab@x"
+
+
+def test_pulling_what_is_signed(public, allowed, tmp_path):
+    """A part too: its manifest is its own, but what it lists is what the signed one of the whole lists."""
+    with serve(public) as server:
+        whole = fd.pull(server.url, tmp_path / "mine", signed_by=allowed, signer="lab@x")
+        part = fd.pull(server.url, tmp_path / "part", crops=4, signed_by=allowed)
+        assert [name for _, name, _ in server.requests].count("manifest.json.sig") == 2
+    assert whole.signer == part.signer == "lab@x" and fd.verify(tmp_path / "part").ok
+    assert fd.verify(tmp_path / "mine", signed_by=allowed).signer == "lab@x"
+    assert fd.pull(str(public), tmp_path / "mine", signed_by=allowed).fetched == 0
+    assert fd.pull(str(public), tmp_path / "mine").signer is None
+
+
+def test_nothing_is_fetched_of_what_is_not_signed_by_whom_it_should_be(public, allowed, tmp_path):
+    with serve(public) as server:
+        with pytest.raises(SignatureError, match="not by signer 'eve@x', or"):
+            fd.pull(server.url, tmp_path / "mine", signed_by=allowed, signer="eve@x")
+        text = (public / "manifest.json").read_text()
+        (public / "manifest.json").write_text(text + " ")
+        with pytest.raises(SignatureError, match="or the manifest was changed since"):
+            fd.pull(server.url, tmp_path / "mine", signed_by=allowed)
+        (public / "manifest.json.sig").unlink()
+        with pytest.raises(SignatureError, match=rf"{server.url}: holds no manifest\.json\.sig"):
+            fd.pull(server.url, tmp_path / "mine", signed_by=allowed)
+        with pytest.raises(UsageError, match="signer needs signed_by"):
+            fd.pull(server.url, tmp_path / "mine", signer="lab@x")
+        assert {name for _, name, _ in server.requests} == {"manifest.json", "manifest.json.sig"}
+    assert not (tmp_path / "mine").exists()
+
+
+def test_the_signature_that_was_checked_is_the_one_that_is_kept(public, allowed, tmp_path):
+    """The server may give another one the next time."""
+
+    def swap(name):
+        if name.startswith("labels/"):
+            (public / "manifest.json.sig").write_bytes(b"another one")
+
+    with serve(public) as server:
+        server.before_body = swap
+        fd.pull(server.url, tmp_path / "mine", signed_by=allowed)
+    assert fd.verify(tmp_path / "mine", signed_by=allowed).signer == "lab@x"
 
 
 def test_the_signature_arrives_before_the_manifest(label_set, key, tmp_path, monkeypatch):
@@ -150,5 +192,11 @@ def test_the_commands(label_set, key, allowed, tmp_path, capsys):
     with serve(tmp_path / "public") as server:
         assert run(["verify", server.url, "--signed-by", str(allowed)]) == 0
     assert run(["verify", place, "--signed-by", str(allowed), "--signer", "eve@x"]) == 1
-    assert run(["verify", place, "--signer", "eve@x"]) == 2
-    assert "--signer needs --signed-by" in capsys.readouterr().err
+    mine = ["pull", place, str(tmp_path / "mine"), "--signed-by", str(allowed)]
+    capsys.readouterr()
+    assert run([*mine, "--signer", "eve@x"]) == 1
+    assert run([*mine, "--crops", "4"]) == 0
+    assert capsys.readouterr().out.endswith("\nthe manifest of the whole is signed by lab@x\n")
+    for command in (["verify", place], ["pull", place, str(tmp_path / "x")]):
+        assert run([*command, "--signer", "eve@x"]) == 2
+        assert "--signer needs --signed-by" in capsys.readouterr().err
