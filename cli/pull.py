@@ -31,8 +31,8 @@ def command(
 ) -> int:
     """Copy the label set at URL (http(s)://, s3://, gs://, hf:// or a folder) into the folder OUT, all or a part.
 
-    Each file is checked against the manifest; with --signed-by, the manifest against its signature before any of them is
-    fetched. Run the same command again after an interruption: it goes on.
+    Each file is checked against the manifest; with --signed-by, the manifest against its signature before any of them
+    is fetched. Run the same command again after an interruption: it goes on.
     """
     import ferkd_data as fd
 

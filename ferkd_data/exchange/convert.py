@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 from ferkd_data import rng
 from ferkd_data.builder.state import REJECTS_NAME
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.exchange import fkd
+from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.images import open_source
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.loader.image_table import ImageTable, join_images
@@ -42,11 +44,12 @@ def convert(
     Layout webdataset needs `images`, joined by key, each with the digest that was labelled. One shard is in memory at a
     time; the manifest is written last. Raises UsageError, LabelSetError for an image that is missing or another.
     """
+    check_at_least(1, crops_per_block=crops_per_block)
+    if layout not in get_args(Layout):
+        raise UsageError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
     source = open_labels(labels)
     out = new_folder(out)
     block = crops_per_block or source.manifest.crops_per_block
-    if block < 1:
-        raise UsageError(f"crops_per_block must be at least 1, got {block}")
     table = None
     if layout == "webdataset" and source.manifest.layout != "webdataset":
         if images is None:

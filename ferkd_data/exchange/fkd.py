@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from ferkd_data.errors import ForeignFileError
+from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.exchange.foreign_arrays import load_arrays
 from ferkd_data.exchange.foreign_labels import UNKNOWN_DIGEST, ForeignLabels, check_boxes, check_labels
 from ferkd_data.manifest import CropDistributionEntry, TeacherEntry
@@ -31,6 +32,9 @@ class FkdTeacher:
     name: str
     size: int = 224
     """Pixels."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, size=self.size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from ferkd_data.buckets import Thresholds
 from ferkd_data.builder.rejects import RejectWriter
 from ferkd_data.builder.state import REJECTS_NAME
 from ferkd_data.errors import ForeignFileError, ImageError, UsageError
+from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.exchange.convert import new_folder, write_manifest
 from ferkd_data.exchange.dataset_reinforcement import image_folder_ids, listed_ids, open_reinforced
 from ferkd_data.exchange.fkd import FkdFiles, FkdTeacher
@@ -48,8 +49,12 @@ def import_fkd(
     FOLDER/n01440764/n01440764_10026.tar.
 
     `top_k` applies to full distributions; FKD's other label types keep the k they have. An image without labels or with
-    labels that cannot be read becomes a reject. Raises SourceError, UsageError when nothing can be imported.
+    labels that cannot be read becomes a reject.
+
+    Raises SourceError; UsageError for numbers that cannot be right, and when nothing can be imported.
     """
+    check_at_least(1, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
+    check_at_least(2, num_classes=num_classes)
     files = FkdFiles(folder=Path(folder), num_classes=num_classes, top_k=top_k, teacher=teacher)
     source = open_source(images, classes=None if classes is None else Path(classes))
     work = _Import(files=files, source=source, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
@@ -77,6 +82,8 @@ def import_dr(
     Raises SourceError; UsageError for crops that cannot be replayed (RandAugment, erasing, mixing) and when nothing can
     be imported.
     """
+    check_at_least(1, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
+    check_at_least(2, num_classes=num_classes)
     source = open_source(images, classes=None if classes is None else Path(classes))
     folder = Path(folder)
     if ids is not None:

@@ -63,7 +63,7 @@ def merge(
 
     Raises UsageError, LabelSetError that names the first setting or key that conflicts.
     """
-    if len(paths) < 2:
+    if isinstance(paths, (str, Path)) or len(paths) < 2:
         raise UsageError("merge takes two label sets or more")
     sets = [open_labels(path) for path in paths]
     out = Path(out)

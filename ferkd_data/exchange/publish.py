@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ferkd_data.errors import ManifestError, PublishError, UsageError
+from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.exchange.card import CardFields, render_card
 from ferkd_data.exchange.croissant import render_croissant
 from ferkd_data.exchange.places import open_place, open_target
@@ -65,6 +66,7 @@ def publish(
     Raises SignatureError; PublishError when the label set has faults or the place holds another label set, RemoteError,
     MissingExtraError for the hub.
     """
+    check_at_least(1, workers=workers)
     labels = open_labels(path)
     if is_remote(labels.location):
         raise UsageError(f"{path}: publish takes a folder; fetch the label set first: ferkd-data pull {path} DIR")

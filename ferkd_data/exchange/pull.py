@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ferkd_data import statistics
 from ferkd_data.errors import PublishError, RemoteError, UsageError
+from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.exchange.signing import SIGNATURE, check_signed, read_remote_signature, require_signers
 from ferkd_data.file_lock import held
 from ferkd_data.label_set import LabelSet, LocalFiles, read_remote_manifest
@@ -60,6 +61,7 @@ def pull(
     Raises UsageError for crops or shards that are not there, SignatureError, PublishError when `out` holds another
     label set or another pull works there, RemoteError, ShardError.
     """
+    check_at_least(1, workers=workers)
     require_signers(signed_by, signer)
     out = Path(out)
     remote = open_remote(url if is_remote(url) else Path(url).absolute().as_uri(), retries)
@@ -137,6 +139,8 @@ def _selected(whole: Manifest, url: str, crops: int | None, shards: Sequence[int
         blocks = -(-crops // whole.crops_per_block) if whole.layout == "parquet" else 1
         num_crops = min(whole.num_crops, blocks * whole.crops_per_block) if whole.layout == "parquet" else num_crops
     wanted = range(len(whole.shards)) if shards is None else sorted(set(shards))
+    if shards is not None and not wanted:
+        raise UsageError(f"{url}: shards names none; leave it out for all {len(whole.shards)}")
     if any(not 0 <= shard < len(whole.shards) for shard in wanted):
         raise UsageError(f"{url}: shards are 0..{len(whole.shards) - 1}, got {wanted[0]}..{wanted[-1]}")
     if blocks == whole.num_blocks and len(wanted) == len(whole.shards):

@@ -18,6 +18,7 @@ from ferkd_data.builder.label_shard import TeacherCounts, label_shard
 from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import UsageError
+from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.images import ImageRef, Reject
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.shards.columns import ImageLabels
@@ -58,6 +59,8 @@ def relabel(
     Differences of about 1e-3 come from float16 and other machines; more means other teachers, another preprocessing or
     other images. Raises UsageError for a label set that was merged or imported, whose crops no single seed gives.
     """
+    check_at_least(1, sample=sample)
+    check_at_least(0, seed=seed)
     labels = open_labels(path)
     extra = labels.manifest.model_extra or {}
     if "merged_from" in extra or "imported_from" in extra:

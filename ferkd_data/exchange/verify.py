@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ferkd_data import rng, statistics
 from ferkd_data.buckets import NUM_FLOAT16, Thresholds
 from ferkd_data.errors import LabelSetError, RemoteError, ShardError
+from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.exchange.row_checks import row_faults
 from ferkd_data.exchange.signing import SIGNATURE, check_signature, require_signers
 from ferkd_data.images import REASONS, ImageError, ImageRef, open_source
@@ -96,6 +97,8 @@ def verify(
     Raises UsageError, SignatureError, ManifestError when there is no manifest that can be read, SourceError for
     `images` that cannot be listed.
     """
+    check_at_least(1, workers=workers)
+    check_at_least(0, max_faults=max_faults)
     require_signers(signed_by, signer)
     labels = open_labels(path)
     name = None if signed_by is None else check_signature(labels, Path(signed_by), signer)
