@@ -11,8 +11,8 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +45,8 @@ DENIED = (
 """As Arrow names what S3 answers with 403."""
 
 T = TypeVar("T")
+Chunks = Generator[bytes, None, None]
+"""Must be closed: only then is the connection free, or the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class Transient(Exception):
 class Transport(Protocol):
     """One kind of server. Raises Transient for what may pass, RemoteError for what will not."""
 
-    def read(self, name: str, start: int) -> tuple[int, Iterator[bytes]]:
+    def read(self, name: str, start: int) -> tuple[int, Chunks]:
         """(first byte that comes: `start`, or 0 where ranges are not known here; the chunks)."""
 
     def size(self, name: str) -> int | None:
@@ -108,10 +110,11 @@ class Remote:
         def attempt() -> bytes:
             first, chunks = self.transport.read(name, len(data))
             del data[first:]
-            for chunk in chunks:
-                data.extend(chunk)
-                if len(data) > max_bytes:
-                    raise RemoteError(f"{self.url}/{name}: more than {max_bytes} bytes")
+            with closing(chunks):
+                for chunk in chunks:
+                    data.extend(chunk)
+                    if len(data) > max_bytes:
+                        raise RemoteError(f"{self.url}/{name}: more than {max_bytes} bytes")
             return bytes(data)
 
         return self._persist(name, attempt, progress=lambda: len(data))
@@ -187,7 +190,7 @@ class Remote:
 
     def _append(self, name: str, part: Path, start: int, size: int) -> None:
         first, chunks = self.transport.read(name, start)
-        with part.open("r+b" if part.exists() else "wb") as stream:
+        with closing(chunks), part.open("r+b" if part.exists() else "wb") as stream:
             stream.seek(first)
             stream.truncate()
             for chunk in chunks:
@@ -255,7 +258,7 @@ class _Http:
         self._versions: dict[str, str] = {}
         """The ETag of each file under way, so that halves of two versions are not joined."""
 
-    def read(self, name: str, start: int) -> tuple[int, Iterator[bytes]]:
+    def read(self, name: str, start: int) -> tuple[int, Chunks]:
         version = self._versions.get(name) if start else None
         condition = {"If-Range": version} if version else {}
         response = self._request("GET", name, {"Range": f"bytes={start}-", **condition} if start else {})
@@ -281,6 +284,8 @@ class _Http:
             if error.status in NOT_FOUND:
                 return None
             raise
+        # Nothing comes after the headers, but the connection is free for others only then.
+        response.drain_conn()
         return int(response.headers.get("Content-Length", -1))
 
     def write(self, name: str, file: Path) -> None:
@@ -315,7 +320,7 @@ class _Http:
         raise _refused(url, status, self._log_in)
 
     @staticmethod
-    def _chunks(response: Any) -> Iterator[bytes]:
+    def _chunks(response: Any) -> Chunks:
         import urllib3
 
         try:
@@ -342,12 +347,16 @@ class _Store:
             file_system, root = fs.FileSystem.from_uri(self._url)
         return file_system, root.rstrip("/")
 
-    def read(self, name: str, start: int) -> tuple[int, Iterator[bytes]]:
+    def read(self, name: str, start: int) -> tuple[int, Chunks]:
         file_system, root = self._target
         what = f"{self._url}/{name}"
         with _explained(what):
             file = file_system.open_input_file(f"{root}/{name}")
-            file.seek(start)
+            try:
+                file.seek(start)
+            except BaseException:
+                file.close()
+                raise
         return start, self._chunks(file, what)
 
     def size(self, name: str) -> int | None:
@@ -388,7 +397,7 @@ class _Store:
                 file_system.delete_dir(path)
 
     @staticmethod
-    def _chunks(file: Any, what: str) -> Iterator[bytes]:
+    def _chunks(file: Any, what: str) -> Chunks:
         try:
             while True:
                 with _explained(what):

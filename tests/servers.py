@@ -45,6 +45,11 @@ class FolderServer(http.server.ThreadingHTTPServer):
         self.authorizations: set[str | None] = set()
         self.sent: Counter[str] = Counter()
         """Bytes of bodies by path."""
+        self.connections = 0
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections += 1
+        super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], ConnectionError):

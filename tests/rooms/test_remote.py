@@ -8,6 +8,7 @@ import pickle
 import shutil
 import time
 from dataclasses import replace as replace_fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import ferkd_data as fd
 from ferkd_data import shard_cache
 from ferkd_data.errors import ManifestError, RemoteError, StorageFullError, UsageError
 from ferkd_data.manifest import FileEntry
-from ferkd_data.remote import Retries, open_remote, part_of
+from ferkd_data.remote import Remote, Retries, open_remote, part_of
 from ferkd_data.shard_cache import ShardCache
 
 QUICK = Retries(attempts=3, first_wait=0.001, timeout=5)
@@ -139,6 +140,39 @@ def test_what_will_not_pass_is_not_tried_again(server, tmp_path, status, message
         download(server, tmp_path / "a")
     assert caught.value.status == status
     assert len(server.requests) == 1
+
+
+def test_one_connection_serves_one_request_after_the_other(server, tmp_path):
+    remote = open_remote(server.url, QUICK)
+    for number in range(3):
+        assert remote.size("labels/a.parquet") == len(DATA)
+        assert remote.size("labels/b.parquet") is None
+        assert remote.read("labels/a.parquet", max_bytes=len(DATA)) == DATA
+        remote.download("labels/a.parquet", tmp_path / str(number), size=len(DATA), sha256=DIGEST)
+        assert remote.holds("labels/a.parquet", size=len(DATA), sha256=DIGEST)
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize("use", ["read", "download"])
+def test_a_connection_that_gives_too_much_is_closed_at_once(tmp_path, monkeypatch, use):
+    """And not when Python happens to collect what nobody uses."""
+    closed = []
+
+    def chunks():
+        try:
+            yield from [b"x" * 10] * 10
+        finally:
+            closed.append(True)
+
+    stub = SimpleNamespace(read=lambda name, start: (0, chunks()))
+    monkeypatch.setattr(Remote, "transport", stub)
+    remote = open_remote("http://127.0.0.1:9", QUICK)
+    with pytest.raises(RemoteError, match="more than") as caught:
+        if use == "read":
+            remote.read("a", max_bytes=15)
+        else:
+            remote.download("a", tmp_path / "a", size=15, sha256=DIGEST)
+    assert closed and caught.tb is not None, "the traceback holds whatever was not closed"
 
 
 def test_nobody_listens(tmp_path):
