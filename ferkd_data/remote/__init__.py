@@ -1,0 +1,24 @@
+"""Label sets on servers: over HTTP, in object stores, on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from ferkd_data.remote.hub import HubPlace, hub_address, hub_endpoint, hub_headers, parse_hub_url
+from ferkd_data.remote.remote import SCHEMES, Remote, Retries, is_remote, open_remote, part_of
+from ferkd_data.remote.transport import LOG_IN, Transient, Transport
+
+__all__ = [
+    "LOG_IN",
+    "SCHEMES",
+    "HubPlace",
+    "Remote",
+    "Retries",
+    "Transient",
+    "Transport",
+    "hub_address",
+    "hub_endpoint",
+    "hub_headers",
+    "is_remote",
+    "open_remote",
+    "parse_hub_url",
+    "part_of",
+]

@@ -1,0 +1,199 @@
+"""A folder on any server: resumed, retried reads and checked writes.
+
+A name is a path relative to the label set's URL, which the manifest's checks have let pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ferkd_data.errors import RemoteError, UsageError
+from ferkd_data.remote.http import HttpTransport
+from ferkd_data.remote.hub import hub_address, hub_headers
+from ferkd_data.remote.store import StoreTransport
+from ferkd_data.remote.transport import LOG_IN, Transient, Transport
+from ferkd_data.storage import explain_full_disk, is_url, sha256_file
+
+SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
+"""What label sets are read from; everything else (pipe:, ftp:, chains with ::) is refused."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retries:
+    """What fails for a while is tried again; an attempt that got any bytes further starts the count anew."""
+
+    attempts: int = 8
+    first_wait: float = 0.5
+    """Seconds; doubled after each attempt, with jitter."""
+    longest_wait: float = 30.0
+    timeout: float = 60.0
+    """Seconds without a byte."""
+
+    def wait(self, attempt: int) -> None:
+        time.sleep(min(self.first_wait * 2**attempt, self.longest_wait) * random.uniform(0.5, 1.0))
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A folder on a server. Can be pickled; connections are made where they are used."""
+
+    url: str
+    retries: Retries = field(default_factory=Retries)
+
+    @cached_property
+    def transport(self) -> Transport:
+        scheme = self.url.partition("://")[0]
+        if scheme in ("http", "https"):
+            return HttpTransport(self.url, self.retries.timeout)
+        if scheme == "hf":
+            return HttpTransport(hub_address(self.url), self.retries.timeout, hub_headers(), LOG_IN["hf"])
+        return StoreTransport(self.url)
+
+    def read(self, name: str, *, max_bytes: int) -> bytes:
+        """A small file as a whole. Raises RemoteError, also where it is larger than `max_bytes`."""
+
+        data = bytearray()
+
+        def attempt() -> bytes:
+            first, chunks = self.transport.read(name, len(data))
+            del data[first:]
+            with closing(chunks):
+                for chunk in chunks:
+                    data.extend(chunk)
+                    if len(data) > max_bytes:
+                        raise RemoteError(f"{self.url}/{name}: more than {max_bytes} bytes")
+            return bytes(data)
+
+        return self._persist(name, attempt, progress=lambda: len(data))
+
+    def size(self, name: str) -> int | None:
+        return self._persist(name, lambda: self.transport.size(name))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below the URL, by name: one request for a thousand of them."""
+        return self._persist("", self.transport.sizes)
+
+    def remove(self, name: str) -> None:
+        """A file, or a folder with all that is in it; nothing where there is neither."""
+        self._persist(name, lambda: self.transport.remove(name))
+
+    def fetch(self, name: str, to: Path, *, size: int) -> None:
+        """A file of which nothing but the size is known. Raises RemoteError, StorageFullError."""
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with explain_full_disk(to):
+            self._fill(name, part_of(to), size)
+        part_of(to).replace(to)
+
+    def download(self, name: str, to: Path, *, size: int, sha256: str) -> None:
+        """Fetch a file whose size and digest are known; continues what an earlier attempt left beside `to`.
+
+        Raises RemoteError when it cannot be had or is another file than the one expected, StorageFullError.
+        """
+        part = part_of(to)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        for again in (True, False):
+            with explain_full_disk(to):
+                self._fill(name, part, size)
+            if part.stat().st_size == size and sha256_file(part) == sha256:
+                part.replace(to)
+                return
+            part.unlink()
+            if not again:
+                raise RemoteError(
+                    f"{self.url}/{name}: is not the file that the manifest lists (SHA-256 differs, twice); it was "
+                    "changed or damaged on the server: ask its publisher, or open the label set again"
+                )
+
+    def upload(self, file: Path, name: str, *, size: int, sha256: str) -> None:
+        """Send a file and read it back. Raises RemoteError when what arrived has another digest."""
+        self._persist(name, lambda: self.transport.write(name, file))
+        if not self.holds(name, size=size, sha256=sha256):
+            raise RemoteError(f"{self.url}/{name}: what arrived is not what was sent; run the same command again")
+
+    def holds(self, name: str, *, size: int, sha256: str) -> bool:
+        """Whether the server has exactly this file, by reading it back as a whole."""
+        if self.size(name) != size:
+            return False
+
+        def attempt() -> str:
+            state = hashlib.sha256()
+            for chunk in self.transport.read(name, 0)[1]:
+                state.update(chunk)
+            return state.hexdigest()
+
+        return self._persist(name, attempt) == sha256
+
+    def _fill(self, name: str, part: Path, size: int) -> None:
+        """Append to `part` until it has `size` bytes; it keeps what it has when this fails."""
+
+        def there() -> int:
+            return part.stat().st_size if part.exists() else -1
+
+        def attempt() -> None:
+            if there() < size:
+                self._append(name, part, max(there(), 0), size)
+
+        self._persist(name, attempt, progress=there)
+
+    def _append(self, name: str, part: Path, start: int, size: int) -> None:
+        first, chunks = self.transport.read(name, start)
+        with closing(chunks), part.open("r+b" if part.exists() else "wb") as stream:
+            stream.seek(first)
+            stream.truncate()
+            for chunk in chunks:
+                if stream.tell() + len(chunk) > size:
+                    part.unlink()
+                    raise RemoteError(
+                        f"{self.url}/{name}: has more than the {size} bytes that the manifest lists; it was changed on "
+                        "the server: ask its publisher, or open the label set again"
+                    )
+                stream.write(chunk)
+            if stream.tell() < size:
+                raise Transient(f"the connection ended after {stream.tell()} of {size} bytes")
+
+    def _persist(self, name: str, action: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+        """Try again while it may pass; as long as `progress` grows, without end."""
+        failures = 0
+        while True:
+            before = progress()
+            try:
+                return action()
+            except Transient as error:
+                failures = 1 if progress() > before else failures + 1
+                if failures >= self.retries.attempts:
+                    raise RemoteError(
+                        f"{self.url}/{name}: {error}, also after {failures} attempts; what arrived is kept: try again "
+                        "later"
+                    ) from error
+                self.retries.wait(failures)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "retries": self.retries}
+
+
+def part_of(path: Path) -> Path:
+    """Where a download lies until it is whole."""
+    return path.with_name(f".{path.name}.part")
+
+
+def is_remote(place: str | Path) -> bool:
+    return isinstance(place, str) and is_url(place)
+
+
+def open_remote(url: str, retries: Retries | None = None) -> Remote:
+    """Raises UsageError for a URL of a kind that is not read."""
+    if url.partition("://")[0] not in SCHEMES or "::" in url:
+        raise UsageError(f"{url}: label sets are read from and written to {', '.join(SCHEMES)} URLs only")
+    if url.startswith("hf:"):
+        hub_address(url)
+    return Remote(url.rstrip("/"), retries or Retries())

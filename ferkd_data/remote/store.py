@@ -1,0 +1,129 @@
+"""Files in a folder or an object store, by Arrow's file systems: read and written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ferkd_data.errors import RemoteError
+from ferkd_data.remote.transport import TRANSIENT, Chunks, Transient, log_in_to, refused
+from ferkd_data.storage import CHUNK_BYTES, NO_SPACE, write_atomically
+
+STORE_CHUNK_BYTES = 8 * CHUNK_BYTES
+DENIED = (
+    "ACCESS_DENIED",
+    "INVALID_ACCESS_KEY_ID",
+    "INVALID_CLIENT_TOKEN_ID",
+    "INVALID_SIGNATURE",
+    "UNRECOGNIZED_CLIENT",
+)
+"""As Arrow names what S3 answers with 403."""
+
+
+class StoreTransport:
+    """A folder, S3 or Google's store, through Arrow's file systems and the stores' usual credentials."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    @cached_property
+    def _target(self) -> tuple[Any, str]:
+        from pyarrow import fs
+
+        with _explained(self._url):
+            file_system, root = fs.FileSystem.from_uri(self._url)
+        return file_system, root.rstrip("/")
+
+    def read(self, name: str, start: int) -> tuple[int, Chunks]:
+        file_system, root = self._target
+        what = f"{self._url}/{name}"
+        with _explained(what):
+            file = file_system.open_input_file(f"{root}/{name}")
+            try:
+                file.seek(start)
+            except BaseException:
+                file.close()
+                raise
+        return start, self._chunks(file, what)
+
+    def size(self, name: str) -> int | None:
+        file_system, root = self._target
+        with _explained(f"{self._url}/{name}"):
+            info = file_system.get_file_info(f"{root}/{name}")
+        return info.size if info.is_file else None
+
+    def write(self, name: str, file: Path) -> None:
+        file_system, root = self._target
+        path = f"{root}/{name}"
+        with _explained(f"{self._url}/{name}"):
+            if file_system.type_name == "local":
+                # Readers may have the old file mapped; and half a manifest would be taken for another label set's.
+                with write_atomically(Path(path)) as aside:
+                    shutil.copyfile(file, aside)
+                return
+            with file.open("rb") as source, file_system.open_output_stream(path) as sink:
+                while chunk := source.read(STORE_CHUNK_BYTES):
+                    sink.write(chunk)
+
+    def sizes(self) -> dict[str, int]:
+        from pyarrow import fs
+
+        file_system, root = self._target
+        with _explained(self._url):
+            found = file_system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+        return {info.path.removeprefix(f"{root}/"): info.size for info in found if info.is_file}
+
+    def remove(self, name: str) -> None:
+        file_system, root = self._target
+        path = f"{root}/{name}"
+        with _explained(f"{self._url}/{name}"):
+            info = file_system.get_file_info(path)
+            if info.is_file:
+                file_system.delete_file(path)
+            elif info.type.name == "Directory":
+                file_system.delete_dir(path)
+
+    @staticmethod
+    def _chunks(file: Any, what: str) -> Chunks:
+        try:
+            while True:
+                with _explained(what):
+                    chunk = file.read(STORE_CHUNK_BYTES)
+                if not chunk:
+                    return
+                yield chunk
+        finally:
+            file.close()
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Sort what Arrow's file systems raise into what may pass and what will not."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise refused(what, 404) from error
+    except PermissionError as error:
+        raise refused(what, 403) from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise
+        text = str(error)
+        status = re.search(r"HTTP status (\d{3})", text)
+        number = int(status.group(1)) if status else None
+        if number is not None and 400 <= number < 500 and number not in TRANSIENT:
+            raise refused(what, number) from error
+        if any(name in text for name in DENIED):
+            raise refused(what, 403) from error
+        if "credentials" in text.lower():
+            raise RemoteError(f"{what}: no credentials were found; {log_in_to(what)}") from error
+        if isinstance(error, ValueError):
+            raise RemoteError(f"{what}: {text}") from error
+        raise Transient(text) from error
