@@ -31,6 +31,10 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+def is_module(name: str) -> bool:
+    return (ROOT / f"{name}.py").exists() or (ROOT / name / "__init__.py").exists()
+
+
 def imports(path: Path) -> set[str]:
     """Modules of this package that a file imports, also inside functions."""
     found = set()
@@ -38,7 +42,7 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             if node.module == "ferkd_data":
-                found |= {alias.name for alias in node.names if (ROOT / f"{alias.name}.py").exists()}
+                found |= {alias.name for alias in node.names if is_module(alias.name)}
             elif (node.module or "").startswith("ferkd_data."):
                 found.add((node.module or "").removeprefix("ferkd_data."))
         elif isinstance(node, ast.Import):

@@ -11,8 +11,8 @@ from label_sets import edit_manifest
 from servers import serve
 
 import ferkd_data as fd
-from ferkd_data import label_set as label_set_module
 from ferkd_data.errors import ManifestError, RemoteError, UsageError
+from ferkd_data.label_set import opening
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_link_waiting_in_the_folder_is_not_followed(copy, tmp_path):
 
 
 def test_a_manifest_without_end(copy, tmp_path, monkeypatch):
-    monkeypatch.setattr(label_set_module, "MAX_MANIFEST_BYTES", 1000)
+    monkeypatch.setattr(opening, "MAX_MANIFEST_BYTES", 1000)
     with serve(copy) as server:
         with pytest.raises(RemoteError, match="more than 1000 bytes"):
             fd.open_labels(server.url, cache_dir=tmp_path / "cache")

@@ -5,139 +5,27 @@ Legend: R images of a shard, N crops per image, k kept classes.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
-from ferkd_data.buckets import Thresholds
-from ferkd_data.errors import LabelSetError, ManifestError, RemoteError, ShardError, UsageError
-from ferkd_data.manifest import (
-    FILE_NAME,
-    MAX_MANIFEST_BYTES,
-    FileEntry,
-    Manifest,
-    ShardEntry,
-    TeacherEntry,
-    parse_manifest,
-    read_manifest_bytes,
-)
-from ferkd_data.merging import merge_labels
-from ferkd_data.remote import Remote, is_remote, open_remote
-from ferkd_data.shard_cache import DEFAULT_BYTES, ShardCache
+from ferkd_data.errors import ShardError, UsageError
+from ferkd_data.label_set.files import CachedFiles, Files, LocalFiles
+from ferkd_data.manifest import FileEntry, Manifest, ShardEntry
+from ferkd_data.shard_cache import DEFAULT_BYTES
 from ferkd_data.shards import parquet, plain_tar, webdataset
 from ferkd_data.shards.checks import check_classes, check_probabilities
 from ferkd_data.shards.columns import ImageLabels, ShardLabels, class_index_dtype, concat_crops
 from ferkd_data.statistics import Statistics
-from ferkd_data.storage import OpenFile, default_cache_dir, inside
+from ferkd_data.storage import OpenFile
 
 SHARDS_KEPT = 2
 """Shards that `labels[key]` keeps in memory."""
-
-
-class Files(Protocol):
-    """Where a label set's files lie. Can be pickled."""
-
-    @property
-    def location(self) -> str: ...
-
-    def open(self, entry: FileEntry) -> OpenFile:
-        """The file on this host, of the size that the manifest says. Raises LabelSetError, RemoteError."""
-
-
-def open_labels(
-    path: str | Path | Sequence[str | Path],
-    *,
-    weights: Sequence[float] | None = None,
-    crops: int | None = None,
-    cache_dir: str | Path | None = None,
-    cache_bytes: int = DEFAULT_BYTES,
-) -> LabelSet:
-    """Open the label set in a folder, or at an http(s)://, s3://, gs:// or hf://datasets/ORG/NAME URL.
-
-    With `crops`, only the first so many crops of each image are shown, and only the crop blocks that hold them are ever
-    touched. Files of a remote set are fetched when first needed, checked, and kept in `cache_dir` (default:
-    $FERKD_DATA_CACHE or the user's cache folder), which holds at most `cache_bytes`.
-
-    Several label sets of the same crops by different teachers are opened as their ensemble, with `weights` (default:
-    the teachers' own): nothing is written, and each training run may choose its teachers. See ferkd_data.merging.
-
-    Raises ManifestError when there is no finished label set, RemoteError when it cannot be fetched, UsageError when it
-    has fewer crops, LabelSetError when several do not hold the same crops.
-    """
-    if not isinstance(path, (str, Path)):
-        sets = [open_labels(one, crops=crops, cache_dir=cache_dir, cache_bytes=cache_bytes) for one in path]
-        return sets[0] if len(sets) == 1 and weights is None else EnsembleLabels(sets, weights)
-    if weights is not None:
-        raise UsageError("weights are for several label sets: open_labels([A, B], weights=[2, 1])")
-    files: Files
-    if is_remote(path):
-        remote = open_remote(str(path))
-        text = read_remote_manifest(remote)
-        cache = ShardCache(Path(cache_dir or default_cache_dir()) / "shards", cache_bytes)
-        files = CachedFiles(remote, cache)
-    else:
-        folder = Path(str(path).removeprefix("file://"))
-        text = read_manifest_bytes(folder)
-        files = LocalFiles(folder)
-    manifest = parse_manifest(text, f"{files.location}/{FILE_NAME}")
-    if crops is not None and not 1 <= crops <= manifest.num_crops:
-        raise UsageError(f"{files.location}: crops must be 1..{manifest.num_crops} (what was labelled), got {crops}")
-    identity = hashlib.sha256(text).hexdigest()
-    return LabelSet(files, manifest, manifest.num_crops if crops is None else crops, identity)
-
-
-def read_remote_manifest(remote: Remote) -> bytes:
-    """Raises ManifestError where there is none, RemoteError."""
-    try:
-        return remote.read(FILE_NAME, max_bytes=MAX_MANIFEST_BYTES)
-    except RemoteError as error:
-        if error.status == 404:
-            raise ManifestError(
-                f"{remote.url}: no {FILE_NAME}; is this the URL of a published label set? While one is sent, or where "
-                "that was interrupted, there is none: it comes last"
-            ) from error
-        raise
-
-
-@dataclass(frozen=True)
-class LocalFiles:
-    folder: Path
-
-    @property
-    def location(self) -> str:
-        return str(self.folder)
-
-    def open(self, entry: FileEntry) -> OpenFile:
-        path = inside(self.folder, entry.path)
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError as error:
-            raise ShardError(f"{path}: the shard is missing; restore it or build the label set again") from error
-        if not path.is_file():
-            raise ShardError(f"{path}: is not a regular file")
-        if size != entry.bytes:
-            raise ShardError(f"{path}: {size} bytes, the manifest says {entry.bytes}; fetch or build it again")
-        return OpenFile(path)
-
-
-@dataclass(frozen=True)
-class CachedFiles:
-    remote: Remote
-    cache: ShardCache
-
-    @property
-    def location(self) -> str:
-        return self.remote.url
-
-    def open(self, entry: FileEntry) -> OpenFile:
-        return self.cache.fetch(self.remote, entry)
 
 
 class LabelSet:
@@ -359,112 +247,3 @@ class LabelSet:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recent": OrderedDict(), "_key_index": None}
-
-
-class EnsembleLabels(LabelSet):
-    """Several label sets of the same crops, read as one: blocks are merged as they are read."""
-
-    def __init__(self, sets: Sequence[LabelSet], weights: Sequence[float] | None) -> None:
-        first = sets[0]
-        self.sets = tuple(sets)
-        self.shares = ensemble_shares(sets, weights)
-        for labels in sets[1:]:
-            check_same_classes(first, labels)
-            _check_same_shards(first, labels)
-        manifest = first.manifest.model_copy(
-            update={
-                "teachers": combined_teachers(sets, weights),
-                "ensemble": "mean",
-                "top_k": max(labels.top_k for labels in sets),
-                "statistics": Statistics(),
-            }
-        )
-        told = "".join(f"{labels.identity}{share!r}" for labels, share in zip(sets, self.shares, strict=True))
-        super().__init__(first.files, manifest, first.num_crops, hashlib.sha256(told.encode()).hexdigest())
-
-    @property
-    def location(self) -> str:
-        return " + ".join(labels.location for labels in self.sets)
-
-    @property
-    def is_local(self) -> bool:
-        return all(labels.is_local for labels in self.sets)
-
-    @property
-    def cache_bytes(self) -> int:
-        return min(labels.cache_bytes for labels in self.sets)
-
-    def block(self, shard: int, block: int) -> ShardLabels:
-        stored = self.manifest.thresholds
-        return merge_labels(
-            [labels.block(shard, block) for labels in self.sets],
-            self.shares,
-            num_classes=self.num_classes,
-            thresholds=Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=stored.confidence),
-            where=f"{self.location}: shard {shard}, crop block {block}",
-        ).labels
-
-    def raw_block(self, shard: int, block: int) -> ShardLabels:
-        return self.block(shard, block)
-
-    def fetch(self, shard: int, block: int) -> None:
-        for labels in self.sets:
-            labels.fetch(shard, block)
-
-    def keys_of(self, shard: int) -> list[str]:
-        return self.sets[0].keys_of(shard)
-
-
-def ensemble_shares(sets: Sequence[LabelSet], weights: Sequence[float] | None) -> list[float]:
-    """The weight of each label set: as given, or the sum of its teachers'.
-
-    Raises UsageError for weights that are none, or a set whose teachers were combined otherwise than by the mean.
-    """
-    for labels in sets:
-        if len(labels.manifest.teachers) > 1 and labels.manifest.ensemble != "mean":
-            raise UsageError(
-                f"{labels.location}: its {len(labels.manifest.teachers)} teachers were combined by "
-                f"{labels.manifest.ensemble!r}, which cannot be done with teachers of another set; only 'mean' can"
-            )
-    if weights is None:
-        return [sum(teacher.weight for teacher in labels.manifest.teachers) for labels in sets]
-    if len(weights) != len(sets) or not all(np.isfinite(weight) and weight > 0 for weight in weights):
-        raise UsageError(f"weights must be {len(sets)} positive numbers, one for each label set; got {list(weights)}")
-    return [float(weight) for weight in weights]
-
-
-def combined_teachers(sets: Sequence[LabelSet], weights: Sequence[float] | None) -> tuple[TeacherEntry, ...]:
-    """All teachers, their weights such that the ensemble of all is the one of the sets."""
-    entries = []
-    for labels, share in zip(sets, ensemble_shares(sets, weights), strict=True):
-        own = sum(teacher.weight for teacher in labels.manifest.teachers)
-        for teacher in labels.manifest.teachers:
-            entries.append(teacher.model_copy(update={"weight": teacher.weight * share / own}))
-    return tuple(entries)
-
-
-def check_same_classes(a: LabelSet, b: LabelSet) -> None:
-    """Raises LabelSetError where class numbers cannot mean the same."""
-    where = f"{a.location} and {b.location}"
-    if a.num_classes != b.num_classes:
-        raise LabelSetError(f"{where}: num_classes differs: {a.num_classes} and {b.num_classes}")
-    if a.class_names and b.class_names and a.class_names != b.class_names:
-        number = next(i for i, (x, y) in enumerate(zip(a.class_names, b.class_names, strict=True)) if x != y)
-        raise LabelSetError(
-            f"{where}: class {number} is {a.class_names[number]!r} in one and {b.class_names[number]!r} in the other"
-        )
-
-
-def _check_same_shards(a: LabelSet, b: LabelSet) -> None:
-    for name in ("seed", "crop_distribution", "num_crops", "crops_per_block", "layout"):
-        ours, theirs = getattr(a.manifest, name), getattr(b.manifest, name)
-        if ours != theirs:
-            raise LabelSetError(f"{a.location} and {b.location}: {name} differs: {ours} and {theirs}")
-    if [shard.rows for shard in a.manifest.shards] != [shard.rows for shard in b.manifest.shards]:
-        raise LabelSetError(
-            f"{a.location} and {b.location}: their images are not in the same shards; write them as one with: "
-            f"ferkd-data merge {a.location} {b.location} OUT"
-        )
-
-
-__all__ = ["LabelSet", "LabelSetError", "open_labels"]

@@ -1,0 +1,71 @@
+"""`open_labels`: from a path or a URL to a label set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from ferkd_data.errors import ManifestError, RemoteError, UsageError
+from ferkd_data.label_set.ensemble import EnsembleLabels
+from ferkd_data.label_set.files import CachedFiles, Files, LocalFiles
+from ferkd_data.label_set.label_set import LabelSet
+from ferkd_data.manifest import FILE_NAME, MAX_MANIFEST_BYTES, parse_manifest, read_manifest_bytes
+from ferkd_data.remote import Remote, is_remote, open_remote
+from ferkd_data.shard_cache import DEFAULT_BYTES, ShardCache
+from ferkd_data.storage import default_cache_dir
+
+
+def open_labels(
+    path: str | Path | Sequence[str | Path],
+    *,
+    weights: Sequence[float] | None = None,
+    crops: int | None = None,
+    cache_dir: str | Path | None = None,
+    cache_bytes: int = DEFAULT_BYTES,
+) -> LabelSet:
+    """Open the label set in a folder, or at an http(s)://, s3://, gs:// or hf://datasets/ORG/NAME URL.
+
+    With `crops`, only the first so many crops of each image are shown, and only the crop blocks that hold them are ever
+    touched. Files of a remote set are fetched when first needed, checked, and kept in `cache_dir` (default:
+    $FERKD_DATA_CACHE or the user's cache folder), which holds at most `cache_bytes`.
+
+    Several label sets of the same crops by different teachers are opened as their ensemble, with `weights` (default:
+    the teachers' own): nothing is written, and each training run may choose its teachers. See ferkd_data.merging.
+
+    Raises ManifestError when there is no finished label set, RemoteError when it cannot be fetched, UsageError when it
+    has fewer crops, LabelSetError when several do not hold the same crops.
+    """
+    if not isinstance(path, (str, Path)):
+        sets = [open_labels(one, crops=crops, cache_dir=cache_dir, cache_bytes=cache_bytes) for one in path]
+        return sets[0] if len(sets) == 1 and weights is None else EnsembleLabels(sets, weights)
+    if weights is not None:
+        raise UsageError("weights are for several label sets: open_labels([A, B], weights=[2, 1])")
+    files: Files
+    if is_remote(path):
+        remote = open_remote(str(path))
+        text = read_remote_manifest(remote)
+        cache = ShardCache(Path(cache_dir or default_cache_dir()) / "shards", cache_bytes)
+        files = CachedFiles(remote, cache)
+    else:
+        folder = Path(str(path).removeprefix("file://"))
+        text = read_manifest_bytes(folder)
+        files = LocalFiles(folder)
+    manifest = parse_manifest(text, f"{files.location}/{FILE_NAME}")
+    if crops is not None and not 1 <= crops <= manifest.num_crops:
+        raise UsageError(f"{files.location}: crops must be 1..{manifest.num_crops} (what was labelled), got {crops}")
+    identity = hashlib.sha256(text).hexdigest()
+    return LabelSet(files, manifest, manifest.num_crops if crops is None else crops, identity)
+
+
+def read_remote_manifest(remote: Remote) -> bytes:
+    """Raises ManifestError where there is none, RemoteError."""
+    try:
+        return remote.read(FILE_NAME, max_bytes=MAX_MANIFEST_BYTES)
+    except RemoteError as error:
+        if error.status == 404:
+            raise ManifestError(
+                f"{remote.url}: no {FILE_NAME}; is this the URL of a published label set? While one is sent, or where "
+                "that was interrupted, there is none: it comes last"
+            ) from error
+        raise
