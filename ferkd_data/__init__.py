@@ -47,7 +47,7 @@ _EXPORTS: dict[str, str] = {
     "pull": "exchange.pull",
     "relabel": "exchange.relabel",
     "verify": "exchange.verify",
-    "VerifyReport": "exchange.verify",
+    "VerifyReport": "exchange.faults",
     "open_labels": "label_set",
     "draw_crops": "crops",
 }

@@ -8,72 +8,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng, statistics
-from ferkd_data.buckets import NUM_FLOAT16, Thresholds
 from ferkd_data.errors import LabelSetError, RemoteError, ShardError
 from ferkd_data.exchange.arguments import check_at_least
-from ferkd_data.exchange.row_checks import row_faults
+from ferkd_data.exchange.faults import Fault, VerifyReport
+from ferkd_data.exchange.file_checks import Block, FileCheck, differing, without_path
 from ferkd_data.exchange.signing import SIGNATURE, check_signature, require_signers
 from ferkd_data.images import REASONS, ImageError, ImageRef, open_source
 from ferkd_data.label_set import LabelSet, open_labels
-from ferkd_data.manifest import FILE_NAME, BlockEntry, ShardEntry
+from ferkd_data.manifest import FILE_NAME, ShardEntry
 from ferkd_data.remote import is_remote
 from ferkd_data.shards import parquet
-from ferkd_data.shards.columns import CROP_FIELDS, ShardLabels
-from ferkd_data.statistics import Statistics, shard_statistics
-from ferkd_data.storage import HashedFile, image_digest, sha256_file
+from ferkd_data.shards.columns import ShardLabels
+from ferkd_data.statistics import Statistics
+from ferkd_data.storage import image_digest, sha256_file
 
 MAX_FAULTS = 20
 COMPANIONS = ("README.md", "croissant.json", "LICENSE", SIGNATURE)
 """Files that belong beside a published label set without being listed in its manifest."""
 READ_AT_ONCE = 256
-SAME_IN_BLOCKS = ("image_digest", "height", "width", "target")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    file: str
-    """Relative to the label set; of the image source for faults found with `images`."""
-    message: str
-    row: int | None = None
-    key: str | None = None
-    crop: int | None = None
-    field: str | None = None
-
-    def __str__(self) -> str:
-        row = None if self.row is None else f"row {self.row}"
-        key = None if self.key is None else f"image {self.key!r}"
-        crop = None if self.crop is None else f"crop {self.crop}"
-        where = ", ".join(part for part in (row, key, crop, self.field) if part)
-        return ": ".join(part for part in (self.file, where, self.message) if part)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyReport:
-    files: int
-    bytes: int
-    images: int
-    crops: int
-    faults: tuple[Fault, ...]
-    """The first ones, at most as many as were asked for."""
-    faults_found: int
-    warnings: tuple[str, ...]
-    signer: str | None = None
-    """Who signed the manifest, where that was asked for."""
-
-    @property
-    def ok(self) -> bool:
-        return self.faults_found == 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"ok": self.ok, **asdict(self)}
 
 
 def verify(
@@ -102,11 +61,11 @@ def verify(
     require_signers(signed_by, signer)
     labels = open_labels(path)
     name = None if signed_by is None else check_signature(labels, Path(signed_by), signer)
-    check = _Check(labels, max_faults, digests=images is not None)
+    files, check = FileCheck(labels, max_faults, digests=images is not None), _Check(labels, max_faults)
     done, total = 0, sum(file.bytes for shard in labels.manifest.shards for file in shard.files)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="ferkd-verify") as executor:
         pairs = [(entry, file) for entry in labels.manifest.shards for file in entry.files]
-        blocks = executor.map(check.file, *zip(*pairs, strict=True)) if pairs else iter(())
+        blocks = executor.map(files.file, *zip(*pairs, strict=True)) if pairs else iter(())
         for entry in labels.manifest.shards:
             check.take(check.shard(entry, [next(blocks) for _ in entry.files]))
             done += sum(file.bytes for file in entry.files)
@@ -116,16 +75,6 @@ def verify(
     if images is not None:
         check.images(str(images))
     return replace(check.report(total), signer=name)
-
-
-@dataclass(kw_only=True)
-class _Block:
-    """What one file showed."""
-
-    faults: list[Fault] = field(default_factory=list)
-    statistics: Statistics = field(default_factory=Statistics)
-    rows: ShardLabels | None = None
-    """Without their crops; None where the file cannot be read."""
 
 
 @dataclass(kw_only=True)
@@ -141,12 +90,10 @@ class _Found:
 
 
 class _Check:
-    def __init__(self, labels: LabelSet, max_faults: int, *, digests: bool) -> None:
+    def __init__(self, labels: LabelSet, max_faults: int) -> None:
         self.labels = labels
         self.manifest = labels.manifest
         self.max_faults = max_faults
-        self.digests = digests
-        """Whether those of the images in tars are needed: nothing in a label set says what they should be."""
         self.faults: list[Fault] = []
         self.faults_found = 0
         self.warnings: list[str] = []
@@ -163,18 +110,7 @@ class _Check:
         found.faults = []
         self.found.append(found)
 
-    def file(self, entry: ShardEntry, file: BlockEntry) -> _Block:
-        """Everything that can be said of one file alone. Runs in several threads."""
-        found = _Block()
-        labels = self._read(entry, file, found)
-        if labels is None:
-            return found
-        found.statistics = _statistics(labels) if found.faults else shard_statistics(labels)
-        # Copies, so that the crops can go.
-        found.rows = replace(labels, **{name: getattr(labels, name)[:, :0].copy() for name in CROP_FIELDS})
-        return found
-
-    def shard(self, entry: ShardEntry, blocks: Sequence[_Block]) -> _Found:
+    def shard(self, entry: ShardEntry, blocks: Sequence[Block]) -> _Found:
         """Everything that the files of one shard together can show."""
         found = _Found(readable=all(block.rows is not None for block in blocks))
         first: ShardLabels | None = None
@@ -187,41 +123,9 @@ class _Check:
                 found.hashes = rng.hashes64(first.keys)
                 found.digests = first.image_digest
             else:
-                found.faults.extend(_differing(first, block.rows, entry.files[0], file))
+                found.faults.extend(differing(first, block.rows, entry.files[0], file))
         found.statistics = statistics.add(block.statistics for block in blocks)
         return found
-
-    def _read(self, entry: ShardEntry, file: BlockEntry, found: _Block) -> ShardLabels | None:
-        try:
-            with self.labels.open(file) as opened:
-                hashed = HashedFile(opened)
-                plain = None
-                if self.manifest.layout == "webdataset":
-                    plain = self.labels.plain_rows(entry.index, hashed.read, digests=self.digests)
-                if hashed.sha256() != file.sha256:
-                    raise ShardError(f"{opened.path}: the bytes are not those of the manifest (SHA-256 differs)")
-                # Other libraries see only bytes that are those of the manifest.
-                labels = self.labels.raw_block(entry.index, file.block) if plain is None else plain
-        except (LabelSetError, RemoteError, OSError) as error:
-            found.faults.append(Fault(file=file.path, message=_without_path(error, self.labels.location, file.path)))
-            return None
-        stored = self.manifest.thresholds
-        thresholds = Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=stored.confidence)
-        for fault in row_faults(
-            labels, num_classes=self.manifest.num_classes, thresholds=thresholds, limit=max(self.max_faults, 1)
-        ):
-            crop = None if fault.crop is None else fault.crop + file.block * self.manifest.crops_per_block
-            found.faults.append(
-                Fault(
-                    file=file.path,
-                    row=fault.row,
-                    key=labels.keys[fault.row],
-                    crop=crop,
-                    field=fault.field,
-                    message=fault.message,
-                )
-            )
-        return labels
 
     def whole(self) -> None:
         """What only all shards together can show."""
@@ -271,7 +175,7 @@ class _Check:
                     raise ShardError(f"{opened.path}: the bytes are not those of the manifest (SHA-256 differs)")
                 reasons = parquet.read_texts(opened.path, "reason", rows=entry.rows)
         except (LabelSetError, RemoteError, OSError) as error:
-            self.add(Fault(file=entry.path, message=_without_path(error, self.labels.location, entry.path)))
+            self.add(Fault(file=entry.path, message=without_path(error, self.labels.location, entry.path)))
             return
         unknown = sorted(set(reasons) - set(REASONS))
         if unknown:
@@ -337,50 +241,8 @@ class _Check:
         )
 
 
-def _statistics(labels: ShardLabels) -> Statistics:
-    """Of rows that may be rubbish: what cannot be counted counts as 0 or as the last."""
-    return shard_statistics(
-        replace(
-            labels,
-            class_prob=_clean(labels.class_prob),
-            target_prob=_clean(labels.target_prob),
-            bucket=labels.bucket.clip(max=3),
-        )
-    )
-
-
-def _clean(prob: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
-    patterns = prob.view(np.uint16)
-    if patterns.max(initial=0) < NUM_FLOAT16:
-        return prob
-    odd = patterns >= NUM_FLOAT16
-    cleaned: npt.NDArray[np.float16] = prob.copy()
-    cleaned[odd] = np.nan_to_num(prob[odd], posinf=1, neginf=0).clip(0, 1)
-    return cleaned
-
-
-def _differing(first: ShardLabels, other: ShardLabels, a: BlockEntry, b: BlockEntry) -> Iterator[Fault]:
-    """The columns of the image must be the same in all its blocks."""
-    if list(first.keys) != list(other.keys):
-        row = next(i for i, (x, y) in enumerate(zip(first.keys, other.keys, strict=True)) if x != y)
-        yield Fault(
-            file=b.path, row=row, key=other.keys[row], field="key", message=f"{a.path} has {first.keys[row]!r} here"
-        )
-        return
-    for name in SAME_IN_BLOCKS:
-        x, y = getattr(first, name), getattr(other, name)
-        bad = (x != y).reshape(len(x), -1).any(axis=1)
-        if bad.any():
-            row = int(bad.argmax())
-            yield Fault(file=b.path, row=row, key=other.keys[row], field=name, message=f"differs from {a.path}")
-
-
 def _first_difference(a: tuple[int, ...], b: tuple[int, ...]) -> str:
     return next((f"{i}: {x} against {y}" for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), "?")
-
-
-def _without_path(error: Exception, location: str, name: str) -> str:
-    return str(error).removeprefix(f"{location}/{name}: ")
 
 
 def _in_groups(refs: Iterator[ImageRef]) -> Iterator[list[ImageRef]]:
