@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.image_table import open_images
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import OrderKind, check_order
-from ferkd_data.loader.plan import Layout, Place, Window, count_batches, windows
+from ferkd_data.loader.plan import Layout, Place, Window, count_batches, read_place, windows
 from ferkd_data.loader.shard_records import ShardRecords
 from ferkd_data.loader.workers import Workers
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
@@ -159,6 +159,13 @@ class CropLoader:
         """Batches of an epoch from its start, for this rank."""
         return count_batches(self._layout, Place(), world_size=self.world_size)
 
+    def __getitem__(self, index: Any) -> NoReturn:
+        """For who wraps it: a DataLoader asks what it is given for items."""
+        raise UsageError(
+            "CropLoader gives whole batches and has workers of its own (num_workers=...): iterate over it as it is, "
+            "without a torch DataLoader around it; CropDataset is for a DataLoader of your own"
+        )
+
     @property
     def epoch(self) -> int:
         return self._place.epoch
@@ -192,14 +199,17 @@ class CropLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with exactly the next batch; the number of workers and of ranks may differ.
 
-        Raises StateMismatchError that names both values when the state is of other labels or settings.
+        Raises StateMismatchError that names both values when the state is of other labels or settings, or says what is
+        wrong with it when it is no state that a loader saved.
         """
+        if not isinstance(state, dict):
+            raise StateMismatchError(f"a loader's state is a dictionary, as state_dict() gives it; got {state!r}")
         present = {"version": STATE_VERSION, "settings": self._fingerprint()}
         saved = {"version": state.get("version"), "settings": state.get("settings")}
         differences = describe_differences(saved, present)
         if differences:
             raise StateMismatchError(f"this state was saved by another loader: {'; '.join(differences)}")
-        self._place = Place(**state["place"])
+        self._place = read_place(state.get("place"), self._layout)
 
     def _windows_of_epoch(self) -> Iterator[Window]:
         """From where the loader stands."""

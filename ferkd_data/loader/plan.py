@@ -10,12 +10,15 @@ Legend: M crops per image, B crops of a batch, P batches of a window, W ranks, b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
+from ferkd_data.errors import StateMismatchError
 
 Ints = npt.NDArray[np.int64]
 
@@ -65,6 +68,25 @@ class Window:
     """Crops in each batch of the window that is still to come."""
     places: tuple[Place, ...]
     """The place after each of these batches."""
+
+
+def read_place(saved: Any, layout: Layout) -> Place:
+    """A place as `asdict` wrote it. Raises StateMismatchError for one that is malformed or in no epoch of `layout`."""
+    names = [field.name for field in fields(Place)]
+    if not isinstance(saved, dict) or set(saved) != set(names):
+        raise StateMismatchError(f"this state is damaged: its place must hold {', '.join(names)}; it is {saved!r}")
+    for name, value in saved.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+            raise StateMismatchError(f"this state is damaged: {name} of its place is {value!r}, not a number from 0 on")
+    place = Place(**{name: int(value) for name, value in saved.items()})
+    window = _window_images(layout, place)
+    in_window = 0 < place.crops < window * layout.crops_per_image
+    if place.images + window > layout.num_images or not (in_window or place.crops == window == 0):
+        raise StateMismatchError(
+            f"this state is damaged: its place is in no epoch of {layout.num_images} images with "
+            f"{layout.crops_per_image} crops of each: {saved}"
+        )
+    return place
 
 
 def windows(layout: Layout, place: Place, *, rank: int, world_size: int) -> Iterator[Window]:

@@ -193,6 +193,44 @@ def test_a_state_of_another_loader_names_both_values(make, tar_label_set):
         make().load_state_dict({})
 
 
+DAMAGED = {
+    "none": (None, "its place must hold epoch, images, crops, .*; it is None"),
+    "a list": ([0, 0], r"must hold epoch, .*; it is \[0, 0\]"),
+    "a field is missing": ({"images": 0}, "must hold epoch"),
+    "a field too many": (lambda place: {**place, "shards": 1}, "'shards': 1"),
+    "text": (lambda place: {**place, "images": "8"}, "images of its place is '8', not a number"),
+    "a fraction": (lambda place: {**place, "crops": 0.5}, "crops of its place is 0.5, not a number"),
+    "yes": (lambda place: {**place, "epoch": True}, "epoch of its place is True"),
+    "negative": (lambda place: {**place, "epoch": -1}, "epoch of its place is -1"),
+    "beyond the images": (lambda place: {**place, "images": 21}, "is in no epoch of 20 images with 2 crops of each"),
+    "crops of no window": (lambda place: {**place, "crops": 8}, "is in no epoch"),
+    "a window without crops": (lambda place: {**place, "window_batches": 1, "window_ranks": 2}, "is in no epoch"),
+    "a huge window": (lambda place: {**place, "crops": 1, "window_batches": 10**9, "window_ranks": 1}, "in no epoch"),
+    "crops beyond their window": (
+        lambda place: {**place, "crops": 8, "window_batches": 1, "window_ranks": 1},
+        "in no epoch",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_state_that_no_loader_saved(make, damage):
+    change, message = DAMAGED[damage]
+    loader = make()
+    state = loader.state_dict()
+    state["place"] = change(state["place"]) if callable(change) else change
+    with pytest.raises(StateMismatchError, match=f"this state is damaged: .*{message}"):
+        loader.load_state_dict(state)
+    with pytest.raises(StateMismatchError, match="a loader's state is a dictionary"):
+        loader.load_state_dict(list(state))
+    assert loader.epoch == 0 and len(list(loader)) == 5
+
+
+def test_a_torch_loader_around_it_is_refused(make):
+    with pytest.raises(UsageError, match=r"iterate over it as it is, .*CropDataset is for a DataLoader of your own"):
+        next(iter(torch.utils.data.DataLoader(make())))
+
+
 def test_all_crops_are_seen_once_before_any_again(make):
     loader = make(crops_per_image=2, batch_size=4)
     seen = []
