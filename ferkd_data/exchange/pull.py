@@ -59,12 +59,13 @@ def pull(
     where given) signed the manifest, which names the SHA-256 of every file, also of a part.
 
     Raises UsageError for crops or shards that are not there, SignatureError, PublishError when `out` holds another
-    label set or another pull works there, RemoteError, ShardError.
+    label set or another pull works there, RemoteError, LabelSetError.
     """
     check_at_least(1, workers=workers)
     require_signers(signed_by, signer)
     out = Path(out)
-    remote = open_remote(url if is_remote(url) else Path(url).absolute().as_uri(), retries)
+    folder = None if is_remote(url) else Path(str(url).removeprefix("file://")).absolute()
+    remote = open_remote(url if folder is None else folder.as_uri(), retries)
     text = read_remote_manifest(remote)
     name, signature = None, None
     if signed_by is not None:
@@ -75,7 +76,7 @@ def pull(
     with _alone(out):
         _check_place(out, part)
         fetched = _fetch_files(remote, out, part, workers, on_progress)
-        _fetch_beside(remote, out, BESIDE)
+        _fetch_beside(remote, out, BESIDE, folder)
         if part is not whole:
             # It has a manifest of its own, which nobody signed.
             part = _with_statistics(out, part)
@@ -83,7 +84,7 @@ def pull(
         elif signature is not None:
             _write(out / SIGNATURE, signature)
         else:
-            _fetch_beside(remote, out, (SIGNATURE,))
+            _fetch_beside(remote, out, (SIGNATURE,), folder)
         _write(out / FILE_NAME, text)
     return PullResult(out=out, manifest=part, fetched=fetched, signer=name)
 
@@ -181,9 +182,12 @@ def _with_statistics(out: Path, part: Manifest) -> Manifest:
     return part.model_copy(update={"statistics": counted})
 
 
-def _fetch_beside(remote: Remote, out: Path, names: Sequence[str]) -> None:
+def _fetch_beside(remote: Remote, out: Path, names: Sequence[str], folder: Path | None) -> None:
     """The card, the licence and so on, where there are any."""
     for name in names:
+        if folder is not None:
+            # In a stranger's folder they may be links to files of ours, and what is pulled may be published again.
+            inside(folder, name)
         try:
             data = remote.read(name, max_bytes=MAX_BESIDE_BYTES)
         except RemoteError as error:

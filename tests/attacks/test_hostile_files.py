@@ -240,6 +240,16 @@ def test_publish_sends_no_file_that_a_link_leads_to(copy, tmp_path):
     assert not (tmp_path / "public/README.md").exists()
 
 
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "manifest.json.sig"])
+def test_pull_copies_no_file_that_a_link_leads_to(copy, tmp_path, name):
+    (tmp_path / "secret").write_text("mine")
+    (copy / name).symlink_to(tmp_path / "secret")
+    for place in (str(copy), f"file://{copy}"):
+        with pytest.raises(LabelSetError, match="leads outside"):
+            fd.pull(place, tmp_path / "pulled")
+    assert not (tmp_path / "pulled" / name).exists() and not (tmp_path / "pulled/manifest.json").exists()
+
+
 def test_keys_that_would_escape_are_written_nowhere(copy, tmp_path):
     replaced(copy, "key", lambda column: pa.array([f"../../{number}" for number in range(len(column))]))
     faults = {fault.message for fault in fd.verify(copy).faults if fault.field == "key"}

@@ -45,6 +45,7 @@ def test_a_folder_and_back(layout, request, tmp_path):
         pulled = fd.pull(server.url, tmp_path / "mine")
     assert pulled.manifest == read_manifest(folder)
     assert fd.open_labels(tmp_path / "mine").identity == fd.open_labels(folder).identity
+    assert fd.pull(f"file://{folder}", tmp_path / "mine").fetched == 0
     assert (tmp_path / "mine/README.md").read_text() == (tmp_path / "public/README.md").read_text()
 
 
