@@ -1,74 +1,163 @@
-"""Where an extended label set's images lie in the source: a join by key on disk, with bounded memory."""
+"""Where an extended label set's images lie in the source: a join by key on disk, with bounded memory.
+
+Both sides go to piles by the hash of the key, and are joined pile by pile. What is to be labelled then goes to piles by
+its place in the plan, each of which is sorted alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ferkd_data import rng
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ferkd_data.builder.piles import PILE_ROWS, Numbers, Piles
+from ferkd_data.builder.plan import SCHEMA as PLAN
+from ferkd_data.builder.plan import table_of
 from ferkd_data.images import ImageRef
-from ferkd_data.images.duplicates import ScratchTables
+from ferkd_data.images.duplicates import SCRATCH_PREFIX
 
-TABLES = (
-    "known (hash BLOB PRIMARY KEY, row INTEGER, target INTEGER) WITHOUT ROWID",
-    "rejected (hash BLOB PRIMARY KEY, listed INTEGER) WITHOUT ROWID",
-    'refs (row INTEGER PRIMARY KEY, key TEXT, target INTEGER, file TEXT, "offset" INTEGER, length INTEGER)',
-)
+KNOWN = pa.schema([*map(PLAN.field, ("key", "target", "image_digest")), ("row", pa.int64())])
+REJECTED = pa.schema([("key", pa.string()), ("row", pa.int64())])
+LISTED = PLAN.append(pa.field("place", pa.int64()))
+NO_PLACE = -1
+"""Of an image that the source names and rejects."""
+NO_TARGET = -1
 
 
-class Known(NamedTuple):
-    row: int
-    """Number of the label set's row."""
-    target: int | None
+class Found(NamedTuple):
+    place: int
+    key: str
+    saved: int | None = None
+    """Its target in the label set."""
+    now: int | None = None
+    """Its target in the source."""
 
 
 class KnownImages:
     """What a label set has, and where the source has it. A context; gone when it ends."""
 
+    def __init__(self, num_known: int, num_rejected: int) -> None:
+        self.num_known = num_known
+        self.num_listed = self.num_found = 0
+        self.max_target = -1
+        self.mismatch: Found | None = None
+        """The first image of the source that has another target there."""
+        self.missing: Found | None = None
+        """The first image of the label set that the source does not have."""
+        self.is_gone = np.ones(num_rejected, np.bool_)
+        """Which of the rejected images the source does not have any more."""
+        self._num_piles = (num_known + num_rejected) // PILE_ROWS + 1
+
     def __enter__(self) -> KnownImages:
-        self._tables = ScratchTables(*TABLES).__enter__()
-        self._any_rejected = False
+        self._folder = tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX)
+        folder = Path(self._folder.name)
+        self._known = Piles(folder / "known", KNOWN)
+        self._rejected = Piles(folder / "rejected", REJECTED)
+        self._listed = Piles(folder / "listed", LISTED)
+        self._placed = Piles(folder / "placed", LISTED)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tables.__exit__(kind, error, trace)
+        self._folder.cleanup()
 
-    def add_labelled(self, first_row: int, keys: Iterable[str], targets: Iterable[int | None]) -> None:
-        rows = enumerate(zip(keys, targets, strict=True), first_row)
-        self._tables.run_many(
-            "INSERT INTO known VALUES (?, ?, ?)", ((rng.digest(key), row, target) for row, (key, target) in rows)
-        )
+    def add_labelled(self, first_row: int, keys: Sequence[str], targets: Any, digests: Any) -> None:
+        """Images of the label set, with anything that Arrow makes columns of."""
+        rows = [keys, targets, digests, _count(first_row, keys)]
+        self._known.add(pa.table(rows, schema=KNOWN), self._piles(keys))
 
-    def add_rejected(self, keys: Iterable[str]) -> None:
-        self._tables.run_many("INSERT OR IGNORE INTO rejected VALUES (?, 0)", ((rng.digest(key),) for key in keys))
-        self._any_rejected = self._tables.run("SELECT 1 FROM rejected LIMIT 1").fetchone() is not None
+    def add_rejected(self, first_row: int, keys: Sequence[str]) -> None:
+        self._rejected.add(pa.table([keys, _count(first_row, keys)], schema=REJECTED), self._piles(keys))
 
-    def find(self, key: str) -> Known | None:
-        found = self._tables.run("SELECT row, target FROM known WHERE hash = ?", rng.digest(key)).fetchone()
-        return None if found is None else Known(*found)
+    def add_listed(self, refs: Sequence[ImageRef]) -> None:
+        """The next images of the source."""
+        self._list(refs, _count(self.num_known + self.num_listed, refs))
+        self.num_listed += len(refs)
 
-    def note_listed(self, key: str) -> None:
-        """The source has this image, or a new verdict on it."""
-        if self._any_rejected:
-            self._tables.run("UPDATE rejected SET listed = 1 WHERE hash = ?", rng.digest(key))
+    def add_named(self, keys: Sequence[str]) -> None:
+        """Images that the source rejects."""
+        refs = [ImageRef(key=key, target=None, file="", offset=0, length=0) for key in keys]
+        self._list(refs, np.full(len(refs), NO_PLACE))
 
-    def is_listed(self, key: str) -> bool:
-        """Whether an image that was rejected is still in the source."""
-        (listed,) = self._tables.run("SELECT listed FROM rejected WHERE hash = ?", rng.digest(key)).fetchone()
-        return bool(listed)
+    def join(self, *, place_known: bool) -> None:
+        """Give each image of the source its place: the row that it has, or one after all of those.
 
-    def place(self, row: int, ref: ImageRef) -> None:
-        """Remember what is to be labelled by the row that it has, or gets."""
-        values = (row, ref.key, ref.target, ref.file, ref.offset, ref.length)
-        self._tables.run("INSERT INTO refs VALUES (?, ?, ?, ?, ?, ?)", *values)
+        Those that the label set has get none without `place_known`.
+        """
+        for pile in range(self._num_piles):
+            known, rejected = self._known.take(pile), self._rejected.take(pile)
+            is_missing = np.ones(len(known), np.bool_)
+            for listed in self._listed.read(pile):
+                is_back = pc.is_in(_array(rejected, "key"), value_set=_array(listed, "key"))
+                self.is_gone[_array(rejected, "row").filter(is_back)] = False
+                listed = listed.filter(pc.not_equal(listed["place"], NO_PLACE))
+                index = pc.index_in(_array(listed, "key"), value_set=_array(known, "key"))
+                is_missing[index.drop_null()] = False
+                self._place(listed, known.take(index), place_known=place_known)
+            for first in np.flatnonzero(is_missing)[:1].tolist():
+                found = Found(known["row"][first].as_py(), known["key"][first].as_py())
+                self.missing = min(self.missing or found, found)
 
-    def placed(self, start: int, stop: int) -> dict[int, ImageRef]:
-        """What was placed in rows start .. stop - 1, in their order."""
-        found = self._tables.run("SELECT * FROM refs WHERE row >= ? AND row < ? ORDER BY row", start, stop)
-        return {
-            row: ImageRef(key=key, target=target, file=file, offset=offset, length=length)
-            for row, key, target, file, offset, length in found
-        }
+    def placed(self, sizes: Iterable[int]) -> Iterator[pa.Table]:
+        """What is to be labelled, by its place, in tables of these sizes; short, then empty, when nothing is left."""
+        rest = PLAN.empty_table()
+        tables = self._in_order()
+        for size in sizes:
+            while len(rest) < size and (more := next(tables, None)) is not None:
+                rest = pa.concat_tables([rest, more])
+            yield rest.slice(0, size)
+            rest = rest.slice(size)
+
+    def _list(self, refs: Sequence[ImageRef], places: Numbers) -> None:
+        rows = table_of(refs).append_column(LISTED.field("place"), pa.array(places))
+        self._listed.add(rows, self._piles([ref.key for ref in refs]))
+
+    def _place(self, listed: pa.Table, known: pa.Table, *, place_known: bool) -> None:
+        """Row by row, `known` has what the label set says of `listed`, or nulls."""
+        rows = _array(known, "row")
+        is_new = rows.is_null().to_numpy(zero_copy_only=False)
+        saved, now = _targets(known), _targets(listed)
+        self._note_mismatch(listed, saved, now, ~is_new & (saved != now))
+        self.num_found += int(np.count_nonzero(~is_new))
+        self.max_target = max(self.max_target, int(now.max(initial=NO_TARGET)))
+        columns = dict(zip(LISTED.names, listed.columns, strict=True))
+        columns |= {"place": pc.coalesce(rows, _array(listed, "place")), "image_digest": known["image_digest"]}
+        placed = pa.table(columns, schema=LISTED).filter(np.full(len(listed), True) if place_known else is_new)
+        self._placed.add(placed, placed["place"].to_numpy() // PILE_ROWS)
+
+    def _note_mismatch(self, listed: pa.Table, saved: Numbers, now: Numbers, differs: npt.NDArray[np.bool_]) -> None:
+        for first in np.flatnonzero(differs)[:1].tolist():  # rows of a pile are in the order of the source
+            targets = (None if at[first] == NO_TARGET else int(at[first]) for at in (saved, now))
+            found = Found(listed["place"][first].as_py(), listed["key"][first].as_py(), *targets)
+            self.mismatch = min(self.mismatch or found, found)
+
+    def _in_order(self) -> Iterator[pa.Table]:
+        for pile in range((self.num_known + self.num_listed) // PILE_ROWS + 1):
+            rows = self._placed.take(pile)
+            rows = rows.take(np.argsort(rows["place"].to_numpy()))
+            yield pa.Table.from_arrays([rows[name] for name in PLAN.names], schema=PLAN)
+
+    def _piles(self, keys: Sequence[str]) -> Numbers:
+        # Python's own hash is another in each process; these piles do not outlive this one.
+        return np.fromiter(map(hash, keys), np.int64, len(keys)) % self._num_piles
+
+
+def _count(first: int, things: Sequence[Any]) -> Numbers:
+    return np.arange(first, first + len(things))
+
+
+def _array(table: pa.Table, name: str) -> pa.Array:
+    return table.column(name).combine_chunks()
+
+
+def _targets(table: pa.Table) -> Numbers:
+    numbers: Numbers = _array(table, "target").fill_null(NO_TARGET).to_numpy()
+    return numbers

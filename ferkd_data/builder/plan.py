@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
@@ -27,6 +28,7 @@ from ferkd_data.storage import write_atomically
 FORMAT: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["target"], "write_statistics": False}
 """Keys and files are never the same twice; and a footer of 2,500 row groups is to be read with every shard."""
 REF_FIELDS = ("key", "target", "file", "offset", "length")
+DIGEST = pa.binary(DIGEST_BYTES)
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -34,7 +36,7 @@ SCHEMA = pa.schema(
         pa.field("file", pa.string(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("length", pa.int64(), nullable=False),
-        pa.field("image_digest", pa.binary(DIGEST_BYTES)),
+        pa.field("image_digest", DIGEST),
     ]
 )
 """`image_digest` is known of an image that has labels already, and must be the same when it gets more."""
@@ -117,7 +119,7 @@ def load_or_make_plan(source: ImageSource, folder: Path, *, images_per_shard: in
         return open_plan(folder)
     with PlanWriter(folder) as writer:
         for refs in _shards(source.list_images(), writer, images_per_shard):
-            writer.add_shard(refs)
+            writer.add_shard(table_of(refs))
     if writer.images + writer.rejects == 0:
         raise SourceError(f"{source.description}: no images found")
     return save_plan(folder, writer.summary(source.class_names))
@@ -163,22 +165,17 @@ class PlanWriter:
         self._rejects.add(reject)
         self.rejects += 1
 
-    def add_shard(self, refs: Sequence[ImageRef], digests: Sequence[bytes] | None = None) -> None:
-        """With `digests` the images have labels already."""
-        columns = {name: list(map(attrgetter(name), refs)) for name in REF_FIELDS}
-        columns["image_digest"] = list(digests) if digests is not None else [None] * len(refs)
-        self._plan.write_table(pa.table(columns, schema=SCHEMA), row_group_size=max(len(refs), 1))
-        targets = [target for target in columns["target"] if target is not None]
+    def add_shard(self, rows: pa.Table, *, are_known: bool = False) -> None:
+        """Images that are known have labels already."""
+        self._plan.write_table(rows, row_group_size=max(len(rows), 1))
+        targets = rows["target"]
         self.shards += 1
-        self.images += len(refs)
-        self.labelled += len(targets)
-        self.max_target = max(self.max_target, *targets, -1)
-        if digests is None:
-            self.digest.update(
-                "".join(
-                    f"{key}\0{target}\n" for key, target in zip(columns["key"], columns["target"], strict=True)
-                ).encode()
-            )
+        self.images += len(rows)
+        self.labelled += len(rows) - targets.null_count
+        self.max_target = max(self.max_target, pc.max(targets).as_py() if targets.null_count < len(rows) else -1)
+        if not are_known:
+            pairs = zip(rows["key"].to_pylist(), targets.to_pylist(), strict=True)
+            self.digest.update("".join(f"{key}\0{target}\n" for key, target in pairs).encode())
 
     def summary(self, class_names: tuple[str, ...] | None) -> PlanSummary:
         return PlanSummary(
@@ -190,6 +187,11 @@ class PlanWriter:
             sha256=self.digest.hexdigest(),
             class_names=class_names,
         )
+
+
+def table_of(refs: Sequence[ImageRef]) -> pa.Table:
+    columns: dict[str, Any] = {name: list(map(attrgetter(name), refs)) for name in REF_FIELDS}
+    return pa.table({**columns, "image_digest": pa.nulls(len(refs), DIGEST)}, schema=SCHEMA)
 
 
 def _shards(listing: Iterable[ImageRef | Reject], writer: PlanWriter, size: int) -> Iterator[list[ImageRef]]:

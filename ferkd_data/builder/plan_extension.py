@@ -5,19 +5,26 @@ Its digest is that of the label set's plan where no image is new, else over that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice, repeat, takewhile
+from operator import attrgetter
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ferkd_data.builder.base import Base
 from ferkd_data.builder.known_images import KnownImages
 from ferkd_data.builder.plan import Plan, PlanWriter, open_plan, save_plan
-from ferkd_data.builder.rejects import read_rejects, readable
+from ferkd_data.builder.rejects import count_rejects, read_rejects, readable
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.errors import SettingsMismatchError, SourceError
-from ferkd_data.images import ImageSource, Reject
+from ferkd_data.images import ImageRef, ImageSource, Reject
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.shards import parquet, webdataset
 from ferkd_data.shards.columns import UNKNOWN_TARGET
+
+Item = TypeVar("Item")
+CHUNK = 4096
+"""Items that are dealt with together."""
 
 
 def load_or_make_extension(source: ImageSource, folder: Path, base: Base, settings: BuildSettings) -> Plan:
@@ -39,93 +46,81 @@ class _Extension:
         self.labels: LabelSet = open_labels(base.out)
         self.images_per_shard = settings.shard_images
         self.more_crops = settings.crops > base.manifest.num_crops
-        self.num_known = base.manifest.num_images
-        self.num_new = 0
-        self.num_found = 0
-        self.max_target = -1
+        self.rejects_path = base.out / base.manifest.rejects.path
 
     def plan(self) -> Plan:
         manifest = self.base.manifest
         plan_sha256 = manifest.source.plan_sha256
-        with KnownImages() as known, PlanWriter(self.folder, digest_of=plan_sha256) as writer:
+        num_known, num_rejected = manifest.num_images, count_rejects(self.rejects_path)
+        with KnownImages(num_known, num_rejected) as known, PlanWriter(self.folder, digest_of=plan_sha256) as writer:
             self._learn(known)
             self._list(known, writer)
-            for reject in read_rejects(self.base.out / manifest.rejects.path):
-                if not known.is_listed(reject.key):
+            known.join(place_known=self.more_crops)
+            self._check(known)
+            for reject, is_gone in zip(read_rejects(self.rejects_path), known.is_gone, strict=True):
+                if is_gone:
                     writer.add_reject(reject)
-            if self.more_crops:
-                self._add_known_shards(known, writer)
-            self._add_new_shards(known, writer)
-        shards = len(manifest.shards)
+            known_sizes = [entry.rows for entry in manifest.shards] if self.more_crops else []
+            shards = known.placed(chain(known_sizes, repeat(self.images_per_shard)))
+            for rows in islice(shards, len(known_sizes)):
+                writer.add_shard(rows, are_known=True)
+            for rows in takewhile(len, shards):
+                writer.add_shard(rows)
+        num_shards = len(manifest.shards)
         summary = writer.summary(self.source.class_names)
         changes = {
-            "max_target": max(self.max_target, summary.max_target),
-            "sha256": summary.sha256 if self.num_new else plan_sha256,
-            "first_shard": 0 if self.more_crops else shards,
-            "known_shards": shards if self.more_crops else 0,
-            "known_images": self.num_known if self.more_crops else 0,
+            "max_target": known.max_target,
+            "sha256": plan_sha256 if known.num_found == known.num_listed else summary.sha256,
+            "first_shard": 0 if self.more_crops else num_shards,
+            "known_shards": num_shards if self.more_crops else 0,
+            "known_images": num_known if self.more_crops else 0,
             "known_crops": manifest.num_crops,
-            "all_listed": self.num_found == self.num_known,
+            "all_listed": known.num_found == num_known,
         }
         return save_plan(self.folder, summary.model_copy(update=changes))
 
     def _learn(self, known: KnownImages) -> None:
         row = 0
-        for keys, targets, _ in self._rows():
-            known.add_labelled(row, keys, targets)
+        for keys, targets, digests in self._identities():
+            known.add_labelled(row, keys, targets, digests)
             row += len(keys)
-        known.add_rejected(reject.key for reject in read_rejects(self.base.out / self.base.manifest.rejects.path))
+        for rejects in _chunks(enumerate(read_rejects(self.rejects_path))):
+            known.add_rejected(rejects[0][0], [reject.key for _, reject in rejects])
 
     def _list(self, known: KnownImages, writer: PlanWriter) -> None:
-        """Every image of the source gets its row: the one that it has, or one after all of those."""
-        for item in self.source.list_images():
-            known.note_listed(readable(item.key))
-            if isinstance(item, Reject):
-                writer.add_reject(item)
-                continue
-            found = known.find(item.key)
-            if found is None:
-                known.place(self.num_known + self.num_new, item)
-                self.num_new += 1
-                continue
-            self.num_found += 1
-            self.max_target = max(self.max_target, -1 if item.target is None else item.target)
-            if item.target != found.target:
-                raise SettingsMismatchError(
-                    f"{self.base.out}: image {item.key!r} has another target in {self.source.description}: saved "
-                    f"{found.target}, now {item.target}; give the --classes that the label set was built with"
-                )
-            if self.more_crops:
-                known.place(found.row, item)
+        for items in _chunks(self.source.list_images()):
+            known.add_listed([item for item in items if isinstance(item, ImageRef)])
+            rejects = [item for item in items if isinstance(item, Reject)]
+            known.add_named([readable(reject.key) for reject in rejects])
+            for reject in rejects:
+                writer.add_reject(reject)
 
-    def _add_known_shards(self, known: KnownImages, writer: PlanWriter) -> None:
-        row = 0
-        for keys, _, digests in self._rows():
-            placed = known.placed(row, row + len(keys))
-            for number, key in enumerate(keys, row):
-                if number not in placed:
-                    raise SourceError(
-                        f"image {key!r} has labels in {self.base.out}, and is not in {self.source.description}: it "
-                        "cannot get more crops. Put it back, or leave out --crops to add new images alone"
-                    )
-            writer.add_shard(list(placed.values()), digests)
-            row += len(keys)
+    def _check(self, known: KnownImages) -> None:
+        if known.mismatch is not None:
+            _, key, saved, now = known.mismatch
+            raise SettingsMismatchError(
+                f"{self.base.out}: image {key!r} has another target in {self.source.description}: saved "
+                f"{saved}, now {now}; give the --classes that the label set was built with"
+            )
+        if known.missing is not None and self.more_crops:
+            raise SourceError(
+                f"image {known.missing.key!r} has labels in {self.base.out}, and is not in {self.source.description}: "
+                "it cannot get more crops. Put it back, or leave out --crops to add new images alone"
+            )
 
-    def _add_new_shards(self, known: KnownImages, writer: PlanWriter) -> None:
-        end = self.num_known + self.num_new
-        for start in range(self.num_known, end, self.images_per_shard):
-            writer.add_shard(list(known.placed(start, min(start + self.images_per_shard, end)).values()))
-
-    def _rows(self) -> Iterator[tuple[list[str], list[int | None], list[bytes]]]:
+    def _identities(self) -> Iterator[tuple[list[str], Any, Any]]:
         """(keys, targets, digests) of each shard of the label set; digests in layout parquet alone."""
-        for entry in self.base.manifest.shards:
-            if not entry.rows:
-                yield [], [], []
-                continue
+        for entry in filter(attrgetter("rows"), self.base.manifest.shards):
             with self.labels.open(entry.files[0]) as file:
                 if self.base.manifest.layout == "parquet":
                     yield parquet.read_identities(file.path, rows=entry.rows)
                     continue
                 samples = list(webdataset.scan(file.path))
             targets = [None if sample.target == UNKNOWN_TARGET else sample.target for sample in samples]
-            yield [sample.key for sample in samples], targets, []
+            yield [sample.key for sample in samples], targets, [None] * len(samples)
+
+
+def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    stream = iter(items)
+    while chunk := list(islice(stream, CHUNK)):
+        yield chunk

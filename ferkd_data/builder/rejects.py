@@ -67,6 +67,10 @@ def read_rejects(path: Path) -> Iterator[Reject]:
             yield from (Reject(**row) for row in batch.to_pylist())
 
 
+def count_rejects(path: Path) -> int:
+    return int(pq.read_metadata(path).num_rows)
+
+
 def readable(value: str) -> str:
     """File names that are not UTF-8 are kept readable, with their bytes as escapes."""
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

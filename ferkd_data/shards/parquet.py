@@ -143,11 +143,11 @@ def read_keys(path: Path, *, rows: int) -> list[str]:
     return read_texts(path, "key", rows=rows)
 
 
-def read_identities(path: Path, *, rows: int) -> tuple[list[str], list[int | None], list[bytes]]:
+def read_identities(path: Path, *, rows: int) -> tuple[list[str], pa.ChunkedArray, pa.ChunkedArray]:
     """Keys, targets and image digests of a block file. Raises ShardError as `read_labels` does."""
     whole = schema(1, 1, np.uint16)
     table = _read(path, pa.schema([whole.field(name) for name in ("key", "image_digest", "target")]), rows)
-    return _texts(path, table, "key"), table.column("target").to_pylist(), table.column("image_digest").to_pylist()
+    return _texts(path, table, "key"), table.column("target"), table.column("image_digest")
 
 
 def read_texts(path: Path, column: str, *, rows: int, longest: int = MAX_TEXT_BYTES) -> list[str]:

@@ -307,7 +307,7 @@ def test_a_classes_file_with_a_byte_order_mark(photos, tmp_path):
 
 def test_a_full_disk_while_keys_are_collected():
     with DuplicateFilter() as duplicates:
-        duplicates._tables.run("PRAGMA max_page_count = 5")
+        duplicates._database.execute("PRAGMA max_page_count = 5")
         with pytest.raises(StorageFullError, match="TMPDIR") as caught:
             for number in range(10_000):
                 duplicates.seen(str(number))
