@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -120,7 +121,11 @@ DONE_WITH_REJECTS = 3
     help="OUT is a finished label set: add more --crops, the images of SOURCE that it lacks, or both. Its manifest "
     "says the rest, also the teachers. With --overwrite, an unfinished extension is begun anew.",
 )
-@click.option("--dry-run", is_flag=True, help="Measure a few batches and print what the whole will take.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Measure a few batches and print what the whole will take, or the --part, with the workers asked for.",
+)
 @json_option
 @config_option
 def command(
@@ -166,7 +171,7 @@ def command(
     if not extend:
         require_teachers(teachers)
     if dry_run:
-        estimate = measure(source, teachers=teachers, classes=classes, precision=precision, **changes)
+        estimate = measure(source, teachers=teachers, classes=classes, precision=precision, part=part, **changes)
         print_json(asdict(estimate)) if as_json else _print_estimate(estimate)
         return 0
     with stop_on_sigterm(grace) as stop, show_progress() as report:
@@ -256,12 +261,14 @@ def print_result(result: Any, as_json: bool) -> None:
 
 
 def _print_estimate(estimate: Any) -> None:
+    if estimate.part:
+        click.echo(f"part          {estimate.part}")
     click.echo(f"images        {estimate.images:,}")
     click.echo(f"crops         {estimate.crops:,}")
     click.echo(f"forwards      {estimate.forwards:,}")
-    click.echo(
-        f"rate          {estimate.crops_per_second:,.1f} crops/s (measured on {estimate.measured_crops:,} crops)"
-    )
+    each = f": {estimate.workers:,} workers at {estimate.worker_crops_per_second:,.1f}" if estimate.workers > 1 else ""
+    click.echo(f"rate          {estimate.crops_per_second:,.1f} crops/s{each}")
+    click.echo(f"measured      {estimate.measured_crops:,} crops, on {_measured_on(estimate)}")
     click.echo(f"time          {_duration(estimate.hours)}")
     click.echo(f"labels        {size(estimate.label_bytes)}")
     if estimate.image_bytes:
@@ -272,6 +279,17 @@ def _print_estimate(estimate: Any) -> None:
             f"  {teacher.spec}: {teacher.forwards:,} forwards, {teacher.milliseconds_per_crop:.3f} ms each, "
             f"{_duration(teacher.hours)}"
         )
+
+
+def _measured_on(estimate: Any) -> str:
+    places = Counter(estimate.measured_on)
+    named = ", ".join(place if count == 1 else f"{count} x {place}" for place, count in places.items())
+    measured = len(estimate.measured_on)
+    if estimate.workers == 1:
+        return named
+    if measured == estimate.workers:
+        return f"{named}, all at once"
+    return f"{named}: {measured} of {estimate.workers:,} workers; those of one node share its disk, memory and network"
 
 
 def size(num_bytes: float) -> str:

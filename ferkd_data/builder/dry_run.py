@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from ferkd_data.builder.crop_batches import Rejected
-from ferkd_data.builder.job import stored_thresholds
-from ferkd_data.builder.label_shard import TeacherCounts, Tools, label_shard, view_of
-from ferkd_data.builder.plan import load_or_make_plan
-from ferkd_data.builder.prepare import check_targets, with_changes
+from ferkd_data.builder.job import open_tools
+from ferkd_data.builder.measuring import Sample, measure, measure_together
+from ferkd_data.builder.part import Part
+from ferkd_data.builder.plan import Plan, load_or_make_plan
+from ferkd_data.builder.prepare import Prepared, check_targets, prepare
+from ferkd_data.builder.ray_measuring import measure_on_ray
 from ferkd_data.errors import BuildError
-from ferkd_data.images import open_source
-from ferkd_data.replay import empty_batch
-from ferkd_data.shards.columns import ImageLabels
-from ferkd_data.shards.writers import write_shard
-from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
-from ferkd_data.teachers.compiled import compile_teachers
-
-MEASURE_SECONDS = 15.0
-"""How long the whole pipeline is timed."""
-TEACHER_BATCHES = 3
+from ferkd_data.teachers import TeacherSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +24,9 @@ class TeacherCost:
     spec: str
     forwards: int
     milliseconds_per_crop: float
+    """Of one worker."""
     hours: float
+    """With all workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +36,7 @@ class Estimate:
     """Of all images together."""
     forwards: int
     crops_per_second: float
-    """Measured with everything: decoding, cutting, all teachers."""
+    """Of all workers together, with everything: decoding, cutting, all teachers."""
     hours: float
     label_bytes: int
     image_bytes: int
@@ -52,6 +44,14 @@ class Estimate:
     files: int
     teachers: tuple[TeacherCost, ...]
     measured_crops: int
+    workers: int
+    """Never more than there are shards: a shard is one worker's."""
+    worker_crops_per_second: float
+    """Mean of those that were measured."""
+    measured_on: tuple[str, ...]
+    """The device of each worker that was measured; they worked at the same time."""
+    part: str | None
+    """Of the build, I/N, that all of this is about; None: the whole."""
 
 
 def dry_run(
@@ -60,95 +60,77 @@ def dry_run(
     teachers: Sequence[str | TeacherSpec],
     classes: str | Path | None = None,
     precision: str = "auto",
+    part: str | None = None,
     **changes: Any,
 ) -> Estimate:
     """Time the build on its first images, in a temporary folder, and scale up. Takes the arguments of `build`.
 
+    On this machine all its workers are measured, at once. On a Ray cluster it is one, or those that share a GPU. With
+    `part`, what is estimated is that part of the build.
+
     Raises what `build` raises, BuildError when none of the first images can be used.
     """
-    settings, resources = with_changes(None, None, changes)
-    images = open_source(source, classes=None if classes is None else Path(classes))
-    device = resources.resolved_device()
-    ensemble = load_teachers(teachers, device=device, precision=precision)
-    workers, batch_size = resources.resolved_workers(), resources.resolved_batch_size()
-    if resources.compile:
-        ensemble = compile_teachers(ensemble, batch_size)
+    mine = None if part is None else Part.parse(part)
     with (
         tempfile.TemporaryDirectory(prefix="ferkd-data-dry-run-") as name,
-        ThreadPoolExecutor(workers) as executor,
+        prepare(source, name, teachers=teachers, classes=classes, precision=precision, **changes) as prepared,
     ):
-        folder = Path(name)
-        plan = load_or_make_plan(images, folder, images_per_shard=settings.shard_images)
-        check_targets(plan, ensemble[0].num_classes, classes_given=classes is not None)
-        tools = Tools(
-            source=images,
-            teachers=ensemble,
-            settings=settings,
-            thresholds=stored_thresholds(settings),
-            device=device,
-            batch_size=batch_size,
-            workers=workers,
-            executor=executor,
-        )
-        costs = [_teacher_milliseconds(teacher, batch_size, device) for teacher in ensemble]
-        rows, rate = _measure(plan.refs(0) if plan.summary.shards else [], tools)
-        if not rows:
+        plan = load_or_make_plan(prepared.images, Path(name), images_per_shard=prepared.job.settings.shard_images)
+        check_targets(plan, prepared.ensemble[0].num_classes, classes_given=classes is not None)
+        shards = list(plan.shards) if mine is None else mine.shards(plan.shards)
+        if not shards and mine is not None:
+            raise BuildError(
+                f"{source}: makes {plan.summary.shards} shards, and part {mine} has none; make fewer parts"
+            )
+        workers = min(prepared.workplace.num_workers, max(len(shards), 1))
+        samples = _measure(prepared, plan, shards, workers)
+        if not any(sample.images for sample in samples):
             raise BuildError(f"{source}: none of the first images can be used; see the reasons with a build")
-        _, files = write_shard(folder, 0, rows, layout=settings.layout, block_starts=settings.block_starts)
-        written = sum(file.bytes for file in files)
-    num_images = plan.summary.images
+        return _estimate(prepared, plan, shards, mine, workers, samples)
+
+
+def _measure(prepared: Prepared, plan: Plan, shards: Sequence[int], workers: int) -> list[Sample]:
+    job, devices, fleet = prepared.job, prepared.workplace.devices, prepared.workplace.fleet
+    if fleet is not None:
+        return measure_on_ray(
+            job, fleet, [plan.refs(shard) for shard in shards[: min(workers, fleet.workers_on_a_gpu)]]
+        )
+    if workers > 1:
+        return measure_together(job, devices[:workers], [plan.refs(shard) for shard in shards[:workers]])
+    with open_tools(job, devices[0], prepared.ensemble) as tools:
+        return [measure(tools, plan.refs(shards[0]) if shards else [])]
+
+
+def _estimate(
+    prepared: Prepared, plan: Plan, shards: Sequence[int], part: Part | None, workers: int, samples: Sequence[Sample]
+) -> Estimate:
+    settings, ensemble = prepared.job.settings, prepared.ensemble
+    num_images = plan.count_images(shards)
     num_crops = num_images * settings.crops
-    copied = sum(len(image) for _, image in rows) if settings.layout == "webdataset" else 0
-    scale = num_images / len(rows)
-    files_per_shard = len(settings.block_starts)
+    rate = fmean(sample.crops_per_second for sample in samples)
+    scale = num_images / sum(sample.images for sample in samples)
+    costs = [fmean(each) for each in zip(*(sample.teacher_milliseconds for sample in samples), strict=True)]
     return Estimate(
         images=num_images,
         crops=num_crops,
         forwards=num_crops * len(ensemble),
-        crops_per_second=rate,
-        hours=num_crops / rate / 3600,
-        label_bytes=round((written - copied) * scale),
-        image_bytes=round(copied * scale),
-        files=plan.summary.shards * files_per_shard + 2,
+        crops_per_second=rate * workers,
+        hours=num_crops / (rate * workers) / 3600,
+        label_bytes=round(sum(sample.label_bytes for sample in samples) * scale),
+        image_bytes=round(sum(sample.image_bytes for sample in samples) * scale),
+        files=len(shards) * len(settings.block_starts) + (2 if part is None else 0),
         teachers=tuple(
             TeacherCost(
                 spec=str(teacher.spec),
                 forwards=num_crops,
                 milliseconds_per_crop=cost,
-                hours=num_crops * cost / 3.6e6,
+                hours=num_crops * cost / 3.6e6 / workers,
             )
             for teacher, cost in zip(ensemble, costs, strict=True)
         ),
-        measured_crops=len(rows) * settings.crops,
+        measured_crops=sum(sample.crops for sample in samples),
+        workers=workers,
+        worker_crops_per_second=rate,
+        measured_on=tuple(sample.place for sample in samples),
+        part=None if part is None else str(part),
     )
-
-
-def _measure(refs: list[Any], tools: Tools) -> tuple[list[tuple[ImageLabels, bytes]], float]:
-    """Label images for about MEASURE_SECONDS; the first batch warms up and is not counted."""
-    marks: list[tuple[float, int]] = []
-
-    def on_batch(crops: int, rejects: int) -> None:
-        marks.append((time.perf_counter(), crops))
-
-    rows = []
-    stream = label_shard(refs, tools, Rejected(), TeacherCounts.zeros(len(tools.teachers)), on_batch)
-    started = time.perf_counter()
-    for row in stream:
-        rows.append(row)
-        if time.perf_counter() - started > MEASURE_SECONDS:
-            break
-    if len(marks) < 2:
-        return rows, sum(crops for _, crops in marks) / max(time.perf_counter() - started, 1e-9)
-    return rows, sum(crops for _, crops in marks[1:]) / (marks[-1][0] - marks[0][0])
-
-
-def _teacher_milliseconds(teacher: Teacher, batch_size: int, device: str) -> float:
-    view = view_of(teacher)
-    batch = empty_batch(batch_size, view.size).random_(0, 256).to(device)
-    teacher.logits(batch).cpu()
-    times = []
-    for _ in itertools.repeat(None, TEACHER_BATCHES):
-        started = time.perf_counter()
-        teacher.logits(batch).cpu()
-        times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2] * 1000 / batch_size

@@ -59,8 +59,16 @@ class Fleet:
         """Workers to ask for now."""
         if self.processes is not None:
             return self.processes
-        room = sum(self._room(node) for node in _nodes(self.ray))
-        return max(1, room + (WAITING_WORKERS if self.grows else 0))
+        return max(1, self.room() + (WAITING_WORKERS if self.grows else 0))
+
+    @property
+    def workers_on_a_gpu(self) -> int:
+        """One on a CPU, too."""
+        return int(1 / self.gpus + 1e-6) if self.gpus else 1
+
+    def room(self) -> int:
+        """Workers that the nodes hold which are there now, if nothing else runs on them."""
+        return sum(self._room(node) for node in _nodes(self.ray))
 
     def __str__(self) -> str:
         """What each worker asks for."""
@@ -68,7 +76,7 @@ class Fleet:
 
     def _room(self, node: Mapping[str, float]) -> int:
         by_cpu = int(node.get("CPU", 0) / self.cpus)
-        return min(by_cpu, int(node.get("GPU", 0)) * int(1 / self.gpus + 1e-6)) if self.gpus else by_cpu
+        return min(by_cpu, int(node.get("GPU", 0)) * self.workers_on_a_gpu) if self.gpus else by_cpu
 
 
 @contextmanager

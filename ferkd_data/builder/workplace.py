@@ -22,6 +22,14 @@ class Workplace:
     fleet: Fleet | None = None
 
     @property
+    def num_workers(self) -> int:
+        """Those that a build would have now; at least one."""
+        if self.fleet is None:
+            return len(self.devices)
+        room = self.fleet.room()
+        return max(1, min(self.fleet.processes or room, room))
+
+    @property
     def device_here(self) -> str:
         """Of the teachers that the driver loads. It labels only where it is the one worker itself."""
         return self.devices[0] if self.fleet is None else "cpu"

@@ -8,7 +8,6 @@ import torch
 from label_sets import SMALL
 
 import ferkd_data as fd
-from ferkd_data.builder import dry_run
 from ferkd_data.builder.job import open_tools
 from ferkd_data.builder.pipeline import look_ahead
 from ferkd_data.builder.prepare import prepare
@@ -106,18 +105,6 @@ def test_unknown_settings_are_named(photos, tiny_teachers, tmp_path):
     for name, value in {"crops": 0, "crops_per_block": 0, "layout": "zip", "ensemble": "max", "workers": 0}.items():
         with pytest.raises(UsageError, match=name):
             fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **{name: value})
-
-
-def test_a_dry_run_measures_and_leaves_nothing(photos, tiny_teachers, tmp_path):
-    before = sorted(tmp_path.iterdir())
-    teachers = [tiny_teachers, "python:ferkd_tiny_teachers:second"]
-    estimate = dry_run(photos, teachers=teachers, **SMALL)
-    assert (estimate.images, estimate.crops, estimate.forwards) == (20, 200, 400)
-    assert estimate.hours == pytest.approx(200 / estimate.crops_per_second / 3600)
-    assert estimate.files == 3 * 3 + 2
-    assert estimate.label_bytes > 200 * 10 and estimate.image_bytes == 0
-    assert [teacher.forwards for teacher in estimate.teachers] == [200, 200]
-    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_progress_counts_to_the_end(photos, tiny_teachers, tmp_path):

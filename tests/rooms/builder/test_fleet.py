@@ -14,6 +14,7 @@ from label_sets import SMALL
 import ferkd_data as fd
 from ferkd_data.builder import Resources
 from ferkd_data.builder.ray_cluster import CPU_THREADS, WAITING_WORKERS, open_fleet
+from ferkd_data.builder.workplace import Workplace
 from ferkd_data.errors import BuildError, FerkdError, MissingExtraError, UsageError
 
 
@@ -58,6 +59,23 @@ def test_workers_on_cpus(fleet_of):
     assert fleet_of({"CPU": 16}, {"CPU": 2}).threads == 2
     assert [fleet_of({"CPU": 4}, {"CPU": 2}, processes=count).threads for count in (1, 2, 3, 6, 9)] == [4, 2, 2, 1, 1]
     assert fleet_of({}).size() >= 1
+
+
+def test_workers_that_an_estimate_counts_on(monkeypatch, fleet_of):
+    """Those that find room now: not the ones that wait, nor more than were asked for."""
+    node = {"CPU": 64, "GPU": 8}
+
+    def counted(*nodes, **resources):
+        fleet = fleet_of(*nodes, **resources)
+        workplace = Workplace(devices=[fleet.device], batch_size=8, workers=1, threads=1, fleet=fleet)
+        return workplace.num_workers, fleet.workers_on_a_gpu
+
+    assert counted(node, node) == (16, 1)
+    assert counted(node, gpus_per_teacher=0.3) == (24, 3)
+    assert counted(node, processes=3) == (3, 1)
+    assert counted(node, processes=100) == (8, 1)
+    assert counted({"CPU": 9}) == (2, 1)
+    assert counted({}) == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def small_piles(monkeypatch):
 
 
 def make_piles_small(patch, rows=4):
-    for name in ("piles.PILE_ROWS", "piles.BUFFERED", "known_images.PILE_ROWS"):
+    for name in ("piles.PILE_ROWS", "known_images.PILE_ROWS"):
         patch.setattr(f"ferkd_data.builder.{name}", rows)
 
 

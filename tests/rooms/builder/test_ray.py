@@ -14,6 +14,7 @@ from label_sets import SMALL, files_below, same_files, wait_until
 from servers import s3_store
 
 import ferkd_data as fd
+from ferkd_data.builder import dry_run
 from ferkd_data.builder.events import WorkerDied, WorkerStarted
 from ferkd_data.errors import BuildError, TeacherError
 
@@ -196,6 +197,21 @@ def test_hosts_that_share_nothing_but_a_store(cluster, folder, photos, undisturb
     assert not files_below(tmp_path / "cache-of-the-driver")
     fd.pull(out, tmp_path / "copy")
     assert same_files(expected, tmp_path / "copy")
+
+
+def test_a_dry_run_measures_on_the_cluster(cluster, folder, photos):
+    """In a worker with what a build's gets; for as many as the cluster has room for."""
+    (folder / "together").unlink(missing_ok=True)
+    for path in folder.glob("at-work-*"):
+        path.unlink()
+    dry = {"teachers": ["python:ray_teachers:slow"], "engine": "ray", "ray_address": cluster.address, **BUILD}
+    estimate = dry_run(photos, **dry)
+    (mark,) = folder.glob("at-work-*")
+    assert not mark.name.endswith(f"-{os.getpid()}")
+    assert estimate.workers == 1 and estimate.measured_crops == 40
+    assert [place.rpartition(" ")[0] for place in estimate.measured_on] == ["cpu of node"]
+    with pytest.raises(TeacherError, match=r"^teacher python:ferkd_tiny_teachers:nan gave NaN"):
+        dry_run(photos, **{**dry, "teachers": ["python:ferkd_tiny_teachers:nan"]})
 
 
 def test_teachers_that_fail(cluster, photos, tmp_path):

@@ -1,0 +1,158 @@
+"""How fast a build's workers label: timed on a few batches, with all of them at work at once.
+
+Workers share what a machine has, and several may share a GPU: one measured alone would promise too much for the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from ferkd_data.builder.crop_batches import Rejected
+from ferkd_data.builder.failures import failure
+from ferkd_data.builder.job import Job, open_tools
+from ferkd_data.builder.label_shard import TeacherCounts, Tools, label_shard, view_of
+from ferkd_data.builder.messages import Failed
+from ferkd_data.errors import BuildError
+from ferkd_data.images import ImageRef
+from ferkd_data.replay import empty_batch
+from ferkd_data.shards.writers import Row, write_shard
+from ferkd_data.teachers import Teacher
+
+MEASURE_SECONDS = 15.0
+"""How long the whole pipeline is timed."""
+TEACHER_BATCHES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What one worker did."""
+
+    place: str
+    images: int
+    crops: int
+    crops_per_second: float
+    label_bytes: int
+    image_bytes: int
+    """Copied into the shard; 0 for layout parquet."""
+    teacher_milliseconds: tuple[float, ...]
+    """Of each teacher, for one crop."""
+
+
+def measure(tools: Tools, refs: Sequence[ImageRef]) -> Sample:
+    """Label images of a shard for about MEASURE_SECONDS, and write them to a temporary folder."""
+    settings = tools.settings
+    milliseconds = [_teacher_milliseconds(teacher, tools.batch_size, tools.device) for teacher in tools.teachers]
+    rows, rate = _label(refs, tools)
+    copied = sum(len(image) for _, image in rows) if settings.layout == "webdataset" else 0
+    written = 0
+    if rows:
+        with tempfile.TemporaryDirectory(prefix="ferkd-data-dry-run-") as name:
+            _, files = write_shard(Path(name), 0, rows, layout=settings.layout, block_starts=settings.block_starts)
+            written = sum(file.bytes for file in files)
+    return Sample(
+        place=tools.device,
+        images=len(rows),
+        crops=len(rows) * settings.crops,
+        crops_per_second=rate,
+        label_bytes=written - copied,
+        image_bytes=copied,
+        teacher_milliseconds=tuple(milliseconds),
+    )
+
+
+def measure_together(job: Job, devices: Sequence[str], shards: Sequence[Sequence[ImageRef]]) -> list[Sample]:
+    """A worker process on each device, as a build has them, each with images of its own.
+
+    Raises what a worker raised, BuildError for one that died.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = []
+    try:
+        for device, refs in zip(devices, shards, strict=True):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(theirs, job, device, refs), daemon=True)
+            workers.append((device, process, ours))
+            process.start()
+            theirs.close()
+        return [_receive(*worker) for worker in workers]
+    finally:
+        for _, process, connection in workers:
+            connection.close()
+            if process.pid is not None:
+                process.kill()
+                process.join()
+
+
+def attempt(action: Callable[[], Sample | Failed]) -> Sample | Failed:
+    """What a worker tells its driver."""
+    try:
+        return action()
+    except Exception as error:
+        return Failed(type(error).__name__, str(error), traceback.format_exc())
+
+
+def _work(driver: Connection, job: Job, device: str, refs: Sequence[ImageRef]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends this process
+
+    def action() -> Sample:
+        torch.set_num_threads(job.threads)
+        with open_tools(job, device) as tools:
+            return measure(tools, refs)
+
+    driver.send(attempt(action))
+
+
+def _receive(device: str, process: multiprocessing.process.BaseProcess, connection: Connection) -> Sample:
+    try:
+        answer: Sample | Failed = connection.recv()
+    except (EOFError, OSError) as error:
+        process.join()
+        raise BuildError(
+            f"a worker on {device} died while it was measured, with status {process.exitcode}; try fewer --processes "
+            "(in a script of your own, measure under `if __name__ == '__main__':`)"
+        ) from error
+    if isinstance(answer, Failed):
+        raise failure(answer, f"a worker on {device}")
+    return answer
+
+
+def _label(refs: Sequence[ImageRef], tools: Tools) -> tuple[list[Row], float]:
+    """Rows, and crops per second; the first batch warms up and is not counted."""
+    marks: list[tuple[float, int]] = []
+
+    def on_batch(crops: int, rejects: int) -> None:
+        marks.append((time.perf_counter(), crops))
+
+    rows = []
+    stream = label_shard(refs, tools, Rejected(), TeacherCounts.zeros(len(tools.teachers)), on_batch)
+    started = time.perf_counter()
+    for row in stream:
+        rows.append(row)
+        if time.perf_counter() - started > MEASURE_SECONDS:
+            break
+    if len(marks) < 2:
+        return rows, sum(crops for _, crops in marks) / max(time.perf_counter() - started, 1e-9)
+    return rows, sum(crops for _, crops in marks[1:]) / (marks[-1][0] - marks[0][0])
+
+
+def _teacher_milliseconds(teacher: Teacher, batch_size: int, device: str) -> float:
+    view = view_of(teacher)
+    batch = empty_batch(batch_size, view.size).random_(0, 256).to(device)
+    teacher.logits(batch).cpu()
+    times = []
+    for _ in itertools.repeat(None, TEACHER_BATCHES):
+        started = time.perf_counter()
+        teacher.logits(batch).cpu()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2] * 1000 / batch_size
