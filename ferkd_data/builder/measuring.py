@@ -5,16 +5,18 @@ Workers share what a machine has, and several may share a GPU: one measured alon
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import signal
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -22,7 +24,10 @@ from ferkd_data.builder.crop_batches import Rejected
 from ferkd_data.builder.failures import failure
 from ferkd_data.builder.job import Job, open_tools
 from ferkd_data.builder.label_shard import TeacherCounts, Tools, label_shard, view_of
+from ferkd_data.builder.labeller import failed
 from ferkd_data.builder.messages import Failed
+from ferkd_data.builder.worker_processes import WorkerProcess, WorkerProcesses
+from ferkd_data.builder.workers import WorkerLostError
 from ferkd_data.errors import BuildError
 from ferkd_data.images import ImageRef
 from ferkd_data.replay import empty_batch
@@ -71,59 +76,50 @@ def measure(tools: Tools, refs: Sequence[ImageRef]) -> Sample:
     )
 
 
+def measure_as_worker(job: Job, device: str, refs: Sequence[ImageRef]) -> Sample:
+    """With teachers and threads of its own, as a worker of a build in this process."""
+    torch.set_num_threads(job.threads)
+    with open_tools(job, device) as tools:
+        return measure(tools, refs)
+
+
 def measure_together(job: Job, devices: Sequence[str], shards: Sequence[Sequence[ImageRef]]) -> list[Sample]:
     """A worker process on each device, as a build has them, each with images of its own.
 
     Raises what a worker raised, BuildError for one that died.
     """
     context = multiprocessing.get_context("spawn")
-    workers = []
-    try:
-        for device, refs in zip(devices, shards, strict=True):
-            ours, theirs = context.Pipe(duplex=False)
+    with ExitStack() as stack:
+        workers = []
+        for number, (device, refs) in enumerate(zip(devices, shards, strict=True)):
+            ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, job, device, refs), daemon=True)
-            workers.append((device, process, ours))
             process.start()
             theirs.close()
-        return [_receive(*worker) for worker in workers]
-    finally:
-        for _, process, connection in workers:
-            connection.close()
-            if process.pid is not None:
-                process.kill()
-                process.join()
-
-
-def attempt(action: Callable[[], Sample | Failed]) -> Sample | Failed:
-    """What a worker tells its driver."""
-    try:
-        return action()
-    except Exception as error:
-        return Failed(type(error).__name__, str(error), traceback.format_exc())
+            workers.append(WorkerProcess(number, device, process, ours))
+            stack.callback(workers[-1].end, 0)
+        return [_hear(worker) for worker in workers]
 
 
 def _work(driver: Connection, job: Job, device: str, refs: Sequence[ImageRef]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends this process
-
-    def action() -> Sample:
-        torch.set_num_threads(job.threads)
-        with open_tools(job, device) as tools:
-            return measure(tools, refs)
-
-    driver.send(attempt(action))
-
-
-def _receive(device: str, process: multiprocessing.process.BaseProcess, connection: Connection) -> Sample:
+    answer: Sample | Failed
     try:
-        answer: Sample | Failed = connection.recv()
-    except (EOFError, OSError) as error:
-        process.join()
-        raise BuildError(
-            f"a worker on {device} died while it was measured, with status {process.exitcode}; try fewer --processes "
-            "(in a script of your own, measure under `if __name__ == '__main__':`)"
-        ) from error
+        answer = measure_as_worker(job, device, refs)
+    except Exception as error:
+        answer = failed(error)
+    with contextlib.suppress(OSError):
+        driver.send(answer)
+
+
+def _hear(worker: WorkerProcess) -> Sample:
+    try:
+        answer = cast(Sample | Failed, worker.hear())
+    except WorkerLostError as error:
+        hint = WorkerProcesses.when_none_gets_ready
+        raise BuildError(f"{worker} {error} while it was measured; {hint}") from error
     if isinstance(answer, Failed):
-        raise failure(answer, f"a worker on {device}")
+        raise failure(answer, str(worker))
     return answer
 
 

@@ -142,15 +142,20 @@ class Actor:
         yield from self.labeller.settle()
 
     def _check_node(self) -> None:
-        if ferkd_data.__version__ != self.driver_version:
-            raise BuildError(
-                f"node {platform.node()} has ferkd-data {ferkd_data.__version__}, the build was started by "
-                f"{self.driver_version}; install the same version on all nodes"
-            )
-        # Relative paths and modules of teachers mean what they mean to the driver, where the node has that folder.
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            os.chdir(self.driver_folder)
+        join_driver(self.driver_folder, self.driver_version)
         folder_of(self.labeller.job.out).join()
+
+
+def join_driver(folder: str, version: str) -> None:
+    """Raises BuildError where this node has another version of us."""
+    if ferkd_data.__version__ != version:
+        raise BuildError(
+            f"node {platform.node()} has ferkd-data {ferkd_data.__version__}, the build was started by "
+            f"{version}; install the same version on all nodes"
+        )
+    # Relative paths and modules of teachers mean what they mean to the driver, where the node has that folder.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        os.chdir(folder)
 
 
 def _last_line(error: Exception) -> str:
