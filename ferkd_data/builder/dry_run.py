@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -78,27 +79,27 @@ def dry_run(
         plan = load_or_make_plan(prepared.images, Path(name), images_per_shard=prepared.job.settings.shard_images)
         check_targets(plan, prepared.ensemble[0].num_classes, classes_given=classes is not None)
         shards = list(plan.shards) if mine is None else mine.shards(plan.shards)
-        if not shards and mine is not None:
+        if plan.summary.shards and not shards:
             raise BuildError(
                 f"{source}: makes {plan.summary.shards} shards, and part {mine} has none; make fewer parts"
             )
-        workers = min(prepared.workplace.num_workers, max(len(shards), 1))
-        samples = _measure(prepared, plan, shards, workers)
-        if not any(sample.images for sample in samples):
+        workers = min(prepared.workplace.num_workers, len(shards))
+        samples = [sample for sample in _measure(prepared, plan, shards[:workers]) if sample.images]
+        if not samples:
             raise BuildError(f"{source}: none of the first images can be used; see the reasons with a build")
         return _estimate(prepared, plan, shards, mine, workers, samples)
 
 
-def _measure(prepared: Prepared, plan: Plan, shards: Sequence[int], workers: int) -> list[Sample]:
+def _measure(prepared: Prepared, plan: Plan, shards: Sequence[int]) -> list[Sample]:
+    """With a worker for each of `shards`, on a cluster with fewer."""
     job, devices, fleet = prepared.job, prepared.workplace.devices, prepared.workplace.fleet
-    if fleet is not None:
-        return measure_on_ray(
-            job, fleet, [plan.refs(shard) for shard in shards[: min(workers, fleet.workers_on_a_gpu)]]
-        )
-    if workers > 1:
-        return measure_together(job, devices[:workers], [plan.refs(shard) for shard in shards[:workers]])
+    refs = (plan.refs(shard) for shard in shards)
+    if fleet is not None and shards:
+        return measure_on_ray(job, fleet, list(islice(refs, fleet.workers_on_a_gpu)))
+    if len(devices) > 1:  # also for a single shard: its worker has its share of the cores
+        return measure_together(job, devices[: len(shards)], list(refs))
     with open_tools(job, devices[0], prepared.ensemble) as tools:
-        return [measure(tools, plan.refs(shards[0]) if shards else [])]
+        return [measure(tools, each) for each in refs]
 
 
 def _estimate(

@@ -97,10 +97,10 @@ class KnownImages:
             is_missing = np.ones(len(known), np.bool_)
             for listed in self._listed.read(pile):
                 is_back = pc.is_in(_array(rejected, "key"), value_set=_array(listed, "key"))
-                self.is_gone[_array(rejected, "row").filter(is_back)] = False
+                self.is_gone[_array(rejected, "row").filter(is_back).to_numpy()] = False
                 listed = listed.filter(pc.not_equal(listed["place"], NO_PLACE))
                 index = pc.index_in(_array(listed, "key"), value_set=_array(known, "key"))
-                is_missing[index.drop_null()] = False
+                is_missing[index.drop_null().to_numpy()] = False
                 self._place(listed, known.take(index), place_known=place_known)
             for first in np.flatnonzero(is_missing)[:1].tolist():
                 found = Found(known["row"][first].as_py(), known["key"][first].as_py())

@@ -14,7 +14,7 @@ from ferkd_data.images.duplicates import scratch_full
 PILE_ROWS = 2**16
 """Rows that a pile should have, since it is taken as a whole; and that are written together, a piece to each pile."""
 # Threads of Arrow's would each hold on to memory of their own.
-WRITE = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
+WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
 READ = pa.ipc.IpcReadOptions(use_threads=False)
 
 Numbers = npt.NDArray[np.int64]

@@ -119,6 +119,16 @@ def test_no_more_workers_than_shards(photos, tiny_teachers, together):
     assert together == [(["cpu"] * 3, [8, 8, 4])]
     assert (estimate.workers, estimate.crops_per_second) == (3, 60)
     assert estimate.label_bytes == 500 * 10
+    dry_run(photos, teachers=[tiny_teachers], processes=2, **{**SMALL, "images_per_shard": 20})
+    assert together[1] == (["cpu"], [20])
+
+
+@pytest.mark.parametrize("name", ["two.dots.jpg", "no_picture.jpg"])
+def test_images_that_cannot_be_used(tiny_teachers, tmp_path, name):
+    """Rejected by the listing, and when they are read."""
+    (tmp_path / name).write_bytes(b"no picture")
+    with pytest.raises(BuildError, match="none of the first images can be used"):
+        dry_run(tmp_path, teachers=[tiny_teachers], **SMALL)
 
 
 def test_a_part_is_estimated_alone(photos, tiny_teachers, together):
