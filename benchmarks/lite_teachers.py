@@ -1,7 +1,7 @@
 """The demo's teachers as PyTorch modules, to compare the ways of running them:
 
-    cd benchmarks
-    ferkd-data bench --device cpu --teacher python:lite_teachers:lite0 --teacher python:lite_teachers:lite1 …
+cd benchmarks
+ferkd-data bench --device cpu --teacher python:lite_teachers:lite0 --teacher python:lite_teachers:lite1 …
 """
 
 from __future__ import annotations

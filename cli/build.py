@@ -166,12 +166,12 @@ def command(
         changes["thresholds"] = parse_thresholds(thresholds.split(), confidence)
     if given({"scale": scale, "ratio": ratio, "hflip": hflip}):
         changes["distribution"] = fd.CropDistribution(scale=scale, ratio=ratio, hflip=hflip)
-    if dry_run and extend:
-        raise UsageError("--dry-run measures a build from the start; leave --extend out")
     if not extend:
         require_teachers(teachers)
     if dry_run:
-        estimate = measure(source, teachers=teachers, classes=classes, precision=precision, part=part, **changes)
+        estimate = measure(
+            source, teachers=teachers, classes=classes, precision=precision, part=part, extend=extend, **changes
+        )
         print_json(asdict(estimate)) if as_json else _print_estimate(estimate)
         return 0
     with stop_on_sigterm(grace) as stop, show_progress() as report:

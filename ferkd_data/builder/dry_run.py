@@ -16,7 +16,7 @@ from ferkd_data.builder.part import Part
 from ferkd_data.builder.plan import Plan, load_or_make_plan
 from ferkd_data.builder.prepare import Prepared, check_targets, prepare
 from ferkd_data.builder.ray_measuring import measure_on_ray
-from ferkd_data.errors import BuildError
+from ferkd_data.errors import BuildError, UsageError
 from ferkd_data.teachers import TeacherSpec
 
 
@@ -62,6 +62,7 @@ def dry_run(
     classes: str | Path | None = None,
     precision: str = "auto",
     part: str | None = None,
+    extend: bool = False,
     **changes: Any,
 ) -> Estimate:
     """Time the build on its first images, in a temporary folder, and scale up. Takes the arguments of `build`.
@@ -71,6 +72,8 @@ def dry_run(
 
     Raises what `build` raises, BuildError when none of the first images can be used.
     """
+    if extend:
+        raise UsageError("a dry run (--dry-run) measures a build from the start; leave out extend (--extend)")
     mine = None if part is None else Part.parse(part)
     with (
         tempfile.TemporaryDirectory(prefix="ferkd-data-dry-run-") as name,

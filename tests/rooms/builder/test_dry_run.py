@@ -168,3 +168,8 @@ def test_too_little_time_for_two_batches(photos, tiny_teachers, monkeypatch):
     monkeypatch.setattr(module, "MEASURE_SECONDS", 0)
     estimate = dry_run(photos, teachers=[tiny_teachers], **{**SMALL, "batch_size": 256})
     assert estimate.crops_per_second > 0
+
+
+def test_an_extension_is_not_measured(photos):
+    with pytest.raises(UsageError, match="from the start"):
+        dry_run(photos, teachers=[], extend=True, crops=20)
