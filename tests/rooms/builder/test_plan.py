@@ -69,16 +69,31 @@ def peak_of_plan(num_images, folder, queue):
     queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def test_ten_times_the_images_plan_in_the_same_memory(tmp_path, quick_process):
-    """300,000 references alone would take 100 MB."""
+def peaks_of_plans(sizes, folder, quick_process):
+    """Megabytes of a process for each."""
     peaks = {}
-    for num_images in (30_000, 300_000):
+    for num_images in sizes:
         queue = quick_process.SimpleQueue()
-        process = quick_process.Process(target=peak_of_plan, args=(num_images, tmp_path / str(num_images), queue))
+        process = quick_process.Process(target=peak_of_plan, args=(num_images, folder / str(num_images), queue))
         process.start()
         peaks[num_images] = queue.get()
         process.join()
+    return peaks
+
+
+def test_ten_times_the_images_plan_in_the_same_memory(tmp_path, quick_process):
+    """300,000 references alone would take 100 MB."""
+    peaks = peaks_of_plans((30_000, 300_000), tmp_path, quick_process)
     assert peaks[300_000] < peaks[30_000] + 10, peaks
+
+
+def test_ten_million_images_plan_in_little_memory(tmp_path, quick_process):
+    """The footer of the plan grows by 6 kB for each of its 2,442 shards; a worker reads it, and one shard."""
+    peaks = peaks_of_plans((30_000, 10_000_000), tmp_path, quick_process)
+    assert peaks[10_000_000] < peaks[30_000] + 60, peaks
+    plan = open_plan(tmp_path / "10000000")
+    assert (plan.summary.images, len(plan.shards)) == (10_000_000, 2442)
+    assert [ref.offset for ref in plan.refs(2441)] == list(range(2441 * 4096, 10_000_000))
 
 
 @pytest.fixture
