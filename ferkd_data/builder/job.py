@@ -14,6 +14,7 @@ from ferkd_data.buckets import QuantileThresholds, Thresholds
 from ferkd_data.builder.forwards import Forwards, Nobody, Observer
 from ferkd_data.builder.label_shard import Tools
 from ferkd_data.builder.settings import BuildSettings
+from ferkd_data.builder.staging import current_device, open_staging
 from ferkd_data.images import ImageSource, open_source
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.compiled import compile_teachers
@@ -53,18 +54,22 @@ def open_tools(
     job: Job, device: str, teachers: Sequence[Teacher] | None = None, observer: Observer | None = None
 ) -> Iterator[Tools]:
     """What this process labels shards with; `teachers` are those it has loaded already. Compiles them if asked to."""
-    loaded = teachers or load_teachers(job.teachers, device=device, precision=job.precision)
-    # This thread keeps the number it has: it would take that of the pool if it had not asked for its own before.
-    torch.get_num_threads()
-    if job.compile:
-        loaded = compile_teachers(loaded, job.batch_size)
-    with ThreadPoolExecutor(job.workers, thread_name_prefix="ferkd-data", initializer=_compute_alone) as executor:
+    with (
+        current_device(device),
+        ThreadPoolExecutor(job.workers, thread_name_prefix="ferkd-data", initializer=_compute_alone) as executor,
+    ):
+        loaded = teachers or load_teachers(job.teachers, device=device, precision=job.precision)
+        # This thread keeps the number it has: it would take that of the pool if it had not asked for its own before.
+        torch.get_num_threads()
+        if job.compile:
+            loaded = compile_teachers(loaded, job.batch_size)
         yield Tools(
             source=job.open_source(),
             teachers=loaded,
             settings=job.settings,
             thresholds=stored_thresholds(job.settings),
             device=device,
+            staging=open_staging(device),
             batch_size=job.batch_size,
             workers=job.workers,
             executor=executor,

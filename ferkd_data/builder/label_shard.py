@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from ferkd_data.buckets import Thresholds, assign_buckets, confidence
 from ferkd_data.builder.crop_batches import CropBatch, DecodedImage, Rejected, View, crop_batches
 from ferkd_data.builder.forwards import Forwards
 from ferkd_data.builder.settings import BuildSettings
-from ferkd_data.builder.staging import Fetched, Staging, open_staging
+from ferkd_data.builder.staging import Fetched, Staging
 from ferkd_data.ensemble import check_logits, combine, raise_if_wrong
 from ferkd_data.errors import BuildError
 from ferkd_data.images import ImageRef, ImageSource
@@ -38,6 +37,8 @@ class Tools:
     thresholds: Thresholds
     """Those that buckets are stored for; with quantile thresholds, provisional."""
     device: str
+    staging: Staging
+    """One for all shards: on a GPU its streams keep the memory that they once had."""
     batch_size: int
     workers: int
     executor: Executor
@@ -45,10 +46,6 @@ class Tools:
     fail_on_reject: bool = False
     first_crop: int = 0
     """0, or the number of crops that an extended label set has already."""
-
-    @cached_property
-    def staging(self) -> Staging:
-        return open_staging(self.device)
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ is the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy.typing as npt
@@ -102,9 +102,15 @@ class CudaStaging:
                 copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
                 copies.append(copy.copy_(tensor, non_blocking=True))
                 tensor.record_stream(self.back)
-            done = self.back.record_event()
+            # Whoever waits for it sleeps: by default a thread that waits keeps a core busy, which decoding can use.
+            done = self.back.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
         return Fetched(copies, done.synchronize)
 
 
 def open_staging(device: str) -> Staging:
     return HostStaging() if device == "cpu" else CudaStaging(device)
+
+
+def current_device(device: str) -> AbstractContextManager[Any]:
+    """For as long as it lasts, what this thread does on no GPU in particular is done on this one, not on the first."""
+    return nullcontext() if device == "cpu" else torch.cuda.device(device)

@@ -96,8 +96,9 @@ class ModuleTeacher:
 
 
 def _ready(module: nn.Module, device: torch.device, memory_format: torch.memory_format) -> nn.Module:
-    module = module.eval().to(device)
-    return module if isinstance(module, torch.jit.ScriptModule) else module.to(memory_format=memory_format)
+    if isinstance(module, torch.jit.ScriptModule):
+        return module.eval().to(device)
+    return module.eval().to(device, memory_format=memory_format)
 
 
 def normalisation(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -58,8 +58,9 @@ class LateDevice:
 
 @pytest.fixture
 def late(monkeypatch):
-    device = LateDevice()
-    monkeypatch.setattr("ferkd_data.builder.label_shard.open_staging", lambda name: device)
+    device, opened = LateDevice(), []
+    device.opened = opened
+    monkeypatch.setattr("ferkd_data.builder.job.open_staging", lambda name: opened.append(name) or device)
     return device
 
 
@@ -70,6 +71,7 @@ def test_the_loop_of_a_device_gives_the_labels_of_the_cpu(
     monkeypatch.setattr(crop_batches, "CUT_BYTES", cut_bytes)
     teachers = [tiny_teachers, "python:ferkd_tiny_teachers:second"]
     fd.build(photos, tmp_path / "out", teachers=teachers, batch_size=16, **SMALL)
+    assert late.opened == ["cpu"], "one for all shards: every new stream would get memory of its own"
     assert late.waits == len(late.joined) == len(late.marked) == 13, "20 x 10 crops in batches of 16, in 3 shards"
     ours, theirs = fd.open_labels(tmp_path / "out"), fd.open_labels(label_set)
     for image, other in zip(ours, theirs, strict=True):
@@ -109,7 +111,7 @@ class Recorder:
     def __getattr__(self, call):
         def told(*others):
             self.log.append((self.name, call, *(getattr(other, "name", other) for other in others)))
-            return Recorder(f"event of {self.name}", self.log)
+            return others[0] if call == "record_event" and others else Recorder(f"event of {self.name}", self.log)
 
         return told
 
@@ -118,6 +120,7 @@ def test_what_is_said_to_streams_and_events(monkeypatch):
     log = []
     names = iter(("side", "back"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Recorder(next(names), log))
+    monkeypatch.setattr(torch.cuda, "Event", lambda *, blocking: Recorder("blocking" if blocking else "busy", log))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Recorder("teachers", log))
 
     @contextmanager
@@ -148,7 +151,7 @@ def test_what_is_said_to_streams_and_events(monkeypatch):
         ("back", "wait_stream", "teachers"),
         ("enter", "back"),
         ("keep for", "back"),
-        ("back", "record_event"),
+        ("back", "record_event", "blocking"),
         ("leave", "back"),
-        ("event of back", "synchronize"),
+        ("blocking", "synchronize"),
     ]
