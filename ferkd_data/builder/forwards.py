@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ferkd_data.errors import FerkdError, TeacherError
 from ferkd_data.teachers import Teacher
+from ferkd_data.teachers.memory import is_out_of_memory
 
 
 class Observer(Protocol):
@@ -62,7 +63,13 @@ class Forwards:
             if step == len(images_BCSS):
                 return teacher.logits(images_BCSS)
             return torch.cat([teacher.logits(part) for part in torch.split(images_BCSS, step)])
-        except torch.cuda.OutOfMemoryError as error:
+        except FerkdError:
+            raise
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise TeacherError(
+                    f"teacher {name}: failed on {len(images_BCSS)} crops: {type(error).__name__}: {error}"
+                ) from error
             if step <= 1:
                 raise TeacherError(
                     f"teacher {name}: the device has too little memory for a single crop; end what else runs on it, "
@@ -70,9 +77,3 @@ class Forwards:
                 ) from error
             self._most[name] = step // 2
             return None
-        except FerkdError:
-            raise
-        except Exception as error:
-            raise TeacherError(
-                f"teacher {name}: failed on {len(images_BCSS)} crops: {type(error).__name__}: {error}"
-            ) from error

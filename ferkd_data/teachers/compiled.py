@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ferkd_data.errors import TeacherError, UsageError
+from ferkd_data.teachers.memory import is_out_of_memory
 from ferkd_data.teachers.teacher import ModuleTeacher, Teacher
 
 BACKEND: Any = "inductor"
@@ -34,38 +35,55 @@ def is_plain_module(teacher: Teacher) -> TypeGuard[ModuleTeacher]:
 
 
 def compile_teacher(teacher: ModuleTeacher, batch_size: int) -> ModuleTeacher:
-    """Compiles at once, and not at the first batch, which may have a time limit. Raises TeacherError."""
-    size = teacher.preprocessing.size
+    """Compiles at once, and not at the first batch, which may have a time limit; for half the batch where memory asks for it.
+
+    Raises TeacherError.
+    """
     other = copy.copy(teacher)
-    other.module = _Padded(torch.compile(teacher.module, backend=BACKEND, dynamic=False), batch_size)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            other.logits(torch.zeros((batch_size, 3, size, size), dtype=torch.uint8))
-    except Exception as error:
-        # The compiler's exceptions share no base but Exception.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TeacherError(f"teacher {teacher.spec}: cannot be compiled ({reason}); drop --compile") from error
+    other.module = network = _OneSize(torch.compile(teacher.module, backend=BACKEND, dynamic=False), batch_size)
+    while not _runs(other, network.batch_size):
+        # Here and not where it was caught: the exception held on to the tensors of its frames.
+        torch.cuda.empty_cache()
     return other
 
 
-class _Padded:
-    """Gives the network batches of one size, which a shorter one is filled up to: another size is compiled anew."""
+def _runs(teacher: ModuleTeacher, batch_size: int) -> bool:
+    """False where memory ran out, with a batch size that can be made smaller."""
+    size = teacher.preprocessing.size
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            teacher.logits(torch.zeros((batch_size, 3, size, size), dtype=torch.uint8))
+    except Exception as error:
+        if is_out_of_memory(error) and batch_size > 1:
+            return False
+        # The compiler's exceptions share no base but Exception.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TeacherError(f"teacher {teacher.spec}: cannot be compiled ({reason}); drop --compile") from error
+    return True
+
+
+class _OneSize:
+    """Gives the network batches of one size, cut or filled up to it: every other size would be compiled anew."""
 
     def __init__(self, module: Callable[[Tensor], Tensor], batch_size: int) -> None:
         self.module = module
         self.batch_size = batch_size
 
     def __call__(self, images_BCSS: Tensor) -> Tensor:
+        parts = [self._ask(part) for part in torch.split(images_BCSS, self.batch_size)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _ask(self, images_BCSS: Tensor) -> Tensor:
         short = self.batch_size - len(images_BCSS)
-        if short > 0:
+        padded = images_BCSS
+        if short:
             fill = images_BCSS[-1:].expand(short, -1, -1, -1)
             padded = torch.cat([images_BCSS, fill]).contiguous(memory_format=torch.channels_last)
-        else:
-            padded = images_BCSS
         try:
             return self.module(padded)[: len(images_BCSS)]
-        except torch.cuda.OutOfMemoryError:
-            # Whoever asked comes again with half as many, which must not be filled up to what was too much.
-            self.batch_size = max(1, len(padded) // 2)
+        except Exception as error:
+            if is_out_of_memory(error):
+                # Whoever asked comes again with half as many, which must not be filled up to what was too much.
+                self.batch_size = max(1, self.batch_size // 2)
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal, Protocol, TypeAlias
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ferkd_data.errors import TeacherError
 from ferkd_data.normalization import scaled
+from ferkd_data.teachers.kernels import check_precision, faithful_kernels
 from ferkd_data.teachers.spec import Preprocessing, TeacherSpec, Triple
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
@@ -62,6 +64,7 @@ class ModuleTeacher:
         self.class_names = class_names
         self.published_top1 = published_top1
         self.device = torch.device(device)
+        check_precision(str(spec), self.device, precision)
         self.memory_format = torch.channels_last
         """Also on a CPU, where it is never slower and up to 1.7 times as fast: see docs/decisions.md."""
         self.module: Callable[[Tensor], Tensor] = _ready(module, self.device, self.memory_format)
@@ -73,7 +76,10 @@ class ModuleTeacher:
         pixels = images_BCSS.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
         # In the dtype that autocast would make of it anyway, so that it is written once.
         normalised = scaled(pixels, self.scale, self.shift, AUTOCAST.get(self.precision, torch.float32))
-        with torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST):
+        with (
+            faithful_kernels(self.precision) if self.device.type == "cuda" else nullcontext(),
+            torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST),
+        ):
             return self.module(normalised).float()
 
     def renormalised(self, mean: Triple, std: Triple) -> ModuleTeacher:
