@@ -6,7 +6,8 @@ antialiased filter (Pillow's: the support grows with the reduction), and then fl
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,10 @@ from ferkd_data.errors import UsageError
 
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
+CUT_BYTES = 2**30
+"""Memory that cutting on a device takes at a time, about; the crops of huge images are cut in several steps."""
+RADIUS: dict[Interpolation, float] = {"bilinear": 1.0, "bicubic": 2.0}
+"""How far a filter reaches, in pixels of the smaller picture."""
 
 # The same kernels as torch.ops.aten's, begun 2 us sooner.
 _RESIZE_INTO: dict[str, Any] = {
@@ -77,74 +82,141 @@ def replay(
 
 
 def replay_on_device(
-    image_CHW: Tensor,
-    crops: Crops,
+    images_CHW: Sequence[Tensor],
+    crops: Sequence[Crops],
     boxes_N4: Tensor | None = None,
     flip_N: Tensor | None = None,
     *,
     size: int,
     interpolation: Interpolation = "bilinear",
+    budget: int = CUT_BYTES,
 ) -> Tensor:
-    """The same crops cut on the image's own device: uint8 (N, 3, S, S), within 2 levels of `replay`.
+    """Crops cut on their images' own device: uint8 (N, 3, S, S), channels last, within 2 levels of `replay`.
 
-    `boxes_N4` (int64) and `flip_N` are those of `crops` where they are on the device already.
+    The crops of the first image come first, and so on.
 
-    Both passes of the resize are matrix products over all crops at once, so the number of kernels does not depend
-    on N. On CUDA they run in float16 with float32 sums, which holds 8-bit pixels exactly.
+    `boxes_N4` (int64) and `flip_N` are those of `crops` where they are on the device already. `budget` is the memory
+    that may be taken at a time, about.
+
+    Both passes of the resize are matrix products over all crops of an image at once: a dozen kernels for each image,
+    whatever the number of its crops. On CUDA they run in float16 with float32 sums, which holds 8-bit pixels exactly.
+    Nothing waits for the device.
 
     Raises UsageError as `replay` does.
     """
-    height, width = image_CHW.shape[1:]
-    _check(height, width, crops, interpolation)
-    device = image_CHW.device
+    for image_CHW, drawn in zip(images_CHW, crops, strict=True):
+        _check(image_CHW.shape[1], image_CHW.shape[2], drawn, interpolation)
+    device = images_CHW[0].device
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    boxes = _upload(crops.boxes.astype(np.int64), device) if boxes_N4 is None else boxes_N4
-    flip = _upload(crops.flip, device) if flip_N is None else flip_N
-    top, left, box_h, box_w = boxes.unbind(1)
+    drawn_N4 = np.concatenate([drawn.boxes for drawn in crops])
+    boxes = _upload(drawn_N4.astype(np.int64), device) if boxes_N4 is None else boxes_N4
+    flip = _upload(np.concatenate([drawn.flip for drawn in crops]), device) if flip_N is None else flip_N
+    out_NSSC = torch.empty((len(drawn_N4), size, size, 3), dtype=torch.uint8, device=device)
+    shapes = [(image.shape[1], image.shape[2]) for image in images_CHW]
+    row = 0
+    for step in cutting_steps(shapes, [len(drawn) for drawn in crops], size, interpolation, budget):
+        rows = slice(row, row + sum(count for _, count in step))
+        taps = num_taps(int(drawn_N4[rows, 2:].max()), size, interpolation)
+        place_2NST, weight_2NST = filter_taps(
+            boxes[rows], flip[rows], taps=taps, size=size, interpolation=interpolation
+        )
+        weight_2NST = weight_2NST.to(dtype)
+        for image, count in step:
+            here = slice(row - rows.start, row - rows.start + count)
+            filters = _Filters(place_2NST[:, here], weight_2NST[:, here], overshoots=interpolation == "bicubic")
+            out_NSSC[row : row + count] = _resized(images_CHW[image], filters)
+            row += count
+    return out_NSSC.permute(0, 3, 1, 2)
 
-    across_NSW = filter_weights(
-        left, box_w, extent=width, size=size, interpolation=interpolation, backwards=flip, dtype=dtype
-    )
-    down_NSH = filter_weights(top, box_h, extent=height, size=size, interpolation=interpolation, dtype=dtype)
 
-    rows = image_CHW.to(dtype).reshape(3 * height, width)
-    narrow = torch.matmul(rows, across_NSW.transpose(1, 2)).view(-1, 3, height, size)
+def cutting_steps(
+    shapes: Sequence[tuple[int, int]], counts: Sequence[int], size: int, interpolation: Interpolation, budget: int
+) -> Iterator[list[tuple[int, int]]]:
+    """(image, crops) to be cut together, in order, so many that their intermediates take about `budget` bytes."""
+    step: list[tuple[int, int]] = []
+    widest = products = num = 0
+    for image, ((height, width), left) in enumerate(zip(shapes, counts, strict=True)):
+        # Of each crop: float32 taps with 64-bit places, as many as the widest needs; and float16 matrices.
+        widest_here = 64 * num_taps(max(height, width), size, interpolation) * size
+        product = (4 * width + 10 * height + 9 * size) * size
+        while left:
+            widest = max(widest, widest_here)
+            room = (budget - products - num * widest) // (product + widest)
+            if room < 1 and step:
+                yield step
+                step, widest, products, num = [], 0, 0, 0
+                continue
+            count = min(left, max(1, room))
+            step.append((image, count))
+            left, products, num = left - count, products + count * product, num + count
+    if step:
+        yield step
+
+
+class _Filters(NamedTuple):
+    place_2NST: Tensor
+    weight_2NST: Tensor
+    overshoots: bool
+
+
+def _resized(image_CHW: Tensor, filters: _Filters) -> Tensor:
+    """Levels (N, S, S, 3) as floats."""
+    (down, across), (down_weight, across_weight) = filters.place_2NST, filters.weight_2NST
+    num, size, taps = down.shape
+    # Pixels of no weight on the right and below: room for all taps, and rows that tensor cores can take as they are.
+    height, width = image_CHW.shape[1:]
+    padded_h, padded_w = _multiple(height + taps), _multiple(width + taps)
+    rows_CHW = across_weight.new_zeros((3, padded_h, padded_w))
+    rows_CHW[:, :height, :width] = image_CHW
+    across_NSW = across_weight.new_zeros((num, size, padded_w)).scatter_(2, across, across_weight)
+    down_NSH = down_weight.new_zeros((num, size, padded_h)).scatter_(2, down, down_weight)
+    # Columns before channels before rows: neither product needs its operands moved, and the batch is channels last.
+    narrow = torch.mm(across_NSW.view(-1, padded_w), rows_CHW.view(-1, padded_w).t())
     # Pillow rounds and clips between its passes, which bicubic's overshoot makes visible.
-    narrow = narrow.round_().clamp_(0, 255)
-    crops_NCSS = torch.matmul(down_NSH.unsqueeze(1), narrow)
-    return crops_NCSS.round_().clamp_(0, 255).to(torch.uint8, memory_format=torch.channels_last)
+    narrow = _levels(narrow, filters).view(num, size * 3, padded_h)
+    return _levels(torch.bmm(down_NSH, narrow.transpose(1, 2)), filters).view(num, size, size, 3)
 
 
-def filter_weights(
-    start: Tensor,
-    length: Tensor,
-    *,
-    extent: int,
-    size: int,
-    interpolation: Interpolation,
-    backwards: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Resampling weights (N, S, extent) along one axis: output o of crop n is the sum of weights[n, o] * pixels.
+def _levels(values: Tensor, filters: _Filters) -> Tensor:
+    """In place."""
+    values.round_()
+    return values.clamp_(0, 255) if filters.overshoots else values
+
+
+def filter_taps(
+    boxes_N4: Tensor, flip_N: Tensor, *, taps: int, size: int, interpolation: Interpolation
+) -> tuple[Tensor, Tensor]:
+    """Where the pixels lie that make a row or column of a crop, and their weights: (2, N, S, taps), down then across.
 
     Pillow's antialiased filters: a triangle, or the cubic with a = -0.5, stretched by the reduction and normalised
-    over the pixels inside the crop. Crops that are `backwards` (N,) have their outputs in reverse. The passes over all
-    N * S * extent weights are what cutting costs on a GPU, so everything that can be is done on smaller tensors.
+    over the pixels inside the crop. Crops that are flipped have their columns in reverse. Only the pixels that a
+    filter can reach are here: a pass over the weights of all pixels would be what cutting costs on a GPU. Those
+    behind a crop's end, by less than `taps`, have no weight.
     """
-    length_N11 = length[:, None, None].to(torch.float32)
-    scale = length_N11 / size
+    start_2N11, length_2N11 = boxes_N4.t()[:, :, None, None].split(2)
+    length_2N11 = length_2N11.to(torch.float32)
+    scale = length_2N11 / size
     stretch = scale.clamp(min=1.0)
-    output_1S1 = torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None]
-    if backwards is not None:
-        output_1S1 = torch.where(backwards[:, None, None], (size - 1) - output_1S1, output_1S1)
-    pixel_N1E = torch.arange(extent, device=start.device, dtype=torch.float32)[None, None, :]
-    pixel_N1E = pixel_N1E - start[:, None, None].to(torch.float32)
-    centre_NS1 = (output_1S1 + 0.5) * scale / stretch
-    distance = ((pixel_N1E + 0.5) / stretch - centre_NS1).abs_()
+    output_S1 = torch.arange(size, device=boxes_N4.device, dtype=torch.float32)[:, None]
+    backwards_2N11 = torch.stack([torch.zeros_like(flip_N), flip_N])[:, :, None, None]
+    output = torch.where(backwards_2N11, (size - 1) - output_S1, output_S1)
+    centre_2NS1 = (output + 0.5) * scale
+    first_2NS1 = (centre_2NS1 - RADIUS[interpolation] * stretch).floor_().clamp_(min=0.0)
+    pixel_2NST = first_2NS1 + torch.arange(taps, device=boxes_N4.device, dtype=torch.float32)
+    distance = ((pixel_2NST + 0.5 - centre_2NS1) / stretch).abs_()
     weights = _triangle(distance) if interpolation == "bilinear" else _cubic(distance)
-    weights *= (pixel_N1E >= 0) & (pixel_N1E < length_N11)
-    share = weights.sum(dim=2, keepdim=True).reciprocal_()
-    return torch.mul(weights, share, out=torch.empty_like(weights, dtype=dtype))
+    weights *= pixel_2NST < length_2N11
+    weights /= weights.sum(dim=3, keepdim=True)
+    return pixel_2NST.to(torch.int64).add_(start_2N11), weights
+
+
+def num_taps(length: int, size: int, interpolation: Interpolation) -> int:
+    """Pixels in a row that a filter can reach in a crop of that side."""
+    return int(2 * RADIUS[interpolation] * max(1.0, length / size) + 1.5) + 1
+
+
+def _multiple(length: int, of: int = 8) -> int:
+    return -(-length // of) * of
 
 
 def _triangle(distance: Tensor) -> Tensor:

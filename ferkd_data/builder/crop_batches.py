@@ -21,15 +21,14 @@ from ferkd_data.builder.staging import Staging
 from ferkd_data.crops import Crops, draw_crops
 from ferkd_data.errors import BuildError, ImageError
 from ferkd_data.images import ImageRef, Reject, decode_rgb, while_it_answers
-from ferkd_data.replay import Interpolation, empty_batch, replay, replay_on_device
+from ferkd_data.replay import CUT_BYTES, Interpolation, empty_batch, replay, replay_on_device
 from ferkd_data.shards.columns import UNKNOWN_TARGET
 from ferkd_data.storage import image_digest
+from ferkd_data.teachers.memory import is_out_of_memory
 
 BATCHES_AHEAD = 2
 READ_AHEAD = 16
 """Encoded images read before they are decoded: a source that answers late for a moment is not noticed."""
-CUT_BYTES = 2**30
-"""Memory that cutting on a device takes at a time, about; crops of a huge image are cut in several steps."""
 
 
 class View(NamedTuple):
@@ -182,29 +181,27 @@ def _cut_on_cpu(slices: Sequence[Slice], view: View) -> Tensor:
 
 
 def _cut_on_device(slices: Sequence[Slice], views: Sequence[View], staging: Staging) -> dict[View, Tensor]:
-    """Every image is brought up once, and all its crops are cut together: the kernels of a batch are few."""
-    parts: dict[View, list[Tensor]] = {view: [] for view in views}
-    try:
-        for piece in slices:
-            pixels = staging.upload(piece.image.pixels).permute(2, 0, 1)
-            for view in views:
-                for crops in _affordable(_part(piece), view.size, piece.image.pixels.shape):
-                    boxes, flip = staging.upload(crops.boxes.astype(np.int64)), staging.upload(crops.flip)
-                    parts[view].append(replay_on_device(pixels, crops, boxes, flip, **view._asdict()))
-        return {view: torch.cat(tensors) for view, tensors in parts.items()}
-    except torch.cuda.OutOfMemoryError as error:
-        raise BuildError(
-            "the device has too little memory to cut crops beside its teachers; end what else runs on it, or use a "
-            "smaller --batch-size or fewer --processes"
-        ) from error
+    """The crops of several images with few kernels; where the teachers leave too little memory, in smaller steps."""
+    for budget in (CUT_BYTES, CUT_BYTES // 8, CUT_BYTES // 64):
+        try:
+            return _cut_within(budget, slices, views, staging)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+    raise BuildError(
+        "the device has too little memory to cut crops beside its teachers; end what else runs on it, or use a smaller "
+        "--batch-size or fewer --processes"
+    )
 
 
-def _affordable(crops: Crops, size: int, shape: tuple[int, ...]) -> Iterator[Crops]:
-    """So many crops of an image at a time that the weights and the half-resized crops fit into CUT_BYTES."""
-    height, width = shape[:2]
-    step = max(1, CUT_BYTES // (size * (12 * max(height, width) + 6 * height)))
-    for start in range(0, len(crops), step):
-        yield Crops(boxes=crops.boxes[start : start + step], flip=crops.flip[start : start + step])
+@torch.inference_mode()
+def _cut_within(budget: int, slices: Sequence[Slice], views: Sequence[View], staging: Staging) -> dict[View, Tensor]:
+    """Every image, and all boxes together, are brought up once."""
+    crops = [_part(piece) for piece in slices]
+    boxes = staging.upload(np.concatenate([part.boxes for part in crops]).astype(np.int64))
+    flip = staging.upload(np.concatenate([part.flip for part in crops]))
+    pixels = [staging.upload(piece.image.pixels).permute(2, 0, 1) for piece in slices]
+    return {view: replay_on_device(pixels, crops, boxes, flip, **view._asdict(), budget=budget) for view in views}
 
 
 def _part(piece: Slice) -> Crops:

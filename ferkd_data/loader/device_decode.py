@@ -74,22 +74,38 @@ class DeviceWorkers:
         del self._loader
 
     def _cut(self, window: Window, encoded: Encoded) -> tuple[Tensor, Made]:
-        settings, skipped = self._maker.settings, dict(encoded.skipped)
-        shape = (sum(window.batches), settings.size, settings.size, 3)
-        images = torch.empty(shape, dtype=torch.uint8, device=self._device).permute(0, 3, 1, 2)
+        skipped = dict(encoded.skipped)
+        decoded: list[Tensor] = []
+        crops: list[Crops] = []
+        slots: list[npt.NDArray[np.int64]] = []
         for i, pixels in self._decoded(encoded):
             if isinstance(pixels, ImageError):
                 skipped[i] = self._maker.skip(int(self._maker.rows(window)[i]), pixels)
                 continue
             wanted = window.slots[i] >= 0
-            crops = Crops(boxes=encoded.boxes[i][wanted], flip=encoded.flip[i][wanted])
-            cut = replay_on_device(pixels, crops, size=settings.size, interpolation=settings.interpolation)
-            images[torch.from_numpy(window.slots[i][wanted])] = cut
+            decoded.append(pixels)
+            crops.append(Crops(boxes=encoded.boxes[i][wanted], flip=encoded.flip[i][wanted]))
+            slots.append(window.slots[i][wanted])
+        images = self._placed(decoded, crops, slots, sum(window.batches))
         whole = encoded.made.targets(self._maker.cache.labels.num_classes)
         bounds = np.cumsum([0, *window.batches]).tolist()
         targets = [whole[slice(a, b)] for a, b in itertools.pairwise(bounds)]
         made = self._maker.finish(window, images, targets, skipped)
         return images[: sum(made.batches)], made
+
+    def _placed(
+        self, decoded: list[Tensor], crops: list[Crops], slots: list[npt.NDArray[np.int64]], count: int
+    ) -> Tensor:
+        """(count, 3, S, S): each crop in its slot. Nothing waits for what the device has to do for the training."""
+        size, interpolation = self._maker.settings.size, self._maker.settings.interpolation
+        places = np.concatenate(slots) if slots else np.empty(0, np.int64)
+        cut = replay_on_device(decoded, crops, size=size, interpolation=interpolation) if decoded else None
+        if cut is not None and np.array_equal(places, np.arange(count)):
+            return cut
+        images = torch.empty((count, size, size, 3), dtype=torch.uint8, device=self._device).permute(0, 3, 1, 2)
+        if cut is not None:
+            images[torch.from_numpy(places).to(self._device, non_blocking=True)] = cut
+        return images
 
     def _decoded(self, encoded: Encoded) -> Iterator[tuple[int, Tensor | ImageError]]:
         """(3, H, W) of each image that was not skipped."""
@@ -98,7 +114,7 @@ class DeviceWorkers:
             data = encoded.data[start_:stop]
             height, width = encoded.sizes[i].tolist()
             if height:
-                yield i, data.view(height, width, 3).permute(2, 0, 1).to(self._device)
+                yield i, data.view(height, width, 3).permute(2, 0, 1).to(self._device, non_blocking=True)
             elif len(data):
                 jpegs[i] = data
         yield from zip(jpegs, decode_jpegs(list(jpegs.values()), self._device), strict=True)
@@ -182,7 +198,7 @@ def _decode_one(jpeg: Tensor, device: torch.device) -> Tensor | ImageError:
             pixels = decode_rgb(jpeg.numpy().tobytes(), max_pixels=MAX_PIXELS)
         except ImageError as error:
             return error
-        return torch.from_numpy(pixels).permute(2, 0, 1).to(device)
+        return torch.from_numpy(pixels).permute(2, 0, 1).to(device, non_blocking=True)
 
 
 def _decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:

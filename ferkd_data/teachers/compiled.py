@@ -35,7 +35,7 @@ def is_plain_module(teacher: Teacher) -> TypeGuard[ModuleTeacher]:
 
 
 def compile_teacher(teacher: ModuleTeacher, batch_size: int) -> ModuleTeacher:
-    """Compiles at once, and not at the first batch, which may have a time limit; for half the batch where memory asks for it.
+    """Compiles at once, and not at the first batch, which may have a time limit; for fewer where memory does not do.
 
     Raises TeacherError.
     """

@@ -18,8 +18,8 @@ BF16_SINCE = (8, 0)
 def faithful_kernels(precision: str) -> Iterator[None]:
     """Labels must be the same on the same kind of machine, whatever the process that computes them has set.
 
-    cuDNN does not try out which kernel is the fastest today, and float32 is not rounded to TF32, which has the 10 bits of
-    float16 and is PyTorch's default in convolutions.
+    cuDNN does not try out which kernel is the fastest today, and float32 is not rounded to TF32, which has the 10 bits
+    of float16 and is PyTorch's default in convolutions.
     """
     with ExitStack() as kept:
         _set(kept, torch.backends.cudnn, "benchmark", False)

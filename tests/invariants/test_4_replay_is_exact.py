@@ -17,7 +17,7 @@ import ferkd_data as fd
 from ferkd_data.crops import CropDistribution, Crops, draw_crops
 from ferkd_data.errors import UsageError
 from ferkd_data.images import decode_rgb
-from ferkd_data.replay import empty_batch, replay, replay_on_device
+from ferkd_data.replay import cutting_steps, empty_batch, replay, replay_on_device
 
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -87,9 +87,38 @@ def test_the_device_function_is_within_two_levels(interpolation, cut):
     image, box, flip, size = cut
     crops = one(box, flip)
     on_device = replay_on_device(
-        torch.from_numpy(image).permute(2, 0, 1), crops, size=size, interpolation=interpolation
+        [torch.from_numpy(image).permute(2, 0, 1)], [crops], size=size, interpolation=interpolation
     )
     assert difference(on_device.numpy(), replay(image, crops, size=size, interpolation=interpolation).numpy()) <= 2
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("budget", [2**30, 2**20])
+def test_images_of_many_sizes_are_cut_together_on_a_device(interpolation, budget):
+    images = [picture(height, width, "noise", height) for height, width in ((90, 120), (4, 3), (300, 40), (64, 64))]
+    drawn = [
+        draw_crops(str(n), *image.shape[:2], seed=0, count=count, distribution=CropDistribution())
+        for n, (image, count) in enumerate(zip(images, (5, 3, 0, 7), strict=True))
+    ]
+    on_device = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
+    together = replay_on_device(on_device, drawn, size=48, interpolation=interpolation, budget=budget)
+    assert together.is_contiguous(memory_format=torch.channels_last)
+    one_by_one = [
+        replay(image, crops, size=48, interpolation=interpolation) for image, crops in zip(images, drawn, strict=True)
+    ]
+    assert difference(together.numpy(), torch.cat(one_by_one).numpy()) <= 2
+
+
+@pytest.mark.parametrize("counts", [[7], [1, 5], [3, 0, 200]])
+@pytest.mark.parametrize("budget", [2**30, 2**18, 1])
+def test_crops_are_cut_in_steps_that_fit(counts, budget):
+    shapes = [(60, 80), (3000, 2000), (375, 500)][: len(counts)]
+    steps = list(cutting_steps(shapes, counts, 32, "bicubic", budget))
+    in_order = [image for step in steps for image, count in step for _ in range(count)]
+    assert in_order == [image for image, count in enumerate(counts) for _ in range(count)]
+    assert (len(steps) == 1) == (budget == 2**30)
+    if budget == 1:
+        assert len(steps) == sum(counts), "one at a time, when nothing fits"
 
 
 @pytest.mark.parametrize(("interpolation", "most"), [("bilinear", 1e-6), ("bicubic", 1e-5)])

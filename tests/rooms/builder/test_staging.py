@@ -11,6 +11,7 @@ import torch
 from label_sets import SMALL
 
 import ferkd_data as fd
+from ferkd_data import replay
 from ferkd_data.builder import crop_batches
 from ferkd_data.builder.staging import CudaStaging, Fetched
 from ferkd_data.errors import BuildError
@@ -83,22 +84,38 @@ def test_the_loop_of_a_device_gives_the_labels_of_the_cpu(
     assert first.crops == second.crops == 200
 
 
-def test_a_huge_image_is_cut_in_steps(monkeypatch):
-    crops = fd.draw_crops("k", 60, 80, seed=0, count=7, distribution=fd.CropDistribution())
-    monkeypatch.setattr(crop_batches, "CUT_BYTES", 3 * 32 * (12 * 80 + 6 * 60))
-    steps = list(crop_batches._affordable(crops, 32, (60, 80, 3)))
-    assert [len(step) for step in steps] == [3, 3, 1]
-    assert np.array_equal(np.concatenate([step.boxes for step in steps]), crops.boxes)
-    monkeypatch.setattr(crop_batches, "CUT_BYTES", 1)
-    assert [len(step) for step in crop_batches._affordable(crops, 32, (60, 80, 3))] == [1] * 7
+def test_no_memory_for_cutting_means_smaller_steps(photos, tiny_teachers, tmp_path, late, monkeypatch):
+    resized, sizes = replay._resized, []
+
+    def small(image, filters):
+        sizes.append(filters.place_2NST.shape[1])
+        if sizes[-1] > 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return resized(image, filters)
+
+    monkeypatch.setattr(replay, "_resized", small)
+    monkeypatch.setattr(crop_batches, "CUT_BYTES", 8 * 200_000)
+    fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL)
+    assert max(sizes) == 8 and fd.open_labels(tmp_path / "out").statistics.crops == 200
 
 
-def test_no_memory_for_cutting_is_an_error_that_says_so(photos, tiny_teachers, tmp_path, late, monkeypatch):
+def test_no_memory_for_a_single_crop_is_an_error_that_says_so(photos, tiny_teachers, tmp_path, late, monkeypatch):
     def full(*args, **options):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(crop_batches, "replay_on_device", full)
     with pytest.raises(BuildError, match="too little memory to cut crops"):
+        fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL)
+
+
+def test_what_goes_wrong_in_cutting_is_not_taken_for_a_lack_of_memory(
+    photos, tiny_teachers, tmp_path, late, monkeypatch
+):
+    def broken(*args, **options):
+        raise RuntimeError("expected scalar type Half but found Float")
+
+    monkeypatch.setattr(crop_batches, "replay_on_device", broken)
+    with pytest.raises(RuntimeError, match="expected scalar type"):
         fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL)
 
 
