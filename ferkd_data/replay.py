@@ -193,7 +193,8 @@ def filter_taps(
     filter can reach are here: a pass over the weights of all pixels would be what cutting costs on a GPU. Those
     behind a crop's end, by less than `taps`, have no weight.
     """
-    start_2N11, length_2N11 = boxes_N4.t()[:, :, None, None].split(2)
+    corner_4N11 = boxes_N4.t()[:, :, None, None]
+    start_2N11, length_2N11 = corner_4N11[:2], corner_4N11[2:]
     length_2N11 = length_2N11.to(torch.float32)
     scale = length_2N11 / size
     stretch = scale.clamp(min=1.0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 SAYINGS = (
+    "CUDA out of memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "Failed to allocate memory",
 )
-"""Of the driver, the libraries that have memory of their own, and ONNX Runtime."""
+"""Of PyTorch within a compiler's error, the driver, the libraries that have memory of their own, and ONNX Runtime."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

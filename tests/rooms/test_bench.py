@@ -104,6 +104,24 @@ def test_advice():
     )
 
 
+def test_a_teacher_too_large_to_be_compiled_is_compiled_for_fewer(tiny_teachers, monkeypatch):
+    teacher = load_teacher(fd.TeacherSpec.parse(tiny_teachers))
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.extend(len(x) for x in inputs if isinstance(x, torch.Tensor) and x.ndim == 4)
+        if sizes[-1] > 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return graph.forward
+
+    monkeypatch.setattr("ferkd_data.teachers.compiled.BACKEND", backend)
+    torch._dynamo.reset()
+    (compiled,) = compile_teachers([teacher], 16)
+    batch = torch.randint(0, 256, (13, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(Forwards().logits(compiled, batch), teacher.logits(batch))
+    assert sizes == [16, 8, 4], "and what comes later in larger batches is cut, not compiled anew"
+
+
 @pytest.fixture
 def compilations(monkeypatch):
     """The batch sizes of the networks that were compiled."""

@@ -83,6 +83,20 @@ def test_the_smaller_batch_is_remembered_for_each_teacher(greedy, tiny_teachers)
     assert heard.halvings == [(greedy, 16), (greedy, 8), (greedy, 4)]
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "bfc_arena.cc:376 Failed to allocate memory for requested buffer of size 939524096",
+    ],
+)
+def test_memory_that_runs_out_in_other_words(greedy, message, monkeypatch):
+    (teacher,) = load_teachers([greedy])
+    monkeypatch.setattr(torch, "OutOfMemoryError", lambda text: RuntimeError(message))
+    assert Forwards().logits(teacher, torch.zeros((9, 3, 32, 32), dtype=torch.uint8)).shape == (9, 10)
+
+
 def test_memory_too_small_for_one_crop_is_an_error(greedy):
     (teacher,) = load_teachers([greedy])
     teacher.module.most = 0

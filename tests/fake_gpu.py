@@ -1,0 +1,105 @@
+"""A GPU that only exists in the types of tensors, to run what is meant for a real one on any machine.
+
+PyTorch's FakeTensorMode gives tensors a device, a shape and a dtype, but no contents: operators that mix devices raise,
+and so does whatever asks for a value (`.item()`, `if tensor:`, boolean indexing), for which a real GPU would make the
+host wait. It is only half public (`torch._subclasses`); without a GPU nothing better is to be had. What it cannot show:
+wrong numbers, races between streams, memory and time.
+
+Tensors of the CPU stay real. `FakeGpu` also writes down the copies that make the host wait, and counts the kernels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+VIEWS = (
+    "view",
+    "_unsafe_view",
+    "permute",
+    "t",
+    "transpose",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "alias",
+)
+VIEWS += ("detach", "unbind", "split", "as_strided", "empty", "empty_like", "new_empty", "lift_fresh")
+"""Operators that start no kernel."""
+
+
+class FakeGpu(TorchDispatchMode):
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self.fake = fake
+        self.waits: list[str] = []
+        """Copies between host and device after which the host goes on only when the device has done all its work."""
+        self.kernels: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if torch.device(kwargs.get("device") or "cpu").type == "cpu" and not any(map(is_fake, given)):
+            with unset_fake_temporarily():
+                return operator(*args, **kwargs)
+        args, kwargs = tree_map(self._faked, (args, kwargs))
+        out = operator(*args, **kwargs)
+        name = operator.overloadpacket.__name__
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if name == "to" and (out.dtype, out.device) == (args[0].dtype, args[0].device):
+            return out
+        kinds = {tensor.device.type for tensor in (*given, *made) if tensor.dim() or name in ("_to_copy", "copy_")}
+        if (
+            name not in VIEWS
+            and {"cpu", "cuda"} <= kinds
+            and not (kwargs.get("non_blocking") or (name == "copy_" and True in args[2:]))
+        ):
+            self.waits.append(name)
+        if any(tensor.device.type == "cuda" for tensor in made) and name not in VIEWS:
+            self.kernels[name] += 1
+        return out
+
+    def _faked(self, leaf: Any) -> Any:
+        return self.fake.from_tensor(leaf) if isinstance(leaf, Tensor) and not is_fake(leaf) else leaf
+
+
+@contextmanager
+def open_fake_gpu() -> Iterator[FakeGpu]:
+    """After `pretend_cuda`, there is one, called cuda. Modules made before can be moved to it."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, FakeGpu(fake) as gpu:
+        yield gpu
+
+
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asks for the hardware is answered as on an H100; streams, events and pinned memory do nothing."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *ignored: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *ignored, **also: _Nothing())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: ExitStack())
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, *, pin_memory=False, **how: empty_like(tensor, **how))
+
+
+def is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
+
+
+class _Nothing:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *ignored: self

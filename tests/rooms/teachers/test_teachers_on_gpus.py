@@ -1,0 +1,134 @@
+"""What teachers ask of a GPU, as far as it shows without one."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ferkd_data.builder.staging import current_device
+from ferkd_data.errors import TeacherError
+from ferkd_data.teachers import onnx_models
+from ferkd_data.teachers.kernels import check_precision, faithful_kernels
+
+CUDNN, MATMUL = torch.backends.cudnn, torch.backends.cuda.matmul
+
+
+def tf32():
+    """Whether convolutions and products may round to it."""
+    newer = getattr(CUDNN, "conv", None)
+    if newer is None:
+        return CUDNN.allow_tf32, MATMUL.allow_tf32
+    return newer.fp32_precision == "tf32", MATMUL.fp32_precision == "tf32"
+
+
+@pytest.fixture
+def as_before():
+    """Without checking anything: a user may have set what does not go together."""
+    before = CUDNN.benchmark, torch.get_float32_matmul_precision()
+    newer = [place for place in (getattr(CUDNN, "conv", None), MATMUL) if hasattr(place, "fp32_precision")]
+    values = [place.fp32_precision for place in newer]
+    yield
+    CUDNN.benchmark = before[0]
+    torch.set_float32_matmul_precision(before[1])
+    for place, value in zip(newer, values, strict=True):
+        place.fp32_precision = value
+
+
+def by_the_older_way():
+    torch.set_float32_matmul_precision("high")
+
+
+def by_the_newer_way():
+    CUDNN.conv.fp32_precision = "tf32"
+    MATMUL.fp32_precision = "tf32"
+
+
+def by_both_at_odds():
+    torch.set_float32_matmul_precision("high")
+    MATMUL.fp32_precision = "ieee"
+    CUDNN.conv.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize("set_by_the_user", [lambda: None, by_the_older_way, by_the_newer_way, by_both_at_odds])
+def test_float32_is_float32_and_the_users_settings_come_back(as_before, set_by_the_user):
+    if set_by_the_user is not by_the_older_way and not hasattr(CUDNN, "conv"):
+        pytest.skip("this PyTorch has the older way alone")
+    CUDNN.benchmark = True
+    set_by_the_user()
+    before = tf32()
+    with faithful_kernels("fp32"):
+        assert tf32() == (False, False) and not CUDNN.benchmark
+    assert tf32() == before and CUDNN.benchmark
+    with faithful_kernels("bf16"):
+        assert tf32() == before and not CUDNN.benchmark
+
+
+def test_a_gpu_without_bfloat16_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(TeacherError, match="teacher timm:x: Tesla T4 has no bfloat16; use --precision fp16 or fp32"):
+        check_precision("timm:x", torch.device("cuda:1"), "bf16")
+    check_precision("timm:x", torch.device("cuda:1"), "fp16")
+    check_precision("timm:x", torch.device("cpu"), "bf16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    check_precision("timm:x", torch.device("cuda:1"), "bf16")
+
+
+def test_the_current_device_is_the_workers(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", contextmanager(lambda device: iter([entered.append(device)])))
+    with current_device("cpu"), current_device("cuda:1"):
+        pass
+    assert entered == ["cuda:1"]
+
+
+class Runtime:
+    """ONNX Runtime where it has CUDA, and a session that says what it runs on."""
+
+    def __init__(self, works: bool) -> None:
+        self.works = works
+        self.asked: list[object] = []
+
+    def get_available_providers(self):
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def SessionOptions(self):
+        return SimpleNamespace(add_session_config_entry=lambda name, value: None)
+
+    def InferenceSession(self, path, options, providers):
+        self.asked = providers
+        used = ["CUDAExecutionProvider"] if self.works else []
+        return SimpleNamespace(get_providers=lambda: [*used, "CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(("device", "number"), [("cuda:2", "2"), ("cuda", "5")])
+def test_an_onnx_teacher_runs_on_the_gpu_that_was_asked_for(tmp_path, monkeypatch, device, number):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    runtime = Runtime(works=True)
+    self = SimpleNamespace(spec="onnx:x.onnx")
+    onnx_models.OnnxTeacher._open(self, runtime, tmp_path / "x.onnx", device)
+    (name, options), last = runtime.asked
+    assert (name, last) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+    assert options["device_id"] == number and options["use_tf32"] == "0"
+    assert options["cudnn_conv_algo_search"] != "EXHAUSTIVE"
+
+
+def test_an_onnx_teacher_that_would_run_on_the_cpu_instead_is_an_error(tmp_path):
+    self = SimpleNamespace(spec="onnx:x.onnx")
+    with pytest.raises(TeacherError, match="ONNX Runtime cannot use CUDA here"):
+        onnx_models.OnnxTeacher._open(self, Runtime(works=False), tmp_path / "x.onnx", "cuda:0")
+
+
+def test_onnx_runtime_running_out_of_memory_is_not_the_teachers_fault(tmp_path):
+    class Full(Exception):
+        __module__ = "onnxruntime.capi"
+
+    def run(names, inputs):
+        raise Full("bfc_arena.cc Failed to allocate memory for requested buffer of size 939524096")
+
+    teacher = SimpleNamespace(spec="onnx:x.onnx", fixed_batch=None, input_name="x", session=SimpleNamespace(run=run))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        onnx_models.OnnxTeacher._run(teacher, torch.zeros(2, 3, 4, 4).numpy())

@@ -1,0 +1,192 @@
+"""What runs on a GPU, on one that is not there: tensors where they belong, a host that never waits; see fake_gpu.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from fake_gpu import open_fake_gpu, pretend_cuda
+
+import ferkd_data as fd
+from ferkd_data.builder.crop_batches import DecodedImage, Slice, View, _cut
+from ferkd_data.builder.label_shard import Tools, _ask, view_of
+from ferkd_data.builder.staging import CudaStaging
+from ferkd_data.images import ImageRef
+from ferkd_data.loader.device_decode import DeviceWorkers
+from ferkd_data.targets import SoftTargets
+from ferkd_data.teachers import Preprocessing, TeacherSpec
+from ferkd_data.teachers.teacher import ModuleTeacher
+
+MODULES = {
+    "resnet": lambda: torchvision.models.resnet18(num_classes=10),
+    "mobilenet": lambda: timm.create_model("mobilenetv3_small_050", num_classes=10),
+    "vit": lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, num_classes=10),
+}
+
+
+@pytest.fixture(autouse=True)
+def pretended(monkeypatch):
+    pretend_cuda(monkeypatch)
+
+
+def teacher(module, *, precision="bf16", size=64, interpolation="bilinear"):
+    preprocessing = Preprocessing(size=size, mean=(0.5,) * 3, std=(0.2,) * 3, interpolation=interpolation)
+    spec = TeacherSpec.parse("timm:x")
+    return ModuleTeacher(module, spec, preprocessing, digest="0" * 64, device="cuda", precision=precision)
+
+
+def image(number, height, width, crops):
+    drawn = fd.draw_crops(str(number), height, width, seed=0, count=crops, distribution=fd.CropDistribution())
+    ref = ImageRef(key=str(number), target=number, file="", offset=0, length=0)
+    pixels = np.zeros((height, width, 3), np.uint8)
+    return DecodedImage(ref=ref, data=b"", digest=b"", pixels=pixels, crops=drawn)
+
+
+def tools(teachers, staging, ensemble="mean"):
+    return Tools(
+        source=None,
+        teachers=teachers,
+        settings=fd.BuildSettings(top_k=4, ensemble=ensemble),
+        thresholds=fd.Thresholds(),
+        device="cuda",
+        staging=staging,
+        batch_size=12,
+        workers=1,
+        executor=ThreadPoolExecutor(1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "ensemble"),
+    [("resnet", "bf16", "mean"), ("mobilenet", "fp16", "logits"), ("vit", "fp32", "geometric")],
+)
+def test_a_batch_from_pixels_to_answers(name, precision, ensemble):
+    modules = MODULES[name](), MODULES["resnet"]()
+    whole = [Slice(image(1, 60, 80, 8), 0, 8), Slice(image(2, 30, 20, 9), 2, 6)]
+    with open_fake_gpu() as gpu:
+        models = teacher(modules[0], precision=precision), teacher(modules[1], size=32, interpolation="bicubic")
+        staging = CudaStaging("cuda")
+        gpu.waits.clear()
+        batch = _cut(whole, [view_of(model) for model in models], staging)
+        assert {view.size: tuple(crops.shape) for view, crops in batch.views.items()} == {
+            64: (12, 3, 64, 64),
+            32: (12, 3, 32, 32),
+        }
+        for crops in batch.views.values():
+            assert crops.dtype == torch.uint8 and crops.device.type == "cuda"
+            assert crops.is_contiguous(memory_format=torch.channels_last)
+        results = _ask(batch, tools(models, staging, ensemble)).fetched.tensors
+    assert [tuple(result.shape) for result in results] == [(12, 4), (12, 4), (12,), (2,), (2,), (2, 2)]
+    assert {result.device.type for result in results} == {"cpu"}
+    assert not gpu.waits
+
+
+def test_kernels_of_a_batch_are_few(monkeypatch):
+    """Those of cutting: some for each batch, a dozen more for each image, none for a crop."""
+
+    def kernels(images, crops):
+        view = View(64, "bicubic")
+        with open_fake_gpu() as gpu:
+            _cut([Slice(image(n, 60, 80, crops), 0, crops) for n in range(images)], [view], CudaStaging("cuda"))
+        return gpu.kernels.total()
+
+    assert kernels(3, 4) == kernels(3, 40)
+    assert kernels(4, 4) - kernels(3, 4) <= 14
+    assert kernels(1, 4) <= 70
+
+
+def test_normalising_is_one_kernel():
+    with open_fake_gpu() as gpu:
+        model = teacher(MODULES["resnet"]())
+        crops = torch.empty((4, 64, 64, 3), dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
+        seen = []
+        module, model.module = (
+            model.module,
+            lambda images: seen.append((images.dtype, dict(gpu.kernels))) or module(images),
+        )
+        gpu.kernels.clear()
+        assert model.logits(crops).dtype == torch.float32
+    assert seen == [(torch.bfloat16, {"addcmul": 1})]
+
+
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3, 4, 5], [4, 2, 0, 1, 5, 3]])
+def test_a_loaders_crops_are_cut_and_placed_there(slots):
+    crops = [image(n, 50, 40, 3).crops for n in range(2)]
+    with open_fake_gpu() as gpu:
+        workers = SimpleNamespace(
+            _maker=SimpleNamespace(settings=SimpleNamespace(size=32, interpolation="bilinear")),
+            _device=torch.device("cuda"),
+        )
+        pixels = [torch.empty((3, 50, 40), dtype=torch.uint8, device="cuda") for _ in crops]
+        images = DeviceWorkers._placed(workers, pixels, crops, np.split(np.array(slots), 2), 6)
+    assert tuple(images.shape) == (6, 3, 32, 32) and images.device.type == "cuda"
+    assert not gpu.waits
+
+
+def targets(rows=8, classes=10):
+    prob = np.full((rows, 3), 0.25, np.float16)
+    weight, floor = fd.targets.recover(prob, num_classes=classes)
+    index = np.tile(np.arange(3), (rows, 1))
+    return SoftTargets(
+        index=torch.from_numpy(index),
+        weight=torch.from_numpy(weight),
+        floor=torch.from_numpy(floor),
+        num_classes=classes,
+    )
+
+
+MIXINGS = {
+    "selfmix": (fd.SelfMix(prob=1.0, per="sample"), {"crops_per_image": 4}),
+    "selfmix by mixup": (fd.SelfMix(prob=1.0, mode="mixup"), {"crops_per_image": 4}),
+    "cutmix": (fd.CutMix(), {}),
+    "cutmix by sample": (fd.CutMix(per="sample"), {}),
+    "mixup": (fd.Mixup(), {}),
+    "mixup by sample": (fd.Mixup(per="sample"), {}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("name", MIXINGS)
+def test_a_training_step(name, dtype):
+    mix, options = MIXINGS[name]
+    student = MODULES["resnet"]()
+    with open_fake_gpu() as gpu:
+        student = student.to("cuda")
+        images = torch.empty((8, 32, 32, 3), dtype=dtype, device="cuda").permute(0, 3, 1, 2)
+        gpu.waits.clear()
+        on_gpu = targets().pin_memory().to("cuda", non_blocking=True)
+        mixed, soft = mix(images, on_gpu, rng=np.random.default_rng(0), **options)
+        assert mixed.device.type == soft.device.type == "cuda" and mixed.dtype == dtype
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = student.requires_grad_(False)(fd.normalize(mixed) if dtype == torch.uint8 else mixed)
+            loss = fd.soft_cross_entropy(logits, soft) + fd.kl_div(logits, soft, temperature=2.0)
+        loss = loss + fd.soft_cross_entropy(logits, soft.dense())
+        assert loss.device.type == fd.losses.entropy(soft).device.type == "cuda"
+        # Autograd's own engine looks for the driver.
+        saved = SimpleNamespace(saved_tensors=(logits, soft.index, soft.weight, soft.floor))
+        with torch.no_grad():
+            grad, *_ = fd.losses._SparseCrossEntropy.backward(saved, torch.ones(8, device="cuda"))
+        assert grad.device.type == "cuda" and grad.dtype == logits.dtype
+    assert not gpu.waits
+
+
+def test_what_a_fake_gpu_finds():
+    on_cpu = torch.zeros(3, 4)
+    with open_fake_gpu() as gpu:
+        there = torch.zeros(4, 3, device="cuda")
+        with pytest.raises(RuntimeError, match="same device"):
+            there @ on_cpu
+        with pytest.raises(Exception, match="local_scalar_dense"):
+            float(there.sum())
+        with pytest.raises(Exception, match="nonzero"):
+            there[there > 0]
+        there.cpu(), there.copy_(on_cpu.t()), on_cpu.to("cuda")
+        assert Counter(gpu.waits) == {"_to_copy": 2, "copy_": 1}
+        on_cpu.to("cuda", non_blocking=True)
+        assert len(gpu.waits) == 3
