@@ -21,7 +21,9 @@ from .options import TEACHER_HELP, json_option, print_json
     show_default=True,
     help="auto: bf16 on cuda, fp32 on a CPU.",
 )
-@click.option("--batch-sizes", default=None, metavar="N,N", help="Crops at a time.  [default: 4,8,32; cuda: 64,256]")
+@click.option(
+    "--batch-sizes", default=None, metavar="N,N", help="Crops at a time.  [default: 4,8,32; cuda: 64 to 1024]"
+)
 @click.option("--threads", default=None, metavar="N,N", help="Threads that compute.  [default: 1 and all]")
 @click.option("--seconds", type=float, default=1.0, show_default=True, help="Of each measurement; there are three.")
 @click.option(

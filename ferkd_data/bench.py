@@ -24,18 +24,25 @@ from ferkd_data.replay import empty_batch
 from ferkd_data.storage import write_atomically
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.compiled import compile_teacher, is_plain_module
+from ferkd_data.teachers.memory import is_out_of_memory
 from ferkd_data.teachers.onnx_models import OnnxTeacher, export_onnx
 from ferkd_data.teachers.teacher import ModuleTeacher
 
 Way: TypeAlias = Literal["eager", "channels-last", "compile", "onnx", "as it is"]
+OF_A_BUILD = ("channels-last", "as it is")
+"""How a build runs a teacher unless told otherwise."""
 CPU_BATCHES = (4, 8, 32)
-CUDA_BATCHES = (64, 256)
+CUDA_BATCHES = (64, 128, 256, 512, 1024)
 TOLERANCE = 1e-3
 """How far a probability of an exported teacher may be from the eager one's: about what float16 labels can tell."""
 CHECKED_CROPS = 16
 ROUNDS = 3
 WORTH = 1.1
 """A way that is not this much faster than what a build does anyway is not worth advice."""
+ALIKE = 0.97
+"""Batch sizes that come so near to the fastest are as good; the smallest of them is advised, which leaves memory."""
+ASKED_AT_ONCE = 4
+"""Batches that a GPU gets before the host waits for it, as a build does not wait for each either."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +63,7 @@ class TeacherTimings:
     spec: str
     timings: tuple[Timing, ...]
     failures: dict[str, str]
-    """Way -> why it cannot be had."""
+    """Way, or way and batch size -> why it cannot be had."""
     advice: str
 
 
@@ -139,9 +146,15 @@ class _Bench:
     def run(self, compiled: bool, cores: int) -> TeacherTimings:
         ways = self._ways()
         self._time(ways, self.batch_sizes)
+        if not any(way in OF_A_BUILD for way, _, _ in self.rates):
+            raise TeacherError(
+                f"teacher {self.teacher.spec}: the device has too little memory for any of {list(self.batch_sizes)} "
+                "crops at a time; try smaller --batch-sizes"
+            )
         if compiled and is_plain_module(self.teacher):
             # For the one batch size that promises most: each costs a compilation.
-            best = max(self.batch_sizes, key=lambda size: self._rate(("channels-last", size, max(self.threads))))
+            at_once = [size for way, size, count in self.rates if (way, count) == ("channels-last", max(self.threads))]
+            best = max(at_once, key=lambda size: self._rate(("channels-last", size, max(self.threads))))
             self._time(self._compiled(self.teacher, best), [best])
         first = next(iter(self.rates))[0]
         base = max(self._rate(key) for key in self.rates if key[0] == first)
@@ -194,16 +207,29 @@ class _Bench:
     def _time(self, ways: dict[tuple[Way, int], Teacher], batch_sizes: Sequence[int]) -> None:
         for (way, _), teacher in ways.items():
             self.differences[way] = _largest_difference(self.teacher, teacher)
-        size = self.teacher.preprocessing.size
-        batches = {count: _pictures(count, size).to(self.device) for count in batch_sizes}
+        pictures = _pictures(CHECKED_CROPS, self.teacher.preprocessing.size)
+        batches = {count: _repeated(pictures, count).to(self.device) for count in batch_sizes}
         for number in range(ROUNDS):
             for (way, threads), teacher in ways.items():
                 for count, batch in batches.items():
-                    with _threads(threads):
-                        if number == 0:
-                            teacher.logits(batch).cpu()
-                        rate = _measure(teacher, batch, self.seconds)
-                    self.rates.setdefault((way, count, threads), []).append(rate)
+                    if f"{way}, batch {count}" not in self.failures:
+                        self._time_once((way, count, threads), teacher, batch, warm_up=number == 0)
+
+    def _time_once(self, key: tuple[Way, int, int], teacher: Teacher, batch_BCSS: Tensor, *, warm_up: bool) -> None:
+        way, count, threads = key
+        try:
+            with _threads(threads):
+                if warm_up:
+                    teacher.logits(batch_BCSS).cpu()
+                self.rates.setdefault(key, []).append(_measure(teacher, batch_BCSS, self.seconds))
+                return
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Here and not where it was caught: the exception held on to the tensors of its frames.
+        torch.cuda.empty_cache()
+        self.failures[f"{way}, batch {count}"] = "out of memory"
+        self.rates.pop(key, None)
 
     def _rate(self, key: tuple[Way, int, int]) -> float:
         return statistics.median(self.rates[key])
@@ -215,8 +241,14 @@ def advice(found: TeacherTimings, cores: int) -> str:
     def on_all_cores(timing: Timing) -> float:
         return timing.crops_per_second * max(1, cores // timing.threads)
 
-    best = max(found.timings, key=on_all_cores)
-    now = max((t for t in found.timings if t.way in ("channels-last", "as it is")), key=on_all_cores)
+    def fastest(timings: Sequence[Timing]) -> Timing:
+        first = max(timings, key=on_all_cores)
+        alike = [t for t in timings if (t.way, t.threads) == (first.way, first.threads)]
+        alike = [t for t in alike if on_all_cores(t) >= ALIKE * on_all_cores(first)]
+        return min(alike, key=lambda t: t.batch_size)
+
+    best = fastest(found.timings)
+    now = fastest([t for t in found.timings if t.way in OF_A_BUILD])
     if on_all_cores(best) < WORTH * on_all_cores(now):
         best = now
     export = f"ferkd-data bench --teacher {quote(found.spec)} --export FILE.onnx"
@@ -271,9 +303,12 @@ def _threads(count: int) -> Iterator[None]:
 
 def _measure(teacher: Teacher, batch_BCSS: Tensor, seconds: float) -> float:
     started, done = time.perf_counter(), 0
+    at_once = 1 if batch_BCSS.device.type == "cpu" else ASKED_AT_ONCE
     while (passed := time.perf_counter() - started) < seconds or not done:
+        for _ in range(at_once - 1):
+            teacher.logits(batch_BCSS)
         teacher.logits(batch_BCSS).cpu()
-        done += len(batch_BCSS)
+        done += at_once * len(batch_BCSS)
     return done / passed if passed else 0.0
 
 
@@ -282,6 +317,10 @@ def _largest_difference(eager: Teacher, other: Teacher) -> float:
     pictures = _pictures(CHECKED_CROPS, eager.preprocessing.size)
     first, second = (teacher.logits(pictures).cpu().softmax(dim=1) for teacher in (eager, other))
     return float((first - second).abs().max())
+
+
+def _repeated(pictures: Tensor, count: int) -> Tensor:
+    return empty_batch(count, pictures.shape[-1]).copy_(pictures[torch.arange(count) % len(pictures)])
 
 
 def _pictures(count: int, size: int) -> Tensor:

@@ -157,7 +157,14 @@ def _receive(
 ) -> tuple[CropBatch, SoftLabels]:
     # A GPU is asked without waiting, so a teacher that hangs there is waited for here.
     tools.forwards.observer.asking(", ".join(str(teacher.spec) for teacher in tools.teachers))
-    answer.fetched.wait()
+    try:
+        answer.fetched.wait()
+    except RuntimeError as error:
+        # Whatever went wrong there, a teacher's operator or the hardware, is heard of at the next wait.
+        raise BuildError(
+            f"device {tools.device} failed while it ran the teachers ({str(error).splitlines()[0]}); its process "
+            "cannot go on. Finished shards stay: run the same command again"
+        ) from error
     class_index, class_prob, target_prob, wrong_T, matches, agreement = answer.fetched.tensors
     for wrong, teacher in zip(wrong_T, tools.teachers, strict=True):
         raise_if_wrong(wrong, str(teacher.spec))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +86,48 @@ def test_the_command_prints_a_table_and_refuses_what_makes_no_sense(exported, tm
     assert "only PyTorch modules can be written" in capsys.readouterr().err
 
 
+GREEDY = """
+import torch
+from ferkd_tiny_teachers import Tiny
+
+
+class Greedy(Tiny):
+    def forward(self, x):
+        if len(x) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(x)
+
+
+def greedy():
+    return Greedy(1)
+"""
+
+
+def test_batches_that_do_not_fit_are_named_and_the_others_timed(tiny_teachers, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bench_greedy.py").write_text(GREEDY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("ferkd_data.bench.CHECKED_CROPS", 8)
+    command = [
+        "bench",
+        "--teacher",
+        "python:bench_greedy:greedy",
+        "--seconds",
+        "0.002",
+        "--threads",
+        "1",
+        "--no-compile",
+    ]
+    assert run([*command, "--batch-sizes", "4,8,16,32"]) == 0
+    out = capsys.readouterr().out
+    assert "channels-last, batch 16: not measured: out of memory" in out and "--batch-size" in out
+    (found,) = fd.bench_teachers(
+        ["python:bench_greedy:greedy"], batch_sizes=[8, 16], threads=[1], seconds=0.002
+    ).teachers
+    assert {timing.batch_size for timing in found.timings if timing.way != "onnx"} == {8}
+    with pytest.raises(TeacherError, match="too little memory for any of"):
+        fd.bench_teachers(["python:bench_greedy:greedy"], batch_sizes=[16], threads=[1], seconds=0.002)
+
+
 def timings(**rates):
     ways = [
         Timing(way=way, batch_size=size, threads=threads, crops_per_second=rate, ratio=1, largest_difference=0)
@@ -99,6 +142,12 @@ def test_advice():
         "--batch-size 4 --processes 4: 4.0 times"
     )
     assert advice(timings(channels_last=(8, 4, 100), compile=(8, 4, 150)), cores=4).startswith("build --compile --bat")
+    sizes = [
+        timings(channels_last=(size, 4, rate)).timings[0] for size, rate in ((64, 90), (128, 98), (256, 99), (512, 100))
+    ]
+    assert advice(replace(timings(channels_last=(64, 4, 90)), timings=tuple(sizes)), cores=4) == (
+        "build --batch-size 128: nothing else is much faster"
+    ), "the smallest of those that are as good as the fastest"
     assert advice(timings(channels_last=(8, 4, 100), compile=(8, 4, 105)), cores=4) == (
         "build --batch-size 8: nothing else is much faster"
     )

@@ -119,6 +119,17 @@ def test_what_goes_wrong_in_cutting_is_not_taken_for_a_lack_of_memory(
         fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL)
 
 
+def test_a_device_that_fails_is_named(photos, tiny_teachers, tmp_path, late, monkeypatch):
+    def wait():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(late, "fetch", lambda tensors: Fetched(list(tensors), wait))
+    with pytest.raises(
+        BuildError, match=r"device cpu failed .*\(CUDA error: an illegal memory access was encountered\)"
+    ):
+        fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL)
+
+
 class Recorder:
     """Stands for streams and events, and writes down what they are told."""
 
