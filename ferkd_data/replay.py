@@ -19,6 +19,8 @@ from ferkd_data.errors import UsageError
 
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
+FLOATS = {"cuda": torch.float16}
+"""What pixels and weights are multiplied in, on devices that are faster at it than at float32."""
 CUT_BYTES = 2**30
 """Memory that cutting on a device takes at a time, about; the crops of huge images are cut in several steps."""
 RADIUS: dict[Interpolation, float] = {"bilinear": 1.0, "bicubic": 2.0}
@@ -107,7 +109,7 @@ def replay_on_device(
     for image_CHW, drawn in zip(images_CHW, crops, strict=True):
         _check(image_CHW.shape[1], image_CHW.shape[2], drawn, interpolation)
     device = images_CHW[0].device
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    dtype = FLOATS.get(device.type, torch.float32)
     drawn_N4 = np.concatenate([drawn.boxes for drawn in crops])
     boxes = _upload(drawn_N4.astype(np.int64), device) if boxes_N4 is None else boxes_N4
     flip = _upload(np.concatenate([drawn.flip for drawn in crops]), device) if flip_N is None else flip_N

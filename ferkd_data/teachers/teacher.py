@@ -67,7 +67,13 @@ class ModuleTeacher:
         check_precision(str(spec), self.device, precision)
         self.memory_format = torch.channels_last
         """Also on a CPU, where it is never slower and up to 1.7 times as fast: see docs/decisions.md."""
-        self.module: Callable[[Tensor], Tensor] = _ready(module, self.device, self.memory_format)
+        try:
+            self.module: Callable[[Tensor], Tensor] = _ready(module, self.device, self.memory_format)
+        except torch.cuda.OutOfMemoryError as error:
+            raise TeacherError(
+                f"teacher {spec}: {device} has too little memory for its weights; end what else runs there, or use "
+                "fewer --processes or teachers"
+            ) from error
         self.scale, self.shift = normalisation(preprocessing, self.device)
         self.num_classes = self._probe()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import ferkd_data as fd
 from ferkd_data.crops import CropDistribution, Crops, draw_crops
 from ferkd_data.errors import UsageError
 from ferkd_data.images import decode_rgb
-from ferkd_data.replay import cutting_steps, empty_batch, replay, replay_on_device
+from ferkd_data.replay import FLOATS, cutting_steps, empty_batch, replay, replay_on_device
 
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -83,12 +84,14 @@ def test_bicubic_is_pillows_two_passes_within_two_levels(cut):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @settings(max_examples=150, deadline=None)
 @given(cut=cuts())
-def test_the_device_function_is_within_two_levels(interpolation, cut):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_device_function_is_within_two_levels(interpolation, cut, dtype):
     image, box, flip, size = cut
     crops = one(box, flip)
-    on_device = replay_on_device(
-        [torch.from_numpy(image).permute(2, 0, 1)], [crops], size=size, interpolation=interpolation
-    )
+    with mock.patch.dict(FLOATS, {"cpu": dtype}):
+        on_device = replay_on_device(
+            [torch.from_numpy(image).permute(2, 0, 1)], [crops], size=size, interpolation=interpolation
+        )
     assert difference(on_device.numpy(), replay(image, crops, size=size, interpolation=interpolation).numpy()) <= 2
 
 

@@ -10,8 +10,9 @@ import torch
 
 from ferkd_data.builder.staging import current_device
 from ferkd_data.errors import TeacherError
-from ferkd_data.teachers import onnx_models
+from ferkd_data.teachers import Preprocessing, TeacherSpec, onnx_models
 from ferkd_data.teachers.kernels import check_precision, faithful_kernels
+from ferkd_data.teachers.teacher import ModuleTeacher
 
 CUDNN, MATMUL = torch.backends.cudnn, torch.backends.cuda.matmul
 
@@ -75,6 +76,18 @@ def test_a_gpu_without_bfloat16_says_so(monkeypatch):
     check_precision("timm:x", torch.device("cpu"), "bf16")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     check_precision("timm:x", torch.device("cuda:1"), "bf16")
+
+
+def test_weights_that_do_not_fit(tmp_path, monkeypatch):
+    def full(self, *args, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    preprocessing = Preprocessing(size=8, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
+    with pytest.raises(TeacherError, match="teacher timm:x: cpu has too little memory for its weights"):
+        ModuleTeacher(
+            torch.nn.Flatten(), TeacherSpec.parse("timm:x"), preprocessing, digest="", device="cpu", precision="fp32"
+        )
 
 
 def test_the_current_device_is_the_workers(monkeypatch):
