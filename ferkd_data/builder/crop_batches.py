@@ -27,6 +27,8 @@ from ferkd_data.storage import image_digest
 from ferkd_data.teachers.memory import is_out_of_memory
 
 BATCHES_AHEAD = 2
+CUT_SHARES = (1, 8, 64)
+"""Into how many parts the memory for cutting on a device is divided, where it runs out."""
 READ_AHEAD = 16
 """Encoded images read before they are decoded: a source that answers late for a moment is not noticed."""
 
@@ -182,16 +184,18 @@ def _cut_on_cpu(slices: Sequence[Slice], view: View) -> Tensor:
 
 def _cut_on_device(slices: Sequence[Slice], views: Sequence[View], staging: Staging) -> dict[View, Tensor]:
     """The crops of several images with few kernels; where the teachers leave too little memory, in smaller steps."""
-    for budget in (CUT_BYTES, CUT_BYTES // 8, CUT_BYTES // 64):
+    for share in CUT_SHARES:
         try:
-            return _cut_within(budget, slices, views, staging)
+            return _cut_within(CUT_BYTES // share, slices, views, staging)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-    raise BuildError(
-        "the device has too little memory to cut crops beside its teachers; end what else runs on it, or use a smaller "
-        "--batch-size or fewer --processes"
-    )
+            if share == CUT_SHARES[-1]:
+                raise BuildError(
+                    "the device has too little memory to cut crops beside its teachers; end what else runs on it, or "
+                    "use a smaller --batch-size or fewer --processes"
+                ) from error
+    raise AssertionError("the last share returns or raises")
 
 
 @torch.inference_mode()

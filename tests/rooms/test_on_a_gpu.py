@@ -87,7 +87,7 @@ def test_a_batch_from_pixels_to_answers(name, precision, ensemble):
     assert not gpu.waits
 
 
-def test_kernels_of_a_batch_are_few(monkeypatch):
+def test_kernels_of_a_batch_are_few():
     """Those of cutting: some for each batch, a dozen more for each image, none for a crop."""
 
     def kernels(images, crops):

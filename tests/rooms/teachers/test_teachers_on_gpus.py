@@ -62,6 +62,9 @@ def test_float32_is_float32_and_the_users_settings_come_back(as_before, set_by_t
     before = tf32()
     with faithful_kernels("fp32"):
         assert tf32() == (False, False) and not CUDNN.benchmark
+        if set_by_the_user is not by_both_at_odds:
+            # PyTorch's compiler still looks at these, and would be told to make up its mind.
+            assert not CUDNN.allow_tf32 and not MATMUL.allow_tf32
     assert tf32() == before and CUDNN.benchmark
     with faithful_kernels("bf16"):
         assert tf32() == before and not CUDNN.benchmark
