@@ -57,7 +57,7 @@ class Sample:
 def measure(tools: Tools, refs: Sequence[ImageRef]) -> Sample:
     """Label images of a shard for about MEASURE_SECONDS, and write them to a temporary folder."""
     settings = tools.settings
-    milliseconds = [_teacher_milliseconds(teacher, tools.batch_size, tools.device) for teacher in tools.teachers]
+    milliseconds = [_teacher_milliseconds(teacher, tools) for teacher in tools.teachers]
     rows, rate = _label(refs, tools)
     copied = sum(len(image) for _, image in rows) if settings.layout == "webdataset" else 0
     written = 0
@@ -142,13 +142,13 @@ def _label(refs: Sequence[ImageRef], tools: Tools) -> tuple[list[Row], float]:
     return rows, sum(crops for _, crops in marks[1:]) / (marks[-1][0] - marks[0][0])
 
 
-def _teacher_milliseconds(teacher: Teacher, batch_size: int, device: str) -> float:
+def _teacher_milliseconds(teacher: Teacher, tools: Tools) -> float:
     view = view_of(teacher)
-    batch = empty_batch(batch_size, view.size).random_(0, 256).to(device)
-    teacher.logits(batch).cpu()
+    batch = empty_batch(tools.batch_size, view.size).random_(0, 256).to(tools.device)
+    tools.forwards.logits(teacher, batch).cpu()
     times = []
     for _ in itertools.repeat(None, TEACHER_BATCHES):
         started = time.perf_counter()
-        teacher.logits(batch).cpu()
+        tools.forwards.logits(teacher, batch).cpu()
         times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2] * 1000 / batch_size
+    return sorted(times)[len(times) // 2] * 1000 / tools.batch_size
