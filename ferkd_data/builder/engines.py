@@ -39,6 +39,7 @@ def label_shards(
             with open_tools(job, devices[0], prepared.ensemble, Reporting(counter)) as tools:
                 label_here(folder, plan, tools, todo, counter, stop)
             return
+        prepared.let_teachers_go()
         workers: Workers[Any] = WorkerProcesses(job, devices) if fleet is None else RayWorkers(job, fleet)
         with Crew(workers, folder, counter, stop, job.teacher_timeout) as crew:
             crew.label(todo)

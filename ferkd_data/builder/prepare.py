@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ferkd_data.buckets import QuantileThresholds
 from ferkd_data.builder.base import Base, identity_of, open_base
 from ferkd_data.builder.job import Job
@@ -53,6 +55,12 @@ class Prepared:
         folder.save_facts(facts)
         folder.share()
         return plan, facts
+
+    def let_teachers_go(self) -> None:
+        """Where workers have their own, those of this process would only take memory of the first one's device."""
+        self.ensemble.clear()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def _plan_and_facts(self, folder: BuildFolder) -> tuple[Plan, Facts]:
         plan = self._plan(folder)

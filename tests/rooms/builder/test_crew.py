@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ from label_sets import SMALL, build_with_two, same_files, wait_until
 
 import ferkd_data as fd
 from ferkd_data.builder import Resources
+from ferkd_data.builder.events import WorkerStarted
 from ferkd_data.errors import BuildError, TeacherError, UsageError
+from ferkd_data.teachers import load_teachers
 
 DEADLY = '''
 """Teachers that end the process they run in."""
@@ -97,6 +101,27 @@ def test_killed_workers_are_replaced_and_the_result_is_undisturbed(photos, deadl
     fd.build(photos, tmp_path / "out", teachers=[deadly + "deadly"], processes=2, **SMALL)
     assert not list((tmp_path / "lives").iterdir())
     assert same_files(tmp_path / "undisturbed", tmp_path / "out")
+
+
+@pytest.mark.usefixtures("quick_workers")
+def test_the_driver_keeps_no_teachers_of_its_own(photos, tiny_teachers, tmp_path, monkeypatch):
+    """On a GPU they would take memory beside the first worker's."""
+    loaded, alive = [], []
+
+    def load_and_note(*arguments, **options):
+        teachers = load_teachers(*arguments, **options)
+        loaded.extend(map(weakref.ref, teachers))
+        return teachers
+
+    class Watcher:
+        def see(self, event):
+            if isinstance(event, WorkerStarted):
+                gc.collect()
+                alive.extend(teacher() for teacher in loaded if teacher() is not None)
+
+    monkeypatch.setattr("ferkd_data.builder.prepare.load_teachers", load_and_note)
+    fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], processes=2, watchers=[Watcher()], **SMALL)
+    assert loaded and not alive
 
 
 @pytest.mark.usefixtures("quick_workers")
