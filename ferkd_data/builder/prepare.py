@@ -59,8 +59,7 @@ class Prepared:
     def let_teachers_go(self) -> None:
         """Where workers have their own, those of this process would only take memory of the first one's device."""
         self.ensemble.clear()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def _plan_and_facts(self, folder: BuildFolder) -> tuple[Plan, Facts]:
         plan = self._plan(folder)
