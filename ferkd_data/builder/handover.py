@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -19,7 +20,9 @@ class Handover:
     """Filled by one thread, iterated by another."""
 
     def __init__(self) -> None:
-        self._rows: queue.Queue[Row | _End] = queue.Queue(ROWS_AHEAD)
+        self._rows: queue.Queue[Row | None] = queue.Queue(ROWS_AHEAD)
+        """None is the end."""
+        self._broken_off = False
 
     def put(self, row: Row, writer: Future[Any]) -> None:
         """Waits for room. Raises what `writer` raised."""
@@ -29,19 +32,21 @@ class Handover:
 
     def end(self, writer: Future[Any]) -> None:
         """There are no more rows."""
-        self._put(_End(whole=True), writer)
+        self._put(None, writer)
 
-    def break_off(self, writer: Future[Any]) -> None:
+    def break_off(self) -> None:
         """There will be no more rows, and those that there were are of no use: the writer raises BrokenOffError."""
-        self._put(_End(whole=False), writer)
+        self._broken_off = True
+        with contextlib.suppress(queue.Full):  # a writer that has rows to take sees it with the next one
+            self._rows.put_nowait(None)
 
     def __iter__(self) -> Iterator[Row]:
-        while not isinstance(row := self._rows.get(), _End):
+        while (row := self._rows.get()) is not None and not self._broken_off:
             yield row
-        if not row.whole:
+        if self._broken_off:
             raise BrokenOffError
 
-    def _put(self, row: Row | _End, writer: Future[Any]) -> None:
+    def _put(self, row: Row | None, writer: Future[Any]) -> None:
         while not writer.done():
             try:
                 self._rows.put(row, timeout=LOOK_SECONDS)
@@ -52,8 +57,3 @@ class Handover:
 
 class BrokenOffError(Exception):
     """The shard is not labelled to its end."""
-
-
-class _End:
-    def __init__(self, *, whole: bool) -> None:
-        self.whole = whole

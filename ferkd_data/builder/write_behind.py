@@ -6,7 +6,7 @@ What is written costs the teachers nothing: not the compression, not the disk, n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 
@@ -51,22 +51,22 @@ class WriteBehind:
         """Returns when all of it is labelled and the shard before is saved.
 
         Raises what labelling it, or writing either of them, raised; BuildError for an image that has labels already,
-        and cannot be used any more or is another now.
+        and cannot be used any more or is another now. Nothing can be labelled after that.
         """
         work = _Work(shard, len(self.tools.teachers))
-        writer = self._threads.submit(self._write, work)
         try:
+            writer = self._threads.submit(self._write, work)
             for row in self._rows(work, on_batch):
                 work.rows.put(row, writer)
                 if self._before is not None and self._before.done():
                     self.settle()
             self.settle()
+            work.rows.end(writer)
         except BaseException:
-            work.rows.break_off(writer)
+            work.rows.break_off()
             # Whoever hears of the error may end this process, and the shard before is whole.
-            wait([writer, *filter(None, [self._before])])
+            self._threads.shutdown()
             raise
-        work.rows.end(writer)
         self._before = writer
 
     def settle(self) -> None:

@@ -146,7 +146,7 @@ def test_a_writer_that_fails_is_noticed_also_without_room(thread, monkeypatch):
     threading.Timer(0.2, fail.set).start()
     with pytest.raises(OSError, match="no more disk"):
         rows.put((0, b""), writer)
-    rows.break_off(writer)
+    rows.break_off()
     rows.end(writer)
 
 
@@ -154,6 +154,46 @@ def test_rows_that_are_broken_off_are_no_shard(thread):
     rows = Handover()
     writer = thread.submit(lambda: list(rows))
     rows.put((0, b""), writer)
-    rows.break_off(writer)
+    rows.break_off()
     wait([writer], timeout=SECONDS)
     assert isinstance(writer.exception(), BrokenOffError)
+
+
+def test_breaking_off_waits_for_no_writer(thread):
+    """One that is slow, as a disk may be, does not write what nobody needs."""
+    rows, go, taken = Handover(), threading.Event(), []
+
+    def write():
+        for row in rows:
+            taken.append(row)
+            go.wait(SECONDS)
+
+    writer = thread.submit(write)
+    for number in range(ROWS_AHEAD + 1):
+        rows.put((number, b""), writer)
+    rows.break_off()
+    assert not writer.done()
+    go.set()
+    wait([writer], timeout=SECONDS)
+    assert isinstance(writer.exception(), BrokenOffError) and len(taken) <= 2
+
+
+def test_ctrl_c_while_the_last_rows_wait_for_room_ends_the_build(photos, tiny_teachers, tmp_path, monkeypatch):
+    """The writer would wait for the end of the shard for ever, and the process for the writer."""
+
+    def interrupted(rows, writer):
+        raise KeyboardInterrupt
+
+    raised = []
+
+    def build():
+        try:
+            fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **FOUR_SHARDS)
+        except KeyboardInterrupt as error:
+            raised.append(error)
+
+    monkeypatch.setattr(Handover, "end", interrupted)
+    builder = threading.Thread(target=build, daemon=True)
+    builder.start()
+    builder.join(SECONDS)
+    assert raised and not list(tmp_path.glob("out/labels/*"))
