@@ -122,7 +122,7 @@ class Crew(Generic[AnyWorker]):
     def _give(self, member: Member[AnyWorker]) -> bool:
         """Whether there was something for it to do."""
         if self.todo and not self.stop.requested:
-            member.shard = self.todo.take()
+            member.shard, member.heard_at = self.todo.take(), self.listened_seconds
             self.held.add(member.shard)
             self.counter.shard_begun(member.shard, member.number)
             member.worker.label(member.shard)

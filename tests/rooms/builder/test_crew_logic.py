@@ -193,3 +193,17 @@ def test_signs_of_life_are_enough(monkeypatch):
     made = crew_of(scripts, teacher_timeout=0.05)
     made.label([0])
     assert done(made) == [0]
+
+
+def test_a_worker_that_was_idle_for_long_is_not_silent():
+    """It had nothing to say until another's shard came to it."""
+    made = crew_of(Scripts({("label", 0): []}))
+    made.todo.add([0])
+    made._grow()
+    made._listen()
+    made.listened_seconds = 1000.0
+    assert made._give(made.members[0])
+    made._check_alive(1)
+    made.listened_seconds += 1 + crew.SILENT_SECONDS + 1
+    with pytest.raises(TeacherError, match="shard 0: a teacher hangs"):
+        made._check_alive(1)
