@@ -43,6 +43,10 @@ class Member(Generic[AnyWorker]):
     heard_at: float = 0.0
     """By the driver's own clock of how long it has listened."""
 
+    @property
+    def held(self) -> list[int]:
+        return [*sorted(self.writing), *([] if self.shard is None else [self.shard])]
+
     def __str__(self) -> str:
         return str(self.worker)
 
@@ -174,7 +178,7 @@ class Crew(Generic[AnyWorker]):
             case Slow(teacher):
                 raise too_slow(teacher, member.shard, self.teacher_timeout or 0, str(member))
             case Failed():
-                raise failure(message, f"shard {member.shard}: {member}" if member.shard is not None else str(member))
+                raise failure(message, str(member), member.held)
 
     def _check_alive(self, limit_seconds: float) -> None:
         for member in self.members:
@@ -204,7 +208,7 @@ class Crew(Generic[AnyWorker]):
         if self.stop.requested:  # who stops a batch job often signals all its processes
             raise self.stop.error()
         member.worker.end(LEAVE_SECONDS)
-        held = [*sorted(member.writing), *([] if member.shard is None else [member.shard])]
+        held = member.held
         self.counter.worker_died(member.number, str(lost), held)
         self.held.difference_update(held)
         for shard in held:

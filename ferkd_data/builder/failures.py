@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ferkd_data import errors
 from ferkd_data.builder.messages import Failed
 from ferkd_data.errors import BuildError, FerkdError, TeacherError
@@ -11,8 +13,12 @@ class WorkerTraceback(Exception):
     """Where a worker raised, as text: the cause of what the driver raises."""
 
 
-def failure(failed: Failed, place: str) -> FerkdError:
-    """An error of ours as it was raised; any other as a BuildError that says where."""
+def failure(failed: Failed, worker: str, shards: Sequence[int] = ()) -> FerkdError:
+    """An error of ours as it was raised; any other as a BuildError that says where.
+
+    Of two `shards`, one was being written while the other was labelled, and either may be the one that failed.
+    """
+    place = f"shard {' or '.join(map(str, shards))}: {worker}" if shards else worker
     kind = getattr(errors, failed.kind, None)
     if isinstance(kind, type) and issubclass(kind, FerkdError) and kind is not errors.ImageError:
         error: FerkdError = kind(failed.text)

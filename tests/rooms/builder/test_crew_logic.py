@@ -9,11 +9,12 @@ import pytest
 
 from ferkd_data.builder import Stop, crew
 from ferkd_data.builder.crew import Crew
-from ferkd_data.builder.messages import Computed, Finished, Labelled, Ready, Settled
+from ferkd_data.builder.messages import Computed, Failed, Finished, Labelled, Ready, Settled
 from ferkd_data.builder.workers import WorkerLostError
 from ferkd_data.errors import BuildError, TeacherError
 
 LOST = WorkerLostError("killed by SIGKILL")
+FAILED = Failed("PermissionError", "no", "trace")
 ANSWERS = {"label": lambda shard: [Labelled(10, 0), Computed()], "settle": lambda shard: [Finished(shard), Settled()]}
 
 
@@ -207,3 +208,17 @@ def test_a_worker_that_was_idle_for_long_is_not_silent():
     made.listened_seconds += 1 + crew.SILENT_SECONDS + 1
     with pytest.raises(TeacherError, match="shard 0: a teacher hangs"):
         made._check_alive(1)
+
+
+@pytest.mark.parametrize(
+    ("script", "place"),
+    [
+        ({("label", 1): [FAILED]}, "shard 0 or 1: worker 0"),
+        ({("label", 0): [FAILED]}, "shard 0: worker 0"),
+        ({("settle", 1): [FAILED]}, "shard 1: worker 0"),
+    ],
+)
+def test_an_error_is_of_a_shard_that_the_worker_has(script, place):
+    """Also of the one that it was writing while it labelled the next."""
+    with pytest.raises(BuildError, match=f"^{place} failed: PermissionError: no"):
+        crew_of(Scripts(script)).label([0, 1])
