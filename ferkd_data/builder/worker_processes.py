@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
@@ -48,10 +49,11 @@ class WorkerProcess:
         self.connection.close()
 
     def end(self, patience_seconds: float) -> None:
-        self.process.join(patience_seconds)
-        self.process.kill()
-        # A process that hangs in a driver call of the system may not even die.
-        self.process.join(1)
+        if self.process.pid is not None:  # else it was never born
+            self.process.join(patience_seconds)
+            self.process.kill()
+            # A process that hangs in a driver call of the system may not even die.
+            self.process.join(1)
         self.connection.close()
 
     def _send(self, shard: int | None) -> None:
@@ -76,7 +78,8 @@ class WorkerProcesses:
         ours, theirs = self.context.Pipe()
         device = self.devices[number]
         process = self.context.Process(target=work, args=(theirs, self.job, device), daemon=True)
-        with contextlib.suppress(BrokenPipeError):  # it died while it was born; its connection will say so
+        # It died while it was born; its connection will say so.
+        with _interrupts_held(), contextlib.suppress(BrokenPipeError):
             process.start()
         theirs.close()
         return WorkerProcess(number, device, process, ours)
@@ -84,6 +87,17 @@ class WorkerProcesses:
     def with_news(self, workers: Sequence[WorkerProcess], seconds: float) -> list[WorkerProcess]:
         spoke = wait([worker.connection for worker in workers], timeout=seconds)
         return [worker for worker in workers if worker.connection in spoke]
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """A process that is started inside never gets a Ctrl-C: it would print where in its imports that met it."""
+    resource_tracker.ensure_running()  # its start would let them through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def work(driver: Connection, job: Job, device: str) -> None:

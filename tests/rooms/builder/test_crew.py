@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +16,9 @@ from label_sets import SMALL, build_with_two, same_files, wait_until
 import ferkd_data as fd
 from ferkd_data.builder import Resources
 from ferkd_data.builder.events import WorkerStarted
+from ferkd_data.builder.messages import Failed
+from ferkd_data.builder.worker_processes import WorkerProcess, WorkerProcesses
+from ferkd_data.builder.workers import WorkerLostError
 from ferkd_data.errors import BuildError, TeacherError, UsageError
 from ferkd_data.teachers import load_teachers
 
@@ -227,3 +231,24 @@ def test_a_time_limit_changes_nothing_else(photos, tiny_teachers, tmp_path, labe
     assert same_files(label_set, tmp_path / "out")
     with pytest.raises(UsageError, match="teacher_timeout"):
         fd.build(photos, tmp_path / "out", teachers=teachers, teacher_timeout=0, **SMALL)
+
+
+def test_ctrl_c_does_not_reach_a_worker_that_is_still_being_loaded(job, capfd):
+    """It comes to all processes of a terminal, and Python would print a traceback for each."""
+    workers = WorkerProcesses(job, ["cpu"])
+    worker = workers.start(0)
+    while not workers.with_news([worker], 0.02):
+        os.kill(worker.process.pid, signal.SIGINT)
+    assert isinstance(worker.hear(), Failed)  # there is nothing to build: it lives, and says so
+    worker.leave()
+    worker.end(30)
+    assert "Traceback" not in capfd.readouterr().err
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_worker_that_dies_before_it_can_be_started_is_lost():
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    theirs.close()
+    with pytest.raises(WorkerLostError):
+        WorkerProcess(0, "cpu", context.Process(), ours).hear()

@@ -10,29 +10,12 @@ from unittest import mock
 import pytest
 
 import ferkd_data
-from ferkd_data.builder import BuildSettings, Stop
+from ferkd_data.builder import Stop
 from ferkd_data.builder.crew import Crew
-from ferkd_data.builder.job import Job
 from ferkd_data.builder.messages import Failed
 from ferkd_data.builder.ray_cluster import Fleet
 from ferkd_data.builder.ray_workers import Actor, RayWorkers
 from ferkd_data.errors import BuildError, BuildStoppedError
-from ferkd_data.teachers import TeacherSpec
-
-
-@pytest.fixture
-def job(photos, tiny_teachers, tmp_path):
-    return Job(
-        source=str(photos),
-        classes=None,
-        out=tmp_path / "out",
-        teachers=(TeacherSpec.parse(tiny_teachers),),
-        precision="fp32",
-        settings=BuildSettings(crops=2),
-        batch_size=8,
-        workers=1,
-        threads=1,
-    )
 
 
 @pytest.mark.parametrize(
