@@ -38,8 +38,9 @@ STRAGGLER_SECONDS = 30.0
 @dataclass(kw_only=True)
 class _Worker:
     started: float
+    """Later by all the time that it had no work: its rate does not suffer from that."""
     shard: int = 0
-    busy: bool = False
+    idle_since: float | None = None
     crops: int = 0
     marks: deque[tuple[float, int]] = field(default_factory=deque)
     """(time, crops until then) within the last minute, and the newest before it."""
@@ -52,6 +53,12 @@ class _Worker:
         if now - self.marks[-1][0] >= MARK_SECONDS:
             self.marks.append((now, self.crops))
         self._forget(now)
+
+    def go_on(self, now: float) -> None:
+        if self.idle_since is not None:
+            pause, self.idle_since = now - self.idle_since, None
+            self.started += pause
+            self.marks = deque((at + pause, crops) for at, crops in self.marks)
 
     def rate(self, now: float) -> float:
         self._forget(now)
@@ -148,13 +155,13 @@ class ProgressCounter:
         now = time.monotonic()
         if not self._workers and not self.crops_done:
             self.started = now
-        self._workers[worker] = _Worker(started=now)
+        self._workers[worker] = _Worker(started=now, idle_since=now)
         self.watcher.see(WorkerStarted(worker=worker, device=device))
 
     def worker_idle(self, worker: int) -> None:
         """Until it begins another shard."""
         if worker in self._workers:
-            self._workers[worker].busy = False
+            self._workers[worker].idle_since = time.monotonic()
 
     def worker_died(self, worker: int, how: str, shards: Sequence[int] = ()) -> None:
         """What it had labelled of `shards` has to be labelled again."""
@@ -174,7 +181,7 @@ class ProgressCounter:
     def shard_begun(self, shard: int, worker: int = 0) -> None:
         self._begin(shard)
         if worker in self._workers:
-            self._workers[worker].busy = True
+            self._workers[worker].go_on(time.monotonic())
 
     def shard_done(self, record: ShardRecord, worker: int = 0) -> None:
         now = time.monotonic()
@@ -200,7 +207,8 @@ class ProgressCounter:
             self._begin(shard)
         self._in_work.add(shard, crops, rejects_in_shard)
         busy = self._workers.setdefault(worker, _Worker(started=self.started))
-        busy.shard, busy.busy = shard, True
+        busy.shard = shard
+        busy.go_on(now)
         busy.add(crops, now)
         self.crops_done += crops
         self._tell(shard, now)
@@ -250,7 +258,7 @@ class ProgressCounter:
         if now - self._summed_at >= MARK_SECONDS:
             self._summed_at = now
             rates = {number: state.rate(now) for number, state in sorted(self._workers.items())}
-            busy = {number: rate for number, rate in rates.items() if self._workers[number].busy}
+            busy = {number: rate for number, rate in rates.items() if self._workers[number].idle_since is None}
             slow = STRAGGLER_SHARE * statistics.median(busy.values()) if busy else 0
             late = {n for n in busy if now - self._workers[n].started >= STRAGGLER_SECONDS}
             self._summary = (

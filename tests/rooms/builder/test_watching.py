@@ -225,6 +225,31 @@ def test_a_straggler_is_far_below_the_median_and_has_work(clock):
     assert seen[-1].stragglers == ()
 
 
+def test_a_worker_that_had_no_work_for_a_while_is_no_straggler(clock):
+    """As one that gets the shard of another that died late in the build."""
+    seen = Seen()
+    counter = counter_of(seen, clock)
+
+    def label(seconds, *workers):
+        for _ in range(seconds):
+            clock.now += 1
+            for worker in workers:
+                counter.batch(worker, 10, 0, worker)
+
+    for worker in range(3):
+        counter.worker_started(worker, "cpu")
+        counter.shard_begun(worker, worker)
+    label(40, 0, 1, 2)
+    counter.worker_idle(0)
+    label(100, 1, 2)
+    counter.shard_begun(0, 0)
+    label(2, 0, 1, 2)
+    assert seen[-1].stragglers == ()
+    assert [worker.crops_per_second for worker in seen[-1].workers] == pytest.approx([10] * 3, rel=0.05)
+    label(40, 1, 2)
+    assert seen[-1].stragglers == (0,)
+
+
 def test_rates_are_of_the_last_minute_and_silence_is_told(clock):
     seen = Seen()
     counter = counter_of(seen, clock)
