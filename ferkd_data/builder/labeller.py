@@ -43,6 +43,7 @@ class Labeller:
 
     def label(self, shard: int) -> Iterator[Message]:
         """Ends when another can be labelled, or none ever."""
+        self.watch.begin()
         return self._tell(self._thread.submit(self._label, shard), Computed())
 
     def settle(self) -> Iterator[Message]:
@@ -71,9 +72,7 @@ class Labeller:
         return self._behind
 
     def _label(self, shard: int) -> None:
-        behind = self._open()
-        self.watch.begin()
-        behind.label(shard, self.watch.labelled)
+        self._open().label(shard, self.watch.labelled)
 
     def _settle(self) -> None:
         self._open().settle()

@@ -7,8 +7,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from label_sets import SMALL, build_with_two, same_files, wait_until
@@ -16,7 +19,8 @@ from label_sets import SMALL, build_with_two, same_files, wait_until
 import ferkd_data as fd
 from ferkd_data.builder import Resources
 from ferkd_data.builder.events import WorkerStarted
-from ferkd_data.builder.messages import Failed
+from ferkd_data.builder.labeller import Labeller
+from ferkd_data.builder.messages import Computed, Failed, Labelled
 from ferkd_data.builder.worker_processes import WorkerProcess, WorkerProcesses
 from ferkd_data.builder.workers import WorkerLostError
 from ferkd_data.errors import BuildError, TeacherError, UsageError
@@ -252,3 +256,15 @@ def test_a_worker_that_dies_before_it_can_be_started_is_lost():
     theirs.close()
     with pytest.raises(WorkerLostError):
         WorkerProcess(0, "cpu", context.Process(), ours).hear()
+
+
+def test_a_shard_does_not_begin_with_the_rejects_of_the_one_before(job, monkeypatch):
+    """Its worker may say that it lives before it has got to the new one."""
+    monkeypatch.setattr("ferkd_data.builder.labeller.REPORT_SECONDS", 0.01)
+    labeller, told = Labeller(replace(job, teacher_timeout=60), "cpu"), threading.Event()
+    labeller.watch.labelled(0, 3)
+    monkeypatch.setattr(labeller, "_open", lambda: told.wait(30) and mock.Mock())
+    messages = labeller.label(1)
+    assert next(messages) == Labelled(0, 0)
+    told.set()
+    assert list(messages)[-1] == Computed()
