@@ -222,3 +222,14 @@ def test_an_error_is_of_a_shard_that_the_worker_has(script, place):
     """Also of the one that it was writing while it labelled the next."""
     with pytest.raises(BuildError, match=f"^{place} failed: PermissionError: no"):
         crew_of(Scripts(script)).label([0, 1])
+
+
+def test_whoever_follows_an_idle_worker_gets_nothing_before_it_is_ready():
+    scripts = Scripts()
+    made = crew_of(scripts)
+    made.todo.add([0])
+    made._grow()
+    made._listen()
+    scripts.started[0].messages.append(LOST)
+    made._listen()
+    assert len(scripts.started) == 2 and not made.free

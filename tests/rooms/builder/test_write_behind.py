@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from unittest import mock
 
 import pytest
 from label_sets import SMALL, same_files
@@ -13,6 +14,7 @@ import ferkd_data as fd
 from ferkd_data.builder import handover
 from ferkd_data.builder.handover import ROWS_AHEAD, BrokenOffError, Handover
 from ferkd_data.builder.state import BuildFolder
+from ferkd_data.builder.write_behind import WriteBehind
 from ferkd_data.errors import BuildError
 
 SECONDS = 30
@@ -197,3 +199,54 @@ def test_ctrl_c_while_the_last_rows_wait_for_room_ends_the_build(photos, tiny_te
     builder.start()
     builder.join(SECONDS)
     assert raised and not list(tmp_path.glob("out/labels/*"))
+
+
+@pytest.fixture
+def behind(monkeypatch):
+    """Labels and writes what a test wants: `rows` and `write` of a shard's number."""
+    made = WriteBehind(mock.Mock(), mock.Mock(), mock.Mock(teachers=[]), mock.Mock())
+    made.rows, made.write = {}, {}
+
+    def write(work):
+        assert list(work.rows)
+        return made.write[work.shard]()
+
+    monkeypatch.setattr(made, "_rows", lambda work, on_batch: made.rows[work.shard])
+    monkeypatch.setattr(made, "_write", write)
+    with made:
+        yield made
+
+
+def test_an_error_is_not_told_before_the_shard_before_is_whole(behind):
+    """Who hears of it may end the process."""
+    saved = []
+
+    def broken():
+        yield 0, b""
+        raise BuildError("broken")
+
+    behind.rows = {0: [(0, b"")], 1: broken()}
+    behind.write = {0: lambda: time.sleep(0.2) or saved.append(0)}
+    behind.label(0, mock.Mock())
+    with pytest.raises(BuildError, match="broken"):
+        behind.label(1, mock.Mock())
+    assert saved == [0]
+
+
+def test_a_shard_that_cannot_be_written_is_noticed_before_the_next_one_ends(behind):
+    given = []
+
+    def full():
+        raise BuildError("full")
+
+    def rows():
+        for number in range(1000):
+            time.sleep(0.005)
+            given.append(number)
+            yield number, b""
+
+    behind.rows, behind.write = {0: [(0, b"")], 1: rows()}, {0: full}
+    behind.label(0, mock.Mock())
+    with pytest.raises(BuildError, match="full"):
+        behind.label(1, mock.Mock())
+    assert len(given) < 1000
