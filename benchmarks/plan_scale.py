@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 from synthetic import write_label_set
 
-from ferkd_data.builder.base import open_base
+from ferkd_data.builder.extension.base import open_base
+from ferkd_data.builder.extension.plan import load_or_make_extension
 from ferkd_data.builder.plan import load_or_make_plan, open_plan
-from ferkd_data.builder.plan_extension import load_or_make_extension
 from ferkd_data.images import ImageError, ImageRef, Reject
 from ferkd_data.images.duplicates import DuplicateFilter
 from ferkd_data.shards.columns import ImageLabels

@@ -24,11 +24,11 @@ from pathlib import Path
 
 from synthetic import NO_TEACHER
 
-from ferkd_data.builder.crew import Crew
-from ferkd_data.builder.messages import Labelled, Message, Ready
-from ferkd_data.builder.progress import ProgressCounter
-from ferkd_data.builder.state import BuildFolder, ShardRecord
+from ferkd_data.builder.out.state import BuildFolder, ShardRecord
 from ferkd_data.builder.stop import Stop
+from ferkd_data.builder.watch.progress import ProgressCounter
+from ferkd_data.builder.workers.crew import Crew
+from ferkd_data.builder.workers.messages import Labelled, Message, Ready
 from ferkd_data.errors import BuildStoppedError
 from ferkd_data.manifest import (
     BlockEntry,

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from build_growth import write_photos
 
-from ferkd_data.builder.label_shard import ASKED_AHEAD
+from ferkd_data.builder.labelling.label_shard import ASKED_AHEAD
 
 WAYS = ("behind", "waiting")
 TEACHER = """
@@ -51,7 +51,7 @@ BUILD = """
 import json, sys
 from time import perf_counter
 import ferkd_data as fd
-from ferkd_data.builder.write_behind import WriteBehind
+from ferkd_data.builder.labelling.write_behind import WriteBehind
 
 settings = json.loads(sys.argv[1])
 if settings.pop("way") == "waiting":

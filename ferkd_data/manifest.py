@@ -6,6 +6,7 @@ an unknown field is kept and written back.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -216,6 +217,11 @@ def _why_none(folder: Path) -> str:
             "finish"
         )
     return "is this the folder that a build wrote?"
+
+
+def identity_of(manifest: bytes) -> str:
+    """Of the label set that has this manifest.json: its SHA-256, 64 hex digits."""
+    return hashlib.sha256(manifest).hexdigest()
 
 
 def _check_whole(manifest: Manifest, where: str) -> None:

@@ -180,7 +180,9 @@ def quick_process() -> multiprocessing.context.ForkServerContext:
 @pytest.fixture
 def quick_workers(monkeypatch: pytest.MonkeyPatch, quick_process: multiprocessing.context.ForkServerContext) -> None:
     """The workers of builds start so too; what a test puts into the environment does not come to them."""
-    monkeypatch.setattr("ferkd_data.builder.worker_processes.multiprocessing.get_context", lambda method: quick_process)
+    monkeypatch.setattr(
+        "ferkd_data.builder.workers.processes.multiprocessing.get_context", lambda method: quick_process
+    )
 
 
 @pytest.fixture

@@ -71,7 +71,23 @@ def test_imports_never_point_up():
 
 
 def test_there_is_no_cycle():
-    graph = {name: imports(path) & set(modules()) for name, path in modules().items()}
+    check_acyclic({name: imports(path) & set(modules()) for name, path in modules().items()})
+
+
+def test_no_two_folders_need_each_other():
+    """Below builder/, which has folders of its own."""
+
+    def folder(name: str) -> str:
+        parts = name.split(".")
+        return ".".join(parts[:-1]) if len(parts) > 2 else name
+
+    graph: dict[str, set[str]] = {folder(name): set() for name in modules()}
+    for name, path in modules().items():
+        graph[folder(name)] |= {folder(imported) for imported in imports(path) & set(modules())} - {folder(name)}
+    check_acyclic(graph)
+
+
+def check_acyclic(graph: dict[str, set[str]]) -> None:
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:

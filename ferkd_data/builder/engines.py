@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ferkd_data.builder.crew import Crew
-from ferkd_data.builder.events import BuildStarted, ImageRejected, Watcher
 from ferkd_data.builder.job import open_tools
 from ferkd_data.builder.local import Reporting, label_here
+from ferkd_data.builder.out.state import BuildFolder
 from ferkd_data.builder.plan import Plan
 from ferkd_data.builder.prepare import Prepared
-from ferkd_data.builder.progress import ProgressCounter
-from ferkd_data.builder.ray_workers import RayWorkers
 from ferkd_data.builder.rejects import read_rejects
-from ferkd_data.builder.state import BuildFolder
 from ferkd_data.builder.stop import Stop
-from ferkd_data.builder.worker_processes import WorkerProcesses
-from ferkd_data.builder.workers import Workers
+from ferkd_data.builder.watch.events import BuildStarted, ImageRejected, Watcher
+from ferkd_data.builder.watch.progress import ProgressCounter
+from ferkd_data.builder.workers.crew import Crew
+from ferkd_data.builder.workers.processes import WorkerProcesses
+from ferkd_data.builder.workers.ray_actors import RayWorkers
+from ferkd_data.builder.workers.worker import Workers
 
 
 def label_shards(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ferkd_data.builder.forwards import Nobody
-from ferkd_data.builder.label_shard import Tools
+from ferkd_data.builder.labelling.forwards import Nobody
+from ferkd_data.builder.labelling.label_shard import Tools
+from ferkd_data.builder.labelling.write_behind import WriteBehind
+from ferkd_data.builder.out.state import BuildFolder
 from ferkd_data.builder.plan import Plan
-from ferkd_data.builder.progress import ProgressCounter
-from ferkd_data.builder.state import BuildFolder
 from ferkd_data.builder.stop import Stop
-from ferkd_data.builder.write_behind import WriteBehind
+from ferkd_data.builder.watch.progress import ProgressCounter
 
 
 def label_here(

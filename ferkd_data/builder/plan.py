@@ -55,7 +55,7 @@ class PlanSummary(BaseModel):
     shards: int
     """Planned ones."""
     sha256: str
-    """Over every key and target in their order; of an extended label set, see ferkd_data.builder.plan_extension."""
+    """Over every key and target in their order; of an extended label set, see ferkd_data.builder.extension.plan."""
     class_names: tuple[str, ...] | None
     first_shard: int = 0
     """The number of the first planned shard. Those before it are finished: they are an extended label set's."""

@@ -11,17 +11,17 @@ from typing import Any, Literal
 import torch
 
 from ferkd_data.buckets import QuantileThresholds
-from ferkd_data.builder.base import Base, identity_of, open_base
+from ferkd_data.builder.extension.base import Base, open_base
+from ferkd_data.builder.extension.plan import load_or_make_extension
 from ferkd_data.builder.job import Job
+from ferkd_data.builder.out.state import EXTENDS, BuildFolder, Facts
+from ferkd_data.builder.out.store_folder import place_of
 from ferkd_data.builder.plan import Plan, load_or_make_plan
-from ferkd_data.builder.plan_extension import load_or_make_extension
 from ferkd_data.builder.settings import BuildSettings, Resources
-from ferkd_data.builder.state import EXTENDS, BuildFolder, Facts
-from ferkd_data.builder.store_folder import place_of
 from ferkd_data.builder.workplace import Workplace, open_workplace
 from ferkd_data.errors import BuildError, FerkdError, UsageError
 from ferkd_data.images import ImageSource
-from ferkd_data.manifest import TeacherEntry, read_manifest_bytes
+from ferkd_data.manifest import TeacherEntry, identity_of, read_manifest_bytes
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 
 OnError = Literal["reject", "fail"]

@@ -9,17 +9,17 @@ from typing import Any
 
 import ferkd_data
 from ferkd_data.builder.engines import label_shards
-from ferkd_data.builder.events import BuildFinished, OnProgress, Watcher, Watchers
-from ferkd_data.builder.locks import check_unfinished, open_build_folder, open_part_folder
+from ferkd_data.builder.extension.seal import seal_extension
+from ferkd_data.builder.out.locks import check_unfinished, open_build_folder, open_part_folder
+from ferkd_data.builder.out.seal import seal
+from ferkd_data.builder.out.state import BuildFolder, Facts
+from ferkd_data.builder.out.store_folder import open_out, place_of
 from ferkd_data.builder.part import Part
 from ferkd_data.builder.plan import Plan, open_plan
 from ferkd_data.builder.prepare import OnError, prepare
-from ferkd_data.builder.seal import seal
-from ferkd_data.builder.seal_extension import seal_extension
 from ferkd_data.builder.settings import BuildSettings, Resources
-from ferkd_data.builder.state import BuildFolder, Facts
 from ferkd_data.builder.stop import Stop
-from ferkd_data.builder.store_folder import open_out, place_of
+from ferkd_data.builder.watch.events import BuildFinished, OnProgress, Watcher, Watchers
 from ferkd_data.errors import BuildError, UsageError
 from ferkd_data.manifest import Manifest
 from ferkd_data.storage import remove_leftovers
@@ -77,7 +77,7 @@ def build(
     anew.
 
     `on_progress` gets the progress after every batch, or about every second where there are worker processes;
-    `watchers` all that happens (see ferkd_data.builder.events).
+    `watchers` all that happens (see ferkd_data.builder.watch.events).
 
     Raises UsageError, SourceError, TeacherError, BuildError (see ferkd_data.errors).
     """

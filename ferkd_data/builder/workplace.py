@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ferkd_data.builder.ray_cluster import Fleet, open_fleet
 from ferkd_data.builder.settings import Resources, default_batch_size
+from ferkd_data.builder.workers.ray_cluster import Fleet, open_fleet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from ferkd_data import rng
-from ferkd_data.builder.state import REJECTS_NAME
+from ferkd_data.builder.out.state import REJECTS_NAME
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.exchange import fkd
 from ferkd_data.exchange.arguments import check_at_least

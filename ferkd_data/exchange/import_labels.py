@@ -13,8 +13,8 @@ from typing import Any
 import ferkd_data
 from ferkd_data import statistics
 from ferkd_data.buckets import Thresholds
+from ferkd_data.builder.out.state import REJECTS_NAME
 from ferkd_data.builder.rejects import RejectWriter
-from ferkd_data.builder.state import REJECTS_NAME
 from ferkd_data.errors import ForeignFileError, ImageError, UsageError
 from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.exchange.convert import new_folder, write_manifest

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import ferkd_data
 from ferkd_data import statistics
 from ferkd_data.buckets import Thresholds
+from ferkd_data.builder.out.state import REJECTS_NAME
 from ferkd_data.builder.rejects import RejectWriter
-from ferkd_data.builder.state import REJECTS_NAME
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.images import Reject
 from ferkd_data.label_set import LabelSet, check_same_classes, combined_teachers, ensemble_shares, open_labels

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ferkd_data.buckets import Thresholds
-from ferkd_data.builder.crop_batches import Rejected
 from ferkd_data.builder.job import Job, open_tools
-from ferkd_data.builder.label_shard import TeacherCounts, label_shard
+from ferkd_data.builder.labelling.crop_batches import Rejected
+from ferkd_data.builder.labelling.label_shard import TeacherCounts, label_shard
 from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import UsageError

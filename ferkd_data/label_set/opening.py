@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from ferkd_data.errors import ManifestError, RemoteError, UsageError
 from ferkd_data.label_set.ensemble import EnsembleLabels
 from ferkd_data.label_set.files import CachedFiles, Files, LocalFiles
 from ferkd_data.label_set.label_set import LabelSet
-from ferkd_data.manifest import FILE_NAME, MAX_MANIFEST_BYTES, parse_manifest, read_manifest_bytes
+from ferkd_data.manifest import FILE_NAME, MAX_MANIFEST_BYTES, identity_of, parse_manifest, read_manifest_bytes
 from ferkd_data.remote import Remote, is_remote, open_remote
 from ferkd_data.shard_cache import DEFAULT_BYTES, ShardCache
 from ferkd_data.storage import default_cache_dir
@@ -54,8 +53,7 @@ def open_labels(
     manifest = parse_manifest(text, f"{files.location}/{FILE_NAME}")
     if crops is not None and not 1 <= crops <= manifest.num_crops:
         raise UsageError(f"{files.location}: crops must be 1..{manifest.num_crops} (what was labelled), got {crops}")
-    identity = hashlib.sha256(text).hexdigest()
-    return LabelSet(files, manifest, manifest.num_crops if crops is None else crops, identity)
+    return LabelSet(files, manifest, manifest.num_crops if crops is None else crops, identity_of(text))
 
 
 def read_remote_manifest(remote: Remote) -> bytes:

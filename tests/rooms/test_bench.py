@@ -10,7 +10,7 @@ import torch
 
 import ferkd_data as fd
 from ferkd_data.bench import TeacherTimings, Timing, advice
-from ferkd_data.builder.forwards import Forwards
+from ferkd_data.builder.labelling.forwards import Forwards
 from ferkd_data.errors import TeacherError, UsageError
 from ferkd_data.teachers import load_teacher
 from ferkd_data.teachers.compiled import compile_teachers

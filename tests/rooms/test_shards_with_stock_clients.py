@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import ferkd_data as fd
-from ferkd_data.builder.state import FOLDER
+from ferkd_data.builder.out.state import FOLDER
 from ferkd_data.shards import parquet, webdataset
 
 

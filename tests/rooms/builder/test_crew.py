@@ -18,11 +18,11 @@ from label_sets import SMALL, build_with_two, same_files, wait_until
 
 import ferkd_data as fd
 from ferkd_data.builder import Resources
-from ferkd_data.builder.events import WorkerStarted
-from ferkd_data.builder.labeller import Labeller
-from ferkd_data.builder.messages import Computed, Failed, Labelled
-from ferkd_data.builder.worker_processes import WorkerProcess, WorkerProcesses
-from ferkd_data.builder.workers import WorkerLostError
+from ferkd_data.builder.watch.events import WorkerStarted
+from ferkd_data.builder.workers.labeller import Labeller
+from ferkd_data.builder.workers.messages import Computed, Failed, Labelled
+from ferkd_data.builder.workers.processes import WorkerProcess, WorkerProcesses
+from ferkd_data.builder.workers.worker import WorkerLostError
 from ferkd_data.errors import BuildError, TeacherError, UsageError
 from ferkd_data.teachers import load_teachers
 
@@ -223,7 +223,7 @@ def test_a_teacher_that_hangs_is_named_with_its_shard(photos, deadly, tmp_path):
 
 
 def test_a_teacher_that_stops_its_whole_process(photos, deadly, tmp_path, monkeypatch):
-    monkeypatch.setattr("ferkd_data.builder.crew.SILENT_SECONDS", 2)
+    monkeypatch.setattr("ferkd_data.builder.workers.crew.SILENT_SECONDS", 2)
     with pytest.raises(TeacherError, match=r"shard 0: a teacher hangs, and worker 0 .* longer than 1 seconds"):
         fd.build(photos, tmp_path / "out", teachers=[deadly + "frozen"], teacher_timeout=1, **SMALL)
 
@@ -260,7 +260,7 @@ def test_a_worker_that_dies_before_it_can_be_started_is_lost():
 
 def test_a_shard_does_not_begin_with_the_rejects_of_the_one_before(job, monkeypatch):
     """Its worker may say that it lives before it has got to the new one."""
-    monkeypatch.setattr("ferkd_data.builder.labeller.REPORT_SECONDS", 0.01)
+    monkeypatch.setattr("ferkd_data.builder.workers.labeller.REPORT_SECONDS", 0.01)
     labeller, told = Labeller(replace(job, teacher_timeout=60), "cpu"), threading.Event()
     labeller.watch.labelled(0, 3)
     monkeypatch.setattr(labeller, "_open", lambda: told.wait(30) and mock.Mock())

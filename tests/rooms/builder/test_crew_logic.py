@@ -7,10 +7,11 @@ from unittest import mock
 
 import pytest
 
-from ferkd_data.builder import Stop, crew
-from ferkd_data.builder.crew import Crew
-from ferkd_data.builder.messages import Computed, Failed, Finished, Labelled, Ready, Settled
-from ferkd_data.builder.workers import WorkerLostError
+from ferkd_data.builder import Stop
+from ferkd_data.builder.workers import crew
+from ferkd_data.builder.workers.crew import Crew
+from ferkd_data.builder.workers.messages import Computed, Failed, Finished, Labelled, Ready, Settled
+from ferkd_data.builder.workers.worker import WorkerLostError
 from ferkd_data.errors import BuildError, TeacherError
 
 LOST = WorkerLostError("killed by SIGKILL")

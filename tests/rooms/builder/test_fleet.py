@@ -13,7 +13,7 @@ from label_sets import SMALL
 
 import ferkd_data as fd
 from ferkd_data.builder import Resources
-from ferkd_data.builder.ray_cluster import CPU_THREADS, WAITING_WORKERS, open_fleet
+from ferkd_data.builder.workers.ray_cluster import CPU_THREADS, WAITING_WORKERS, open_fleet
 from ferkd_data.builder.workplace import Workplace
 from ferkd_data.errors import BuildError, FerkdError, MissingExtraError, UsageError
 
@@ -132,7 +132,7 @@ def address_error(address) -> FerkdError:
 
 def test_addresses_where_no_cluster_answers(server, monkeypatch):
     port, answer = server
-    monkeypatch.setattr("ferkd_data.builder.ray_cluster.ANSWER_SECONDS", 1)
+    monkeypatch.setattr("ferkd_data.builder.workers.ray_cluster.ANSWER_SECONDS", 1)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         free = closed.getsockname()[1]
     refused = address_error(f"127.0.0.1:{free}")
@@ -144,7 +144,7 @@ def test_addresses_where_no_cluster_answers(server, monkeypatch):
 
 
 def test_a_server_that_says_nothing_is_no_cluster(server, monkeypatch):
-    monkeypatch.setattr("ferkd_data.builder.ray_cluster.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("ferkd_data.builder.workers.ray_cluster.ANSWER_SECONDS", 0.5)
     assert "(timed out)" in str(address_error(f"127.0.0.1:{server[0]}"))
 
 

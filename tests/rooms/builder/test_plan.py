@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferkd_data.builder.known_images import KnownImages
-from ferkd_data.builder.piles import Piles
+from ferkd_data.builder.extension.known_images import KnownImages
+from ferkd_data.builder.extension.piles import Piles
 from ferkd_data.builder.plan import load_or_make_plan, open_plan
 from ferkd_data.errors import SourceError, StorageFullError
 from ferkd_data.images import ImageRef, Reject
@@ -104,7 +104,7 @@ def small_piles(monkeypatch):
 
 def make_piles_small(patch, rows=4):
     for name in ("piles.PILE_ROWS", "known_images.PILE_ROWS"):
-        patch.setattr(f"ferkd_data.builder.{name}", rows)
+        patch.setattr(f"ferkd_data.builder.extension.{name}", rows)
 
 
 def image(key, number, target=None):

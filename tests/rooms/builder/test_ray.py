@@ -15,7 +15,7 @@ from servers import s3_store
 
 import ferkd_data as fd
 from ferkd_data.builder import dry_run
-from ferkd_data.builder.events import WorkerDied, WorkerStarted
+from ferkd_data.builder.watch.events import WorkerDied, WorkerStarted
 from ferkd_data.errors import BuildError, TeacherError
 
 STOPPED = 143

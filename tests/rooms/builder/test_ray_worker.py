@@ -11,10 +11,10 @@ import pytest
 
 import ferkd_data
 from ferkd_data.builder import Stop
-from ferkd_data.builder.crew import Crew
-from ferkd_data.builder.messages import Failed
-from ferkd_data.builder.ray_cluster import Fleet
-from ferkd_data.builder.ray_workers import Actor, RayWorkers
+from ferkd_data.builder.workers.crew import Crew
+from ferkd_data.builder.workers.messages import Failed
+from ferkd_data.builder.workers.ray_actors import Actor, RayWorkers
+from ferkd_data.builder.workers.ray_cluster import Fleet
 from ferkd_data.errors import BuildError, BuildStoppedError
 
 
@@ -100,7 +100,7 @@ def test_no_more_workers_than_shards_or_room(job, fleet):
 
 
 def test_waiting_for_a_place_is_said_once(job, fleet, monkeypatch, caplog):
-    monkeypatch.setattr("ferkd_data.builder.ray_workers.PATIENCE_SECONDS", -1)
+    monkeypatch.setattr("ferkd_data.builder.workers.ray_actors.PATIENCE_SECONDS", -1)
     workers = RayWorkers(job, fleet)
     for _ in range(2):
         workers.with_news([workers.start(0)], 0)

@@ -12,8 +12,8 @@ from label_sets import SMALL
 
 import ferkd_data as fd
 from ferkd_data import replay
-from ferkd_data.builder import crop_batches
-from ferkd_data.builder.staging import CudaStaging, Fetched
+from ferkd_data.builder.labelling import crop_batches
+from ferkd_data.builder.labelling.staging import CudaStaging, Fetched
 from ferkd_data.errors import BuildError
 
 

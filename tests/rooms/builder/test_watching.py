@@ -11,8 +11,10 @@ from label_sets import SMALL
 
 import ferkd_data as fd
 from ferkd_data.builder import JsonLog, MetricsFile, build_part
-from ferkd_data.builder import progress as counting
-from ferkd_data.builder.events import (
+from ferkd_data.builder.local import Reporting
+from ferkd_data.builder.out.state import ShardRecord
+from ferkd_data.builder.watch import progress as counting
+from ferkd_data.builder.watch.events import (
     BatchHalved,
     BuildFailed,
     Progress,
@@ -21,9 +23,7 @@ from ferkd_data.builder.events import (
     WorkerDied,
     WorkerProgress,
 )
-from ferkd_data.builder.local import Reporting
-from ferkd_data.builder.progress import ProgressCounter
-from ferkd_data.builder.state import ShardRecord
+from ferkd_data.builder.watch.progress import ProgressCounter
 from ferkd_data.errors import TeacherError, UsageError
 from ferkd_data.statistics import Statistics
 from ferkd_data_cli.main import run

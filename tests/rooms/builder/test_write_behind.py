@@ -11,10 +11,10 @@ import pytest
 from label_sets import SMALL, same_files
 
 import ferkd_data as fd
-from ferkd_data.builder import handover
-from ferkd_data.builder.handover import ROWS_AHEAD, BrokenOffError, Handover
-from ferkd_data.builder.state import BuildFolder
-from ferkd_data.builder.write_behind import WriteBehind
+from ferkd_data.builder.labelling import handover
+from ferkd_data.builder.labelling.handover import ROWS_AHEAD, BrokenOffError, Handover
+from ferkd_data.builder.labelling.write_behind import WriteBehind
+from ferkd_data.builder.out.state import BuildFolder
 from ferkd_data.errors import BuildError
 
 SECONDS = 30

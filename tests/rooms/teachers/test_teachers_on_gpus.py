@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ferkd_data.builder.staging import current_device
+from ferkd_data.builder.labelling.staging import current_device
 from ferkd_data.errors import TeacherError
 from ferkd_data.teachers import Preprocessing, TeacherSpec, onnx_models
 from ferkd_data.teachers.kernels import check_precision, faithful_kernels

@@ -29,13 +29,20 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ferkd_data.buckets import QuantileThresholds, Thresholds
-from ferkd_data.builder.base import identity_of
 from ferkd_data.builder.part import Part
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.crops import CropDistribution
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import BuildError, SettingsMismatchError
-from ferkd_data.manifest import FILE_NAME, BlockEntry, Manifest, TeacherEntry, read_manifest, read_manifest_bytes
+from ferkd_data.manifest import (
+    FILE_NAME,
+    BlockEntry,
+    Manifest,
+    TeacherEntry,
+    identity_of,
+    read_manifest,
+    read_manifest_bytes,
+)
 from ferkd_data.statistics import Statistics
 from ferkd_data.storage import write_atomically
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ferkd_data.buckets import Thresholds, assign_buckets, confidence
-from ferkd_data.builder.crop_batches import CropBatch, DecodedImage, Rejected, View, crop_batches
-from ferkd_data.builder.forwards import Forwards
+from ferkd_data.builder.labelling.crop_batches import CropBatch, DecodedImage, Rejected, View, crop_batches
+from ferkd_data.builder.labelling.forwards import Forwards
+from ferkd_data.builder.labelling.staging import Fetched, Staging
 from ferkd_data.builder.settings import BuildSettings
-from ferkd_data.builder.staging import Fetched, Staging
 from ferkd_data.ensemble import check_logits, combine, raise_if_wrong
 from ferkd_data.errors import BuildError
 from ferkd_data.images import ImageRef, ImageSource

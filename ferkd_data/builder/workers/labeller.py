@@ -17,11 +17,21 @@ from queue import SimpleQueue
 import torch
 
 from ferkd_data.builder.job import Job, open_tools
-from ferkd_data.builder.messages import Computed, Failed, Finished, Halved, Labelled, Message, Ready, Settled, Slow
+from ferkd_data.builder.labelling.write_behind import WriteBehind
+from ferkd_data.builder.out.state import ShardRecord
+from ferkd_data.builder.out.store_folder import folder_of
 from ferkd_data.builder.plan import open_plan
-from ferkd_data.builder.state import ShardRecord
-from ferkd_data.builder.store_folder import folder_of
-from ferkd_data.builder.write_behind import WriteBehind
+from ferkd_data.builder.workers.messages import (
+    Computed,
+    Failed,
+    Finished,
+    Halved,
+    Labelled,
+    Message,
+    Ready,
+    Settled,
+    Slow,
+)
 
 REPORT_SECONDS = 1.0
 """How often a worker tells how far it is: a driver hears a thousand of them."""

@@ -16,10 +16,10 @@ from ferkd_data.buckets import (
     confidence,
     confidence_counts,
 )
+from ferkd_data.builder.out.state import REJECTS_NAME, BuildFolder, Facts, ShardRecord
 from ferkd_data.builder.plan import Plan
 from ferkd_data.builder.rejects import RejectWriter
 from ferkd_data.builder.settings import BuildSettings
-from ferkd_data.builder.state import REJECTS_NAME, BuildFolder, Facts, ShardRecord
 from ferkd_data.images import Reject
 from ferkd_data.manifest import (
     FILE_NAME,

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ferkd_data.builder.events import (
+from ferkd_data.builder.out.state import ShardRecord
+from ferkd_data.builder.watch.events import (
     BatchHalved,
     ImageRejected,
     OnProgress,
@@ -19,7 +20,6 @@ from ferkd_data.builder.events import (
     WorkerProgress,
     WorkerStarted,
 )
-from ferkd_data.builder.state import ShardRecord
 
 __all__ = ["OnProgress", "Progress", "ProgressCounter", "WorkerProgress"]
 

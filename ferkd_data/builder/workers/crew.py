@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Generic
 
-from ferkd_data.builder.backlog import Backlog
-from ferkd_data.builder.failures import failure, silent, too_slow
-from ferkd_data.builder.messages import Computed, Failed, Finished, Halved, Labelled, Ready, Settled, Slow
-from ferkd_data.builder.progress import ProgressCounter
-from ferkd_data.builder.state import BuildFolder
+from ferkd_data.builder.out.state import BuildFolder
 from ferkd_data.builder.stop import Stop
-from ferkd_data.builder.workers import AnyWorker, WorkerLostError, Workers
+from ferkd_data.builder.watch.progress import ProgressCounter
+from ferkd_data.builder.workers.backlog import Backlog
+from ferkd_data.builder.workers.failures import failure, silent, too_slow
+from ferkd_data.builder.workers.messages import Computed, Failed, Finished, Halved, Labelled, Ready, Settled, Slow
+from ferkd_data.builder.workers.worker import AnyWorker, WorkerLostError, Workers
 from ferkd_data.errors import BuildError
 
 DEATHS_AT_START = 3

@@ -10,12 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 
-from ferkd_data.builder.crop_batches import Rejected
-from ferkd_data.builder.handover import Handover
-from ferkd_data.builder.label_shard import OnBatch, TeacherCounts, Tools, label_shard
+from ferkd_data.builder.labelling.crop_batches import Rejected
+from ferkd_data.builder.labelling.handover import Handover
+from ferkd_data.builder.labelling.label_shard import OnBatch, TeacherCounts, Tools, label_shard
+from ferkd_data.builder.labelling.tally import Tally
+from ferkd_data.builder.out.state import BuildFolder, RejectRecord, ShardRecord
 from ferkd_data.builder.plan import Plan
-from ferkd_data.builder.state import BuildFolder, RejectRecord, ShardRecord
-from ferkd_data.builder.tally import Tally
 from ferkd_data.errors import BuildError
 from ferkd_data.shards.columns import ImageLabels
 from ferkd_data.shards.writers import Row, write_shard

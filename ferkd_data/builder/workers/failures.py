@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ferkd_data import errors
-from ferkd_data.builder.messages import Failed
+from ferkd_data.builder.workers.messages import Failed
 from ferkd_data.errors import BuildError, FerkdError, TeacherError
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ferkd_data.builder.events import BuildFailed, BuildFinished, Event, Progress
+from ferkd_data.builder.watch.events import BuildFailed, BuildFinished, Event, Progress
 from ferkd_data.errors import UsageError
 
 PROGRESS_SECONDS = 10.0

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from ferkd_data.builder.locks import locked, open_build_folder
-from ferkd_data.builder.state import FOLDER, BuildFolder, ShardRecord
+from ferkd_data.builder.out.locks import locked, open_build_folder
+from ferkd_data.builder.out.state import FOLDER, BuildFolder, ShardRecord
 from ferkd_data.errors import BuildError, RemoteError, UsageError
 from ferkd_data.manifest import FILE_NAME, Manifest
 from ferkd_data.remote import is_remote, open_remote

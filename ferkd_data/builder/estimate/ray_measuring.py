@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import ferkd_data
-from ferkd_data.builder.failures import failure
+from ferkd_data.builder.estimate.measuring import Sample, measure_as_worker
 from ferkd_data.builder.job import Job
-from ferkd_data.builder.labeller import failed
-from ferkd_data.builder.measuring import Sample, measure_as_worker
-from ferkd_data.builder.messages import Failed
-from ferkd_data.builder.ray_cluster import Fleet, log
-from ferkd_data.builder.ray_workers import PATIENCE_SECONDS, join_driver
+from ferkd_data.builder.workers.failures import failure
+from ferkd_data.builder.workers.labeller import failed
+from ferkd_data.builder.workers.messages import Failed
+from ferkd_data.builder.workers.ray_actors import PATIENCE_SECONDS, join_driver
+from ferkd_data.builder.workers.ray_cluster import Fleet, log
 from ferkd_data.errors import BuildError
 from ferkd_data.images import ImageRef
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from ferkd_data.builder.messages import Message, Ready
+from ferkd_data.builder.workers.messages import Message, Ready
 
 
 class WorkerLostError(Exception):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ferkd_data.builder.piles import PILE_ROWS, Numbers, Piles
+from ferkd_data.builder.extension.piles import PILE_ROWS, Numbers, Piles
 from ferkd_data.builder.plan import SCHEMA as PLAN
 from ferkd_data.builder.plan import table_of
 from ferkd_data.images import ImageRef

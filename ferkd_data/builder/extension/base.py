@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from ferkd_data.builder.settings import DEFAULT_IMAGES_PER_SHARD, BuildSettings
 from ferkd_data.crops import CropDistribution
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import SettingsMismatchError, UsageError
-from ferkd_data.manifest import FILE_NAME, Manifest, TeacherEntry, parse_manifest, read_manifest_bytes
+from ferkd_data.manifest import FILE_NAME, Manifest, TeacherEntry, identity_of, parse_manifest, read_manifest_bytes
 
 NOT_COMPARED = {"spec", "name"}
 """Of a teacher: how it was called."""
@@ -133,10 +132,6 @@ def open_base(out: Path) -> Base:
                 "can be extended. Build the further crops or images into a folder of their own, and merge"
             )
     return Base(out=out, manifest=manifest, identity=identity_of(text))
-
-
-def identity_of(manifest: bytes) -> str:
-    return hashlib.sha256(manifest).hexdigest()
 
 
 def _compared(entry: TeacherEntry) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from ferkd_data import statistics
-from ferkd_data.builder.base import identity_of, open_base
+from ferkd_data.builder.extension.base import open_base
+from ferkd_data.builder.out.seal import write_manifest, write_rejects
+from ferkd_data.builder.out.state import BuildFolder, Facts
 from ferkd_data.builder.plan import Plan
-from ferkd_data.builder.seal import write_manifest, write_rejects
 from ferkd_data.builder.settings import BuildSettings
-from ferkd_data.builder.state import BuildFolder, Facts
 from ferkd_data.errors import BuildError
-from ferkd_data.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry
+from ferkd_data.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry, identity_of
 from ferkd_data.storage import write_atomically
 
 

@@ -13,9 +13,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
 from ferkd_data.builder.job import Job
-from ferkd_data.builder.labeller import Labeller
-from ferkd_data.builder.messages import Message, Ready
-from ferkd_data.builder.workers import WorkerLostError
+from ferkd_data.builder.workers.labeller import Labeller
+from ferkd_data.builder.workers.messages import Message, Ready
+from ferkd_data.builder.workers.worker import WorkerLostError
 
 
 class WorkerProcess:

@@ -10,12 +10,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ferkd_data.builder.estimate.measuring import Sample, measure, measure_together
+from ferkd_data.builder.estimate.ray_measuring import measure_on_ray
 from ferkd_data.builder.job import open_tools
-from ferkd_data.builder.measuring import Sample, measure, measure_together
 from ferkd_data.builder.part import Part
 from ferkd_data.builder.plan import Plan, load_or_make_plan
 from ferkd_data.builder.prepare import Prepared, check_targets, prepare
-from ferkd_data.builder.ray_measuring import measure_on_ray
 from ferkd_data.errors import BuildError, UsageError
 from ferkd_data.teachers import TeacherSpec
 

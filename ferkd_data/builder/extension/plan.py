@@ -11,8 +11,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ferkd_data.builder.base import Base
-from ferkd_data.builder.known_images import KnownImages
+from ferkd_data.builder.extension.base import Base
+from ferkd_data.builder.extension.known_images import KnownImages
 from ferkd_data.builder.plan import Plan, PlanWriter, open_plan, save_plan
 from ferkd_data.builder.rejects import count_rejects, read_rejects, readable
 from ferkd_data.builder.settings import BuildSettings

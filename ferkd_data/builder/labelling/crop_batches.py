@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ferkd_data.builder.pipeline import in_background, look_ahead
+from ferkd_data.builder.labelling.pipeline import in_background, look_ahead
+from ferkd_data.builder.labelling.staging import Staging
 from ferkd_data.builder.settings import BuildSettings
-from ferkd_data.builder.staging import Staging
 from ferkd_data.crops import Crops, draw_crops
 from ferkd_data.errors import BuildError, ImageError
 from ferkd_data.images import ImageRef, Reject, decode_rgb, while_it_answers

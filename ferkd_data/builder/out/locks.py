@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from ferkd_data.builder.out.state import FOLDER, REJECTS_FILE, BuildFolder
 from ferkd_data.builder.part import Part
-from ferkd_data.builder.state import FOLDER, REJECTS_FILE, BuildFolder
 from ferkd_data.errors import BuildError, BuildLockedError
 from ferkd_data.file_lock import held
 from ferkd_data.manifest import FILE_NAME

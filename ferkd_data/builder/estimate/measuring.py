@@ -20,14 +20,14 @@ from typing import cast
 
 import torch
 
-from ferkd_data.builder.crop_batches import Rejected
-from ferkd_data.builder.failures import failure
 from ferkd_data.builder.job import Job, open_tools
-from ferkd_data.builder.label_shard import TeacherCounts, Tools, label_shard, view_of
-from ferkd_data.builder.labeller import failed
-from ferkd_data.builder.messages import Failed
-from ferkd_data.builder.worker_processes import WorkerProcess, WorkerProcesses
-from ferkd_data.builder.workers import WorkerLostError
+from ferkd_data.builder.labelling.crop_batches import Rejected
+from ferkd_data.builder.labelling.label_shard import TeacherCounts, Tools, label_shard, view_of
+from ferkd_data.builder.workers.failures import failure
+from ferkd_data.builder.workers.labeller import failed
+from ferkd_data.builder.workers.messages import Failed
+from ferkd_data.builder.workers.processes import WorkerProcess, WorkerProcesses
+from ferkd_data.builder.workers.worker import WorkerLostError
 from ferkd_data.errors import BuildError
 from ferkd_data.images import ImageRef
 from ferkd_data.replay import empty_batch

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from ferkd_data.builder.events import BuildFailed, BuildFinished, Event, Progress
+from ferkd_data.builder.watch.events import BuildFailed, BuildFinished, Event, Progress
 from ferkd_data.errors import StorageFullError, UsageError
 from ferkd_data.storage import write_atomically
 

@@ -1,0 +1,1 @@
+"""More crops or images for a finished label set."""

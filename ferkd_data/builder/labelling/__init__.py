@@ -1,0 +1,1 @@
+"""From encoded images to a shard's files: what a worker does."""

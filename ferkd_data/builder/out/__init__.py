@@ -1,0 +1,1 @@
+"""OUT while a build works on it: its state, its locks, its end."""

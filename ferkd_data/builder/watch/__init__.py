@@ -1,0 +1,1 @@
+"""What a build tells: events, progress, and files for machines."""
