@@ -112,3 +112,11 @@ def test_public_names_exist_and_are_listed():
 def test_importing_is_light():
     light = "import sys, ferkd_data; assert not {'torch', 'numpy', 'pyarrow', 'timm', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", light], check=True)
+
+
+def test_every_folder_is_installed():
+    """Setuptools gets a list; from a checkout, a folder that is not on it would not be missed."""
+    listed = (ROOT.parent / "pyproject.toml").read_text()
+    for path in ROOT.rglob("__init__.py"):
+        package = ".".join(path.parent.relative_to(ROOT.parent).parts)
+        assert f'"{package}",' in listed, f"{package} is not among the packages in pyproject.toml"
