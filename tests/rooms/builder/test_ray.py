@@ -270,11 +270,14 @@ def test_a_cluster_whose_head_dies(folder, photos, undisturbed, tmp_path, monkey
 
     expected, out = undisturbed("slow"), tmp_path / "out"
     (folder / "slow").touch()
-    (folder / "together").unlink(missing_ok=True)
+    for path in (folder / "together", *folder.glob("at-work-*")):
+        path.unlink(missing_ok=True)
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
     mortal = Cluster(initialize_head=True, head_node_args=ONE_CPU)
     try:
         driver = start(command(photos, out, "--ray-address", mortal.address), out)
+        for path in folder.glob("at-work-*"):  # or it would be done before Ray notices
+            (folder / path.name.replace("at-work", "wait")).touch()
         mortal.head_node.kill_gcs_server()
         _, complaints = driver.communicate(timeout=60)
     finally:
