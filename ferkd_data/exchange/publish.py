@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ferkd_data.exchange.sending import FileToSend
 from ferkd_data.exchange.signing import SIGNATURE, sign
 from ferkd_data.exchange.verify import verify
 from ferkd_data.label_set import LabelSet, open_labels, read_remote_manifest
-from ferkd_data.manifest import FILE_NAME
+from ferkd_data.manifest import FILE_NAME, identity_of
 from ferkd_data.remote import Remote, Retries, is_remote
 from ferkd_data.storage import inside, sha256_file
 
@@ -106,7 +105,7 @@ def _check(labels: LabelSet) -> None:
 def _is_there(target: Remote, labels: LabelSet, overwrite: bool) -> bool:
     """Whether the place holds this very manifest. Raises PublishError where it holds another and may not lose it."""
     try:
-        there = hashlib.sha256(read_remote_manifest(target)).hexdigest()
+        there = identity_of(read_remote_manifest(target))
     except ManifestError:
         return False
     if there != labels.identity and not overwrite:

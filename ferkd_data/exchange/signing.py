@@ -6,7 +6,6 @@ is started directly, never through a shell.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from ferkd_data.errors import RemoteError, SignatureError, UsageError
 from ferkd_data.label_set import LabelSet, read_remote_manifest
-from ferkd_data.manifest import FILE_NAME, read_manifest_bytes
+from ferkd_data.manifest import FILE_NAME, identity_of, read_manifest_bytes
 from ferkd_data.remote import Remote, is_remote, open_remote
 from ferkd_data.storage import inside
 
@@ -45,7 +44,7 @@ def check_signature(labels: LabelSet, allowed_signers: Path, signer: str | None 
     """As `check_signed`, of a label set that is open. Raises SignatureError also where it holds no signature."""
     manifest, signature = _signed(labels)
     where = f"{labels.location}/{FILE_NAME}"
-    if hashlib.sha256(manifest).hexdigest() != labels.identity:
+    if identity_of(manifest) != labels.identity:
         raise SignatureError(f"{where}: changed while it was read; open the label set again")
     return check_signed(manifest, signature, where, allowed_signers, signer)
 
