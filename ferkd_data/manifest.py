@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from ferkd_data.buckets import Thresholds
 from ferkd_data.errors import ManifestError
 from ferkd_data.statistics import Count, Statistics
 
@@ -102,6 +103,10 @@ class ThresholdsEntry(Record):
     confidence: Literal["max", "target"]
     quantile: tuple[float, float, float] | None = None
     """The shares asked for, where low, mid and top were derived from them."""
+
+    def absolute(self) -> Thresholds:
+        """Those that the stored buckets follow. Raises UsageError where they are not in their order."""
+        return Thresholds(low=self.low, mid=self.mid, top=self.top, confidence=self.confidence)
 
 
 class SourceEntry(Record):

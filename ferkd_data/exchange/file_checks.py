@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data.buckets import NUM_FLOAT16, Thresholds
+from ferkd_data.buckets import NUM_FLOAT16
 from ferkd_data.errors import LabelSetError, RemoteError, ShardError
 from ferkd_data.exchange.faults import Fault
 from ferkd_data.exchange.row_checks import row_faults
@@ -69,8 +69,7 @@ class FileCheck:
         except (LabelSetError, RemoteError, OSError) as error:
             found.faults.append(Fault(file=file.path, message=without_path(error, self.labels.location, file.path)))
             return None
-        stored = self.manifest.thresholds
-        thresholds = Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=stored.confidence)
+        thresholds = self.manifest.thresholds.absolute()
         for fault in row_faults(
             labels, num_classes=self.manifest.num_classes, thresholds=thresholds, limit=max(self.max_faults, 1)
         ):

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 import ferkd_data
 from ferkd_data import statistics
-from ferkd_data.buckets import Thresholds
 from ferkd_data.builder.out.state import REJECTS_NAME
 from ferkd_data.builder.rejects import RejectWriter
 from ferkd_data.errors import LabelSetError, UsageError
@@ -164,8 +163,7 @@ class _Merge:
         self.images = sum(map(len, sets)) if kind == "images" else len(sets[0])
         self.uncertain_sum = 0.0
         self.uncertain_max = 0.0
-        stored = self.first.thresholds
-        self.thresholds = Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=stored.confidence)
+        self.thresholds = self.first.thresholds.absolute()
 
     def shards(self) -> Iterator[ShardLabels]:
         if self.kind == "images":

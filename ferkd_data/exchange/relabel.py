@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ferkd_data.buckets import Thresholds
 from ferkd_data.builder.job import Job, open_tools
 from ferkd_data.builder.labelling.crop_batches import Rejected
 from ferkd_data.builder.labelling.label_shard import TeacherCounts, label_shard
@@ -120,7 +119,7 @@ def _job(
     resources: Resources,
 ) -> Job:
     manifest = labels.manifest
-    crops, stored = manifest.crop_distribution, manifest.thresholds
+    crops = manifest.crop_distribution
     return Job(
         source=str(images),
         classes=None if classes is None else str(classes),
@@ -133,7 +132,7 @@ def _job(
             seed=manifest.seed,
             distribution=CropDistribution(scale=crops.scale, ratio=crops.ratio, hflip=crops.hflip),
             ensemble=manifest.ensemble,
-            thresholds=Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=stored.confidence),
+            thresholds=manifest.thresholds.absolute(),
         ),
         batch_size=resources.resolved_batch_size(),
         workers=resources.resolved_workers(),

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ferkd_data.buckets import Thresholds
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.label_set.label_set import LabelSet
 from ferkd_data.manifest import TeacherEntry
@@ -50,12 +49,11 @@ class EnsembleLabels(LabelSet):
         return min(labels.cache_bytes for labels in self.sets)
 
     def block(self, shard: int, block: int) -> ShardLabels:
-        stored = self.manifest.thresholds
         return merge_labels(
             [labels.block(shard, block) for labels in self.sets],
             self.shares,
             num_classes=self.num_classes,
-            thresholds=Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=stored.confidence),
+            thresholds=self.manifest.thresholds.absolute(),
             where=f"{self.location}: shard {shard}, crop block {block}",
         ).labels
 

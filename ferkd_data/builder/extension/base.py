@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,21 +77,21 @@ class Base:
     def _stored(self) -> dict[str, Any]:
         """Settings that the manifest decides."""
         manifest = self.manifest
-        drawn, stored = manifest.crop_distribution, manifest.thresholds
+        drawn = manifest.crop_distribution
         return {
             "top_k": manifest.top_k,
             "layout": manifest.layout,
             "seed": manifest.seed,
             "distribution": CropDistribution(scale=drawn.scale, ratio=drawn.ratio, hflip=drawn.hflip),
             "ensemble": manifest.ensemble,
-            "thresholds": Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=stored.confidence),
+            "thresholds": manifest.thresholds.absolute(),
         }
 
     def _comparable(self, value: Any) -> Any:
         """Quantiles that are those of the manifest stand for the thresholds that were found with them."""
         stored = self.manifest.thresholds
         if isinstance(value, QuantileThresholds) and stored.quantile == (value.low, value.mid, value.top):
-            return Thresholds(low=stored.low, mid=stored.mid, top=stored.top, confidence=value.confidence)
+            return replace(stored.absolute(), confidence=value.confidence)
         return value
 
     def _crops_per_block(self, crops: int) -> int:
