@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import multiprocessing
 import signal
 import tempfile
 import time
@@ -26,7 +25,7 @@ from ferkd_data.builder.labelling.label_shard import TeacherCounts, Tools, label
 from ferkd_data.builder.workers.failures import failure
 from ferkd_data.builder.workers.labeller import failed
 from ferkd_data.builder.workers.messages import Failed
-from ferkd_data.builder.workers.processes import WorkerProcess, WorkerProcesses
+from ferkd_data.builder.workers.processes import WorkerProcess, WorkerProcesses, start_process
 from ferkd_data.builder.workers.worker import WorkerLostError
 from ferkd_data.errors import BuildError
 from ferkd_data.images import ImageRef
@@ -88,15 +87,10 @@ def measure_together(job: Job, devices: Sequence[str], shards: Sequence[Sequence
 
     Raises what a worker raised, BuildError for one that died.
     """
-    context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         workers = []
         for number, (device, refs) in enumerate(zip(devices, shards, strict=True)):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, job, device, refs), daemon=True)
-            process.start()
-            theirs.close()
-            workers.append(WorkerProcess(number, device, process, ours))
+            workers.append(start_process(number, device, _work, job, refs))
             stack.callback(workers[-1].end, 0)
         return [_hear(worker) for worker in workers]
 

@@ -7,10 +7,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from typing import Any
 
 from ferkd_data.builder.job import Job
 from ferkd_data.builder.workers.labeller import Labeller
@@ -69,24 +70,28 @@ class WorkerProcesses:
     def __init__(self, job: Job, devices: Sequence[str]) -> None:
         self.job = job
         self.devices = devices
-        self.context = multiprocessing.get_context("spawn")
 
     def room(self) -> int:
         return len(self.devices)
 
     def start(self, number: int) -> WorkerProcess:
-        ours, theirs = self.context.Pipe()
-        device = self.devices[number]
-        process = self.context.Process(target=work, args=(theirs, self.job, device), daemon=True)
-        # It died while it was born; its connection will say so.
-        with _interrupts_held(), contextlib.suppress(BrokenPipeError):
-            process.start()
-        theirs.close()
-        return WorkerProcess(number, device, process, ours)
+        return start_process(number, self.devices[number], work, self.job)
 
     def with_news(self, workers: Sequence[WorkerProcess], seconds: float) -> list[WorkerProcess]:
         spoke = wait([worker.connection for worker in workers], timeout=seconds)
         return [worker for worker in workers if worker.connection in spoke]
+
+
+def start_process(number: int, device: str, target: Callable[..., None], job: Job, *arguments: Any) -> WorkerProcess:
+    """A process that runs `target` with its end of the pipe, the job, the device, and the arguments."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, job, device, *arguments), daemon=True)
+    # It died while it was born; its connection will say so.
+    with _interrupts_held(), contextlib.suppress(BrokenPipeError):
+        process.start()
+    theirs.close()
+    return WorkerProcess(number, device, process, ours)
 
 
 @contextlib.contextmanager
