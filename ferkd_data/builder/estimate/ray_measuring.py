@@ -13,7 +13,7 @@ from ferkd_data.builder.job import Job
 from ferkd_data.builder.workers.failures import failure
 from ferkd_data.builder.workers.labeller import failed
 from ferkd_data.builder.workers.messages import Failed
-from ferkd_data.builder.workers.ray_actors import PATIENCE_SECONDS, join_driver
+from ferkd_data.builder.workers.ray_actors import PATIENCE_SECONDS, join_driver, last_line
 from ferkd_data.builder.workers.ray_cluster import Fleet, log
 from ferkd_data.errors import BuildError
 from ferkd_data.images import ImageRef
@@ -31,8 +31,8 @@ def measure_on_ray(job: Job, fleet: Fleet, shards: Sequence[Sequence[ImageRef]])
     try:
         answers: list[Sample | Failed] = ray.get(calls)
     except ray.exceptions.RayError as error:
-        last_line = str(error).strip().rpartition("\n")[2]
-        raise BuildError(f"a worker was lost while it was measured ({type(error).__name__}: {last_line})") from error
+        how = f"{type(error).__name__}: {last_line(error)}"
+        raise BuildError(f"a worker was lost while it was measured ({how})") from error
     return [_sample(answer) for answer in answers]
 
 

@@ -191,7 +191,7 @@ class Crew(Generic[AnyWorker]):
         self.unseen[shard] = _Unseen(worker=member.number, name=str(member), deadline=deadline)
 
     def _look_for_records(self) -> None:
-        now = time.monotonic()
+        now, in_vain = time.monotonic(), False
         for shard, unseen in [(shard, unseen) for shard, unseen in self.unseen.items() if unseen.look_at <= now]:
             record = self.folder.record(shard)
             if record is not None:
@@ -200,8 +200,9 @@ class Crew(Generic[AnyWorker]):
             elif now > unseen.deadline:
                 raise BuildError(f"shard {shard}: {unseen.name} finished it; its files are not in {self.folder.place}")
             else:
-                unseen.look_at = now + POLL_SECONDS
-                self.folder.look_again()
+                unseen.look_at, in_vain = now + POLL_SECONDS, True
+        if in_vain:
+            self.folder.look_again()
 
     def _bury(self, member: Member[AnyWorker], lost: WorkerLostError) -> None:
         """Give its shards to others, and its place to a new worker. Raises BuildError when that has no prospect."""

@@ -44,21 +44,22 @@ class Labeller:
         self.watch = _Watch(sign_of_life=job.teacher_timeout is not None)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ferkd-data-label")
         self._open_for_life = ExitStack()
-        self._behind: WriteBehind | None = None
+        self._behind: WriteBehind
+        """There when it is open."""
 
     def open(self, check: Callable[[], None] = lambda: None) -> Message:
-        """Load the teachers, after `check`, where that has not been done."""
+        """Load the teachers, after `check`. Comes before all else."""
         error = self._thread.submit(self._open, check).exception()
         return Ready(platform.node(), os.getpid()) if error is None else failed(error)
 
     def label(self, shard: int) -> Iterator[Message]:
         """Ends when another can be labelled, or none ever."""
         self.watch.begin()
-        return self._tell(self._thread.submit(self._label, shard), Computed())
+        return self._tell(self._thread.submit(self._behind.label, shard, self.watch.labelled), Computed())
 
     def settle(self) -> Iterator[Message]:
         """Ends when the record of every shard is saved, or never will be."""
-        return self._tell(self._thread.submit(self._settle), Settled())
+        return self._tell(self._thread.submit(self._behind.settle), Settled())
 
     def _tell(self, done: Future[None], last: Message) -> Iterator[Message]:
         limit = self.job.teacher_timeout
@@ -71,21 +72,13 @@ class Labeller:
         error = done.exception()
         yield last if error is None else failed(error)
 
-    def _open(self, check: Callable[[], None] = lambda: None) -> WriteBehind:
-        if self._behind is None:
-            check()
-            torch.set_num_threads(self.job.threads)
-            tools = self._open_for_life.enter_context(open_tools(self.job, self.device, observer=self.watch))
-            folder = folder_of(self.job.out)
-            behind = WriteBehind(folder, open_plan(folder.path), tools, self.watch.saved)
-            self._behind = self._open_for_life.enter_context(behind)
-        return self._behind
-
-    def _label(self, shard: int) -> None:
-        self._open().label(shard, self.watch.labelled)
-
-    def _settle(self) -> None:
-        self._open().settle()
+    def _open(self, check: Callable[[], None]) -> None:
+        check()
+        torch.set_num_threads(self.job.threads)
+        tools = self._open_for_life.enter_context(open_tools(self.job, self.device, observer=self.watch))
+        folder = folder_of(self.job.out)
+        behind = WriteBehind(folder, open_plan(folder.path), tools, self.watch.saved)
+        self._behind = self._open_for_life.enter_context(behind)
 
 
 class _Watch:

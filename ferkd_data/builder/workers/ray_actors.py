@@ -53,9 +53,9 @@ class RayWorker:
         try:
             message: Message = self.fleet.ray.get(next(self.call) if self.is_ready else self.call)
         except errors.RayTaskError as error:
-            raise BuildError(f"{self} failed: {_last_line(error)} (--debug shows where)") from error
+            raise BuildError(f"{self} failed: {last_line(error)} (--debug shows where)") from error
         except errors.RayError as error:
-            raise WorkerLostError(f"lost ({type(error).__name__}: {_last_line(error)})") from error
+            raise WorkerLostError(f"lost ({type(error).__name__}: {last_line(error)})") from error
         if isinstance(message, Ready):
             self.is_ready = True
             self.name = f"worker {self.number} ({self.place(message)})"
@@ -158,5 +158,6 @@ def join_driver(folder: str, version: str) -> None:
         os.chdir(folder)
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
+    """What Ray's long texts come to."""
     return str(error).strip().rpartition("\n")[2]
