@@ -202,7 +202,7 @@ class _Check:
         ranked = hashes[order]
         seen = np.zeros(len(hashes), np.bool_)
         for refs in _in_groups(ref for ref in source.list_images() if isinstance(ref, ImageRef)):
-            wanted = np.array([rng.hash64(ref.key) for ref in refs], np.uint64)
+            wanted = rng.hashes64([ref.key for ref in refs])
             at = np.minimum(np.searchsorted(ranked, wanted), max(len(ranked) - 1, 0))
             known = [
                 (ref, int(order[a]))

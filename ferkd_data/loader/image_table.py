@@ -11,7 +11,6 @@ import itertools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -129,10 +128,6 @@ def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -
     return table
 
 
-def _hashes(keys: Iterable[str], num: int) -> npt.NDArray[np.uint64]:
-    return np.fromiter((rng.hash64(key) for key in keys), np.uint64, count=num)
-
-
 def give_memory_back() -> None:
     """What a join or the unpacking of labels held goes to the system; Arrow and the C library would keep it."""
     pa.default_memory_pool().release_unused()
@@ -149,7 +144,7 @@ def _tabulate(source: ImageSource, wanted: npt.NDArray[np.uint64] | None) -> tup
         listed = (item for item in source.list_images() if isinstance(item, ImageRef))
         while refs := list(itertools.islice(listed, SPOOL_ROWS)):
             theirs = theirs or refs[0].key
-            hashes = _hashes((ref.key for ref in refs), len(refs))
+            hashes = rng.hashes64([ref.key for ref in refs])
             if wanted is not None:
                 at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
                 ours = np.flatnonzero(wanted[at] == hashes)

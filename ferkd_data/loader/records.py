@@ -42,7 +42,7 @@ def record_dtype(labels: LabelSet, block: int) -> np.dtype[np.void]:
 def fill(part: Records, labels: LabelSet, shard: int, block: int) -> None:
     """Write the rows of one shard. Raises ShardError for a damaged one, RemoteError."""
     rows = labels.block(shard, block)
-    part["key_hash"] = [rng.hash64(key) for key in rows.keys]
+    part["key_hash"] = rng.hashes64(rows.keys)
     if labels.manifest.layout == "webdataset":
         with labels.open(labels.manifest.shards[shard].files[0]) as tar:
             part[list(PLACE)] = [(sample.image_offset, sample.image_bytes) for sample in webdataset.scan(tar.path)]
