@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ferkd_data.buckets import Thresholds, assign_buckets
-from ferkd_data.builder.rejects import RejectWriter
+from ferkd_data.builder.rejects import RejectWriter, rejects_entry
 from ferkd_data.crops import CropDistribution, draw_crops
 from ferkd_data.label_set import open_labels
 from ferkd_data.manifest import (
@@ -16,7 +16,6 @@ from ferkd_data.manifest import (
     CropDistributionEntry,
     Layout,
     Manifest,
-    RejectsEntry,
     ShardEntry,
     SourceEntry,
     TeacherEntry,
@@ -25,7 +24,7 @@ from ferkd_data.manifest import (
 from ferkd_data.shards.columns import ImageLabels
 from ferkd_data.shards.writers import write_shard
 from ferkd_data.statistics import Statistics, add, shard_statistics
-from ferkd_data.storage import image_digest, sha256_file
+from ferkd_data.storage import image_digest
 
 NO_TEACHER = TeacherEntry(
     spec="none",
@@ -77,7 +76,7 @@ def write_label_set(
         thresholds=ThresholdsEntry(low=0.15, mid=0.3, top=0.95, confidence="max"),
         source=SourceEntry(description="photos", images_seen=images, plan_sha256="0" * 64),
         shards=tuple(entries),
-        rejects=RejectsEntry(path=path.name, rows=rejects.rows, bytes=path.stat().st_size, sha256=sha256_file(path)),
+        rejects=rejects_entry(path, rejects.rows),
         statistics=Statistics(),
     )
     (out / "manifest.json").write_text(manifest.to_json())

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ferkd_data.images import Reject
+from ferkd_data.manifest import RejectsEntry
+from ferkd_data.storage import sha256_file
 
 SCHEMA = pa.schema(
     [
@@ -65,6 +67,11 @@ def read_rejects(path: Path) -> Iterator[Reject]:
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(BUFFERED, columns=SCHEMA.names):
             yield from (Reject(**row) for row in batch.to_pylist())
+
+
+def rejects_entry(path: Path, rows: int) -> RejectsEntry:
+    """What the manifest says of a file that is written; it lies beside the manifest."""
+    return RejectsEntry(path=path.name, rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
 def count_rejects(path: Path) -> int:

@@ -14,7 +14,7 @@ import ferkd_data
 from ferkd_data import statistics
 from ferkd_data.buckets import Thresholds
 from ferkd_data.builder.out.state import REJECTS_NAME
-from ferkd_data.builder.rejects import RejectWriter
+from ferkd_data.builder.rejects import RejectWriter, rejects_entry
 from ferkd_data.errors import ForeignFileError, ImageError, UsageError
 from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.exchange.convert import new_folder, write_manifest
@@ -26,7 +26,7 @@ from ferkd_data.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry, S
 from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels, ShardLabels
 from ferkd_data.shards.writers import write_shard
 from ferkd_data.statistics import Statistics, shard_statistics
-from ferkd_data.storage import image_digest, sha256_file, write_atomically
+from ferkd_data.storage import image_digest, write_atomically
 
 OnImages = Callable[[int], None]
 """Gets the images done."""
@@ -117,8 +117,7 @@ class _Import:
                 shards, counted = self._write_shards(out, rejects, on_progress)
             with write_atomically(path) as aside:
                 shutil.copyfile(written, aside)
-        entry = RejectsEntry(path=path.name, rows=rejects.rows, bytes=path.stat().st_size, sha256=sha256_file(path))
-        return write_manifest(out, self._manifest(shards, entry, counted))
+        return write_manifest(out, self._manifest(shards, rejects_entry(path, rejects.rows), counted))
 
     def _write_shards(
         self, out: Path, rejects: RejectWriter, on_progress: OnImages | None

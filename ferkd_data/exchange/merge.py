@@ -14,7 +14,7 @@ import numpy.typing as npt
 import ferkd_data
 from ferkd_data import statistics
 from ferkd_data.builder.out.state import REJECTS_NAME
-from ferkd_data.builder.rejects import RejectWriter
+from ferkd_data.builder.rejects import RejectWriter, rejects_entry
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.images import Reject
 from ferkd_data.label_set import LabelSet, check_same_classes, combined_teachers, ensemble_shares, open_labels
@@ -24,7 +24,7 @@ from ferkd_data.shards import parquet
 from ferkd_data.shards.columns import ShardLabels, concat_crops
 from ferkd_data.shards.writers import write_shard
 from ferkd_data.statistics import shard_statistics
-from ferkd_data.storage import sha256_file, write_atomically
+from ferkd_data.storage import write_atomically
 
 Kind = Literal["teachers", "crops", "images"]
 SAME_CROPS = ("seed", "crop_distribution", "num_crops")
@@ -250,4 +250,4 @@ def _write_rejects(out: Path, sets: Sequence[LabelSet], kind: Kind) -> RejectsEn
                 ]
             for key, reason, detail in zip(*columns, strict=True):
                 writer.add(Reject(key=key, reason=reason, detail=detail))
-    return RejectsEntry(path=REJECTS_NAME, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path))
+    return rejects_entry(path, writer.rows)

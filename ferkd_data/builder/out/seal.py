@@ -18,7 +18,7 @@ from ferkd_data.buckets import (
 )
 from ferkd_data.builder.out.state import REJECTS_NAME, BuildFolder, Facts, ShardRecord
 from ferkd_data.builder.plan import Plan
-from ferkd_data.builder.rejects import RejectWriter
+from ferkd_data.builder.rejects import RejectWriter, rejects_entry
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.images import Reject
 from ferkd_data.manifest import (
@@ -34,7 +34,7 @@ from ferkd_data.manifest import (
 from ferkd_data.shards import parquet, webdataset
 from ferkd_data.shards.columns import ImageLabels, ShardLabels, concat_crops
 from ferkd_data.shards.writers import write_shard
-from ferkd_data.storage import sha256_file, write_atomically
+from ferkd_data.storage import write_atomically
 
 
 def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts, version: str) -> Manifest:
@@ -163,4 +163,4 @@ def write_rejects(folder: BuildFolder, plan: Plan, name: str) -> RejectsEntry:
         writer.copy_from(plan.folder / "plan-rejects.parquet")
         for shard in plan.shards:
             writer.extend(Reject(**reject.model_dump()) for reject in folder.existing_record(shard).rejects)
-    return RejectsEntry(path=name, rows=writer.rows, bytes=path.stat().st_size, sha256=sha256_file(path))
+    return rejects_entry(path, writer.rows)
