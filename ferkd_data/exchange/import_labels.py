@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ferkd_data.exchange.convert import new_folder, write_manifest
 from ferkd_data.exchange.dataset_reinforcement import image_folder_ids, listed_ids, open_reinforced
 from ferkd_data.exchange.fkd import FkdFiles, FkdTeacher
 from ferkd_data.exchange.foreign_labels import LabelFiles, to_row
-from ferkd_data.images import FolderSource, ImageRef, ImageSource, Reject, image_size, open_source
+from ferkd_data.images import FolderSource, ImageRef, ImageSource, Reject, image_size, in_groups, open_source
 from ferkd_data.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry, SourceEntry, ThresholdsEntry
 from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels, ShardLabels
 from ferkd_data.shards.writers import write_shard
@@ -125,8 +124,7 @@ class _Import:
         """Raises UsageError where no image has labels."""
         entries: list[ShardEntry] = []
         counted = []
-        items = self.source.list_images()
-        while group := list(islice(items, self.images_per_shard)):
+        for group in in_groups(self.source.list_images(), self.images_per_shard):
             rows = list(self._rows(group, rejects))
             if rows:
                 starts = range(0, self.shape[0], self.crops_per_block)

@@ -6,7 +6,7 @@ Legend: R images of a shard, N crops per image, k kept classes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.exchange.faults import Fault, VerifyReport
 from ferkd_data.exchange.file_checks import Block, FileCheck, differing, without_path
 from ferkd_data.exchange.signing import SIGNATURE, check_signature, require_signers
-from ferkd_data.images import REASONS, ImageError, ImageRef, open_source
+from ferkd_data.images import REASONS, ImageError, ImageRef, in_groups, open_source
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.manifest import FILE_NAME, ShardEntry
 from ferkd_data.remote import is_remote
@@ -201,7 +201,8 @@ class _Check:
         order = np.argsort(hashes, kind="stable")
         ranked = hashes[order]
         seen = np.zeros(len(hashes), np.bool_)
-        for refs in _in_groups(ref for ref in source.list_images() if isinstance(ref, ImageRef)):
+        listed = (item for item in source.list_images() if isinstance(item, ImageRef))
+        for refs in in_groups(listed, READ_AT_ONCE):
             wanted = rng.hashes64([ref.key for ref in refs])
             at = np.minimum(np.searchsorted(ranked, wanted), max(len(ranked) - 1, 0))
             known = [
@@ -243,14 +244,3 @@ class _Check:
 
 def _first_difference(a: tuple[int, ...], b: tuple[int, ...]) -> str:
     return next((f"{i}: {x} against {y}" for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), "?")
-
-
-def _in_groups(refs: Iterator[ImageRef]) -> Iterator[list[ImageRef]]:
-    group: list[ImageRef] = []
-    for ref in refs:
-        group.append(ref)
-        if len(group) == READ_AT_ONCE:
-            yield group
-            group = []
-    if group:
-        yield group

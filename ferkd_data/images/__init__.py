@@ -9,7 +9,7 @@ from ferkd_data.images.decode import DEFAULT_MAX_PIXELS, decode_rgb, image_exten
 from ferkd_data.images.folder import FolderSource, open_folder
 from ferkd_data.images.hf_parquet import ParquetSource, open_parquet
 from ferkd_data.images.patience import while_it_answers
-from ferkd_data.images.refs import REASONS, ImageRef, ImageSource, Reject, check_key
+from ferkd_data.images.refs import REASONS, ImageRef, ImageSource, Reject, check_key, in_groups
 from ferkd_data.images.tars import TarSource
 from ferkd_data.storage import expand, is_url
 
@@ -27,6 +27,7 @@ __all__ = [
     "decode_rgb",
     "image_extension",
     "image_size",
+    "in_groups",
     "open_source",
     "while_it_answers",
 ]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import Protocol, TypeVar
 
 from ferkd_data.errors import ImageError
+
+Item = TypeVar("Item")
 
 # A class with slots and a frozen dataclass cost the same here; slots halve the memory of a listed shard.
 MAX_KEY_BYTES = 1024
@@ -70,6 +73,13 @@ class ImageSource(Protocol):
 
     def read_one(self, ref: ImageRef) -> bytes:
         """The encoded bytes of one image; may be called from several threads. Raises ImageError."""
+
+
+def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Of a listing that may be long: so many at a time, in order, the last group as short as it comes."""
+    stream = iter(items)
+    while group := list(islice(stream, size)):
+        yield group
 
 
 def check_key(key: str) -> None:

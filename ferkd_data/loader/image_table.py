@@ -7,7 +7,6 @@ the data set. While the table is made, 24 bytes for each image are held, and giv
 from __future__ import annotations
 
 import ctypes
-import itertools
 import shutil
 import tempfile
 import weakref
@@ -20,7 +19,7 @@ import pyarrow as pa
 
 from ferkd_data import rng
 from ferkd_data.errors import ImageError, LabelSetError, UsageError
-from ferkd_data.images import ImageRef, ImageSource, open_source
+from ferkd_data.images import ImageRef, ImageSource, in_groups, open_source
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.order import Stage
 from ferkd_data.loader.own_images import OwnImages
@@ -142,7 +141,7 @@ def _tabulate(source: ImageSource, wanted: npt.NDArray[np.uint64] | None) -> tup
     found, theirs = [np.empty(0, np.uint64)], ""
     with pa.OSFile(str(table.folder / FILE_NAME), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         listed = (item for item in source.list_images() if isinstance(item, ImageRef))
-        while refs := list(itertools.islice(listed, SPOOL_ROWS)):
+        for refs in in_groups(listed, SPOOL_ROWS):
             theirs = theirs or refs[0].key
             hashes = rng.hashes64([ref.key for ref in refs])
             if wanted is not None:

@@ -5,11 +5,11 @@ Its digest is that of the label set's plan where no image is new, else over that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice, repeat, takewhile
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ferkd_data.builder.extension.base import Base
 from ferkd_data.builder.extension.known_images import KnownImages
@@ -17,12 +17,11 @@ from ferkd_data.builder.plan import Plan, PlanWriter, open_plan, save_plan
 from ferkd_data.builder.rejects import count_rejects, read_rejects, readable
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.errors import SettingsMismatchError, SourceError
-from ferkd_data.images import ImageRef, ImageSource, Reject
+from ferkd_data.images import ImageRef, ImageSource, Reject, in_groups
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.shards import parquet, webdataset
 from ferkd_data.shards.columns import UNKNOWN_TARGET
 
-Item = TypeVar("Item")
 CHUNK = 4096
 """Items that are dealt with together."""
 
@@ -84,11 +83,11 @@ class _Extension:
         for keys, targets, digests in self._identities():
             known.add_labelled(row, keys, targets, digests)
             row += len(keys)
-        for rejects in _chunks(enumerate(read_rejects(self.rejects_path))):
+        for rejects in in_groups(enumerate(read_rejects(self.rejects_path)), CHUNK):
             known.add_rejected(rejects[0][0], [reject.key for _, reject in rejects])
 
     def _list(self, known: KnownImages, writer: PlanWriter) -> None:
-        for items in _chunks(self.source.list_images()):
+        for items in in_groups(self.source.list_images(), CHUNK):
             known.add_listed([item for item in items if isinstance(item, ImageRef)])
             rejects = [item for item in items if isinstance(item, Reject)]
             known.add_named([readable(reject.key) for reject in rejects])
@@ -118,9 +117,3 @@ class _Extension:
                 samples = list(webdataset.scan(file.path))
             targets = [None if sample.target == UNKNOWN_TARGET else sample.target for sample in samples]
             yield [sample.key for sample in samples], targets, [None] * len(samples)
-
-
-def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    stream = iter(items)
-    while chunk := list(islice(stream, CHUNK)):
-        yield chunk
