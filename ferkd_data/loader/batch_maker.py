@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,6 @@ from torch import Tensor
 from ferkd_data import rng
 from ferkd_data.calibration import (
     Calibration,
-    Schedule,
     calibrate,
     calibration_at,
     crop_actions,
@@ -33,30 +31,11 @@ from ferkd_data.loader.image_table import Images, give_memory_back
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import InChunks, epoch_order
 from ferkd_data.loader.plan import Window
+from ferkd_data.loader.settings import LoaderSettings
 from ferkd_data.loader.shard_records import ShardRecords
-from ferkd_data.replay import Interpolation, replay
-from ferkd_data.selfmix import SelfMix
+from ferkd_data.replay import replay
 from ferkd_data.storage import image_digest
 from ferkd_data.targets import SoftTargets
-
-Verify = Literal["first_epoch", "always", "never"]
-OnError = Literal["raise", "skip"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchSettings:
-    """What decides the contents of a batch, besides the plan."""
-
-    crops_per_image: int
-    size: int
-    interpolation: Interpolation
-    seed: int
-    order: str
-    shards_together: int
-    calibration: Schedule
-    selfmix: SelfMix | None
-    verify_images: Verify
-    on_error: OnError
 
 
 class Work(NamedTuple):
@@ -107,7 +86,7 @@ class Labelled(NamedTuple):
 class BatchMaker:
     """`maker.make(work)` is a pure function of the window and the settings, whichever process calls it."""
 
-    def __init__(self, cache: LabelCache | ShardRecords, images: Images, settings: BatchSettings) -> None:
+    def __init__(self, cache: LabelCache | ShardRecords, images: Images, settings: LoaderSettings) -> None:
         self.cache = cache
         self.images = images
         self.settings = settings

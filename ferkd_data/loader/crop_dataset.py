@@ -14,11 +14,12 @@ from ferkd_data.calibration import Schedule
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Verify, Work
+from ferkd_data.loader.batch_maker import BatchMaker, Work
 from ferkd_data.loader.image_table import open_images
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
 from ferkd_data.loader.plan import Place, Window
+from ferkd_data.loader.settings import LoaderSettings, Verify
 from ferkd_data.replay import Interpolation, empty_batch
 from ferkd_data.storage import default_cache_dir
 from ferkd_data.targets import SoftTargets
@@ -49,21 +50,17 @@ class CropDataset(Dataset[Item]):
         cache_dir: str | Path | None = None,
     ) -> None:
         """The arguments are those of `CropLoader`. Raises UsageError and LabelSetError as it does."""
-        if crops_per_image < 1:
-            raise UsageError(f"crops_per_image must be at least 1, got {crops_per_image}")
-        table = open_images(labels, images, allow_missing=False, streamed=False)
-        settings = BatchSettings(
+        settings = LoaderSettings(
+            batch_size=crops_per_image,
             crops_per_image=crops_per_image,
             size=size,
             interpolation=interpolation,
-            seed=seed,
-            order="sequential",
-            shards_together=1,
             calibration=calibration,
-            selfmix=None,
+            order="sequential",
+            seed=seed,
             verify_images=verify_images,
-            on_error="raise",
         )
+        table = open_images(labels, images, allow_missing=False, streamed=False)
         cache = LabelCache(labels, Path(cache_dir) if cache_dir else default_cache_dir())
         self._maker = BatchMaker(cache, table, settings)
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]

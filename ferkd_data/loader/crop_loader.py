@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ferkd_data.calibration import Calibration, Schedule, calibration_at
+from ferkd_data.calibration import Calibration, Schedule
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import FerkdError, LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.batch_maker import BatchMaker, BatchSettings, Made, OnError, Verify
+from ferkd_data.loader.batch_maker import BatchMaker, Made
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.image_table import open_images
 from ferkd_data.loader.label_cache import LabelCache
-from ferkd_data.loader.order import OrderKind, check_order
+from ferkd_data.loader.order import OrderKind
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, read_place, windows
+from ferkd_data.loader.settings import LoaderSettings, OnError, Verify
 from ferkd_data.loader.shard_records import ShardRecords
 from ferkd_data.loader.workers import Workers
-from ferkd_data.replay import INTERPOLATIONS, Interpolation
+from ferkd_data.replay import Interpolation
 from ferkd_data.selfmix import SelfMix
 from ferkd_data.storage import default_cache_dir
 from ferkd_data.targets import SoftTargets
@@ -89,68 +88,43 @@ class CropLoader:
 
         Raises UsageError for settings that cannot be right, LabelSetError when images and labels do not match.
         """
-        if isinstance(spread, bool):
-            spread = 2 * crops_per_image if spread else 1
-        _check_kinds(
-            labels,
-            calibration if num_workers else None,
-            selfmix,
+        if not isinstance(labels, LabelSet):
+            raise UsageError(f"labels must be a label set, as fd.open_labels({labels!r}) opens it")
+        self.labels = labels
+        self.settings = LoaderSettings(
             batch_size=batch_size,
             crops_per_image=crops_per_image,
             size=size,
+            interpolation=interpolation,
+            calibration=calibration,
+            selfmix=selfmix,
+            spread=spread,
+            order=order,
+            shards_together=shards_together,
+            drop_last=drop_last,
+            seed=seed,
             rank=rank,
             world_size=world_size,
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
+            pin_memory=pin_memory,
+            decode_device=decode_device,
+            verify_images=verify_images,
+            on_error=on_error,
         )
-        _check(batch_size, crops_per_image, size, interpolation, spread, selfmix, rank, world_size, order)
-        if num_workers < 0 or prefetch_factor < 1:
-            raise UsageError(
-                f"num_workers is 0 or more, prefetch_factor 1 or more, got {num_workers}, {prefetch_factor}"
-            )
-        if verify_images not in ("first_epoch", "always", "never") or on_error not in ("raise", "skip"):
-            raise UsageError("verify_images is first_epoch, always or never; on_error is raise or skip")
-        calibration_at(calibration, 0)
-        self.labels = labels
-        self.rank, self.world_size = rank, world_size
         self.skipped = 0
         """Images left out so far, with on_error="skip"."""
         self.skipped_last: list[str] = []
         """Key and reason of those in the batch just given."""
-        self._layout = Layout(
-            num_images=len(labels),
-            crops_per_image=crops_per_image,
-            batch_size=batch_size,
-            spread=spread,
-            drop_last=drop_last,
-            seed=seed,
-        )
-        if count_batches(self._layout, Place(), world_size=world_size) == 0:
+        self._layout = _layout(labels, self.settings)
+        if len(self) == 0:
             raise UsageError(
                 f"{len(labels)} images x {crops_per_image} crops make no batch of {batch_size} for each of "
                 f"{world_size} ranks; use a smaller batch_size, or drop_last=False"
             )
-        streamed = order != "global"
-        cache = Path(cache_dir) if cache_dir else default_cache_dir()
-        self._maker = BatchMaker(
-            ShardRecords(labels, cache) if streamed else LabelCache(labels, cache),
-            open_images(labels, images, allow_missing=on_error == "skip", streamed=streamed),
-            BatchSettings(
-                crops_per_image=crops_per_image,
-                size=size,
-                interpolation=interpolation,
-                seed=seed,
-                order=order,
-                shards_together=shards_together,
-                calibration=calibration,
-                selfmix=selfmix,
-                verify_images=verify_images,
-                on_error=on_error,
-            ),
-        )
+        self._maker = _open_maker(labels, images, self.settings, Path(cache_dir) if cache_dir else default_cache_dir())
         self._place = Place()
         self._pin_memory = pin_memory and torch.cuda.is_available()
-        self._num_workers, self._prefetch_factor = num_workers, prefetch_factor
         self._decode_device = None if decode_device is None else open_device(decode_device)
         self._workers: Workers | DeviceWorkers | None = None
         self._iteration = 0
@@ -165,6 +139,14 @@ class CropLoader:
             "CropLoader gives whole batches and has workers of its own (num_workers=...): iterate over it as it is, "
             "without a torch DataLoader around it; CropDataset is for a DataLoader of your own"
         )
+
+    @property
+    def rank(self) -> int:
+        return self.settings.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.settings.world_size
 
     @property
     def epoch(self) -> int:
@@ -231,7 +213,7 @@ class CropLoader:
     def _made(self) -> Iterator[tuple[Window, Tensor, Made]]:
         """The rest of the epoch's windows in order, each with its crops."""
         if self._workers is None:
-            processes = (self._num_workers, self._prefetch_factor)
+            processes = (self.settings.num_workers, self.settings.prefetch_factor)
             if self._decode_device is not None:
                 self._workers = DeviceWorkers(self._maker, self._decode_device, *processes)
             else:
@@ -247,7 +229,7 @@ class CropLoader:
             raise
         except (RuntimeError, OSError, EOFError) as error:
             self._workers = None
-            if not self._num_workers or not _of_a_dead_worker(error):
+            if not self.settings.num_workers or not _of_a_dead_worker(error):
                 raise
             at_start = 'is what starts it under `if __name__ == "__main__":` in your script? ' if not came else ""
             raise LoaderError(
@@ -257,7 +239,7 @@ class CropLoader:
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a state to fit."""
-        settings = self._maker.settings
+        settings = self.settings
         calibration = settings.calibration
         described = (
             asdict(calibration)
@@ -288,48 +270,26 @@ def _of_a_dead_worker(error: Exception) -> bool:
     return not text.startswith("Caught ") and ("DataLoader worker" in text or not isinstance(error, RuntimeError))
 
 
-def _check_kinds(labels: Any, sent: Any, selfmix: Any, **numbers: Any) -> None:
-    """What a type checker would find; `sent` is the calibration where it must reach worker processes."""
-    if not isinstance(labels, LabelSet):
-        raise UsageError(f"labels must be a label set, as fd.open_labels({labels!r}) opens it")
-    for name, number in numbers.items():
-        if not isinstance(number, Integral):
-            raise UsageError(f"{name} must be a whole number, got {number!r}")
-    if selfmix is not None and not isinstance(selfmix, SelfMix):
-        raise UsageError(f"selfmix must be a SelfMix, such as fd.SelfMix(prob=0.5), got {selfmix!r}")
-    try:
-        pickle.dumps(sent)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"calibration cannot be sent to worker processes ({error}); define it at the top level of a module, "
-            "or use num_workers=0"
-        ) from error
+def _layout(labels: LabelSet, settings: LoaderSettings) -> Layout:
+    return Layout(
+        num_images=len(labels),
+        crops_per_image=settings.crops_per_image,
+        batch_size=settings.batch_size,
+        spread=settings.window_batches,
+        drop_last=settings.drop_last,
+        seed=settings.seed,
+    )
 
 
-def _check(
-    batch_size: int,
-    crops_per_image: int,
-    size: int,
-    interpolation: str,
-    spread: int,
-    selfmix: SelfMix | None,
-    rank: int,
-    world_size: int,
-    order: str,
-) -> None:
-    if crops_per_image < 1 or batch_size < 1 or batch_size % crops_per_image:
-        raise UsageError(f"batch_size {batch_size} must be a multiple of crops_per_image {crops_per_image}")
-    if not 1 <= size <= 8192:
-        raise UsageError(f"size must be 1..8192, got {size}")
-    if interpolation not in INTERPOLATIONS:
-        raise UsageError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
-    if spread != 1 and spread < crops_per_image:
-        raise UsageError(f"spread is {spread} batches; with {crops_per_image} crops per image, at least that many")
-    if selfmix is not None and (spread > 1 or crops_per_image < 2):
-        raise UsageError("selfmix needs at least 2 crops of an image side by side: crops_per_image >= 2, spread=False")
-    if not 0 <= rank < world_size:
-        raise UsageError(f"rank must be 0..{world_size - 1}, got {rank}")
-    check_order(order)
+def _open_maker(
+    labels: LabelSet, images: str | Path | ImageSource | None, settings: LoaderSettings, cache: Path
+) -> BatchMaker:
+    """Join images and labels. Raises LabelSetError when they do not match."""
+    return BatchMaker(
+        ShardRecords(labels, cache) if settings.streamed else LabelCache(labels, cache),
+        open_images(labels, images, allow_missing=settings.on_error == "skip", streamed=settings.streamed),
+        settings,
+    )
 
 
 __all__: Sequence[str] = ["CropLoader"]

@@ -491,8 +491,8 @@ def hard_at_first(epoch):
         ({"calibration": lambda epoch: KEEP_ALL, "num_workers": 1}, "cannot be sent to worker processes .* top level"),
         ({"selfmix": True}, "selfmix must be a SelfMix"),
         ({"size": 32.0}, r"size must be a whole number, got 32\.0"),
-        ({"num_workers": -1}, "num_workers is 0 or more"),
-        ({"prefetch_factor": 0}, "prefetch_factor 1 or more"),
+        ({"num_workers": -1}, "num_workers must be at least 0"),
+        ({"prefetch_factor": 0}, "prefetch_factor must be at least 1"),
         ({"images": None}, "holds no images"),
     ],
 )

@@ -1,0 +1,60 @@
+"""`LoaderSettings` refuses what cannot be right, and is what `CropLoader`'s signature says."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, fields
+
+import numpy as np
+import pytest
+
+import ferkd_data as fd
+from ferkd_data.errors import UsageError
+from ferkd_data.loader.settings import LoaderSettings
+
+NOT_SETTINGS = {"self", "labels", "images", "cache_dir"}
+"""Parameters of `CropLoader` that say what is loaded, or from where."""
+
+
+def test_the_loaders_signature_is_the_settings():
+    flat = {
+        name: parameter.default
+        for name, parameter in inspect.signature(fd.CropLoader.__init__).parameters.items()
+        if name not in NOT_SETTINGS
+    }
+    settings = {field.name: field.default for field in fields(LoaderSettings)}
+    assert flat.keys() == settings.keys()
+    for name, default in settings.items():
+        assert flat[name] == (inspect.Parameter.empty if default is MISSING else default), name
+
+
+def test_numbers_of_any_integer_type_become_plain_ones():
+    settings = LoaderSettings(batch_size=np.int64(8), seed=np.uint32(3), spread=np.int32(4))
+    assert [type(n) for n in (settings.batch_size, settings.seed, settings.spread)] == [int, int, int]
+    assert settings.window_batches == 4
+
+
+@pytest.mark.parametrize(("spread", "batches"), [(False, 1), (True, 8), (1, 1), (5, 5)])
+def test_spread_in_batches(spread, batches):
+    assert LoaderSettings(batch_size=8, spread=spread).window_batches == batches
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": True}, "batch_size must be a whole number, got True"),
+        ({"crops_per_image": 0}, "crops_per_image must be at least 1, got 0"),
+        ({"shards_together": 0}, "shards_together must be at least 1, got 0"),
+        ({"seed": 1.5}, r"seed must be a whole number, got 1\.5"),
+        ({"spread": 2.0}, r"spread must be a whole number, got 2\.0"),
+        ({"spread": 0}, "spread is 0 batches"),
+        ({"drop_last": "no"}, "drop_last must be True or False, got 'no'"),
+        ({"pin_memory": 1}, "pin_memory must be True or False, got 1"),
+        ({"on_error": "ignore"}, "on_error must be one of raise, skip, got 'ignore'"),
+        ({"rank": -1}, r"rank must be 0\.\.0, got -1"),
+    ],
+)
+def test_a_value_that_cannot_be_right(changes, message):
+    with pytest.raises(UsageError, match=message):
+        LoaderSettings(**({"batch_size": 8} | changes))
