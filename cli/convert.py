@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -42,7 +43,7 @@ from .transfers import show_images
 def command(
     labels: Path,
     out: Path,
-    layout: str | None,
+    layout: Literal["parquet", "webdataset"] | None,
     crops_per_block: int | None,
     source: str | None,
     target: str | None,
@@ -92,7 +93,7 @@ def command(
             classes=classes,
             on_progress=lambda done: show(done, None),
         )
-    else:
+    elif layout is not None:
         manifest = fd.convert(
             labels, out, layout=layout, images=images, crops_per_block=crops_per_block, on_progress=show
         )

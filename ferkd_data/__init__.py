@@ -6,7 +6,49 @@ Names are imported when first used, so `import ferkd_data` costs nothing: no tor
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # For type checkers, which cannot follow __getattr__; a test compares this with _EXPORTS.
+    from ferkd_data.bench import bench_teachers as bench_teachers
+    from ferkd_data.bench import export_teacher as export_teacher
+    from ferkd_data.buckets import QuantileThresholds as QuantileThresholds
+    from ferkd_data.buckets import Thresholds as Thresholds
+    from ferkd_data.builder import BuildResult as BuildResult
+    from ferkd_data.builder import BuildSettings as BuildSettings
+    from ferkd_data.builder import Resources as Resources
+    from ferkd_data.builder import build as build
+    from ferkd_data.calibration import Calibration as Calibration
+    from ferkd_data.crops import Box as Box
+    from ferkd_data.crops import CropDistribution as CropDistribution
+    from ferkd_data.crops import Crops as Crops
+    from ferkd_data.crops import draw_crops as draw_crops
+    from ferkd_data.errors import FerkdError as FerkdError
+    from ferkd_data.exchange.card import CardFields as CardFields
+    from ferkd_data.exchange.convert import convert as convert
+    from ferkd_data.exchange.convert import export_fkd as export_fkd
+    from ferkd_data.exchange.faults import VerifyReport as VerifyReport
+    from ferkd_data.exchange.fkd import FkdTeacher as FkdTeacher
+    from ferkd_data.exchange.import_labels import import_dr as import_dr
+    from ferkd_data.exchange.import_labels import import_fkd as import_fkd
+    from ferkd_data.exchange.merge import merge as merge
+    from ferkd_data.exchange.publish import publish as publish
+    from ferkd_data.exchange.pull import pull as pull
+    from ferkd_data.exchange.relabel import relabel as relabel
+    from ferkd_data.exchange.verify import verify as verify
+    from ferkd_data.label_set import LabelSet as LabelSet
+    from ferkd_data.label_set import open_labels as open_labels
+    from ferkd_data.loader import CropDataset as CropDataset
+    from ferkd_data.loader import CropLoader as CropLoader
+    from ferkd_data.losses import kl_div as kl_div
+    from ferkd_data.losses import soft_cross_entropy as soft_cross_entropy
+    from ferkd_data.mixing import CutMix as CutMix
+    from ferkd_data.mixing import Mixup as Mixup
+    from ferkd_data.normalization import normalize as normalize
+    from ferkd_data.rng import generator as generator
+    from ferkd_data.selfmix import SelfMix as SelfMix
+    from ferkd_data.targets import SoftTargets as SoftTargets
+    from ferkd_data.teachers import TeacherSpec as TeacherSpec
 
 __version__ = "0.1.0"
 
@@ -55,12 +97,14 @@ _EXPORTS: dict[str, str] = {
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'ferkd_data' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"ferkd_data.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _EXPORTS:
+            raise AttributeError(f"module 'ferkd_data' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"ferkd_data.{_EXPORTS[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -117,9 +117,9 @@ def write_photo(path: Path, number: int, size: tuple[int, int] = (64, 48)) -> No
 def make_photos() -> Callable[..., Path]:
     """Fills a folder with class folders class0 .. class9 of small JPEGs."""
 
-    def make(folder: Path, num_images: int = 20, classes: int = 10) -> Path:
+    def make(folder: Path, num_images: int = 20, classes: int = 10, size: tuple[int, int] = (64, 48)) -> Path:
         for number in range(num_images):
-            write_photo(folder / f"class{number % classes}" / f"photo{number:04d}.jpg", number)
+            write_photo(folder / f"class{number % classes}" / f"photo{number:04d}.jpg", number, size)
         return folder
 
     return make

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from typing_extensions import Unpack
 
 from ferkd_data.buckets import QuantileThresholds
 from ferkd_data.builder.extension.base import Base, open_base
 from ferkd_data.builder.extension.plan import load_or_make_extension
 from ferkd_data.builder.job import Job
+from ferkd_data.builder.keywords import SettingsKeywords
 from ferkd_data.builder.out.state import EXTENDS, BuildFolder, Facts
 from ferkd_data.builder.out.store_folder import place_of
 from ferkd_data.builder.plan import Plan, load_or_make_plan
@@ -101,7 +103,7 @@ def prepare(
     precision: str = "auto",
     on_error: OnError = "reject",
     extend: bool = False,
-    **changes: Any,
+    **changes: Unpack[SettingsKeywords],
 ) -> Iterator[Prepared]:
     """The arguments are those of `build`. A cluster that it needs is there for as long as the context lasts."""
     base = _base(place_of(out)) if extend else None
@@ -199,7 +201,7 @@ def _fingerprint(job: Job, teachers: Sequence[Teacher], base: Base | None) -> di
 
 
 def with_changes(
-    settings: BuildSettings | None, resources: Resources | None, changes: dict[str, Any]
+    settings: BuildSettings | None, resources: Resources | None, changes: Mapping[str, Any]
 ) -> tuple[BuildSettings, Resources]:
     """Settings with single fields replaced. Raises UsageError for a field that neither has."""
     settings, resources = settings or BuildSettings(), resources or Resources()

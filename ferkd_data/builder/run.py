@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from typing_extensions import Unpack
 
 import ferkd_data
 from ferkd_data.builder.engines import label_shards
 from ferkd_data.builder.extension.seal import seal_extension
+from ferkd_data.builder.keywords import BuildKeywords, SettingsKeywords
 from ferkd_data.builder.out.locks import check_unfinished, open_build_folder, open_part_folder
 from ferkd_data.builder.out.seal import seal
 from ferkd_data.builder.out.state import BuildFolder, Facts
@@ -64,7 +66,7 @@ def build(
     on_progress: OnProgress | None = None,
     watchers: Sequence[Watcher] = (),
     stop: Stop | None = None,
-    **changes: Any,
+    **changes: Unpack[SettingsKeywords],
 ) -> BuildResult:
     """Label the images of `source` with an ensemble and write the label set `out`: a folder, or s3:// or gs://.
 
@@ -118,7 +120,7 @@ def build_part(
     on_progress: OnProgress | None = None,
     watchers: Sequence[Watcher] = (),
     stop: Stop | None = None,
-    **arguments: Any,
+    **arguments: Unpack[BuildKeywords],
 ) -> PartResult:
     """Label part `"3/8"` of a build, beside the other parts, on any machine that sees `out`. Then `finish(out)`.
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+
+from typing_extensions import Unpack
 
 from ferkd_data.builder.estimate.measuring import Sample, measure, measure_together
 from ferkd_data.builder.estimate.ray_measuring import measure_on_ray
 from ferkd_data.builder.job import open_tools
+from ferkd_data.builder.keywords import DryRunKeywords
 from ferkd_data.builder.part import Part
 from ferkd_data.builder.plan import Plan, load_or_make_plan
 from ferkd_data.builder.prepare import Prepared, check_targets, prepare
@@ -63,7 +65,7 @@ def dry_run(
     precision: str = "auto",
     part: str | None = None,
     extend: bool = False,
-    **changes: Any,
+    **changes: Unpack[DryRunKeywords],
 ) -> Estimate:
     """Time the build on its first images, in a temporary folder, and scale up. Takes the arguments of `build`.
 
