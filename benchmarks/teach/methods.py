@@ -1,0 +1,80 @@
+"""The methods that are compared: each a few settings of the public API, so that nothing but the method differs.
+
+All of them see the same crops of the same label set, in the same order, cut by the same loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+import ferkd_data as fd
+
+Batch = tuple[Tensor, fd.SoftTargets]
+
+TRUTH = fd.Calibration(
+    extreme_hard="soften", moderate_hard="soften", hard_positive="soften", easy_positive="soften", epsilon=0.0
+)
+"""Every crop gets its ground truth."""
+FKD = fd.Calibration.fkd()
+FERKD = fd.Calibration.ferkd()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to make a training target out of a crop."""
+
+    named: str
+    """Name in the papers."""
+    calibration: fd.Calibration
+    selfmix: fd.SelfMix | None = None
+    mix: fd.CutMix | fd.Mixup | None = None
+    """Mixes different images of a batch."""
+
+    def mixed(self, images: Tensor, targets: fd.SoftTargets, rng: np.random.Generator) -> Batch:
+        return (images, targets) if self.mix is None else self.mix(images, targets, rng=rng)
+
+
+MAIN: dict[str, Method] = {
+    "hard": Method(named="hard labels", calibration=TRUTH),
+    "smoothing": Method(named="label smoothing 0.1", calibration=replace(TRUTH, epsilon=0.1)),
+    "hard+mixup": Method(named="hard labels, Mixup", calibration=TRUTH, mix=fd.Mixup(prob=1.0, alpha=0.2)),
+    "hard+cutmix": Method(named="hard labels, CutMix", calibration=TRUTH, mix=fd.CutMix(prob=0.5)),
+    "fkd": Method(named="FKD: every soft label kept", calibration=FKD),
+    "ferkd": Method(named="FerKD: discard, soften, keep", calibration=FERKD),
+    "discard": Method(named="FerKD, discarding alone", calibration=replace(FKD, extreme_hard="discard")),
+    "soften": Method(named="FerKD, softening alone", calibration=replace(FKD, moderate_hard="soften")),
+    "ferkd+selfmix": Method(named="FerKD and SelfMix", calibration=FERKD, selfmix=fd.SelfMix(prob=0.5, mode="cutmix")),
+    "fkd+mixup": Method(named="FKD and Mixup of strangers", calibration=FKD, mix=fd.Mixup(prob=1.0, alpha=0.2)),
+    "fkd+cutmix": Method(named="FKD and CutMix of strangers", calibration=FKD, mix=fd.CutMix(prob=0.5)),
+}
+
+
+def _variants() -> dict[str, Method]:
+    """One change at a time, from FerKD or FKD."""
+    changes: dict[str, fd.Calibration] = {
+        "ferkd/blend": replace(FERKD, moderate_hard="blend"),
+        "ferkd/wrong-blend": replace(FERKD, confident_but_wrong="blend"),
+        "ferkd/wrong-soften": replace(FERKD, confident_but_wrong="soften"),
+        "ferkd/thin-easy": replace(FERKD, easy_positive="thin(0.5)"),
+        "ferkd/epsilon-0": replace(FERKD, epsilon=0.0),
+        "ferkd/epsilon-0.2": replace(FERKD, epsilon=0.2),
+        "all-blend": fd.Calibration(
+            extreme_hard="blend", moderate_hard="blend", hard_positive="blend", easy_positive="blend"
+        ),
+        "ferkd/on-target": replace(FERKD, thresholds=fd.Thresholds(confidence="target")),
+        "fkd/temperature-0.5": replace(FKD, temperature=0.5),
+        "fkd/temperature-2": replace(FKD, temperature=2.0),
+        "fkd/renorm": replace(FKD, recovery="renorm"),
+        "fkd/argmax": replace(FKD, recovery="hard"),
+        "fkd/label-smoothing": replace(FKD, recovery="label_smoothing"),
+    }
+    return {name: Method(named=name, calibration=calibration) for name, calibration in changes.items()}
+
+
+METHODS: dict[str, Method] = {**MAIN, **_variants()}
+QUICK = ("hard", "fkd", "ferkd", "all-blend")
+Schedule = Callable[[int], float]
