@@ -76,7 +76,7 @@ def main() -> None:
         max_epochs=args.epochs, use_distributed_sampler=False, logger=False, enable_checkpointing=False
     )
     trainer.fit(student, data)
-    print(f"loss {trainer.callback_metrics['loss']:.4f}")
+    print(f"step {trainer.global_step}: loss {trainer.callback_metrics['loss']:.4f}")
 
 
 if __name__ == "__main__":

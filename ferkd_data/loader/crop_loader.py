@@ -20,8 +20,8 @@ from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.image_table import open_images
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import OrderKind
-from ferkd_data.loader.plan import Layout, Place, Window, count_batches, read_place, windows
-from ferkd_data.loader.settings import LoaderSettings, OnError, Verify
+from ferkd_data.loader.plan import Layout, Place, Window, count_batches, read_place, settled, windows
+from ferkd_data.loader.settings import LoaderSettings, OnError, Verify, epoch_number
 from ferkd_data.loader.shard_records import ShardRecords
 from ferkd_data.loader.workers import Workers
 from ferkd_data.replay import Interpolation
@@ -30,6 +30,7 @@ from ferkd_data.storage import default_cache_dir
 from ferkd_data.targets import SoftTargets
 
 STATE_VERSION = 1
+Batch = tuple[Tensor, SoftTargets]
 
 
 class CropLoader:
@@ -124,10 +125,17 @@ class CropLoader:
             )
         self._maker = _open_maker(labels, images, self.settings, Path(cache_dir) if cache_dir else default_cache_dir())
         self._place = Place()
+        """After the last batch given, or where the next iteration was told to begin."""
+        self._asked: int | None = None
+        """The epoch of a call to `set_epoch` that no iteration has begun with yet."""
+        self._resumes = False
+        """A state was loaded and no batch has been given since: the next iteration continues its epoch."""
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._decode_device = None if decode_device is None else open_device(decode_device)
         self._workers: Workers | DeviceWorkers | None = None
+        self._begun = False
         self._iteration = 0
+        """Number of the iteration that may go on; earlier ones have ended."""
 
     def __len__(self) -> int:
         """Batches of an epoch from its start, for this rank."""
@@ -150,37 +158,63 @@ class CropLoader:
 
     @property
     def epoch(self) -> int:
+        """The epoch of the next batch: after an epoch's last batch, that of the epoch to come."""
         return self._place.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch. In the epoch that is under way already, this changes nothing."""
-        if epoch < 0:
-            raise UsageError(f"epoch must not be negative, got {epoch}")
-        if epoch != self._place.epoch:
-            self._place = Place(epoch=epoch)
+        """Let the next iteration begin at the start of this epoch; an iteration that is under way is not disturbed.
 
-    def __iter__(self) -> Iterator[tuple[Tensor, SoftTargets]]:
-        """The rest of the epoch; afterwards the loader stands at the start of the next one."""
-        epoch = self._place.epoch
-        if not self._iteration:
-            self._maker.first_epoch = epoch
-        self._maker.prepare_blocks(epoch)
+        A state that was loaded in the middle of this same epoch, and has not been continued yet, stays in force.
+        Raises UsageError for what is no epoch's number.
+        """
+        epoch = epoch_number(epoch)
+        if not (self._resumes and epoch == self._place.epoch):
+            self._place, self._asked, self._resumes = Place(epoch=epoch), epoch, False
+
+    def __iter__(self) -> Iterator[Batch]:
+        """A whole epoch of `len(loader)` batches or, after `load_state_dict`, the rest of the one that was saved.
+
+        An iterator begins with its first batch. It begins the epoch that `set_epoch` asked for, else the one after the
+        epoch that was begun last, however far that came. Once it has begun, earlier iterators over the same loader
+        raise LoaderError unless they have given all their batches.
+        """
+        start = self._start()
+        if not self._begun:
+            self._maker.first_epoch, self._begun = start.epoch, True
+        self._maker.prepare_blocks(start.epoch)
+        self._place, self._asked = start, None
         self._iteration += 1
-        iteration = self._iteration
-        for window, images, made in self._made():
-            for batch in self._split(made, window, images):
+        iteration, left = self._iteration, count_batches(self._layout, start, world_size=self.world_size)
+        for window, images, made in self._made(start):
+            for batch, place in self._split(made, window, images):
+                self._place, self._resumes = place, False
+                left -= 1
                 yield batch
                 if self._iteration != iteration:
+                    if not left:
+                        return
                     raise LoaderError("this iteration ended when another one over the same loader began")
-        self._place = Place(epoch=epoch + 1)
+
+    def _start(self) -> Place:
+        """Where an iteration that begins now begins."""
+        place = self._place
+        if self._asked is not None:
+            return Place(epoch=self._asked)
+        if self._resumes or place == Place(epoch=place.epoch):
+            return place
+        return Place(epoch=place.epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands after the last batch it gave: small, and plain JSON."""
+        """The loader's place after the last batch it gave, with the settings that must fit: small, and plain JSON.
+
+        After an epoch's last batch that is the start of the next epoch.
+        """
         return {"version": STATE_VERSION, "settings": self._fingerprint(), "place": asdict(self._place)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with exactly the next batch; the number of workers and of ranks may differ.
+        """Let the next iteration go on with exactly the next batch; the number of workers and of ranks may differ.
 
+        An iteration under way ends: asked for another batch, it raises LoaderError.
         Raises StateMismatchError that names both values when the state is of other labels or settings, or says what is
         wrong with it when it is no state that a loader saved.
         """
@@ -191,13 +225,15 @@ class CropLoader:
         differences = describe_differences(saved, present)
         if differences:
             raise StateMismatchError(f"this state was saved by another loader: {'; '.join(differences)}")
-        self._place = read_place(state.get("place"), self._layout)
+        place = read_place(state.get("place"), self._layout)
+        self._place, self._asked, self._resumes = self._settled(place), None, True
+        self._iteration += 1
 
-    def _windows_of_epoch(self) -> Iterator[Window]:
-        """From where the loader stands."""
-        return windows(self._layout, self._place, rank=self.rank, world_size=self.world_size)
+    def _settled(self, place: Place) -> Place:
+        return settled(self._layout, place, world_size=self.world_size)
 
-    def _split(self, made: Made, window: Window, images: Tensor) -> Iterator[tuple[Tensor, SoftTargets]]:
+    def _split(self, made: Made, window: Window, images: Tensor) -> Iterator[tuple[Batch, Place]]:
+        """The window's batches, each with the place after it."""
         self.skipped += len(made.skipped)
         self.skipped_last = made.skipped
         if self._pin_memory and images.device.type == "cpu":
@@ -207,20 +243,20 @@ class CropLoader:
         for size, place in zip(made.batches, window.places, strict=True):
             rows = slice(start, start + size)
             start += size
-            self._place = place
-            yield images[rows], targets[rows]
+            yield (images[rows], targets[rows]), self._settled(place)
 
-    def _made(self) -> Iterator[tuple[Window, Tensor, Made]]:
-        """The rest of the epoch's windows in order, each with its crops."""
+    def _made(self, start: Place) -> Iterator[tuple[Window, Tensor, Made]]:
+        """The windows from `start` to the end of its epoch in order, each with its crops."""
         if self._workers is None:
             processes = (self.settings.num_workers, self.settings.prefetch_factor)
             if self._decode_device is not None:
                 self._workers = DeviceWorkers(self._maker, self._decode_device, *processes)
             else:
                 self._workers = Workers(self._maker, self._layout.spread * self._layout.batch_size, *processes)
+        planned = windows(self._layout, start, rank=self.rank, world_size=self.world_size)
         came = False
         try:
-            for made in self._workers.make(self._windows_of_epoch()):
+            for made in self._workers.make(planned):
                 came = True
                 yield made
         except FerkdError:

@@ -116,6 +116,16 @@ def count_batches(layout: Layout, place: Place, *, world_size: int) -> int:
     return total + steps + (1 if rest and not layout.drop_last else 0)
 
 
+def settled(layout: Layout, place: Place, *, world_size: int) -> Place:
+    """The place, or the start of the next epoch where no batch of this one is left.
+
+    So the place after an epoch's last batch is the start of the next epoch, whether or not the loop asks for more.
+    """
+    if count_batches(layout, place, world_size=world_size):
+        return place
+    return Place(epoch=place.epoch + 1)
+
+
 def _window_images(layout: Layout, place: Place) -> int:
     return place.window_batches * place.window_ranks * layout.batch_images
 

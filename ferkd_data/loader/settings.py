@@ -125,6 +125,14 @@ class LoaderSettings:
             raise UsageError(f"rank must be 0..{self.world_size - 1}, got {self.rank}")
 
 
+def epoch_number(epoch: Any) -> int:
+    """An epoch's number as a plain int. Raises UsageError for anything but a whole number from 0 on."""
+    number = _whole_number("epoch", epoch)
+    if number < 0:
+        raise UsageError(f"epoch must not be negative, got {number}")
+    return number
+
+
 def _whole_number(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise UsageError(f"{name} must be a whole number, got {value!r}")

@@ -51,7 +51,8 @@ def test_timm_loop(label_set, photos, tmp_path):
 
 
 def test_lightning_module(label_set, photos, tmp_path):
-    assert "loss " in start([EXAMPLES / "lightning_module.py", label_set, photos, *TINY], tmp_path)
+    """20 images, 2 in a batch, 2 epochs."""
+    assert "step 20: loss " in start([EXAMPLES / "lightning_module.py", label_set, photos, *TINY], tmp_path)
 
 
 RECORDER = """

@@ -26,6 +26,7 @@ from ferkd_data.images import decode_rgb
 from ferkd_data.loader.buffers import BatchBuffers
 from ferkd_data.loader.draw import draw, epoch_draws
 from ferkd_data.loader.label_cache import LabelCache
+from ferkd_data.loader.plan import Place, windows
 from ferkd_data.replay import replay
 
 KEEP_ALL = fd.Calibration.fkd()
@@ -144,7 +145,7 @@ def test_resume_after_every_batch(make, name, layout, tar_label_set):
         if stop < len(whole):
             assert same(contents(second), whole[stop:])
         else:
-            assert next(iter(second), None) is not None or second.epoch == 1
+            assert second.epoch == 1 and len(contents(second)) == len(whole)
 
 
 def test_a_resumed_loader_reads_nothing_that_was_consumed(make, monkeypatch):
@@ -245,7 +246,7 @@ def test_spread_batches_hold_different_images(make):
         """Largest number of crops of one image in a batch, by the images' targets under hard recovery."""
         labels = fd.open_labels(loader.labels.location)
         assert len(labels) == 20
-        window = next(iter(loader._windows_of_epoch()))
+        window = next(windows(loader._layout, Place(), rank=0, world_size=1))
         image_of = {int(slot): i for i, row in enumerate(window.slots) for slot in row}
         return [
             max(np.bincount([image_of[slot] for slot in range(start, start + 8)]))
