@@ -22,7 +22,7 @@ def parquet_table() -> str:
     rows = ["| column | type | null |", "| --- | --- | --- |"]
     # 7 crops at top-5 stand for N crops at top-k.
     for field in parquet.schema(7, 5, np.uint16):
-        kind = str(field.type).replace("fixed_size_list<element: ", "list<").replace("halffloat", "float16")
+        kind = str(field.type).replace("fixed_size_list<element: ", "list<").replace("<float>", "<float32>")
         kind = kind.replace("[35]", "[N*k]").replace("[7]", "[N]")
         elements = "its elements, where unknown" if field.name == "target_prob" else "no"
         rows.append(f"| `{field.name}` | {kind} | {'where unknown' if field.nullable else elements} |")

@@ -1,6 +1,9 @@
 """Layout `parquet`: labels only, one file per (image shard, crop block), one row per image.
 
-DuckDB, Polars and pandas read these files as they are. Encodings were chosen by benchmarks/label_size.py.
+Only types and encodings that every common reader of the last two years understands are written: 32-bit floats and
+integers, plain or with a dictionary, in data pages of version 1. scripts/readers_matrix.py tries the readers,
+benchmarks/label_size.py measures the encodings. Probabilities are float16 in memory and FLOAT in the file, because
+FLOAT16 is misread by DuckDB 1.1 and fastparquet and stops Spark and Polars 1.14.
 """
 
 from __future__ import annotations
@@ -19,6 +22,14 @@ from ferkd_data.shards.columns import DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels,
 from ferkd_data.shards.pages import read_claims
 
 BOX_COLUMNS = ("box_top", "box_left", "box_height", "box_width")
+PROB_COLUMNS = ("class_prob", "target_prob")
+"""Float16 values, stored as float32 (files of drafts before 2026-11-27: as float16)."""
+
+COMPRESSION_LEVEL = 9
+PAGE_SIZE_BYTES = 2**18
+"""Bytes of a data page before compression: what a viewer reads at least to show a few rows."""
+DICTIONARY_CROPS = 20_000
+"""A block of so many crops gets dictionaries for its probabilities. They hold up to 15,361 values, all of 0..1."""
 
 
 def file_name(shard: int, block: int) -> str:
@@ -42,8 +53,8 @@ def schema(num_crops: int, top_k: int, index_dtype: Any) -> pa.Schema:
             *(pa.field(name, per_crop(pa.uint16()), nullable=False) for name in BOX_COLUMNS),
             pa.field("flip", per_crop(pa.bool_()), nullable=False),
             pa.field("class_index", per_crop(index_type, num_crops * top_k), nullable=False),
-            pa.field("class_prob", per_crop(pa.float16(), num_crops * top_k), nullable=False),
-            pa.field("target_prob", per_crop(pa.float16()), nullable=False),
+            pa.field("class_prob", per_crop(pa.float32(), num_crops * top_k), nullable=False),
+            pa.field("target_prob", per_crop(pa.float32()), nullable=False),
             pa.field("bucket", per_crop(pa.uint8()), nullable=False),
         ],
         metadata={b"ferkd_data.format": b"1", b"ferkd_data.top_k": str(top_k).encode()},
@@ -65,8 +76,8 @@ def to_table(labels: ShardLabels) -> pa.Table:
         **{name: pa.array(labels.boxes[:, :, i].reshape(-1)) for i, name in enumerate(BOX_COLUMNS)},
         "flip": pa.array(labels.flip.reshape(-1)),
         "class_index": pa.array(labels.class_index.reshape(-1)),
-        "class_prob": pa.array(labels.class_prob.reshape(-1)),
-        "target_prob": pa.array(labels.target_prob.reshape(-1), mask=unknown_prob),
+        "class_prob": pa.array(labels.class_prob.reshape(-1).astype(np.float32)),
+        "target_prob": pa.array(labels.target_prob.reshape(-1).astype(np.float32), mask=unknown_prob),
         "bucket": pa.array(labels.bucket.reshape(-1)),
     }
     arrays = [
@@ -79,18 +90,21 @@ def to_table(labels: ShardLabels) -> pa.Table:
 
 
 def write(path: Path, labels: ShardLabels) -> None:
-    """Write one block file (not atomically: that is the caller's part)."""
-    table = to_table(labels)
-    # DuckDB cannot read BYTE_STREAM_SPLIT of 16-bit floats, so only the boxes (INT32 in Parquet) get it.
+    """Write one block file. The caller renames it when it is whole."""
+    with_dictionary = ["target", *(f"{name}.list.element" for name in (*BOX_COLUMNS, "bucket"))]
+    if len(labels) * labels.num_crops >= DICTIONARY_CROPS:
+        with_dictionary += [f"{name}.list.element" for name in PROB_COLUMNS]
     pq.write_table(
-        table,
+        to_table(labels),
         path,
         compression="zstd",
-        compression_level=9,
+        compression_level=COMPRESSION_LEVEL,
         row_group_size=max(len(labels), 1),
-        use_dictionary=["class_index.list.element", "target"],
-        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in BOX_COLUMNS},
+        use_dictionary=with_dictionary,
+        data_page_version="1.0",
+        data_page_size=PAGE_SIZE_BYTES,
         write_statistics=["key", "target"],
+        write_page_index=True,
         store_schema=True,
     )
 
@@ -133,8 +147,8 @@ def read_labels(path: Path, *, rows: int, num_crops: int, top_k: int, num_classe
         boxes=np.stack([lists(name) for name in BOX_COLUMNS], axis=2),
         flip=lists("flip"),
         class_index=class_index,
-        class_prob=lists("class_prob").reshape(rows, num_crops, top_k),
-        target_prob=lists("target_prob").astype(np.float16, copy=False),
+        class_prob=_half(lists("class_prob")).reshape(rows, num_crops, top_k),
+        target_prob=_half(lists("target_prob")),
         bucket=lists("bucket"),
     )
 
@@ -197,8 +211,20 @@ def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
         actual = found.field(field.name).type
         if pa.types.is_dictionary(actual):
             actual = actual.value_type
-        if not actual.equals(field.type):
+        accepted = [field.type, *([_draft_type(field.type)] if field.name in PROB_COLUMNS else [])]
+        if not any(map(actual.equals, accepted)):
             raise ShardError(f"{path}: column {field.name!r} is {actual}, expected {field.type}")
+
+
+def _draft_type(kind: pa.DataType) -> pa.DataType:
+    """The type that drafts of version 1 gave to a column of probabilities."""
+    return pa.list_(pa.field("element", pa.float16()), kind.list_size)
+
+
+def _half(values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+    """Float16 values from a file; those too large for float16 become infinite, which no check lets through."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16, copy=False)
 
 
 def _check_claims(path: Path, expected: pa.Schema, *, rows: int, longest: int) -> None:

@@ -1,4 +1,7 @@
-"""Label sets of every format version ever published stay readable, value for value."""
+"""Label sets of every format version ever published stay readable, value for value.
+
+`version-1-draft` was written before version 1 was frozen, with FLOAT16 columns.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,15 @@ import ferkd_data as fd
 from ferkd_data.shards.columns import same_labels
 from ferkd_data.storage import sha256_file
 
-FOLDER = Path(__file__).parent / "version-1"
+HERE = Path(__file__).parent
+FOLDER = HERE / "version-1"
+LAYOUTS = ("parquet", "webdataset")
+FOLDERS = [HERE / version / layout for version in ("version-1", "version-1-draft") for layout in LAYOUTS]
 
 
-@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
-def test_version_1(layout):
-    labels = fd.open_labels(FOLDER / layout)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: "/".join(folder.parts[-2:]))
+def test_every_value(folder):
+    labels = fd.open_labels(folder)
     assert list(labels.keys()) == ["class0/photo0", "class0/photo2", "class1/photo1", "class1/photo3"]
     image = labels["class1/photo3"]
     assert (image.height, image.width, image.target) == (12, 16, 1)
@@ -28,16 +34,17 @@ def test_version_1(layout):
     assert image.class_prob.astype(float).round(4).tolist() == PROBABILITIES
     assert image.bucket.tolist() == BUCKETS
     assert labels.class_names == tuple(f"name {i}" for i in range(6))
-    assert pq.read_table(FOLDER / layout / "rejects.parquet").to_pylist()[0]["reason"] == "not_an_image"
+    assert pq.read_table(folder / "rejects.parquet").to_pylist()[0]["reason"] == "not_an_image"
     for entry in labels.manifest.shards:
         for file in entry.files:
-            assert sha256_file(FOLDER / layout / file.path) == file.sha256
+            assert sha256_file(folder / file.path) == file.sha256
 
 
-def test_both_layouts_hold_the_same():
-    parquet, tars = (fd.open_labels(FOLDER / layout) for layout in ("parquet", "webdataset"))
-    assert all(map(same_labels, parquet.shards(), tars.shards()))
-    assert not np.isnan(parquet.shard(0).target_prob).any()
+def test_all_hold_the_same():
+    first, *others = (list(fd.open_labels(folder).shards()) for folder in FOLDERS)
+    for shards in others:
+        assert all(map(same_labels, first, shards)) and len(first) == len(shards)
+    assert not np.isnan(first[0].target_prob).any()
 
 
 @pytest.mark.parametrize("layout", ["parquet", "webdataset"])

@@ -153,7 +153,7 @@ def test_probabilities_that_would_poison_a_training(copy, what):
     field = table.schema.field(at)
     prob = np.concatenate(table.column(at).to_numpy()).reshape(8, 4, 4)
     prob[5, 2] = POISON[what]
-    wrong = pa.FixedSizeListArray.from_arrays(pa.array(prob.reshape(-1), pa.float16()), type=field.type)
+    wrong = pa.FixedSizeListArray.from_arrays(pa.array(prob.reshape(-1), pa.float32()), type=field.type)
     replace_shard(copy, table.set_column(at, field, wrong))
     key = table.column("key")[5].as_py()
     with pytest.raises(ShardError, match=f"of crop 2 of image '{key}' {what}"):

@@ -119,3 +119,26 @@ def test_the_published_schema_is_what_is_written(label_set):
 
     path = label_set / "labels/00000-000.parquet"
     assert pq.read_schema(path).equals(parquet.schema(4, 4, np.uint16))
+
+
+@pytest.mark.parametrize("crops", [1, parquet.DICTIONARY_CROPS])
+def test_nothing_is_written_that_readers_of_two_years_ago_do_not_know(label_set, tmp_path, crops):
+    """Types by Parquet's own names, encodings, compression, page version; with a page index for each column."""
+    import pyarrow.parquet as pq
+
+    one = fd.open_labels(label_set).shard(0)
+    rows = one.take(np.arange(-(-crops // one.num_crops)) % len(one))
+    parquet.write(tmp_path / "block.parquet", rows)
+    with pq.ParquetFile(tmp_path / "block.parquet") as file:
+        group = file.metadata.row_group(0)
+        columns = [group.column(i) for i in range(group.num_columns)]
+    assert {column.physical_type for column in columns} == {
+        "BYTE_ARRAY",
+        "FIXED_LEN_BYTE_ARRAY",
+        "INT32",
+        "BOOLEAN",
+        "FLOAT",
+    }
+    assert {encoding for column in columns for encoding in column.encodings} == {"PLAIN", "RLE", "RLE_DICTIONARY"}
+    assert {column.compression for column in columns} == {"ZSTD"}
+    assert all(column.has_offset_index for column in columns)
