@@ -19,7 +19,7 @@ FLOORS = [
     {"images", "replay", "blending", "normalization"},
     {"teachers", "ensemble", "buckets"},
     {"shards.columns", "statistics", "labels", "targets"},
-    {"shards", "manifest", "demo", "evaluate", "bench", "losses", "calibration", "mixing", "selfmix"},
+    {"shards", "manifest", "demo", "evaluate", "bench", "losses", "class_map", "calibration", "mixing", "selfmix"},
     {"shard_cache", "merging"},
     {"label_set"},
     {"builder", "loader", "exchange"},

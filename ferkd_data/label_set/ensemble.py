@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from ferkd_data.errors import LabelSetError, UsageError
-from ferkd_data.label_set.label_set import LabelSet
+from ferkd_data.label_set.views import LabelSet
 from ferkd_data.manifest import TeacherEntry
 from ferkd_data.merging import merge_labels
 from ferkd_data.shards.columns import ShardLabels
@@ -66,6 +67,9 @@ class EnsembleLabels(LabelSet):
 
     def keys_of(self, shard: int) -> list[str]:
         return self.sets[0].keys_of(shard)
+
+    def targets_of(self, shard: int) -> npt.NDArray[np.int32]:
+        return self.sets[0].targets_of(shard)
 
 
 def ensemble_shares(sets: Sequence[LabelSet], weights: Sequence[float] | None) -> list[float]:

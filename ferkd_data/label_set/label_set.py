@@ -1,4 +1,4 @@
-"""A finished label set, opened for reading.
+"""The rows of a finished label set, read from its files.
 
 Legend: R images of a shard, N crops per image, k kept classes.
 """
@@ -20,7 +20,7 @@ from ferkd_data.manifest import FileEntry, Manifest, ShardEntry
 from ferkd_data.shard_cache import DEFAULT_BYTES
 from ferkd_data.shards import parquet, plain_tar, webdataset
 from ferkd_data.shards.checks import check_classes, check_probabilities
-from ferkd_data.shards.columns import ImageLabels, ShardLabels, class_index_dtype, concat_crops
+from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels, ShardLabels, class_index_dtype, concat_crops
 from ferkd_data.statistics import Statistics
 from ferkd_data.storage import OpenFile
 
@@ -28,8 +28,8 @@ SHARDS_KEPT = 2
 """Shards that `labels[key]` keeps in memory."""
 
 
-class LabelSet:
-    """Rows are numbered 0 .. len - 1 in the order of the shards. Made by `open_labels`."""
+class StoredLabels:
+    """Rows are numbered 0 .. len - 1 in the order of the shards. `LabelSet` is what users get."""
 
     def __init__(self, files: Files, manifest: Manifest, num_crops: int, identity: str) -> None:
         self.files = files
@@ -37,7 +37,8 @@ class LabelSet:
         self.num_crops = num_crops
         """N: crops per image that this view shows."""
         self.identity = identity
-        """SHA-256 of the manifest: two label sets are the same where this is."""
+        """64 hex digits: two label sets are the same where these are. SHA-256 of the manifest; of a view, also of what
+        it shows."""
         self.first_row = np.cumsum([0, *(shard.rows for shard in manifest.shards)], dtype=np.int64)
         """(shards + 1,): the number of each shard's first row."""
         self._recent: OrderedDict[int, ShardLabels] = OrderedDict()
@@ -78,7 +79,7 @@ class LabelSet:
 
     @property
     def statistics(self) -> Statistics:
-        """Of all crops that were labelled, also where this view shows fewer."""
+        """Statistics of all crops that were labelled, also where this view shows fewer crops of each image."""
         return self.manifest.statistics
 
     @property
@@ -90,9 +91,12 @@ class LabelSet:
 
     def keys(self) -> Iterator[str]:
         """Every image's key, in row order, one shard in memory at a time."""
-        for entry in self.manifest.shards:
-            if entry.rows:
-                yield from self._read_keys(entry)
+        for entry in self.filled_shards():
+            yield from self.keys_of(entry.index)
+
+    def filled_shards(self) -> Iterator[ShardEntry]:
+        """The shards that have rows."""
+        return (entry for entry in self.manifest.shards if entry.rows)
 
     def key_hashes(self) -> npt.NDArray[np.uint64]:
         """(images,): a hash of each key, in row order. Raises ShardError."""
@@ -108,7 +112,7 @@ class LabelSet:
 
     def shards(self) -> Iterator[ShardLabels]:
         """The shards one after the other, empty ones left out; arrays (R, N, ...)."""
-        return (self.shard(entry.index) for entry in self.manifest.shards if entry.rows)
+        return (self.shard(entry.index) for entry in self.filled_shards())
 
     def shard(self, index: int) -> ShardLabels:
         """All rows of one image shard with the N crops of this view.
@@ -220,13 +224,26 @@ class LabelSet:
 
     def keys_of(self, shard: int) -> list[str]:
         """The keys of one shard's rows. Raises ShardError as `shard` does."""
-        return self._read_keys(self.manifest.shards[shard])
-
-    def _read_keys(self, entry: ShardEntry) -> list[str]:
+        entry = self.manifest.shards[shard]
         with self.open(entry.files[0]) as file:
             if self.manifest.layout == "parquet":
                 return parquet.read_keys(file.path, rows=entry.rows)
             return [sample.key for sample in webdataset.scan(file.path)]
+
+    def targets_of(self, shard: int) -> npt.NDArray[np.int32]:
+        """The ground truths (R,) of one shard's rows, -1 where unknown. Raises ShardError as `shard` does."""
+        if self.manifest.layout == "webdataset":
+            return self.raw_block(shard, 0).target
+        entry = self.manifest.shards[shard]
+        with self.open(entry.files[0]) as file:
+            targets = parquet.read_identities(file.path, rows=entry.rows)[1]
+        return np.asarray(targets.fill_null(UNKNOWN_TARGET), np.int32)
+
+    def image_places(self, shard: int) -> npt.NDArray[np.int64]:
+        """(R, 2): offset and length in bytes of each image within its shard's tar, in layout webdataset."""
+        with self.open(self.manifest.shards[shard].files[0]) as tar:
+            places = [(sample.image_offset, sample.image_bytes) for sample in webdataset.scan(tar.path)]
+        return np.array(places, np.int64).reshape(-1, 2)
 
     def fetch(self, shard: int, block: int) -> None:
         """See to it that `block(shard, block)` finds its files on this host. Raises ShardError, RemoteError."""

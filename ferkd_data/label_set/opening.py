@@ -8,7 +8,7 @@ from pathlib import Path
 from ferkd_data.errors import ManifestError, RemoteError, UsageError
 from ferkd_data.label_set.ensemble import EnsembleLabels
 from ferkd_data.label_set.files import CachedFiles, Files, LocalFiles
-from ferkd_data.label_set.label_set import LabelSet
+from ferkd_data.label_set.views import LabelSet
 from ferkd_data.manifest import FILE_NAME, MAX_MANIFEST_BYTES, identity_of, parse_manifest, read_manifest_bytes
 from ferkd_data.remote import Remote, is_remote, open_remote
 from ferkd_data.shard_cache import DEFAULT_BYTES, ShardCache

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from ferkd_data import rng
 from ferkd_data.label_set import LabelSet
-from ferkd_data.shards import webdataset
 from ferkd_data.shards.columns import class_index_dtype
 
 Records = npt.NDArray[np.void]
@@ -44,8 +43,8 @@ def fill(part: Records, labels: LabelSet, shard: int, block: int) -> None:
     rows = labels.block(shard, block)
     part["key_hash"] = rng.hashes64(rows.keys)
     if labels.manifest.layout == "webdataset":
-        with labels.open(labels.manifest.shards[shard].files[0]) as tar:
-            part[list(PLACE)] = [(sample.image_offset, sample.image_bytes) for sample in webdataset.scan(tar.path)]
+        for name, places in zip(PLACE, labels.image_places(shard).T, strict=True):
+            part[name] = places
     for name in part.dtype.names or ():
         if name != "key_hash" and name not in PLACE:
             part[name] = getattr(rows, name)

@@ -1,0 +1,302 @@
+"""Class maps: train on other classes than the teacher's, from its stored soft labels.
+
+Several of the teacher's classes may become one new class, and classes may be dropped. A target is recovered over the
+teacher's classes first, and mapped then: with q the recovered distribution, new class j gets
+
+    sum of q[c] over the old classes c that become j, divided by the sum of q over all classes that are kept.
+
+A recovered target is sparse entries plus one floor f on every old class (see `targets`), so new class j has the floor
+n[j] * f, where n[j] old classes become j. `SoftTargets` have one floor for all classes: it is that of the most common
+n, and each class of another n gets an entry that holds the difference. Nothing is approximated.
+
+Legend: B crops, R images, N crops per image, k stored classes, C old classes, D new classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data.errors import UsageError
+from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels, class_index_dtype
+from ferkd_data.targets import Floats
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+DROPPED = -1
+MAX_NEW_CLASSES = 2**24
+NAMES_SHOWN = 5
+"""Unknown names that an error lists."""
+NewClasses: TypeAlias = "Mapping[Any, Any] | Sequence[Any] | npt.NDArray[Any]"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClassMap:
+    """Which new class each old class becomes. Made by `make_class_map`."""
+
+    new: Ints
+    """(C,) the new class of each old one; -1 where it is dropped."""
+    num_classes: int
+    """D"""
+    names: tuple[str, ...] | None
+    """(D,) names of the new classes, where they are known."""
+
+    def __post_init__(self) -> None:
+        if self.new.max(initial=DROPPED) < 0:
+            raise UsageError("this class map drops every class; at least one old class must become a new one")
+        if self.new.min(initial=0) < DROPPED or self.new.max() >= self.num_classes:
+            raise UsageError(f"new classes are numbered 0..{self.num_classes - 1}, got {self.new.max()}")
+        if self.names is not None and len(self.names) != self.num_classes:
+            raise UsageError(f"{self.num_classes} new classes have {len(self.names)} names")
+
+    @cached_property
+    def drops(self) -> bool:
+        """Whether any old class is dropped."""
+        return bool((self.new == DROPPED).any())
+
+    @cached_property
+    def is_renaming(self) -> bool:
+        """Whether no class is dropped and no two become one, so that a crop is as difficult as before."""
+        return not self.drops and bool((self._members <= 1).all())
+
+    @cached_property
+    def _members(self) -> Ints:
+        """n, (D,): old classes that become each new one."""
+        return np.bincount(self.new[self.new >= 0], minlength=self.num_classes)
+
+    @cached_property
+    def _common(self) -> int:
+        """The most common n."""
+        return int(np.bincount(self._members).argmax())
+
+    @cached_property
+    def _uneven(self) -> Ints:
+        """New classes of another n than the most common one."""
+        return np.flatnonzero(self._members != self._common)
+
+    def targets(self, target: npt.NDArray[np.integer[Any]]) -> Ints:
+        """New ground truths, of the same shape; -1 where unknown or dropped."""
+        known = target != UNKNOWN_TARGET
+        return np.where(known, self.new[np.where(known, target, 0)], UNKNOWN_TARGET)
+
+    def then(self, after: ClassMap) -> ClassMap:
+        """This map and then another one, as one map."""
+        kept = self.new >= 0
+        new = np.where(kept, after.new[np.where(kept, self.new, 0)], DROPPED)
+        return ClassMap(new=new, num_classes=after.num_classes, names=after.names)
+
+    def first_kept(self, class_index: npt.NDArray[Any], class_prob: npt.NDArray[Any]) -> tuple[Any, Any]:
+        """The same (B, k) columns with the most probable class that is kept in front.
+
+        The recoveries `hard` and `label_smoothing` look at the first class alone, which may have been dropped.
+        """
+        first = (self.new[class_index] >= 0).argmax(axis=1)
+        place = np.arange(class_index.shape[1])[None]
+        order = np.where(place == 0, first[:, None], np.where(place == first[:, None], 0, place))
+        return np.take_along_axis(class_index, order, axis=1), np.take_along_axis(class_prob, order, axis=1)
+
+    def distributions(self, index: Ints, weight: Floats, floor: Floats) -> tuple[Ints, Floats, Floats]:
+        """Map recovered targets: distinct old classes `index` and their `weight` (B, k), `floor` (B,).
+
+        Returns index and weight (B, K) and floor (B,) over the D new classes, K = k + the number of new classes that
+        are not made of the most common number of old ones. Where a target has nothing on any class that is kept, the
+        new one is even over the old classes that are kept, as if they had not been among the stored ones.
+        """
+        new = self.new[index]
+        kept = new >= 0
+        # Summed as probabilities, none of which is negative; weights would cancel out.
+        prob = np.where(kept, weight + floor[:, None], 0).clip(min=0)
+        mass = prob.sum(axis=1) + floor * (self._members.sum() - kept.sum(axis=1))
+        nothing = mass <= 0
+        safe = np.where(nothing, np.float32(1), mass).astype(np.float32)
+        weight = np.where(kept & ~nothing[:, None], weight / safe[:, None], 0)
+        base = np.where(nothing, np.float32(1 / self._members.sum()), floor / safe)
+        uneven = np.broadcast_to(self._uneven, (len(index), len(self._uneven)))
+        excess = (self._members[self._uneven] - self._common).astype(np.float32)
+        return (
+            np.concatenate([np.maximum(new, 0), uneven], axis=1),
+            np.concatenate([weight, base[:, None] * excess], axis=1).astype(np.float32, copy=False),
+            (base * self._common).astype(np.float32, copy=False),
+        )
+
+    def columns(
+        self, class_index: npt.NDArray[Any], class_prob: npt.NDArray[np.float16]
+    ) -> tuple[Ints, npt.NDArray[np.float16]]:
+        """Stored columns (..., k) in terms of the new classes: index and probability, (..., min(k, D)).
+
+        A class has the sum of what its old classes had, not rescaled: what went to dropped classes is missing. Classes
+        are distinct and in descending order; places left over hold classes of probability 0.
+        """
+        shape, kept = class_index.shape, min(class_index.shape[-1], self.num_classes)
+        new = self.new[class_index.reshape(-1, shape[-1])]
+        prob = class_prob.reshape(new.shape).astype(np.float32)
+        same = (new[:, :, None] == new[:, None, :]) & (new >= 0)[:, None, :]
+        mass = np.where(same, prob[:, None, :], 0).sum(axis=2)
+        repeated = np.tril(same, -1).any(axis=2) | (new < 0)
+        mass = np.where(repeated, -1, mass)
+        order = np.argsort(-mass, axis=1, kind="stable")[:, :kept]
+        mass, new = np.take_along_axis(mass, order, axis=1), np.take_along_axis(new, order, axis=1)
+        new = _fill_up(new, mass >= 0)
+        whole = (*shape[:-1], kept)
+        return new.reshape(whole), mass.clip(min=0, max=1).astype(np.float16).reshape(whole)
+
+    def target_prob(
+        self,
+        class_index: npt.NDArray[Any],
+        class_prob: npt.NDArray[np.float16],
+        target: npt.NDArray[np.integer[Any]],
+        target_prob: npt.NDArray[np.float16],
+    ) -> npt.NDArray[np.float16]:
+        """The probability (R, N) of the new ground truth, from stored columns (R, N, k), (R,) and (R, N).
+
+        It is the sum over the stored classes that become the new ground truth, and the old ground truth's own, which is
+        stored apart, where it is not among them. NaN where the ground truth is unknown or dropped.
+        """
+        new_target = self.targets(target)[:, None]
+        inside = np.where(self.new[class_index] == new_target[..., None], class_prob.astype(np.float32), 0).sum(axis=2)
+        outside = (class_index != target[:, None, None]).all(axis=2)
+        mapped = inside + np.where(outside, target_prob, np.float16(0))
+        unknown = (new_target == UNKNOWN_TARGET) | np.isnan(target_prob)
+        return np.where(unknown, np.nan, mapped.clip(max=1)).astype(np.float16)
+
+
+def _fill_up(new: Ints, real: npt.NDArray[np.bool_]) -> Ints:
+    """Put the smallest classes that a row does not have into the places (B, k) that are not `real`."""
+    short = np.flatnonzero(~real.all(axis=1))
+    if not len(short):
+        return new
+    part, fine = np.where(real, new, DROPPED)[short], real[short]
+    candidate = np.arange(new.shape[1])
+    free = ~(part[:, :, None] == candidate[None, None]).any(axis=1)
+    smallest = np.argsort(~free, axis=1, kind="stable")
+    number = (~fine).cumsum(axis=1) - 1
+    filled: Ints = new.copy()
+    filled[short] = np.where(fine, part, np.take_along_axis(smallest, np.maximum(number, 0), axis=1))
+    return filled
+
+
+def map_columns(class_map: ClassMap, labels: ShardLabels) -> dict[str, Any]:
+    """The fields of `labels` that a class map changes, but for the buckets."""
+    index, prob = class_map.columns(labels.class_index, labels.class_prob)
+    return {
+        "class_index": index.astype(class_index_dtype(class_map.num_classes)),
+        "class_prob": prob,
+        "target": class_map.targets(labels.target).astype(np.int32),
+        "target_prob": class_map.target_prob(labels.class_index, labels.class_prob, labels.target, labels.target_prob),
+    }
+
+
+def make_class_map(
+    classes: NewClasses,
+    *,
+    num_old: int,
+    old_names: Sequence[str] | None,
+    num_classes: int | None = None,
+    names: Sequence[str] | None = None,
+) -> ClassMap:
+    """A class map from what users write (see `LabelSet.map_classes`). Raises UsageError."""
+    new, said = _new_classes(classes, num_old, old_names)
+    if names is not None:
+        said = list(names)
+    largest = int(new.max(initial=DROPPED)) + 1
+    if num_classes is None:
+        num_classes = max(largest, len(said or ()))
+    if not largest <= num_classes <= MAX_NEW_CLASSES:
+        raise UsageError(f"num_classes must be above {largest - 1}, which is a class of this map; got {num_classes}")
+    if said is None and old_names is not None:
+        said = _inherited(new, num_classes, old_names)
+    if said is not None and names is None:
+        said += [f"class {number}" for number in range(len(said), num_classes)]
+    return ClassMap(new=new, num_classes=num_classes, names=None if said is None else tuple(said))
+
+
+def class_numbers(classes: Any, *, num_classes: int, names: Sequence[str] | None) -> Ints:
+    """Numbers of classes given by number or by name. Raises UsageError that lists some of the unknown ones."""
+    given = [classes] if isinstance(classes, (str, Integral)) else list(classes)
+    index = _Names(names, num_classes)
+    found = [index.number(one) for one in given]
+    unknown = [one for one, number in zip(given, found, strict=True) if number is None]
+    if unknown:
+        shown = ", ".join(map(repr, unknown[:NAMES_SHOWN])) + (", ..." if len(unknown) > NAMES_SHOWN else "")
+        raise UsageError(f"{len(unknown)} of {len(given)} classes are unknown: {shown}; {index.hint()}")
+    return np.array(found, np.int64)
+
+
+class _Names:
+    """Finds a class by its number or its name."""
+
+    def __init__(self, names: Sequence[str] | None, num_classes: int) -> None:
+        self.names, self.num_classes = names, num_classes
+        self.numbers: dict[str, list[int]] = {}
+        for number, name in enumerate(names or ()):
+            self.numbers.setdefault(name, []).append(number)
+
+    def number(self, given: Any) -> int | None:
+        """None where there is no such class. Raises UsageError for a name that several classes have."""
+        if isinstance(given, str):
+            found = self.numbers.get(given, [])
+            if len(found) > 1:
+                raise UsageError(f"{given!r} is the name of classes {', '.join(map(str, found))}; give their numbers")
+            return found[0] if found else None
+        number = int(given) if isinstance(given, Integral) and given is not True and given is not False else DROPPED
+        return number if 0 <= number < self.num_classes else None
+
+    def hint(self) -> str:
+        if self.names is None:
+            return f"the classes are numbered 0..{self.num_classes - 1} and have no names"
+        return f"there are classes 0..{self.num_classes - 1}, such as {self.names[0]!r}"
+
+
+def _new_classes(classes: NewClasses, num_old: int, old_names: Sequence[str] | None) -> tuple[Ints, list[str] | None]:
+    """(C,) new classes, and their names where the map gives them."""
+    if isinstance(classes, Mapping):
+        old = class_numbers(list(classes), num_classes=num_old, names=old_names)
+        if len(set(old.tolist())) < len(old):
+            raise UsageError("this class map names an old class twice, once by its number and once by its name")
+        numbers, said = _numbered(list(classes.values()))
+        new = np.full(num_old, DROPPED, np.int64)
+        new[old] = numbers
+        return new, said
+    if isinstance(classes, str):
+        raise UsageError(f"a class map is a dict, a list of new classes or a list of class names, got {classes!r}")
+    given = classes.tolist() if isinstance(classes, np.ndarray) else list(classes)
+    distinct_names = all(isinstance(one, str) for one in given) and len(set(given)) == len(given) > 0
+    if distinct_names and (len(given) != num_old or set(given) <= set(old_names or ())):
+        new = np.full(num_old, DROPPED, np.int64)
+        new[class_numbers(given, num_classes=num_old, names=old_names)] = np.arange(len(given))
+        return new, given
+    if len(given) != num_old:
+        raise UsageError(
+            f"a class map that is a list has one new class (or None) for each of the {num_old} old ones, got "
+            f"{len(given)}; a dict {{old: new}} may leave classes out"
+        )
+    return _numbered(given)
+
+
+def _numbered(values: list[Any]) -> tuple[Ints, list[str] | None]:
+    """New classes by number; names are numbered in the order in which they first come."""
+    if any(isinstance(value, str) for value in values):
+        names = list(dict.fromkeys(value for value in values if value is not None))
+        if not all(isinstance(name, str) for name in names):
+            raise UsageError("a class map's new classes are all numbers or all names")
+        place = {name: number for number, name in enumerate(names)}
+        return np.array([DROPPED if value is None else place[value] for value in values], np.int64), names
+    for value in values:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (whole and DROPPED <= value < MAX_NEW_CLASSES):
+            raise UsageError(f"a new class is a number from 0, a name, or None where it is dropped; got {value!r}")
+    return np.array([DROPPED if value is None else value for value in values], np.int64), None
+
+
+def _inherited(new: Ints, num_classes: int, old_names: Sequence[str]) -> list[str]:
+    """Names of new classes, from those of the old ones that they are made of."""
+    members: list[list[str]] = [[] for _ in range(num_classes)]
+    for old, number in enumerate(new.tolist()):
+        if number >= 0:
+            members[number].append(old_names[old])
+    return [" / ".join(part) if part else f"class {number}" for number, part in enumerate(members)]
