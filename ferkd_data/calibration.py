@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from ferkd_data.buckets import BUCKETS, Thresholds, assign_buckets, confidence
+from ferkd_data.class_map import ClassMap
 from ferkd_data.errors import UsageError
 from ferkd_data.shards.columns import UNKNOWN_TARGET
 from ferkd_data.targets import RECOVERIES, Floats, Recovery, SoftTargets, check_positive, recover
@@ -169,16 +170,25 @@ def calibrate(
     codes: npt.NDArray[np.uint8],
     target: npt.NDArray[np.integer[Any]],
     num_classes: int,
+    class_map: ClassMap | None = None,
 ) -> SoftTargets:
     """Targets of B crops from class_index and class_prob (B, k), action codes (B,), and target (B,), -1 where unknown.
+
+    class_index and num_classes are the teacher's, as stored. With a class map, soft labels are recovered over these
+    classes and mapped then; `target` and the targets returned are of the new classes.
 
     A crop whose action is `discard` was drawn because its image has none in use: `all_discarded` decides. Where the
     ground truth is unknown, `soften` and `blend` keep the soft label.
     """
+    if class_map is not None and calibration.recovery in ("hard", "label_smoothing"):
+        class_index, class_prob = class_map.first_kept(class_index, class_prob)
     weight, floor = recover(
         class_prob, num_classes=num_classes, mode=calibration.recovery, temperature=calibration.temperature
     )
     index = class_index.astype(np.int64)
+    if class_map is not None:
+        index, weight, floor = class_map.distributions(index, weight, floor)
+        num_classes = class_map.num_classes
     if calibration.needs_target:
         share = _soft_share(calibration)[codes]
         share = np.where(target == UNKNOWN_TARGET, np.float32(1), share)

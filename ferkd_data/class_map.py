@@ -23,8 +23,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ferkd_data.buckets import Thresholds, assign_buckets, confidence
 from ferkd_data.errors import UsageError
-from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels, class_index_dtype
+from ferkd_data.shards.columns import UNKNOWN_TARGET, class_index_dtype
 from ferkd_data.targets import Floats
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -180,14 +181,26 @@ def _fill_up(new: Ints, real: npt.NDArray[np.bool_]) -> Ints:
     return filled
 
 
-def map_columns(class_map: ClassMap, labels: ShardLabels) -> dict[str, Any]:
-    """The fields of `labels` that a class map changes, but for the buckets."""
-    index, prob = class_map.columns(labels.class_index, labels.class_prob)
+def map_columns(
+    class_map: ClassMap, columns: Mapping[str, npt.NDArray[Any]], thresholds: Thresholds
+) -> dict[str, npt.NDArray[Any]]:
+    """The columns of `ShardLabels` that a class map changes, in terms of the new classes.
+
+    `columns` holds class_index, class_prob (R, N, k), target (R,), target_prob and bucket (R, N). Buckets are assigned
+    anew, by what the teacher gave to the new classes, where classes are merged or dropped.
+    """
+    class_index, class_prob = columns["class_index"], columns["class_prob"]
+    index, prob = class_map.columns(class_index, class_prob)
+    target_prob = class_map.target_prob(class_index, class_prob, columns["target"], columns["target_prob"])
+    bucket = columns["bucket"]
+    if not class_map.is_renaming:
+        bucket = assign_buckets(confidence(prob, target_prob, thresholds.confidence), thresholds)
     return {
         "class_index": index.astype(class_index_dtype(class_map.num_classes)),
         "class_prob": prob,
-        "target": class_map.targets(labels.target).astype(np.int32),
-        "target_prob": class_map.target_prob(labels.class_index, labels.class_prob, labels.target, labels.target_prob),
+        "target": class_map.targets(columns["target"]).astype(np.int32),
+        "target_prob": target_prob,
+        "bucket": bucket,
     }
 
 

@@ -54,7 +54,7 @@ def convert(
     if layout == "webdataset" and source.manifest.layout != "webdataset":
         if images is None:
             raise UsageError("layout webdataset holds the images too: say where they are with images=… (--images)")
-        table = join_images(source, open_source(images), allow_missing=False)
+        table = join_images(source, open_source(images), missing="raise")[1]
     try:
         entries: list[ShardEntry] = []
         done = 0

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data.buckets import assign_buckets, confidence
 from ferkd_data.class_map import ClassMap, NewClasses, make_class_map, map_columns
 from ferkd_data.label_set.label_set import StoredLabels
 from ferkd_data.label_set.selection import Rows, Where, chosen_rows, in_classes, rows_by_target, split_rows
 from ferkd_data.manifest import Manifest
 from ferkd_data.shards.columns import ShardLabels
 from ferkd_data.statistics import Statistics, add, shard_statistics
+
+MAPPED_COLUMNS = ("class_index", "class_prob", "target", "target_prob", "bucket")
 
 
 class LabelSet(StoredLabels):
@@ -238,12 +239,9 @@ class MappedLabels(_View):
         return self._mapped(self.base.raw_block(shard, block))
 
     def _mapped(self, labels: ShardLabels) -> ShardLabels:
-        mapped = replace(labels, **map_columns(self._class_map, labels))
-        if self._class_map.is_renaming:
-            return mapped
-        thresholds = self.manifest.thresholds.absolute()
-        certain = confidence(mapped.class_prob, mapped.target_prob, thresholds.confidence)
-        return replace(mapped, bucket=assign_buckets(certain, thresholds))
+        columns = {name: getattr(labels, name) for name in MAPPED_COLUMNS}
+        changed: dict[str, Any] = {**map_columns(self._class_map, columns, self.manifest.thresholds.absolute())}
+        return replace(labels, **changed)
 
     def keys_of(self, shard: int) -> list[str]:
         return self.base.keys_of(shard)

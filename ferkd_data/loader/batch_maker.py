@@ -6,7 +6,9 @@ Legend: I images of a window, M crops per image, B crops of a batch, S output si
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +25,13 @@ from ferkd_data.calibration import (
     crop_buckets,
     use_probability,
 )
+from ferkd_data.class_map import map_columns
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, LoaderError
-from ferkd_data.images import decode_rgb
+from ferkd_data.images import ImageSource, decode_rgb
+from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.draw import BlockDraws, draw, epoch_draws
-from ferkd_data.loader.image_table import Images, give_memory_back
+from ferkd_data.loader.image_table import Images, Missing, give_memory_back, open_images
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import InChunks, epoch_order
 from ferkd_data.loader.plan import Window
@@ -86,7 +90,11 @@ class Labelled(NamedTuple):
 class BatchMaker:
     """`maker.make(work)` is a pure function of the window and the settings, whichever process calls it."""
 
-    def __init__(self, cache: LabelCache | ShardRecords, images: Images, settings: LoaderSettings) -> None:
+    def __init__(
+        self, labels: LabelSet, cache: LabelCache | ShardRecords, images: Images, settings: LoaderSettings
+    ) -> None:
+        """`cache` is that of `labels.unmapped`: records hold the teacher's classes, as stored."""
+        self.labels = labels
         self.cache = cache
         self.images = images
         self.settings = settings
@@ -94,7 +102,7 @@ class BatchMaker:
         """The epoch whose images are checked by their digest, where `verify_images` is first_epoch."""
         self._order: tuple[int, InChunks] | None = None
         self._calibrations: OrderedDict[int, Calibration] = OrderedDict()
-        self._shard_rows = np.array([shard.rows for shard in cache.labels.manifest.shards], np.int64)
+        self._shard_rows = np.array([shard.rows for shard in labels.manifest.shards], np.int64)
 
     def make(self, work: Work) -> Made:
         window = work.window
@@ -147,16 +155,15 @@ class BatchMaker:
                 epoch=epoch,
                 shards_together=settings.shards_together,
             )
-            self._order = (epoch, InChunks(order, len(self.cache.labels)))
+            self._order = (epoch, InChunks(order, len(self.labels)))
         return self._order[1]
 
     def _draws(self, epoch: int) -> tuple[BlockDraws, ...]:
-        labels = self.cache.labels
         return epoch_draws(
             epoch,
             crops_per_image=self.settings.crops_per_image,
-            num_crops=labels.num_crops,
-            crops_per_block=labels.manifest.block_crops(0),
+            num_crops=self.labels.num_crops,
+            crops_per_block=self._block_size(),
         )
 
     def _calibration(self, epoch: int) -> Calibration:
@@ -172,10 +179,9 @@ class BatchMaker:
         parts = []
         for block, part in zip(records, draws, strict=True):
             # A view of fewer crops than were labelled ends within a block.
-            shown = min(block["flip"].shape[1], self.cache.labels.num_crops - part.block * self._block_size())
+            shown = min(block["flip"].shape[1], self.labels.num_crops - part.block * self._block_size())
             block_of = {name: block[name][:, :shown] for name in _CROP_FIELDS}
-            bucket = crop_buckets(calibration, block_of["bucket"], block_of["class_prob"], block_of["target_prob"])
-            codes = crop_actions(calibration, bucket, block_of["class_index"][..., 0], block["target"][:, None])
+            codes = self._codes(calibration, block_of | {"target": block["target"]})
             chosen = draw(block["key_hash"], use_probability(calibration, codes), part, seed=self.settings.seed)
             row = np.arange(len(chosen))[:, None]
             boxes, flip, index, prob = (block_of[name][row, chosen] for name in _DRAWN_FIELDS)
@@ -184,8 +190,15 @@ class BatchMaker:
             return parts[0]
         return _Drawn(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
 
+    def _codes(self, calibration: Calibration, columns: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+        """Action codes (I, n) of stored crops, by their difficulty in terms of the classes that are trained on."""
+        if self.labels.class_map is not None:
+            columns = map_columns(self.labels.class_map, columns, self.labels.manifest.thresholds.absolute())
+        bucket = crop_buckets(calibration, columns["bucket"], columns["class_prob"], columns["target_prob"])
+        return crop_actions(calibration, bucket, columns["class_index"][..., 0], columns["target"][:, None])
+
     def _block_size(self) -> int:
-        return self.cache.labels.manifest.block_crops(0)
+        return self.labels.manifest.block_crops(0)
 
     def _cut(self, window: Window, labelled: Labelled, out: Tensor) -> dict[int, str]:
         """Fill `out`; returns what was skipped: place in the window -> key and reason."""
@@ -232,7 +245,7 @@ class BatchMaker:
         return data
 
     def _describe(self, row: int) -> str:
-        labels = self.cache.labels
+        labels = self.labels
         shard, in_shard = labels.position(row)
         try:
             key = labels.keys_of(shard)[in_shard]
@@ -248,13 +261,15 @@ class BatchMaker:
         wanted = window.slots >= 0
         flat[window.slots[wanted]] = np.flatnonzero(wanted.reshape(-1))
         crops = wanted.shape[1]
+        class_map = self.labels.class_map
         whole = calibrate(
             calibration,
             class_index=drawn.class_index.reshape(-1, drawn.class_index.shape[-1])[flat],
             class_prob=drawn.class_prob.reshape(-1, drawn.class_prob.shape[-1])[flat],
             codes=drawn.codes.reshape(-1)[flat],
-            target=target[flat // crops],
+            target=(target if class_map is None else class_map.targets(target))[flat // crops],
             num_classes=self.cache.labels.num_classes,
+            class_map=class_map,
         )
         bounds = np.cumsum([0, *window.batches])
         return [whole[slice(int(a), int(b))] for a, b in itertools.pairwise(bounds)]
@@ -289,6 +304,37 @@ def check_labelled_size(height: int, width: int, record: np.void) -> None:
     if (height, width) != (record["height"], record["width"]):
         labelled = f"{record['width']}x{record['height']}"
         raise ImageError("other_image", f"it is {width}x{height} pixels, {labelled} were labelled")
+
+
+def open_maker(
+    labels: LabelSet,
+    images: str | Path | ImageSource | None,
+    settings: LoaderSettings,
+    cache_dir: Path,
+    *,
+    at_random: bool = False,
+) -> BatchMaker:
+    """Join images and labels.
+
+    Labels whose images are missing are left out where the settings say so. With `at_random`, any row may be asked for
+    next, whatever `settings.order` is.
+
+    Raises UsageError when there are no images, LabelSetError when images and labels do not match.
+    """
+    streamed = settings.streamed and not at_random
+    missing: Missing = settings.images_missing
+    if missing == "raise" and settings.on_error == "skip":
+        missing = "later"
+    kept, table = open_images(labels, images, missing=missing, streamed=streamed)
+    if len(kept) < len(labels):
+        warnings.warn(
+            f"{labels.location}: {len(labels) - len(kept)} of {len(labels)} labelled images are missing and were "
+            f"dropped (images_missing='drop'): {len(kept)} are left",
+            stacklevel=3,
+        )
+    stored = kept.unmapped
+    cache = ShardRecords(stored, cache_dir) if streamed else LabelCache(stored, cache_dir)
+    return BatchMaker(kept, cache, table, settings)
 
 
 _DRAWN_FIELDS = ("boxes", "flip", "class_index", "class_prob")

@@ -14,12 +14,10 @@ from ferkd_data.calibration import Schedule
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.batch_maker import BatchMaker, Work
-from ferkd_data.loader.image_table import open_images
-from ferkd_data.loader.label_cache import LabelCache
+from ferkd_data.loader.batch_maker import Work, open_maker
 from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
 from ferkd_data.loader.plan import Place, Window
-from ferkd_data.loader.settings import LoaderSettings, Verify
+from ferkd_data.loader.settings import ImagesMissing, LoaderSettings, Verify
 from ferkd_data.replay import Interpolation, empty_batch
 from ferkd_data.storage import default_cache_dir
 from ferkd_data.targets import SoftTargets
@@ -47,6 +45,7 @@ class CropDataset(Dataset[Item]):
         calibration: Schedule = "ferkd",
         seed: int = 0,
         verify_images: Verify = "first_epoch",
+        images_missing: ImagesMissing = "raise",
         cache_dir: str | Path | None = None,
     ) -> None:
         """The arguments are those of `CropLoader`. Raises UsageError and LabelSetError as it does."""
@@ -59,15 +58,15 @@ class CropDataset(Dataset[Item]):
             order="sequential",
             seed=seed,
             verify_images=verify_images,
+            images_missing=images_missing,
         )
-        table = open_images(labels, images, allow_missing=False, streamed=False)
-        cache = LabelCache(labels, Path(cache_dir) if cache_dir else default_cache_dir())
-        self._maker = BatchMaker(cache, table, settings)
+        cache = Path(cache_dir) if cache_dir else default_cache_dir()
+        self._maker = open_maker(labels, images, settings, cache, at_random=True)
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._maker.prepare_blocks(0)
 
     def __len__(self) -> int:
-        return len(self._maker.cache.labels)
+        return len(self._maker.labels)
 
     def set_epoch(self, epoch: int) -> None:
         if epoch < 0:
@@ -89,7 +88,7 @@ class CropDataset(Dataset[Item]):
             places=(Place(),),
         )
         made = self._maker.make(Work(window, images))
-        return images, made.targets(self._maker.cache.labels.num_classes)
+        return images, made.targets(self._maker.labels.num_classes)
 
     def stream(
         self,
@@ -107,7 +106,7 @@ class CropDataset(Dataset[Item]):
 
     def rows_of_epoch(self, positions: Rows, order: OrderKind, shards_together: int) -> Rows:
         """The rows at these positions of the present epoch."""
-        shard_rows = [shard.rows for shard in self._maker.cache.labels.manifest.shards]
+        shard_rows = [shard.rows for shard in self._maker.labels.manifest.shards]
         seed, epoch = self._maker.settings.seed, int(self._epoch[0])
         return epoch_order(order, shard_rows, seed=seed, epoch=epoch, shards_together=shards_together).rows(positions)
 

@@ -15,14 +15,11 @@ from ferkd_data.differences import describe_differences
 from ferkd_data.errors import FerkdError, LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.batch_maker import BatchMaker, Made
+from ferkd_data.loader.batch_maker import Made, open_maker
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
-from ferkd_data.loader.image_table import open_images
-from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import OrderKind
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, read_place, settled, windows
-from ferkd_data.loader.settings import LoaderSettings, OnError, Verify, epoch_number
-from ferkd_data.loader.shard_records import ShardRecords
+from ferkd_data.loader.settings import ImagesMissing, LoaderSettings, OnError, Verify, epoch_number
 from ferkd_data.loader.workers import Workers
 from ferkd_data.replay import Interpolation
 from ferkd_data.selfmix import SelfMix
@@ -64,6 +61,7 @@ class CropLoader:
         decode_device: str | torch.device | None = None,
         verify_images: Verify = "first_epoch",
         on_error: OnError = "raise",
+        images_missing: ImagesMissing = "raise",
         cache_dir: str | Path | None = None,
     ) -> None:
         """
@@ -85,13 +83,14 @@ class CropLoader:
         verify_images: when the images' digests are compared with those labelled; their sizes always are.
         on_error: what an image that cannot be used does: raise LoaderError, or be left out of its batch and counted
             in `skipped`.
+        images_missing: what labelled images that `images` lacks do: raise LabelSetError, or be left out for good: the
+            loader has the labels of the others only (`loader.labels`), and a warning says how many were dropped.
         cache_dir: where crop blocks are unpacked; by default $FERKD_DATA_CACHE or the user's cache folder.
 
         Raises UsageError for settings that cannot be right, LabelSetError when images and labels do not match.
         """
         if not isinstance(labels, LabelSet):
             raise UsageError(f"labels must be a label set, as fd.open_labels({labels!r}) opens it")
-        self.labels = labels
         self.settings = LoaderSettings(
             batch_size=batch_size,
             crops_per_image=crops_per_image,
@@ -112,18 +111,21 @@ class CropLoader:
             decode_device=decode_device,
             verify_images=verify_images,
             on_error=on_error,
+            images_missing=images_missing,
         )
         self.skipped = 0
         """Images left out so far, with on_error="skip"."""
         self.skipped_last: list[str] = []
         """Key and reason of those in the batch just given."""
+        cache = Path(cache_dir) if cache_dir else default_cache_dir()
+        self._maker = open_maker(labels, images, self.settings, cache)
+        self.labels = labels = self._maker.labels
         self._layout = _layout(labels, self.settings)
         if len(self) == 0:
             raise UsageError(
                 f"{len(labels)} images x {crops_per_image} crops make no batch of {batch_size} for each of "
                 f"{world_size} ranks; use a smaller batch_size, or drop_last=False"
             )
-        self._maker = _open_maker(labels, images, self.settings, Path(cache_dir) if cache_dir else default_cache_dir())
         self._place = Place()
         """After the last batch given, or where the next iteration was told to begin."""
         self._asked: int | None = None
@@ -314,17 +316,6 @@ def _layout(labels: LabelSet, settings: LoaderSettings) -> Layout:
         spread=settings.window_batches,
         drop_last=settings.drop_last,
         seed=settings.seed,
-    )
-
-
-def _open_maker(
-    labels: LabelSet, images: str | Path | ImageSource | None, settings: LoaderSettings, cache: Path
-) -> BatchMaker:
-    """Join images and labels. Raises LabelSetError when they do not match."""
-    return BatchMaker(
-        ShardRecords(labels, cache) if settings.streamed else LabelCache(labels, cache),
-        open_images(labels, images, allow_missing=settings.on_error == "skip", streamed=settings.streamed),
-        settings,
     )
 
 

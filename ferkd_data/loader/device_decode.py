@@ -87,7 +87,7 @@ class DeviceWorkers:
             crops.append(Crops(boxes=encoded.boxes[i][wanted], flip=encoded.flip[i][wanted]))
             slots.append(window.slots[i][wanted])
         images = self._placed(decoded, crops, slots, sum(window.batches))
-        whole = encoded.made.targets(self._maker.cache.labels.num_classes)
+        whole = encoded.made.targets(self._maker.labels.num_classes)
         bounds = np.cumsum([0, *window.batches]).tolist()
         targets = [whole[slice(a, b)] for a, b in itertools.pairwise(bounds)]
         made = self._maker.finish(window, images, targets, skipped)

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,10 @@ FILE_NAME = "images.arrow"
 INDEX_NAME = "index.npy"
 INDEX_DTYPE = np.dtype([("key_hash", "<u8"), ("place", "<i8")])
 SPOOL_ROWS = 8192
+
+
+Missing = Literal["raise", "drop", "later"]
+"""What a labelled image that the source lacks does; see `join_images`."""
 
 
 class Images(Protocol):
@@ -94,37 +98,44 @@ class ImageTable:
 
 
 def open_images(
-    labels: LabelSet, images: str | Path | ImageSource | None, *, allow_missing: bool, streamed: bool
-) -> Images:
-    """The labels' images: from a source, by key, or from a label set of layout `webdataset` itself.
+    labels: LabelSet, images: str | Path | ImageSource | None, *, missing: Missing, streamed: bool
+) -> tuple[LabelSet, Images]:
+    """Labels with their images: from a source, by key, or from a label set of layout `webdataset` itself.
 
-    Where labels of another host are `streamed`, their keys are not known beforehand: a missing image is found when its
-    turn comes. Raises UsageError when there are no images, LabelSetError as `join_images` does.
+    The labels come back without those of missing images where these are dropped. Where labels of another host are
+    `streamed` and no image is dropped, keys are not known beforehand: a missing image is found when its turn comes.
+
+    Raises UsageError when there are no images, LabelSetError as `join_images` does.
     """
     if images is None:
         if labels.manifest.layout != "webdataset":
             raise UsageError(f"{labels.location}: a label set of layout parquet holds no images; give images=…")
-        return OwnImages(labels)
+        return labels, OwnImages(labels)
     source = open_source(images) if isinstance(images, (str, Path)) else images
-    if streamed and not labels.is_local:
-        return _tabulate(source, None)[0]
-    return join_images(labels, source, allow_missing=allow_missing)
+    if streamed and missing != "drop" and not labels.is_local:
+        return labels, _tabulate(source, None)[0]
+    return join_images(labels, source, missing=missing)
 
 
-def join_images(labels: LabelSet, source: ImageSource, *, allow_missing: bool) -> ImageTable:
-    """The images of a source that are labelled.
+def join_images(labels: LabelSet, source: ImageSource, *, missing: Missing) -> tuple[LabelSet, ImageTable]:
+    """The labels, and the images of a source that are labelled.
 
-    Raises LabelSetError when labelled images are missing from the source (unless `allow_missing`) or none matches.
+    missing: what labelled images that the source lacks do: "raise", be left out of the labels ("drop"), or stay until
+    their turn comes ("later").
+
+    Raises LabelSetError when images are missing and must not, or when the source has none of them.
     """
     if not len(labels):
         raise LabelSetError(f"{labels.location}: it has labels of no image")
     hashes = labels.key_hashes()
     table, theirs = _tabulate(source, np.sort(hashes))
     index = np.load(table.folder / INDEX_NAME, mmap_mode="r", allow_pickle=False)
-    _check_missing(labels, source, ~np.isin(hashes, index["key_hash"]), theirs, allow_missing)
+    there = np.isin(hashes, index["key_hash"])
+    _check_missing(labels, source, ~there, theirs, missing)
+    kept = labels.select(rows=there) if missing == "drop" else labels
     del hashes, index
     give_memory_back()
-    return table
+    return kept, table
 
 
 def give_memory_back() -> None:
@@ -163,7 +174,7 @@ def _batch(refs: list[ImageRef]) -> pa.RecordBatch:
 
 
 def _check_missing(
-    labels: LabelSet, source: ImageSource, lacks: npt.NDArray[np.bool_], theirs: str, allow_missing: bool
+    labels: LabelSet, source: ImageSource, lacks: npt.NDArray[np.bool_], theirs: str, allowed: Missing
 ) -> None:
     missing = np.flatnonzero(lacks)
     if len(missing) == len(labels):
@@ -173,10 +184,10 @@ def _check_missing(
             + (f"its own are such as {theirs!r}: " if theirs else "")
             + "is it the same data set, with the same folder as its root?"
         )
-    if len(missing) and not allow_missing:
+    if len(missing) and allowed == "raise":
         shard, row = labels.position(int(missing[0]))
-        key = labels.shard(shard).keys[row]
+        key = labels.keys_of(shard)[row]
         raise LabelSetError(
             f"{labels.location}: {len(missing)} of {len(labels)} labelled images are missing from "
-            f"{source.description}, the first is {key!r}; add them, or train without them with on_error='skip'"
+            f"{source.description}, the first is {key!r}; add them, or train without them with images_missing='drop'"
         )

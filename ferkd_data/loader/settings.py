@@ -21,6 +21,7 @@ from ferkd_data.selfmix import SelfMix
 
 Verify = Literal["first_epoch", "always", "never"]
 OnError = Literal["raise", "skip"]
+ImagesMissing = Literal["raise", "drop"]
 AT_LEAST = {
     "batch_size": 1,
     "crops_per_image": 1,
@@ -65,6 +66,8 @@ class LoaderSettings:
     decode_device: str | torch.device | None = None
     verify_images: Verify = "first_epoch"
     on_error: OnError = "raise"
+    images_missing: ImagesMissing = "raise"
+    """What labelled images that the source lacks do."""
 
     def __post_init__(self) -> None:
         for name in WHOLE_NUMBERS:
@@ -103,7 +106,7 @@ class LoaderSettings:
         if self.selfmix is not None and not isinstance(self.selfmix, SelfMix):
             raise UsageError(f"selfmix must be a SelfMix, such as fd.SelfMix(prob=0.5), got {self.selfmix!r}")
         check_order(self.order)
-        for name, kind in (("verify_images", Verify), ("on_error", OnError)):
+        for name, kind in (("verify_images", Verify), ("on_error", OnError), ("images_missing", ImagesMissing)):
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
 

@@ -25,8 +25,8 @@ def test_every_row_finds_its_image_whatever_else_the_source_has(
     (folder / "class3/photo0013.jpg").unlink()
     labels = fd.open_labels(label_set)
     with pytest.raises(LabelSetError, match=r"1 of 20 labelled images are missing.*'class3/photo0013'"):
-        join_images(labels, open_source(folder), allow_missing=False)
-    table = join_images(labels, open_source(folder), allow_missing=True)
+        join_images(labels, open_source(folder), missing="raise")
+    _, table = join_images(labels, open_source(folder), missing="later")
     for key in labels.keys():
         if key == "class3/photo0013":
             with pytest.raises(ImageError, match="no image of this key"):
@@ -48,4 +48,4 @@ class NoLabels:
 
 def test_labels_of_no_image(photos):
     with pytest.raises(LabelSetError, match="empty: it has labels of no image"):
-        join_images(NoLabels(), open_source(photos), allow_missing=True)
+        join_images(NoLabels(), open_source(photos), missing="later")
