@@ -6,9 +6,7 @@ Legend: I images of a window, M crops per image, B crops of a batch, S output si
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +26,10 @@ from ferkd_data.calibration import (
 from ferkd_data.class_map import map_columns
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, LoaderError
-from ferkd_data.images import ImageSource, decode_rgb
+from ferkd_data.images import decode_rgb
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.draw import BlockDraws, draw, epoch_draws
-from ferkd_data.loader.image_table import Images, Missing, give_memory_back, open_images
+from ferkd_data.loader.image_table import Images, give_memory_back
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import InChunks, epoch_order
 from ferkd_data.loader.plan import Window
@@ -304,37 +302,6 @@ def check_labelled_size(height: int, width: int, record: np.void) -> None:
     if (height, width) != (record["height"], record["width"]):
         labelled = f"{record['width']}x{record['height']}"
         raise ImageError("other_image", f"it is {width}x{height} pixels, {labelled} were labelled")
-
-
-def open_maker(
-    labels: LabelSet,
-    images: str | Path | ImageSource | None,
-    settings: LoaderSettings,
-    cache_dir: Path,
-    *,
-    at_random: bool = False,
-) -> BatchMaker:
-    """Join images and labels.
-
-    Labels whose images are missing are left out where the settings say so. With `at_random`, any row may be asked for
-    next, whatever `settings.order` is.
-
-    Raises UsageError when there are no images, LabelSetError when images and labels do not match.
-    """
-    streamed = settings.streamed and not at_random
-    missing: Missing = settings.images_missing
-    if missing == "raise" and settings.on_error == "skip":
-        missing = "later"
-    kept, table = open_images(labels, images, missing=missing, streamed=streamed)
-    if len(kept) < len(labels):
-        warnings.warn(
-            f"{labels.location}: {len(labels) - len(kept)} of {len(labels)} labelled images are missing and were "
-            f"dropped (images_missing='drop'): {len(kept)} are left",
-            stacklevel=3,
-        )
-    stored = kept.unmapped
-    cache = ShardRecords(stored, cache_dir) if streamed else LabelCache(stored, cache_dir)
-    return BatchMaker(kept, cache, table, settings)
 
 
 _DRAWN_FIELDS = ("boxes", "flip", "class_index", "class_prob")

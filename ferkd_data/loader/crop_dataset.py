@@ -14,7 +14,8 @@ from ferkd_data.calibration import Schedule
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.batch_maker import Work, open_maker
+from ferkd_data.loader.batch_maker import Work
+from ferkd_data.loader.opening import open_maker
 from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
 from ferkd_data.loader.plan import Place, Window
 from ferkd_data.loader.settings import ImagesMissing, LoaderSettings, Verify

@@ -15,8 +15,9 @@ from ferkd_data.differences import describe_differences
 from ferkd_data.errors import FerkdError, LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.batch_maker import Made, open_maker
+from ferkd_data.loader.batch_maker import Made
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
+from ferkd_data.loader.opening import open_maker
 from ferkd_data.loader.order import OrderKind
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, read_place, settled, windows
 from ferkd_data.loader.settings import ImagesMissing, LoaderSettings, OnError, Verify, epoch_number

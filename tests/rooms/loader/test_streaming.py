@@ -56,7 +56,7 @@ def same(a, b):
 def everything_at_hand(monkeypatch):
     """The loader as it is for a global shuffle: whole blocks, unpacked before the first batch."""
     with monkeypatch.context() as patch:
-        patch.setattr("ferkd_data.loader.batch_maker.ShardRecords", LabelCache)
+        patch.setattr("ferkd_data.loader.opening.ShardRecords", LabelCache)
         yield
 
 

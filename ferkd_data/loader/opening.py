@@ -1,0 +1,45 @@
+"""`open_maker`: from labels, images and settings to the maker of batches."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from ferkd_data.images import ImageSource
+from ferkd_data.label_set import LabelSet
+from ferkd_data.loader.batch_maker import BatchMaker
+from ferkd_data.loader.image_table import Missing, open_images
+from ferkd_data.loader.label_cache import LabelCache
+from ferkd_data.loader.settings import LoaderSettings
+from ferkd_data.loader.shard_records import ShardRecords
+
+
+def open_maker(
+    labels: LabelSet,
+    images: str | Path | ImageSource | None,
+    settings: LoaderSettings,
+    cache_dir: Path,
+    *,
+    at_random: bool = False,
+) -> BatchMaker:
+    """Join images and labels.
+
+    Labels whose images are missing are left out where the settings say so. With `at_random`, any row may be asked for
+    next, whatever `settings.order` is.
+
+    Raises UsageError when there are no images, LabelSetError when images and labels do not match.
+    """
+    streamed = settings.streamed and not at_random
+    missing: Missing = settings.images_missing
+    if missing == "raise" and settings.on_error == "skip":
+        missing = "later"
+    kept, table = open_images(labels, images, missing=missing, streamed=streamed)
+    if len(kept) < len(labels):
+        warnings.warn(
+            f"{labels.location}: {len(labels) - len(kept)} of {len(labels)} labelled images are missing and were "
+            f"dropped (images_missing='drop'): {len(kept)} are left",
+            stacklevel=3,
+        )
+    stored = kept.unmapped
+    cache = ShardRecords(stored, cache_dir) if streamed else LabelCache(stored, cache_dir)
+    return BatchMaker(kept, cache, table, settings)
