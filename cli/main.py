@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "Build a label set from real photos and real teachers, in a few minutes on a CPU.",
     "evaluate": "Check that every teacher is wired right: top-1, top-5, calibration error.",
     "finish": "Seal a build whose parts were labelled one by one.",
+    "report": "Write a label set as one HTML page to look at.",
     "info": "What a label set is: teachers, settings, shards.",
     "show": "Show the crops of one image with their labels.",
     "verify": "Check every file, row and count of a label set.",

@@ -89,6 +89,8 @@ _EXPORTS: dict[str, str] = {
     "pull": "exchange.pull",
     "relabel": "exchange.relabel",
     "verify": "exchange.verify",
+    "ReportResult": "report",
+    "write_report": "report",
     "VerifyReport": "exchange.faults",
     "open_labels": "label_set",
     "draw_crops": "crops",

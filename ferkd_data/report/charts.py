@@ -1,0 +1,310 @@
+"""Charts as static SVG, each with a table of the same numbers.
+
+They need no script, print as they are, and take their colours from the page's style sheet, so that they follow the
+reader's light or dark mode. Everything is drawn for a width of 400 units, which is readable on a phone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup, escape
+
+WIDTH = 400
+LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 40
+"""Margins of the area that is drawn in, for the axes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    title: str
+    numeric: bool = True
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table, sorted by `value` where it has one."""
+
+    text: str
+    value: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    caption: str
+    columns: tuple[Column, ...]
+    rows: Sequence[Sequence[Cell | str]]
+    sortable: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    title: str
+    svg: Markup
+    table: Table
+    note: str = ""
+    legend: tuple[tuple[str, str], ...] = field(default=())
+    """(class of the style sheet, what it stands for)."""
+
+
+def tag(name: str, content: str = "", /, **attributes: object) -> Markup:
+    """An SVG element. Attributes and text are escaped; `_` in an attribute's name stands for `-`."""
+    pairs = ((key.rstrip("_").replace("_", "-"), _number(value)) for key, value in attributes.items())
+    given = Markup("").join(Markup(' {}="{}"').format(*pair) for pair in pairs)
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), given, content)
+
+
+def _number(value: object) -> object:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+
+
+def svg(height: int, parts: Sequence[Markup], title: str, width: int = WIDTH) -> Markup:
+    """The picture of a chart, with its title for screen readers."""
+    content = tag("title", escape(title)) + Markup("").join(parts)
+    return tag("svg", content, viewBox=f"0 0 {width} {height}", role="img", class_="chart", aria_label=title)
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """`12.3 %` of a share in 0..1; what is not 0 never shows as 0."""
+    smallest = 10.0**-digits
+    if 0 < 100 * share < smallest / 2:
+        return f"<{smallest:.{digits}f} %"
+    return f"{100 * share:.{digits}f} %"
+
+
+def grouped_bars(
+    names: Sequence[str],
+    series: Sequence[tuple[str, str, Sequence[float]]],
+    *,
+    title: str,
+    x_title: str,
+    note: str = "",
+    first_column: str = "",
+) -> Chart:
+    """Bars side by side for each name; `series` is (name, class of the style sheet, shares in percent)."""
+    slanted = len(names) > 8
+    height, bottom = (250, BOTTOM + 26) if slanted else (220, BOTTOM)
+    top = _nice_top(max((max(values, default=0) for _, _, values in series), default=0))
+    plot_w, plot_h = WIDTH - LEFT - RIGHT, height - TOP - bottom
+    parts = _y_axis(top, plot_h)
+    step = plot_w / len(names)
+    bar = 0.84 * step / len(series)
+    for i, name in enumerate(names):
+        x = LEFT + i * step
+        for j, (_, kind, values) in enumerate(series):
+            tall = plot_h * values[i] / top
+            parts.append(
+                tag("rect", x=x + 0.08 * step + j * bar, y=TOP + plot_h - tall, width=bar, height=tall, class_=kind)
+            )
+        parts.append(_name_below(name, x + step / 2, TOP + plot_h + 13, slanted))
+    parts.append(tag("text", x_title, x=LEFT + plot_w / 2, y=height - 8, class_="axis", text_anchor="middle"))
+    columns = (
+        Column(title=first_column or x_title, numeric=False),
+        *(Column(title=f"{name}", unit="%") for name, _, _ in series),
+    )
+    rows = [[name, *(f"{values[i]:.2f}" for _, _, values in series)] for i, name in enumerate(names)]
+    return Chart(
+        title=title,
+        svg=svg(height, parts, title),
+        table=Table(caption=title, columns=columns, rows=rows),
+        note=note,
+        legend=tuple((kind, name) for name, kind, _ in series) if len(series) > 1 else (),
+    )
+
+
+def _name_below(name: str, x: float, y: float, slanted: bool) -> Markup:
+    if not slanted:
+        return tag("text", name, x=x, y=y, class_="tick", text_anchor="middle")
+    turned = f"rotate(-45 {x + 3:g} {y:g})"
+    return tag("text", name, x=x + 3, y=y, class_="tick", text_anchor="end", transform=turned)
+
+
+def _y_axis(top: float, plot_h: float) -> list[Markup]:
+    parts = []
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y = TOP + plot_h * (1 - share)
+        parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
+        parts.append(tag("text", f"{share * top:g} %", x=LEFT - 4, y=y + 4, class_="tick", text_anchor="end"))
+    return parts
+
+
+def _nice_top(largest: float) -> float:
+    """The end of an axis: 4 steps of a round number."""
+    for top in (1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 60, 80, 100):
+        if largest <= top:
+            return float(top)
+    return largest
+
+
+def heat_map(
+    values: npt.NDArray[np.float64],
+    *,
+    title: str,
+    x_title: str,
+    y_title: str,
+    value_title: str,
+    ends: tuple[str, str] = ("0", "1"),
+    upwards: bool = False,
+    square: bool = True,
+    digits: int = 2,
+) -> Chart:
+    """A grid of cells, shaded more where the value (rows, columns) is larger; NaN is left blank.
+
+    `upwards`: the first row is the lowest. The table has at most 5 x 5 cells, each the mean of those it covers.
+    """
+    rows, columns = values.shape
+    size = WIDTH - LEFT - RIGHT
+    plot_h = size if square else 220
+    height = TOP + plot_h + BOTTOM
+    cell_w, cell_h = size / columns, plot_h / rows
+    largest = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
+    parts = [tag("rect", x=LEFT, y=TOP, width=size, height=plot_h, class_="plot")]
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value) and value > 0 and largest > 0:
+            y = TOP + (rows - 1 - row if upwards else row) * cell_h
+            shade = max(0.03, round(float(value) / largest, 2))
+            # A little wider than its cell: no seams where pixels are cut.
+            parts.append(
+                tag("rect", x=LEFT + column * cell_w, y=y, width=cell_w + 0.3, height=cell_h + 0.3, fill_opacity=shade)
+            )
+    bottom = TOP + plot_h
+    for text, x, anchor in ((ends[0], LEFT, "start"), (ends[1], WIDTH - RIGHT, "end")):
+        parts.append(tag("text", text, x=x, y=bottom + 14, class_="tick", text_anchor=anchor))
+    for text, y in ((ends[1] if upwards else ends[0], TOP + 10), (ends[0] if upwards else ends[1], bottom)):
+        parts.append(tag("text", text, x=LEFT - 4, y=y, class_="tick", text_anchor="end"))
+    middle = TOP + plot_h / 2
+    parts.append(tag("text", x_title, x=LEFT + size / 2, y=height - 10, class_="axis", text_anchor="middle"))
+    turned = f"rotate(-90 12 {middle:g})"
+    parts.append(tag("text", y_title, x=12, y=middle, class_="axis", text_anchor="middle", transform=turned))
+    return Chart(
+        title=title,
+        svg=svg(height, [tag("g", Markup("").join(parts), class_="heat")], title),
+        table=_coarse_table(values, title, y_title, x_title, value_title, digits),
+        note=f"The strongest shade: {largest:.{digits}f} {value_title}." if largest else "",
+    )
+
+
+def _coarse_table(
+    values: npt.NDArray[np.float64], title: str, y_title: str, x_title: str, value_title: str, digits: int
+) -> Table:
+    rows, columns = (min(5, size) for size in values.shape)
+    trimmed = values.reshape(rows, values.shape[0] // rows, columns, values.shape[1] // columns)
+    known = np.isfinite(trimmed)
+    sums = np.where(known, trimmed, 0).sum(axis=(1, 3))
+    counts = known.sum(axis=(1, 3))
+    means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    heads = [f"{x_title} {i / columns:g}..{(i + 1) / columns:g}" for i in range(columns)]
+    body = [
+        [
+            f"{y_title} {row / rows:g}..{(row + 1) / rows:g}",
+            *(f"{value:.{digits}f}" if np.isfinite(value) else "" for value in means[row].tolist()),
+        ]
+        for row in range(rows)
+    ]
+    return Table(
+        caption=f"{title}: mean of {value_title} in {rows} x {columns} parts",
+        columns=(Column(title="", numeric=False), *(Column(title=head) for head in heads)),
+        rows=body,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """Calibration of one teacher, or of the ensemble: crops by p_max."""
+
+    name: str
+    crops: tuple[int, ...]
+    mean_p_max: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    ece: float
+    top1: float
+
+
+def reliability_chart(curve: Reliability) -> Chart:
+    """Accuracy over confidence; on the diagonal the teacher is as often right as it says."""
+    height, plot = 300, 250
+    left = (WIDTH - plot) // 2
+    parts = []
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y, x = TOP + plot * (1 - share), left + plot * share
+        parts.append(tag("line", x1=left, x2=left + plot, y1=y, y2=y, class_="grid"))
+        parts.append(tag("text", f"{100 * share:g} %", x=left - 4, y=y + 4, class_="tick", text_anchor="end"))
+        parts.append(tag("text", f"{share:g}", x=x, y=TOP + plot + 14, class_="tick", text_anchor="middle"))
+    parts.append(tag("line", x1=left, y1=TOP + plot, x2=left + plot, y2=TOP, class_="diagonal"))
+    points = []
+    most = max(curve.crops, default=1)
+    for crops, p_max, accuracy in zip(curve.crops, curve.mean_p_max, curve.accuracy, strict=True):
+        if crops:
+            x, y = left + plot * p_max, TOP + plot * (1 - accuracy)
+            points.append(f"{x:.1f},{y:.1f}")
+            parts.append(tag("circle", cx=x, cy=y, r=2.0 + 5 * (crops / most) ** 0.5, class_="dot"))
+    parts.append(tag("polyline", points=" ".join(points), class_="curve"))
+    parts.append(tag("text", "p_max", x=left + plot / 2, y=height - 8, class_="axis", text_anchor="middle"))
+    turned = f"rotate(-90 {left - 40} {TOP + plot / 2:g})"
+    parts.append(
+        tag("text", "right", x=left - 40, y=TOP + plot / 2, class_="axis", text_anchor="middle", transform=turned)
+    )
+    title = f"{curve.name}: how often it is right, by p_max"
+    rows = [
+        [f"{i / len(curve.crops):.2f}-{(i + 1) / len(curve.crops):.2f}", f"{crops:,}", f"{p:.3f}", f"{100 * a:.1f}"]
+        for i, (crops, p, a) in enumerate(zip(curve.crops, curve.mean_p_max, curve.accuracy, strict=True))
+        if crops
+    ]
+    columns = (
+        Column(title="p_max", numeric=False),
+        Column(title="crops"),
+        Column(title="mean p_max"),
+        Column(title="right", unit="%"),
+    )
+    return Chart(
+        title=title,
+        svg=svg(height, parts, title),
+        table=Table(caption=title, columns=columns, rows=rows),
+        note=f"Top-1 on crops {percent(curve.top1)}, expected calibration error {curve.ece:.3f} in 15 bins.",
+    )
+
+
+NUM_SHADES = 10
+
+
+def shade(confidence: float) -> str:
+    """The style sheet's class for a confidence: `c0` (0.0) .. `c9` (1.0)."""
+    return f"c{min(NUM_SHADES - 1, max(0, int(confidence * NUM_SHADES)))}"
+
+
+def boxes_picture(
+    picture: str, size: tuple[int, int], boxes: Sequence[tuple[Sequence[int], float, str]], title: str
+) -> Markup:
+    """An image (height, width) with boxes (top, left, height, width), their confidence, and a label.
+
+    A box with a label is drawn thick; the others are drawn thin and first.
+    """
+    height, width = size
+    thick = max(width, height) / 130
+    parts = [tag("image", href=picture, x=0, y=0, width=width, height=height)] if picture else []
+    if not picture:
+        parts.append(tag("rect", x=0, y=0, width=width, height=height, class_="plot"))
+    for (top, left, box_h, box_w), confidence, label in sorted(boxes, key=lambda box: bool(box[2])):
+        inset = thick / 2
+        common = {
+            "x": left + inset, "y": top + inset, "width": max(box_w - thick, 0.5), "height": max(box_h - thick, 0.5),
+        }  # fmt: skip
+        width_of_line = thick if label else thick / 2.5
+        # A dark seam, so that every colour stands out from every photo.
+        parts.append(tag("rect", **common, class_="seam", stroke_width=2 * width_of_line))
+        parts.append(tag("rect", **common, class_=f"box {shade(confidence)}", stroke_width=width_of_line))
+        if label:
+            font = 8 * thick
+            x, y = left + thick, top + thick
+            wide = font * 0.62 * len(label) + thick
+            parts.append(tag("rect", x=x, y=y, width=wide, height=font * 1.15, class_=f"flag {shade(confidence)}"))
+            parts.append(
+                tag("text", label, x=x + thick / 2, y=y + font * 0.9, class_="flagtext",
+                    font_size=font)
+            )  # fmt: skip
+    content = tag("title", escape(title)) + Markup("").join(parts)
+    return tag("svg", content, viewBox=f"0 0 {width} {height}", role="img", class_="photo", aria_label=title)

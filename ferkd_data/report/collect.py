@@ -1,0 +1,160 @@
+"""The one pass over a label set that a report is made from.
+
+Everything is kept as sums and samples of fixed size, so memory does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data.builder.rejects import read_rejects
+from ferkd_data.images import Reject
+from ferkd_data.label_set import LabelSet
+from ferkd_data.report.duplicates import Duplicates
+from ferkd_data.report.samples import Crop, CropSample, SampledImage, Smallest, priorities, sampled
+from ferkd_data.report.sketch import POSITIVE, Sketch
+from ferkd_data.report.suspects import SuspectList
+from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels
+
+SHEET_CROPS = 12
+"""Crops of each bucket that are shown."""
+STRATA, STRATUM_CROPS = 40, 3
+"""Crops over the range of p_max, from which those that change bucket are shown."""
+IMAGES_SHOWN = 6
+EXAMPLES = 8
+DUPLICATES_SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplicateGroup:
+    keys: tuple[str, ...]
+    targets: tuple[int, ...]
+
+
+@dataclass(kw_only=True)
+class Collected:
+    """What the pass found."""
+
+    sketch: Sketch
+    sheets: list[list[Crop]]
+    """Sampled crops by bucket."""
+    wrong: list[Crop]
+    """Sampled crops that are confident but wrong."""
+    strata: list[Crop]
+    """Crops spread over the range of p_max, rising."""
+    images: list[SampledImage]
+    """Sampled images."""
+    suspects: SuspectList
+    discarded_images: list[SampledImage]
+    """Examples of images whose crops are all extreme hard."""
+    smallest_images: list[SampledImage]
+    duplicates: list[DuplicateGroup]
+    duplicate_groups: float
+    """How many there are: exact, or estimated where there are more images than digests are kept."""
+    duplicate_conflicts: float
+    """Of these, those whose copies have different ground truths."""
+    rejects: Counter[str] = field(default_factory=Counter)
+    reject_examples: dict[str, list[Reject]] = field(default_factory=dict)
+
+
+class Collector:
+    """Takes shards one by one; `finish` gives what was found so far, and may be called again after more shards."""
+
+    def __init__(self, labels: LabelSet) -> None:
+        self._seed = labels.manifest.seed
+        self._sketch = Sketch(num_classes=labels.num_classes, top_k=labels.top_k, num_crops=labels.num_crops)
+        self._sheets = CropSample(POSITIVE + 2, SHEET_CROPS)
+        self._wrong = CropSample(1, SHEET_CROPS)
+        self._strata = CropSample(STRATA, STRATUM_CROPS)
+        self._images = Smallest[SampledImage](IMAGES_SHOWN)
+        self._discarded = Smallest[SampledImage](EXAMPLES)
+        self._smallest = Smallest[SampledImage](EXAMPLES)
+        self._suspects = SuspectList()
+        self._duplicates = Duplicates()
+        self._rejects: Counter[str] = Counter()
+        self._reject_examples: dict[str, list[Reject]] = {}
+
+    def add(self, labels: ShardLabels) -> None:
+        """Count a shard and sample from it. Raises nothing for rows that `LabelSet.shard` gives."""
+        first_row = self._sketch.images
+        self._sketch.add(labels)
+        self._suspects.add(labels, first_row)
+        self._duplicates.add(labels)
+        crop, image = priorities(labels, self._seed)
+        self._sheets.add(labels, first_row, crop, labels.bucket.astype(np.int64))
+        p_max = labels.class_prob[..., 0].astype(np.float32)
+        self._strata.add(labels, first_row, crop, np.minimum((p_max * STRATA).astype(np.int64), STRATA - 1))
+        target = labels.target[:, None]
+        wrong = (labels.bucket >= POSITIVE) & (target != UNKNOWN_TARGET) & (labels.class_index[..., 0] != target)
+        self._wrong.add(labels, first_row, crop, np.where(wrong, 0, -1))
+        sides = np.minimum(labels.height, labels.width).astype(np.float64)
+        unused = (labels.bucket == 0).all(axis=1)
+        for sample, rank in (
+            (self._images, image),
+            (self._smallest, sides + image),
+            (self._discarded, np.where(unused, image, np.inf)),
+        ):
+            _add_images(sample, labels, first_row, rank)
+
+    def add_reject(self, reject: Reject) -> None:
+        """Count an image that could not be used."""
+        self._rejects[reject.reason] += 1
+        examples = self._reject_examples.setdefault(reject.reason, [])
+        if len(examples) < EXAMPLES:
+            examples.append(reject)
+
+    def finish(self, labels: LabelSet) -> Collected:
+        """What was found so far, of the shards of `labels`, which were added in their order.
+
+        The keys of duplicates are read again: raises ShardError or RemoteError where they cannot be.
+        """
+        groups = self._duplicates.groups()
+        conflicts = [group for group in groups if len(np.unique(group["target"])) > 1]
+        shown = [*conflicts, *(group for group in groups if len(np.unique(group["target"])) == 1)][:DUPLICATES_SHOWN]
+        return Collected(
+            sketch=self._sketch,
+            sheets=self._sheets.crops(),
+            wrong=self._wrong.crops()[0],
+            strata=sorted((crop for group in self._strata.crops() for crop in group), key=lambda crop: crop.p_max),
+            images=self._images.items(),
+            suspects=self._suspects,
+            discarded_images=self._discarded.items(),
+            smallest_images=self._smallest.items(),
+            duplicates=[_named(labels, group) for group in shown],
+            duplicate_groups=len(groups) / self._duplicates.share,
+            duplicate_conflicts=len(conflicts) / self._duplicates.share,
+            rejects=self._rejects,
+            reject_examples=self._reject_examples,
+        )
+
+
+def collect(labels: LabelSet) -> Collected:
+    """Read every shard and the rejects once. Raises ShardError or RemoteError where one cannot be read."""
+    collector = Collector(labels)
+    for shard in labels.shards():
+        collector.add(shard)
+    if labels.manifest.rejects.rows:
+        with labels.open(labels.manifest.rejects) as file:
+            for reject in read_rejects(file.path):
+                collector.add_reject(reject)
+    return collector.finish(labels)
+
+
+def _add_images(
+    sample: Smallest[SampledImage], labels: ShardLabels, first_row: int, rank: npt.NDArray[np.float64]
+) -> None:
+    for row in np.argsort(rank, kind="stable")[:EXAMPLES].tolist():
+        if np.isfinite(rank[row]):
+            sample.add(float(rank[row]), labels.keys[row], 0, lambda row=row: sampled(labels, row, first_row))  # type: ignore[misc]
+
+
+def _named(labels: LabelSet, group: npt.NDArray[np.void]) -> DuplicateGroup:
+    keys = []
+    for row in group["row"][:EXAMPLES].tolist():
+        shard, at = labels.position(row)
+        keys.append(labels.keys_of(shard)[at])
+    return DuplicateGroup(keys=tuple(keys), targets=tuple(group["target"][:EXAMPLES].tolist()))

@@ -1,0 +1,186 @@
+"""The charts of a report, out of what was collected."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from ferkd_data.buckets import BUCKETS
+from ferkd_data.label_set import LabelSet
+from ferkd_data.report.charts import (
+    Cell,
+    Chart,
+    Column,
+    Table,
+    grouped_bars,
+    heat_map,
+    percent,
+)
+from ferkd_data.report.findings import ranges_of
+from ferkd_data.report.sketch import GRID, Sketch
+from ferkd_data.statistics import PAPER_SHARES, RANGE_EDGES
+
+RANGES = tuple(f"{low:g}-{high:g}".replace("0.", ".") for low, high in itertools.pairwise(RANGE_EDGES))
+BUCKET_TITLES = {name: name.replace("_", " ") for name in BUCKETS}
+
+
+def p_max_chart(sketch: Sketch) -> Chart:
+    """FerKD's histogram of p_max, the paper's beside it."""
+    ours = ranges_of(sketch.confidence["max"][0], RANGE_EDGES)
+    series = [("this label set", "bar-a", _shares(ours)), ("FerKD paper, ImageNet", "bar-b", PAPER_SHARES)]
+    chart = grouped_bars(RANGES, series, title="Crops by p_max", x_title="p_max, the largest probability")
+    sums = np.cumsum(_shares(ours)), np.cumsum(PAPER_SHARES)
+    columns = (
+        Column(title="p_max", numeric=False),
+        Column(title="crops"),
+        Column(title="share", unit="%"),
+        Column(title="aggregate", unit="%"),
+        Column(title="paper's share", unit="%"),
+        Column(title="paper's aggregate", unit="%"),
+    )
+    rows = [
+        [name, f"{count:,}", f"{share:.2f}", f"{sums[0][i]:.2f}", f"{PAPER_SHARES[i]:.2f}", f"{sums[1][i]:.2f}"]
+        for i, (name, count, share) in enumerate(zip(RANGES, ours, _shares(ours), strict=True))
+    ]
+    table = Table(caption="Crops by p_max, in the ranges of FerKD's table", columns=columns, rows=rows)
+    note = (
+        "The ranges are FerKD's: wide ones at the left, narrow ones at the right. The paper's teachers were trained "
+        "with label smoothing and hardly ever pass 0.95; others do so often."
+    )
+    return Chart(title=chart.title, svg=chart.svg, table=table, legend=chart.legend, note=note)
+
+
+def truth_chart(sketch: Sketch) -> Chart | None:
+    """The same of the ground truth's probability; None where it is not stored."""
+    if not sketch.truth.sum():
+        return None
+    counts = ranges_of(sketch.truth, RANGE_EDGES)
+    known = int(sketch.confidence["max"][1].sum())
+    inside = sketch.truth_in_top_k / max(known, 1)
+    return grouped_bars(
+        RANGES,
+        [("share of crops", "bar-a", _shares(counts))],
+        title="Crops by the ground truth's probability",
+        x_title="probability of the ground truth",
+        note=f"The ground truth is among the stored classes of {percent(inside)} of the crops.",
+    )
+
+
+def top_k_chart(sketch: Sketch) -> Chart:
+    """How much probability a smaller k would keep."""
+    kept = 100 * np.cumsum(sketch.mass_by_rank) / max(sketch.crops, 1)
+    names = [f"k={k + 1}" for k in range(len(kept))]
+    chart = grouped_bars(
+        names[:12],
+        [("kept probability", "bar-a", kept.tolist()[:12])],
+        title="Probability that the top-k keep",
+        x_title="classes kept for each crop",
+        note=f"The mean over all crops. With k={len(kept)}, as stored, {kept[-1]:.1f} % is kept; the rest is spread "
+        "evenly over the other classes in training.",
+    )
+    rows = [[name, f"{value:.2f}", f"{kept[-1] - value:.2f}"] for name, value in zip(names, kept.tolist(), strict=True)]
+    columns = (
+        Column(title="classes kept", numeric=False),
+        Column(title="probability kept", unit="%"),
+        Column(title="lost against the stored ones", unit="%"),
+    )
+    table = Table(caption=chart.title, columns=columns, rows=rows)
+    return Chart(title=chart.title, svg=chart.svg, table=table, note=chart.note)
+
+
+def place_charts(sketch: Sketch) -> list[Chart]:
+    """FerKD's Fig. 1 as densities: where crops lie and how large they are, by confidence."""
+    counts = sketch.centres.sum(axis=0)
+    mean = np.divide(sketch.centre_p_max, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+    axes: dict[str, Any] = {"x_title": "centre, left to right", "y_title": "centre, top to bottom"}
+    area = sketch.areas / max(sketch.crops, 1) * 100
+    charts = [
+        heat_map(mean, title="Mean p_max by the crop's centre", value_title="mean p_max", **axes),
+        heat_map(
+            area,
+            title="Crops by area and p_max",
+            x_title="share of the image's area",
+            y_title="p_max",
+            value_title="% of the crops",
+            upwards=True,
+        ),
+    ]
+    for code, name in enumerate(BUCKETS):
+        total = int(sketch.centres[code].sum())
+        if total:
+            charts.append(
+                heat_map(
+                    100.0 * sketch.centres[code] / total,
+                    title=f"Centres of {BUCKET_TITLES[name]} crops",
+                    value_title=f"% of these {total:,} crops in one of {GRID * GRID} cells",
+                    **axes,
+                )
+            )
+    return charts
+
+
+def in_use_chart(sketch: Sketch) -> Chart:
+    """Images by their number of crops in use under `ferkd`, in at most ten bins."""
+    crops = sketch.num_crops
+    bins = min(10, crops)
+    edges = [round(i * crops / bins) for i in range(bins + 1)]
+    counts = [int(sketch.in_use[0])]
+    names = ["0"]
+    for low, high in itertools.pairwise(edges):
+        counts.append(int(sketch.in_use[low + 1 : high + 1].sum()))
+        names.append(str(high) if high == low + 1 else f"{low + 1}-{high}")
+    total = max(sum(counts), 1)
+    mean = float((np.arange(crops + 1) * sketch.in_use).sum() / total)
+    chart = grouped_bars(
+        names,
+        [("images", "bar-a", [100 * count / total for count in counts])],
+        title="Images by crops in use",
+        x_title="crops in use of an image under ferkd",
+        note=f"On average {mean:.1f} of {crops} crops of an image are in use; under fkd all {crops} are.",
+    )
+    columns = (Column(title="crops in use", numeric=False), Column(title="images"), Column(title="share", unit="%"))
+    rows = [[name, f"{count:,}", f"{100 * count / total:.2f}"] for name, count in zip(names, counts, strict=True)]
+    table = Table(caption=chart.title, columns=columns, rows=rows)
+    return Chart(title=chart.title, svg=chart.svg, table=table, note=chart.note)
+
+
+def epoch_table(sketch: Sketch) -> Table:
+    """The mix of buckets that an epoch draws from."""
+    fkd = sketch.buckets[0] / max(sketch.crops, 1)
+    used = max(sketch.images - int(sketch.in_use[0]), 1)
+    ferkd = sketch.epoch_share / used
+    uses = ("discarded", "softened ground truth", "soft label", "soft label")
+    rows = [
+        [BUCKET_TITLES[name], percent(float(fkd[i])), "soft label", percent(float(ferkd[i])), uses[i]]
+        for i, name in enumerate(BUCKETS)
+    ]
+    columns = (
+        Column(title="bucket", numeric=False),
+        Column(title="share under fkd"),
+        Column(title="target", numeric=False),
+        Column(title="share under ferkd"),
+        Column(title="target", numeric=False),
+    )
+    return Table(caption="An epoch's mix of buckets, over images with crops in use", columns=columns, rows=rows)
+
+
+def agreement_table(labels: LabelSet) -> Table | None:
+    """Shares of crops on which two teachers name the same class; None where the manifest does not count it."""
+    counted, teachers = labels.statistics, labels.manifest.teachers
+    if len(teachers) < 2 or not counted.teacher_agreement or not counted.crops:
+        return None
+    columns = (Column(title="teacher", numeric=False), *(Column(title=teacher.name, unit="%") for teacher in teachers))
+    rows: list[list[Cell | str]] = [
+        [teacher.name, *(Cell(f"{100 * count / counted.crops:.1f}", count) for count in row)]
+        for teacher, row in zip(teachers, counted.teacher_agreement, strict=True)
+    ]
+    return Table(
+        caption="Share of crops on which two teachers name the same most probable class", columns=columns, rows=rows
+    )
+
+
+def _shares(counts: list[int]) -> list[float]:
+    total = max(sum(counts), 1)
+    return [100 * count / total for count in counts]

@@ -1,0 +1,282 @@
+"""What the numbers of a label set mean, in sentences, and thresholds that fit its teachers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data.buckets import QuantileThresholds, Thresholds
+from ferkd_data.label_set import LabelSet
+from ferkd_data.report.charts import Reliability, percent
+from ferkd_data.report.collect import Collected
+from ferkd_data.report.sketch import FLOAT16_VALUES, Counts, Sketch, counts_below, counts_between
+
+Level = Literal["warning", "note", "good"]
+ECE_BINS = 15
+STEPS = 100
+"""Thresholds are suggested in steps of 1 / STEPS."""
+DISCARD_BELOW, SOFTEN_BELOW, EASY_FROM = 1 / 3, 2 / 3, 0.98
+"""How often the teachers are right in the buckets that are suggested."""
+MOST_DISCARDED, MOST_SOFTENED, MOST_EASY = 0.1, 0.3, 0.5
+SMALL_PIXELS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    level: Level
+    text: str
+    section: str
+    """Where the report shows it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    thresholds: Thresholds
+    why: str
+
+
+def ensemble_reliability(sketch: Sketch, name: str) -> Reliability:
+    """Calibration of what is stored, on crops with a ground truth, in 15 equal bins of p_max."""
+    _, known, right = sketch.confidence["max"]
+    return reliability(known, right, FLOAT16_VALUES, name)
+
+
+def reliability(known: Counts, right: Counts, values: npt.NDArray[Any], name: str) -> Reliability:
+    """From counts by value of p_max, which rise: of all crops, and of those named right."""
+    edges = np.linspace(0, 1, ECE_BINS + 1)
+    place = np.minimum(np.searchsorted(edges, values, side="right") - 1, ECE_BINS - 1)
+    crops = np.bincount(place, known, minlength=ECE_BINS)
+    hits = np.bincount(place, right, minlength=ECE_BINS)
+    mass = np.bincount(place, known * values, minlength=ECE_BINS)
+    some = np.maximum(crops, 1)
+    total = max(float(crops.sum()), 1.0)
+    return Reliability(
+        name=name,
+        crops=tuple(crops.astype(int).tolist()),
+        mean_p_max=tuple((mass / some).tolist()),
+        accuracy=tuple((hits / some).tolist()),
+        ece=float(np.abs(mass - hits).sum() / total),
+        top1=float(hits.sum() / total),
+    )
+
+
+def suggest(sketch: Sketch) -> Suggestion:
+    """Thresholds on p_max that fit these teachers: a rule of thumb of ours, see `why`."""
+    total, known, right = sketch.confidence["max"]
+    edges = np.arange(STEPS + 1) / STEPS
+    if not known.sum():
+        return _by_shares(total)
+    below, known_below, right_below = (counts_below(counts, edges) for counts in (total, known, right))
+    low = _last(edges, right_below <= DISCARD_BELOW * known_below, below <= MOST_DISCARDED * sketch.crops)
+    at = round(low * STEPS)
+    softened_right = right_below - right_below[at] <= SOFTEN_BELOW * (known_below - known_below[at])
+    mid = max(low, _last(edges, softened_right, below - below[at] <= MOST_SOFTENED * sketch.crops))
+    known_above, right_above = known.sum() - known_below, right.sum() - right_below
+    above = sketch.crops - below
+    sure = np.flatnonzero((right_above >= EASY_FROM * known_above) & (known_above > 0))
+    sure = sure[above[sure] <= MOST_EASY * sketch.crops]
+    tenth = np.flatnonzero(above <= sketch.crops / 10)
+    top = float(edges[(sure if len(sure) else tenth)[0]]) if len(tenth) else 1.0
+    return Suggestion(
+        thresholds=Thresholds(low=low, mid=mid, top=max(top, mid)),
+        why="extreme hard where the teachers name the ground truth in less than a third of the crops (but at most "
+        f"{percent(MOST_DISCARDED, 0)} of all crops); moderate hard where they do in less than two thirds (at most "
+        f"{percent(MOST_SOFTENED, 0)}); easy where they are right on {percent(EASY_FROM, 0)} of all crops above "
+        f"(at most {percent(MOST_EASY, 0)}), or else the surest tenth",
+    )
+
+
+def _by_shares(total: Counts) -> Suggestion:
+    shares = QuantileThresholds()
+    found = shares.resolve(total)
+    low, mid, top = (round(value, 3) for value in (found.low, found.mid, found.top))
+    return Suggestion(
+        thresholds=Thresholds(low=low, mid=mid, top=top),
+        why=f"no ground truth is known, so by shares of the crops: {percent(shares.low, 0)} are below the first, "
+        f"{percent(shares.mid, 0)} below the second, {percent(shares.top, 0)} below the third",
+    )
+
+
+def _last(edges: npt.NDArray[Any], *fits: npt.NDArray[Any]) -> float:
+    """The largest edge for which everything fits; 0 always does."""
+    good = np.flatnonzero(np.logical_and.reduce(fits))
+    return float(edges[good[-1]]) if len(good) else 0.0
+
+
+def findings(labels: LabelSet, found: Collected) -> list[Finding]:
+    """What is worth knowing first: warnings, then notes, then what is fine."""
+    if not found.sketch.crops:
+        return [Finding(level="note", text="No image has been labelled yet.", section="glance")]
+    said = [
+        *_accuracy(labels, found),
+        *_buckets(labels, found),
+        *_calibration(found),
+        *_teachers(labels),
+        *_suspects(found),
+        *_quality(labels, found),
+        *_top_k(labels, found),
+    ]
+    order = ("warning", "note", "good")
+    return sorted(said, key=lambda finding: order.index(finding.level))
+
+
+def _accuracy(labels: LabelSet, found: Collected) -> list[Finding]:
+    _, known, right = found.sketch.confidence["max"]
+    if not known.sum():
+        text = "No ground truth is known, so nothing here says whether the teachers are right."
+        return [Finding(level="note", text=text, section="teachers")]
+    share, chance = right.sum() / known.sum(), 1 / labels.num_classes
+    text = f"The teachers name the ground truth on {percent(share)} of the crops"
+    if share < max(3 * chance, 0.05) or (labels.num_classes == 2 and share < 0.6):
+        text += (
+            f", near chance ({percent(chance)}). Are the class numbers those of the teachers, and is their "
+            "normalisation right? ferkd-data evaluate checks it."
+        )
+        return [Finding(level="warning", text=text, section="teachers")]
+    if share >= 0.5:
+        return [Finding(level="good", text=text + ": they are wired right.", section="teachers")]
+    text += ", less than half. Compare with ferkd-data evaluate on whole images before you train."
+    return [Finding(level="note", text=text, section="teachers")]
+
+
+def _buckets(labels: LabelSet, found: Collected) -> list[Finding]:
+    sketch, thresholds = found.sketch, labels.manifest.thresholds
+    hard, moderate, _, easy = (sketch.buckets[0] / sketch.crops).tolist()
+    fit = suggest(sketch).thresholds
+    said = [
+        Finding(
+            level="note",
+            text=f"{percent(hard)} of the crops are below {thresholds.low:g}: ferkd discards them. "
+            f"{percent(moderate)} are below {thresholds.mid:g}: they get the softened ground truth.",
+            section="thresholds",
+        ),
+        Finding(
+            level="note",
+            text=f"Thresholds that fit these teachers: {fit.low:g}, {fit.mid:g} and {fit.top:g} on p_max.",
+            section="thresholds",
+        ),
+    ]
+    if hard > 0.25:
+        text = f"{percent(hard)} of the crops would be discarded: the thresholds are too high for these teachers."
+        said.append(Finding(level="warning", text=text, section="thresholds"))
+    if easy < 0.005:
+        text = (
+            f"Hardly any crop ({percent(easy)}) passes {thresholds.top:g}: the bucket easy_positive is empty for these "
+            "teachers. Lower the third threshold if you want to thin out easy crops."
+        )
+        said.append(Finding(level="note", text=text, section="thresholds"))
+    elif easy > 0.5:
+        text = f"{percent(easy)} of the crops are easy (from {thresholds.top:g}): many teach a student little."
+        said.append(Finding(level="note", text=text, section="thresholds"))
+    none_in_use = int(sketch.in_use[0])
+    if none_in_use:
+        text = (
+            f"{_images(none_in_use)} no crop in use: all are extreme hard. A training run sees such an image "
+            "with its softened ground truth."
+        )
+        said.append(Finding(level="note", text=text, section="quality"))
+    return said
+
+
+def _calibration(found: Collected) -> list[Finding]:
+    curve = ensemble_reliability(found.sketch, "ensemble")
+    total = sum(curve.crops)
+    if not total:
+        return []
+    mean = sum(crops * p for crops, p in zip(curve.crops, curve.mean_p_max, strict=True)) / total
+    gap = curve.top1 - mean
+    if abs(gap) < 0.05:
+        return []
+    kind, change = ("under-confident", "below") if gap > 0 else ("over-confident", "above")
+    text = (
+        f"The teachers are {kind}: they are right on {percent(curve.top1)} of the crops and say {percent(mean)} "
+        f"(calibration error {curve.ece:.3f}). A temperature {change} 1 in the "
+        "calibration would even it out."
+    )
+    return [Finding(level="note", text=text, section="teachers")]
+
+
+def _teachers(labels: LabelSet) -> list[Finding]:
+    counted, teachers = labels.statistics, labels.manifest.teachers
+    said = []
+    if len(teachers) > 1 and counted.teacher_agreement and counted.crops:
+        agreement = np.array(counted.teacher_agreement) / counted.crops
+        others = (agreement.sum(axis=1) - 1) / (len(teachers) - 1)
+        worst = int(others.argmin())
+        rest = np.delete(others, worst)
+        apart = 1 - others[worst]
+        if apart > 0.15 and apart > 1.5 * (1 - rest.mean()):
+            text = f"{teachers[worst].name} disagrees with the other teachers on {percent(apart)} of the crops"
+            said.append(Finding(level="warning", text=f"{text}: wired right?", section="teachers"))
+    if counted.teacher_top1_matches_target and counted.crops_with_target:
+        right = np.array(counted.teacher_top1_matches_target) / counted.crops_with_target
+        for teacher, share in zip(teachers, right.tolist(), strict=True):
+            if share < 0.5 * right.max():
+                text = (
+                    f"{teacher.name} is right on {percent(share)} of the crops, the best one on {percent(right.max())}."
+                )
+                said.append(Finding(level="warning", text=text, section="teachers"))
+    return said
+
+
+def _suspects(found: Collected) -> list[Finding]:
+    count = found.suspects.found
+    if not count:
+        return []
+    worst = found.suspects.worst()[0]
+    text = (
+        f"{_images(count)} a doubtful ground truth: most of the crops are confidently named otherwise. "
+        f"The first to look at is {worst.image.key}."
+    )
+    return [Finding(level="warning", text=text, section="suspects")]
+
+
+def _quality(labels: LabelSet, found: Collected) -> list[Finding]:
+    said = []
+    rejected = labels.manifest.rejects.rows
+    if rejected:
+        main = ", ".join(f"{count:,} {reason}" for reason, count in found.rejects.most_common(3))
+        text = f"{rejected:,} of {labels.manifest.source.images_seen:,} images could not be used" + (
+            f": {main}." if main else "."
+        )
+        said.append(Finding(level="note", text=text, section="quality"))
+    if found.duplicate_groups:
+        text, conflicts = duplicates_said(found), found.duplicate_conflicts
+        text += f", {_about(conflicts)} of them under different ground truths." if conflicts else "."
+        said.append(Finding(level="warning" if conflicts else "note", text=text, section="quality"))
+    small = int(found.sketch.sides[:2].sum())
+    if small:
+        text = f"{_images(small)} a shorter side below {SMALL_PIXELS} pixels."
+        said.append(Finding(level="note", text=text, section="quality"))
+    return said
+
+
+def _top_k(labels: LabelSet, found: Collected) -> list[Finding]:
+    kept = float(found.sketch.mass_by_rank.sum() / found.sketch.crops)
+    text = f"The stored top-{labels.top_k} hold {percent(kept)} of the probability."
+    if kept < 0.5:
+        text += " More than half is spread evenly over the other classes in training; a larger top_k keeps more."
+        return [Finding(level="warning", text=text, section="confidence")]
+    return [Finding(level="good" if kept > 0.8 else "note", text=text, section="confidence")]
+
+
+def duplicates_said(found: Collected) -> str:
+    """How many images there are several times."""
+    count = found.duplicate_groups
+    return f"{_about(count)} image{'s come' if count != 1 else ' comes'} more than once"
+
+
+def _images(count: int) -> str:
+    return f"{count:,} images have" if count != 1 else "1 image has"
+
+
+def _about(count: float) -> str:
+    return f"{count:,.0f}" if count == int(count) else f"about {count:,.0f}"
+
+
+def ranges_of(counts: Counts, edges: tuple[float, ...]) -> list[int]:
+    """Crops in each range of a table; the last one holds its upper edge."""
+    return [int(count) for count in counts_between(counts, np.array(edges))]

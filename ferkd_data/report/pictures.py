@@ -1,0 +1,176 @@
+"""Pictures of the sampled images and crops, as JPEG data URIs that a page carries with it.
+
+An image is fetched once, whatever is cut out of it, and only one is decoded at a time. Its digest must be that of the
+image which was labelled; a picture that is not is left out, since its boxes would lie.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ferkd_data.crops import Crops
+from ferkd_data.errors import FerkdError, ImageError, UsageError
+from ferkd_data.images import ImageRef, ImageSource, decode_rgb, open_source
+from ferkd_data.label_set import LabelSet
+from ferkd_data.replay import replay
+from ferkd_data.report.samples import Crop, SampledImage
+from ferkd_data.shards import webdataset
+from ferkd_data.shards.columns import ImageLabels
+from ferkd_data.storage import image_digest
+
+CROP_PIXELS = 112
+IMAGE_PIXELS = 400
+"""Longer side of a whole image."""
+THUMB_PIXELS = 160
+QUALITY = 80
+
+
+@dataclass(kw_only=True)
+class Pictures:
+    """What a page shows, as data URIs by key; what is missing has no picture."""
+
+    images: dict[str, str]
+    thumbs: dict[str, str]
+    crops: dict[tuple[str, int], str]
+    problem: str = ""
+    """Why some are missing; "" where none is."""
+
+
+def no_pictures() -> Pictures:
+    return Pictures(images={}, thumbs={}, crops={})
+
+
+def take_pictures(
+    labels: LabelSet,
+    source: str | Path | ImageSource | None,
+    *,
+    images: Iterable[SampledImage],
+    thumbs: Iterable[SampledImage],
+    crops: Iterable[Crop],
+) -> Pictures:
+    """Fetch and cut them. Without a source, those of a label set of layout webdataset are its own, others have none.
+
+    Raises SourceError where the source cannot be listed, UsageError where none of its keys is one of the labels'.
+    """
+    images, thumbs, crops = list(images), list(thumbs), list(crops)
+    wanted = {image.key: image for image in (*images, *thumbs, *(crop.image for crop in crops))}
+    taken = no_pictures()
+    if source is None and labels.manifest.layout != "webdataset":
+        return taken
+    whole, small = {image.key for image in images}, {image.key for image in thumbs}
+    numbers: dict[str, list[int]] = {}
+    for crop in crops:
+        numbers.setdefault(crop.image.key, []).append(crop.number)
+    found, problems = 0, []
+    fetched = own_images(labels, wanted.values()) if source is None else source_images(source, wanted)
+    for key, data in fetched:
+        found += 1
+        image = wanted[key]
+        try:
+            pixels = checked_pixels(image, data)
+        except ImageError as error:
+            problems.append(f"{key}: {error.detail}")
+            continue
+        if key in whole:
+            taken.images[key] = data_uri(shrunk(pixels, IMAGE_PIXELS))
+        if key in small:
+            taken.thumbs[key] = data_uri(shrunk(pixels, THUMB_PIXELS))
+        for number in numbers.get(key, ()):
+            taken.crops[key, number] = data_uri(cut(pixels, image, number, CROP_PIXELS))
+    taken.problem = _problem(labels, wanted, found, problems)
+    return taken
+
+
+def _problem(labels: LabelSet, wanted: dict[str, SampledImage], found: int, problems: list[str]) -> str:
+    if wanted and not found:
+        raise UsageError(
+            f"{labels.location}: the images have none of the keys that were looked for, such as "
+            f"{next(iter(wanted))!r}; is it the same data set, with the same folder as its root?"
+        )
+    missing = len(wanted) - found
+    said = [f"{missing} of {len(wanted)} sampled images are not among the images given"] if missing else []
+    if problems:
+        said.append(f"{len(problems)} could not be shown ({problems[0]})")
+    return "; ".join(said)
+
+
+def source_images(source: str | Path | ImageSource, wanted: Iterable[str]) -> Iterator[tuple[str, bytes | ImageError]]:
+    """(key, encoded bytes) of those of the wanted keys that a source has, as its listing comes to them."""
+    opened = open_source(source) if isinstance(source, (str, Path)) else source
+    left = set(wanted)
+    for ref in opened.list_images():
+        if isinstance(ref, ImageRef) and ref.key in left:
+            left.discard(ref.key)
+            try:
+                yield ref.key, opened.read_one(ref)
+            except ImageError as error:
+                yield ref.key, error
+            if not left:
+                return
+
+
+def own_images(labels: LabelSet, wanted: Iterable[SampledImage]) -> Iterator[tuple[str, bytes | ImageError]]:
+    """(key, encoded bytes) out of the tars of a label set of layout webdataset, each tar read once."""
+    by_shard: dict[int, dict[str, SampledImage]] = {}
+    for image in wanted:
+        by_shard.setdefault(labels.position(image.row)[0], {})[image.key] = image
+    for shard, images in sorted(by_shard.items()):
+        with labels.open(labels.manifest.shards[shard].files[0]) as file:
+            for row, data in webdataset.read_rows(file.path):
+                if row.key in images:
+                    yield row.key, data
+
+
+def checked_pixels(image: ImageLabels, data: bytes | ImageError) -> npt.NDArray[np.uint8]:
+    """The decoded image (H, W, 3). Raises ImageError where it is another one than was labelled, or cannot be read."""
+    if isinstance(data, ImageError):
+        raise data
+    if any(image.image_digest) and image_digest(data) != image.image_digest:
+        raise ImageError("other_image", "is another image than the one that was labelled")
+    pixels = decode_rgb(data)
+    if pixels.shape[:2] != (image.height, image.width):
+        raise ImageError("other_image", "has another size than the image that was labelled")
+    return pixels
+
+
+def cut(pixels: npt.NDArray[np.uint8], image: ImageLabels, number: int, size: int) -> npt.NDArray[np.uint8]:
+    """Crop `number` as a student gets it: (size, size, 3)."""
+    one = Crops(boxes=image.boxes[number : number + 1], flip=image.flip[number : number + 1])
+    return np.ascontiguousarray(replay(pixels, one, size=size)[0].permute(1, 2, 0).numpy())
+
+
+def shrunk(pixels: npt.NDArray[np.uint8], longer_side: int) -> npt.NDArray[np.uint8]:
+    """The image at most so large; a smaller one stays as it is."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((longer_side, longer_side), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return np.asarray(picture)
+
+
+def data_uri(pixels: npt.NDArray[np.uint8]) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def image_of(labels: LabelSet, key: str, source: str | Path | ImageSource | None) -> npt.NDArray[np.uint8]:
+    """One labelled image, decoded. Raises UsageError without images, ImageError, KeyError for an unknown key."""
+    shard, row = labels.locate(key)
+    image = labels[key]
+    if source is None:
+        if labels.manifest.layout != "webdataset":
+            raise UsageError(f"{labels.location}: a label set of layout parquet holds no images; give images=…")
+        sample = SampledImage(**vars(image), row=int(labels.first_row[shard]) + row)
+        found = own_images(labels, [sample])
+    else:
+        found = source_images(source, [key])
+    for _, data in found:
+        return checked_pixels(image, data)
+    raise FerkdError(f"{key!r}: the images have no image of this key")

@@ -1,0 +1,174 @@
+"""Sums over all crops of a label set, added up shard by shard in memory that does not grow with the set.
+
+Confidences are stored as float16, so counting each of the 15,361 values in [0, 1] loses nothing: every histogram,
+bucket share and calibration error of the report is exact.
+
+Legend: R images of a shard, N crops per image, k kept classes, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data.buckets import BUCKETS, NUM_FLOAT16, Confidence, confidence
+from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels
+
+Counts = npt.NDArray[np.int64]
+
+GRID = 20
+"""Cells along each side of the map of crop centres, and bins of the crops' area and confidence."""
+SIDE_EDGES = (32, 64, 128, 256, 512, 1024, 2048)
+"""Pixels of an image's shorter side."""
+CONFUSIONS_KEPT = 100_000
+"""Pairs of classes that are counted exactly; beyond twice as many, the rarest half is dropped."""
+CONFIDENCES: tuple[Confidence, ...] = ("max", "target")
+POSITIVE = 2
+"""Buckets from this code up hold confident crops."""
+
+
+class Sketch:
+    """Accumulates `ShardLabels`; `add` reads a shard once."""
+
+    def __init__(self, *, num_classes: int, top_k: int, num_crops: int) -> None:
+        self.num_classes, self.num_crops = num_classes, num_crops
+        self.images = self.crops = 0
+        self.confidence: dict[Confidence, Counts] = {
+            which: np.zeros((3, NUM_FLOAT16), np.int64) for which in CONFIDENCES
+        }
+        """By kind of confidence, by value: all crops; those with a ground truth; those named right."""
+        self.truth = np.zeros(NUM_FLOAT16, np.int64)
+        """Crops by the stored probability of the ground truth."""
+        self.truth_in_top_k = 0
+        """Crops whose ground truth is among the stored classes."""
+        self.mass_by_rank = np.zeros(top_k, np.float64)
+        """Sum over crops of the first, second, ... stored probability."""
+        self.buckets = np.zeros((3, len(BUCKETS)), np.int64)
+        """By stored bucket: all crops; those with a ground truth; those named right."""
+        self.centres = np.zeros((len(BUCKETS), GRID, GRID), np.int64)
+        """Crops by bucket and by the cell that their centre lies in, rows first."""
+        self.centre_p_max = np.zeros((GRID, GRID), np.float64)
+        """Sum of p_max by cell."""
+        self.areas = np.zeros((GRID, GRID), np.int64)
+        """Crops by p_max (rows) and by their share of the image's area (columns)."""
+        self.in_use = np.zeros(num_crops + 1, np.int64)
+        """Images by how many of their crops are not extreme hard."""
+        self.epoch_share = np.zeros(len(BUCKETS), np.float64)
+        """Sum over images of each bucket's share among the crops that are in use under `ferkd`."""
+        self.sides = np.zeros(len(SIDE_EDGES) + 1, np.int64)
+        """Images by their shorter side: below 32 pixels, 32 to 63, and so on."""
+        self.unlabelled_images = 0
+        self.class_images = np.zeros(num_classes, np.int64)
+        """(C,) images by ground truth."""
+        self.class_right = np.zeros(num_classes, np.int64)
+        """(C,) crops named right, by ground truth."""
+        self.class_p_max = np.zeros(num_classes, np.float64)
+        """(C,) sum of p_max, by ground truth."""
+        self.class_named = np.zeros(num_classes, np.int64)
+        """(C,) crops that are named so, whatever they are."""
+        self.confusions: dict[tuple[int, int], int] = {}
+        """Crops by (ground truth, most probable class) where these differ."""
+        self.confusions_dropped = False
+
+    def add(self, labels: ShardLabels) -> None:
+        """Count a shard's rows. Needs at least one."""
+        shape = labels.flip.shape
+        p_max = labels.class_prob[..., 0]
+        top1 = labels.class_index[..., 0]
+        known = np.broadcast_to((labels.target != UNKNOWN_TARGET)[:, None], shape)
+        right = top1 == labels.target[:, None]
+        self.images += shape[0]
+        self.crops += p_max.size
+        for which in CONFIDENCES:
+            patterns = _patterns(confidence(labels.class_prob, labels.target_prob, which))
+            for row, mask in enumerate((None, known, right)):
+                self.confidence[which][row] += _counts(patterns if mask is None else patterns[mask], NUM_FLOAT16)
+        said = labels.target_prob[known & ~np.isnan(labels.target_prob)]
+        self.truth += _counts(_patterns(said), NUM_FLOAT16)
+        self.truth_in_top_k += int((labels.class_index == labels.target[:, None, None]).any(axis=2).sum())
+        self.mass_by_rank += labels.class_prob.sum(axis=(0, 1), dtype=np.float64)
+        for row, mask in enumerate((None, known, right)):
+            self.buckets[row] += _counts(labels.bucket if mask is None else labels.bucket[mask], len(BUCKETS))
+        self._add_places(labels, p_max.astype(np.float32))
+        self._add_images(labels)
+        self._add_classes(labels, p_max, top1, right)
+
+    def _add_places(self, labels: ShardLabels, p_max: npt.NDArray[np.float32]) -> None:
+        boxes: npt.NDArray[np.float32] = labels.boxes.astype(np.float32)
+        height = np.maximum(labels.height, 1).astype(np.float32)[:, None]
+        width = np.maximum(labels.width, 1).astype(np.float32)[:, None]
+        row = _cells((boxes[..., 0] + boxes[..., 2] / 2) / height)
+        column = _cells((boxes[..., 1] + boxes[..., 3] / 2) / width)
+        cell = row * GRID + column
+        size = GRID * GRID
+        self.centres += _counts(labels.bucket * np.int64(size) + cell, len(BUCKETS) * size).reshape(-1, GRID, GRID)
+        sums = np.bincount(cell.reshape(-1), p_max.reshape(-1).astype(np.float64), minlength=size)
+        self.centre_p_max += sums.reshape(GRID, GRID)
+        area = _cells(boxes[..., 2] * boxes[..., 3] / (height * width))
+        self.areas += _counts(_cells(p_max) * GRID + area, size).reshape(GRID, GRID)
+
+    def _add_images(self, labels: ShardLabels) -> None:
+        by_bucket = np.stack([(labels.bucket == code).sum(axis=1) for code in range(len(BUCKETS))])
+        in_use = by_bucket[1:].sum(axis=0)
+        self.in_use += _counts(in_use, self.num_crops + 1)
+        used = in_use > 0
+        self.epoch_share[1:] += (by_bucket[1:, used] / in_use[used]).sum(axis=1)
+        self.sides += _counts(
+            np.searchsorted(SIDE_EDGES, np.minimum(labels.height, labels.width), side="right"), len(SIDE_EDGES) + 1
+        )
+
+    def _add_classes(
+        self, labels: ShardLabels, p_max: npt.NDArray[Any], top1: npt.NDArray[Any], right: npt.NDArray[np.bool_]
+    ) -> None:
+        named, how_often = np.unique(top1, return_counts=True)
+        self.class_named[named] += how_often
+        images = np.flatnonzero(labels.target != UNKNOWN_TARGET)
+        self.unlabelled_images += len(labels) - len(images)
+        classes, place = np.unique(labels.target[images], return_inverse=True)
+        self.class_images[classes] += _counts(place, len(classes))
+        for sums, values in (
+            (self.class_right, right[images].sum(axis=1)),
+            (self.class_p_max, p_max[images].sum(axis=1, dtype=np.float64)),
+        ):
+            sums[classes] += np.bincount(place, values, minlength=len(classes)).astype(sums.dtype)
+        wrong = ~right[images]
+        truth = np.broadcast_to(labels.target[images].astype(np.int64)[:, None], wrong.shape)[wrong]
+        pairs, counts = np.unique(truth * self.num_classes + top1[images][wrong].astype(np.int64), return_counts=True)
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            names = divmod(pair, self.num_classes)
+            self.confusions[names] = self.confusions.get(names, 0) + count
+        if len(self.confusions) > 2 * CONFUSIONS_KEPT:
+            most = sorted(self.confusions.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS_KEPT]
+            self.confusions, self.confusions_dropped = dict(most), True
+
+
+def _patterns(values: npt.NDArray[np.float16]) -> npt.NDArray[np.uint16]:
+    return np.ascontiguousarray(values).view(np.uint16)
+
+
+def _counts(codes: npt.NDArray[Any], length: int) -> Counts:
+    return np.bincount(codes.reshape(-1), minlength=length)[:length].astype(np.int64, copy=False)
+
+
+def _cells(shares: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Cells 0 .. GRID - 1 of shares 0..1."""
+    return np.clip((shares * GRID).astype(np.int64), 0, GRID - 1)
+
+
+FLOAT16_VALUES: npt.NDArray[np.float64] = np.arange(NUM_FLOAT16, dtype=np.uint16).view(np.float16).astype(np.float64)
+"""The float16 values in [0, 1] in the order of their bit patterns."""
+
+
+def counts_below(counts: Counts, edges: npt.NDArray[np.float64]) -> Counts:
+    """How many of the counted values lie below each edge: `assign_buckets` puts a value at an edge above it."""
+    below = np.concatenate([[0], np.cumsum(counts)])
+    return below[np.searchsorted(FLOAT16_VALUES, edges, side="left")].astype(np.int64)
+
+
+def counts_between(counts: Counts, edges: npt.NDArray[np.float64]) -> Counts:
+    """How many lie in each bin of `edges`; the last bin holds its upper edge too."""
+    below = counts_below(counts, edges)
+    below[-1] = counts.sum()
+    return np.diff(below)

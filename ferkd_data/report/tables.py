@@ -1,0 +1,111 @@
+"""The tables of a report, out of what was collected."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from ferkd_data.label_set import LabelSet
+from ferkd_data.report.charts import Cell, Column, Table, percent
+from ferkd_data.report.sketch import SIDE_EDGES, Sketch
+from ferkd_data.report.sliders import class_name
+
+CLASSES_SHOWN = 1000
+CONFUSIONS_SHOWN = 50
+
+
+def teacher_table(labels: LabelSet) -> Table:
+    """One row for each teacher, and what is known of its accuracy on these crops."""
+    counted = labels.statistics
+    columns = (
+        Column(title="teacher", numeric=False),
+        Column(title="right on crops"),
+        Column(title="input", unit="px"),
+        Column(title="weight"),
+        Column(title="temperature"),
+        Column(title="precision", numeric=False),
+        Column(title="weights' SHA-256", numeric=False),
+    )
+    rows = []
+    for i, teacher in enumerate(labels.manifest.teachers):
+        known = counted.teacher_top1_matches_target and counted.crops_with_target
+        right = percent(counted.teacher_top1_matches_target[i] / counted.crops_with_target) if known else "not counted"
+        rows.append(
+            [teacher.name, right, str(teacher.size), f"{teacher.weight:g}", f"{teacher.temperature:g}",
+             teacher.precision, teacher.digest[:12]]
+        )  # fmt: skip
+    if len(labels.manifest.teachers) > 1 and counted.crops_with_target:
+        right = percent(counted.top1_matches_target / counted.crops_with_target)
+        rows.append([f"together ({labels.manifest.ensemble})", right, "", "", "", "", ""])
+    return Table(caption="Teachers, and how often each names the ground truth", columns=columns, rows=rows)
+
+
+def class_table(labels: LabelSet, sketch: Sketch) -> Table | None:
+    """Classes, the hardest first; None without a ground truth."""
+    seen = np.flatnonzero(sketch.class_images)
+    if not len(seen):
+        return None
+    crops = sketch.class_images * sketch.num_crops
+    right = sketch.class_right[seen] / crops[seen]
+    order = seen[np.lexsort((seen, right))][:CLASSES_SHOWN]
+    columns = (
+        Column(title="class", numeric=False),
+        Column(title="images"),
+        Column(title="crops right", unit="%"),
+        Column(title="mean p_max"),
+        Column(title="named so", unit="crops"),
+    )
+    rows: list[list[Cell | str]] = []
+    for number in order.tolist():
+        total = int(crops[number])
+        share, mean = sketch.class_right[number] / total, sketch.class_p_max[number] / total
+        rows.append(
+            [class_name(labels, number), _count(sketch.class_images[number]), Cell(f"{100 * share:.1f}", float(share)),
+             Cell(f"{mean:.3f}", float(mean)), _count(sketch.class_named[number])]
+        )  # fmt: skip
+    return Table(caption="Classes, the hardest first", columns=columns, rows=rows, sortable=True)
+
+
+def _count(number: Any) -> Cell:
+    return Cell(f"{int(number):,}", float(number))
+
+
+def confusion_table(labels: LabelSet, sketch: Sketch) -> Table | None:
+    """Pairs of ground truth and named class, the most frequent first; None where there are none."""
+    pairs = sorted(sketch.confusions.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS_SHOWN]
+    if not pairs:
+        return None
+    columns = (
+        Column(title="ground truth", numeric=False),
+        Column(title="named", numeric=False),
+        Column(title="crops"),
+        Column(title="of the class's crops", unit="%"),
+    )
+    rows: list[list[Cell | str]] = []
+    for (truth, named), count in pairs:
+        share = count / (sketch.class_images[truth] * sketch.num_crops)
+        rows.append(
+            [
+                class_name(labels, truth),
+                class_name(labels, named),
+                _count(count),
+                Cell(f"{100 * share:.1f}", float(share)),
+            ]
+        )
+    return Table(caption="Most confused pairs of classes", columns=columns, rows=rows, sortable=True)
+
+
+def side_table(sketch: Sketch) -> Table:
+    """Images by their shorter side."""
+    edges = (0, *SIDE_EDGES)
+    names = [*(f"{low} to {high - 1}" for low, high in itertools.pairwise(edges)), f"{edges[-1]} and more"]
+    total = max(sketch.images, 1)
+    rows: list[list[Cell | str]] = [
+        [name, _count(count), f"{100 * count / total:.1f}"]
+        for name, count in zip(names, sketch.sides.tolist(), strict=True)
+        if count
+    ]
+    columns = (Column(title="pixels", numeric=False), Column(title="images"), Column(title="share", unit="%"))
+    return Table(caption="Images by their shorter side", columns=columns, rows=rows)

@@ -1,0 +1,133 @@
+"""The finished shards of a build that still runs, or was interrupted, as a label set that grows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import ferkd_data
+from ferkd_data import statistics
+from ferkd_data.buckets import Thresholds
+from ferkd_data.builder.out.state import FOLDER, REJECTS_NAME, BuildFolder, ShardRecord
+from ferkd_data.builder.plan import open_plan
+from ferkd_data.errors import BuildError
+from ferkd_data.images import Reject
+from ferkd_data.label_set import LabelSet, LocalFiles
+from ferkd_data.manifest import (
+    FILE_NAME,
+    CreatedBy,
+    CropDistributionEntry,
+    Manifest,
+    RejectsEntry,
+    ShardEntry,
+    SourceEntry,
+    ThresholdsEntry,
+)
+from ferkd_data.remote import is_remote
+from ferkd_data.report.collect import Collected, Collector
+from ferkd_data.statistics import Statistics
+
+NO_DIGEST = "0" * 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a build is that still runs."""
+
+    shards_done: int
+    shards_total: int
+    images_total: int
+
+
+def open_unfinished(path: str | Path) -> Unfinished | None:
+    """The build in a folder; None where it holds a finished label set, or none at all, or is a URL.
+
+    Raises BuildError where the build has not begun to label.
+    """
+    if is_remote(path):
+        return None
+    out = Path(str(path).removeprefix("file://"))
+    if (out / FILE_NAME).exists() or not (out / FOLDER).is_dir():
+        return None
+    if not BuildFolder(out).is_begun:
+        raise BuildError(f"{out}: its build has not labelled anything yet; look again when its first shard is done")
+    return Unfinished(BuildFolder(out))
+
+
+class Unfinished:
+    """Adds up the shards of a build as they are finished."""
+
+    def __init__(self, folder: BuildFolder) -> None:
+        self._folder = folder
+        self._settings, self._facts = folder.saved_settings(), folder.saved_facts()
+        self._plan = open_plan(folder.path)
+        self._left = set(self._plan.shards)
+        self._entries: list[ShardEntry] = []
+        self._rejects = 0
+        self._statistics = Statistics()
+        self._thresholds: tuple[float, float, float] | None = None
+        self._collector = Collector(self.labels())
+
+    @property
+    def progress(self) -> Progress:
+        """How many shards were added, of how many."""
+        summary = self._plan.summary
+        total = len(self._plan.shards)
+        return Progress(shards_done=total - len(self._left), shards_total=total, images_total=summary.images)
+
+    def add_new_shards(self) -> int:
+        """Look for shards that were finished meanwhile, and add them; returns how many."""
+        found = [record for _, record in self._folder.records(sorted(self._left)) if record is not None]
+        for record in found:
+            self._add(record)
+        return len(found)
+
+    def _add(self, record: ShardRecord) -> None:
+        self._left.discard(record.index)
+        # Numbered as they come: a label set's shards have no gaps.
+        self._entries.append(ShardEntry(index=len(self._entries), rows=record.rows, files=record.files))
+        self._statistics = statistics.add([self._statistics, record.statistics])
+        self._rejects += len(record.rejects)
+        self._thresholds = record.thresholds
+        for reject in record.rejects:
+            self._collector.add_reject(Reject(**reject.model_dump()))
+        if record.rows:
+            self._collector.add(self.labels().shard(len(self._entries) - 1))
+
+    def found(self) -> Collected:
+        """What the pass over the shards so far has found."""
+        return self._collector.finish(self.labels())
+
+    def labels(self) -> LabelSet:
+        """The shards so far as a label set, with the manifest that the build would write if it ended now."""
+        settings, facts = self._settings, self._facts
+        asked = settings.thresholds
+        # Quantiles are resolved at the end of a build; until then shards have provisional buckets.
+        low, mid, top = self._thresholds or (
+            (asked.low, asked.mid, asked.top) if isinstance(asked, Thresholds) else (0.0, 0.0, 1.0)
+        )
+        images = sum(entry.rows for entry in self._entries)
+        manifest = Manifest(
+            created_by=CreatedBy(name="ferkd-data", version=ferkd_data.__version__),
+            layout=settings.layout,
+            num_images=images,
+            num_crops=settings.crops,
+            crops_per_block=settings.crops_per_block,
+            top_k=settings.top_k,
+            num_classes=facts.num_classes,
+            class_names=facts.class_names,
+            seed=settings.seed,
+            crop_distribution=CropDistributionEntry(
+                scale=settings.distribution.scale, ratio=settings.distribution.ratio, hflip=settings.distribution.hflip
+            ),
+            teachers=facts.teachers,
+            ensemble=settings.ensemble,
+            thresholds=ThresholdsEntry(low=low, mid=mid, top=top, confidence=asked.confidence),
+            source=SourceEntry(
+                description=facts.source, images_seen=images + self._rejects, plan_sha256=self._plan.summary.sha256
+            ),
+            shards=tuple(self._entries),
+            rejects=RejectsEntry(path=REJECTS_NAME, rows=self._rejects, bytes=0, sha256=NO_DIGEST),
+            statistics=self._statistics,
+        )
+        return LabelSet(LocalFiles(self._folder.out), manifest, settings.crops, "unfinished")
