@@ -5,6 +5,7 @@ Strings of strangers (keys, class names, descriptions) are passed on as they are
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def page(
     suggestion = suggest(found.sketch)
     suspects = found.suspects.worst()
     return {
-        "title": f"Label set {labels.location}",
+        "title": f"Label set {place_name(labels)}",
         "manifest": labels.manifest,
         "identity": labels.identity,
         "progress": progress,
@@ -74,6 +75,11 @@ def page(
         "epoch": figures.epoch_table(found.sketch),
         "shades": range(10),
     }
+
+
+def place_name(labels: LabelSet) -> str:
+    """The label set's folder or URL; of a local folder the name alone, since a report is passed on."""
+    return Path(labels.location).resolve().name if labels.is_local else labels.location
 
 
 def facts(labels: LabelSet, found: Collected, hours: float | None) -> list[tuple[str, str]]:

@@ -1,0 +1,239 @@
+"""The pass over a label set: its sums are exact, its samples depend on keys alone, its memory is bounded."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ferkd_data as fd
+from ferkd_data.buckets import Thresholds, assign_buckets
+from ferkd_data.calibration import Calibration, use_probability
+from ferkd_data.report.collect import Collector, collect
+from ferkd_data.report.duplicates import Duplicates
+from ferkd_data.report.findings import ensemble_reliability, findings, suggest
+from ferkd_data.report.samples import Smallest
+from ferkd_data.report.sketch import FLOAT16_VALUES, counts_below, counts_between
+from ferkd_data.report.suspects import CSV_COLUMNS
+from ferkd_data.shards.columns import ShardLabels
+
+
+def made_up(num_images: int, *, seed: int = 0, num_crops: int = 8, classes: int = 6, start: int = 0) -> ShardLabels:
+    """Labels without images; about half of the images have no ground truth."""
+    generator = np.random.default_rng([seed, start])
+    prob = -np.sort(-generator.dirichlet([0.3] * classes, (num_images, num_crops)), axis=2)[..., :3].astype(np.float16)
+    index = np.argsort(generator.random((num_images, num_crops, classes)), axis=2)[..., :3].astype(np.uint16)
+    target = generator.integers(-1, classes, num_images).astype(np.int32)
+    hit = index == target[:, None, None]
+    said = np.where(hit.any(axis=2), np.where(hit, prob, 0).max(axis=2), np.float16(0.01))
+    said = np.where(target[:, None] < 0, np.nan, said).astype(np.float16)
+    height, width = generator.integers(20, 400, (2, num_images)).astype(np.uint16)
+    box_h = (height[:, None] * generator.uniform(0.3, 1, (num_images, num_crops))).astype(np.uint16)
+    box_w = (width[:, None] * generator.uniform(0.3, 1, (num_images, num_crops))).astype(np.uint16)
+    top = ((height[:, None] - box_h) * generator.random((num_images, num_crops))).astype(np.uint16)
+    left = ((width[:, None] - box_w) * generator.random((num_images, num_crops))).astype(np.uint16)
+    return ShardLabels(
+        keys=[f"image{start + number}" for number in range(num_images)],
+        image_digest=generator.integers(0, 256, (num_images, 16)).astype(np.uint8),
+        height=height,
+        width=width,
+        target=target,
+        boxes=np.stack([top, left, box_h, box_w], axis=2),
+        flip=generator.random((num_images, num_crops)) < 0.5,
+        class_index=index,
+        class_prob=prob,
+        target_prob=said,
+        bucket=assign_buckets(prob[..., 0], Thresholds()),
+    )
+
+
+@pytest.fixture(scope="module")
+def opened(hostile_labels: Path) -> fd.LabelSet:
+    return fd.open_labels(hostile_labels)
+
+
+@pytest.fixture(scope="module")
+def found(opened):
+    return collect(opened)
+
+
+@given(st.lists(st.floats(0, 1, width=16), max_size=200), st.lists(st.floats(0, 1), min_size=1, max_size=5))
+def test_counts_below_are_what_assign_buckets_compares(values, edges):
+    stored = np.array(values, np.float16)
+    counts = np.bincount(stored.view(np.uint16), minlength=len(FLOAT16_VALUES))
+    for edge, below in zip(edges, counts_below(counts, np.array(edges)), strict=True):
+        assert below == (assign_buckets(stored, Thresholds(low=edge, mid=1, top=1)) == 0).sum()
+
+
+@given(st.lists(st.floats(0, 1, width=16), max_size=200))
+def test_bins_hold_every_value_once(values):
+    counts = np.bincount(np.array(values, np.float16).view(np.uint16), minlength=len(FLOAT16_VALUES))
+    assert counts_between(counts, np.linspace(0, 1, 11)).sum() == len(values)
+
+
+def test_sums_are_those_of_the_manifest(opened, found):
+    told, sketch = opened.statistics, found.sketch
+    assert sketch.crops == told.crops and sketch.images == len(opened)
+    assert sketch.buckets[0].tolist() == list(told.bucket_counts)
+    assert sketch.confidence["max"][2].sum() == told.top1_matches_target
+    assert sketch.mass_by_rank.sum() == pytest.approx(told.kept_prob_sum)
+    assert (sketch.truth * FLOAT16_VALUES).sum() == pytest.approx(told.target_prob_sum)
+    edges = np.arange(201) / 200
+    assert counts_between(sketch.confidence["max"][0], edges).tolist() == list(told.p_max_histogram)
+
+
+def test_sums_over_places_classes_and_images(opened, found):
+    sketch = found.sketch
+    assert sketch.centres.sum() == sketch.areas.sum() == sketch.crops
+    p_max = np.concatenate([shard.class_prob[..., 0].reshape(-1) for shard in opened.shards()]).astype(float)
+    assert sketch.centre_p_max.sum() == pytest.approx(p_max.sum())
+    right = Counter()
+    for image in opened:
+        right[image.target] += int((image.class_index[:, 0] == image.target).sum())
+    assert {number: right[number] for number in range(10)} == dict(enumerate(sketch.class_right.tolist()))
+    assert sum(sketch.confusions.values()) + sketch.class_right.sum() == sketch.crops
+    assert sketch.class_named.sum() == sketch.crops
+
+
+def test_the_mix_of_an_epoch_is_what_a_loader_draws_from(opened, found):
+    share = np.zeros(4)
+    images = 0
+    for image in opened:
+        use = use_probability(Calibration.ferkd(), image.bucket)
+        if use.any():
+            images += 1
+            share += np.bincount(image.bucket, use, minlength=4) / use.sum()
+    assert found.sketch.epoch_share == pytest.approx(share)
+    assert found.sketch.in_use[0] == len(opened) - images
+
+
+def test_ece_is_the_mean_gap(opened, found):
+    p_max = np.concatenate([shard.class_prob[..., 0].reshape(-1) for shard in opened.shards()]).astype(float)
+    right = np.concatenate([(s.class_index[..., 0] == s.target[:, None]).reshape(-1) for s in opened.shards()])
+    bins = np.minimum((p_max * 15).astype(int), 14)
+    gaps = [abs(p_max[bins == b].sum() - right[bins == b].sum()) for b in range(15)]
+    assert ensemble_reliability(found.sketch, "all").ece == pytest.approx(sum(gaps) / len(p_max))
+
+
+def sampled_keys(found) -> list[list[tuple[str, int]]]:
+    groups = [*found.sheets, found.wrong, found.strata]
+    return [[(crop.image.key, crop.number) for crop in group] for group in groups]
+
+
+def test_samples_do_not_depend_on_the_order_of_shards(opened, found):
+    backwards = Collector(opened)
+    shards = list(opened.shards())
+    for shard in reversed(shards):
+        backwards.add(shard)
+    other = backwards.finish(opened)
+    assert sampled_keys(other) == sampled_keys(found)
+    assert [image.key for image in other.images] == [image.key for image in found.images]
+
+
+def test_samples_are_of_their_group(opened, found):
+    thresholds = opened.manifest.thresholds
+    for code, sheet in enumerate(found.sheets):
+        assert len(sheet) == min(12, found.sketch.buckets[0, code])
+        assert all(crop.image.bucket[crop.number] == code for crop in sheet)
+    assert all(crop.p_max >= thresholds.mid and crop.top1 != crop.image.target for crop in found.wrong)
+    assert [crop.p_max for crop in found.strata] == sorted(crop.p_max for crop in found.strata)
+    for crop in found.strata:
+        assert opened[crop.image.row].key == crop.image.key
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 9)), max_size=40), st.integers(1, 5))
+def test_smallest_keeps_the_smallest(entries, capacity):
+    kept = Smallest(capacity)
+    for rank, number in entries:
+        kept.add(rank, f"key{number}", number, lambda rank=rank: rank)
+    assert kept.items() == sorted(rank for rank, _ in entries)[:capacity]
+
+
+def test_duplicates_and_rejects_are_found(found):
+    assert [set(group.keys) for group in found.duplicates] == [{"class5/photo0005", "class6/copy"}]
+    assert found.duplicate_groups == found.duplicate_conflicts == 1
+    assert found.rejects == {"truncated": 1} or sum(found.rejects.values()) == 1
+    (example,) = next(iter(found.reject_examples.values()))
+    assert example.key == "class7/broken"
+
+
+def with_digests(digests: np.ndarray) -> ShardLabels:
+    labels = made_up(len(digests))
+    wide = np.zeros((len(digests), 16), np.uint8)
+    wide[:, :8] = digests.astype("<u8")[:, None].view(np.uint8)
+    return ShardLabels(**{**vars(labels), "image_digest": wide})
+
+
+def test_duplicates_in_bounded_memory_are_estimated():
+    generator = np.random.default_rng(3)
+    digests = generator.integers(1, 2**63, 20_000).astype(np.uint64)
+    digests[10_000:] = digests[:10_000]
+    duplicates = Duplicates(capacity=2000)
+    for part in np.split(generator.permutation(digests), 20):
+        duplicates.add(with_digests(part))
+        assert len(duplicates._kept) + duplicates._num_waiting <= 2000
+    assert duplicates.share == 1 / 16
+    assert len(duplicates.groups()) / duplicates.share == pytest.approx(10_000, rel=0.1)
+
+
+def test_images_without_a_digest_are_no_duplicates():
+    duplicates = Duplicates()
+    duplicates.add(with_digests(np.zeros(50, np.uint64)))
+    assert duplicates.groups() == []
+
+
+def test_a_wrong_ground_truth_is_suspected(opened):
+    labels = made_up(40, classes=10)
+    labels.target[:] = 3
+    labels.class_index[...] = np.array([3, 4, 5], np.uint16)
+    labels.class_prob[...] = np.array([0.9, 0.05, 0.01], np.float16)
+    labels.target_prob[...] = 0.9
+    labels.bucket[...] = 2
+    labels.class_index[7, :6] = (8, 3, 5)
+    labels.target_prob[7, :6] = 0.05
+    collector = Collector(opened)
+    collector._sketch.num_crops = 8
+    suspects = collector._suspects
+    suspects.add(labels, 0)
+    (suspect,) = suspects.worst()
+    assert (suspect.image.key, suspect.suggested, suspect.crops, suspects.found) == ("image7", 8, 6, 1)
+    assert suspect.share == 0.75 and suspect.mean_p_max == pytest.approx(0.9, abs=1e-3)
+
+
+def test_the_list_of_doubtful_images(opened, tmp_path, hostile_labels):
+    result = fd.write_report(hostile_labels, tmp_path / "report.html", csv=tmp_path / "doubtful.csv")
+    with (tmp_path / "doubtful.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == result.suspects and tuple(rows[0]) == CSV_COLUMNS if rows else result.suspects == 0
+
+
+def test_findings_name_what_was_planted(opened, found):
+    said = {finding.section: finding for finding in findings(opened, found)}
+    texts = " ".join(finding.text for finding in findings(opened, found))
+    assert "1 image comes more than once, 1 of them under different ground truths" in texts
+    assert "1 of 32 images could not be used" in texts
+    assert "near chance" in texts and said["teachers"].level in ("warning", "note")
+    assert "ferkd discards them" in texts
+
+
+def test_suggested_thresholds_are_in_their_order_and_fit(found):
+    thresholds = suggest(found.sketch).thresholds
+    assert 0 <= thresholds.low <= thresholds.mid <= thresholds.top <= 1
+
+
+def test_without_ground_truth_everything_still_works(tmp_path, make_photos, tiny_teachers):
+    photos = tmp_path / "flat"
+    make_photos(tmp_path / "classes", num_images=6)
+    photos.mkdir()
+    for photo in sorted((tmp_path / "classes").rglob("*.jpg")):
+        photo.rename(photos / photo.name)
+    fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], crops=4, top_k=2, device="cpu")
+    result = fd.write_report(tmp_path / "out", tmp_path / "report.html", images=photos)
+    assert (result.images, result.suspects, result.pictures) == (6, 0, "")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "No ground truth is known" in text and "by shares of the crops" in text

@@ -1,0 +1,171 @@
+"""The report as a file: of any label set, with and without images, while a build runs, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+import ferkd_data as fd
+from ferkd_data.errors import BuildError, MissingExtraError, UsageError
+from ferkd_data.report.make import hours_of
+from ferkd_data.report.render import asset, inert_json, policy
+from ferkd_data_cli.main import run
+
+
+class Links(HTMLParser):
+    """Every address that an element of a page names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
+
+
+def test_it_is_one_small_file_that_names_nothing_outside(page):
+    text = page.read_text(encoding="utf-8")
+    assert len(text.encode()) < 10_000_000
+    links = Links()
+    links.feed(text)
+    assert len(links.found) > 50 and all(link.startswith(("data:", "#")) for link in links.found)
+    assert "http" not in asset("report.css") + asset("report.js")
+
+
+def test_the_same_label_set_gives_the_same_file(hostile_labels, hostile_photos, page, tmp_path):
+    fd.write_report(hostile_labels, tmp_path / "again.html", images=hostile_photos)
+    assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
+
+
+def test_hostile_names_are_escaped(page):
+    text = page.read_text(encoding="utf-8")
+    outside_script = text.split("<script")[0]
+    assert "<script>window.hacked" not in text and "&lt;script&gt;window.hacked" in outside_script
+    assert "<img src=x" not in text and "<b>" not in re.findall(r"<bdi>([^<]*)", text)
+    # Marks that turn the order of letters do so inside an element that isolates them, and no further.
+    assert "<bdi>\u202egnp.exe\u202c &amp; &lt;b&gt;</bdi>" in outside_script
+
+
+@pytest.mark.parametrize("text", ["</script>", "<!--<script>", "&lt;", "]]>", "\u2028", "\ud800", "'\"\\"])
+def test_json_cannot_end_its_element(text):
+    made = inert_json({text: [text]})
+    assert not set("<>&") & set(made) and made.isascii() and json.loads(made) == {text: [text]}
+
+
+def test_the_policy_names_the_digests_of_what_is_inline():
+    assert "script-src 'sha256-" in policy("a", "b") and "unsafe" not in policy("a", "b")
+
+
+def test_layout_webdataset_shows_its_own_images(tar_label_set, tmp_path):
+    result = fd.write_report(tar_label_set, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert result.pictures == "" and text.count("data:image/jpeg") > 20
+
+
+def test_without_images_it_says_so(label_set, tmp_path):
+    fd.write_report(label_set, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "data:image" not in text and "--images" in text
+
+
+def test_other_images_are_not_shown(label_set, photos, tmp_path):
+    other = shutil.copytree(photos, tmp_path / "photos")
+    shutil.copyfile(other / "class1/photo0001.jpg", other / "class0/photo0000.jpg")
+    (other / "class2/photo0002.jpg").unlink()
+    result = fd.write_report(label_set, tmp_path / "report.html", images=other)
+    assert "1 of 20 sampled images are not among the images given" in result.pictures
+    assert "class0/photo0000" in result.pictures and "another image" in result.pictures
+
+
+def test_images_of_another_data_set_are_refused(label_set, tmp_path, make_photos):
+    with pytest.raises(UsageError, match="none of the keys"):
+        fd.write_report(label_set, tmp_path / "r.html", images=make_photos(tmp_path / "x" / "deeper").parent)
+
+
+def test_from_a_url(label_set, tmp_path, monkeypatch):
+    from servers import serve
+
+    monkeypatch.setenv("FERKD_DATA_CACHE", str(tmp_path / "cache"))
+    with serve(label_set) as server:
+        assert fd.write_report(server.url, tmp_path / "report.html").images == 20
+
+
+def test_command(label_set, photos, tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"event": "x", "elapsed": seconds}) + "\n" for seconds in (1, 3600, 2, 1800)))
+    file = tmp_path / "report.html"
+    arguments = [
+        "report",
+        label_set,
+        file,
+        "--images",
+        photos,
+        "--csv",
+        tmp_path / "d.csv",
+        "--log-json",
+        log,
+        "--json",
+    ]
+    assert run([str(argument) for argument in arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 20
+    assert "1.5 hours" in file.read_text(encoding="utf-8")
+
+
+def test_a_log_that_is_none_is_refused(tmp_path):
+    (tmp_path / "log").write_text("hello\n")
+    with pytest.raises(UsageError, match="'hello' is not a line"):
+        hours_of(tmp_path / "log")
+
+
+def test_without_the_extra_it_names_the_pip_line(label_set, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtraError, match=r"ferkd-data\[report\]"):
+        fd.write_report(label_set, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_folder_without_a_label_set_is_refused(tmp_path):
+    assert run(["report", str(tmp_path), str(tmp_path / "r.html")]) == 1
+
+
+def test_an_interrupted_build_is_reported_as_far_as_it_is(tmp_path, photos, tiny_teachers):
+    out = tmp_path / "out"
+
+    class Full(Exception):
+        pass
+
+    class StopAfterTwo:
+        done = 0
+
+        def see(self, event):
+            self.done += type(event).__name__ == "ShardDone"
+            if self.done == 2:
+                raise Full
+
+    with pytest.raises(Full):
+        fd.build(
+            photos, out, teachers=[tiny_teachers], crops=4, top_k=2, images_per_shard=5, device="cpu",
+            thresholds=fd.QuantileThresholds(low=0.1, mid=0.2, top=0.9), watchers=[StopAfterTwo()],
+        )  # fmt: skip
+    result = fd.write_report(out, tmp_path / "report.html", images=photos)
+    assert result.images in (10, 15) and result.pictures == ""
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "The build is still running" in text and re.search(r"of\s+4 shards are done", text)
+
+
+def test_a_build_that_has_not_begun_is_refused(tmp_path):
+    (tmp_path / ".build").mkdir()
+    with pytest.raises(BuildError, match="has not labelled anything yet"):
+        fd.write_report(tmp_path, tmp_path / "report.html")
+
+
+def test_it_is_imported_only_when_used():
+    code = "import sys, ferkd_data; assert 'jinja2' not in sys.modules; import ferkd_data_cli.report; "
+    code += "assert not {'jinja2', 'numpy', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
