@@ -7,7 +7,8 @@ classes, plus `weight[b, j]` at class `index[b, j]`. Entries of one class add up
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -24,6 +25,12 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SoftTargets:
+    """Targets of B crops, and what else a loader knows of each crop.
+
+    The fields from `hard` on are None unless a loader filled them in. After mixing, `hard`, `bucket`, `rows` and `keys`
+    are those of the crop that has the larger share of the mixed one (on a tie, of the crop in whose place it is).
+    """
+
     index: Tensor
     """(B, K) int64"""
     weight: Tensor
@@ -31,12 +38,29 @@ class SoftTargets:
     floor: Tensor
     """(B,) float32"""
     num_classes: int
+    hard: Tensor | None = None
+    """(B,) int64: ground-truth classes, -1 where unknown (for torch's cross_entropy: ignore_index=-1)."""
+    hard_partner: Tensor | None = None
+    """(B,) int64: ground truth of the crop that was mixed in; that of `hard` where none was."""
+    hard_share: Tensor | None = None
+    """(B,) float32: share of `hard` in the last mixing, 0.5 to 1. 1 where both ground truths are the same."""
+    bucket: Tensor | None = None
+    """(B,) uint8: difficulty codes (see `buckets.BUCKETS`), for the thresholds of the calibration."""
+    rows: Tensor | None = None
+    """(B,) int64: each crop's row in the loader's label set, `loader.labels`."""
+    keys: tuple[str, ...] | None = None
+    """Each crop's image key, where the loader was asked for them (`keys=True`)."""
 
     def __len__(self) -> int:
         return len(self.floor)
 
     def __getitem__(self, rows: slice | Tensor) -> SoftTargets:
-        return self._map(lambda tensor: tensor[rows])
+        """Some rows, by a slice, row numbers or a bool mask."""
+        keys = None
+        if self.keys is not None:
+            chosen = range(len(self))[rows] if isinstance(rows, slice) else torch.arange(len(self))[rows.cpu()].tolist()
+            keys = tuple(self.keys[row] for row in chosen)
+        return replace(self._map(lambda tensor: tensor[rows]), keys=keys)
 
     @property
     def device(self) -> torch.device:
@@ -67,30 +91,48 @@ class SoftTargets:
         `partner` is int64 (B,), `share` float32 (B,), both on the targets' device.
         """
         own = share[:, None]
-        return SoftTargets(
+        mixed = SoftTargets(
             index=torch.cat([self.index, self.index[partner]], dim=1),
             weight=torch.cat([self.weight * own, self.weight[partner] * (1 - own)], dim=1),
             floor=self.floor * share + self.floor[partner] * (1 - share),
             num_classes=self.num_classes,
         )
+        if self.hard is None and self.bucket is None and self.rows is None and self.keys is None:
+            return mixed
+        place = torch.arange(len(self), device=self.device)
+        larger = torch.where(share >= 0.5, place, partner)
+        known: dict[str, Any] = {
+            name: tensor[larger] for name in ("hard", "bucket", "rows") if (tensor := getattr(self, name)) is not None
+        }
+        if self.hard is not None:
+            other = self.hard[torch.where(share >= 0.5, partner, place)]
+            other = torch.where((share <= 0) | (share >= 1), known["hard"], other)
+            same = other == known["hard"]
+            known |= {"hard_partner": other, "hard_share": torch.maximum(share, 1 - share).masked_fill(same, 1)}
+        if self.keys is not None:
+            known["keys"] = tuple(self.keys[row] for row in larger.tolist())
+        return replace(mixed, **known)
 
-    def _map(self, change: Any) -> SoftTargets:
-        return SoftTargets(
-            index=change(self.index),
-            weight=change(self.weight),
-            floor=change(self.floor),
-            num_classes=self.num_classes,
-        )
+    def _map(self, change: Callable[[Tensor], Tensor]) -> SoftTargets:
+        """Every tensor changed."""
+        changed: dict[str, Any] = {
+            name: change(tensor) for name in TENSORS if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **changed)
 
     @classmethod
     def cat(cls, parts: list[SoftTargets]) -> SoftTargets:
-        """Rows of several targets of equal K, one after the other."""
-        return cls(
-            index=torch.cat([part.index for part in parts]),
-            weight=torch.cat([part.weight for part in parts]),
-            floor=torch.cat([part.floor for part in parts]),
-            num_classes=parts[0].num_classes,
-        )
+        """Rows of several targets of equal K, one after the other; with the fields that all of them have."""
+        joined: dict[str, Any] = {}
+        for name in (*TENSORS, "keys"):
+            values = [getattr(part, name) for part in parts]
+            if all(value is not None for value in values):
+                joined[name] = sum(values, ()) if name == "keys" else torch.cat(values)
+        return cls(num_classes=parts[0].num_classes, **joined)
+
+
+TENSORS = ("index", "weight", "floor", "hard", "hard_partner", "hard_share", "bucket", "rows")
+"""The fields of `SoftTargets` that are tensors with a leading axis B."""
 
 
 def check_positive(name: str, value: float) -> None:
