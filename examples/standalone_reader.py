@@ -23,8 +23,7 @@ def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
     for shard in manifest["shards"]:
         if shard["rows"]:
             files = [folder / file["path"] for file in sorted(shard["files"], key=lambda file: file["block"])]
-            tar = manifest["layout"] == "webdataset"
-            yield from read_tar(files[0]) if tar else read_blocks(files, manifest["top_k"])
+            yield from read_tar(files[0]) if files[0].suffix == ".tar" else read_blocks(files, manifest["top_k"])
 
 
 def read_blocks(files: list[Path], top_k: int) -> Iterator[dict[str, Any]]:
@@ -36,21 +35,24 @@ def read_blocks(files: list[Path], top_k: int) -> Iterator[dict[str, Any]]:
 
 
 def read_tar(file: Path) -> Iterator[dict[str, Any]]:
-    targets = {}
+    samples: dict[str, dict[str, Any]] = {}
     with tarfile.open(file) as tar:
         for member in tar:
             folder, slash, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
-            key, content = folder + slash + stem, tar.extractfile(member)
-            if content and suffix == "cls":
-                targets[key] = int(content.read())
-            elif content and suffix == "crops.npy":
-                yield row(key, targets.get(key), np.load(io.BytesIO(content.read()), allow_pickle=False))
+            sample, data = samples.setdefault(folder + slash + stem, {}), tar.extractfile(member).read()
+            if suffix == "cls":
+                sample["target"] = int(data)
+            elif suffix.endswith(".npy"):
+                sample[suffix.removesuffix(".npy")] = np.load(io.BytesIO(data), allow_pickle=False)
+    for key, sample in samples.items():
+        crops = dict(zip((*SIDES, "flip", "bucket"), sample["crops"].T, strict=True))
+        yield row(key, sample.get("target"), sample | crops)
 
 
 def row(key: str, target: int | None, crops: Any) -> dict[str, Any]:
-    boxes = np.stack([crops[side] for side in SIDES], axis=1)
-    return {"key": key, "target": target, "boxes": boxes, **{name: crops[name] for name in PER_CROP}}
+    crops |= {"key": key, "target": target, "boxes": np.stack([crops[side] for side in SIDES], axis=1)}
+    return {name: crops[name] for name in ("key", "target", "boxes", *PER_CROP)}
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def seeds(target: str) -> list[bytes]:
         return [path.read_bytes() for path in GOLDEN.rglob("*.tar")]
     if target == "npy":
         cut = [(tar.read_bytes(), sample) for tar in GOLDEN.rglob("*.tar") for sample in webdataset.scan(tar)]
-        return [data[sample.crops_offset : sample.crops_offset + sample.crops_bytes] for data, sample in cut]
+        return [data[at : at + size] for data, sample in cut for at, size in sample.arrays.values()]
     return [path.read_bytes() for path in _foreign_files()]
 
 
@@ -57,7 +57,7 @@ def reader(target: str, folder: Path) -> Callable[[bytes], object]:
     """What reads such bytes; a file has to be one for most readers."""
     from ferkd_data.exchange.foreign_arrays import load_arrays
     from ferkd_data.manifest import parse_manifest
-    from ferkd_data.shards import parquet, webdataset
+    from ferkd_data.shards import crop_arrays, parquet, webdataset
 
     path = folder / "input"
 
@@ -71,7 +71,7 @@ def reader(target: str, folder: Path) -> Callable[[bytes], object]:
 
     return {
         "manifest": lambda data: parse_manifest(data, "manifest.json"),
-        "npy": lambda data: webdataset.parse_npy(data, "crops.npy"),
+        "npy": lambda data: crop_arrays.parse_npy(data, "crops.npy"),
         "tar": lambda data: list(webdataset.read_rows(written(data))),
         "parquet": block,
         "foreign": lambda data: load_arrays(written(data)),

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from ferkd_data import manifest, statistics
 from ferkd_data.images import REASONS
 from ferkd_data.images.refs import MAX_KEY_BYTES
-from ferkd_data.shards import pages, parquet, webdataset
+from ferkd_data.shards import crop_arrays, pages, parquet
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
 
@@ -29,15 +29,20 @@ def parquet_table() -> str:
     return "\n".join(rows)
 
 
-def record_table() -> str:
-    rows = ["| field | type | offset |", "| --- | --- | --- |"]
-    dtype = webdataset.record_dtype(5, np.uint16)
-    for name in dtype.names or ():
-        kind, offset = (dtype.fields or {})[name][:2]
-        shape = "[k]" if kind.shape else ""
-        place = str(offset) if name != "class_prob" and name != "target_prob" else "after the field before it"
-        code = kind.base.str.strip("|")
-        rows.append(f"| `{name}` | `{code}`{shape} | {place} |")
+def members_table() -> str:
+    rows = ["| member | type | shape | content |", "| --- | --- | --- | --- |"]
+    contents = {
+        "crops.npy": f"the columns {', '.join(crop_arrays.CROPS_COLUMNS)}; flip is 0 or 1",
+        "class_index.npy": "descending by probability; `<u4` where C is above 65,536",
+        "class_prob.npy": "float16 values, as in layout `parquet`",
+        "target_prob.npy": "float16 values; NaN where unknown",
+    }
+    # 7 crops at top-5 stand for N crops at top-k.
+    for suffix, (dtype, shape) in crop_arrays.shapes(7, 5, np.uint16).items():
+        sides = ", ".join({7: "N", 5: "k"}.get(side, str(side)) for side in shape)
+        rows.append(
+            f"| `KEY.{suffix}` | `{dtype.str}` | ({sides}{',' if len(shape) == 1 else ''}) | {contents[suffix]} |"
+        )
     return "\n".join(rows)
 
 
@@ -104,10 +109,6 @@ def field_docs(model: type[BaseModel]) -> dict[str, str]:
     return docs
 
 
-def npy_descr() -> str:
-    return f"    {webdataset.record_dtype(5, np.uint16).descr}".replace(", ('class_index", ",\n     ('class_index")
-
-
 def limits_table() -> str:
     rows = {
         "bytes of `manifest.json`": manifest.MAX_MANIFEST_BYTES,
@@ -117,7 +118,7 @@ def limits_table() -> str:
         "classes": manifest.MAX_CLASSES,
         "any count": statistics.MAX_COUNT,
         "pixels of an image's side": 65535,
-        "bytes of a `.crops.npy`": webdataset.MAX_CROPS_BYTES,
+        "bytes of a sample's label members": crop_arrays.MAX_ARRAYS_BYTES,
         "bytes of a Parquet footer": pages.MAX_FOOTER_BYTES,
         "bytes of a Parquet page header": pages.MAX_PAGE_HEADER_BYTES,
         f"bytes of a block in memory (or {parquet.MAX_EXPANSION} times its file)": parquet.MAX_DECODED_BYTES,
@@ -128,10 +129,9 @@ def limits_table() -> str:
 
 
 TABLES = {
-    "npy descr": npy_descr,
     "limits": limits_table,
     "parquet columns": parquet_table,
-    "crop record": record_table,
+    "label members": members_table,
     "reasons": reasons_table,
     "manifest": manifest_tables,
 }

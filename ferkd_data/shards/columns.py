@@ -138,5 +138,11 @@ def same_labels(a: ShardLabels, b: ShardLabels) -> bool:
     return all(np.array_equal(getattr(a, name), getattr(b, name), equal_nan=name == "target_prob") for name in names)
 
 
+def to_float16(values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+    """Stored probabilities as float16; those too large for it become infinite, which no check lets through."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16, copy=False)
+
+
 def class_index_dtype(num_classes: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if num_classes <= 65536 else np.uint32

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ferkd_data.errors import ShardError
-from ferkd_data.shards.columns import DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels, class_index_dtype
+from ferkd_data.shards.columns import DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels, class_index_dtype, to_float16
 from ferkd_data.shards.pages import read_claims
 
 BOX_COLUMNS = ("box_top", "box_left", "box_height", "box_width")
@@ -147,8 +147,8 @@ def read_labels(path: Path, *, rows: int, num_crops: int, top_k: int, num_classe
         boxes=np.stack([lists(name) for name in BOX_COLUMNS], axis=2),
         flip=lists("flip"),
         class_index=class_index,
-        class_prob=_half(lists("class_prob")).reshape(rows, num_crops, top_k),
-        target_prob=_half(lists("target_prob")),
+        class_prob=to_float16(lists("class_prob")).reshape(rows, num_crops, top_k),
+        target_prob=to_float16(lists("target_prob")),
         bucket=lists("bucket"),
     )
 
@@ -219,12 +219,6 @@ def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
 def _draft_type(kind: pa.DataType) -> pa.DataType:
     """The type that drafts of version 1 gave to a column of probabilities."""
     return pa.list_(pa.field("element", pa.float16()), kind.list_size)
-
-
-def _half(values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
-    """Float16 values from a file; those too large for float16 become infinite, which no check lets through."""
-    with np.errstate(over="ignore"):
-        return values.astype(np.float16, copy=False)
 
 
 def _check_claims(path: Path, expected: pa.Schema, *, rows: int, longest: int) -> None:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ferkd_data.errors import ImageError, ShardError
 from ferkd_data.images.decode import DEFAULT_MAX_PIXELS, JPEG_START, image_size, jpeg_size
-from ferkd_data.shards import webdataset
+from ferkd_data.shards import crop_arrays
 from ferkd_data.shards.columns import CROP_FIELDS, DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels
 from ferkd_data.storage import image_digest
 
@@ -30,8 +30,9 @@ CHECKSUM, CHECKSUM_END, CHECKSUM_BYTES = slice(148, 154), slice(154, 156), slice
 REST, PREFIX = slice(156, BLOCK), slice(345, BLOCK)
 REGULAR = b"0"
 END = bytes(BLOCK)
-SAMPLE = re.compile(r"^((?:[\w-]+/)*[\w-]+)\.(?:(cls)\n\1\.)?crops\.npy\n\1\.(?!cls\n)\w+\n", re.ASCII | re.MULTILINE)
-"""The members of one sample, a name to a line, in the order in which webdataset writes them."""
+ARRAYS = "".join(rf"{re.escape(suffix)}\n\1\." for suffix in crop_arrays.SUFFIXES)
+SAMPLE = re.compile(rf"^((?:[\w-]+/)*[\w-]+)\.(?:(cls)\n\1\.)?{ARRAYS}(?!cls\n)\w+\n", re.ASCII | re.MULTILINE)
+"""The members of one sample, a name to a line, in the order in which `webdataset.Writer` writes them."""
 TARGET_END, TARGET_BYTES = b".cls\0", 10
 """Larger targets than 9 digits are left to `webdataset.scan`."""
 NO_DIGEST = bytes(DIGEST_BYTES)
@@ -47,14 +48,14 @@ class _Shape:
     """What all samples of a tar have in common: where their members lie."""
 
     has_target: bool
-    records_at: int
-    """From the sample's first byte to the content of its `.crops.npy`."""
-    records_bytes: int
+    arrays: tuple[tuple[int, int], ...]
+    """The label members: bytes from the sample's start to their content, and their size."""
     image_at: int
 
     @property
     def headers_at(self) -> list[int]:
-        return [*([0] if self.has_target else []), self.records_at - BLOCK, self.image_at - BLOCK]
+        contents = [*(at for at, _ in self.arrays), self.image_at]
+        return [*([0] if self.has_target else []), *(at - BLOCK for at in contents)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class _Samples:
 
 
 def read_labels(read: Read, *, num_crops: int, top_k: int, index_dtype: Any, digests: bool) -> ShardLabels | None:
-    """The rows of a tar, as views of its records; None where `webdataset.read_rows` is to decide.
+    """The rows of a tar, as views of its arrays where that can be; None where `webdataset.read_rows` is to decide.
 
     Without `digests`, those of the images are not computed and left 0.
     """
@@ -102,17 +103,15 @@ def _walk(read: Read) -> _Samples | None:
 def _shape(read: Read) -> _Shape | None:
     """As the first sample has it."""
     has_target = TARGET_END in read(0, BLOCK)[NAME]
-    header_at = 2 * BLOCK if has_target else 0
-    size = int(read(header_at, BLOCK)[SIZE], 8)
-    if not 0 <= size <= webdataset.MAX_CROPS_BYTES:
-        return None
-    records_at = header_at + BLOCK
-    return _Shape(
-        has_target=has_target,
-        records_at=records_at,
-        records_bytes=size,
-        image_at=records_at + _padded(size) + BLOCK,
-    )
+    at = 2 * BLOCK if has_target else 0
+    arrays = []
+    for _ in crop_arrays.SUFFIXES:
+        size = int(read(at, BLOCK)[SIZE], 8)
+        if not 0 <= size <= crop_arrays.MAX_ARRAYS_BYTES - at:
+            return None
+        arrays.append((at + BLOCK, size))
+        at += BLOCK + _padded(size)
+    return _Shape(has_target=has_target, arrays=tuple(arrays), image_at=at + BLOCK)
 
 
 def _padded(size: int) -> int:
@@ -124,8 +123,9 @@ def _labels(
 ) -> ShardLabels | None:
     keys = _keys(samples)
     targets = _targets(samples)
-    records = _records(samples, shape, index_dtype)
-    if keys is None or targets is None or records is None:
+    arrays = _arrays(samples, shape, index_dtype)
+    fields = None if arrays is None else crop_arrays.to_fields(*arrays)
+    if keys is None or targets is None or fields is None:
         return None
     starts = samples.table[:, samples.shape.image_at :]
     sizes = [_image_size(read, *image, start) for image, start in zip(samples.images, starts, strict=True)]
@@ -137,7 +137,7 @@ def _labels(
         height=heights,
         width=widths,
         target=targets,
-        **{name: records[name] for name in CROP_FIELDS},
+        **{name: fields[name] for name in CROP_FIELDS},
     )
 
 
@@ -165,24 +165,20 @@ def _targets(samples: _Samples) -> npt.NDArray[np.int32] | None:
     return np.array([int(text) for text in texts], np.int32)
 
 
-def _records(samples: _Samples, shape: tuple[int, int], index_dtype: Any) -> npt.NDArray[np.void] | None:
-    """(R, N) crop records, their box as one field; None unless all have the header and the size of the first."""
-    at, size = samples.shape.records_at, samples.shape.records_bytes
-    num_crops, top_k = shape
-    dtype = webdataset.record_dtype(top_k, index_dtype)
-    first = webdataset.parse_npy(samples.table[0, at : at + size].tobytes(), "")
-    body_at = at + size - first.nbytes
-    if first.dtype != dtype or len(first) != num_crops:
-        return None
-    for part in (samples.table[:, at - BLOCK :][:, SIZE], samples.table[:, at:body_at]):
-        if (part != part[0]).any():
+def _arrays(samples: _Samples, shape: tuple[int, int], index_dtype: Any) -> list[npt.NDArray[Any]] | None:
+    """(R, N, ...) of each label member; None unless all have the type and shape that the label set says."""
+    arrays = []
+    expected = crop_arrays.shapes(*shape, index_dtype).values()
+    for (at, size), (dtype, wanted) in zip(samples.shape.arrays, expected, strict=True):
+        first = crop_arrays.parse_npy(samples.table[0, at : at + size].tobytes(), "")
+        if first.dtype != dtype or first.shape != wanted:
             return None
-    others = [(name, dtype[name]) for name in (dtype.names or ())[4:]]
-    crops = np.dtype((np.dtype([("boxes", "<u2", (4,)), *others]), (num_crops,)))
-    length = samples.table.shape[1]
-    whole = np.dtype({"names": ["crops"], "formats": [crops], "offsets": [body_at], "itemsize": length})
-    records: npt.NDArray[np.void] = samples.table.reshape(-1).view(whole)["crops"]
-    return records
+        values_at = at + size - first.nbytes
+        for part in (samples.table[:, at - BLOCK :][:, SIZE], samples.table[:, at:values_at]):
+            if (part != part[0]).any():
+                return None
+        arrays.append(samples.table[:, values_at : at + size].view(dtype).reshape(-1, *wanted))
+    return arrays
 
 
 def _image_size(read: Read, at: int, size: int, start: npt.NDArray[np.uint8]) -> tuple[int, int]:

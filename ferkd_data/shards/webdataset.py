@@ -1,85 +1,34 @@
 """Layout `webdataset`: the original images and their labels in the same tar, one sample per image.
 
-`KEY.jpg` (the encoded bytes as they came, under the extension of their format), `KEY.cls` (absent where the target
-is unknown) and `KEY.crops.npy` (N records of `record_dtype`). The stock webdataset library reads it.
+`KEY.cls` (absent where the target is unknown), the label members of `crop_arrays`, and `KEY.jpg` (the encoded bytes as
+they came, under the extension of their format). The libraries webdataset and datasets read it with their own decoders.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import tarfile
-import threading
-import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import webdataset
 
 from ferkd_data.errors import ImageError, ShardError
 from ferkd_data.images.decode import image_extension, image_size
+from ferkd_data.shards import crop_arrays
 from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels
 from ferkd_data.storage import image_digest
 
-CROPS_SUFFIX = "crops.npy"
-MAX_CROPS_BYTES = 256 * 2**20
-"""A `.crops.npy` above this is refused before it is read; 500 crops at top-10 take 26 KB."""
-
-MAX_HEADER_BYTES = 2**16
-_HEADERS = threading.Lock()
-
+MEMBER_MODE = 0o444
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
 """What tarfile raises for headers that nobody wrote in earnest."""
-NPY_ERRORS = (
-    ValueError,
-    EOFError,
-    OSError,
-    SyntaxError,
-    TypeError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    tokenize.TokenError,
-)
-"""What NumPy raises for headers that are not its own."""
 
 
 def file_name(shard: int) -> str:
     return f"shards/{shard:05d}.tar"
-
-
-def record_dtype(top_k: int, index_dtype: Any) -> np.dtype[np.void]:
-    """One crop as one packed little-endian record; published in docs/format.md."""
-    index = np.dtype(index_dtype).newbyteorder("<")
-    return np.dtype(
-        [
-            ("box_top", "<u2"),
-            ("box_left", "<u2"),
-            ("box_height", "<u2"),
-            ("box_width", "<u2"),
-            ("flip", "?"),
-            ("bucket", "u1"),
-            ("class_index", index, (top_k,)),
-            ("class_prob", "<f2", (top_k,)),
-            ("target_prob", "<f2"),
-        ]
-    )
-
-
-def to_records(labels: ImageLabels) -> npt.NDArray[np.void]:
-    num_crops, top_k = labels.class_index.shape
-    records = np.empty(num_crops, record_dtype(top_k, labels.class_index.dtype))
-    for i, side in enumerate(("box_top", "box_left", "box_height", "box_width")):
-        records[side] = labels.boxes[:, i]
-    for name in ("flip", "bucket", "class_index", "class_prob", "target_prob"):
-        records[name] = getattr(labels, name)
-    return records
 
 
 class Writer:
@@ -87,7 +36,7 @@ class Writer:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
-        self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0, user="", group="")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
 
     def __enter__(self) -> Writer:
         return self
@@ -101,22 +50,31 @@ class Writer:
             self._file.close()
 
     def add(self, labels: ImageLabels, image: bytes) -> None:
-        sample: dict[str, Any] = {"__key__": labels.key, image_extension(image): image}
+        """Labels before the image, so that a reader has all of them in one read without the image."""
         if labels.target != UNKNOWN_TARGET:
-            sample["cls"] = str(labels.target).encode()
-        sample[CROPS_SUFFIX] = npy_bytes(to_records(labels))
-        self._tar.write(sample)
+            self._member(f"{labels.key}.cls", str(labels.target).encode())
+        for suffix, content in crop_arrays.to_members(labels).items():
+            self._member(f"{labels.key}.{suffix}", content)
+        self._member(f"{labels.key}.{image_extension(image)}", image)
+
+    def _member(self, name: str, content: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size, member.mode = len(content), MEMBER_MODE
+        self._tar.addfile(member, io.BytesIO(content))
+        # tarfile keeps an object for each member that it has written.
+        self._tar.members = []  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Where one image's members lie in the tar: byte offsets of their contents."""
+    """Where one image's members lie in the tar."""
 
     key: str
+    image_suffix: str
     image_offset: int
     image_bytes: int
-    crops_offset: int
-    crops_bytes: int
+    arrays: dict[str, tuple[int, int]]
+    """Label members by their suffix: offset and size of their contents."""
     target: int
 
 
@@ -161,71 +119,32 @@ def read_rows(path: Path) -> Iterator[tuple[ImageLabels, bytes]]:
         for sample in scan(path):
             stream.seek(sample.image_offset)
             image = stream.read(sample.image_bytes)
-            stream.seek(sample.crops_offset)
-            records = parse_npy(stream.read(sample.crops_bytes), f"{path}: {sample.key}.{CROPS_SUFFIX}")
-            yield from_records(path, sample.key, sample.target, records, image), image
+            members = {}
+            for suffix, (offset, size) in sample.arrays.items():
+                stream.seek(offset)
+                members[suffix] = stream.read(size)
+            fields = crop_arrays.from_members(members, f"{path}: {sample.key}")
+            yield _labels(path, sample, fields, image), image
 
 
-def from_records(path: Path, key: str, target: int, records: npt.NDArray[np.void], image: bytes) -> ImageLabels:
+def _labels(path: Path, sample: Sample, fields: crop_arrays.Fields, image: bytes) -> ImageLabels:
     try:
         height, width = image_size(image)
     except ImageError as error:
-        raise ShardError(f"{path}: image of sample {key!r}: {error}") from error
-    boxes = np.stack([records[f"box_{side}"] for side in ("top", "left", "height", "width")], axis=1)
+        raise ShardError(f"{path}: image of sample {sample.key!r}: {error}") from error
     return ImageLabels(
-        key=key,
+        key=sample.key,
         image_digest=image_digest(image),
         height=height,
         width=width,
-        target=target,
-        boxes=boxes,
-        **{name: records[name] for name in ("flip", "class_index", "class_prob", "target_prob", "bucket")},
+        target=sample.target,
+        boxes=fields["boxes"],
+        flip=fields["flip"],
+        class_index=fields["class_index"],
+        class_prob=fields["class_prob"],
+        target_prob=fields["target_prob"],
+        bucket=fields["bucket"],
     )
-
-
-def npy_bytes(array: npt.NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def parse_npy(data: bytes, where: str) -> npt.NDArray[np.void]:
-    """Crop records from .npy bytes, never unpickling. Raises ShardError for anything but `record_dtype`."""
-    width = 2 if data[6:7] == b"\x01" else 4
-    end = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
-    try:
-        with _HEADERS:
-            shape, dtype = _parse_header(data[: min(end, MAX_HEADER_BYTES)])
-        if dtype.hasobject:
-            raise ValueError("Python objects, which are never unpickled")
-        records = np.frombuffer(data, dtype, math.prod(shape), end)
-    except NPY_ERRORS as error:
-        raise ShardError(f"{where}: not a plain NumPy array ({error})") from error
-    if len(shape) != 1 or "class_index" not in (dtype.names or ()):
-        raise ShardError(f"{where}: does not hold crop records")
-    index = records.dtype["class_index"]
-    top_k = index.shape[0] if index.shape else 0
-    if index.base not in (np.dtype("<u2"), np.dtype("<u4")) or records.dtype != record_dtype(top_k, index.base):
-        raise ShardError(f"{where}: crop records are {records.dtype}, expected {record_dtype(5, np.uint16)}")
-    return records
-
-
-@lru_cache(maxsize=64)
-def _parse_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of a .npy file from all that comes before its data; those of one label set are alike.
-
-    NumPy evaluates a literal for it, which Python 3.11 cannot do in two threads at once, and which takes longer than
-    reading the records.
-    """
-    stream = io.BytesIO(header)
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-    else:
-        raise ValueError(f"version {version} of the .npy format")
-    return shape, dtype
 
 
 def _split_member(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:
@@ -240,18 +159,24 @@ def _split_member(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:
 
 
 def _sample(path: Path, key: str, parts: dict[str, tarfile.TarInfo], stream: io.BufferedReader) -> Sample:
-    images = [suffix for suffix in parts if suffix not in ("cls", CROPS_SUFFIX)]
-    if len(images) != 1 or CROPS_SUFFIX not in parts:
-        raise ShardError(f"{path}: sample {key!r} needs one image and one {CROPS_SUFFIX}, has {sorted(parts)}")
-    crops = parts[CROPS_SUFFIX]
-    if crops.size > MAX_CROPS_BYTES:
-        raise ShardError(f"{path}: {key}.{CROPS_SUFFIX} claims {crops.size} bytes; at most {MAX_CROPS_BYTES}")
+    labels = [suffix for suffix in crop_arrays.SUFFIXES if suffix in parts]
+    images = [suffix for suffix in parts if suffix not in ("cls", *labels)]
+    # Drafts of version 1 have the first of the label members alone.
+    if len(images) != 1 or labels not in (list(crop_arrays.SUFFIXES), [crop_arrays.CROPS]):
+        raise ShardError(
+            f"{path}: sample {key!r} needs one image and {', '.join(crop_arrays.SUFFIXES)}, has {sorted(parts)}"
+        )
+    size = sum(parts[suffix].size for suffix in labels)
+    if size > crop_arrays.MAX_ARRAYS_BYTES:
+        raise ShardError(
+            f"{path}: the labels of sample {key!r} claim {size} bytes; at most {crop_arrays.MAX_ARRAYS_BYTES}"
+        )
     return Sample(
         key=key,
+        image_suffix=images[0],
         image_offset=parts[images[0]].offset_data,
         image_bytes=parts[images[0]].size,
-        crops_offset=crops.offset_data,
-        crops_bytes=crops.size,
+        arrays={suffix: (parts[suffix].offset_data, parts[suffix].size) for suffix in labels},
         target=_read_target(path, key, parts.get("cls"), stream),
     )
 

@@ -10,12 +10,12 @@ import pytest
 from ferkd_data.errors import FerkdError, ForeignFileError, ManifestError, ShardError
 from ferkd_data.exchange.foreign_arrays import load_arrays
 from ferkd_data.manifest import parse_manifest
-from ferkd_data.shards import parquet, webdataset
+from ferkd_data.shards import crop_arrays, parquet, webdataset
 
 FOUND = Path(__file__).parent / "found"
 READERS = {
     "manifest": (ManifestError, lambda path: parse_manifest(path.read_bytes(), "manifest.json")),
-    "npy": (ShardError, lambda path: webdataset.parse_npy(path.read_bytes(), "crops.npy")),
+    "npy": (ShardError, lambda path: crop_arrays.parse_npy(path.read_bytes(), "crops.npy")),
     "tar": (ShardError, lambda path: list(webdataset.read_rows(path))),
     "parquet": (ShardError, lambda path: parquet.read_labels(path, rows=2, num_crops=3, top_k=2, num_classes=6)),
     "foreign": (ForeignFileError, load_arrays),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError
 from ferkd_data.manifest import parse_manifest
-from ferkd_data.shards import webdataset
+from ferkd_data.shards import crop_arrays, webdataset
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "version-1"
 MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -96,12 +96,14 @@ def test_manifests_of_other_types_and_values(folder, choice, value, tmp_path):
 @MANY
 @given(changes=FUZZ)
 @example(changes=[("flip", 9, 0)])
-def test_crop_records(changes):
+@pytest.mark.parametrize("member", crop_arrays.SUFFIXES)
+def test_crop_arrays(member, changes):
     tar = next(GOLDEN.rglob("*.tar"))
     sample = next(webdataset.scan(tar))
-    data = tar.read_bytes()[sample.crops_offset : sample.crops_offset + sample.crops_bytes]
+    at, size = sample.arrays[member]
+    data = tar.read_bytes()[at : at + size]
     try:
-        records = webdataset.parse_npy(mutated(data, changes), "crops.npy")
+        records = crop_arrays.parse_npy(mutated(data, changes), "crops.npy")
         assert not records.dtype.hasobject
     except LabelSetError as error:
         assert str(error).startswith("crops.npy: ")

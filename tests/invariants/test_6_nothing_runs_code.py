@@ -163,10 +163,10 @@ def test_probabilities_that_would_poison_a_training(copy, what):
 @pytest.mark.parametrize("what", POISON)
 def test_poisoned_probabilities_in_a_tar(tar_copy, what):
     def poison(members):
-        at = next(i for i, (member, _) in enumerate(members) if member.name.endswith(".npy"))
-        records = np.load(io.BytesIO(members[at][1]), allow_pickle=False)
-        records["class_prob"][2] = POISON[what]
-        members[at] = (members[at][0], npy(records))
+        at = next(i for i, (member, _) in enumerate(members) if member.name.endswith("class_prob.npy"))
+        prob = np.load(io.BytesIO(members[at][1]), allow_pickle=False)
+        prob[2] = POISON[what]
+        members[at] = (members[at][0], npy(prob))
         return members
 
     rewrite_tar(tar_copy, poison)
@@ -202,6 +202,18 @@ def with_crops(data):
     return lambda members: [(m, data if m.name.endswith(".npy") else d) for m, d in members]
 
 
+def only_crops(data):
+    """As drafts of version 1 had them."""
+    return lambda members: [(m, d) for m, d in with_crops(data)(members) if "_" not in m.name.partition(".")[2]]
+
+
+def shorter(suffix):
+    def change(members):
+        return [(m, npy(np.load(io.BytesIO(d))[:-1]) if m.name.endswith(suffix) else d) for m, d in members]
+
+    return change
+
+
 def renamed(old, new):
     def change(members):
         for member, _ in members:
@@ -222,14 +234,20 @@ TARS = {
     "pickled array": (with_crops(npy(np.array([RunsCode()], dtype=object))), "not a plain NumPy array"),
     "bare pickle": (with_crops(pickle.dumps(RunsCode())), "not a plain NumPy array"),
     "huge header": (with_crops(npy(np.zeros(1)).replace(b"(1,)", b"(9999999999,)")), "not a plain NumPy array"),
-    "floats": (with_crops(npy(np.zeros(5))), "does not hold crop records"),
-    "other records": (with_crops(npy(np.zeros(5, [("class_index", "u2", 4), ("x", "O")]))), "."),
+    "floats": (with_crops(npy(np.zeros(5))), r"crops\.npy: is float64\[5\], expected uint16\[0, 6\]"),
+    "objects": (with_crops(npy(np.zeros(5, [("class_index", "u2", 4), ("x", "O")]))), "not a plain NumPy array"),
+    "another shape": (with_crops(npy(np.zeros(8)).replace(b"(8,)", b"(7,)")), "64 bytes for 56 of values"),
+    "records alone": (only_crops(npy(np.zeros(5))), "does not hold crop records"),
+    "fewer crops": (shorter("target_prob.npy"), r"target_prob\.npy: is float32\[9\], expected float32\[10\]"),
     "climbing name": (renamed(".jpg", "../../escape.jpg"), "not KEY.EXTENSION inside"),
     "absolute name": (renamed(".jpg", "/escape.jpg"), "not KEY.EXTENSION inside"),
     "link": (linked, "links and devices are refused"),
     "duplicate member": (lambda members: [members[0], *members], "appears twice"),
-    "duplicate sample": (lambda members: [*members, *members[:3]], "appears twice"),
-    "no labels": (lambda members: [m for m in members if not m[0].name.endswith("npy")], "needs one image and one"),
+    "duplicate sample": (lambda members: [*members, *members[:6]], "appears twice"),
+    "no labels": (
+        lambda members: [m for m in members if not m[0].name.endswith("npy")],
+        "needs one image and crops.npy",
+    ),
     "class is text": (
         lambda members: [(m, b"os.system" if m.name.endswith("cls") else d) for m, d in members],
         "expected a class number",

@@ -12,10 +12,14 @@ import pytest
 from PIL import Image
 
 import ferkd_data as fd
+from ferkd_data.errors import ShardError
 from ferkd_data.images.decode import jpeg_size
-from ferkd_data.shards import plain_tar, webdataset
+from ferkd_data.shards import crop_arrays, plain_tar, webdataset
 from ferkd_data.shards.columns import ImageLabels, ShardLabels, same_labels
 from ferkd_data.storage import HashedFile, OpenFile, sha256_file
+
+MEMBERS = 2 + len(crop_arrays.SUFFIXES)
+"""Those of a sample: its class, its labels, its image."""
 
 
 @pytest.fixture
@@ -69,6 +73,21 @@ def test_images_of_other_formats_and_with_long_headers(tar):
     assert same_labels(plain(tar), slow(tar))
 
 
+@pytest.mark.parametrize("column, value", [(crop_arrays.FLIP, 2), (crop_arrays.BUCKET, 256)])
+def test_a_flip_or_bucket_that_cannot_be_is_refused(tar, column, value):
+    parts = members(tar)
+    at = next(i for i, (member, _) in enumerate(parts) if member.name.endswith(crop_arrays.CROPS))
+    crops = crop_arrays.parse_npy(parts[at][1], "").copy()
+    crops[3, column] = value
+    parts[at] = (parts[at][0], crop_arrays.npy_bytes(crops))
+    with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for member, content in parts:
+            archive.addfile(member, io.BytesIO(content))
+    assert plain(tar) is None
+    with pytest.raises(ShardError, match="a flip must be 0 or 1, and a bucket below 256"):
+        slow(tar)
+
+
 def test_other_shapes_are_left_to_webdataset(tar, tmp_path):
     assert plain(tar, top_k=3) is None
     assert plain(tar, num_crops=9) is None
@@ -94,19 +113,19 @@ def members(path):
 def test_what_tarfile_must_judge_is_left_to_it(tar, change):
     parts = members(tar)
     if change == "twice":
-        parts += parts[:3]
+        parts += parts[:MEMBERS]
     if change == "no image":
-        del parts[2]
+        del parts[MEMBERS - 1]
     if change == "order":
-        parts[:3] = parts[2::-1]
+        parts[:MEMBERS] = parts[MEMBERS - 1 :: -1]
     renamed = {"climbing": "../a", "absolute": "/a", "long name": "a" * 120, "not ASCII": "ü", "dotted": "a.b/c"}
-    for member, _ in parts[:3]:
+    for member, _ in parts[:MEMBERS]:
         suffix = member.name.partition(".")[2]
         member.name = f"{renamed[change]}.{suffix}" if change in renamed else member.name
         member.uid = 7 if change == "owner" else member.uid
     if change == "link":
-        parts[2][0].type = tarfile.SYMTYPE
-        parts[2][0].linkname = "/etc/passwd"
+        parts[MEMBERS - 1][0].type = tarfile.SYMTYPE
+        parts[MEMBERS - 1][0].linkname = "/etc/passwd"
     style = tarfile.PAX_FORMAT if change == "pax" else tarfile.USTAR_FORMAT
     if change == "pax":
         parts[0][0].pax_headers = {"comment": "x"}
@@ -122,7 +141,7 @@ def test_no_damaged_byte_is_read_otherwise(tar):
     """The first two samples and the end, byte by byte in their headers, at random elsewhere."""
     whole = tar.read_bytes()
     generator = np.random.default_rng(0)
-    headers = [member.offset for member, _ in members(tar)[:4]]
+    headers = [member.offset for member, _ in members(tar)[: MEMBERS + 1]]
     fields = [0, 5, 99, 100, 107, 115, 124, 130, 134, 135, 136, 148, 153, 154, 155, 156, 157, 257, 263, 329, 345, 500]
     places = [header + field for header in headers for field in fields]
     places += generator.integers(0, len(whole), 100).tolist()
@@ -144,8 +163,8 @@ def test_a_label_set_with_an_unusual_tar_is_verified_as_before(tar_label_set, tm
     expected = fd.open_labels(copy).block(0, 0)
     parts = members(path)
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
-        for number in range(0, len(parts), 3):
-            for member, content in parts[number : number + 3][::-1]:
+        for number in range(0, len(parts), MEMBERS):
+            for member, content in parts[number : number + MEMBERS][::-1]:
                 archive.addfile(member, io.BytesIO(content))
     assert plain(path) is None
     manifest = json.loads((copy / "manifest.json").read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 
 import numpy as np
@@ -11,7 +10,8 @@ from PIL import Image
 
 import ferkd_data as fd
 from ferkd_data.builder.out.state import FOLDER
-from ferkd_data.shards import parquet, webdataset
+from ferkd_data.shards import crop_arrays, parquet, webdataset
+from ferkd_data.shards.columns import CROP_FIELDS
 
 
 @pytest.fixture
@@ -60,28 +60,6 @@ def test_pandas(first):
     assert np.array_equal(np.stack(frame["flip"]), expected.flip)
 
 
-# webdataset 1.0 leaves the last tar open until it is collected.
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_stock_webdataset_library(tar_label_set, photos):
-    import webdataset as wds
-
-    labels = fd.open_labels(tar_label_set)
-    pattern = str(tar_label_set / "shards/{00000..00002}.tar")
-    dataset = wds.WebDataset(pattern, shardshuffle=False, empty_check=False).decode("rgb8")
-    samples = list(dataset)
-    assert [sample["__key__"] for sample in samples] == list(labels.keys())
-    for sample, ours in zip(samples, labels, strict=True):
-        assert sample["cls"] == ours.target
-        records = sample["crops.npy"]
-        assert np.array_equal(records["box_width"], ours.boxes[:, 3])
-        assert np.array_equal(records["class_prob"], ours.class_prob)
-        assert sample["jpg"].shape == (48, 64, 3)
-    raw, *_ = wds.WebDataset(pattern, shardshuffle=False, empty_check=False)
-    gc.collect()
-    assert raw["jpg"] == (photos / f"{raw['__key__']}.jpg").read_bytes()
-
-
 def test_the_layout_is_designs(label_set, tar_label_set):
     def names(folder):
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -108,10 +86,14 @@ def test_unlabelled_images_have_null_in_parquet_and_no_cls_in_tars(tmp_path, tin
     assert row[0] is None and list(row[1]) == [None] * 3 and len(row[2]) == 3
 
 
-def test_records_survive_npy(label_set):
+def test_labels_survive_their_members(label_set):
     image = fd.open_labels(label_set)[3]
-    data = webdataset.npy_bytes(webdataset.to_records(image))
-    assert np.array_equal(np.load(io.BytesIO(data), allow_pickle=False), webdataset.parse_npy(data, "here"))
+    members = crop_arrays.to_members(image)
+    fields = crop_arrays.from_members(members, "here")
+    for name in CROP_FIELDS:
+        assert np.array_equal(fields[name], getattr(image, name)) and fields[name].dtype == getattr(image, name).dtype
+    for data in members.values():
+        assert np.array_equal(np.load(io.BytesIO(data), allow_pickle=False), crop_arrays.parse_npy(data, "here"))
 
 
 def test_the_published_schema_is_what_is_written(label_set):
