@@ -1,7 +1,7 @@
 """Encoded bytes to RGB pixels, exactly as Pillow's `convert("RGB")` gives them.
 
-JPEGs go through simplejpeg (libjpeg-turbo without Pillow's overhead) where it can take them; Pillow decodes the rest
-and has the last word on what is broken. EXIF orientation is ignored.
+simplejpeg (libjpeg-turbo without Pillow's overhead) decodes the JPEGs that it can take. Pillow decodes the rest and
+decides what is broken. Nothing that is set elsewhere in the process changes the pixels. EXIF orientation is ignored.
 """
 
 from __future__ import annotations
@@ -14,45 +14,50 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from ferkd_data.crops import check_size
 from ferkd_data.errors import ImageError
 from ferkd_data.images.animation import first_gif_frame, still_png
+from ferkd_data.images.formats import HEAD_BYTES, other_kind
+from ferkd_data.images.pillow_globals import hold_pillow_globals
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """Pillow's own threshold for a decompression bomb: 256 MiB of RGB."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 NO_SIZE = "not identified by this driver"
-"""What Pillow says of a header that it understands, but whose width or height is 0."""
+"""Pillow's words for a header that it understands, but whose width or height is 0."""
 JPEG_START = b"\xff\xd8\xff"
 JPEG_FRAME = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")
 """The marker before a JPEG's size; a file without one ended too early."""
-OTHER_FORMATS = (
-    ("TIFF", 0, b"II*\0"),
-    ("TIFF", 0, b"MM\0*"),
-    ("AVIF", 4, b"ftypavi"),
-    ("HEIF", 4, b"ftyphe"),
-    ("HEIF", 4, b"ftypmif1"),
-    ("JPEG 2000", 4, b"jP  "),
-    ("JPEG 2000", 0, b"\xff\x4f\xff\x51"),
-    ("JPEG XL", 0, b"\xff\x0a"),
-    ("JPEG XL", 4, b"JXL "),
-    *(("PNM", 0, b"P%d" % kind + space) for kind in range(1, 7) for space in (b"\n", b" ")),
-)
-"""(name, offset of its first bytes, the bytes): what people have in image folders and we do not decode."""
+CONVERTED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+"""Pillow's pixel modes of 8 bits or fewer, whose `convert("RGB")` is the picture."""
 
 
 class _PlainJpeg(JpegImageFile):
-    """Without EXIF, which Pillow reads for its resolution only, warning of what is broken in it."""
+    """A JPEG without EXIF, which Pillow reads for its resolution only, with a warning where it is broken.
+
+    Pillow's own factory looks for more pictures behind the first (MPO) and warns of a broken list of them.
+    """
 
     def getexif(self) -> Image.Exif:
         return Image.Exif()
 
 
-PLAIN: dict[str, type[JpegImageFile]] = {"JPEG": _PlainJpeg}
-"""In place of Pillow's own, which looks for more pictures behind the first (MPO) and warns of a broken list of them."""
+# Not from Pillow's registry, where any module may put a reader of its own in the place of these.
+READERS: dict[str, tuple[bytes, type[ImageFile]]] = {
+    "JPEG": (JPEG_START, _PlainJpeg),
+    "PNG": (b"\x89PNG\r\n\x1a\n", PngImageFile),
+    "WEBP": (b"RIFF", WebPImageFile),
+    "GIF": (b"GIF8", GifImageFile),
+    "BMP": (b"BM", BmpImageFile),
+}
+"""Format -> (first bytes, Pillow's class that reads it)."""
 
 
 def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDArray[np.uint8]:
@@ -61,13 +66,10 @@ def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDAr
         pixels = _decode_jpeg(data, max_pixels)
         if pixels is not None:
             return pixels
-    with _opened(data, max_pixels) as image:
+    with hold_pillow_globals(), _opened(data, max_pixels) as image:
         try:
             image.load()
-            if image.mode == "P":
-                # Pillow would warn that RGB has no room for it; the pixels are the same without.
-                image.info.pop("transparency", None)
-            return np.array(image.convert("RGB"))
+            return _rgb(image)
         except (
             OSError,
             ValueError,
@@ -75,7 +77,6 @@ def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDAr
             IndexError,
             EOFError,
             MemoryError,
-            Image.DecompressionBombError,
         ) as error:
             reason = "truncated" if "truncated" in str(error) else "corrupt"
             raise ImageError(reason, str(error) or type(error).__name__) from error
@@ -87,7 +88,7 @@ def image_size(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[in
         size = jpeg_size(data, max_pixels)
         if size is not None:
             return size
-    with _opened(data, max_pixels) as image:
+    with hold_pillow_globals(), _opened(data, max_pixels) as image:
         return image.height, image.width
 
 
@@ -95,8 +96,31 @@ def image_extension(data: bytes) -> str:
     """The file name extension of the format, such as `jpg`. Raises ImageError."""
     if data.startswith(JPEG_START):
         return "jpg"
-    with _opened(data, max_pixels=None) as image:
+    with hold_pillow_globals(), _opened(data, max_pixels=None) as image:
         return EXTENSIONS[str(image.format)]
+
+
+def _rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Pixels of a loaded image. Raises ImageError for a mode whose picture is not known."""
+    if image.mode.startswith("I"):
+        return _high_bytes(image)
+    if image.mode not in CONVERTED:
+        raise ImageError("unsupported_format", f"a {image.format} file with pixels of mode {image.mode}")
+    if image.mode == "P":
+        # Pillow would warn that RGB has no room for it; the pixels are the same without.
+        image.info.pop("transparency", None)
+    return np.array(image.convert("RGB"))
+
+
+def _high_bytes(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Grey of 16 bits as its high byte, as Pillow reads RGB of 16 bits; `convert` would cut all above 255 to white.
+
+    Mode I of 32 bits is how Pillow before 11.3 gives the same files.
+    """
+    if image.format != "PNG":
+        raise ImageError("unsupported_format", f"a {image.format} file with pixels of mode {image.mode}")
+    grey: npt.NDArray[np.uint8] = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
 
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
@@ -136,23 +160,17 @@ def _opened(data: bytes, max_pixels: int | None) -> Image.Image:
 
 
 def _identify(data: bytes) -> Image.Image:
-    Image.preinit()
-    if "WEBP" not in Image.OPEN:
-        Image.init()
-    for name in FORMATS:
-        factory, accept = Image.OPEN[name]
-        if accept is not None and accept(data[:16]) is not True:
+    for name, (magic, reader) in READERS.items():
+        if not data.startswith(magic) or (name == "WEBP" and data[8:15] != b"WEBPVP8"):
             continue
         try:
-            return PLAIN.get(name, factory)(io.BytesIO(_first_picture(name, data)), "")
+            return reader(io.BytesIO(_first_picture(name, data)), "")
         except (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError, struct.error) as error:
-            if accept is None:
-                continue
             if str(error) == NO_SIZE and (name != "JPEG" or JPEG_FRAME.search(data)):
                 raise ImageError("zero_sized", f"a {name} file whose header gives no size") from error
             reason = "truncated" if len(data) < 1024 or "truncated" in str(error) else "corrupt"
             raise ImageError(reason, f"starts like a {name} file, but: {error}") from error
-    known = next((kind for kind, offset, magic in OTHER_FORMATS if data.startswith(magic, offset)), None)
+    known = other_kind(data[:HEAD_BYTES])
     if known:
         raise ImageError("unsupported_format", f"the bytes are of a {known} image")
     raise ImageError("not_an_image", f"no image format known here (first bytes {data[:8]!r})")

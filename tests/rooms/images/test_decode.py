@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ferkd_data.errors import ImageError
 from ferkd_data.images import decode_rgb, image_extension, image_size
@@ -41,6 +44,14 @@ def encoded(kind, mode, width, height, seed, **options):
     return buffer.getvalue()
 
 
+def reference(data):
+    """Pillow's picture, and of 16-bit grey the high byte, since Pillow's own conversion cuts it off at 255."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode == "I;16":
+            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        return np.array(image.convert("RGB"))
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     st.sampled_from(COMBINATIONS),
@@ -51,8 +62,7 @@ def encoded(kind, mode, width, height, seed, **options):
 def test_pixels_are_pillows(combination, width, height, seed):
     data = encoded(*combination, width, height, seed)
     ours = decode_rgb(data)
-    with Image.open(io.BytesIO(data)) as image:
-        pillows = np.array(image.convert("RGB"))
+    pillows = reference(data)
     assert ours.shape == (height, width, 3) and ours.dtype == np.uint8
     assert ours.flags.c_contiguous and ours.flags.writeable
     assert np.abs(ours.astype(int) - pillows.astype(int)).max() <= 2
@@ -165,3 +175,143 @@ def test_decoding_in_threads_is_decoding():
     expected = [decode_rgb(data) for data in images]
     with ThreadPoolExecutor(8) as threads:
         assert all(map(np.array_equal, threads.map(decode_rgb, images), expected))
+
+
+def raw_png(color_type, depth, samples, *chunks):
+    """A PNG of any colour type and bit depth, whose samples (H, W, channels) are big-endian where they have 16 bits."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = samples.shape
+    if depth < 8:
+        bits = np.unpackbits(samples.reshape(height, -1, 1).astype(np.uint8), axis=2)[..., 8 - depth :]
+        rows = np.packbits(bits.reshape(height, -1), axis=1)
+    else:
+        rows = samples.reshape(height, -1).astype(f">u{depth // 8}").view(np.uint8)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">2I5B", width, height, depth, color_type, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), *(chunk(*each) for each in chunks), chunk(b"IDAT", zlib.compress(lines))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
+GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
+PNG_CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGB_ALPHA: 4}
+PNG_DEPTHS = [(GREY, depth) for depth in (1, 2, 4, 8, 16)] + [(PALETTE, depth) for depth in (1, 2, 4, 8)]
+PNG_DEPTHS += [(kind, depth) for kind in (RGB, GREY_ALPHA, RGB_ALPHA) for depth in (8, 16)]
+
+
+@pytest.mark.parametrize(("color_type", "depth"), PNG_DEPTHS)
+@pytest.mark.parametrize("with_transparency", [False, True])
+def test_every_colour_type_and_depth_of_png(color_type, depth, with_transparency):
+    """Each sample as its share of the largest one, in 8 bits; alpha is left out."""
+    top = 2**depth - 1
+    samples = np.random.default_rng(depth).integers(0, top + 1, (9, 13, PNG_CHANNELS[color_type]))
+    palette = np.random.default_rng(1).integers(0, 256, (top + 1 if depth <= 8 else 0, 3), dtype=np.uint8)
+    chunks = [(b"PLTE", palette.tobytes())] if color_type == PALETTE else []
+    if with_transparency and color_type not in (GREY_ALPHA, RGB_ALPHA):
+        chunks.append((b"tRNS", bytes(3) if color_type == PALETTE else struct.pack(">H", 1) * len(samples[0, 0])))
+    ours = decode_rgb(raw_png(color_type, depth, samples, *chunks))
+    if color_type == PALETTE:
+        expected = palette[samples[..., 0]]
+    else:
+        eight_bits = samples >> 8 if depth == 16 else samples * 255 // top
+        colours = eight_bits[..., : 3 if color_type in (RGB, RGB_ALPHA) else 1]
+        expected = np.broadcast_to(colours, (9, 13, 3))
+    assert np.array_equal(ours, expected)
+
+
+MORE_MODES = ("I;16B", "I;16L", "PA", "La", "RGBa", "RGBX", "HSV", "LAB", "CMYK")
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG", "WEBP", "BMP", "GIF", "JPEG", "PPM", "JPEG2000", "TGA", "ICO", "AVIF"])
+def test_whatever_pillow_can_write_is_the_picture_or_a_reject(kind):
+    """A smooth ramp from dark to light, in each mode of Pillow and each format: never a white or black square."""
+    ramp = np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (48, 1))
+    written = 0
+    for mode in sorted({*Image.MODES, *MORE_MODES}):
+        buffer = io.BytesIO()
+        try:
+            in_mode(ramp, mode).save(buffer, kind)
+            with Image.open(io.BytesIO(buffer.getvalue())) as image:
+                was_cut_off_by_the_writer = mode[0] in "IF" and image.mode[0] not in "IF"
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if was_cut_off_by_the_writer:
+            continue
+        written += 1
+        try:
+            ours = decode_rgb(buffer.getvalue())
+        except ImageError as error:
+            assert error.reason in ("unsupported_format", "not_an_image"), mode
+            assert kind in ("TIFF", "PPM", "JPEG2000", "TGA", "ICO", "AVIF") or mode == "F", mode
+            continue
+        if mode not in ("1", "P", "PA"):  # these are dithered
+            assert np.abs(ours.astype(int) - ramp[..., None]).max() <= 16, mode
+        assert abs(ours.mean() - ramp.mean()) < 4, mode
+    assert written >= 4
+
+
+def in_mode(ramp, mode):
+    picture = Image.fromarray(ramp)
+    if mode.startswith("I;16"):
+        return Image.fromarray(ramp.astype(np.uint16) * 257)
+    if mode in ("I", "F"):
+        return Image.fromarray(ramp.astype(np.int32 if mode == "I" else np.float32) * (257 if mode == "I" else 1))
+    if mode in ("La", "PA", "RGBa"):
+        return picture.convert({"La": "LA", "PA": "P", "RGBa": "RGBA"}[mode]).convert(mode)
+    return picture.convert("RGB").convert(mode) if mode not in ("L", "LA", "1") else picture.convert(mode)
+
+
+def test_nothing_that_is_set_elsewhere_changes_the_pixels():
+    """A stranger's module sets what it likes; half a picture stays a reject, a whole one the same picture."""
+    script = """
+import io, sys, warnings
+import numpy as np
+from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin
+from ferkd_data.errors import ImageError
+from ferkd_data.images import decode_rgb
+
+files = [bytes.fromhex(line) for line in sys.stdin.read().split()]
+
+def results():
+    found = []
+    for data in files:
+        for part in (data, data[: len(data) // 2], data[:-20]):
+            try:
+                found.append(decode_rgb(part).tobytes())
+            except ImageError as error:
+                found.append(error.reason)
+    return found
+
+before = results()
+ImageFile.LOAD_TRUNCATED_IMAGES = True
+Image.MAX_IMAGE_PIXELS = 10
+PngImagePlugin.MAX_TEXT_CHUNK = 1
+GifImagePlugin.LOADING_STRATEGY = GifImagePlugin.LoadingStrategy.RGB_ALWAYS
+Image.init()
+for name in list(Image.OPEN):
+    Image.register_open(name, lambda stream, name: Image.new("RGB", (1, 1)), None)
+np.seterr(all="raise")
+warnings.simplefilter("error")
+assert results() == before, "the pixels changed"
+assert ImageFile.LOAD_TRUNCATED_IMAGES is True and Image.MAX_IMAGE_PIXELS == 10, "the process lost its own"
+"""
+    files = [encoded(kind, modes[0], 40, 30, 3) for kind, modes in MODES.items()]
+    files += [encoded("PNG", "I;16", 40, 30, 3), encoded("JPEG", "CMYK", 40, 30, 3)]
+    lines = "\n".join(data.hex() for data in files)
+    done = subprocess.run([sys.executable, "-c", script], input=lines, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_that_decode_give_the_process_its_switches_back(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = encoded("PNG", "RGB", 60, 50, 1)
+
+    def decode_half(_):
+        with pytest.raises(ImageError, match="truncated"):
+            decode_rgb(data[: len(data) // 2])
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(decode_half, range(200)))
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
