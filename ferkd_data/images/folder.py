@@ -3,55 +3,64 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ferkd_data.errors import ImageError, SourceError
+from ferkd_data.images.class_list import ClassList
+from ferkd_data.images.formats import EXTENSIONS, HEAD_BYTES, NO_IMAGES, UNSUPPORTED, decoded_kind, other_kind
+from ferkd_data.images.left_out import LeftOut
+from ferkd_data.images.names import skip_reason, split_of_folder
 from ferkd_data.images.patience import patiently, unreadable
 from ferkd_data.images.refs import ImageRef, Reject, check_key
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp")
-UNSUPPORTED = (
-    ".tif",
-    ".tiff",
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jp2",
-    ".jxl",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".svg",
-    ".tga",
-)
+SHOWN = 4
+"""Folders named in a message."""
 
 
 class FolderSource:
     """Keys are paths below the root, without extension and with forward slashes.
 
-    `class_folders` maps a class folder to its target; None means a flat folder, whose targets are unknown.
+    `class_folders` maps a class folder to its target, None where that is unknown. With None in its place, the images
+    lie in the root itself and have no targets.
     """
 
-    def __init__(self, root: Path, class_folders: dict[str, int] | None, class_names: tuple[str, ...] | None) -> None:
+    def __init__(
+        self, root: Path, class_folders: Mapping[str, int | None] | None, class_names: tuple[str, ...] | None
+    ) -> None:
         self.root = root
         self.class_folders = class_folders
         self.class_names = class_names
-        self.ignored_files: Counter[str] = Counter()
-        """After listing: files that are no images, counted by extension."""
+        self.left_out = LeftOut()
+        """After listing: everything below the root that is no image."""
+        self._nested = ""
+        """After listing: the first folder that lies below a class folder and holds images."""
 
     @property
     def description(self) -> str:
         return f"folder {self.root.resolve().name}"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self._nested:
+            return ()
+        above = self._nested.partition("/")[0]
+        return (f"images in folders below a class folder count for that class: those in {self._nested} for {above}",)
+
     def list_images(self) -> Iterator[ImageRef | Reject]:
-        self.ignored_files.clear()
+        self.left_out.start_from(LeftOut())
+        self._nested = ""
+        above = {_identity(self.root)}
+        found = _entries(self.root)
         if self.class_folders is None:
-            yield from self._list_folder("", None, set())
+            yield from self._list_files("", None, found)
+            self._count_folders(found)
             return
-        for name in sorted(self.class_folders):
-            yield from self._list_folder(name, self.class_folders[name], set())
+        self._count_files_beside(found)
+        for name in (name for name, kind in found.items() if kind == "folder"):
+            if name in self.class_folders:
+                yield from self._list_folder(name, self.class_folders[name], above)
+        self._count_folders({name: kind for name, kind in found.items() if name not in self.class_folders})
 
     def read(self, refs: Iterable[ImageRef]) -> Iterator[bytes | ImageError]:
         for ref in refs:
@@ -78,34 +87,34 @@ class FolderSource:
 
     def _list_folder(self, folder: str, target: int | None, above: set[tuple[int, int]]) -> Iterator[ImageRef | Reject]:
         """`above` holds the folders on the way down, so that a link to one of them ends there."""
-        path = self.root / folder
-        try:
-            status = path.stat()
-            identity = (status.st_dev, status.st_ino)
-            if identity in above:
-                return
-        except OSError as error:
-            raise SourceError(f"{path}: cannot be listed ({error.strerror})") from error
-        found = _entries(path)
-        yield from self._list_files(folder, target, {name: kind for name, kind in found.items() if kind != "folder"})
-        # A flat folder has no folders below it: `open_source` has looked.
-        for name in (name for name, kind in found.items() if kind == "folder" and self.class_folders is not None):
+        identity = _identity(self.root / folder)
+        if identity in above:
+            self.left_out.add("loop", folder)
+            return
+        found = _entries(self.root / folder)
+        for item in self._list_files(folder, target, found):
+            if "/" in folder and not self._nested:
+                self._nested = folder
+            yield item
+        for name in (name for name, kind in found.items() if kind == "folder"):
+            if self._count_if_skipped(folder, name):
+                continue
             yield from self._list_folder(f"{folder}/{name}", target, above | {identity})
 
-    def _list_files(self, folder: str, target: int | None, kinds: dict[str, str]) -> Iterator[ImageRef | Reject]:
+    def _list_files(self, folder: str, target: int | None, kinds: Mapping[str, str]) -> Iterator[ImageRef | Reject]:
         previous = ""
-        keyed = sorted((Path(name).stem, name) for name in kinds)
-        for stem, name in keyed:
+        keyed = sorted((_split(name), name) for name, kind in kinds.items() if kind != "folder")
+        for (stem, extension), name in keyed:
             file = f"{folder}/{name}" if folder else name
             key = f"{folder}/{stem}" if folder else stem
-            extension = Path(name).suffix.lower()
-            if extension in UNSUPPORTED:
-                yield Reject(key=key, reason="unsupported_format", detail=file)
-                continue
-            if extension not in EXTENSIONS:
-                self.ignored_files[extension] += 1
+            is_named_as_image = extension.lower() in EXTENSIONS and not name.startswith(".")
+            reason = None if is_named_as_image else self._reason_to_leave_out(file, name, kinds[name])
+            if reason:
+                self.left_out.add(reason, file)
                 continue
             try:
+                if not is_named_as_image:
+                    self._check_format(file)
                 check_key(key)
                 if kinds[name] != "file":
                     raise ImageError("unreadable", f"{file}: not a file, or a link that leads to none")
@@ -117,37 +126,190 @@ class FolderSource:
             previous = stem
             yield ImageRef(key=key, target=target, file=file, offset=0, length=-1)
 
+    def _reason_to_leave_out(self, file: str, name: str, kind: str) -> str | None:
+        """None for an image, also for one that will be rejected."""
+        skipped = skip_reason(name)
+        if skipped:
+            return skipped
+        extension = _extension(name)
+        if extension in EXTENSIONS or extension in UNSUPPORTED:
+            return None
+        if kind != "file":
+            return "special"
+        if extension in NO_IMAGES:
+            return extension
+        try:
+            head = _head(self.root / file)
+        except OSError:
+            return "unreadable"
+        if decoded_kind(head) or other_kind(head):
+            return None
+        return extension or "no_image"
 
-def open_folder(root: Path, classes: dict[str, tuple[int, str]] | None) -> FolderSource:
+    def _check_format(self, file: str) -> None:
+        """Raise ImageError for an image of another format; a JPEG that is called .tif or .heic is a JPEG."""
+        try:
+            head = _head(self.root / file)
+        except OSError as error:
+            raise unreadable(file, error) from error
+        if decoded_kind(head) is None:
+            raise ImageError("unsupported_format", f"{file}: {other_kind(head) or _extension(file)}")
+
+    def _count_if_skipped(self, folder: str, name: str) -> bool:
+        """Whether a folder is one of a system or hidden; its files are then counted."""
+        reason = skip_reason(name)
+        if reason:
+            file = f"{folder}/{name}" if folder else name
+            self.left_out.add(reason, file, max(1, _count_files(self.root / file)))
+        return reason is not None
+
+    def _count_files_beside(self, found: Mapping[str, str]) -> None:
+        """`open_folder` refuses images beside class folders, so that all files there are of other kinds."""
+        for name, kind in found.items():
+            if kind != "folder":
+                reason = self._reason_to_leave_out(name, name, kind) or "other"
+                self.left_out.add(reason, name)
+
+    def _count_folders(self, found: Mapping[str, str]) -> None:
+        """Folders beside the images that are no class folders: they hold none, or `open_folder` would refuse them."""
+        for name in (name for name, kind in found.items() if kind == "folder"):
+            if self._count_if_skipped("", name):
+                continue
+            self.left_out.add("empty_folder", name)
+            for _ in self._list_folder(name, None, {_identity(self.root)}):
+                pass
+
+
+def open_folder(root: Path, classes: ClassList | None) -> FolderSource:
     """Class folders where there are any, else a flat folder.
 
-    Raises SourceError for a class folder that `classes` does not name, and for images beside class folders.
+    Folders that hold no image are no classes. Raises SourceError for a class folder that `classes` does not name, for
+    images beside class folders, and for folders that are splits (train, val) or a layer above the class folders.
     """
     kinds = _entries(root)
-    folders = [name for name, kind in kinds.items() if kind == "folder"]
-    known = (*EXTENSIONS, *UNSUPPORTED)
-    images = [name for name, kind in kinds.items() if kind != "folder" and Path(name).suffix.lower() in known]
-    if folders and images:
+    below = [name for name, kind in kinds.items() if kind == "folder" and not skip_reason(name)]
+    folders = [name for name in below if folder_holds_images(root / name, frozenset({_identity(root)}))]
+    if not folders:
+        return FolderSource(root, None, None if classes is None else classes.names)
+    images = _first_image(root, kinds)
+    if images:
         raise SourceError(
-            f"{root}: holds images ({images[0]}) beside folders ({folders[0]}); "
+            f"{root}: holds images ({images}) beside folders ({folders[0]}); "
             "give a folder of class folders, or one flat folder of images"
         )
-    if not folders:
-        names = None if classes is None else tuple(name for _, name in classes.values())
-        return FolderSource(root, None, names)
+    named = {} if classes is None else classes.numbers
+    if _written_by_img2dataset(root, folders):
+        return FolderSource(root, dict.fromkeys(folders), None if classes is None else classes.names)
+    _check_levels(root, [name for name in folders if name not in named])
     if classes is None:
         return FolderSource(root, {name: i for i, name in enumerate(folders)}, tuple(folders))
-    unknown = [name for name in folders if name not in classes]
+    unknown = [name for name in folders if name not in named]
     if unknown:
-        raise SourceError(f"{root}: class folder {unknown[0]!r} is not in the classes file")
-    return FolderSource(root, {name: classes[name][0] for name in folders}, tuple(name for _, name in classes.values()))
+        raise SourceError(
+            f"{root}: class folder {unknown[0]!r} is not in the classes file {classes.where}, which begins with "
+            f"{', '.join(map(repr, classes.folders[:3]))}; each line there names a class folder"
+        )
+    return FolderSource(root, {name: named[name] for name in folders}, classes.names)
+
+
+def _check_levels(root: Path, folders: list[str]) -> None:
+    """Raise SourceError where `folders` lie above the class folders, or are the parts of a data set."""
+    splits = {name: split for name in folders if (split := split_of_folder(name))}
+    if splits and (len(splits) == len(folders) or len(set(splits.values())) > 1):
+        some = ", ".join(f"{name}/" for name in splits)
+        raise SourceError(
+            f"{root}: holds {some}, which look like the splits of a data set and not like classes; give one of them: "
+            f"{root / next(iter(splits))} (where they are classes, name them in --classes)"
+        )
+    if len(folders) == 1:
+        only = root / folders[0]
+        kinds = _entries(only)
+        inner = [name for name, kind in kinds.items() if kind == "folder" and not skip_reason(name)]
+        inner = [name for name in inner if folder_holds_images(only / name)]
+        if len(inner) > 1 and not _first_image(only, kinds):
+            raise SourceError(
+                f"{root}: holds one folder, {folders[0]}, whose folders look like the classes "
+                f"({', '.join(inner[:SHOWN])}); give {only} (where {folders[0]} is a class, name it in --classes)"
+            )
+
+
+def _written_by_img2dataset(root: Path, folders: list[str]) -> bool:
+    """Whether the folders are shards with a table beside each (00000 and 00000.parquet), and so no classes."""
+    return all(name.isdecimal() and (root / f"{name}.parquet").is_file() for name in folders)
+
+
+def folder_holds_images(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> bool:
+    """Whether an image lies in `folder` or below. Looks no further than to the first one. Raises SourceError."""
+    identity = _identity(folder)
+    if identity in above:
+        return False
+    folders = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if skip_reason(entry.name):
+                    continue
+                kind = _kind(entry)
+                if kind == "folder":
+                    folders.append(entry.name)
+                elif _is_image(Path(entry.path), kind):
+                    return True
+    except OSError as error:
+        raise SourceError(f"{folder}: cannot be listed ({error.strerror})") from error
+    return any(folder_holds_images(folder / name, above | {identity}) for name in sorted(folders))
+
+
+def _first_image(folder: Path, kinds: Mapping[str, str]) -> str | None:
+    names = (name for name, kind in kinds.items() if kind != "folder" and not skip_reason(name))
+    return next((name for name in names if _is_image(folder / name, kinds[name])), None)
+
+
+def _is_image(path: Path, kind: str) -> bool:
+    """By its name, or by its first bytes where the name says nothing."""
+    extension = _extension(path.name)
+    if extension in EXTENSIONS or extension in UNSUPPORTED:
+        return True
+    if kind != "file" or extension in NO_IMAGES:
+        return False
+    try:
+        head = _head(path)
+    except OSError:
+        return False
+    return bool(decoded_kind(head) or other_kind(head))
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Stem and extension; pathlib takes several times as long."""
+    return os.path.splitext(name)  # noqa: PTH122
+
+
+def _extension(name: str) -> str:
+    return _split(name)[1].lower()
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb", buffering=0) as stream:
+        return stream.read(HEAD_BYTES)
+
+
+def _count_files(folder: Path) -> int:
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What two paths to one folder have in common. Raises SourceError."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be listed ({error.strerror})") from error
+    return status.st_dev, status.st_ino
 
 
 def _entries(path: Path) -> dict[str, str]:
-    """Name -> `folder`, `file` or `other`, sorted by name; hidden ones left out. Raises SourceError."""
+    """Name -> `folder`, `file` or `other`, sorted by name. Raises SourceError."""
     try:
         with os.scandir(path) as entries:
-            return dict(sorted((entry.name, _kind(entry)) for entry in entries if not entry.name.startswith(".")))
+            return dict(sorted((entry.name, _kind(entry)) for entry in entries))
     except OSError as error:
         raise SourceError(f"{path}: cannot be listed ({error.strerror})") from error
 

@@ -1,9 +1,8 @@
-"""Parquet files in the form Hugging Face's datasets writes: `image` is a struct of bytes and path."""
+"""Parquet files with images in a column: a struct of bytes and path, as Hugging Face's datasets writes it, or bytes."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,42 +10,92 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ferkd_data.errors import ImageError, SourceError
+from ferkd_data.images.class_list import ClassList
 from ferkd_data.images.duplicates import DuplicateFilter
+from ferkd_data.images.label_texts import LabelCounts
+from ferkd_data.images.left_out import LeftOut
+from ferkd_data.images.parquet_columns import describe_differing, find_columns
 from ferkd_data.images.patience import patiently, unreadable
-from ferkd_data.images.refs import MAX_TARGET, ImageRef, Reject, check_key
+from ferkd_data.images.refs import ImageRef, Reject, check_key
 
-KEY_COLUMNS = ("key", "__key__", "id")
-TARGET_COLUMNS = ("label", "target", "cls")
+OWN_KEYS = ("key", "__key__")
+"""Columns whose values are keys whatever they are: the second image of a key is a reject."""
+MAX_TEXT_CLASSES = 100_000
+"""A text column with more different values names no classes."""
 READ_ROWS = 32
 """Rows decoded at a time: bounds what a large row group costs."""
+LISTED_ROWS = 4096
+
+Record = dict[str, Any]
+_KeyOf = Callable[[str, int, Record], str]
 
 
 class ParquetSource:
-    """Keys are the column key, __key__ or id; else the stem of `image.path`; else FILE/ROW."""
+    """Keys are the column key or __key__; else id, or the stem of the image's path, if unique; else FILE/ROW.
 
-    def __init__(self, root: Path, files: list[str], class_names: tuple[str, ...] | None) -> None:
+    Targets are the numbers of a label column (see `parquet_columns.TARGET_COLUMNS`), or its texts: by their place in
+    `classes`, else numbered in sorted order as class folders are. Names that a ClassLabel feature gives to numbers are
+    looked up in `classes` too.
+    """
+
+    def __init__(
+        self, root: Path, files: list[str], classes: ClassList | None, *, beside: LeftOut | None = None
+    ) -> None:
         self.root = root
         self.files = files
-        self.class_names = class_names if class_names is not None else _class_names(root / files[0])
+        self.classes = classes
+        self.columns = find_columns(root / files[0])
+        self.left_out = LeftOut()
+        """After listing: what `open_source` met beside the files."""
+        self._beside = beside or LeftOut()
+        self._labels = LabelCounts()
+        self._key_note = ""
+        self._texts: ClassList | None = None
+        """After listing: the texts of the label column, where no list of classes was given."""
+        self._numbers = self._renumbered()
+        self._stems = _stems(files)
+        for file in files[1:]:
+            differing = describe_differing(self.columns, find_columns(root / file))
+            if differing:
+                raise SourceError(f"{root / file}: has {differing[0]} where {files[0]} has the other; give them apart")
 
     @property
     def description(self) -> str:
-        return f"{len(self.files)} Parquet files in {self.root.name}"
+        count = len(self.files)
+        return f"{count} Parquet {'file' if count == 1 else 'files'} in {self.root.resolve().name}"
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        if self.classes is not None:
+            return self.classes.names
+        return self.columns.label_names if self._texts is None else self._texts.names
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        where = f": the columns are {', '.join(self.columns.names)}"
+        found = list(self._labels.notes(has_classes=self.classes is not None, where=where))
+        label = self.columns.label
+        if label is not None and self.columns.other_labels:
+            found.append(f"the ground truth is the column {label}, not {' or '.join(self.columns.other_labels)}")
+        return (*found, self._key_note) if self._key_note else tuple(found)
 
     def list_images(self) -> Iterator[ImageRef | Reject]:
+        self.left_out.start_from(self._beside)
+        self._labels = LabelCounts()
+        if self.columns.label_kind == "text" and self.classes is None:
+            self._texts = self._distinct_texts()
+        key_of, is_unique = self._choose_keys()
         with DuplicateFilter() as duplicates:
-            for file in self.files:
-                for row, (key, target) in enumerate(_rows(self.root / file)):
-                    try:
-                        check_key(key)
-                        if target is not None and target > MAX_TARGET:
-                            raise ImageError("corrupt", f"{file}, row {row}: class number {target} is out of range")
-                        if duplicates.seen(key):
-                            raise ImageError("duplicate_key", f"again in {file}, row {row}")
-                    except ImageError as error:
-                        yield Reject(key=key, reason=error.reason, detail=error.detail)
-                        continue
-                    yield ImageRef(key=key, target=target, file=file, offset=row, length=-1)
+            for file, row, record in self._records(self._listed_columns()):
+                key = key_of(file, row, record)
+                try:
+                    check_key(key)
+                    if not is_unique and duplicates.seen(key):
+                        raise ImageError("duplicate_key", f"again in {file}, row {row}")
+                except ImageError as error:
+                    yield Reject(key=key, reason=error.reason, detail=error.detail)
+                    continue
+                yield ImageRef(key=key, target=self._target(record), file=file, offset=row, length=-1)
 
     def read(self, refs: Iterable[ImageRef]) -> Iterator[bytes | ImageError]:
         cursor: _Cursor | None = None
@@ -61,7 +110,7 @@ class ParquetSource:
 
         def action() -> tuple[bytes | ImageError, _Cursor]:
             nonlocal cursor
-            mine, cursor = cursor or _Cursor(self.root, ref.file, ref.offset), None
+            mine, cursor = cursor or _Cursor(self.root, ref.file, ref.offset, self.columns.image), None
             return mine.advance_to(ref.offset), mine
 
         try:
@@ -75,12 +124,105 @@ class ParquetSource:
             raise data
         return data
 
+    def _target(self, record: Record) -> int | None:
+        label = None if self.columns.label is None else record.get(self.columns.label)
+        number = self._labels.count(label, self.classes or self._texts)
+        if number is None or self._numbers is None:
+            return number
+        return self._numbers[number] if number < len(self._numbers) else None
+
+    def _renumbered(self) -> tuple[int, ...] | None:
+        """The number in `classes` of each class that the label column names; None where it keeps its numbers.
+
+        Raises SourceError where only some of the names are in `classes`.
+        """
+        names = self.columns.label_names
+        if names is None or self.classes is None:
+            return None
+        unknown = [name for name in names if name not in self.classes.by_text]
+        if len(unknown) == len(names) == len(self.classes.names):
+            return None  # other names for the same classes
+        if unknown:
+            raise SourceError(
+                f"{self.root}: class {unknown[0]!r} of the column {self.columns.label} is not in the classes file "
+                f"{self.classes.where}"
+            )
+        return tuple(self.classes.by_text[name] for name in names)
+
+    def _distinct_texts(self) -> ClassList | None:
+        """The texts of the label column in sorted order; None where they are numbers, or too many to be classes."""
+        texts: set[str] = set()
+        label = str(self.columns.label)
+        for _, _, record in self._records([label]):
+            text = (record[label] or "").strip()
+            texts.update([text] if text else [])
+            if len(texts) > MAX_TEXT_CLASSES:
+                return None
+        if not texts or all(text.lstrip("+-").isdecimal() for text in texts):
+            return None
+        names = tuple(sorted(texts))
+        return ClassList(f"the column {label}", names, names)
+
+    def _choose_keys(self) -> tuple[_KeyOf, bool]:
+        """How the key of a row is made, and whether that is known to give each key once."""
+        own = next((name for name in OWN_KEYS if name in self.columns.keys), None)
+        if own is not None:
+            return lambda file, row, record: "" if record[own] is None else str(record[own]), False
+        repeated = []
+        for name, key_of in self._candidates():
+            twice = self._first_repeated(key_of)
+            if twice is None:
+                return key_of, True
+            repeated.append(f"{name} has {twice!r} twice")
+        if repeated:
+            self._key_note = f"keys are made of file and row, since {' and '.join(repeated)}"
+        return self._file_and_row, True
+
+    def _candidates(self) -> Iterator[tuple[str, _KeyOf]]:
+        if "id" in self.columns.keys:
+            yield "the column id", self._id
+        if self.columns.has_path:
+            yield f"{self.columns.image}.path", self._path_stem
+
+    def _id(self, file: str, row: int, record: Record) -> str:
+        return self._file_and_row(file, row, record) if record["id"] is None else str(record["id"])
+
+    def _path_stem(self, file: str, row: int, record: Record) -> str:
+        path = (record.get(self.columns.image) or {}).get("path")
+        return PurePosixPath(path.replace("\\", "/")).stem if path else self._file_and_row(file, row, record)
+
+    def _file_and_row(self, file: str, row: int, record: Record) -> str:
+        return f"{self._stems[file]}/{row:08d}"
+
+    def _first_repeated(self, key_of: _KeyOf) -> str | None:
+        with DuplicateFilter() as duplicates:
+            for file, row, record in self._records(self._listed_columns(with_label=False)):
+                key = key_of(file, row, record)
+                if duplicates.seen(key):
+                    return key
+        return None
+
+    def _listed_columns(self, *, with_label: bool = True) -> list[str]:
+        label = [self.columns.label] if with_label and self.columns.label else []
+        path = [f"{self.columns.image}.path"] if self.columns.has_path else []
+        return [*dict.fromkeys([*self.columns.keys, *label]), *path]
+
+    def _records(self, columns: list[str]) -> Iterator[tuple[str, int, Record]]:
+        """(file, row, values) of every row. Raises SourceError."""
+        for file in self.files:
+            try:
+                for row, record in enumerate(_read_records(self.root / file, columns)):
+                    yield file, row, record
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise SourceError(f"{self.root / file}: cannot be read to its end ({error})") from error
+
 
 class _Cursor:
     """Walks one file forward, starting at the row group that holds the first row asked for."""
 
-    def __init__(self, root: Path, file: str, row: int) -> None:
+    def __init__(self, root: Path, file: str, row: int, column: str) -> None:
         self.file = file
+        self._column = column
         try:
             opened = pq.ParquetFile(root / file)
         except (OSError, pa.ArrowException) as error:
@@ -91,7 +233,7 @@ class _Cursor:
             group += 1
         self.row = first
         groups = list(range(group, opened.num_row_groups))
-        self._batches = opened.iter_batches(READ_ROWS, row_groups=groups, columns=["image"], use_threads=False)
+        self._batches = opened.iter_batches(READ_ROWS, row_groups=groups, columns=[column], use_threads=False)
         self._batch: pa.RecordBatch | None = None
         self._batch_start = first
 
@@ -106,98 +248,29 @@ class _Cursor:
         except pa.ArrowException as error:
             return ImageError("unreadable", f"{self.file}, row {row}: {error}")
         self.row = row
-        image = self._batch.column("image")[row - self._batch_start].as_py() or {}
-        data = image.get("bytes")
-        if data is None:
-            return ImageError("missing_image", f"{self.file}, row {row} holds no image bytes")
+        return _bytes_of(self._batch.column(self._column)[row - self._batch_start].as_py(), f"{self.file}, row {row}")
+
+
+def _bytes_of(image: Any, where: str) -> bytes | ImageError:
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if data is not None:
         return bytes(data)
+    path = image.get("path") if isinstance(image, dict) else None
+    what = f"only a path ({path}), no image bytes" if path else "no image bytes"
+    return ImageError("missing_image", f"{where} holds {what}")
 
 
-def open_parquet(root: Path, classes: tuple[str, ...] | None) -> ParquetSource:
-    """A folder of Parquet files, or one file. Raises SourceError where they have no `image` struct with bytes."""
-    if root.is_file():
-        root, files = root.parent, [root.name]
-    else:
-        found = [*root.glob("*.parquet"), *root.glob("data/*.parquet")]
-        files = sorted(path.relative_to(root).as_posix() for path in found)
-    for file in files:
-        _check_schema(root / file)
-    return ParquetSource(root, files, classes)
-
-
-def _schema(path: Path) -> pa.Schema:
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"{path}: cannot be read as Parquet ({error})") from error
-
-
-def _check_schema(path: Path) -> None:
-    schema = _schema(path)
-    image = schema.field("image").type if "image" in schema.names else None
-    if image is None or not pa.types.is_struct(image) or not _is_binary(image, "bytes"):
-        raise SourceError(
-            f"{path}: needs a column `image` that is a struct with a binary field `bytes`, "
-            f"has columns {', '.join(schema.names)}"
-        )
-
-
-def _is_binary(struct: pa.StructType, name: str) -> bool:
-    index = struct.get_field_index(name)
-    return index >= 0 and bool(pa.types.is_binary(struct[index].type) or pa.types.is_large_binary(struct[index].type))
-
-
-def _rows(path: Path) -> Iterator[tuple[str, int | None]]:
-    """(key, target) of every row. Raises SourceError."""
-    try:
-        yield from _read_rows(path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise SourceError(f"{path}: cannot be read to its end ({error})") from error
-
-
-def _read_rows(path: Path) -> Iterator[tuple[str, int | None]]:
-    schema = _schema(path)
-    key_column = next((name for name in KEY_COLUMNS if name in schema.names), None)
-    target_column = next((name for name in TARGET_COLUMNS if _is_integer(schema, name)), None)
-    columns = [name for name in (key_column, target_column) if name]
-    if key_column is None and schema.field("image").type.get_field_index("path") >= 0:
-        columns.append("image.path")
-    row = 0
+def _read_records(path: Path, columns: list[str]) -> Iterator[Record]:
     with pq.ParquetFile(path) as file:
-        total = file.metadata.num_rows
         if not columns:
-            yield from ((f"{_stem(path.name)}/{row:08d}", None) for row in range(total))
+            yield from ({} for _ in range(file.metadata.num_rows))
             return
-        for batch in file.iter_batches(4096, columns=columns, use_threads=False):
-            for record in batch.to_pylist():
-                target = record.get(target_column) if target_column else None
-                # datasets writes -1 for a label that is not given.
-                yield _key(path, row, record, key_column), None if target is None or target < 0 else target
-                row += 1
+        for batch in file.iter_batches(LISTED_ROWS, columns=columns, use_threads=False):
+            yield from batch.to_pylist()
 
 
-def _key(path: Path, row: int, record: dict[str, Any], key_column: str | None) -> str:
-    if key_column is not None:
-        key = record[key_column]
-        return "" if key is None else str(key)
-    image_path = (record.get("image") or {}).get("path")
-    return PurePosixPath(image_path).stem if image_path else f"{_stem(path.name)}/{row:08d}"
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix(".parquet").replace(".", "-")
-
-
-def _is_integer(schema: pa.Schema, name: str) -> bool:
-    return name in schema.names and pa.types.is_integer(schema.field(name).type)
-
-
-def _class_names(path: Path) -> tuple[str, ...] | None:
-    """Names from the feature description that datasets leaves in the schema's metadata."""
-    metadata = _schema(path).metadata or {}
-    try:
-        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        names = next((features[column].get("names") for column in TARGET_COLUMNS if column in features), None)
-    except (ValueError, AttributeError):
-        return None
-    return tuple(str(name) for name in names) if names else None
+def _stems(files: list[str]) -> dict[str, str]:
+    """File -> the first part of its rows' keys: its name, or its path below the root where names are not unique."""
+    names = {file: PurePosixPath(file).name for file in files}
+    chosen = names if len(set(names.values())) == len(files) else {file: file for file in files}
+    return {file: name.removesuffix(".parquet").replace(".", "-") for file, name in chosen.items()}

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Protocol, TypeVar
 
 from ferkd_data.errors import ImageError
+from ferkd_data.images.left_out import LeftOut
 
 Item = TypeVar("Item")
 
@@ -23,7 +24,7 @@ REASONS: dict[str, str] = {
     "duplicate_key": "an earlier image has the same key",
     "empty": "the file has no bytes",
     "not_an_image": "the bytes are of no image format",
-    "unsupported_format": "an image, but not JPEG, PNG, WebP, GIF or BMP",
+    "unsupported_format": "an image, but not JPEG, PNG, WebP, GIF or BMP, or with pixels of an unknown kind",
     "truncated": "the image ends too early",
     "corrupt": "the image cannot be decoded",
     "zero_sized": "the image has no pixels",
@@ -63,7 +64,16 @@ class ImageSource(Protocol):
     def description(self) -> str: ...
 
     @property
-    def class_names(self) -> tuple[str, ...] | None: ...
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the numbered classes. After listing where they are found in the images' own labels."""
+
+    @property
+    def left_out(self) -> LeftOut:
+        """After listing: the files that are no images of this source."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """After listing: what a person should know of how the source was read, a sentence each."""
 
     def list_images(self) -> Iterator[ImageRef | Reject]:
         """Every image once, streaming. Raises SourceError."""
@@ -76,7 +86,7 @@ class ImageSource(Protocol):
 
 
 def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Of a listing that may be long: so many at a time, in order, the last group as short as it comes."""
+    """Cut a listing that may be long into lists of `size` items, in order; the last one may be shorter."""
     stream = iter(items)
     while group := list(islice(stream, size)):
         yield group

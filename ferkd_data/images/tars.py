@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
 from ferkd_data.errors import ImageError, SourceError
+from ferkd_data.images.class_list import ClassList
 from ferkd_data.images.duplicates import DuplicateFilter
-from ferkd_data.images.folder import EXTENSIONS, UNSUPPORTED
+from ferkd_data.images.formats import EXTENSIONS, HEAD_BYTES, NO_IMAGES, UNSUPPORTED, decoded_kind, other_kind
+from ferkd_data.images.label_texts import LabelCounts
+from ferkd_data.images.left_out import LeftOut
+from ferkd_data.images.names import skip_reason_of_path
 from ferkd_data.images.patience import PatientFile, unreadable
-from ferkd_data.images.refs import MAX_TARGET, ImageRef, Reject, check_key
+from ferkd_data.images.refs import ImageRef, Reject, check_key
 from ferkd_data.storage import CHUNK_BYTES
 
-TARGET_FIELDS = ("label", "target", "cls", "class")
+TARGET_SUFFIXES = ("cls", "class", "label", "target")
+TARGET_FIELDS = (
+    "label",
+    "target",
+    "cls",
+    "class",
+    "labels",
+    "class_id",
+    "class_index",
+    "class_idx",
+    "label_id",
+    "fine_label",
+    "class_name",
+    "label_name",
+)
+NUMBER = re.compile(r"[-+]?\d{1,18}")
 MAX_TARGET_BYTES = 2**20
 DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
 """What tarfile raises for headers that claim absurd sizes or nest without end."""
@@ -24,22 +44,38 @@ DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, Memory
 class TarSource:
     """Keys are the member names up to the first dot of the last component, as WebDataset splits them.
 
-    Targets come from `KEY.cls` (a number), or from `KEY.json` with a field label, target, cls or class.
+    Targets come from `KEY.cls` (a number, or a text that `classes` lists), or from a field of `KEY.json` such as
+    label, target, cls or class. `beside` is what `open_source` met beside the tars.
     """
 
-    def __init__(self, tars: list[str], class_names: tuple[str, ...] | None) -> None:
+    def __init__(self, tars: list[str], classes: ClassList | None, *, beside: LeftOut | None = None) -> None:
         self.tars = tars
-        self.class_names = class_names
+        self.classes = classes
+        self.class_names = None if classes is None else classes.names
+        self.left_out = LeftOut()
+        """After listing: members that are no images and belong to none, and `beside`."""
+        self._beside = beside or LeftOut()
+        self._labels = LabelCounts()
 
     @property
     def description(self) -> str:
         first = PurePosixPath(self.tars[0]).name
+        if len(self.tars) == 1:
+            return f"tar {first}"
         return f"{len(self.tars)} tars, {first} .. {PurePosixPath(self.tars[-1]).name}"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        members = ", ".join(sorted(self._labels.suffixes))
+        where = f": the samples hold {members}; it is read from cls, or from label, target, cls or class in json"
+        return tuple(self._labels.notes(has_classes=self.classes is not None, where=where))
+
     def list_images(self) -> Iterator[ImageRef | Reject]:
+        self.left_out.start_from(self._beside)
+        self._labels = LabelCounts()
         with DuplicateFilter() as duplicates:
             for tar in self.tars:
-                for item in _list_tar(tar):
+                for item in self._list_tar(tar):
                     if isinstance(item, ImageRef) and duplicates.seen(item.key):
                         yield Reject(key=item.key, reason="duplicate_key", detail=f"again in {tar}")
                     else:
@@ -66,6 +102,58 @@ class TarSource:
             raise data
         return data
 
+    def _list_tar(self, name: str) -> Iterator[ImageRef | Reject]:
+        try:
+            with PatientFile(name) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as tar:
+                parts: list[tuple[str, tarfile.TarInfo]] = []
+                key = None
+                for member in _headers(tar, stream):
+                    member_key, suffix = split_member(member.name)
+                    if not self._belongs_to_a_sample(name, member, suffix, stream):
+                        continue
+                    if member_key != key:
+                        yield from self._sample(name, key, parts, stream)
+                        key, parts = member_key, []
+                    parts.append((suffix, member))
+                yield from self._sample(name, key, parts, stream)
+        except tarfile.ReadError as error:
+            raise SourceError(
+                f"{name}: not an uncompressed tar, or damaged ({error}); unpack compressed tars first"
+            ) from error
+        except DAMAGE as error:
+            raise SourceError(f"{name}: cannot be read as a tar ({str(error) or type(error).__name__})") from error
+
+    def _belongs_to_a_sample(self, tar: str, member: tarfile.TarInfo, suffix: str, stream: PatientFile) -> bool:
+        """Whether WebDataset would take it; what systems add to a tar must not come between a sample's members."""
+        if member.isdir():
+            return False
+        skipped = skip_reason_of_path(member.name)
+        if skipped:
+            self.left_out.add(skipped, f"{tar}: {member.name}")
+            return False
+        is_image_link = (member.islnk() or member.issym()) and _extension(suffix) in EXTENSIONS
+        if not member.isreg() and not is_image_link:
+            self.left_out.add("special", f"{tar}: {member.name}")
+            return False
+        if not suffix and not _looks_like_an_image(member, stream):
+            self.left_out.add("no_image", f"{tar}: {member.name}")
+            return False
+        return True
+
+    def _sample(
+        self, tar: str, key: str | None, parts: list[tuple[str, tarfile.TarInfo]], stream: PatientFile
+    ) -> Iterator[ImageRef | Reject]:
+        if key is None or not parts:
+            return
+        try:
+            check_key(key)
+            member = _image_of(tar, parts, stream)
+        except ImageError as error:
+            yield Reject(key=key, reason=error.reason, detail=error.detail)
+            return
+        target = self._labels.count(_label(parts, stream), self.classes, [suffix for suffix, _ in parts])
+        yield ImageRef(key=key, target=target, file=tar, offset=member.offset_data, length=member.size)
+
 
 def _read_at(stream: PatientFile, ref: ImageRef) -> bytes | ImageError:
     try:
@@ -76,29 +164,6 @@ def _read_at(stream: PatientFile, ref: ImageRef) -> bytes | ImageError:
     if len(data) != ref.length:
         return ImageError("unreadable", f"{ref.file}: ends within the image; did the tar change?")
     return data
-
-
-def _list_tar(name: str) -> Iterator[ImageRef | Reject]:
-    try:
-        with PatientFile(name) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as tar:
-            parts: list[tuple[str, tarfile.TarInfo]] = []
-            key = None
-            for member in _headers(tar, stream):
-                member_key, suffix = split_member(member.name)
-                is_image_link = (member.islnk() or member.issym()) and _extension(suffix) in EXTENSIONS
-                if not member.isreg() and not is_image_link:
-                    continue
-                if member_key != key:
-                    yield from _sample(name, key, parts, stream)
-                    key, parts = member_key, []
-                parts.append((suffix, member))
-            yield from _sample(name, key, parts, stream)
-    except tarfile.ReadError as error:
-        raise SourceError(
-            f"{name}: not an uncompressed tar, or damaged ({error}); unpack compressed tars first"
-        ) from error
-    except DAMAGE as error:
-        raise SourceError(f"{name}: cannot be read as a tar ({str(error) or type(error).__name__})") from error
 
 
 def _headers(tar: tarfile.TarFile, stream: PatientFile) -> Iterator[tarfile.TarInfo]:
@@ -130,60 +195,72 @@ def split_member(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix
 
 
-def _sample(
-    tar: str, key: str | None, parts: list[tuple[str, tarfile.TarInfo]], stream: PatientFile
-) -> Iterator[ImageRef | Reject]:
-    if key is None or not parts:
-        return
-    images = [(suffix, member) for suffix, member in parts if _extension(suffix) in EXTENSIONS]
-    try:
-        check_key(key)
-        if len(images) > 1:
-            names = " and ".join(member.name for _, member in images[:2])
-            raise ImageError("bad_key", f"{tar}: {names} are one sample to WebDataset, which cuts at the first dot")
-        if not images:
-            unsupported = [member.name for suffix, member in parts if _extension(suffix) in UNSUPPORTED]
-            if unsupported:
-                raise ImageError("unsupported_format", f"{tar}: {unsupported[0]}")
-            raise ImageError("missing_image", f"{tar}: the sample holds {sorted(s for s, _ in parts)}")
-        if not _is_plain(images[0][1]):
-            raise ImageError("unreadable", f"{tar}: {images[0][1].name} is a link or a sparse file; store its bytes")
-        target = _target(parts, stream)
-    except ImageError as error:
-        yield Reject(key=key, reason=error.reason, detail=error.detail)
-        return
-    member = images[0][1]
-    yield ImageRef(key=key, target=target, file=tar, offset=member.offset_data, length=member.size)
+def _image_of(tar: str, parts: list[tuple[str, tarfile.TarInfo]], stream: PatientFile) -> tarfile.TarInfo:
+    """The one image of a sample. Raises ImageError."""
+    images = [member for suffix, member in parts if _extension(suffix) in EXTENSIONS]
+    if not images:
+        unknown = [(suffix, member) for suffix, member in parts if _extension(suffix) not in NO_IMAGES]
+        images = [member for suffix, member in unknown if suffix not in TARGET_SUFFIXES and _is_decoded(member, stream)]
+    if len(images) > 1:
+        names = " and ".join(member.name for member in images[:2])
+        raise ImageError("bad_key", f"{tar}: {names} are one sample to WebDataset, which cuts at the first dot")
+    if not images:
+        for suffix, member in parts:
+            kind = _extension(suffix) if _extension(suffix) in UNSUPPORTED else other_kind(_head(member, stream))
+            if kind:
+                raise ImageError("unsupported_format", f"{tar}: {member.name} ({kind})")
+        raise ImageError("missing_image", f"{tar}: the sample holds {sorted(s for s, _ in parts)}")
+    if not _is_plain(images[0]):
+        raise ImageError("unreadable", f"{tar}: {images[0].name} is a link or a sparse file; store its bytes")
+    return images[0]
+
+
+def _head(member: tarfile.TarInfo, stream: PatientFile) -> bytes:
+    """The first bytes of a member whose bytes lie in the tar. Leaves the stream where it was."""
+    if not _is_plain(member):
+        return b""
+    position = stream.tell()
+    stream.seek(member.offset_data)
+    head = stream.read(min(member.size, HEAD_BYTES))
+    stream.seek(position)
+    return head
+
+
+def _is_decoded(member: tarfile.TarInfo, stream: PatientFile) -> bool:
+    return decoded_kind(_head(member, stream)) is not None
+
+
+def _looks_like_an_image(member: tarfile.TarInfo, stream: PatientFile) -> bool:
+    head = _head(member, stream)
+    return bool(decoded_kind(head) or other_kind(head))
 
 
 def _extension(suffix: str) -> str:
     return "." + suffix.rpartition(".")[2].lower()
 
 
-def _target(parts: list[tuple[str, tarfile.TarInfo]], stream: PatientFile) -> int | None:
-    members = {suffix: member for suffix, member in parts if suffix in ("cls", "json")}
-    if not members:
-        return None
-    suffix = "cls" if "cls" in members else "json"
-    member = members[suffix]
+def _label(parts: list[tuple[str, tarfile.TarInfo]], stream: PatientFile) -> Any:
+    """The class that a sample's members name: a number, a text, or None; anything else makes no sense."""
+    for suffix, member in parts:
+        if suffix in TARGET_SUFFIXES:
+            text = _read_member(member, stream).decode("utf-8", "replace").strip()
+            return int(text) if NUMBER.fullmatch(text) else text
+    for suffix, member in parts:
+        if suffix == "json":
+            try:
+                content = json.loads(_read_member(member, stream))
+            except (ValueError, RecursionError):
+                return b"not JSON"
+            fields = content if isinstance(content, dict) else {}
+            return next((fields[name] for name in TARGET_FIELDS if fields.get(name) is not None), None)
+    return None
+
+
+def _read_member(member: tarfile.TarInfo, stream: PatientFile) -> bytes:
     if not _is_plain(member):
-        raise ImageError("corrupt", f"{member.name} is a sparse file; store its bytes")
+        return b""
     position = stream.tell()
     stream.seek(member.offset_data)
     text = stream.read(min(member.size, MAX_TARGET_BYTES))
     stream.seek(position)
-    try:
-        target = int(text) if suffix == "cls" else _json_target(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ImageError("corrupt", f"{member.name} holds no class number ({text[:40]!r})") from error
-    if target is not None and not 0 <= target <= MAX_TARGET:
-        raise ImageError("corrupt", f"{member.name}: class number {target} is out of range")
-    return target
-
-
-def _json_target(content: Any) -> int | None:
-    """The class number in a sample's JSON, None where it names none. Raises ValueError, TypeError."""
-    value = next((content[name] for name in TARGET_FIELDS if name in content), None)
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError(f"{value} is no class number")
-    return None if value is None else int(value)
+    return text

@@ -183,7 +183,7 @@ def raw_png(color_type, depth, samples, *chunks):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    height, width, channels = samples.shape
+    height, width, _ = samples.shape
     if depth < 8:
         bits = np.unpackbits(samples.reshape(height, -1, 1).astype(np.uint8), axis=2)[..., 8 - depth :]
         rows = np.packbits(bits.reshape(height, -1), axis=1)

@@ -71,12 +71,13 @@ def test_a_flat_folder_is_unlabelled(tmp_path):
         (tmp_path / name).write_bytes(jpeg())
     source = open_source(tmp_path)
     assert [(ref.key, ref.target) for ref in refs(source)] == [("a", None), ("b", None)]
-    assert source.ignored_files == {".txt": 1}
+    assert source.left_out.counts == {".txt": 1, "hidden": 1}
 
 
 def test_images_beside_folders_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "x.jpg").write_bytes(jpeg())
+    (tmp_path / "a/y.jpg").write_bytes(jpeg())
     with pytest.raises(SourceError, match="beside folders"):
         open_source(tmp_path)
 
@@ -113,11 +114,23 @@ def test_targets_in_tars(tmp_path, extra, target):
     assert [ref.target for ref in refs(open_source(tmp_path / "a.tar"))] == [target]
 
 
-@pytest.mark.parametrize("data", [b"seven", b"-1", b"[" * 5000, b"99999999999"])
-def test_a_target_that_is_no_class_number_is_a_reject(tmp_path, data):
-    write_tar(tmp_path / "a.tar", [("k.jpg", jpeg()), ("k.cls", data)])
-    (item,) = open_source(tmp_path / "a.tar").list_images()
-    assert isinstance(item, Reject) and item.reason == "corrupt"
+@pytest.mark.parametrize(
+    ("name", "data", "note"),
+    [
+        ("k.cls", b"seven", "1 image with labels that need --classes to be numbered, such as 'seven': no ground truth"),
+        ("k.cls", b"99999999999", "1 image with labels that name no class, such as 99999999999"),
+        ("k.json", b"[" * 5000, "1 image with labels that name no class, such as b'not JSON'"),
+        ("k.json", b'{"label": [1, 2]}', "1 image with labels that name no class, such as [1, 2]"),
+        ("k.json", b'{"label": 0.5}', "1 image with labels that name no class, such as 0.5"),
+        ("k.cls", b"-1", "no ground truth was found: the samples hold cls, jpg"),
+        ("k.txt", b"a cat", "no ground truth was found: the samples hold jpg, txt"),
+    ],
+)
+def test_a_label_that_is_no_class_number_leaves_the_image_without_ground_truth_and_says_so(tmp_path, name, data, note):
+    write_tar(tmp_path / "a.tar", [("k.jpg", jpeg()), (name, data)])
+    source = open_source(tmp_path / "a.tar")
+    assert [ref.target for ref in refs(source)] == [None]
+    assert source.notes[0].startswith(note)
 
 
 def test_class_names_and_labels_of_hugging_face_parquet(tmp_path):
@@ -140,11 +153,14 @@ def test_class_names_and_labels_of_hugging_face_parquet(tmp_path):
     [
         (lambda p: p / "nowhere", "no such folder or file"),
         (lambda p: p / "*.tar", "no such file"),
-        (lambda p: p / "*.parquet", "give the folder that holds the Parquet files"),
+        (lambda p: p / "*.parquet", "no such file"),
+        (lambda p: p / "x.parquet", "no such file"),
+        (lambda p: "https://example.org/x.parquet", "download the files"),
         (lambda p: write(p / "x.tar", b"no tar" * 200), "not an uncompressed tar"),
-        (lambda p: write(p / "x.tar.gz", b"\x1f\x8b" + bytes(2000)), "unpack compressed tars"),
+        (lambda p: write(p / "x.tar.gz", b"\x1f\x8b" + bytes(2000)), "unpack it first"),
         (lambda p: write(p / "x.parquet", b"no parquet"), "cannot be read as Parquet"),
-        (lambda p: write(p / "x.zip", b""), "neither a folder"),
+        (lambda p: write(p / "x.zip", b""), "unpack it first"),
+        (lambda p: write(p / "x.doc", b""), "neither a folder"),
     ],
 )
 def test_what_is_no_source_says_so(tmp_path, make, message):
@@ -223,7 +239,7 @@ def test_one_key_in_two_tars_and_in_two_parquet_files(tmp_path):
         write_tar(tmp_path / f"{name}.tar", [("k.jpg", jpeg()), (f"{name}.jpg", jpeg())])
         (tmp_path / "hf").mkdir(exist_ok=True)
         images = [{"bytes": jpeg(), "path": "x/k.jpg"}, {"bytes": jpeg(), "path": f"{name}.jpg"}]
-        pq.write_table(pa.table({"image": images}), tmp_path / f"hf/{name}.parquet")
+        pq.write_table(pa.table({"image": images, "key": ["k", name]}), tmp_path / f"hf/{name}.parquet")
     for spec in (str(tmp_path / "*.tar"), tmp_path / "hf"):
         source = open_source(spec)
         assert [ref.key for ref in refs(source)] == ["k", "a", "b"]
@@ -239,8 +255,12 @@ def test_samples_that_cannot_be_used(tmp_path):
 
 
 def test_files_of_other_formats_in_folders(tmp_path):
-    for name in ("a.tiff", "b.HEIC", "c.jpg", "d.v2.jpg"):
+    """By their bytes: a JPEG that is called .tif is a JPEG."""
+    for name in ("a.tiff", "b.HEIC"):
+        (tmp_path / name).write_bytes(b"MM\0*" + bytes(40))
+    for name in ("c.jpg", "d.v2.jpg", "e.tif", "f.heic"):
         (tmp_path / name).write_bytes(jpeg())
+    assert [ref.key for ref in refs(open_source(tmp_path))] == ["c", "e", "f"]
     assert rejected(open_source(tmp_path)) == [
         ("a", "unsupported_format"),
         ("b", "unsupported_format"),
@@ -248,6 +268,7 @@ def test_files_of_other_formats_in_folders(tmp_path):
     ]
     (tmp_path / "c.jpg").rename(tmp_path / "c.tif")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/x.jpg").write_bytes(jpeg())
     with pytest.raises(SourceError, match=r"holds images \(a\.tiff\) beside folders"):
         open_source(tmp_path)
 

@@ -1,0 +1,159 @@
+"""SOURCE as a person gives it, to the reader for it; or one sentence that says what to give instead."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+from ferkd_data.errors import SourceError
+from ferkd_data.images.class_list import ClassList, read_class_list
+from ferkd_data.images.folder import FolderSource, folder_holds_images, open_folder
+from ferkd_data.images.hf_parquet import ParquetSource
+from ferkd_data.images.left_out import LeftOut
+from ferkd_data.images.names import skip_reason, splits_of_files
+from ferkd_data.images.parquet_columns import holds_images
+from ferkd_data.images.tars import TarSource
+from ferkd_data.storage import expand, is_url
+
+LEVELS = 3
+"""How deep Parquet files lie at most: CONFIG/SPLIT/0000.parquet."""
+FOLDERS_TRIED = 8
+NAMES_TRIED = 64
+ARCHIVES = (".zip", ".7z", ".rar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
+
+
+def open_source(
+    source: str | Path, *, classes: Path | ClassList | None = None
+) -> TarSource | FolderSource | ParquetSource:
+    """A folder of class folders, a flat folder, a folder of Parquet files, or tars or Parquet files by glob or braces.
+
+    `classes` is a file with one line per class, in the order of the teachers' outputs (see `read_class_list`). Without
+    it, class folders are numbered in sorted order. A leading `~` is the home folder.
+
+    Raises SourceError when nothing is found, when it is none of these, and when it could mean several things, such as
+    a folder of the splits train and val.
+    """
+    listed = read_class_list(classes.expanduser()) if isinstance(classes, Path) else classes
+    text = os.path.expanduser(str(source))  # noqa: PTH111 (a pattern or a URL is no path)
+    path = Path(text)
+    if path.is_dir():
+        return _open_folder(path, listed)
+    if is_url(text):
+        if _is_parquet(text):
+            raise SourceError(f"{text}: Parquet is read from this machine; download the files and give their folder")
+        return TarSource(expand(text), listed)
+    if path.is_file():
+        return _open_files([text], listed)
+    if any(mark in text for mark in "*?[{"):
+        return _open_files(expand(text), listed)
+    if ".tar" in path.name or _is_parquet(text):
+        raise SourceError(f"{text}: no such file")
+    raise SourceError(f"{text}: no such folder or file; SOURCE is a folder of images, tars, or Parquet files")
+
+
+def _open_folder(path: Path, classes: ClassList | None) -> TarSource | FolderSource | ParquetSource:
+    tars = sorted(str(tar) for tar in path.glob("*.tar") if not skip_reason(tar.name))
+    tables = _find_parquet(path)
+    tables_hold_images = bool(tables) and holds_images(path / tables[0])
+    if tars and tables_hold_images:
+        raise SourceError(f"{path}: holds tars and Parquet files with images; say which: '{path}/*.tar' or a pattern")
+    if tars:
+        _ask_for_a_split(path, [PurePosixPath(tar).name for tar in tars], ".tar")
+        return TarSource(tars, classes, beside=_beside(path, set(tars)))
+    if not tables or (not tables_hold_images and folder_holds_images(path)):
+        return open_folder(path, classes)
+    _ask_for_a_split(path, tables, ".parquet")
+    _ask_for_a_folder(path, tables)
+    return ParquetSource(path, tables, classes, beside=_beside(path, {str(path / table) for table in tables}))
+
+
+def _open_files(files: list[str], classes: ClassList | None) -> TarSource | ParquetSource:
+    """The files that a pattern named, or one file."""
+    if all(map(_is_parquet, files)):
+        folder = Path(os.path.commonpath([str(Path(file).parent) for file in files]))
+        return ParquetSource(folder, [Path(file).relative_to(folder).as_posix() for file in files], classes)
+    if any(map(_is_parquet, files)):
+        raise SourceError(f"{files[0]}: the pattern names Parquet files and others; give one kind")
+    for file in files:
+        name = file.lower()
+        if name.endswith(ARCHIVES):
+            raise SourceError(f"{file}: unpack it first, or write an uncompressed tar; archives are not read in place")
+        if not Path(file).is_file():
+            raise SourceError(f"{file}: is a folder; give one folder, or a pattern of tars or Parquet files")
+        if ".tar" not in PurePosixPath(name).name:
+            raise SourceError(f"{file}: is neither a folder, nor a tar, nor a Parquet file")
+    return TarSource(files, classes)
+
+
+def _is_parquet(name: str) -> bool:
+    return name.lower().endswith((".parquet", ".pq"))
+
+
+def _find_parquet(root: Path) -> list[str]:
+    """Parquet files below `root`, as paths from there in their order."""
+    if not _may_hold_parquet(root, LEVELS):
+        return []
+    found = [path.relative_to(root).as_posix() for path in root.rglob("*") if _is_parquet(path.name) and path.is_file()]
+    return sorted(name for name in found if not any(map(skip_reason, name.split("/"))))
+
+
+def _may_hold_parquet(folder: Path, levels: int) -> bool:
+    """By the first names that its folders have: class folders are not to be listed twice, which may hold millions."""
+    if any(folder.glob("*.parquet")) if levels == LEVELS else any(map(_is_parquet, _first_names(folder))):
+        return True
+    inner = [folder / name for name in _first_names(folder) if not skip_reason(name) and (folder / name).is_dir()]
+    return levels > 1 and any(_may_hold_parquet(path, levels - 1) for path in inner[:FOLDERS_TRIED])
+
+
+def _first_names(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in islice(entries, NAMES_TRIED))
+
+
+def _ask_for_a_split(path: Path, files: list[str], extension: str) -> None:
+    """Raise SourceError where the files are those of several splits."""
+    splits = splits_of_files(files)
+    if len(splits) < 2 or set(splits) == {"", next(iter(splits))}:
+        return
+    counts = ", ".join(f"{name or 'others'} ({len(files)})" for name, files in sorted(splits.items()))
+    first = next(files[0] for name, files in sorted(splits.items()) if name)
+    pattern = _pattern_of(first, extension)
+    raise SourceError(
+        f"{path}: holds several splits: {counts}; give one of them as a pattern, such as '{path}/{pattern}' (in quotes)"
+    )
+
+
+def _pattern_of(file: str, extension: str) -> str:
+    """data/train-00000-of-00002.parquet -> data/train-*.parquet."""
+    folder, slash, name = file.rpartition("/")
+    stem = name.removesuffix(extension)
+    start = stem.rstrip("0123456789").removesuffix("-of-").rstrip("0123456789")
+    return f"{folder}{slash}{start}*{extension}"
+
+
+def _ask_for_a_folder(path: Path, files: list[str]) -> None:
+    """Raise SourceError where the files lie in several folders, as the configurations of one data set do."""
+    folders = sorted({file.rpartition("/")[0] for file in files})
+    if len(folders) > 1:
+        some = ", ".join(folder or "." for folder in folders[:4])
+        raise SourceError(
+            f"{path}: Parquet files with images lie in several folders ({some}); give one of them, or "
+            f"'{path}/**/*.parquet' (in quotes) for all"
+        )
+
+
+def _beside(path: Path, taken: set[str]) -> LeftOut:
+    """Everything below `path` but the files that are read, for the listing to count."""
+    found = LeftOut()
+    for folder, folders, files in os.walk(path):
+        folders.sort()
+        for name in sorted(files):
+            file = Path(folder, name)
+            if str(file) in taken:
+                continue
+            shown = file.relative_to(path).as_posix()
+            skipped = next(filter(None, map(skip_reason, shown.split("/"))), None)
+            is_table = _is_parquet(name) and any(other.endswith(".tar") for other in taken)
+            found.add(skipped or ("beside_tars" if is_table else file.suffix.lower() or "no_image"), shown)
+    return found

@@ -1,0 +1,190 @@
+"""Which columns of Parquet files hold the images, their keys and their classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ferkd_data.errors import SourceError
+from ferkd_data.images.formats import HEAD_BYTES, decoded_kind, other_kind
+
+KEY_COLUMNS = ("key", "__key__", "id")
+FIRST_ROWS = 64
+"""Looked at to tell whether a column of bytes holds images."""
+IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+TARGET_COLUMNS = (
+    "label",
+    "target",
+    "cls",
+    "class",
+    "labels",
+    "targets",
+    "fine_label",
+    "fine_labels",
+    "class_id",
+    "class_index",
+    "class_idx",
+    "label_id",
+    "category",
+    "category_id",
+    "class_label",
+    "class_name",
+    "label_name",
+    "label_text",
+    "y",
+)
+LabelKind = Literal["number", "float", "text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetColumns:
+    image: str
+    is_struct: bool
+    """A struct with a field `bytes`, as Hugging Face's datasets writes it; else the column is binary itself."""
+    has_path: bool
+    keys: tuple[str, ...]
+    """Columns that could hold keys, the likeliest first."""
+    label: str | None
+    label_kind: LabelKind | None
+    label_names: tuple[str, ...] | None
+    """Names of the classes by their numbers, from a ClassLabel feature."""
+    other_labels: tuple[str, ...]
+    """Columns that could have been the label as well."""
+    names: tuple[str, ...]
+
+
+def find_columns(path: Path) -> ParquetColumns:
+    """Raises SourceError for a file that is no Parquet, or that holds no images."""
+    schema = read_schema(path)
+    features = _features(schema)
+    image = _image_column(path, schema, features)
+    kind = schema.field(image).type
+    is_struct = pa.types.is_struct(kind)
+    labels = _label_columns(schema, features)
+    label = labels[0] if labels else None
+    names = features.get(label or "", {}).get("names")
+    return ParquetColumns(
+        image=image,
+        is_struct=is_struct,
+        has_path=is_struct and kind.get_field_index("path") >= 0,
+        keys=tuple(name for name in KEY_COLUMNS if name in schema.names and name != image),
+        label=label,
+        label_kind=None if label is None else _label_kind(schema.field(label).type),
+        label_names=tuple(map(str, names)) if isinstance(names, list) and names else None,
+        other_labels=tuple(labels[1:]),
+        names=tuple(schema.names),
+    )
+
+
+def read_schema(path: Path) -> pa.Schema:
+    """Raises SourceError."""
+    try:
+        return pq.read_schema(path)
+    except (OSError, pa.ArrowException) as error:
+        raise SourceError(f"{path}: cannot be read as Parquet ({error})") from error
+
+
+def holds_images(path: Path) -> bool:
+    """Whether a Parquet file has a column of images. Raises SourceError for a file that is no Parquet."""
+    schema = read_schema(path)
+    return bool(_image_columns(path, schema, _features(schema)))
+
+
+def _image_column(path: Path, schema: pa.Schema, features: Mapping[str, Any]) -> str:
+    found = _image_columns(path, schema, features)
+    if not found:
+        texts = [name for name in IMAGE_COLUMNS if name in schema.names and _is_text(schema.field(name).type)]
+        why = f"; {texts[0]} holds texts, perhaps paths or URLs: the bytes have to be in the file" if texts else ""
+        raise SourceError(
+            f"{path}: needs a column of images (binary, or a struct with a binary field `bytes`, such as `image`), "
+            f"has columns {', '.join(schema.names)}{why}"
+        )
+    known = [name for name in IMAGE_COLUMNS if name in found]
+    if not known and len(found) > 1:
+        raise SourceError(f"{path}: holds images in {' and '.join(found)}; call the one that is meant `image`")
+    return (known or found)[0]
+
+
+def _image_columns(path: Path, schema: pa.Schema, features: Mapping[str, Any]) -> list[str]:
+    """Those named as images, or declared as such, whose type fits; else binary columns that begin with an image."""
+    fitting = [field.name for field in schema if _fits_images(field.type)]
+    declared = [name for name in fitting if features.get(name, {}).get("_type") == "Image"]
+    structs = [name for name in fitting if pa.types.is_struct(schema.field(name).type)]
+    named = [name for name in IMAGE_COLUMNS if name in fitting]
+    binaries = [name for name in named if name not in structs]
+    certain = [name for name in fitting if name in (*declared, *structs)]
+    return certain or [name for name in binaries or fitting if _begins_with_an_image(path, name)]
+
+
+def _fits_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _is_binary(kind[index].type)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _begins_with_an_image(path: Path, column: str) -> bool:
+    """Whether the first value that is not null begins like an image; also where all of the first rows are null."""
+    with pq.ParquetFile(path) as file:
+        batch = next(file.iter_batches(FIRST_ROWS, columns=[column], use_threads=False), None)
+    values = [] if batch is None else batch.column(0).drop_null().to_pylist()
+    head = values[0][:HEAD_BYTES] if values else b""
+    return not values or bool(decoded_kind(head) or other_kind(head))
+
+
+def _label_columns(schema: pa.Schema, features: Mapping[str, Any]) -> list[str]:
+    """Possible ground truth, the likeliest first: a ClassLabel with a usual name, another one, then by name alone."""
+    fitting = [field.name for field in schema if _label_kind(field.type)]
+    declared = [name for name in fitting if features.get(name, {}).get("_type") == "ClassLabel"]
+    named = [name for name in TARGET_COLUMNS if name in fitting]
+    numbers = [name for name in named if _label_kind(schema.field(name).type) == "number"]
+    order = [name for name in TARGET_COLUMNS if name in declared] + declared + numbers + named
+    return list(dict.fromkeys(order))
+
+
+def _label_kind(kind: pa.DataType) -> LabelKind | None:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        return "number"
+    if pa.types.is_floating(kind):
+        return "float"
+    return "text" if _is_text(kind) else None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """The feature of each column, as datasets leaves them in the schema's metadata."""
+    try:
+        content = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = content["info"]["features"]
+        return {str(name): feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def describe_differing(columns: ParquetColumns, other: ParquetColumns) -> Sequence[str]:
+    """What keeps two files from being read as one source."""
+    return [
+        f"{what} {mine or 'none'} and {theirs or 'none'}"
+        for what, mine, theirs in (
+            ("images in", columns.image, other.image),
+            ("labels in", columns.label, other.label),
+            ("labels as", columns.label_kind, other.label_kind),
+            ("classes", columns.label_names, other.label_names),
+        )
+        if mine != theirs
+    ]
