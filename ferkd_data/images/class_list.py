@@ -99,8 +99,8 @@ def _from_wordnet_lines(path: Path, lines: list[str]) -> list[tuple[str, str]]:
     if all(NUMBERED_NAME.match(name) for _, name in found):
         raise SourceError(
             f"{path}: its lines carry class numbers of their own ({lines[0]!r}), as in ImageNet's development kit, "
-            "whose order is not that of common teachers; give a file whose lines are in the order of the outputs, such as "
-            "LOC_synset_mapping.txt"
+            "whose order is not that of common teachers; give a file whose lines are in the order of the outputs, such "
+            "as LOC_synset_mapping.txt"
         )
     return found
 
