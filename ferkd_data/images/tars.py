@@ -148,10 +148,11 @@ class TarSource:
         try:
             check_key(key)
             member = _image_of(tar, parts, stream)
+            label = _label(parts, stream)
         except ImageError as error:
             yield Reject(key=key, reason=error.reason, detail=error.detail)
             return
-        target = self._labels.count(_label(parts, stream), self.classes, [suffix for suffix, _ in parts])
+        target = self._labels.count(label, self.classes, [suffix for suffix, _ in parts])
         yield ImageRef(key=key, target=target, file=tar, offset=member.offset_data, length=member.size)
 
 
@@ -240,7 +241,10 @@ def _extension(suffix: str) -> str:
 
 
 def _label(parts: list[tuple[str, tarfile.TarInfo]], stream: PatientFile) -> Any:
-    """The class that a sample's members name: a number, a text, or None; anything else makes no sense."""
+    """The class that a sample's members name: a number, a text, or None; anything else makes no sense.
+
+    Raises ImageError.
+    """
     for suffix, member in parts:
         if suffix in TARGET_SUFFIXES:
             text = _read_member(member, stream).decode("utf-8", "replace").strip()
@@ -252,13 +256,15 @@ def _label(parts: list[tuple[str, tarfile.TarInfo]], stream: PatientFile) -> Any
             except (ValueError, RecursionError):
                 return b"not JSON"
             fields = content if isinstance(content, dict) else {}
-            return next((fields[name] for name in TARGET_FIELDS if fields.get(name) is not None), None)
+            label = next((fields[name] for name in TARGET_FIELDS if fields.get(name) is not None), None)
+            return b"true or false" if isinstance(label, bool) else label
     return None
 
 
 def _read_member(member: tarfile.TarInfo, stream: PatientFile) -> bytes:
+    """Raises ImageError."""
     if not _is_plain(member):
-        return b""
+        raise ImageError("corrupt", f"{member.name} is a sparse file; store its bytes")
     position = stream.tell()
     stream.seek(member.offset_data)
     text = stream.read(min(member.size, MAX_TARGET_BYTES))

@@ -253,7 +253,7 @@ def test_a_linked_image_is_a_reject(tmp_path, kind):
     assert isinstance(second, Reject) and (second.key, second.reason) == ("b", "unreadable")
 
 
-@pytest.mark.parametrize("name", ["../k.jpg", "/k.jpg", "a/../k.jpg", "a\\k.jpg", "a\nb.jpg", ".jpg", "__k__.jpg"])
+@pytest.mark.parametrize("name", ["../k.jpg", "/k.jpg", "a/../k.jpg", "a\\k.jpg", "a\nb.jpg", "__k__.jpg"])
 def test_member_names_that_climb_or_hide(tmp_path, name):
     (item,) = listed(tar_of(tmp_path / "a.tar", (member(name, len(JPEG)), JPEG)))
     assert isinstance(item, Reject) and item.reason == "bad_key"
@@ -268,10 +268,13 @@ def test_a_member_name_that_is_not_utf8(tmp_path):
 @pytest.mark.parametrize("suffix", ["cls", "json"])
 @pytest.mark.parametrize("number", [b"Infinity", b"-1", b"1e400", b"3.7", b"true", b"[[", b"", b"\xff", b"9" * 5000])
 def test_labels_that_are_no_class_number(tmp_path, suffix, number):
+    """The image is not corrupt for that: its ground truth is unknown, and the listing says so."""
     text = number if suffix == "cls" else b'{"label": ' + number + b"}"
     path = tar_of(tmp_path / "a.tar", (member("k.jpg", len(JPEG)), JPEG), (member(f"k.{suffix}", len(text)), text))
-    (item,) = listed(path)
-    assert isinstance(item, Reject) and item.reason == "corrupt"
+    source = open_source(path)
+    (item,) = source.list_images()
+    assert isinstance(item, ImageRef) and item.target is None
+    assert len(source.notes) == 1
 
 
 @settings(max_examples=300, deadline=None)
