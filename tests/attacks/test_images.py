@@ -320,10 +320,12 @@ def parquet_of(path, **columns):
     return path
 
 
-def test_a_null_key_and_a_label_beyond_int32_are_rejects(tmp_path):
-    first, second = listed(parquet_of(tmp_path / "a.parquet", key=["a", None], label=[2**40, 1]))
-    assert isinstance(first, Reject) and (first.key, first.reason) == ("a", "corrupt")
+def test_a_null_key_is_a_reject_and_a_label_beyond_int32_none(tmp_path):
+    source = open_source(parquet_of(tmp_path / "a.parquet", key=["a", None], label=[2**40, 1]))
+    first, second = source.list_images()
+    assert isinstance(first, ImageRef) and (first.key, first.target) == ("a", None)
     assert isinstance(second, Reject) and second.reason == "bad_key"
+    assert source.notes == ("1 image with labels that name no class, such as 1099511627776",)
 
 
 def test_keys_that_are_not_utf8(tmp_path):
