@@ -1,4 +1,4 @@
-"""Is every teacher wired right? Accuracy and calibration error on labelled images, before a week is spent.
+"""Accuracy and calibration error of teachers on labelled images, to find out whether each is wired right.
 
 Legend: B images, C classes, S input size, T teachers.
 """
@@ -16,15 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ferkd_data.crops import Crops
 from ferkd_data.ensemble import Ensemble, combine
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images import ImageRef, ImageSource, Reject, decode_rgb, open_source
-from ferkd_data.replay import replay
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
+from ferkd_data.teachers.classes import check_class_count, check_class_order
+from ferkd_data.teachers.probe import centre_crop, check_answers, count_different, odd_answers
 
-CENTRE_SHARE = 0.875
-"""Share of the shorter side that the evaluated square spans, as in the usual resize-256-crop-224."""
 BATCH_IMAGES = 16
 ECE_BINS = 15
 NORMALISATIONS = {
@@ -74,13 +72,22 @@ def evaluate(
     The first `diagnose` of them are also shown to each teacher under the other common normalisations, and a warning
     says where one of those does clearly better.
 
-    Raises SourceError when no image has a target.
+    Raises SourceError when no image has a target, UsageError when targets and outputs cannot be the same classes,
+    TeacherError when a teacher gives no class logits (see ferkd_data.teachers.probe).
     """
     images = open_source(source, classes=None if classes is None else Path(classes))
     models = load_teachers(teachers, device=device, precision=precision)
-    refs, rejects, unlabelled = _choose(images, limit)
+    refs, rejects, unlabelled, max_target = _choose(images, limit)
     if not refs:
         raise SourceError(f"{source}: no image has a target, so nothing can be evaluated")
+    check_class_count(
+        models[0].num_classes,
+        class_names=images.class_names,
+        max_target=max_target,
+        classes_given=classes is not None,
+    )
+    for model in models:
+        check_class_order(images.class_names, model)
     gathered = _Gathered(len(models))
     for pixels, targets, broken in _batches(images, refs):
         rejects += broken
@@ -95,6 +102,8 @@ def evaluate(
         for model, z in zip(models, logits, strict=True)
     ]
     warnings = _warnings(models, scores, gathered)
+    for model, z in zip(models, logits, strict=True):
+        warnings += [f"{model.spec}: {hint}" for hint in (*model.hints, *odd_answers(z, model))]
     if len(models) > 1:
         together = combine(
             logits,
@@ -125,8 +134,9 @@ class _Gathered:
         target = torch.tensor(targets)
         look = self.diagnosed < diagnose
         for i, model in enumerate(models):
-            batch = torch.cat([_centre(image, model) for image in pixels]).to(device)
+            batch = torch.cat([centre_crop(image, model) for image in pixels]).to(device)
             logits = model.logits(batch).cpu()
+            check_answers(logits, count_different(batch), model)
             self.logits[i].append(logits)
             if look:
                 self.right[i] += _right(logits, target)
@@ -137,16 +147,24 @@ class _Gathered:
         self.diagnosed += len(targets) if look else 0
 
 
-def _choose(source: ImageSource, limit: int | None) -> tuple[list[ImageRef], int, int]:
-    """Up to `limit` labelled references spread evenly over the listing, in two passes of flat memory."""
+def _choose(source: ImageSource, limit: int | None) -> tuple[list[ImageRef], int, int, int]:
+    """Up to `limit` labelled references spread evenly over the listing, in two passes of flat memory.
+
+    Then the numbers of rejects and of unlabelled images, and the largest target of all.
+    """
     labelled = rejects = unlabelled = 0
+    max_target = -1
     for item in source.list_images():
-        labelled += isinstance(item, ImageRef) and item.target is not None
-        unlabelled += isinstance(item, ImageRef) and item.target is None
-        rejects += isinstance(item, Reject)
+        if isinstance(item, Reject):
+            rejects += 1
+        elif item.target is None:
+            unlabelled += 1
+        else:
+            labelled += 1
+            max_target = max(max_target, item.target)
     step = 1 if limit is None else max(1, math.ceil(labelled / limit))
     known = (item for item in source.list_images() if isinstance(item, ImageRef) and item.target is not None)
-    return list(itertools.islice(known, 0, None, step)), rejects, unlabelled
+    return list(itertools.islice(known, 0, None, step)), rejects, unlabelled, max_target
 
 
 def _batches(
@@ -164,15 +182,6 @@ def _batches(
             except ImageError:
                 broken += 1
         yield pixels, targets, broken
-
-
-def _centre(image_HWC: npt.NDArray[np.uint8], model: Teacher) -> Tensor:
-    height, width = image_HWC.shape[:2]
-    side = max(1, round(min(height, width) * CENTRE_SHARE))
-    box = np.array([[(height - side) // 2, (width - side) // 2, side, side]], np.uint16)
-    wanted = model.preprocessing
-    crops = Crops(boxes=box, flip=np.array([False]))
-    return replay(image_HWC, crops, size=wanted.size, interpolation=wanted.interpolation)
 
 
 def _right(logits: Tensor, target: Tensor) -> int:

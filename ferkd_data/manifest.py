@@ -79,7 +79,7 @@ class TeacherEntry(Record):
     spec: str
     name: str
     digest: Sha256
-    """SHA-256 of the weights."""
+    """SHA-256 over the weights, buffers and hyperparameters of the model, or over its files."""
     num_classes: Annotated[int, Field(ge=1)]
     size: Annotated[int, Field(ge=1)]
     interpolation: Literal["bilinear", "bicubic"]

@@ -15,6 +15,7 @@ from ferkd_data.builder.labelling.forwards import Forwards, Nobody, Observer
 from ferkd_data.builder.labelling.label_shard import Tools
 from ferkd_data.builder.labelling.staging import current_device, open_staging
 from ferkd_data.builder.settings import BuildSettings
+from ferkd_data.errors import TeacherError
 from ferkd_data.images import ImageSource, open_source
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.compiled import compile_teachers
@@ -39,6 +40,8 @@ class Job:
     teacher_timeout: float | None = None
     """Seconds a worker may wait for a teacher before the driver ends it."""
     fail_on_reject: bool = False
+    digests: tuple[str, ...] = ()
+    """Of the teachers as the driver loaded them; each worker's own must have the same."""
 
     @property
     def name(self) -> str:
@@ -58,7 +61,7 @@ def open_tools(
         current_device(device),
         ThreadPoolExecutor(job.workers, thread_name_prefix="ferkd-data", initializer=_compute_alone) as executor,
     ):
-        loaded = teachers or load_teachers(job.teachers, device=device, precision=job.precision)
+        loaded = teachers or _load_teachers(job, device)
         # This thread keeps the number it has: it would take that of the pool if it had not asked for its own before.
         torch.get_num_threads()
         if job.compile:
@@ -76,6 +79,19 @@ def open_tools(
             forwards=Forwards(observer=observer or Nobody()),
             fail_on_reject=job.fail_on_reject,
         )
+
+
+def _load_teachers(job: Job, device: str) -> list[Teacher]:
+    """Raises TeacherError where a teacher is not the one that the driver loaded."""
+    loaded = load_teachers(job.teachers, device=device, precision=job.precision)
+    for teacher, digest in zip(loaded, job.digests, strict=False):
+        if teacher.digest != digest:
+            raise TeacherError(
+                f"teacher {teacher.spec}: is another model in this worker than in the process that began the build "
+                f"(digest {teacher.digest[:12]}, not {digest[:12]}); are its weights random, or its files changing? "
+                "Load them from a file, or set the seed in its factory"
+            )
+    return loaded
 
 
 def _compute_alone() -> None:

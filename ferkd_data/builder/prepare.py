@@ -25,6 +25,7 @@ from ferkd_data.errors import BuildError, FerkdError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.manifest import TeacherEntry, identity_of, read_manifest_bytes
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
+from ferkd_data.teachers.classes import check_class_count, check_class_order
 
 OnError = Literal["reject", "fail"]
 
@@ -66,6 +67,8 @@ class Prepared:
     def _plan_and_facts(self, folder: BuildFolder) -> tuple[Plan, Facts]:
         plan = self._plan(folder)
         check_targets(plan, self.ensemble[0].num_classes, classes_given=self.job.classes is not None)
+        for teacher in self.ensemble:
+            check_class_order(plan.summary.class_names, teacher)
         facts = Facts(
             teachers=tuple(teacher_entry(teacher) for teacher in self.ensemble),
             num_classes=self.ensemble[0].num_classes,
@@ -138,6 +141,7 @@ def prepare(
             raise UsageError(f"top_k {settings.top_k} is more than the teachers' {ensemble[0].num_classes} classes")
         if base is not None:
             base.check_teachers([teacher_entry(teacher) for teacher in ensemble])
+        job = replace(job, digests=tuple(teacher.digest for teacher in ensemble))
         yield Prepared(job=job, workplace=workplace, images=images, ensemble=ensemble, base=base)
 
 
@@ -149,15 +153,12 @@ def _base(place: Path | str) -> Base:
 
 def check_targets(plan: Plan, num_classes: int, *, classes_given: bool) -> None:
     """Raise UsageError where targets and teachers' outputs cannot mean the same classes."""
-    summary = plan.summary
-    if summary.max_target >= num_classes:
-        raise UsageError(f"the images have targets up to {summary.max_target}, the teachers know {num_classes} classes")
-    numbered_folders = summary.class_names is not None and not classes_given and summary.max_target >= 0
-    if numbered_folders and len(summary.class_names or ()) != num_classes:
-        raise UsageError(
-            f"{len(summary.class_names or ())} classes in the source, {num_classes} in the teachers: which is which? "
-            "Give --classes FILE, one line per class folder in the order of the teachers' outputs"
-        )
+    check_class_count(
+        num_classes,
+        class_names=plan.summary.class_names,
+        max_target=plan.summary.max_target,
+        classes_given=classes_given,
+    )
 
 
 def class_names(plan: Plan, teachers: Sequence[Teacher]) -> tuple[str, ...] | None:

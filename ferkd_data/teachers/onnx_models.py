@@ -11,7 +11,8 @@ import io
 import json
 import logging
 import warnings
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,28 @@ from torch import Tensor, nn
 
 from ferkd_data import extras
 from ferkd_data.errors import TeacherError
-from ferkd_data.storage import sha256_file, write_atomically
+from ferkd_data.storage import write_atomically
+from ferkd_data.teachers.digest import onnx_digest, with_choices
 from ferkd_data.teachers.memory import is_out_of_memory
+from ferkd_data.teachers.outputs import check_activation, check_shape, to_logits
 from ferkd_data.teachers.spec import Preprocessing, TeacherSpec, Triple
-from ferkd_data.teachers.teacher import Precision, normalisation, preprocessing_of
+from ferkd_data.teachers.teacher import Precision, normalisation, preprocessing_of, two_pictures
 
 PREPROCESSING_FIELD = "ferkd_data.preprocessing"
 """Key in the model's metadata under which `export_onnx` keeps the preprocessing as JSON."""
 CUDA_PROVIDER = "CUDAExecutionProvider"
+INPUT_TYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+}
 WARNINGS_AND_UP = 3
 
 
 class OnnxTeacher:
+    """An ONNX file, run by ONNX Runtime. Raises TeacherError, MissingExtraError."""
+
     published_top1: float | None = None
     class_names: tuple[str, ...] | None = None
 
@@ -45,24 +56,25 @@ class OnnxTeacher:
             raise TeacherError(f"teacher {spec}: an ONNX file has its own precision; use --precision fp32")
         self.spec = spec
         self.precision: Precision = precision
-        self.digest = sha256_file(path)
         self.session = self._open(runtime, path, device)
-        source = self.session.get_inputs()[0]
-        self.input_name = source.name
-        self.fixed_batch = source.shape[0] if isinstance(source.shape[0], int) else None
-        self.preprocessing = self._preprocessing(source.shape)
+        self.digest = with_choices(onnx_digest(path, spec), spec)
+        self.input = self._input()
+        self.input_name = self.input.name
+        self.output_names = self._outputs()
+        self.fixed_batch = self.input.batch
+        self.preprocessing = self._preprocessing()
         self.scale, self.shift = normalisation(self.preprocessing, torch.device("cpu"))
-        size = self.preprocessing.size
-        self.num_classes = int(self.logits(torch.zeros((1, 3, size, size), dtype=torch.uint8)).shape[1])
+        self.num_classes = self._first_answer()
+        one_by_one = "takes one image at a time, which is slow; export it with an open batch size"
+        self.hints: tuple[str, ...] = (one_by_one,) if self.fixed_batch == 1 else ()
 
     def logits(self, images_BCSS: Tensor) -> Tensor:
-        # One pass that converts and makes the channels planes, which ONNX wants, then two in place.
-        # From a GPU the bytes are fetched as they are, a quarter of what the same numbers take as float32.
-        planes = torch.empty(images_BCSS.shape, dtype=torch.float32).copy_(images_BCSS.cpu())
-        normalised = planes.mul_(self.scale).add_(self.shift).numpy()
-        steps = self.fixed_batch or len(normalised)
-        parts = [self._run(normalised[start : start + steps]) for start in range(0, len(normalised), steps)]
-        return torch.from_numpy(np.concatenate(parts)).to(images_BCSS.device, non_blocking=True)
+        output = self._answer(images_BCSS)
+        if output.shape[1] != self.num_classes:
+            raise TeacherError(
+                f"teacher {self.spec}: gave {output.shape[1]} classes, after {self.num_classes} at its start"
+            )
+        return to_logits(output, self.spec.activation).to(images_BCSS.device, non_blocking=True)
 
     def renormalised(self, mean: Triple, std: Triple) -> OnnxTeacher:
         other = copy.copy(self)
@@ -70,11 +82,21 @@ class OnnxTeacher:
         other.scale, other.shift = normalisation(other.preprocessing, torch.device("cpu"))
         return other
 
+    def _answer(self, images_BCSS: Tensor) -> Tensor:
+        """Output (B, C) float32 on the CPU."""
+        # One pass that converts and makes the channels planes, which ONNX wants, then two in place.
+        # From a GPU the bytes are fetched as they are, a quarter of what the same numbers take as float32.
+        planes = torch.empty(images_BCSS.shape, dtype=torch.float32).copy_(images_BCSS.cpu())
+        normalised = self.input.arranged(planes.mul_(self.scale).add_(self.shift))
+        steps = self.fixed_batch or len(normalised)
+        parts = [self._run(normalised[start : start + steps]) for start in range(0, len(normalised), steps)]
+        return torch.from_numpy(np.concatenate(parts))
+
     def _run(self, batch: Any) -> Any:
         short = 0 if self.fixed_batch is None else self.fixed_batch - len(batch)
         padded = np.concatenate([batch, np.repeat(batch[-1:], short, axis=0)]) if short else batch
         try:
-            output = self.session.run(None, {self.input_name: padded})[0]
+            output = self.session.run(self.output_names, {self.input_name: padded})[0]
         except Exception as error:
             # ONNX Runtime's own exceptions share no base but Exception.
             if "onnxruntime" not in type(error).__module__:
@@ -82,8 +104,8 @@ class OnnxTeacher:
             if is_out_of_memory(error):
                 raise torch.cuda.OutOfMemoryError(str(error)) from error
             raise TeacherError(f"teacher {self.spec}: cannot run on {padded.shape}: {error}") from error
-        if output.ndim != 2:
-            raise TeacherError(f"teacher {self.spec}: gives shape {output.shape}, expected (B, classes)")
+        output = output.reshape(len(output), -1) if sum(side != 1 for side in output.shape[1:]) <= 1 else output
+        check_shape(torch.from_numpy(output), len(padded), self.spec)
         return output[: len(batch)].astype(np.float32, copy=False)
 
     def _open(self, runtime: Any, path: Path, device: str) -> Any:
@@ -114,17 +136,98 @@ class OnnxTeacher:
             )
         return session
 
-    def _preprocessing(self, shape: list[Any]) -> Preprocessing:
-        known = json.loads(self.session.get_modelmeta().custom_metadata_map.get(PREPROCESSING_FIELD, "{}"))
-        if isinstance(shape[-1], int):
-            known.setdefault("size", shape[-1])
-        if len(shape) != 4 or shape[1] not in (3, "3") or shape[-1] != shape[-2]:
-            raise TeacherError(f"teacher {self.spec}: takes input {shape}; expected (B, 3, S, S)")
-        return preprocessing_of(self.spec, **known)
+    def _input(self) -> OnnxInput:
+        inputs = self.session.get_inputs()
+        if len(inputs) != 1:
+            named = ", ".join(f"{each.name} {each.shape}" for each in inputs)
+            raise TeacherError(f"teacher {self.spec}: has {len(inputs)} inputs ({named}), expected one, the images")
+        shape, dtype = inputs[0].shape, INPUT_TYPES.get(inputs[0].type)
+        if dtype is None:
+            raise TeacherError(f"teacher {self.spec}: takes {inputs[0].type}; expected {', '.join(INPUT_TYPES)}")
+        if len(shape) != 4 or not (_is_rgb(shape, 1) or _is_rgb(shape, 3)):
+            raise TeacherError(f"teacher {self.spec}: takes input {shape}; expected (B, 3, S, S) or (B, S, S, 3)")
+        found = OnnxInput(name=inputs[0].name, shape=tuple(shape), dtype=dtype, channels_last=not _is_rgb(shape, 1))
+        if len(found.fixed_sides) > 1:
+            raise TeacherError(f"teacher {self.spec}: takes input {shape}; only square images are supported")
+        return found
+
+    def _outputs(self) -> list[str]:
+        """The output to compute, alone."""
+        shapes = {each.name: each.shape for each in self.session.get_outputs()}
+        wanted = self.spec.output
+        if wanted is None and len(shapes) > 1:
+            listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise TeacherError(
+                f"teacher {self.spec}: has {len(shapes)} outputs: {listed}; say which holds the logits with the "
+                f"option output, such as ?output={next(reversed(shapes))}"
+            )
+        if wanted is not None and wanted not in shapes:
+            raise TeacherError(f"teacher {self.spec}: has no output {wanted!r}; its outputs are {', '.join(shapes)}")
+        return [wanted or next(iter(shapes))]
+
+    def _preprocessing(self) -> Preprocessing:
+        stored = self.session.get_modelmeta().custom_metadata_map.get(PREPROCESSING_FIELD, "{}")
+        known = json.loads(stored)
+        fixed = next(iter(self.input.fixed_sides), None)
+        if fixed is not None:
+            known.setdefault("size", fixed)
+        if self.input.dtype == np.uint8:
+            # Such a model normalises by itself: it wants the pixel values.
+            known = {"mean": (0.0,), "std": (1 / 255,), **known}
+        chosen = preprocessing_of(self.spec, **known)
+        if fixed is not None and chosen.size != fixed:
+            raise TeacherError(f"teacher {self.spec}: takes {fixed}x{fixed} images and no other size")
+        return chosen
+
+    def _first_answer(self) -> int:
+        """The number of classes, found with two pictures; or with one, where the model says nothing of its batch."""
+        pictures = two_pictures(self.preprocessing.size)
+        try:
+            output = self._answer(pictures)
+        except TeacherError:
+            if self.fixed_batch is not None:
+                raise
+            # A batch size of 1 that is written into the graph, and not in its input.
+            self.fixed_batch = 1
+            output = self._answer(pictures)
+        check_activation(output, self.spec)
+        return int(output.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxInput:
+    """The one input of a model; sides are numbers where they are fixed, else names or None."""
+
+    name: str
+    shape: tuple[Any, ...]
+    dtype: Any
+    channels_last: bool
+    """(B, S, S, 3), as TensorFlow has it."""
+
+    @property
+    def batch(self) -> int | None:
+        return self.shape[0] if isinstance(self.shape[0], int) and self.shape[0] > 0 else None
+
+    @property
+    def fixed_sides(self) -> set[int]:
+        """Height and width, so far as they are fixed."""
+        sides = self.shape[1:3] if self.channels_last else self.shape[2:]
+        return {side for side in sides if isinstance(side, int) and side > 0}
+
+    def arranged(self, planes_BCSS: Tensor) -> Any:
+        """An array in the layout and type that the model takes."""
+        ordered = planes_BCSS.permute(0, 2, 3, 1).contiguous() if self.channels_last else planes_BCSS
+        array = ordered.numpy()
+        return (array.round() if self.dtype == np.uint8 else array).astype(self.dtype, copy=False)
+
+
+def _is_rgb(shape: Sequence[Any], axis: int) -> bool:
+    """Whether the axis can hold three channels: a 3, or a side left open while the last one is no 3."""
+    return shape[axis] in (3, "3") or (axis == 1 and not isinstance(shape[1], int) and shape[3] not in (3, "3"))
 
 
 def cuda_options(device: torch.device) -> dict[str, str]:
-    """On the GPU that was asked for, in float32 indeed, and with kernels that are chosen without measuring."""
+    """Options for the GPU that was asked for, full float32, and kernels chosen without timing them."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return {"device_id": str(index), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch import nn
 from ferkd_data.errors import FerkdError, TeacherError
 from ferkd_data.storage import sha256_file
 from ferkd_data.teachers.checkpoint import load_checkpoint
+from ferkd_data.teachers.digest import joined, module_digest, source_digest
 from ferkd_data.teachers.spec import TeacherSpec
-from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_of, state_digest
+from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_of, reason
 
-KNOWN = ("size", "interpolation", "mean", "std")
+KNOWN = ("size", "interpolation", "mean", "std", "crop_pct")
 
 
 def load_torchscript(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
@@ -44,14 +46,17 @@ def load_python(spec: TeacherSpec, *, device: str, precision: Precision) -> Modu
     if spec.checkpoint is not None:
         load_checkpoint(module, Path(spec.checkpoint), teacher=str(spec))
     known = getattr(module, "preprocessing", None) or {}
-    unknown = set(known) - set(KNOWN)
-    if unknown:
-        raise TeacherError(f"teacher {spec}: its preprocessing has unknown entries {sorted(unknown)}; known: {KNOWN}")
+    if not isinstance(known, Mapping) or set(known) - set(KNOWN):
+        raise TeacherError(
+            f"teacher {spec}: the attribute preprocessing of its module must be a dict with entries among "
+            f"{', '.join(KNOWN)}, got {sorted(map(str, known)) if isinstance(known, Mapping) else type(known).__name__}"
+        )
+    package = spec.name.partition(":")[0].partition(".")[0]
     return ModuleTeacher(
         module,
         spec,
         preprocessing_of(spec, **known),
-        digest=state_digest(module.state_dict()),
+        digest=joined(module_digest(module, spec), source_digest(module, package)),
         device=device,
         precision=precision,
     )
@@ -65,18 +70,21 @@ def _make(spec: TeacherSpec) -> nn.Module:
         # As with `python -m`: a teacher in the working directory needs no installation.
         sys.path.insert(0, "")
     try:
-        function = getattr(importlib.import_module(package), factory)
+        source = importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise TeacherError(f"teacher {spec}: {error}; is it installed, or in the working directory?") from error
-    except AttributeError as error:
-        raise TeacherError(f"teacher {spec}: module {package} has no {factory}") from error
+    except (Exception, SystemExit) as error:
+        # The builder's own code, here and below, which may raise anything.
+        raise TeacherError(f"teacher {spec}: importing {package} failed: {reason(error)}") from error
+    function = getattr(source, factory, None)
+    if not callable(function):
+        raise TeacherError(f"teacher {spec}: module {package} has no {factory}() to call")
     try:
         module = function()
     except FerkdError:
         raise
-    except Exception as error:
-        # The builder's own code, which may raise anything.
-        raise TeacherError(f"teacher {spec}: {factory}() failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise TeacherError(f"teacher {spec}: {factory}() failed: {reason(error)}") from error
     if not isinstance(module, nn.Module):
         raise TeacherError(f"teacher {spec}: {factory}() gave a {type(module).__name__}, expected an nn.Module")
     return module

@@ -2,33 +2,41 @@
 
     KIND:NAME[@CHECKPOINT][?option=value&option=value]
 
-KIND is timm, torchvision, onnx, torchscript or python. Options: size, interpolation, mean, std, weight, temperature.
+docs/teachers.md lists the kinds and the options.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from ferkd_data.errors import UsageError
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
 
 Kind: TypeAlias = Literal["timm", "torchvision", "onnx", "torchscript", "python"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+Activation: TypeAlias = Literal["logits", "probabilities", "sigmoid"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 Triple: TypeAlias = tuple[float, float, float]
-OPTIONS = ("size", "interpolation", "mean", "std", "weight", "temperature")
 WITH_CHECKPOINT: tuple[Kind, ...] = ("timm", "torchvision", "python")
+WITH_OUTPUT: tuple[Kind, ...] = ("onnx", "torchscript", "python")
 EXAMPLE = "timm:resnet50@weights.safetensors?size=224&weight=2"
+CENTRE_SHARE = 0.875
+"""Share of the shorter side in the usual central crop (resize to 256, crop 224)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What a teacher wants to see: square crops, (pixel / 255 - mean) / std per RGB channel."""
+    """The input a teacher expects: square crops, (pixel / 255 - mean) / std per RGB channel."""
 
     size: int
     interpolation: Interpolation = "bilinear"
     mean: Triple
     std: Triple
+    crop_pct: float = CENTRE_SHARE
+    """Share of the shorter side that the central crop of `evaluate` spans; a build does not use it."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= 8192:
@@ -37,18 +45,35 @@ class Preprocessing:
             raise UsageError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
         if min(self.std) <= 0:
             raise UsageError(f"std must be positive, got {self.std}")
+        if not 0 < self.crop_pct <= 1:
+            raise UsageError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
+    """A parsed teacher spec. Raises UsageError for options that do not go together.
+
+    >>> TeacherSpec.parse("timm:resnet50@w.pth?classes=37&weight=2").classes
+    37
+    """
+
     kind: Kind
     name: str
     """The model's name, the file (onnx, torchscript), or `package.module:factory` (python)."""
     checkpoint: str | None = None
     size: int | None = None
+    """Side of the square input in pixels."""
     interpolation: Interpolation | None = None
     mean: Triple | None = None
     std: Triple | None = None
+    crop_pct: float | None = None
+    """Share of the shorter side that the central crop of `evaluate` spans."""
+    classes: int | None = None
+    """Number of classes: the head that timm and torchvision make; for every kind, what the output must have."""
+    output: str | None = None
+    """Name or number of the output that holds the logits, where the model has several."""
+    activation: Activation | None = None
+    """What the output is; None: logits, checked for looking like probabilities."""
     weight: float = 1.0
     """Relative to the other teachers of the ensemble."""
     temperature: float = 1.0
@@ -57,10 +82,14 @@ class TeacherSpec:
     def __post_init__(self) -> None:
         if self.weight <= 0 or self.temperature <= 0:
             raise UsageError(f"teacher {self.name}: weight and temperature must be positive")
+        if self.classes is not None and self.classes < 1:
+            raise UsageError(f"teacher {self.name}: classes must be at least 1, got {self.classes}")
         if self.checkpoint is not None and self.kind not in WITH_CHECKPOINT:
             raise UsageError(
                 f"teacher {self.kind}:{self.name}: the file itself holds the weights; drop @{self.checkpoint}"
             )
+        if self.output is not None and self.kind not in WITH_OUTPUT:
+            raise UsageError(f"teacher {self.kind}:{self.name}: only {', '.join(WITH_OUTPUT)} take the option output")
 
     def __str__(self) -> str:
         """The spec again; `TeacherSpec.parse(str(spec)) == spec`."""
@@ -84,33 +113,55 @@ class TeacherSpec:
         name, _, checkpoint = target.partition("@") if kind in WITH_CHECKPOINT else (target, "", "")
         if not name:
             raise UsageError(f"teacher {text!r}: names no model, as in {EXAMPLE}")
-        spec = {"kind": kind, "name": name, "checkpoint": checkpoint or None}
+        spec: dict[str, Any] = {"kind": kind, "name": name, "checkpoint": checkpoint or None}
         for option in query.split("&") if query else []:
             key, equals, value = option.partition("=")
             if key not in OPTIONS or not equals:
                 raise UsageError(f"teacher {text!r}: unknown option {option!r}; options are {', '.join(OPTIONS)}")
-            spec[key] = _parse_option(text, key, value)  # type: ignore[assignment]
-        return cls(**spec)  # type: ignore[arg-type]
+            if key in spec:
+                raise UsageError(f"teacher {text!r}: the option {key} is given twice")
+            spec[key] = _parse_option(text, key, value)
+        return cls(**spec)
 
 
 def _parse_option(text: str, key: str, value: str) -> object:
     try:
-        if key == "interpolation":
-            if value not in INTERPOLATIONS:
-                raise ValueError(f"must be one of {', '.join(INTERPOLATIONS)}")
-            return value
-        if key == "size":
-            return int(value)
-        if key in ("weight", "temperature"):
-            return _number(value)
-        values = [_number(piece) for piece in value.split(",")]
-        if len(values) == 1:
-            values *= 3
-        if len(values) != 3:
-            raise ValueError("takes one value, or three separated by commas")
-        return tuple(values)
+        return OPTIONS[key](value)
     except (ValueError, ZeroDivisionError) as error:
         raise UsageError(f"teacher {text!r}: {key}={value}: {error}") from error
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def _word(text: str) -> str:
+    if not text:
+        raise ValueError("is empty")
+    return text
+
+
+def _triple(text: str) -> tuple[float, ...]:
+    values = [_number(piece) for piece in text.split(",")]
+    if len(values) == 1:
+        values *= 3
+    if len(values) != 3:
+        raise ValueError("takes one value, or three separated by commas")
+    return tuple(values)
+
+
+def _number(text: str) -> float:
+    """A decimal number, or a fraction such as 127/255."""
+    numerator, slash, denominator = text.partition("/")
+    number = float(numerator) / float(denominator) if slash else float(numerator)
+    if not math.isfinite(number):
+        raise ValueError("must be a finite number")
+    return number
 
 
 def _text(value: object) -> str:
@@ -119,7 +170,16 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _number(text: str) -> float:
-    """A decimal number, or a fraction such as 127/255."""
-    numerator, slash, denominator = text.partition("/")
-    return float(numerator) / float(denominator) if slash else float(numerator)
+OPTIONS: dict[str, Callable[[str], object]] = {
+    "size": int,
+    "interpolation": _one_of(INTERPOLATIONS),
+    "mean": _triple,
+    "std": _triple,
+    "crop_pct": _number,
+    "classes": int,
+    "output": _word,
+    "activation": _one_of(ACTIVATIONS),
+    "weight": _number,
+    "temperature": _number,
+}
+"""Name of each option -> its parser, in the order in which a spec is written."""

@@ -1,4 +1,4 @@
-"""What every teacher can do, and the one implementation for teachers that are an `nn.Module`.
+"""The protocol of all teachers, and the one implementation for teachers that are an `nn.Module`.
 
 Legend: B crops, C classes, S input size.
 """
@@ -6,34 +6,43 @@ Legend: B crops, C classes, S input size.
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ferkd_data.errors import TeacherError
+from ferkd_data.errors import FerkdError, TeacherError
 from ferkd_data.normalization import scaled
+from ferkd_data.replay import INTERPOLATIONS
+from ferkd_data.teachers.digest import with_choices
 from ferkd_data.teachers.kernels import check_precision, faithful_kernels
-from ferkd_data.teachers.spec import Preprocessing, TeacherSpec, Triple
+from ferkd_data.teachers.memory import is_out_of_memory
+from ferkd_data.teachers.outputs import LogitsOnly, check_activation, check_shape, pick_output
+from ferkd_data.teachers.spec import CENTRE_SHARE, Preprocessing, TeacherSpec, Triple
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DEVICE_ERRORS: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
+"""A GPU that failed, which is not the teacher's doing; PyTorch before 2.8 raises a plain RuntimeError."""
 
 
 class Teacher(Protocol):
+    """A frozen classifier that is ready to run."""
+
     spec: TeacherSpec
     preprocessing: Preprocessing
     num_classes: int
     digest: str
-    """SHA-256 of the weights, 64 hex digits."""
+    """SHA-256 over everything that decides its answers: see ferkd_data.teachers.digest. 64 hex digits."""
     precision: Precision
     class_names: tuple[str, ...] | None
     published_top1: float | None
     """Accuracy in 0..1 on ImageNet-1k where the library that brought the model knows it."""
+    hints: tuple[str, ...]
+    """Remarks for its user, such as why it is slow; they decide nothing."""
 
     def logits(self, images_BCSS: Tensor) -> Tensor:
         """Logits (B, C) float32 of uint8 RGB images (B, 3, S, S), on the device of the images."""
@@ -43,7 +52,12 @@ class Teacher(Protocol):
 
 
 class ModuleTeacher:
-    """An `nn.Module` from normalised float (B, 3, S, S) to logits (B, C)."""
+    """An `nn.Module` from normalised float (B, 3, S, S) to logits (B, C), or to several outputs with logits among them.
+
+    It is run once on a picture when it is made. Raises TeacherError where that fails or gives no class logits.
+    """
+
+    hints: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -59,34 +73,45 @@ class ModuleTeacher:
     ) -> None:
         self.spec = spec
         self.preprocessing = preprocessing
-        self.digest = digest
+        self.digest = with_choices(digest, spec)
         self.precision = precision
-        self.class_names = class_names
         self.published_top1 = published_top1
         self.device = torch.device(device)
         check_precision(str(spec), self.device, precision)
         self.memory_format = torch.channels_last
         """Also on a CPU, where it is never slower and up to 1.7 times as fast: see docs/decisions.md."""
         try:
-            self.module: Callable[[Tensor], Tensor] = _ready(module, self.device, self.memory_format)
+            ready = _ready(module, self.device, self.memory_format)
         except torch.cuda.OutOfMemoryError as error:
             raise TeacherError(
                 f"teacher {spec}: {device} has too little memory for its weights; end what else runs there, or use "
                 "fewer --processes or teachers"
             ) from error
+        self.module: Callable[[Tensor], Tensor] = ready
         self.scale, self.shift = normalisation(preprocessing, self.device)
-        self.num_classes = self._probe()
+        # With autocast, the dtype that it would make of the images anyway, so that they are written once.
+        self.input_dtype = AUTOCAST.get(precision) or _dtype_of(ready)
+        self.num_classes = self._first_answer(ready)
+        self.class_names = class_names if class_names and len(class_names) == self.num_classes else None
 
     @torch.inference_mode()
     def logits(self, images_BCSS: Tensor) -> Tensor:
-        pixels = images_BCSS.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
-        # In the dtype that autocast would make of it anyway, so that it is written once.
-        normalised = scaled(pixels, self.scale, self.shift, AUTOCAST.get(self.precision, torch.float32))
-        with (
-            faithful_kernels(self.precision) if self.device.type == "cuda" else nullcontext(),
-            torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST),
-        ):
-            return self.module(normalised).float()
+        try:
+            logits = self._answer(images_BCSS)
+        except FerkdError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error) or isinstance(error, DEVICE_ERRORS):
+                raise
+            # The model's own code, which may raise anything.
+            raise TeacherError(f"teacher {self.spec}: failed on {len(images_BCSS)} crops: {reason(error)}") from error
+        if logits.shape != (len(images_BCSS), self.num_classes):
+            check_shape(logits, len(images_BCSS), self.spec)
+            raise TeacherError(
+                f"teacher {self.spec}: gave {logits.shape[1]} classes, after {self.num_classes} at its start"
+            )
+        answer: Tensor = logits.float()
+        return answer
 
     def renormalised(self, mean: Triple, std: Triple) -> ModuleTeacher:
         other = copy.copy(self)
@@ -94,17 +119,56 @@ class ModuleTeacher:
         other.scale, other.shift = normalisation(other.preprocessing, self.device)
         return other
 
-    def _probe(self) -> int:
+    def _answer(self, images_BCSS: Tensor) -> Any:
+        """Whatever the module returns."""
+        pixels = images_BCSS.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
+        normalised = scaled(pixels, self.scale, self.shift, self.input_dtype)
+        with (
+            faithful_kernels(self.precision) if self.device.type == "cuda" else nullcontext(),
+            torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST),
+        ):
+            return self.module(normalised)
+
+    @torch.inference_mode()
+    def _first_answer(self, module: nn.Module) -> int:
+        """The number of classes; from here on `module` gives logits and nothing else."""
         size = self.preprocessing.size
+        pictures = two_pictures(size)[1:]
         try:
-            output = self.logits(torch.zeros((1, 3, size, size), dtype=torch.uint8))
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise TeacherError(f"teacher {self.spec}: cannot run on one {size}x{size} image: {error}") from error
-        if output.ndim != 2:
+            result = self._answer(pictures)
+        except FerkdError:
+            raise
+        except Exception as error:
+            # Also AssertionError, KeyError and the like: the model's own code may raise anything.
             raise TeacherError(
-                f"teacher {self.spec}: gives a tensor of shape {tuple(output.shape)}, expected (B, classes)"
-            )
+                f"teacher {self.spec}: cannot run on one {size}x{size} image: {reason(error)}; the option size sets "
+                "another size"
+            ) from error
+        output = pick_output(result, self.spec)
+        check_shape(output, len(pictures), self.spec)
+        check_activation(output, self.spec)
+        if output is not result or self.spec.activation is not None:
+            self.module = LogitsOnly(module, self.spec)
         return int(output.shape[1])
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    """The type of the weights, for modules that were made in float16 or float64."""
+    dtypes = (weight.dtype for weight in module.parameters() if weight.is_floating_point())
+    return next(dtypes, torch.float32)
+
+
+def two_pictures(size: int) -> Tensor:
+    """uint8 (2, 3, S, S): a gradient and noise, the same every time."""
+    gradient = torch.linspace(0, 255, size).view(1, 1, size).expand(3, size, size)
+    noise = torch.rand((3, size, size), generator=torch.Generator().manual_seed(0)) * 255
+    return torch.stack([gradient, noise]).to(torch.uint8)
+
+
+def reason(error: BaseException) -> str:
+    """The type and the first line of an error, for a message of one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _ready(module: nn.Module, device: torch.device, memory_format: torch.memory_format) -> nn.Module:
@@ -122,16 +186,6 @@ def normalisation(preprocessing: Preprocessing, device: torch.device) -> tuple[T
     return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
 
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes in the order of the names: the same wherever they came from."""
-    total = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
 def preprocessing_of(
     spec: TeacherSpec,
     *,
@@ -139,18 +193,45 @@ def preprocessing_of(
     interpolation: str | None = None,
     mean: object = None,
     std: object = None,
+    crop_pct: float | None = None,
 ) -> Preprocessing:
-    """What the spec says, else what is known of the model. Raises TeacherError for what neither says."""
-    known = {"size": size, "mean": mean, "std": std}
-    values: dict[str, object] = {}
-    for name, value in known.items():
+    """The options of the spec, else what is known of the model.
+
+    Raises TeacherError for what neither says, and for a known interpolation that crops cannot be cut with.
+    """
+    values: dict[str, Any] = {}
+    for name, value, example in (
+        ("size", size, "224"),
+        ("mean", mean, "0.485,0.456,0.406"),
+        ("std", std, "0.229,0.224,0.225"),
+    ):
         chosen = getattr(spec, name) if getattr(spec, name) is not None else value
         if chosen is None:
-            example = "224" if name == "size" else "0.485,0.456,0.406" if name == "mean" else "0.229,0.224,0.225"
             raise TeacherError(f"teacher {spec}: its {name} is not known; add the option, such as ?{name}={example}")
-        values[name] = chosen
-    for name in ("mean", "std"):
-        numbers = [float(x) for x in values[name]]  # type: ignore[attr-defined]
-        values[name] = tuple(numbers * 3 if len(numbers) == 1 else numbers)
+        try:
+            values[name] = _side(chosen) if name == "size" else _triple(chosen)
+        except (TypeError, ValueError) as error:
+            raise TeacherError(f"teacher {spec}: its {name} cannot be {chosen!r}: {error}") from error
     chosen_filter = spec.interpolation or interpolation or "bilinear"
-    return Preprocessing(interpolation=chosen_filter, **values)  # type: ignore[arg-type]
+    if chosen_filter not in INTERPOLATIONS:
+        raise TeacherError(
+            f"teacher {spec}: its images are resized with {chosen_filter}, and crops are cut with "
+            f"{' or '.join(INTERPOLATIONS)} only; choose one, such as ?interpolation=bicubic"
+        )
+    values["crop_pct"] = spec.crop_pct or crop_pct or CENTRE_SHARE
+    return Preprocessing(interpolation=chosen_filter, **values)
+
+
+def _side(value: Any) -> int:
+    """224, or the pair 224, 224."""
+    sides = {int(side) for side in (value if isinstance(value, (list, tuple)) else [value])}
+    if len(sides) != 1:
+        raise ValueError("only square images are supported")
+    return sides.pop()
+
+
+def _triple(value: Any) -> tuple[float, ...]:
+    numbers = [float(x) for x in (value if isinstance(value, Iterable) else [value])]
+    if len(numbers) not in (1, 3):
+        raise ValueError("takes one number, or three")
+    return tuple(numbers * 3 if len(numbers) == 1 else numbers)

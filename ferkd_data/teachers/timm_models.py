@@ -7,8 +7,9 @@ from pathlib import Path
 from ferkd_data import extras
 from ferkd_data.errors import TeacherError
 from ferkd_data.teachers.checkpoint import load_checkpoint
+from ferkd_data.teachers.digest import module_digest
 from ferkd_data.teachers.spec import TeacherSpec
-from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_of, state_digest
+from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_of
 
 
 def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
@@ -39,7 +40,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
         module,
         spec,
         preprocessing,
-        digest=state_digest(module.state_dict()),
+        digest=module_digest(module, spec),
         device=device,
         precision=precision,
         class_names=imagenet_names() if timm.data.infer_imagenet_subset(module) == "imagenet-1k" else None,

@@ -44,6 +44,21 @@ def test_help_is_light():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("engine", [["--engine", "ray"], []])
+def test_a_hint_decides_nothing(call, photos, tiny_teachers, tmp_path, monkeypatch, engine):
+    """A driver without a GPU begins a build on the GPUs of a cluster."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    begun = []
+
+    def build(source, out, **changes):
+        begun.append(changes["device"])
+        raise fd.errors.BuildError("begun")
+
+    monkeypatch.setattr(fd, "build", build)
+    status, _, err = call("build", photos, tmp_path, "--teacher", tiny_teachers, "--device", "cuda", *engine)
+    assert (status, begun) == (1, ["cuda"]) and "begun" in err and "no CUDA" not in err
+
+
 def test_build_info_stats_show(call, photos, tiny_teachers, tmp_path):
     out = tmp_path / "out"
     status, text, err = call("build", photos, out, "--teacher", tiny_teachers, *SMALL)

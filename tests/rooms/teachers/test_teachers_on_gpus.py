@@ -145,6 +145,7 @@ def test_onnx_runtime_running_out_of_memory_is_not_the_teachers_fault(tmp_path):
     def run(names, inputs):
         raise Full("bfc_arena.cc Failed to allocate memory for requested buffer of size 939524096")
 
-    teacher = SimpleNamespace(spec="onnx:x.onnx", fixed_batch=None, input_name="x", session=SimpleNamespace(run=run))
+    session = SimpleNamespace(run=run)
+    teacher = SimpleNamespace(spec="onnx:x.onnx", fixed_batch=None, input_name="x", output_names=["y"], session=session)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         onnx_models.OnnxTeacher._run(teacher, torch.zeros(2, 3, 4, 4).numpy())

@@ -1,0 +1,316 @@
+"""The digest of a teacher: two teachers that can answer differently must not share one.
+
+It covers weights and buffers (persistent or not, quantised or not) with names, dtypes and shapes, the classes of all
+submodules, and their plain attributes: numbers, texts, tensors outside the state, containers of these, functions by
+name. It does not cover the code of libraries, nor global variables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import enum
+import functools
+import hashlib
+import inspect
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ferkd_data.errors import TeacherError
+from ferkd_data.teachers.spec import TeacherSpec
+
+MACHINERY = frozenset(nn.Module().__dict__)
+"""Attributes that every module has; parameters, buffers and submodules are covered by their own names."""
+PASSING = frozenset(
+    {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "pretrained_cfg", "default_cfg"}
+)
+"""Attributes that say where a model came from, and not what it does."""
+LIBRARIES = frozenset({"torch", "torchvision", "timm", "transformers", "open_clip"})
+"""Their private attributes change between versions while the model stays the same."""
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+NAMESPACES = (argparse.Namespace, types.SimpleNamespace)
+READ_BYTES = 1 << 20
+
+
+def module_digest(module: nn.Module, spec: TeacherSpec) -> str:
+    """SHA-256 of a module before it has run; the same in every process that makes the same module.
+
+    Raises TeacherError for a module without weights of its own to read, such as one on the meta device.
+    """
+    total = hashlib.sha256()
+    try:
+        walk = _Walk(total.update)
+        for name, submodule in module.named_modules(remove_duplicate=False):
+            total.update(f"module\0{name}\0{type(submodule).__qualname__}\0".encode())
+            walk.attributes(submodule)
+            total.update(_code(submodule).encode())
+        for name, tensor in _tensors(module):
+            total.update(f"tensor\0{name}\0".encode())
+            _add_tensor(total.update, tensor)
+        for name, value in sorted(_extra_state(module)):
+            total.update(f"state\0{name}\0".encode())
+            walk.value(value)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise TeacherError(
+            f"teacher {spec}: its weights cannot be read ({str(error).splitlines()[0]}); is every parameter loaded?"
+        ) from error
+    return total.hexdigest()
+
+
+def source_digest(module: nn.Module, package: str) -> str:
+    """SHA-256 of the source of the module's classes that `package` defines; comments and layout do not count.
+
+    `package` is the top-level package or module of a `python:` factory, whose code its user may edit between runs.
+    """
+    classes = {cls for submodule in module.modules() for cls in type(submodule).__mro__}
+    own = [cls for cls in classes if cls.__module__.partition(".")[0] == package]
+    total = hashlib.sha256()
+    for cls in sorted(own, key=lambda cls: (cls.__module__, cls.__qualname__)):
+        total.update(f"{cls.__qualname__}\0{_normalised_source(cls)}\0".encode())
+    return total.hexdigest()
+
+
+def with_choices(digest: str, spec: TeacherSpec) -> str:
+    """The digest together with the options that change what the same weights answer."""
+    choices = [f"{name}={getattr(spec, name)}" for name in ("output", "activation") if getattr(spec, name) is not None]
+    return hashlib.sha256("\0".join([digest, *choices]).encode()).hexdigest() if choices else digest
+
+
+def joined(*digests: str) -> str:
+    """One digest of several."""
+    return hashlib.sha256("\0".join(digests).encode()).hexdigest()
+
+
+def onnx_digest(path: Path, spec: TeacherSpec) -> str:
+    """SHA-256 of an ONNX file and of all its weights that lie in other files, at whatever offset.
+
+    Raises TeacherError where such a file is missing, MissingExtraError without the package onnx.
+    """
+    total = hashlib.sha256()
+    _add_range(total.update, path, 0, None)
+    for location, offset, length in _external_data(path, spec):
+        file = path.parent / location
+        if not file.is_file():
+            raise TeacherError(
+                f"teacher {spec}: its weights are in {file}, which is not there; copy it beside the model"
+            )
+        total.update(f"external\0{location}\0{offset}\0{length}\0".encode())
+        _add_range(total.update, file, offset, length)
+    return total.hexdigest()
+
+
+def _external_data(path: Path, spec: TeacherSpec) -> list[tuple[str, int, int | None]]:
+    """(file, offset, length) of each tensor outside the model file, subgraphs and functions included."""
+    if path.suffix == ".ort":
+        return []
+    from ferkd_data import extras
+
+    onnx = extras.require("onnx", extra="onnx", what_for=f"teacher {spec}")
+    extras.require("onnx.external_data_helper", extra="onnx", what_for=f"teacher {spec}")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        # protobuf's DecodeError derives from Exception alone.
+        if type(error).__name__ != "DecodeError":
+            raise
+        raise TeacherError(f"teacher {spec}: not an ONNX file: {error}") from error
+    found = []
+    for tensor in _tensor_messages(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            info = onnx.external_data_helper.ExternalDataInfo(tensor)
+            found.append((info.location, int(info.offset or 0), int(info.length) if info.length else None))
+    return found
+
+
+def _tensor_messages(message: Any) -> Iterable[Any]:
+    """Every TensorProto within a protobuf message, wherever the schema allows one."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        children = value if isinstance(value, Iterable) else [value]
+        for child in children:
+            yield from _tensor_messages(child)
+
+
+def _add_range(update: Callable[[bytes], None], path: Path, offset: int, length: int | None) -> None:
+    with path.open("rb") as file:
+        file.seek(offset)
+        left = length
+        while left is None or left > 0:
+            block = file.read(READ_BYTES if left is None else min(READ_BYTES, left))
+            if not block:
+                return
+            update(block)
+            left = None if left is None else left - len(block)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and all buffers, also those that a state_dict leaves out; one tensor under two names counts twice."""
+    named = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    return sorted(named.items())
+
+
+def _extra_state(module: nn.Module) -> list[tuple[str, Any]]:
+    """Entries of the state_dict that are neither parameters nor buffers, such as the weights of quantised modules."""
+    known = {name for name, _ in _tensors(module)}
+    return [(name, value) for name, value in module.state_dict().items() if name not in known]
+
+
+def _add_tensor(update: Callable[[bytes], None], tensor: Tensor) -> None:
+    tensor = tensor.detach()
+    update(f"{tensor.dtype}\0{tuple(tensor.shape)}\0{tensor.layout}\0".encode())
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, context = tensor.__tensor_flatten__()
+        update(f"{type(tensor).__qualname__}\0{context}\0".encode())
+        for name in names:
+            _add_tensor(update, getattr(tensor, name))
+    elif tensor.is_quantized:
+        update(f"{tensor.qscheme()}\0".encode())
+        _add_tensor(update, tensor.int_repr())
+        if tensor.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+            update(f"{tensor.q_per_channel_axis()}\0".encode())
+            _add_tensor(update, tensor.q_per_channel_scales())
+            _add_tensor(update, tensor.q_per_channel_zero_points())
+        else:
+            update(f"{tensor.q_scale()!r}\0{tensor.q_zero_point()}\0".encode())
+    elif tensor.layout != torch.strided:
+        dense = tensor.to_dense()
+        _add_tensor(update, dense)
+    else:
+        plain = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+        update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+class _Walk:
+    """Adds values of any kind, in an order that does not depend on the process; each object once."""
+
+    def __init__(self, update: Callable[[bytes], None]) -> None:
+        self.update = update
+        self.seen: dict[int, Any] = {}
+        """By id; holding the objects keeps their ids from being given to others."""
+
+    def attributes(self, module: nn.Module) -> None:
+        self.seen[id(module)] = module
+        from_library = _top(type(module)) in LIBRARIES
+        for name, value in sorted(vars(module).items()):
+            if name in MACHINERY or name in PASSING or (from_library and name.startswith("_")):
+                continue
+            self.update(f"{name}\0".encode())
+            self.value(value)
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            self.value(hook)
+
+    def value(self, value: Any) -> None:
+        self.update(f"{type(value).__qualname__}\0".encode())
+        if value is None or isinstance(value, PLAIN):
+            self.update(f"{value!r}\0".encode())
+        elif id(value) not in self.seen:
+            self.seen[id(value)] = value
+            self._add(value)
+
+    def _add(self, value: Any) -> None:
+        if isinstance(value, enum.Enum):
+            self.update(f"{value.name}\0".encode())
+        elif isinstance(value, Tensor):
+            _add_tensor(self.update, value)
+        elif isinstance(value, np.ndarray) and value.dtype.kind != "O":
+            self.update(f"{value.dtype}\0{value.shape}\0".encode() + np.ascontiguousarray(value).tobytes())
+        elif isinstance(value, np.generic):
+            self.update(f"{value.item()!r}\0".encode())
+        elif isinstance(value, Mapping):
+            self._pairs(value.items())
+        elif isinstance(value, (set, frozenset)):
+            self._pairs((item, None) for item in value)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                self.value(item)
+        elif isinstance(value, nn.Module):
+            # Kept in a list or dict, where PyTorch does not see it; those it sees come by their own names.
+            self.attributes(value)
+            for name, tensor in _tensors(value):
+                self.update(f"{name}\0".encode())
+                _add_tensor(self.update, tensor)
+        else:
+            self._add_object(value)
+
+    def _add_object(self, value: Any) -> None:
+        """Of anything else, such as a generator or a file, the type alone counts."""
+        if isinstance(value, functools.partial):
+            for part in (value.func, value.args, value.keywords):
+                self.value(part)
+        elif isinstance(value, type):
+            self.update(f"{value.__qualname__}\0".encode())
+        elif callable(value) and hasattr(value, "__qualname__"):
+            self._function(value)
+        elif isinstance(value, NAMESPACES) or (hasattr(value, "__dict__") and not _is_of_the_system(type(value))):
+            self._pairs((name, item) for name, item in vars(value).items() if name not in PASSING)
+
+    def _function(self, function: Any) -> None:
+        """By name, with the values that it brings: defaults and the variables of a closure."""
+        self.update(f"{function.__qualname__}\0".encode())
+        plain = inspect.unwrap(getattr(function, "__func__", function))
+        self.value(getattr(plain, "__defaults__", None))
+        for cell in getattr(plain, "__closure__", None) or ():
+            self.value(_content(cell))
+
+    def _pairs(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        for key, value in sorted(((_name(key), value) for key, value in pairs), key=lambda pair: pair[0]):
+            self.update(f"{key}\0".encode())
+            self.value(value)
+
+
+def _name(key: Any) -> str:
+    return str(key) if key is None or isinstance(key, PLAIN) else getattr(key, "__qualname__", type(key).__qualname__)
+
+
+def _top(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def _is_of_the_system(cls: type) -> bool:
+    """Whether its objects are locks, loggers, streams and the like, which differ from run to run."""
+    return _top(cls) == "torch" or _top(cls) in sys.stdlib_module_names
+
+
+def _content(cell: Any) -> Any:
+    """None for a cell that is not filled yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _code(module: nn.Module) -> str:
+    """The program of a TorchScript or FX module, which is no Python class."""
+    if isinstance(module, torch.jit.ScriptModule) and not hasattr(module, "forward"):
+        return ""
+    code = getattr(module, "code", "") if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)) else ""
+    return str(code)
+
+
+def _normalised_source(cls: type) -> str:
+    """Source without comments, docstrings and layout; empty where there is none, as in an interactive session."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            kept = [each for each in body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]
+            node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.unparse(tree)

@@ -1,0 +1,180 @@
+"""Class logits from what a model returns: the right one of several outputs, checked for shape and kind.
+
+Legend: B crops, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ferkd_data.errors import TeacherError
+from ferkd_data.teachers.spec import Activation, TeacherSpec
+
+LOGITS = "logits"
+"""The entry that transformers and others fill with class logits."""
+ROW_SUM_TOLERANCE = 0.02
+"""Half-precision softmaxes of 1,000 classes miss 1 by up to a hundredth."""
+TELLING_ROWS = 4
+TELLING_CLASSES = 8
+"""So many rows, or classes in a row, do not lie within 0..1 with sum 1 by chance."""
+TELLING_NUMBERS = 64
+"""So many logits do not all lie within 0..1 by chance."""
+SIGMOID_EPS = 1e-7
+NAMES_SHOWN = 12
+
+
+class LogitsOnly(nn.Module):
+    """A module whose `forward` returns class logits (B, C) and nothing else, around a `module` that may return more."""
+
+    def __init__(self, module: nn.Module, spec: TeacherSpec) -> None:
+        super().__init__()
+        self.module = module
+        self.spec = spec
+
+    def forward(self, images: Tensor) -> Tensor:
+        return to_logits(pick_output(self.module(images), self.spec), self.spec.activation)
+
+
+def pick_output(result: Any, spec: TeacherSpec) -> Tensor:
+    """The tensor that holds one row per image.
+
+    `result` is a tensor, or a (nested) tuple, list, mapping or dataclass, of which `spec.output` names the entry.
+    Without `spec.output`, a sole entry or the entry `logits` is taken. Raises TeacherError that lists the entries.
+    """
+    if isinstance(result, Tensor):
+        if spec.output is not None:
+            raise TeacherError(f"teacher {spec}: its model returns a single tensor; drop the option output")
+        return _rows(result)
+    entries = _entries(result)
+    if not entries:
+        raise TeacherError(
+            f"teacher {spec}: its model returns {_article(result)}, expected a tensor of logits (B, classes)"
+        )
+    if spec.output is not None:
+        if spec.output not in entries:
+            raise TeacherError(f"teacher {spec}: has no output {spec.output!r}; its outputs are {_listed(entries)}")
+        chosen = entries[spec.output]
+    elif len(entries) == 1:
+        (chosen,) = entries.values()
+    elif LOGITS in entries:
+        chosen = entries[LOGITS]
+    else:
+        raise TeacherError(
+            f"teacher {spec}: has {len(entries)} outputs: {_listed(entries)}; say which holds the logits with the "
+            f"option output, such as ?output={next(reversed(entries))}"
+        )
+    if not isinstance(chosen, Tensor):
+        raise TeacherError(f"teacher {spec}: the output it takes for logits is {_article(chosen)}, not a tensor")
+    return _rows(chosen)
+
+
+def to_logits(output_BC: Tensor, activation: Activation | None) -> Tensor:
+    """Logits (B, C) whose softmax (or, for `sigmoid`, logistic function) gives back the output.
+
+    Log-probabilities are logits already: their softmax is the probabilities.
+    """
+    if activation == "probabilities":
+        return output_BC.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+    if activation == "sigmoid":
+        return torch.logit(output_BC.float(), eps=SIGMOID_EPS)
+    return output_BC
+
+
+def looks_like(output_BC: Tensor) -> Activation:
+    """The kind of numbers in a model's output, judged by their range: logits are hardly ever all within 0..1.
+
+    Rows that also sum to 1 are probabilities; others are taken for the outputs of a sigmoid. Too few numbers to tell
+    are taken for logits.
+    """
+    values = output_BC.detach().float()
+    if not torch.isfinite(values).all() or values.min() < 0 or values.max() > 1 + ROW_SUM_TOLERANCE:
+        return "logits"
+    rows, classes = values.shape
+    if ((values.sum(dim=1) - 1).abs() < ROW_SUM_TOLERANCE).all():
+        return "probabilities" if rows >= TELLING_ROWS or classes >= TELLING_CLASSES else "logits"
+    # Nothing can be said of a model that gives the same for every class; it is refused elsewhere.
+    same = bool((values == values[:, :1]).all())
+    return "logits" if same or values.numel() < TELLING_NUMBERS else "sigmoid"
+
+
+def check_activation(output_BC: Tensor, spec: TeacherSpec) -> None:
+    """Raise TeacherError where the output is not what the spec says it is, or probabilities where it says nothing."""
+    if spec.activation is None and looks_like(output_BC) == "probabilities":
+        raise TeacherError(
+            f"teacher {spec}: gives probabilities (rows within 0..1 that sum to 1), not logits, and a softmax over "
+            "them would make every class about equally likely; add the option ?activation=probabilities"
+        )
+    sums = output_BC.float().sum(dim=1)
+    if spec.activation == "probabilities" and not ((sums - 1).abs() < ROW_SUM_TOLERANCE).all():
+        raise TeacherError(
+            f"teacher {spec}: was said to give probabilities, but its rows are not within 0..1 with sum 1 (row sums "
+            f"{_range(sums)}, values {_range(output_BC)}); drop the option activation"
+        )
+    if spec.activation == "sigmoid" and (output_BC.min() < 0 or output_BC.max() > 1):
+        raise TeacherError(
+            f"teacher {spec}: was said to give outputs of a sigmoid, but its values are {_range(output_BC)}; drop the "
+            "option activation"
+        )
+
+
+def check_shape(output: Tensor, num_images: int, spec: TeacherSpec) -> None:
+    """Raise TeacherError where the output is not (images, classes), or of another number of classes than expected."""
+    if output.ndim != 2:
+        raise TeacherError(
+            f"teacher {spec}: gives a tensor of shape {tuple(output.shape)}, expected (B, classes); if these are "
+            "features, add the classifier"
+        )
+    if len(output) != num_images:
+        raise TeacherError(
+            f"teacher {spec}: gives {len(output)} rows for {num_images} images, expected one row for each; does it "
+            "average over its batch, or was it traced for one image?"
+        )
+    if output.shape[1] < 2:
+        raise TeacherError(f"teacher {spec}: gives {output.shape[1]} number for each image, expected one per class")
+    if spec.classes is not None and output.shape[1] != spec.classes:
+        raise TeacherError(
+            f"teacher {spec}: gives {output.shape[1]} numbers for each image, expected {spec.classes} classes"
+        )
+
+
+def _rows(output: Tensor) -> Tensor:
+    """The output without sides of 1, as fully convolutional heads leave them: (B, C, 1, 1) to (B, C)."""
+    if output.ndim > 2 and sum(side != 1 for side in output.shape[1:]) <= 1:
+        return output.flatten(1)
+    return output
+
+
+def _entries(result: Any) -> dict[str, Any]:
+    """Name, or position, of each output that is there."""
+    if isinstance(result, Mapping):
+        entries = {str(name): value for name, value in result.items()}
+    elif is_dataclass(result) and not isinstance(result, type):
+        entries = {field.name: getattr(result, field.name) for field in fields(result)}
+    elif isinstance(result, tuple) and hasattr(result, "_fields"):
+        entries = dict(zip(result._fields, result, strict=True))
+    elif isinstance(result, Sequence) and not isinstance(result, (str, bytes)):
+        entries = {str(number): value for number, value in enumerate(result)}
+    else:
+        return {}
+    return {name: value for name, value in entries.items() if value is not None}
+
+
+def _listed(entries: Mapping[str, Any]) -> str:
+    texts = [
+        f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{name} ({type(value).__name__})"
+        for name, value in list(entries.items())[:NAMES_SHOWN]
+    ]
+    return ", ".join(texts) + (", …" if len(entries) > NAMES_SHOWN else "")
+
+
+def _article(value: Any) -> str:
+    return f"an object of type {type(value).__name__}"
+
+
+def _range(values: Tensor) -> str:
+    return f"{float(values.min()):.3g}..{float(values.max()):.3g}"

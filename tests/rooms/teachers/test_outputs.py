@@ -1,0 +1,232 @@
+"""Teachers whose models return something other than plain logits."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ferkd_data as fd
+from ferkd_data.builder.labelling.forwards import Forwards
+from ferkd_data.errors import SettingsMismatchError, TeacherError, UsageError
+from ferkd_data.evaluate import evaluate
+from ferkd_data.images import open_source
+from ferkd_data.teachers import TeacherSpec, load_teacher
+from ferkd_data.teachers.classes import check_class_order
+from ferkd_data.teachers.outputs import looks_like
+from ferkd_data.teachers.probe import probe_teachers
+
+
+def load(name: str):
+    return load_teacher(TeacherSpec.parse(f"python:odd_teachers:{name}"))
+
+
+@pytest.fixture
+def batch():
+    return torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tuple_of_one",
+        "tuple_of_two?output=1",
+        "list_of_two?output=0",
+        "dict_with_logits",
+        "dict_with_logits?output=logits",
+        "dict_without_logits?output=scores",
+        "named_tuple",
+        "a_dataclass",
+        "one_dimensional_tail",
+        "preprocessing_with_pairs",
+        "double",
+        "log_probabilities",
+        "probabilities?activation=probabilities",
+    ],
+)
+def test_logits_are_found_in_what_a_model_returns(name, batch):
+    plain, teacher = load("plain"), load(name)
+    expected = plain.logits(batch).softmax(1)
+    torch.testing.assert_close(teacher.logits(batch).softmax(1), expected, atol=1e-5, rtol=1e-4)
+    assert teacher.num_classes == 10 and teacher.logits(batch).dtype == torch.float32
+    assert teacher.digest != plain.digest, "another model"
+
+
+def test_modules_in_half_precision_get_images_in_it(batch):
+    torch.testing.assert_close(load("half").logits(batch), load("plain").logits(batch), atol=0.1, rtol=0.02)
+    bf16 = load("half_probabilities?activation=probabilities")
+    assert bf16.logits(batch).dtype == torch.float32
+
+
+def test_a_sigmoid_is_undone(batch):
+    torch.testing.assert_close(
+        load("sigmoid?activation=sigmoid").logits(batch),
+        load("plain").logits(batch).clamp(-15, 15),
+        atol=0.5,
+        rtol=0.05,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tuple_of_two", r"2 outputs: 0 \(1, 48\), 1 \(1, 10\).*option output, such as \?output=1"),
+        ("dict_without_logits", r"2 outputs: features \(1, 48\), scores \(1, 10\).*\?output=scores"),
+        ("tuple_of_two?output=logits", r"no output 'logits'; its outputs are 0 \(1, 48\), 1 \(1, 10\)"),
+        ("plain?output=logits", "a single tensor; drop the option output"),
+        ("a_text", "returns an object of type str, expected a tensor of logits"),
+        ("logits_that_are_none", "object of type dict"),
+        ("a_list_in_logits", "takes for logits is an object of type list"),
+        ("features_map", r"shape \(1, 3, 4, 4\), expected \(B, classes\)"),
+        ("probabilities", r"gives probabilities .*\?activation=probabilities"),
+        ("half_probabilities", r"gives probabilities .*\?activation=probabilities"),
+        ("plain?activation=probabilities", r"was said to give probabilities, but .*drop the option activation"),
+        ("plain?activation=sigmoid", "was said to give outputs of a sigmoid"),
+        ("plain?classes=7", "gives 10 numbers for each image, expected 7 classes"),
+        ("needs_64", r"one 32x32 image: AssertionError: input is 32, the model takes 64.*the option size sets another"),
+        ("key_error", "KeyError"),
+        ("attribute_error", "AttributeError: 'Tensor' object has no attribute 'no_such_thing'"),
+        ("parses_arguments", "failed: SystemExit"),
+        ("needs_arguments", "failed: TypeError"),
+        ("preprocessing_is_no_dict", "must be a dict .* got Transforms"),
+        ("preprocessing_not_square", "only square images"),
+    ],
+)
+def test_what_cannot_be_taken_for_logits_says_what_to_do(name, message):
+    with pytest.raises(TeacherError, match=rf"^teacher python:odd_teachers:{name.partition('?')[0]}.*{message}"):
+        load(name)
+
+
+def test_another_size_helps(batch):
+    assert load("needs_64?size=64").preprocessing.size == 64
+
+
+@pytest.mark.parametrize("name", ["one_row_for_all", "a_row_less"])
+def test_one_row_for_each_image_is_asked_for_with_every_batch(name, batch):
+    teacher = load(name)
+    with pytest.raises(TeacherError, match=rf"{name}: gives \d rows for 8 images"):
+        teacher.logits(batch)
+    with pytest.raises(TeacherError, match=rf"{name}: gives \d rows for 8 images"):
+        Forwards().logits(teacher, batch)
+
+
+def test_few_numbers_are_no_evidence():
+    assert looks_like(torch.tensor([[0.4, 0.6]])) == "logits"
+    assert looks_like(torch.tensor([[0.4, 0.6]] * 4)) == "probabilities"
+    assert looks_like(torch.full((1, 1000), 0.001)) == "probabilities"
+    assert looks_like(torch.zeros(8, 10)) == "logits"
+    assert looks_like(torch.rand(8, 10)) == "sigmoid"
+    assert looks_like(torch.randn(8, 10)) == "logits"
+    assert looks_like(torch.full((8, 10), float("nan"))) == "logits"
+
+
+def probe(name, photos, **options):
+    source = open_source(photos)
+    return probe_teachers([load(name)], source, source.list_images(), **options)[0]
+
+
+def test_the_probe_says_what_a_teacher_thinks(photos):
+    found = probe("plain", photos)
+    assert (found.images, found.input_size, found.num_classes) == (20, 32, 10)
+    assert found.teacher == "python:odd_teachers:plain" and found.hints == ()
+    assert found.top1 is not None and 0 <= found.top1 <= 1
+    assert 0.1 <= found.p_max[0] <= found.p_max[1] <= found.p_max[2] <= 1 and found.all_equal == 0
+
+
+def test_the_probe_without_a_truth_or_without_images(photos, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, photo in enumerate(sorted(photos.rglob("*.jpg"))[:5]):
+        (flat / f"{number}.jpg").write_bytes(photo.read_bytes())
+    assert probe("plain", flat).top1 is None
+    (flat / "0.jpg").write_bytes(b"broken")
+    assert probe("plain", flat).images == 4
+    assert probe_teachers([load("plain")], open_source(photos), []) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("constant", "gives the same answer for all of 20 different images"), ("one_row_for_all", "1 rows for 20 images")],
+)
+def test_the_probe_refuses_what_is_no_classifier(photos, name, message):
+    with pytest.raises(TeacherError, match=f"{name}.*{message}"):
+        probe(name, photos)
+    with pytest.raises(TeacherError, match=f"{name}.*(same answer|1 rows)"):
+        evaluate(photos, teachers=[f"python:odd_teachers:{name}"])
+
+
+def test_features_and_sigmoids_are_suspected(photos):
+    (hint,) = probe("features_after_a_relu", photos).hints
+    assert hint == (
+        "none of its 48 numbers is ever negative and many are 0, as features after a ReLU are: are they class logits?"
+    )
+    (hint,) = probe("sigmoid", photos).hints
+    assert hint.startswith("all its numbers are within 0..1") and hint.endswith("add ?activation=sigmoid")
+    assert probe("features_after_a_relu?activation=logits", photos).hints == ()
+
+
+def test_a_build_refuses_probabilities_and_takes_them_when_told(photos, tmp_path):
+    settings = {"crops": 4, "top_k": 3}
+    with pytest.raises(TeacherError, match="activation=probabilities"):
+        fd.build(photos, tmp_path / "a", teachers=["python:odd_teachers:probabilities"], **settings)
+    with pytest.raises(TeacherError, match="activation=probabilities"):
+        evaluate(photos, teachers=["python:odd_teachers:probabilities"])
+    teacher = "python:odd_teachers:probabilities?activation=probabilities"
+    fd.build(photos, tmp_path / "a", teachers=[teacher], **settings)
+    fd.build(photos, tmp_path / "b", teachers=["python:odd_teachers:plain"], **settings)
+    a, b = (fd.open_labels(tmp_path / name).manifest.statistics.p_max_histogram for name in "ab")
+    assert a == b
+
+
+@pytest.mark.parametrize("lines", [11, 12])
+def test_a_class_file_has_a_line_for_every_output(photos, tmp_path, lines):
+    (tmp_path / "classes.txt").write_text("\n".join(f"class{number}" for number in range(lines)))
+    teacher = "python:odd_teachers:plain"
+    for run in (
+        lambda: evaluate(photos, teachers=[teacher], classes=tmp_path / "classes.txt"),
+        lambda: fd.build(photos, tmp_path / "out", teachers=[teacher], classes=tmp_path / "classes.txt", top_k=2),
+    ):
+        with pytest.raises(UsageError, match=rf"--classes has {lines} lines, the teachers give 10 numbers"):
+            run()
+
+
+def named(*names):
+    return SimpleNamespace(class_names=names, spec="timm:x")
+
+
+ANIMALS = ("cat", "dog", "tench, Tinca tinca", "crane", "crane", "house_finch")
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        None,
+        ("Cat", "dog", "tench", "crane", "crane", "house finch"),
+        ("n01", "n02", "n03", "n04", "n05", "n06"),
+        ("dog", "cat", "n03", "n04", "n05", "n06"),  # too few are known to say anything
+        ("cat", "dog"),
+    ],
+)
+def test_classes_in_the_same_order_or_of_another_vocabulary(ours):
+    check_class_order(ours, named(*ANIMALS))
+    check_class_order(ANIMALS, named())
+
+
+def test_classes_in_another_order():
+    with pytest.raises(UsageError, match=r"class 0 is 'dog' here and 'cat' there; class 1 is 'cat' here and 'dog'"):
+        check_class_order(("dog", "cat", *ANIMALS[2:]), named(*ANIMALS))
+    hundred = tuple(f"class {number}" for number in range(100))
+    check_class_order((*hundred[:97], "odd", "class 97", "other"), named(*hundred))
+    with pytest.raises(UsageError, match="another order"):
+        check_class_order((*hundred[:98], "class 99", "class 98"), named(*hundred))
+
+
+def test_random_weights_are_noticed_by_a_resume_and_by_workers(photos, tmp_path, quick_workers):
+    teacher = "python:odd_teachers:random_weights"
+    with pytest.raises(
+        TeacherError, match=r"random_weights: is another model in this worker .* are its weights random"
+    ):
+        fd.build(photos, tmp_path / "a", teachers=[teacher], crops=2, top_k=2, processes=2)
+    with pytest.raises(SettingsMismatchError, match="digest"):
+        fd.build(photos, tmp_path / "a", teachers=[teacher], crops=2, top_k=2)
