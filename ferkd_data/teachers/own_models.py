@@ -19,7 +19,7 @@ from torch import nn
 from ferkd_data.errors import FerkdError, TeacherError
 from ferkd_data.storage import sha256_file
 from ferkd_data.teachers.checkpoint import load_checkpoint
-from ferkd_data.teachers.digest import joined, module_digest, source_digest
+from ferkd_data.teachers.digest import module_digest
 from ferkd_data.teachers.spec import TeacherSpec
 from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_of, reason
 
@@ -51,12 +51,11 @@ def load_python(spec: TeacherSpec, *, device: str, precision: Precision) -> Modu
             f"teacher {spec}: the attribute preprocessing of its module must be a dict with entries among "
             f"{', '.join(KNOWN)}, got {sorted(map(str, known)) if isinstance(known, Mapping) else type(known).__name__}"
         )
-    package = spec.name.partition(":")[0].partition(".")[0]
     return ModuleTeacher(
         module,
         spec,
         preprocessing_of(spec, **known),
-        digest=joined(module_digest(module, spec), source_digest(module, package)),
+        digest=module_digest(module, spec),
         device=device,
         precision=precision,
     )
