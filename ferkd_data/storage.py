@@ -9,6 +9,7 @@ import hashlib
 import mmap
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,13 +97,50 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ferkd-data"
 
 
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading and return its descriptor.
+
+    Raises LabelSetError at once for a FIFO, a device, a socket or a folder; OSError as `os.open` does.
+    """
+    # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise LabelSetError(f"{path}: is not a regular file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise LabelSetError(f"{path}: is not a regular file")
+    return descriptor
+
+
+def open_regular_stream(path: Path) -> IO[bytes]:
+    """Open a regular file as a binary stream. Raises as `open_regular` does."""
+    return open(open_regular(path), "rb")
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file of at most `max_bytes` bytes. Raises LabelSetError for a larger one, as `open_regular`."""
+    with open_regular_stream(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > max_bytes:
+            raise LabelSetError(f"{path}: {size} bytes; at most {max_bytes} are read")
+        return stream.read(max_bytes)
+
+
 class OpenFile:
-    """A file kept open for reading at offsets, by any thread; closed with its last reference at the latest."""
+    """A regular file kept open for reading at offsets, by any thread; closed with its last reference at the latest."""
 
     def __init__(self, path: Path) -> None:
+        """Raises as `open_regular` does."""
         self.descriptor = -1
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = open_regular(path)
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.descriptor).st_size
 
     def read(self, offset: int, length: int) -> bytes:
         """Fewer bytes where the file ends."""
@@ -130,11 +168,30 @@ class OpenFile:
 
 
 def sha256_file(path: Path) -> str:
-    state = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            state.update(chunk)
-    return state.hexdigest()
+    """The SHA-256 of a regular file, 64 hex digits. Raises as `open_regular` does."""
+    with OpenFile(path) as file:
+        return HashedFile(file).sha256()
+
+
+_DIGESTS: dict[tuple[int, ...], str] = {}
+"""The SHA-256 of each file that this process has checked, by `_state_of`. About 200 bytes for each file."""
+
+
+def sha256_once(file: OpenFile) -> str:
+    """The SHA-256 of an open file, computed once in this process for as long as the file stays as it is."""
+    state = _state_of(file)
+    found = _DIGESTS.get(state)
+    if found is None:
+        found = HashedFile(file).sha256()
+        # A file that was written to meanwhile is hashed again the next time.
+        _DIGESTS[state] = found
+    return found
+
+
+def _state_of(file: OpenFile) -> tuple[int, ...]:
+    """Which file it is, its size, and when it was last written to or replaced, as the file system says."""
+    found = os.fstat(file.descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class HashedFile:

@@ -10,6 +10,7 @@ from typing import Any
 
 import ferkd_data as fd
 from ferkd_data.shards.columns import ShardLabels, same_labels
+from ferkd_data.storage import sha256_file
 
 SMALL = {"crops": 10, "crops_per_block": 4, "top_k": 4, "images_per_shard": 8, "device": "cpu"}
 
@@ -50,6 +51,17 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def relist(folder: Path) -> None:
+    """Make the manifest agree with the files as they are: their sizes and digests."""
+
+    def change(content: dict[str, Any]) -> None:
+        for entry in [*(file for shard in content["shards"] for file in shard["files"]), content["rejects"]]:
+            path = folder / entry["path"]
+            entry.update(bytes=path.stat().st_size, sha256=sha256_file(path))
+
+    edit_manifest(folder, change)
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from ferkd_data.images import Reject
 from ferkd_data.manifest import RejectsEntry
+from ferkd_data.shards import parquet
 from ferkd_data.storage import sha256_file
 
 SCHEMA = pa.schema(
@@ -21,6 +22,8 @@ SCHEMA = pa.schema(
     ]
 )
 BUFFERED = 4096
+LONGEST_TEXT = 16384
+"""Bytes: a path may have 4,096, and is shown with escapes."""
 
 
 class RejectWriter:
@@ -74,8 +77,10 @@ def rejects_entry(path: Path, rows: int) -> RejectsEntry:
     return RejectsEntry(path=path.name, rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
-def count_rejects(path: Path) -> int:
-    return int(pq.read_metadata(path).num_rows)
+def check_rejects(path: Path, rows: int) -> None:
+    """Raises ShardError for a file that does not hold `rows` rejects, or that would take memory out of proportion."""
+    for name in SCHEMA.names:
+        parquet.read_texts(path, name, rows=rows, longest=LONGEST_TEXT)
 
 
 def readable(value: str) -> str:

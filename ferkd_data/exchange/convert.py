@@ -12,6 +12,7 @@ from ferkd_data.builder.out.state import REJECTS_NAME
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.exchange import fkd
 from ferkd_data.exchange.arguments import check_at_least
+from ferkd_data.exchange.file_checks import check_as_verify_does
 from ferkd_data.images import open_source
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.loader.image_table import ImageTable, join_images
@@ -21,6 +22,7 @@ from ferkd_data.manifest import (
     Layout,
     Manifest,
     ShardEntry,
+    parse_manifest,
 )
 from ferkd_data.shards import webdataset
 from ferkd_data.shards.writers import Row, write_shard
@@ -65,7 +67,7 @@ def convert(
                 rows, files = write_shard(
                     out,
                     shard.index,
-                    _rows(source, shard, table),
+                    _rows(source, shard, layout, table),
                     layout=layout,
                     block_starts=range(0, source.num_crops, block),
                 )
@@ -83,16 +85,22 @@ def convert(
     return write_manifest(out, source.manifest.model_copy(update=changes))
 
 
-def _rows(source: LabelSet, shard: ShardEntry, table: ImageTable | None) -> Iterator[Row]:
-    if source.manifest.layout == "webdataset":
+def _rows(source: LabelSet, shard: ShardEntry, layout: Layout, table: ImageTable | None) -> Iterator[Row]:
+    """The rows of a shard, with their images where `layout` needs them. Raises LabelSetError for a fault."""
+    labels = source.shard(shard.index)
+    check_as_verify_does(labels, source.manifest, f"{source.location}: shard {shard.index}")
+    if layout == "parquet":
+        yield from ((row, b"") for row in labels)
+    elif table is None:
         with source.open(shard.files[0]) as opened:
-            yield from webdataset.read_rows(opened.path)
-        return
-    for labels in source.shard(shard.index):
-        data = b"" if table is None else table.read_key(rng.hash64(labels.key))
-        if table is not None and image_digest(data) != labels.image_digest:
-            raise LabelSetError(f"image {labels.key!r} is not the one that was labelled (its digest differs)")
-        yield labels, data
+            for row, (_, image) in zip(labels, webdataset.read_rows(opened.path), strict=True):
+                yield row, image
+    else:
+        for row in labels:
+            image = table.read_key(rng.hash64(row.key))
+            if image_digest(image) != row.image_digest:
+                raise LabelSetError(f"image {row.key!r} is not the one that was labelled (its digest differs)")
+            yield row, image
 
 
 def export_fkd(labels: str | Path, out: str | Path, *, on_progress: OnProgress | None = None) -> str:
@@ -122,6 +130,9 @@ def new_folder(out: str | Path) -> Path:
 
 
 def write_manifest(out: Path, manifest: Manifest) -> Manifest:
+    """Write what makes the folder a label set. Raises ManifestError for a manifest that no reader would accept."""
+    text = manifest.to_json()
+    parse_manifest(text, str(out / FILE_NAME))
     with write_atomically(out / FILE_NAME) as aside:
-        aside.write_text(manifest.to_json(), encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")
     return manifest

@@ -16,7 +16,7 @@ from ferkd_data.errors import LabelSetError, RemoteError, ShardError
 from ferkd_data.exchange.faults import Fault
 from ferkd_data.exchange.row_checks import row_faults
 from ferkd_data.label_set import LabelSet
-from ferkd_data.manifest import BlockEntry, ShardEntry
+from ferkd_data.manifest import BlockEntry, Manifest, ShardEntry
 from ferkd_data.shards.columns import CROP_FIELDS, ShardLabels
 from ferkd_data.statistics import Statistics, shard_statistics
 from ferkd_data.storage import HashedFile
@@ -57,7 +57,8 @@ class FileCheck:
 
     def _read(self, entry: ShardEntry, file: BlockEntry, found: Block) -> ShardLabels | None:
         try:
-            with self.labels.open(file) as opened:
+            # A local file is hashed here, while it is read; one that was damaged in the cache is fetched again first.
+            with self.labels.open(file, check=not self.labels.is_local) as opened:
                 hashed = HashedFile(opened)
                 plain = None
                 if self.manifest.layout == "webdataset":
@@ -85,6 +86,21 @@ class FileCheck:
                 )
             )
         return labels
+
+
+def check_as_verify_does(rows: ShardLabels, manifest: Manifest, where: str) -> None:
+    """Raises ShardError for the first fault of these rows, so that nobody writes what `verify` would refuse."""
+    thresholds = manifest.thresholds.absolute()
+    for found in row_faults(rows, num_classes=manifest.num_classes, thresholds=thresholds, limit=1):
+        fault = Fault(
+            file=where,
+            row=found.row,
+            key=rows.keys[found.row],
+            crop=found.crop,
+            field=found.field,
+            message=found.message,
+        )
+        raise ShardError(f"{fault}; it is not written on. ferkd-data verify shows all faults of a label set")
 
 
 def differing(first: ShardLabels, other: ShardLabels, a: BlockEntry, b: BlockEntry) -> Iterator[Fault]:

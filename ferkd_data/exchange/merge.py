@@ -14,11 +14,13 @@ import numpy.typing as npt
 import ferkd_data
 from ferkd_data import statistics
 from ferkd_data.builder.out.state import REJECTS_NAME
-from ferkd_data.builder.rejects import RejectWriter, rejects_entry
+from ferkd_data.builder.rejects import LONGEST_TEXT, RejectWriter, rejects_entry
 from ferkd_data.errors import LabelSetError, UsageError
+from ferkd_data.exchange.convert import write_manifest
+from ferkd_data.exchange.file_checks import check_as_verify_does
 from ferkd_data.images import Reject
 from ferkd_data.label_set import LabelSet, check_same_classes, combined_teachers, ensemble_shares, open_labels
-from ferkd_data.manifest import FILE_NAME, CreatedBy, Manifest, RejectsEntry, ShardEntry
+from ferkd_data.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry
 from ferkd_data.merging import check_same_crops, merge_labels
 from ferkd_data.shards import parquet
 from ferkd_data.shards.columns import ShardLabels, concat_crops
@@ -31,8 +33,6 @@ SAME_CROPS = ("seed", "crop_distribution", "num_crops")
 SAME_TEACHERS = ("teachers", "ensemble", "top_k", "thresholds")
 SETTINGS = {"teachers": SAME_CROPS, "crops": SAME_TEACHERS, "images": (*SAME_CROPS, *SAME_TEACHERS)}
 """What must be the same, by what the label sets add to each other."""
-LONGEST_DETAIL = 16384
-"""Bytes: a path may have 4,096, and is shown with escapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,7 @@ def merge(
     work = _Merge(sets, kind, weights)
     entries, counted = [], []
     for index, labels in enumerate(work.shards()):
+        check_as_verify_does(labels, work.first, f"{work.where}: shard {index}")
         starts = range(0, labels.num_crops, work.crops_per_block)
         rows = ((row, b"") for row in labels)
         count, files = write_shard(out, index, rows, layout="parquet", block_starts=starts)
@@ -84,8 +85,7 @@ def merge(
         if on_progress:
             on_progress(sum(entry.rows for entry in entries), work.images)
     manifest = work.manifest(entries, statistics.add(counted), _write_rejects(out, sets, kind))
-    with write_atomically(out / FILE_NAME) as aside:
-        aside.write_text(manifest.to_json(), encoding="utf-8")
+    write_manifest(out, manifest)
     crops = max(manifest.statistics.crops, 1)
     return MergeResult(
         out=out,
@@ -155,6 +155,7 @@ class _Merge:
         self.sets = sets
         self.kind = kind
         self.first = sets[0].manifest
+        self.where = " + ".join(labels.location for labels in sets)
         self.shares = ensemble_shares(sets, weights) if kind == "teachers" else []
         self.weights = weights
         self.crops_per_block = self.first.crops_per_block
@@ -174,7 +175,7 @@ class _Merge:
             yield self._same_images([labels, *(gather(other, labels.keys) for other in self.sets[1:])])
 
     def _same_images(self, parts: list[ShardLabels]) -> ShardLabels:
-        where = " + ".join(labels.location for labels in self.sets)
+        where = self.where
         if self.kind == "crops":
             for part in parts[1:]:
                 check_same_crops(_without_crops(parts[0]), _without_crops(part), where)
@@ -245,7 +246,7 @@ def _write_rejects(out: Path, sets: Sequence[LabelSet], kind: Kind) -> RejectsEn
             entry = labels.manifest.rejects
             with labels.open(entry) as opened:
                 columns = [
-                    list(parquet.read_texts(opened.path, name, rows=entry.rows, longest=LONGEST_DETAIL))
+                    list(parquet.read_texts(opened.path, name, rows=entry.rows, longest=LONGEST_TEXT))
                     for name in ("key", "reason", "detail")
                 ]
             for key, reason, detail in zip(*columns, strict=True):

@@ -15,11 +15,10 @@ import numpy.typing as npt
 
 from ferkd_data.buckets import BUCKETS, Thresholds, assign_buckets, confidence
 from ferkd_data.errors import ImageError
-from ferkd_data.exchange.row_screen import suspects
 from ferkd_data.images import check_key
 from ferkd_data.images.refs import MAX_KEY_BYTES
-from ferkd_data.shards.checks import MAX_TOTAL
 from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels
+from ferkd_data.shards.row_screen import MAX_TOTAL, suspects
 
 Mask = npt.NDArray[np.bool_]
 

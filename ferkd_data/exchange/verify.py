@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng, statistics
-from ferkd_data.errors import LabelSetError, RemoteError, ShardError
+from ferkd_data.errors import LabelSetError, RemoteError
 from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.exchange.faults import Fault, VerifyReport
 from ferkd_data.exchange.file_checks import Block, FileCheck, differing, without_path
@@ -27,7 +27,7 @@ from ferkd_data.remote import is_remote
 from ferkd_data.shards import parquet
 from ferkd_data.shards.columns import ShardLabels
 from ferkd_data.statistics import Statistics
-from ferkd_data.storage import image_digest, sha256_file
+from ferkd_data.storage import image_digest
 
 MAX_FAULTS = 20
 COMPANIONS = ("README.md", "croissant.json", "LICENSE", SIGNATURE)
@@ -171,8 +171,6 @@ class _Check:
         entry = self.manifest.rejects
         try:
             with self.labels.open(entry) as opened:
-                if sha256_file(opened.path) != entry.sha256:
-                    raise ShardError(f"{opened.path}: the bytes are not those of the manifest (SHA-256 differs)")
                 reasons = parquet.read_texts(opened.path, "reason", rows=entry.rows)
         except (LabelSetError, RemoteError, OSError) as error:
             self.add(Fault(file=entry.path, message=without_path(error, self.labels.location, entry.path)))

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Self
 
 from ferkd_data.errors import LabelSetError, UsageError
+from ferkd_data.label_set.label_set import VerifyLabels
 from ferkd_data.label_set.views import LabelSet
 from ferkd_data.manifest import TeacherEntry
 from ferkd_data.merging import merge_labels
@@ -35,7 +37,8 @@ class EnsembleLabels(LabelSet):
             }
         )
         told = "".join(f"{labels.identity}{share!r}" for labels, share in zip(sets, self.shares, strict=True))
-        super().__init__(first.files, manifest, first.num_crops, hashlib.sha256(told.encode()).hexdigest())
+        identity = hashlib.sha256(told.encode()).hexdigest()
+        super().__init__(first.files, manifest, first.num_crops, identity, first.verify_labels)
 
     @property
     def location(self) -> str:
@@ -48,6 +51,11 @@ class EnsembleLabels(LabelSet):
     @property
     def cache_bytes(self) -> int:
         return min(labels.cache_bytes for labels in self.sets)
+
+    def verified(self, verify_labels: VerifyLabels) -> Self:
+        other = super().verified(verify_labels)
+        other.sets = tuple(labels.verified(verify_labels) for labels in self.sets)
+        return other
 
     def block(self, shard: int, block: int) -> ShardLabels:
         return merge_labels(

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ferkd_data.errors import ShardError
+from ferkd_data.errors import RemoteError, ShardError
 from ferkd_data.manifest import FileEntry
 from ferkd_data.remote import Remote
 from ferkd_data.shard_cache import ShardCache
-from ferkd_data.storage import OpenFile, inside
+from ferkd_data.storage import OpenFile, inside, sha256_once
 
 
 class Files(Protocol):
@@ -19,8 +19,11 @@ class Files(Protocol):
     @property
     def location(self) -> str: ...
 
-    def open(self, entry: FileEntry) -> OpenFile:
-        """The file on this host, of the size that the manifest says. Raises LabelSetError, RemoteError."""
+    def open(self, entry: FileEntry, *, check: bool) -> OpenFile:
+        """Open a file on this host that has the size of the manifest and, with `check`, its SHA-256.
+
+        A process hashes a file once, and again only after the file changed. Raises LabelSetError, RemoteError.
+        """
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,22 @@ class LocalFiles:
     def location(self) -> str:
         return str(self.folder)
 
-    def open(self, entry: FileEntry) -> OpenFile:
+    def open(self, entry: FileEntry, *, check: bool = True) -> OpenFile:
         path = inside(self.folder, entry.path)
         try:
-            size = path.stat().st_size
-        except FileNotFoundError as error:
+            file = OpenFile(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ShardError(f"{path}: the shard is missing; restore it or build the label set again") from error
-        if not path.is_file():
-            raise ShardError(f"{path}: is not a regular file")
-        if size != entry.bytes:
-            raise ShardError(f"{path}: {size} bytes, the manifest says {entry.bytes}; fetch or build it again")
-        return OpenFile(path)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be opened ({error.strerror})") from error
+        if file.size != entry.bytes:
+            raise ShardError(f"{path}: {file.size} bytes, the manifest says {entry.bytes}; fetch or build it again")
+        if check and sha256_once(file) != entry.sha256:
+            raise ShardError(
+                f"{path}: the bytes are not those of the manifest (SHA-256 differs): the file was damaged or changed; "
+                "fetch or build it again"
+            )
+        return file
 
 
 @dataclass(frozen=True)
@@ -53,5 +61,18 @@ class CachedFiles:
     def location(self) -> str:
         return self.remote.url
 
-    def open(self, entry: FileEntry) -> OpenFile:
-        return self.cache.fetch(self.remote, entry)
+    def open(self, entry: FileEntry, *, check: bool = True) -> OpenFile:
+        """A file that was damaged in the cache is fetched again."""
+        file = self.cache.fetch(self.remote, entry)
+        if not check or sha256_once(file) == entry.sha256:
+            return file
+        # Whoever has the damaged file open or mapped keeps it; nobody finds it any more.
+        file.path.unlink(missing_ok=True)
+        file.close()
+        file = self.cache.fetch(self.remote, entry)
+        if sha256_once(file) != entry.sha256:
+            raise RemoteError(
+                f"{file.path}: the cache does not keep what is written to it (SHA-256 differs, twice); check its disk, "
+                "or choose another place with cache_dir or FERKD_DATA_CACHE"
+            )
+        return file

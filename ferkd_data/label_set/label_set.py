@@ -5,13 +5,15 @@ Legend: R images of a shard, N crops per image, k kept classes.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Self
 
 from ferkd_data import rng
 from ferkd_data.errors import ShardError, UsageError
@@ -19,11 +21,19 @@ from ferkd_data.label_set.files import CachedFiles, Files, LocalFiles
 from ferkd_data.manifest import FileEntry, Manifest, ShardEntry
 from ferkd_data.shard_cache import DEFAULT_BYTES
 from ferkd_data.shards import parquet, plain_tar, webdataset
-from ferkd_data.shards.checks import check_classes, check_probabilities
-from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels, ShardLabels, class_index_dtype, concat_crops
+from ferkd_data.shards.checks import check_rows, check_targets
+from ferkd_data.shards.columns import (
+    ImageLabels,
+    ShardLabels,
+    class_index_dtype,
+    concat_crops,
+    identity_of_images,
+)
 from ferkd_data.statistics import Statistics
 from ferkd_data.storage import OpenFile
 
+VerifyLabels = Literal["first_read", "never"]
+"""When a file's SHA-256 is compared with the manifest: when a process first reads the file, or never."""
 SHARDS_KEPT = 2
 """Shards that `labels[key]` keeps in memory."""
 
@@ -31,8 +41,16 @@ SHARDS_KEPT = 2
 class StoredLabels:
     """Rows are numbered 0 .. len - 1 in the order of the shards. `LabelSet` is what users get."""
 
-    def __init__(self, files: Files, manifest: Manifest, num_crops: int, identity: str) -> None:
+    def __init__(
+        self,
+        files: Files,
+        manifest: Manifest,
+        num_crops: int,
+        identity: str,
+        verify_labels: VerifyLabels = "first_read",
+    ) -> None:
         self.files = files
+        self.verify_labels = verify_labels
         self.manifest = manifest
         self.num_crops = num_crops
         """N: crops per image that this view shows."""
@@ -41,7 +59,10 @@ class StoredLabels:
         it shows."""
         self.first_row = np.cumsum([0, *(shard.rows for shard in manifest.shards)], dtype=np.int64)
         """(shards + 1,): the number of each shard's first row."""
+        self._thresholds = manifest.thresholds.absolute()
         self._recent: OrderedDict[int, ShardLabels] = OrderedDict()
+        self._images: dict[int, tuple[int, bytes]] = {}
+        """By shard: the block that was read first, and the digest of what it says of its images."""
         self._key_index: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]] | None = None
 
     @property
@@ -129,9 +150,22 @@ class StoredLabels:
         """One crop block of one shard, whole (also the crops beyond this view). Raises ShardError as `shard`."""
         labels = self.raw_block(shard, block)
         path = f"{self.location}/{self.manifest.shards[shard].files[block].path}"
-        check_classes(path, labels, self.num_classes)
-        check_probabilities(path, labels)
+        check_rows(path, labels, self.num_classes, self._thresholds)
+        self._check_same_images(shard, block, labels)
         return labels
+
+    def _check_same_images(self, shard: int, block: int, labels: ShardLabels) -> None:
+        """Raises ShardError where a block speaks of other images than the first block of the shard that was read."""
+        entry = self.manifest.shards[shard]
+        if len(entry.files) == 1:
+            return
+        said = identity_of_images(labels)
+        first, known = self._images.setdefault(shard, (block, said))
+        if said != known:
+            raise ShardError(
+                f"{self.location}/{entry.files[block].path}: the keys, digests, sizes or targets of its images are not "
+                f"those of {entry.files[first].path}; do not train on this label set"
+            )
 
     def raw_block(self, shard: int, block: int) -> ShardLabels:
         """As `block`, with the right shape and types but whatever values the file holds."""
@@ -164,12 +198,21 @@ class StoredLabels:
         )
         return rows if rows is not None and len(rows) == self.manifest.shards[shard].rows else None
 
-    def open(self, entry: FileEntry) -> OpenFile:
-        """A file of this set on this host, of the size that the manifest says. Raises ShardError, RemoteError.
+    def open(self, entry: FileEntry, *, check: bool = True) -> OpenFile:
+        """Open a file of this set on this host, with the size and the SHA-256 of the manifest.
 
-        Its path is good for as long as it is open: the cache may drop it afterwards.
+        The digest is not compared without `check`, nor in a set that was opened with `verify_labels="never"`. The
+        path is good for as long as the file is open: the cache may drop it afterwards.
+
+        Raises ShardError for a local file that is missing or another, RemoteError for one that cannot be fetched.
         """
-        return self.files.open(entry)
+        return self.files.open(entry, check=check and self.verify_labels != "never")
+
+    def verified(self, verify_labels: VerifyLabels) -> Self:
+        """The same label set, its files compared with the manifest's digests when they are first read, or never."""
+        other = copy.copy(self)
+        other.verify_labels = verify_labels
+        return other
 
     def locate(self, key: str) -> tuple[int, int]:
         """(shard, row in the shard) of an image. Raises KeyError.
@@ -225,7 +268,8 @@ class StoredLabels:
     def keys_of(self, shard: int) -> list[str]:
         """The keys of one shard's rows. Raises ShardError as `shard` does."""
         entry = self.manifest.shards[shard]
-        with self.open(entry.files[0]) as file:
+        # A tar is not hashed for its keys: they are in its headers, which have checksums; its images would be read too.
+        with self.open(entry.files[0], check=self.manifest.layout == "parquet") as file:
             if self.manifest.layout == "parquet":
                 return parquet.read_keys(file.path, rows=entry.rows)
             return [sample.key for sample in webdataset.scan(file.path)]
@@ -233,11 +277,12 @@ class StoredLabels:
     def targets_of(self, shard: int) -> npt.NDArray[np.int32]:
         """The ground truths (R,) of one shard's rows, -1 where unknown. Raises ShardError as `shard` does."""
         if self.manifest.layout == "webdataset":
-            return self.raw_block(shard, 0).target
+            return self.block(shard, 0).target
         entry = self.manifest.shards[shard]
         with self.open(entry.files[0]) as file:
-            targets = parquet.read_identities(file.path, rows=entry.rows)[1]
-        return np.asarray(targets.fill_null(UNKNOWN_TARGET), np.int32)
+            targets = parquet.read_targets(file.path, rows=entry.rows)
+            check_targets(str(file.path), targets, self.num_classes)
+        return targets
 
     def image_places(self, shard: int) -> npt.NDArray[np.int64]:
         """(R, 2): offset and length in bytes of each image within its shard's tar, in layout webdataset."""

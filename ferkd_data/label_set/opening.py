@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from ferkd_data.errors import ManifestError, RemoteError, UsageError
 from ferkd_data.label_set.ensemble import EnsembleLabels
 from ferkd_data.label_set.files import CachedFiles, Files, LocalFiles
+from ferkd_data.label_set.label_set import VerifyLabels
 from ferkd_data.label_set.views import LabelSet
 from ferkd_data.manifest import FILE_NAME, MAX_MANIFEST_BYTES, identity_of, parse_manifest, read_manifest_bytes
 from ferkd_data.remote import Remote, is_remote, open_remote
@@ -22,6 +24,7 @@ def open_labels(
     crops: int | None = None,
     cache_dir: str | Path | None = None,
     cache_bytes: int = DEFAULT_BYTES,
+    verify_labels: VerifyLabels = "first_read",
 ) -> LabelSet:
     """Open the label set in a folder, or at an http(s)://, s3://, gs:// or hf://datasets/ORG/NAME URL.
 
@@ -29,14 +32,23 @@ def open_labels(
     touched. Files of a remote set are fetched when first needed, checked, and kept in `cache_dir` (default:
     $FERKD_DATA_CACHE or the user's cache folder), which holds at most `cache_bytes`.
 
+    With `verify_labels="first_read"`, the SHA-256 of each file is compared with the manifest when a process first
+    reads the file, so that a damaged file is an error; one that was damaged in the cache is fetched again. "never"
+    trusts the disks and saves the time that hashing takes (see docs/loader.md).
+
     Several label sets of the same crops by different teachers are opened as their ensemble, with `weights` (default:
     the teachers' own): nothing is written, and each training run may choose its teachers. See ferkd_data.merging.
 
     Raises ManifestError when there is no finished label set, RemoteError when it cannot be fetched, UsageError when it
     has fewer crops, LabelSetError when several do not hold the same crops.
     """
+    if verify_labels not in get_args(VerifyLabels):
+        raise UsageError(f"verify_labels must be one of {', '.join(get_args(VerifyLabels))}, got {verify_labels!r}")
     if not isinstance(path, (str, Path)):
-        sets = [open_labels(one, crops=crops, cache_dir=cache_dir, cache_bytes=cache_bytes) for one in path]
+        sets = [
+            open_labels(one, crops=crops, cache_dir=cache_dir, cache_bytes=cache_bytes, verify_labels=verify_labels)
+            for one in path
+        ]
         return sets[0] if len(sets) == 1 and weights is None else EnsembleLabels(sets, weights)
     if weights is not None:
         raise UsageError("weights are for several label sets: open_labels([A, B], weights=[2, 1])")
@@ -53,7 +65,8 @@ def open_labels(
     manifest = parse_manifest(text, f"{files.location}/{FILE_NAME}")
     if crops is not None and not 1 <= crops <= manifest.num_crops:
         raise UsageError(f"{files.location}: crops must be 1..{manifest.num_crops} (what was labelled), got {crops}")
-    return LabelSet(files, manifest, manifest.num_crops if crops is None else crops, identity_of(text))
+    num_crops = manifest.num_crops if crops is None else crops
+    return LabelSet(files, manifest, num_crops, identity_of(text), verify_labels)
 
 
 def read_remote_manifest(remote: Remote) -> bytes:

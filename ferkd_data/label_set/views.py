@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Self
 
 from ferkd_data.class_map import ClassMap, NewClasses, make_class_map, map_columns
-from ferkd_data.label_set.label_set import StoredLabels
+from ferkd_data.label_set.label_set import StoredLabels, VerifyLabels
 from ferkd_data.label_set.selection import Rows, Where, chosen_rows, in_classes, rows_by_target, split_rows
 from ferkd_data.manifest import Manifest
 from ferkd_data.shards.columns import ShardLabels
@@ -129,9 +130,14 @@ class _View(LabelSet):
         digest = hashlib.sha256(base.identity.encode())
         for part in told:
             digest.update(part.encode() if isinstance(part, str) else part)
-        super().__init__(base.files, manifest, base.num_crops, digest.hexdigest())
+        super().__init__(base.files, manifest, base.num_crops, digest.hexdigest(), base.verify_labels)
         self.base = base
         self._statistics: Statistics | None = None
+
+    def verified(self, verify_labels: VerifyLabels) -> Self:
+        other = super().verified(verify_labels)
+        other.base = self.base.verified(verify_labels)
+        return other
 
     @property
     def location(self) -> str:

@@ -5,6 +5,7 @@ Legend: R images (rows), N crops per image, k kept classes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -142,6 +143,14 @@ def to_float16(values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
     """Stored probabilities as float16; those too large for it become infinite, which no check lets through."""
     with np.errstate(over="ignore"):
         return values.astype(np.float16, copy=False)
+
+
+def identity_of_images(labels: ShardLabels) -> bytes:
+    """16 bytes that are the same where the keys, image digests, sizes and targets are: BLAKE2b-128."""
+    state = hashlib.blake2b("\0".join(labels.keys).encode("utf-8", "surrogatepass"), digest_size=16)
+    for values in (labels.image_digest, labels.height, labels.width, labels.target):
+        state.update(np.ascontiguousarray(values).data)
+    return state.digest()
 
 
 def class_index_dtype(num_classes: int) -> type[np.uint16] | type[np.uint32]:

@@ -157,11 +157,10 @@ def read_keys(path: Path, *, rows: int) -> list[str]:
     return read_texts(path, "key", rows=rows)
 
 
-def read_identities(path: Path, *, rows: int) -> tuple[list[str], pa.ChunkedArray, pa.ChunkedArray]:
-    """Keys, targets and image digests of a block file. Raises ShardError as `read_labels` does."""
-    whole = schema(1, 1, np.uint16)
-    table = _read(path, pa.schema([whole.field(name) for name in ("key", "image_digest", "target")]), rows)
-    return _texts(path, table, "key"), table.column("target"), table.column("image_digest")
+def read_targets(path: Path, *, rows: int) -> npt.NDArray[np.int32]:
+    """Ground truths (rows,), -1 where unknown, whatever else they are. Raises ShardError as `read_labels` does."""
+    table = _read(path, pa.schema([schema(1, 1, np.uint16).field("target")]), rows)
+    return np.asarray(_numpy(table.column("target").combine_chunks().fill_null(UNKNOWN_TARGET)), np.int32)
 
 
 def read_texts(path: Path, column: str, *, rows: int, longest: int = MAX_TEXT_BYTES) -> list[str]:

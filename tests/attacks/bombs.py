@@ -7,7 +7,6 @@ meets them and prints the memory that they took.
 from __future__ import annotations
 
 import io
-import json
 import resource
 import shutil
 import sys
@@ -19,28 +18,12 @@ import pyarrow.parquet as pq
 
 import ferkd_data as fd
 from ferkd_data.errors import FerkdError
-from ferkd_data.storage import sha256_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from label_sets import edit_manifest, relist
 
 LONG = 200_000_000
 KEY_BYTES = 1_000_000
-
-
-def edited(folder: Path, change) -> None:
-    path = folder / "manifest.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def listed_again(folder: Path) -> None:
-    """Let the manifest have the sizes and digests of the files as they are."""
-
-    def change(content):
-        for entry in [*(file for shard in content["shards"] for file in shard["files"]), content["rejects"]]:
-            entry["bytes"] = (folder / entry["path"]).stat().st_size
-            entry["sha256"] = sha256_file(folder / entry["path"])
-
-    edited(folder, change)
 
 
 def varint(number: int, length: int) -> bytes:
@@ -94,7 +77,7 @@ def key_bomb(folder: Path) -> None:
         for file in others:
             shutil.copyfile(folder / first["path"], folder / file["path"])
 
-    edited(folder, change)
+    edit_manifest(folder, change)
 
 
 def reason_bomb(folder: Path) -> None:
@@ -104,7 +87,7 @@ def reason_bomb(folder: Path) -> None:
         content["rejects"]["rows"] = 3000
         content["source"]["images_seen"] = content["num_images"] + 3000
 
-    edited(folder, change)
+    edit_manifest(folder, change)
 
 
 def tar_bomb(folder: Path) -> None:
@@ -174,7 +157,7 @@ def make(golden: Path, work: Path) -> None:
             folder = shutil.copytree(golden / layout, work / bomb.__name__)
             bomb(folder)
             if "json" not in bomb.__name__:
-                listed_again(folder)
+                relist(folder)
 
 
 def meet(work: Path) -> None:

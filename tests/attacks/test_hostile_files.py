@@ -16,13 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from label_sets import edit_manifest
+from label_sets import edit_manifest, relist
 
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, ManifestError, ShardError
 from ferkd_data.exchange.card import render_card
 from ferkd_data.shards import parquet
-from ferkd_data.storage import sha256_file
 from ferkd_data_cli.main import run
 from ferkd_data_cli.say import printable
 
@@ -66,8 +65,7 @@ def replaced(folder, name, make, block="labels/00000-000.parquet"):
     kind = table.schema.field(at).type
     table = table.set_column(at, pa.field(name, kind), make(table.column(at).combine_chunks()))
     pq.write_table(table, folder / block)
-    told = {"bytes": (folder / block).stat().st_size, "sha256": sha256_file(folder / block)}
-    edit_manifest(folder, lambda m: m["shards"][0]["files"][0].update(told))
+    relist(folder)
 
 
 @pytest.mark.parametrize("name", ["key", "height", "image_digest", "flip", "class_prob", "bucket"])
@@ -95,8 +93,7 @@ def test_more_row_groups_than_rows(copy):
         writer.write_table(table)
         for _ in range(8):
             writer.write_table(table.slice(0, 0))
-    size = (copy / "labels/00000-000.parquet").stat().st_size
-    edit_manifest(copy, lambda m: m["shards"][0]["files"][0].update(bytes=size))
+    relist(copy)
     with pytest.raises(ShardError, match="9 row groups for 8 rows"):
         fd.open_labels(copy).shard(0)
 
@@ -157,7 +154,7 @@ def retyped(folder, change):
         change(number, member)
         out.write(member.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512))
     path.write_bytes(out.getvalue() + bytes(1024))
-    edit_manifest(folder, lambda m: m["shards"][0]["files"][0].update(bytes=path.stat().st_size))
+    relist(folder)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +176,7 @@ def test_a_sparse_member_by_its_extended_header(tar_copy):
         for member, data in members:
             member.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(10**15)}
             tar.addfile(member, io.BytesIO(data))
-    edit_manifest(tar_copy, lambda m: m["shards"][0]["files"][0].update(bytes=path.stat().st_size))
+    relist(tar_copy)
     with pytest.raises(ShardError, match="links and devices are refused"):
         fd.open_labels(tar_copy).shard(0)
 

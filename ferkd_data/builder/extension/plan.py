@@ -5,22 +5,23 @@ Its digest is that of the label set's plan where no image is new, else over that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice, repeat, takewhile
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from ferkd_data.builder.extension.base import Base
 from ferkd_data.builder.extension.known_images import KnownImages
 from ferkd_data.builder.plan import Plan, PlanWriter, open_plan, save_plan
-from ferkd_data.builder.rejects import count_rejects, read_rejects, readable
+from ferkd_data.builder.rejects import check_rejects, read_rejects, readable
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.errors import SettingsMismatchError, SourceError
 from ferkd_data.images import ImageRef, ImageSource, Reject, in_groups
 from ferkd_data.label_set import LabelSet, open_labels
-from ferkd_data.shards import parquet, webdataset
-from ferkd_data.shards.columns import UNKNOWN_TARGET
+from ferkd_data.shards.columns import DIGEST_BYTES, UNKNOWN_TARGET
 
 CHUNK = 4096
 """Items that are dealt with together."""
@@ -50,7 +51,9 @@ class _Extension:
     def plan(self) -> Plan:
         manifest = self.base.manifest
         plan_sha256 = manifest.source.plan_sha256
-        num_known, num_rejected = manifest.num_images, count_rejects(self.rejects_path)
+        with self.labels.open(manifest.rejects) as rejects:
+            check_rejects(rejects.path, manifest.rejects.rows)
+        num_known, num_rejected = manifest.num_images, manifest.rejects.rows
         with KnownImages(num_known, num_rejected) as known, PlanWriter(self.folder, digest_of=plan_sha256) as writer:
             self._learn(known)
             self._list(known, writer)
@@ -107,13 +110,19 @@ class _Extension:
                 "it cannot get more crops. Put it back, or leave out --crops to add new images alone"
             )
 
-    def _identities(self) -> Iterator[tuple[list[str], Any, Any]]:
-        """(keys, targets, digests) of each shard of the label set; digests in layout parquet alone."""
+    def _identities(self) -> Iterator[tuple[Sequence[str], pa.Array, Any]]:
+        """(keys, targets, digests) of each shard of the label set; digests in layout parquet alone.
+
+        Every file of the label set is read and checked, since the extended set vouches for the old files too. Raises
+        ShardError for one that was damaged, or that says what no label set may say.
+        """
         for entry in filter(attrgetter("rows"), self.base.manifest.shards):
-            with self.labels.open(entry.files[0]) as file:
-                if self.base.manifest.layout == "parquet":
-                    yield parquet.read_identities(file.path, rows=entry.rows)
-                    continue
-                samples = list(webdataset.scan(file.path))
-            targets = [None if sample.target == UNKNOWN_TARGET else sample.target for sample in samples]
-            yield [sample.key for sample in samples], targets, [None] * len(samples)
+            first = self.labels.block(entry.index, 0)
+            for block in range(1, self.labels.num_blocks):
+                self.labels.block(entry.index, block)
+            targets = pa.array(first.target, mask=first.target == UNKNOWN_TARGET)
+            if self.base.manifest.layout == "parquet":
+                digests = pa.array(map(bytes, first.image_digest), pa.binary(DIGEST_BYTES))
+                yield first.keys, targets, digests
+            else:
+                yield first.keys, targets, [None] * len(first)

@@ -11,8 +11,8 @@ import ferkd_data as fd
 from ferkd_data.buckets import Thresholds, assign_buckets, confidence
 from ferkd_data.errors import ImageError
 from ferkd_data.exchange import row_checks
-from ferkd_data.exchange.row_screen import suspects
 from ferkd_data.shards.columns import ShardLabels
+from ferkd_data.shards.row_screen import suspects
 
 R, N, K = 6, 4, 3
 ODD_PROBS = np.array(
@@ -99,7 +99,7 @@ def test_good_rows_pass(layout, request):
 
 
 def test_a_row_is_found_wherever_it_lies(monkeypatch):
-    monkeypatch.setattr("ferkd_data.exchange.row_screen.CROPS_AT_ONCE", 2 * N)
+    monkeypatch.setattr("ferkd_data.shards.row_screen.CROPS_AT_ONCE", 2 * N)
     thresholds = Thresholds()
     labels = good_labels(np.random.default_rng(0), 10, thresholds)
     for row in range(R):

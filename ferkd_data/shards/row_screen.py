@@ -1,6 +1,7 @@
 """Which rows may break a rule: a screen that lets the good ones pass at the speed of the memory.
 
-It errs on one side only: a row that breaks a rule of row_checks never passes. What it stops is looked at again there.
+It errs on one side only: a row that breaks a rule of `shards.checks` (what no reader accepts) or of
+`exchange.row_checks` (what `verify` reports) never passes. What it stops is looked at again there.
 Probabilities are compared as the bit patterns of their float16, which lie in the order of the values from 0 to 1.
 
 Legend: R images, N crops per image, k kept classes.
@@ -14,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data.buckets import NUM_FLOAT16, Thresholds, from_patterns
-from ferkd_data.shards.checks import MAX_TOTAL
 from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels
 
 Mask = npt.NDArray[np.bool_]
 Patterns = npt.NDArray[np.uint16]
 
+MAX_TOTAL = 1 + 2**-10
+"""The largest sum of a crop's probabilities: rounding to float16 raises a sum of 1 by at most half of the excess."""
 CROPS_AT_ONCE = 16384
 """So that what is compared stays in a core's cache."""
 INFINITY, NO_SIGN = 0x7C00, 0x7FFF
