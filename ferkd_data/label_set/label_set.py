@@ -9,7 +9,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,7 @@ class StoredLabels:
         verify_labels: VerifyLabels = "first_read",
     ) -> None:
         self.files = files
+        _check_word(verify_labels)
         self.verify_labels = verify_labels
         self.manifest = manifest
         self.num_crops = num_crops
@@ -209,7 +210,11 @@ class StoredLabels:
         return self.files.open(entry, check=check and self.verify_labels != "never")
 
     def verified(self, verify_labels: VerifyLabels) -> Self:
-        """The same label set, its files compared with the manifest's digests when they are first read, or never."""
+        """The same label set, its files compared with the manifest's digests when they are first read, or never.
+
+        Raises UsageError for another word.
+        """
+        _check_word(verify_labels)
         other = copy.copy(self)
         other.verify_labels = verify_labels
         return other
@@ -309,3 +314,9 @@ class StoredLabels:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recent": OrderedDict(), "_key_index": None}
+
+
+def _check_word(verify_labels: str) -> None:
+    known = get_args(VerifyLabels)
+    if verify_labels not in known:
+        raise UsageError(f"verify_labels must be one of {', '.join(known)}, got {verify_labels!r}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from ferkd_data.errors import ManifestError, RemoteError, UsageError
 from ferkd_data.label_set.ensemble import EnsembleLabels
@@ -42,8 +41,6 @@ def open_labels(
     Raises ManifestError when there is no finished label set, RemoteError when it cannot be fetched, UsageError when it
     has fewer crops, LabelSetError when several do not hold the same crops.
     """
-    if verify_labels not in get_args(VerifyLabels):
-        raise UsageError(f"verify_labels must be one of {', '.join(get_args(VerifyLabels))}, got {verify_labels!r}")
     if not isinstance(path, (str, Path)):
         sets = [
             open_labels(one, crops=crops, cache_dir=cache_dir, cache_bytes=cache_bytes, verify_labels=verify_labels)

@@ -14,7 +14,7 @@ from ferkd_data.calibration import Calibration, Schedule
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import FerkdError, LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import ImageSource
-from ferkd_data.label_set import LabelSet
+from ferkd_data.label_set import LabelSet, VerifyLabels
 from ferkd_data.loader.batch_maker import Made
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.opening import open_maker
@@ -61,6 +61,7 @@ class CropLoader:
         pin_memory: bool = False,
         decode_device: str | torch.device | None = None,
         verify_images: Verify = "first_epoch",
+        verify_labels: VerifyLabels | None = None,
         on_error: OnError = "raise",
         images_missing: ImagesMissing = "raise",
         cache_dir: str | Path | None = None,
@@ -82,6 +83,8 @@ class CropLoader:
         decode_device: "cuda": JPEGs are decoded, cut and mixed there by this process, workers only read and label, and
             the images of batches lie there. Pixels differ a little (see docs/loader.md). "cpu" tries the same path.
         verify_images: when the images' digests are compared with those labelled; their sizes always are.
+        verify_labels: first_read: the SHA-256 of each label file is compared with the manifest when the file is first
+            read or unpacked; never: it is not. None: as `labels` were opened (first_read, unless you said otherwise).
         on_error: what an image that cannot be used does: raise LoaderError, or be left out of its batch and counted
             in `skipped`.
         images_missing: what labelled images that `images` lacks do: raise LabelSetError, or be left out for good: the
@@ -92,6 +95,7 @@ class CropLoader:
         """
         if not isinstance(labels, LabelSet):
             raise UsageError(f"labels must be a label set, as fd.open_labels({labels!r}) opens it")
+        labels = labels if verify_labels is None else labels.verified(verify_labels)
         self.settings = LoaderSettings(
             batch_size=batch_size,
             crops_per_image=crops_per_image,

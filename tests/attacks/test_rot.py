@@ -122,7 +122,7 @@ def test_a_file_is_hashed_once_and_again_after_it_changed(whole, tmp_path, monke
         list(labels)
 
 
-def test_never_trusts_the_disk(whole, tmp_path):
+def test_never_trusts_the_disk(whole, photos, tmp_path):
     copy = shutil.copytree(whole, tmp_path / "copy")
     plausible_flip(copy)
     labels = fd.open_labels(copy, verify_labels="never")
@@ -131,8 +131,14 @@ def test_never_trusts_the_disk(whole, tmp_path):
     with pytest.raises(ShardError):
         list(fd.open_labels([copy, whole], weights=[1, 1]))
     list(fd.open_labels([copy, whole], weights=[1, 1], verify_labels="never"))
+    images = None if (copy / "shards").exists() else photos
+    with pytest.raises(ShardError, match="SHA-256 differs"):
+        load(copy, images, tmp_path / "a")
+    load(copy, images, tmp_path / "a", verify_labels="never", verify_images="never")
     with pytest.raises(UsageError, match="verify_labels must be one of first_read, never"):
         fd.open_labels(copy, verify_labels="always")
+    with pytest.raises(UsageError, match="verify_labels must be one of first_read, never"):
+        load(copy, images, tmp_path / "a", verify_labels="always")
 
 
 def test_a_file_that_rots_in_the_cache_is_fetched_again(whole, tmp_path):
