@@ -192,19 +192,15 @@ def evil_names(content):
         teacher["name"] = EVIL
 
 
-def rows_with_evil_keys(folder):
-    for block in sorted(path.name for path in (folder / "labels").glob("00000-*.parquet")):
-        replaced(
-            folder,
-            "key",
-            lambda column: pa.array([f"{EVIL}/{key}" for key in column.to_pylist()]),
-            f"labels/{block}",
-        )
+def rekeyed(folder, change):
+    """Give the images of the first shard other keys, in all its blocks."""
+    for block in sorted((folder / "labels").glob("00000-*.parquet")):
+        replaced(folder, "key", lambda column: pa.array(map(change, column.to_pylist())), f"labels/{block.name}")
 
 
 def test_strangers_words_do_not_reach_the_terminal(copy, capsys):
     edit_manifest(copy, evil_names)
-    rows_with_evil_keys(copy)
+    rekeyed(copy, lambda key: f"{EVIL}/{key}")
     (copy / f"stray\x1b[2J{EVIL[:9]}").touch()
     edit_manifest(copy, lambda m: m["shards"][1]["files"][0].update(path="labels/\x1b[31mx.parquet"))
     commands = [["info"], ["info", "--json"], ["show"], ["show", "--json"], ["verify"], ["verify", "--json"], ["stats"]]
@@ -254,7 +250,7 @@ def test_pull_copies_no_file_that_a_link_leads_to(copy, tmp_path, name):
 
 
 def test_keys_that_would_escape_are_written_nowhere(copy, tmp_path):
-    replaced(copy, "key", lambda column: pa.array([f"../../{number}" for number in range(len(column))]))
+    rekeyed(copy, lambda key: f"../../{key}")
     faults = {fault.message for fault in fd.verify(copy).faults if fault.field == "key"}
     assert any("climbs out of its folder" in message for message in faults)
     with pytest.raises(LabelSetError, match="not a path inside"):
