@@ -13,6 +13,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -116,8 +117,11 @@ def npy_bomb(folder: Path) -> None:
     with tarfile.open(path, "w") as tar:
         for member, data in members:
             if member.name.endswith(".npy"):
-                assert b"(5,)" in data
-                data = data.replace(b"(5,)", b"(9999999999,)")
+                array = np.load(io.BytesIO(data), allow_pickle=False)
+                claim = io.BytesIO()
+                header = np.lib.format.header_data_from_array_1_0(array)
+                np.lib.format.write_array_header_1_0(claim, {**header, "shape": (10**10, *array.shape[1:])})
+                data = claim.getvalue() + array.tobytes()
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
 
