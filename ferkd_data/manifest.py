@@ -254,8 +254,7 @@ def _check_whole(manifest: Manifest, where: str) -> None:
             f"to the {manifest.source.images_seen} seen"
         )
     teachers, counted = len(manifest.teachers), manifest.statistics
-    per_teacher = {len(counted.teacher_top1_matches_target), len(counted.teacher_agreement)} - {0}
-    if per_teacher - {teachers} or any(len(row) != teachers for row in counted.teacher_agreement):
+    if not counted.fits(teachers):
         raise ManifestError(f"{where}: statistics of other teachers than the {teachers} that are listed")
     if manifest.class_names is not None and len(manifest.class_names) != manifest.num_classes:
         raise ManifestError(f"{where}: {len(manifest.class_names)} class names for {manifest.num_classes} classes")

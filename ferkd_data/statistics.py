@@ -27,6 +27,11 @@ RANGE_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0
 PAPER_SHARES = (0.43, 0.89, 1.29, 2.03, 3.66, 4.35, 5.04, 7.76, 8.14, 28.73, 37.34, 0.33)
 """Percent of ImageNet crops in each range, as FerKD (ICCV 2023) reports them."""
 
+TEACHER_BINS = 15
+"""Equal bins of a teacher's own p_max, for its calibration error."""
+P_MAX_UNITS = 2**16
+"""Sums of p_max are counted in units of 1 / P_MAX_UNITS: whole numbers add up alike in every order."""
+
 MAX_COUNT = 2**53
 """Counts are exact in every reader's numbers."""
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -52,8 +57,28 @@ class Statistics(BaseModel):
     teacher_agreement: tuple[tuple[Count, ...], ...] = ()
     """Entry [a][b]: crops on which teachers a and b name the same most probable class."""
 
+    teacher_right_together: tuple[tuple[Count, ...], ...] = ()
+    """Entry [a][b]: crops whose ground truth both teachers a and b name as the most probable class."""
+    teacher_bin_crops: tuple[tuple[Count, ...], ...] = ()
+    """Per teacher: crops with a ground truth in 15 equal bins of the teacher's own largest probability."""
+    teacher_bin_right: tuple[tuple[Count, ...], ...] = ()
+    """Per teacher and bin: those whose most probable class, for this teacher alone, is the ground truth."""
+    teacher_bin_p_max: tuple[tuple[Count, ...], ...] = ()
+    """Per teacher and bin: the sum of the teacher's largest probability over its crops, in units of 1/65536."""
+
     def __add__(self, other: Statistics) -> Statistics:
         return add([self, other])
+
+    def fits(self, num_teachers: int) -> bool:
+        """Whether what is counted per teacher is of so many teachers, or not counted."""
+        squares = (self.teacher_agreement, self.teacher_right_together)
+        binned = (self.teacher_bin_crops, self.teacher_bin_right, self.teacher_bin_p_max)
+        lists = (self.teacher_top1_matches_target, *squares, *binned)
+        return (
+            all(len(entries) in (0, num_teachers) for entries in lists)
+            and all(len(row) == num_teachers for square in squares for row in square)
+            and all(len(row) == TEACHER_BINS for table in binned for row in table)
+        )
 
 
 def add(parts: Iterable[Statistics]) -> Statistics:
@@ -67,6 +92,9 @@ def add(parts: Iterable[Statistics]) -> Statistics:
 
 
 def _sum(values: list[object]) -> object:
+    if () in values:
+        # Counted in some parts only, such as those that an older version wrote: nothing can be said of the whole.
+        return ()
     if isinstance(values[0], (int, float)):
         return sum(values)  # type: ignore[arg-type]
     total = np.sum([np.asarray(value, dtype=np.int64) for value in values], axis=0)

@@ -13,7 +13,8 @@ import numpy as np
 
 from ferkd_data.builder.job import Job, open_tools
 from ferkd_data.builder.labelling.crop_batches import Rejected
-from ferkd_data.builder.labelling.label_shard import TeacherCounts, label_shard
+from ferkd_data.builder.labelling.label_shard import label_shard
+from ferkd_data.builder.labelling.teacher_counts import TeacherCounts
 from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import UsageError

@@ -13,9 +13,9 @@ from ferkd_data.label_set import LabelSet
 from ferkd_data.report.charts import Reliability, percent
 from ferkd_data.report.collect import Collected
 from ferkd_data.report.sketch import FLOAT16_VALUES, Counts, Sketch, counts_below, counts_between
+from ferkd_data.statistics import P_MAX_UNITS, TEACHER_BINS
 
 Level = Literal["warning", "note", "good"]
-ECE_BINS = 15
 STEPS = 100
 """Thresholds are suggested in steps of 1 / STEPS."""
 DISCARD_BELOW, SOFTEN_BELOW, EASY_FROM = 1 / 3, 2 / 3, 0.98
@@ -46,11 +46,16 @@ def ensemble_reliability(sketch: Sketch, name: str) -> Reliability:
 
 def reliability(known: Counts, right: Counts, values: npt.NDArray[Any], name: str) -> Reliability:
     """From counts by value of p_max, which rise: of all crops, and of those named right."""
-    edges = np.linspace(0, 1, ECE_BINS + 1)
-    place = np.minimum(np.searchsorted(edges, values, side="right") - 1, ECE_BINS - 1)
-    crops = np.bincount(place, known, minlength=ECE_BINS)
-    hits = np.bincount(place, right, minlength=ECE_BINS)
-    mass = np.bincount(place, known * values, minlength=ECE_BINS)
+    edges = np.linspace(0, 1, TEACHER_BINS + 1)
+    place = np.minimum(np.searchsorted(edges, values, side="right") - 1, TEACHER_BINS - 1)
+    crops = np.bincount(place, known, minlength=TEACHER_BINS)
+    hits = np.bincount(place, right, minlength=TEACHER_BINS)
+    mass = np.bincount(place, known * values, minlength=TEACHER_BINS)
+    return _curve(name, crops, hits, mass)
+
+
+def _curve(name: str, crops: npt.NDArray[Any], hits: npt.NDArray[Any], mass: npt.NDArray[Any]) -> Reliability:
+    """From crops, those named right, and the sum of p_max, by bin."""
     some = np.maximum(crops, 1)
     total = max(float(crops.sum()), 1.0)
     return Reliability(
@@ -61,6 +66,18 @@ def reliability(known: Counts, right: Counts, values: npt.NDArray[Any], name: st
         ece=float(np.abs(mass - hits).sum() / total),
         top1=float(hits.sum() / total),
     )
+
+
+def teacher_reliability(labels: LabelSet) -> list[Reliability]:
+    """Calibration of each teacher by itself, where there are several and the build counted it."""
+    counted, teachers = labels.statistics, labels.manifest.teachers
+    if len(teachers) < 2 or not counted.teacher_bin_crops:
+        return []
+    curves = []
+    for i, teacher in enumerate(teachers):
+        crops, right = np.array(counted.teacher_bin_crops[i]), np.array(counted.teacher_bin_right[i])
+        curves.append(_curve(teacher.name, crops, right, np.array(counted.teacher_bin_p_max[i]) / P_MAX_UNITS))
+    return curves
 
 
 def suggest(sketch: Sketch) -> Suggestion:

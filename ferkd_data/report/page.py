@@ -13,7 +13,7 @@ import numpy as np
 from ferkd_data.label_set import LabelSet
 from ferkd_data.report import figures
 from ferkd_data.report.cards import image_view, sheets, suspect_view, suspects_csv, thumb_view
-from ferkd_data.report.charts import reliability_chart
+from ferkd_data.report.charts import Chart, reliability_chart
 from ferkd_data.report.collect import Collected
 from ferkd_data.report.findings import (
     SMALL_PIXELS,
@@ -21,11 +21,12 @@ from ferkd_data.report.findings import (
     ensemble_reliability,
     findings,
     suggest,
+    teacher_reliability,
 )
 from ferkd_data.report.pictures import Pictures
 from ferkd_data.report.sketch import CONFIDENCES, Sketch, counts_between
 from ferkd_data.report.sliders import BINS, class_name, slider_data
-from ferkd_data.report.tables import class_table, confusion_table, side_table, teacher_table
+from ferkd_data.report.tables import class_table, confusion_table, saves_table, side_table, teacher_table
 from ferkd_data.report.unfinished import Progress
 
 SUSPECTS_SHOWN = 24
@@ -48,7 +49,7 @@ def page(
         "identity": labels.identity,
         "progress": progress,
         "facts": facts(labels, found, hours),
-        "teachers": teacher_table(labels),
+        "teachers": teacher_table(labels, found.sketch),
         "findings": findings(labels, found),
         "pictures": pictures,
         "p_max": figures.p_max_chart(found.sketch),
@@ -69,7 +70,7 @@ def page(
         "confusions": confusion_table(labels, found.sketch),
         "reliability": reliability_charts(labels, found),
         "agreement": figures.agreement_table(labels),
-        "saves": None,
+        "saves": saves_table(labels),
         "quality": quality(labels, found, pictures),
         "in_use": figures.in_use_chart(found.sketch),
         "epoch": figures.epoch_table(found.sketch),
@@ -120,11 +121,12 @@ def histogram_bars(sketch: Sketch) -> dict[str, list[tuple[float, int]]]:
     return bars
 
 
-def reliability_charts(labels: LabelSet, found: Collected) -> list[Any]:
-    """The ensemble's; nothing without a ground truth."""
-    name = labels.manifest.teachers[0].name if len(labels.manifest.teachers) == 1 else "all teachers together"
-    curve = ensemble_reliability(found.sketch, name)
-    return [reliability_chart(curve)] if sum(curve.crops) else []
+def reliability_charts(labels: LabelSet, found: Collected) -> list[Chart]:
+    """The ensemble's, then each teacher's where the build counted it; none without a ground truth."""
+    teachers = labels.manifest.teachers
+    curve = ensemble_reliability(found.sketch, teachers[0].name if len(teachers) == 1 else "all teachers together")
+    curves = [curve, *teacher_reliability(labels)] if sum(curve.crops) else []
+    return [reliability_chart(one) for one in curves]
 
 
 def quality(labels: LabelSet, found: Collected, pictures: Pictures) -> dict[str, Any]:

@@ -16,7 +16,7 @@ CLASSES_SHOWN = 1000
 CONFUSIONS_SHOWN = 50
 
 
-def teacher_table(labels: LabelSet) -> Table:
+def teacher_table(labels: LabelSet, sketch: Sketch) -> Table:
     """One row for each teacher, and what is known of its accuracy on these crops."""
     counted = labels.statistics
     columns = (
@@ -36,10 +36,31 @@ def teacher_table(labels: LabelSet) -> Table:
             [teacher.name, right, str(teacher.size), f"{teacher.weight:g}", f"{teacher.temperature:g}",
              teacher.precision, teacher.digest[:12]]
         )  # fmt: skip
-    if len(labels.manifest.teachers) > 1 and counted.crops_with_target:
-        right = percent(counted.top1_matches_target / counted.crops_with_target)
+    _, known_crops, right_crops = (int(row.sum()) for row in sketch.confidence["max"])
+    if len(labels.manifest.teachers) > 1 and known_crops:
+        right = percent(right_crops / known_crops)
         rows.append([f"together ({labels.manifest.ensemble})", right, "", "", "", "", ""])
     return Table(caption="Teachers, and how often each names the ground truth", columns=columns, rows=rows)
+
+
+def saves_table(labels: LabelSet) -> Table | None:
+    """Who is right where another is wrong; None for one teacher, or where the build did not count it."""
+    counted, teachers = labels.statistics, labels.manifest.teachers
+    if len(teachers) < 2 or not counted.teacher_right_together or not counted.crops_with_target:
+        return None
+    both = np.array(counted.teacher_right_together)
+    saved = both.diagonal()[:, None] - both
+    columns = (
+        Column(title="right", numeric=False),
+        *(Column(title=f"where {teacher.name} is wrong", unit="%") for teacher in teachers),
+    )
+    rows: list[list[Cell | str]] = []
+    for i, teacher in enumerate(teachers):
+        shares = (100 * saved[i] / counted.crops_with_target).tolist()
+        cells = [Cell("", None) if i == j else Cell(f"{share:.1f}", share) for j, share in enumerate(shares)]
+        rows.append([teacher.name, *cells])
+    caption = "Who saves whom: share of crops on which the teacher of the row is right and the one of the column wrong"
+    return Table(caption=caption, columns=columns, rows=rows)
 
 
 def class_table(labels: LabelSet, sketch: Sketch) -> Table | None:

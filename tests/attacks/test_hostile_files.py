@@ -104,6 +104,7 @@ NUMBERS = {
     "images without end": lambda m: m.update(num_images=2**53 + 1),
     "classes without end": lambda m: m.update(num_classes=10**9),
     "statistics of other teachers": lambda m: m["statistics"].update(teacher_top1_matches_target=[1]),
+    "statistics of ragged bins": lambda m: m["statistics"].update(teacher_bin_crops=[[1, 2], [3, 4]]),
     "statistics of ragged teachers": lambda m: m["statistics"].update(teacher_agreement=[[1, 2], [3]]),
     "counts without end": lambda m: m["statistics"].update(crops=10**30),
     "a file twice": lambda m: m["shards"][0]["files"][1].update(path=m["shards"][0]["files"][0]["path"]),

@@ -84,6 +84,15 @@ def test_statistics_are_those_of_the_rows(label_set):
     assert statistics.top1_matches_target == right
     agreement = np.array(statistics.teacher_agreement)
     assert agreement.shape == (2, 2) and (np.diag(agreement) == 200).all() and agreement[0, 1] == agreement[1, 0] < 200
+    together, right_alone = np.array(statistics.teacher_right_together), statistics.teacher_top1_matches_target
+    assert together.diagonal().tolist() == list(right_alone) and (together <= agreement).all()
+    assert (together <= np.minimum.outer(right_alone, right_alone)).all()
+    crops, hits, p_max = (np.array(getattr(statistics, f"teacher_bin_{name}")) for name in ("crops", "right", "p_max"))
+    assert (
+        crops.shape == (2, 15) and (crops.sum(axis=1) == 200).all() and hits.sum(axis=1).tolist() == list(right_alone)
+    )
+    low, high = np.arange(15) / 15 * crops, np.arange(1, 16) / 15 * crops
+    assert (low <= p_max / 65536 + 1e-3).all() and (p_max / 65536 <= high + 1e-3).all()
     summary = summarise(statistics)
     assert summary["agreement_with_target"] == right / 200
     worst = per_class_agreement(labels.shards())

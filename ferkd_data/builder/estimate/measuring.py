@@ -21,7 +21,8 @@ import torch
 
 from ferkd_data.builder.job import Job, open_tools
 from ferkd_data.builder.labelling.crop_batches import Rejected
-from ferkd_data.builder.labelling.label_shard import TeacherCounts, Tools, label_shard, view_of
+from ferkd_data.builder.labelling.label_shard import Tools, label_shard, view_of
+from ferkd_data.builder.labelling.teacher_counts import TeacherCounts
 from ferkd_data.builder.workers.failures import failure
 from ferkd_data.builder.workers.labeller import failed
 from ferkd_data.builder.workers.messages import Failed

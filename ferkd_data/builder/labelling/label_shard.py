@@ -12,18 +12,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ferkd_data.buckets import Thresholds, assign_buckets, confidence
 from ferkd_data.builder.labelling.crop_batches import CropBatch, DecodedImage, Rejected, View, crop_batches
 from ferkd_data.builder.labelling.forwards import Forwards
 from ferkd_data.builder.labelling.staging import Fetched, Staging
+from ferkd_data.builder.labelling.teacher_counts import TeacherCounts, count_batch
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.ensemble import check_logits, combine, raise_if_wrong
 from ferkd_data.errors import BuildError
 from ferkd_data.images import ImageRef, ImageSource
 from ferkd_data.labels import DeviceLabels, SoftLabels, soft_labels
-from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels
+from ferkd_data.shards.columns import ImageLabels
 from ferkd_data.teachers import Teacher
 
 
@@ -46,23 +46,6 @@ class Tools:
     fail_on_reject: bool = False
     first_crop: int = 0
     """0, or the number of crops that an extended label set has already."""
-
-
-@dataclass(kw_only=True)
-class TeacherCounts:
-    """How often the teachers name the ground truth, and each other's class, first."""
-
-    matches: Tensor
-    """(T,) int64"""
-    agreement: Tensor
-    """(T, T) int64"""
-
-    @classmethod
-    def zeros(cls, num_teachers: int) -> TeacherCounts:
-        return cls(
-            matches=torch.zeros(num_teachers, dtype=torch.int64),
-            agreement=torch.zeros(num_teachers, num_teachers, dtype=torch.int64),
-        )
 
 
 ASKED_AHEAD = 2
@@ -105,7 +88,7 @@ class _Answer:
 
     labels: DeviceLabels
     fetched: Fetched
-    """On the host: the three tensors of `labels`; whether each teacher is wrong (T,); matches; agreement."""
+    """On the host: the three tensors of `labels`; whether each teacher is wrong (T,); the sums of `count_batch`."""
 
 
 def _labelled(
@@ -135,15 +118,13 @@ def _ask(batch: CropBatch, tools: Tools) -> _Answer:
         mode=tools.settings.ensemble,
     )
     tools.forwards.observer.answered()
-    top1_TB = torch.stack([logits.argmax(dim=1) for logits in logits_TBC])
     labels = soft_labels(prob_BC, target, top_k=tools.settings.top_k)
     wrong = [
         check_logits(logits, teacher.spec.temperature)
         for logits, teacher in zip(logits_TBC, tools.teachers, strict=True)
     ]
-    matches = ((top1_TB == target) & (target != UNKNOWN_TARGET)).sum(dim=1)
-    agreement = (top1_TB[:, None] == top1_TB[None]).sum(dim=2)
-    results = [labels.class_index, labels.class_prob, labels.target_prob, torch.stack(wrong), matches, agreement]
+    counted = count_batch(logits_TBC, [teacher.spec.temperature for teacher in tools.teachers], target)
+    results = [labels.class_index, labels.class_prob, labels.target_prob, torch.stack(wrong), *counted]
     return _Answer(labels=labels, fetched=tools.staging.fetch(results))
 
 
@@ -165,11 +146,10 @@ def _receive(
             f"device {tools.device} failed while it ran the teachers ({str(error).splitlines()[0]}); its process "
             "cannot go on. Finished shards stay: run the same command again"
         ) from error
-    class_index, class_prob, target_prob, wrong_T, matches, agreement = answer.fetched.tensors
+    class_index, class_prob, target_prob, wrong_T, *counted = answer.fetched.tensors
     for wrong, teacher in zip(wrong_T, tools.teachers, strict=True):
         raise_if_wrong(wrong, str(teacher.spec))
-    counts.matches += matches
-    counts.agreement += agreement
+    counts.add(counted)
     tools.forwards.observer.answered()
     on_batch(len(batch.targets), len(rejected.items))
     labels = replace(answer.labels, class_index=class_index, class_prob=class_prob, target_prob=target_prob)

@@ -12,8 +12,9 @@ from types import TracebackType
 
 from ferkd_data.builder.labelling.crop_batches import Rejected
 from ferkd_data.builder.labelling.handover import Handover
-from ferkd_data.builder.labelling.label_shard import OnBatch, TeacherCounts, Tools, label_shard
+from ferkd_data.builder.labelling.label_shard import OnBatch, Tools, label_shard
 from ferkd_data.builder.labelling.tally import Tally
+from ferkd_data.builder.labelling.teacher_counts import TeacherCounts
 from ferkd_data.builder.out.state import BuildFolder, RejectRecord, ShardRecord
 from ferkd_data.builder.plan import Plan
 from ferkd_data.errors import BuildError
@@ -94,10 +95,6 @@ class WriteBehind:
             block_starts=[start - first_crop for start in settings.block_starts if start >= first_crop],
             first_block=first_crop // settings.crops_per_block,
         )
-        counts = {
-            "teacher_top1_matches_target": tuple(work.counts.matches.tolist()),
-            "teacher_agreement": tuple(tuple(row) for row in work.counts.agreement.tolist()),
-        }
         record = ShardRecord(
             index=work.shard,
             rows=num_rows,
@@ -105,7 +102,7 @@ class WriteBehind:
             rejects=tuple(
                 RejectRecord(key=item.key, reason=item.reason, detail=item.detail) for item in work.rejected.items
             ),
-            statistics=tally.total().model_copy(update=counts),
+            statistics=tally.total().model_copy(update=work.counts.statistics()),
             thresholds=(thresholds.low, thresholds.mid, thresholds.top),
         )
         self.folder.save(record)
