@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,17 +29,21 @@ from ferkd_data.class_map import map_columns
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, LoaderError
 from ferkd_data.images import decode_rgb
+from ferkd_data.images.patience import IMAGES_IN_A_ROW, UnansweredImageError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.draw import BlockDraws, draw, epoch_draws
 from ferkd_data.loader.image_table import Images, give_memory_back
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import InChunks, epoch_order
-from ferkd_data.loader.plan import Window
+from ferkd_data.loader.plan import Window, stand_in
 from ferkd_data.loader.settings import LoaderSettings
 from ferkd_data.loader.shard_records import ShardRecords
 from ferkd_data.replay import replay
 from ferkd_data.storage import image_digest
 from ferkd_data.targets import SoftTargets
+
+MAX_SKIPPED = 1000
+"""Images in a row that may be unusable; more are a source that is gone, or labels of other images."""
 
 
 class Work(NamedTuple):
@@ -56,9 +62,9 @@ class Made(NamedTuple):
     weight: npt.NDArray[np.float32]
     floor: npt.NDArray[np.float32]
     batches: list[int]
-    """Crops in each batch, after images were skipped."""
+    """Crops in each batch."""
     skipped: list[str]
-    """Keys and reasons of the images that could not be used."""
+    """Key and reason of each image of the window that could not be used, and whose place another one took."""
 
     def targets(self, num_classes: int) -> SoftTargets:
         index, weight, floor = (torch.from_numpy(a) for a in (self.class_index, self.weight, self.floor))
@@ -104,10 +110,57 @@ class BatchMaker:
 
     def make(self, work: Work) -> Made:
         window = work.window
-        labelled = self.labelled(window)
         images = work.out[: sum(window.batches)]
-        skipped = self._cut(window, labelled, images)
+        together = (window.slots[:, 0] >= 0) & (np.diff(window.slots, axis=1) == 1).all(axis=1)
+
+        def cut(labelled: Labelled, i: int) -> None:
+            record, drawn = labelled.records[i], labelled.drawn
+            pixels = decode_checked(self.read(int(labelled.rows[i]), record, window.epoch), record)
+            crops = Crops(boxes=drawn.boxes[i], flip=drawn.flip[i])
+            self._cut_image(pixels, window.slots[i], crops, bool(together[i]), images)
+
+        labelled, skipped = self.filled(window, cut)
         return self.finish(window, images, labelled.targets, skipped)
+
+    def filled(self, window: Window, use: Callable[[Labelled, int], None]) -> tuple[Labelled, list[str]]:
+        """The labels of a window that has an image in every place, and the key and reason of each one that was skipped.
+
+        `use(labelled, i)` takes the image in place i, and raises ImageError where that cannot be used. With
+        on_error="skip" another image of the epoch then takes the place; see `stand_in`. So a batch is always full, and
+        what is in it depends on nothing but its window.
+
+        Raises LoaderError where no image may be skipped, or MAX_SKIPPED in a row cannot be used.
+        """
+        labelled = self.labelled(window)
+        skipped = failed = self._use(labelled, range(len(window.positions)), use)
+        positions, attempt = window.positions.copy(), 0
+        num_images = len(self._order_of(window.epoch))
+        while failed:
+            attempt += 1
+            if attempt == min(num_images, MAX_SKIPPED):
+                last = next(iter(failed.values()))
+                raise LoaderError(
+                    f"{attempt:,} images in a row cannot be used; the last is {last}; is the image source still there?"
+                )
+            for i in failed:
+                first = int(window.positions[i])
+                positions[i] = stand_in(first, attempt, self.settings.window_images, num_images=num_images)
+            labelled = self.labelled(replace(window, positions=positions))
+            failed = self._use(labelled, failed, use)
+        return labelled, list(skipped.values())
+
+    def _use(self, labelled: Labelled, places: Iterable[int], use: Callable[[Labelled, int], None]) -> dict[int, str]:
+        """Places whose image cannot be used -> its key and the reason."""
+        failed, unanswered = {}, 0
+        for i in places:
+            try:
+                use(labelled, i)
+            except ImageError as error:
+                failed[i] = self._skip(int(labelled.rows[i]), error)
+                unanswered += isinstance(error, UnansweredImageError)
+                if unanswered == IMAGES_IN_A_ROW:
+                    raise LoaderError(f"the source of the images does not answer: {failed[i]}") from error
+        return failed
 
     def labelled(self, window: Window) -> Labelled:
         """Which crops the window has, with the targets they have before any mixing."""
@@ -125,23 +178,16 @@ class BatchMaker:
         targets = self._targets(window, drawn, records[0]["target"], calibration)
         return Labelled(rows, records[0], drawn, targets)
 
-    def finish(self, window: Window, images: Tensor, targets: list[SoftTargets], skipped: dict[int, str]) -> Made:
-        """Mix, and leave the skipped images (place in the window -> reason) out; `images` in place, on any device."""
+    def finish(self, window: Window, images: Tensor, targets: list[SoftTargets], skipped: list[str]) -> Made:
+        """Mix `images` in place, on any device, and join the targets."""
         self._mix(window, images, targets)
         made = targets[0] if len(targets) == 1 else SoftTargets.cat(targets)
-        batches = list(window.batches)
-        if skipped:
-            made, batches = _without(window, images, made, list(skipped))
-        return Made(made.index.numpy(), made.weight.numpy(), made.floor.numpy(), batches, list(skipped.values()))
+        return Made(made.index.numpy(), made.weight.numpy(), made.floor.numpy(), list(window.batches), skipped)
 
     def prepare_blocks(self, epoch: int) -> None:
         """See to what an epoch needs before workers ask for it."""
         self.cache.prepare({part.block for part in self._draws(epoch)})
         give_memory_back()
-
-    def rows(self, window: Window) -> npt.NDArray[np.int64]:
-        """The label set's rows of a window's images."""
-        return self._order_of(window.epoch).rows(window.positions)
 
     def _order_of(self, epoch: int) -> InChunks:
         if self._order is None or self._order[0] != epoch:
@@ -198,22 +244,7 @@ class BatchMaker:
     def _block_size(self) -> int:
         return self.labels.manifest.block_crops(0)
 
-    def _cut(self, window: Window, labelled: Labelled, out: Tensor) -> dict[int, str]:
-        """Fill `out`; returns what was skipped: place in the window -> key and reason."""
-        drawn, skipped = labelled.drawn, {}
-        slots = window.slots
-        together = (slots[:, 0] >= 0) & (slots == slots[:, :1] + np.arange(slots.shape[1])).all(axis=1)
-        for i, row in enumerate(labelled.rows.tolist()):
-            try:
-                pixels = decode_checked(self.read(row, labelled.records[i], window.epoch), labelled.records[i])
-            except ImageError as error:
-                skipped[i] = self.skip(row, error)
-                continue
-            crops = Crops(boxes=drawn.boxes[i], flip=drawn.flip[i])
-            self._cut_image(pixels, slots[i], crops, bool(together[i]), out)
-        return skipped
-
-    def skip(self, row: int, error: ImageError) -> str:
+    def _skip(self, row: int, error: ImageError) -> str:
         """Where and why an image is left out. Raises LoaderError where none may be."""
         place = self._describe(row)
         if self.settings.on_error == "raise":
@@ -306,15 +337,3 @@ def check_labelled_size(height: int, width: int, record: np.void) -> None:
 
 _DRAWN_FIELDS = ("boxes", "flip", "class_index", "class_prob")
 _CROP_FIELDS = ("boxes", "flip", "class_index", "class_prob", "target_prob", "bucket")
-
-
-def _without(window: Window, images: Tensor, targets: SoftTargets, skipped: list[int]) -> tuple[SoftTargets, list[int]]:
-    """The window's batches without the crops of some images: shorter ones, moved together in `images`."""
-    lost = np.zeros(len(images), np.bool_)
-    slots = window.slots[skipped]
-    lost[slots[slots >= 0]] = True
-    bounds = np.cumsum([0, *window.batches])
-    batches = [int((~lost[a:b]).sum()) for a, b in itertools.pairwise(bounds)]
-    kept = torch.from_numpy(np.flatnonzero(~lost))
-    images[: len(kept)] = images[kept]
-    return targets[kept], batches

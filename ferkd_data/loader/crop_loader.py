@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -85,8 +86,8 @@ class CropLoader:
         verify_images: when the images' digests are compared with those labelled; their sizes always are.
         verify_labels: first_read: the SHA-256 of each label file is compared with the manifest when the file is first
             read or unpacked; never: it is not. None: as `labels` were opened (first_read, unless you said otherwise).
-        on_error: what an image that cannot be used does: raise LoaderError, or be left out of its batch and counted
-            in `skipped`.
+        on_error: what an image that cannot be used does. raise: LoaderError. skip: another image of the epoch takes its
+            place (and so comes twice in it); `skipped` counts it, and the first one is warned of. Batches stay full.
         images_missing: what labelled images that `images` lacks do: raise LabelSetError, or be left out for good: the
             loader has the labels of the others only (`loader.labels`), and a warning says how many were dropped.
         cache_dir: where crop blocks are unpacked; by default $FERKD_DATA_CACHE or the user's cache folder.
@@ -119,9 +120,9 @@ class CropLoader:
             images_missing=images_missing,
         )
         self.skipped = 0
-        """Images left out so far, with on_error="skip"."""
+        """How often an image was left out so far, with on_error="skip"."""
         self.skipped_last: list[str] = []
-        """Key and reason of those in the batch just given."""
+        """Key and reason of each image left out of the window that the last batch is from."""
         cache = Path(cache_dir) if cache_dir else default_cache_dir()
         self._maker = open_maker(labels, images, self.settings, cache)
         self.labels = labels = self._maker.labels
@@ -241,6 +242,12 @@ class CropLoader:
 
     def _split(self, made: Made, window: Window, images: Tensor) -> Iterator[tuple[Batch, Place]]:
         """The window's batches, each with the place after it."""
+        if made.skipped and not self.skipped:
+            warnings.warn(
+                f"{made.skipped[0]}: left out, and another image of the epoch takes its place (on_error='skip'); "
+                "`loader.skipped` counts further ones",
+                stacklevel=3,
+            )
         self.skipped += len(made.skipped)
         self.skipped_last = made.skipped
         if self._pin_memory and images.device.type == "cpu":

@@ -24,10 +24,10 @@ from torch.utils.data import Dataset, Sampler
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, UsageError
 from ferkd_data.images.decode import decode_rgb, jpeg_size
-from ferkd_data.loader.batch_maker import BatchMaker, Made, check_labelled_size, decode_checked
+from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Made, Work, check_labelled_size, decode_checked
 from ferkd_data.loader.plan import Window
 from ferkd_data.loader.workers import start
-from ferkd_data.replay import replay_on_device
+from ferkd_data.replay import empty_batch, replay_on_device
 from ferkd_data.targets import SoftTargets
 
 JPEG_END = b"\xff\xd9"
@@ -42,14 +42,13 @@ class Encoded(NamedTuple):
     data: Tensor
     """uint8: the images, one behind the other."""
     bounds: npt.NDArray[np.int64]
-    """(I + 1,) where in `data` each begins and the last ends; nothing lies between where one was skipped."""
+    """(I + 1,) where in `data` each begins and the last ends."""
     sizes: npt.NDArray[np.int64]
     """(I, 2) height and width of images that are pixels already; 0 for JPEGs."""
     boxes: npt.NDArray[np.uint16]
     flip: npt.NDArray[np.bool_]
     made: Made
-    """Before mixing, and with the crops of skipped images."""
-    skipped: dict[int, str]
+    """Before mixing."""
 
 
 class DeviceWorkers:
@@ -74,14 +73,12 @@ class DeviceWorkers:
         del self._loader
 
     def _cut(self, window: Window, encoded: Encoded) -> tuple[Tensor, Made]:
-        skipped = dict(encoded.skipped)
         decoded: list[Tensor] = []
         crops: list[Crops] = []
         slots: list[npt.NDArray[np.int64]] = []
         for i, pixels in self._decoded(encoded):
             if isinstance(pixels, ImageError):
-                skipped[i] = self._maker.skip(int(self._maker.rows(window)[i]), pixels)
-                continue
+                return self._on_host(window)
             wanted = window.slots[i] >= 0
             decoded.append(pixels)
             crops.append(Crops(boxes=encoded.boxes[i][wanted], flip=encoded.flip[i][wanted]))
@@ -90,8 +87,13 @@ class DeviceWorkers:
         whole = encoded.made.targets(self._maker.labels.num_classes)
         bounds = np.cumsum([0, *window.batches]).tolist()
         targets = [whole[slice(a, b)] for a, b in itertools.pairwise(bounds)]
-        made = self._maker.finish(window, images, targets, skipped)
-        return images[: sum(made.batches)], made
+        return images, self._maker.finish(window, images, targets, encoded.made.skipped)
+
+    def _on_host(self, window: Window) -> tuple[Tensor, Made]:
+        """For an image whose damage only shows when it is decoded: it is an error, or another one takes its place."""
+        images = empty_batch(sum(window.batches), self._maker.settings.size, shared=False)
+        made = self._maker.make(Work(window, images))
+        return images.to(self._device, non_blocking=True), made
 
     def _placed(
         self, decoded: list[Tensor], crops: list[Crops], slots: list[npt.NDArray[np.int64]], count: int
@@ -108,7 +110,7 @@ class DeviceWorkers:
         return images
 
     def _decoded(self, encoded: Encoded) -> Iterator[tuple[int, Tensor | ImageError]]:
-        """(3, H, W) of each image that was not skipped."""
+        """(3, H, W) of each image, or why there is none."""
         jpegs: dict[int, Tensor] = {}
         for i, (start_, stop) in enumerate(zip(encoded.bounds[:-1].tolist(), encoded.bounds[1:].tolist(), strict=True)):
             data = encoded.data[start_:stop]
@@ -148,17 +150,14 @@ class _Encoder(Dataset[Encoded | FerkdError]):
             return error
 
     def _encoded(self, window: Window) -> Encoded:
-        labelled = self.maker.labelled(window)
-        parts: list[npt.NDArray[np.uint8]] = []
-        sizes, skipped = np.zeros((len(labelled.rows), 2), np.int64), {}
-        for i, row in enumerate(labelled.rows.tolist()):
-            try:
-                data = self.maker.read(row, labelled.records[i], window.epoch)
-                part, sizes[i] = _to_send(data, labelled.records[i])
-            except ImageError as error:
-                skipped[i] = self.maker.skip(row, error)
-                part = np.empty(0, np.uint8)
-            parts.append(part)
+        count = len(window.positions)
+        parts, sizes = [np.empty(0, np.uint8)] * count, np.zeros((count, 2), np.int64)
+
+        def read(labelled: Labelled, i: int) -> None:
+            record = labelled.records[i]
+            parts[i], sizes[i] = _to_send(self.maker.read(int(labelled.rows[i]), record, window.epoch), record)
+
+        labelled, skipped = self.maker.filled(window, read)
         targets = SoftTargets.cat(labelled.targets)
         arrays = (targets.index.numpy(), targets.weight.numpy(), targets.floor.numpy())
         return Encoded(
@@ -167,8 +166,7 @@ class _Encoder(Dataset[Encoded | FerkdError]):
             sizes=sizes,
             boxes=labelled.drawn.boxes,
             flip=labelled.drawn.flip,
-            made=Made(*arrays, list(window.batches), []),
-            skipped=skipped,
+            made=Made(*arrays, list(window.batches), skipped),
         )
 
 

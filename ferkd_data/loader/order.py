@@ -156,6 +156,10 @@ class InChunks:
             found[inside] = self._rows_of(number)[positions[inside] - number * self._chunk]
         return found
 
+    def __len__(self) -> int:
+        """Images of an epoch."""
+        return self._num_images
+
     def stage(self, positions: Rows) -> Stage | None:
         return self._order.stage(positions)
 

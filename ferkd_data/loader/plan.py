@@ -9,6 +9,7 @@ Legend: M crops per image, B crops of a batch, P batches of a window, W ranks, b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
@@ -124,6 +125,17 @@ def settled(layout: Layout, place: Place, *, world_size: int) -> Place:
     if count_batches(layout, place, world_size=world_size):
         return place
     return Place(epoch=place.epoch + 1)
+
+
+def stand_in(position: int, attempt: int, step: int, *, num_images: int) -> int:
+    """The position of the image that takes the place of one that cannot be used, at each attempt another one.
+
+    It is the image in the same place of a later window, `step` being the images of a rank's window: near in a streamed
+    order, the same after a resume, and a different image for each place of a window. Attempts 0 to num_images - 1 reach
+    every position of the epoch once, attempt 0 the position itself.
+    """
+    lap = num_images // math.gcd(step, num_images)
+    return (position + attempt * step + attempt // lap) % num_images
 
 
 def _window_images(layout: Layout, place: Place) -> int:

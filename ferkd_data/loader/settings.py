@@ -94,6 +94,11 @@ class LoaderSettings:
         return self.spread
 
     @property
+    def window_images(self) -> int:
+        """Images of a rank's whole window."""
+        return self.window_batches * self.batch_size // self.crops_per_image
+
+    @property
     def streamed(self) -> bool:
         """Whether labels and images are read shard by shard."""
         return self.order != "global"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ferkd_data import rng
 from ferkd_data.loader.draw import draw, epoch_draws
 from ferkd_data.loader.order import InChunks, epoch_order, permute
-from ferkd_data.loader.plan import Layout, Place, count_batches, windows
+from ferkd_data.loader.plan import Layout, Place, count_batches, settled, stand_in, windows
 
 
 @settings(deadline=None)
@@ -235,3 +235,25 @@ def test_resuming_with_the_same_ranks_gives_exactly_the_next_batch(layout, ranks
         stop = data.draw(st.integers(1, len(steps)))
         rest, _ = batches(layout, places[stop - 1], ranks)
         assert rest == steps[stop:]
+
+
+@given(num_images=st.integers(1, 60), step=st.integers(1, 80), position=st.integers(0, 59))
+def test_stand_ins_reach_every_image_once(num_images, step, position):
+    position %= num_images
+    reached = [stand_in(position, attempt, step, num_images=num_images) for attempt in range(num_images)]
+    assert reached[0] == position and sorted(reached) == list(range(num_images))
+
+
+@given(step=st.integers(1, 20), attempt=st.integers(1, 50))
+def test_stand_ins_of_a_window_are_different_images(step, attempt):
+    """Where the epoch has enough windows: 100 of `step` images."""
+    reached = {stand_in(position, attempt, step, num_images=100 * step) for position in range(step)}
+    assert len(reached) == step and not reached & set(range(step))
+
+
+def test_a_place_with_no_batch_left_is_the_next_epochs_start():
+    layout = Layout(num_images=11, crops_per_image=2, batch_size=4, spread=1, drop_last=True, seed=0)
+    assert settled(layout, Place(epoch=3, images=8), world_size=1) == Place(epoch=3, images=8)
+    assert settled(layout, Place(epoch=3, images=8), world_size=2) == Place(epoch=4)
+    assert settled(layout, Place(epoch=3, images=10), world_size=1) == Place(epoch=4)
+    assert settled(replace(layout, drop_last=False), Place(epoch=3, images=10), world_size=1).epoch == 3
