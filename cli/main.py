@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "Check that every teacher is wired right: top-1, top-5, calibration error.",
     "finish": "Seal a build whose parts were labelled one by one.",
     "report": "Write a label set as one HTML page to look at.",
+    "compare": "How far two label sets of the same images agree.",
     "info": "What a label set is: teachers, settings, shards.",
     "show": "Show the crops of one image with their labels.",
     "verify": "Check every file, row and count of a label set.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,32 +15,78 @@ from .say import say
 @click.command()
 @click.argument("labels")
 @click.argument("key", required=False)
-@click.option("--crops", "num_crops", type=int, default=8, show_default=True, help="Crops shown.")
+@click.option("--crops", "num_crops", type=click.IntRange(min=1), default=8, show_default=True, help="Crops shown.")
+@click.option(
+    "--classes",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Names for the classes, one line per class as for build, where the label set has none.",
+)
+@click.option(
+    "--image",
+    "picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Write a picture: the image with its boxes, and its least and most confident crops with their labels.",
+)
+@click.option("--images", metavar="SOURCE", help="With --image: the images that were labelled.")
 @json_option
-def command(labels: str, key: str | None, num_crops: int, as_json: bool) -> int:
-    """Show crops of the image KEY (by default the first one) of the label set LABELS with their labels."""
+def command(
+    labels: str,
+    key: str | None,
+    num_crops: int,
+    classes: Path | None,
+    picture: Path | None,
+    images: str | None,
+    as_json: bool,
+) -> int:
+    """Show crops of the image KEY (by default the first one) of the label set LABELS with their labels.
+
+    A box such as 104x88+12+30 is 104 pixels wide and 88 high, 12 from the left edge of the image and 30 from the top.
+    "flipped" crops are mirrored after they are cut.
+    """
     import ferkd_data as fd
     from ferkd_data.errors import UsageError
 
+    if picture is None and images is not None:
+        raise UsageError("--images is for --image FILE.png, the picture to write")
     opened = fd.open_labels(labels)
     try:
         image = opened[0] if key is None else opened[key]
     except KeyError as error:
         first = next(opened.keys(), "")
         raise UsageError(f"{labels}: no image has the key {key!r}; keys look like {first!r}") from error
-    crops = [describe_crop(opened, image, n) for n in range(min(num_crops, opened.num_crops))]
+    names = _names(classes, opened)
+    if picture is not None:
+        shown = min(num_crops, 8)
+        fd.show(opened, image.key, images=images, crops=shown, class_names=names).save(picture)
+    crops = [describe_crop(opened, image, n, names) for n in range(min(num_crops, opened.num_crops))]
     if as_json:
         content = {"key": image.key, "height": image.height, "width": image.width, "target": image.target}
         print_json({**content, "crops": crops})
         return 0
-    print_image(opened, image, crops)
+    print_image(opened, image, crops, names)
     return 0
 
 
-def describe_crop(labels: Any, image: Any, n: int) -> dict[str, Any]:
+def _names(classes: Path | None, labels: Any) -> Sequence[str] | None:
+    """The class names to show. Raises SourceError, or UsageError where their number is not that of the classes."""
+    from ferkd_data.errors import UsageError
+    from ferkd_data.images import read_class_list
+
+    if classes is None:
+        found: Sequence[str] | None = labels.class_names
+        return found
+    names = read_class_list(classes).names
+    if len(names) != labels.num_classes:
+        raise UsageError(f"{classes}: names {len(names)} classes, the label set has {labels.num_classes}")
+    return names
+
+
+def describe_crop(labels: Any, image: Any, n: int, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """One crop as plain values; `names` are by default the label set's."""
     from ferkd_data.buckets import BUCKETS
 
-    names = labels.class_names
+    names = names or labels.class_names
     top = [
         {"class": int(i), "name": names[i] if names else str(i), "prob": round(float(p), 4)}
         for i, p in zip(image.class_index[n], image.class_prob[n], strict=True)
@@ -52,12 +100,14 @@ def describe_crop(labels: Any, image: Any, n: int) -> dict[str, Any]:
     }
 
 
-def print_image(labels: Any, image: Any, crops: list[dict[str, Any]]) -> None:
-    names = labels.class_names
+def print_image(labels: Any, image: Any, crops: list[dict[str, Any]], names: Sequence[str] | None = None) -> None:
+    """An aligned table, with a line above that says what its columns are."""
+    names = names or labels.class_names
     target = "unlabelled" if image.target < 0 else (names[image.target] if names else f"class {image.target}")
     say(f"{image.key} ({image.width}x{image.height}, {target})")
+    say(f"  {'crop':>4}  {'width x height + left + top':<28} {'bucket':<14} most probable classes")
     for crop in crops:
         top, left, height, width = crop["box"]
         place = f"{width}x{height}+{left}+{top}{' flipped' if crop['flip'] else ''}"
         text = ", ".join(f"{label['name'].split(',')[0]} {label['prob']:.2f}" for label in crop["labels"][:3])
-        say(f"  {crop['crop']:>3}  {place:<24} {crop['bucket']:<14} {text}")
+        say(f"  {crop['crop']:>4}  {place:<28} {crop['bucket']:<14} {text}")

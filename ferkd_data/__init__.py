@@ -45,6 +45,12 @@ if TYPE_CHECKING:
     from ferkd_data.mixing import CutMix as CutMix
     from ferkd_data.mixing import Mixup as Mixup
     from ferkd_data.normalization import normalize as normalize
+    from ferkd_data.report import ReportResult as ReportResult
+    from ferkd_data.report import write_report as write_report
+    from ferkd_data.report.compare import Comparison as Comparison
+    from ferkd_data.report.compare import compare as compare
+    from ferkd_data.report.show import Shown as Shown
+    from ferkd_data.report.show import show as show
     from ferkd_data.rng import generator as generator
     from ferkd_data.selfmix import SelfMix as SelfMix
     from ferkd_data.targets import SoftTargets as SoftTargets
@@ -91,6 +97,10 @@ _EXPORTS: dict[str, str] = {
     "verify": "exchange.verify",
     "ReportResult": "report",
     "write_report": "report",
+    "Comparison": "report.compare",
+    "compare": "report.compare",
+    "Shown": "report.show",
+    "show": "report.show",
     "VerifyReport": "exchange.faults",
     "open_labels": "label_set",
     "draw_crops": "crops",

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from ferkd_data.errors import UsageError
+from ferkd_data.html_tables import html_table
 
 Recovery: TypeAlias = Literal["smooth", "renorm", "hard", "label_smoothing"]
 RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
 Floats: TypeAlias = npt.NDArray[np.float32]
+ROWS_IN_HTML, CLASSES_IN_HTML = 8, 3
+"""What a notebook shows of targets."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +56,22 @@ class SoftTargets:
 
     def __len__(self) -> int:
         return len(self.floor)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the most probable classes of the first rows."""
+        shown = self[:ROWS_IN_HTML].to("cpu")
+        dense = shown.dense()
+        count = min(CLASSES_IN_HTML, self.num_classes)
+        best = dense.topk(count, dim=1)
+        rows = []
+        for number, (probs, classes) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+            named = ", ".join(f"class {index}: {prob:.3f}" for index, prob in zip(classes, probs, strict=True))
+            name = shown.keys[number] if shown.keys is not None else str(number)
+            truth = "" if shown.hard is None or int(shown.hard[number]) < 0 else f"class {int(shown.hard[number])}"
+            rows.append((name, named, truth))
+        more = f", the first {len(rows)}" if len(self) > len(rows) else ""
+        title = f"SoftTargets of {len(self):,} crops and {self.num_classes:,} classes{more}"
+        return html_table(title, rows, head=("crop", f"the {count} largest", "ground truth"))
 
     def __getitem__(self, rows: slice | Tensor) -> SoftTargets:
         """Some rows, by a slice, row numbers or a bool mask."""

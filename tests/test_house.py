@@ -12,7 +12,7 @@ import ferkd_data
 ROOT = Path(ferkd_data.__file__).parent
 
 FLOORS = [
-    {"errors"},
+    {"errors", "html_tables"},
     {"rng", "extras", "storage", "file_lock", "differences"},
     {"remote"},
     {"crops"},

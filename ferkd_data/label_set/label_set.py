@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from ferkd_data import rng
 from ferkd_data.errors import ShardError, UsageError
+from ferkd_data.html_tables import html_table
 from ferkd_data.label_set.files import CachedFiles, Files, LocalFiles
 from ferkd_data.manifest import FileEntry, Manifest, ShardEntry
 from ferkd_data.shard_cache import DEFAULT_BYTES
@@ -83,6 +84,21 @@ class StoredLabels:
 
     def __repr__(self) -> str:
         return f"LabelSet({self.location!r}, images={len(self)}, crops={self.num_crops}, top_k={self.top_k})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the set in a few lines."""
+        manifest = self.manifest
+        thresholds = manifest.thresholds
+        rows = [
+            ("images", f"{len(self):,}"),
+            ("crops", f"{self.num_crops:,} of each image, in {self.num_blocks:,} crop blocks"),
+            ("soft labels", f"top-{self.top_k} of {self.num_classes:,} classes"),
+            ("teachers", ", ".join(teacher.name for teacher in manifest.teachers)),
+            ("thresholds", f"{thresholds.low:g}, {thresholds.mid:g}, {thresholds.top:g}"),
+            ("layout", manifest.layout),
+            ("source", manifest.source.description),
+        ]
+        return html_table(repr(self), rows)
 
     def __len__(self) -> int:
         return self.manifest.num_images

@@ -55,7 +55,9 @@ class Smallest(Generic[Item]):
     @property
     def bound(self) -> float:
         """An item of this rank or a larger one would not be kept."""
-        return float("inf") if len(self._heap) < self._capacity else -self._heap[0][0]
+        if len(self._heap) < self._capacity:
+            return float("inf")
+        return -self._heap[0][0] if self._heap else float("-inf")
 
     def add(self, rank: float, key: str, number: int, make: Callable[[], Item]) -> None:
         if rank < self.bound:

@@ -1,0 +1,24 @@
+"""What a notebook shows of an object: a small table, with every string of strangers escaped."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+
+def html_table(title: str, rows: Sequence[Sequence[str]], *, head: Sequence[str] = ()) -> str:
+    """A caption, a line of column titles where there are any, and rows whose first cell is their name."""
+    heads = "".join(f"<th>{_text(cell)}</th>" for cell in head)
+    body = "".join(
+        f'<tr><th style="text-align: left">{_text(row[0])}</th>'
+        + "".join(f'<td style="text-align: left">{_text(cell)}</td>' for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    top = f"<thead><tr>{heads}</tr></thead>" if heads else ""
+    return f"<table><caption>{_text(title)}</caption>{top}<tbody>{body}</tbody></table>"
+
+
+def _text(text: str) -> str:
+    # Isolated, so that marks that turn the order of letters do not reach beyond their cell.
+    return f"<bdi>{html.escape(text)}</bdi>"

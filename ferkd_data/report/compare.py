@@ -1,0 +1,258 @@
+"""`compare`: two label sets of the same images, crop by crop: how far the labels agree, and where they do not.
+
+Legend: M crops, k kept classes of one set, m of both together, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data import rng
+from ferkd_data.errors import LabelSetError
+from ferkd_data.label_set import LabelSet, check_same_classes, open_labels
+from ferkd_data.report.samples import Smallest
+from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels
+from ferkd_data.targets import recover
+
+CROPS_AT_ONCE = 16384
+SMALLEST_PROB = 1e-7
+"""What a probability of 0 counts as in a KL divergence; float16 keeps nothing smaller."""
+
+
+SAME_KL = 1e-4
+"""Labels that are nearer than this differ by rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One crop on which two label sets differ."""
+
+    key: str
+    crop: int
+    kl: float
+    """KL divergence of B's label from A's, in nats."""
+    named_a: int
+    """The most probable class of each."""
+    named_b: int
+    p_max_a: float
+    p_max_b: float
+    target: int
+    """The ground truth, -1 where unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What two label sets say about the crops that both have."""
+
+    a: str
+    """Where they lie."""
+    b: str
+    images: int
+    """That both have."""
+    only_a: int
+    """Images of one alone."""
+    only_b: int
+    crops: int
+    """That both have: the same box of the same image, flipped alike."""
+    other_crops: int
+    """Crops of common images whose boxes differ; nothing is said of them."""
+    same_top1: float
+    """Share of the crops whose most probable class is the same, in 0..1, as are the next ones."""
+    right_a: float
+    """Of the crops with a ground truth, those that name it."""
+    right_b: float
+    only_a_right: float
+    only_b_right: float
+    mean_p_max_a: float
+    mean_p_max_b: float
+    mean_kl: float
+    """Mean over crops of the KL divergence of B's label from A's, both recovered by `smooth`, in nats."""
+    bucket_moves: tuple[tuple[int, ...], ...]
+    """Entry [i][j]: crops in bucket i of A and bucket j of B, each by its own thresholds."""
+    most_different: tuple[Difference, ...]
+    """The crops of the largest KL divergence, at most one of each image."""
+
+
+def compare(a: LabelSet | str | Path, b: LabelSet | str | Path, *, examples: int = 10) -> Comparison:
+    """Compare two label sets of the same images: other teachers, thresholds or crops.
+
+        fd.compare("labels-a", "labels-b").same_top1
+
+    Images are joined by key; where the order differs, 16 bytes are kept for each image of B.
+    Crops are compared where both sets have the same box. A different number of crops is no hindrance: with the same
+    seed the first ones are the same.
+
+    Raises LabelSetError where the classes are not the same, or no image is in both.
+    """
+    first = a if isinstance(a, LabelSet) else open_labels(a)
+    second = b if isinstance(b, LabelSet) else open_labels(b)
+    check_same_classes(first, second)
+    sums = _Sums(num_classes=first.num_classes, worst=Smallest[Difference](examples))
+    for ours, theirs in _pairs(first, second):
+        sums.add(ours, theirs)
+    if not sums.images:
+        raise LabelSetError(
+            f"{first.location} and {second.location}: no image is in both; keys look like "
+            f"{next(first.keys(), '')!r} in one and {next(second.keys(), '')!r} in the other"
+        )
+    return sums.comparison(first, second)
+
+
+def _pairs(a: LabelSet, b: LabelSet) -> Iterator[tuple[ShardLabels, ShardLabels]]:
+    """Rows of the same keys, in A's order, with as many crops as both have."""
+    num_crops = min(a.num_crops, b.num_crops)
+    index: _Index | None = None
+    for entry in a.manifest.shards:
+        if not entry.rows:
+            continue
+        ours = a.shard(entry.index).crop_range(0, num_crops)
+        alike = entry.index < len(b.manifest.shards) and b.manifest.shards[entry.index].rows == entry.rows
+        if alike and b.keys_of(entry.index) == list(ours.keys):
+            yield ours, b.shard(entry.index).crop_range(0, num_crops)
+        else:
+            index = index or _Index(b)
+            yield from index.joined(ours, num_crops)
+
+
+class _Index:
+    """Where a label set has its keys: 16 bytes for each image."""
+
+    def __init__(self, labels: LabelSet) -> None:
+        self._labels = labels
+        hashes = labels.key_hashes()
+        self._rows = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._rows]
+
+    def joined(self, ours: ShardLabels, num_crops: int) -> Iterator[tuple[ShardLabels, ShardLabels]]:
+        """Those of our rows that the label set has too, by its shards, so that each of these is read once."""
+        wanted = rng.hashes64(ours.keys)
+        at = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
+        found = np.flatnonzero(self._hashes[at] == wanted)
+        theirs = self._rows[at[found]]
+        shards = np.searchsorted(self._labels.first_row, theirs, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            rows, places = found[here], theirs[here] - self._labels.first_row[shard]
+            other = self._labels.shard(shard).crop_range(0, num_crops)
+            # Two keys may have the same hash.
+            pairs = zip(rows.tolist(), places.tolist(), strict=True)
+            same = np.array([ours.keys[row] == other.keys[place] for row, place in pairs])
+            if same.any():
+                yield ours.take(rows[same]), other.take(places[same])
+
+
+@dataclass(kw_only=True)
+class _Sums:
+    num_classes: int
+    worst: Smallest[Difference]
+    images: int = 0
+    crops: int = 0
+    others: int = 0
+    known: int = 0
+    same: int = 0
+    right: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, 2), np.int64))
+    """Crops with a ground truth by (A names it, B names it)."""
+    p_max: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
+    kl: float = 0.0
+    moves: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((4, 4), np.int64))
+
+    def add(self, a: ShardLabels, b: ShardLabels) -> None:
+        self.images += len(a)
+        same_crop = (a.boxes == b.boxes).all(axis=2) & (a.flip == b.flip)
+        same_crop &= (a.image_digest == b.image_digest).all(axis=1)[:, None]
+        self.others += int((~same_crop).sum())
+        rows, crops = np.nonzero(same_crop)
+        for at in range(0, len(rows), CROPS_AT_ONCE):
+            self._add_crops(a, b, rows[at : at + CROPS_AT_ONCE], crops[at : at + CROPS_AT_ONCE])
+
+    def _add_crops(self, a: ShardLabels, b: ShardLabels, rows: Any, crops: Any) -> None:
+        target = a.target[rows].astype(np.int64)
+        top_a, top_b = (labels.class_index[rows, crops, 0].astype(np.int64) for labels in (a, b))
+        known = target != UNKNOWN_TARGET
+        self.crops += len(rows)
+        self.known += int(known.sum())
+        self.same += int((top_a == top_b).sum())
+        np.add.at(self.right, ((top_a == target)[known].astype(int), (top_b == target)[known].astype(int)), 1)
+        p_max = [labels.class_prob[rows, crops, 0].astype(np.float64) for labels in (a, b)]
+        self.p_max += [values.sum() for values in p_max]
+        np.add.at(self.moves, (a.bucket[rows, crops], b.bucket[rows, crops]), 1)
+        kl = divergence(
+            (a.class_index[rows, crops], a.class_prob[rows, crops]),
+            (b.class_index[rows, crops], b.class_prob[rows, crops]),
+            self.num_classes,
+        )
+        self.kl += float(kl.sum())
+        # The worst crop of each image: rows rise, so an image's crops lie side by side.
+        order = np.lexsort((crops, -kl, rows))
+        firsts = order[np.flatnonzero(np.diff(rows[order], prepend=-1))]
+        for at in firsts[np.argsort(-kl[firsts], kind="stable")].tolist():
+            if -kl[at] >= self.worst.bound or kl[at] < SAME_KL:
+                break
+            difference = Difference(
+                key=a.keys[rows[at]], crop=int(crops[at]), kl=float(kl[at]), named_a=int(top_a[at]),
+                named_b=int(top_b[at]), p_max_a=float(p_max[0][at]), p_max_b=float(p_max[1][at]),
+                target=int(target[at]),
+            )  # fmt: skip
+            self.worst.add(-difference.kl, difference.key, difference.crop, lambda kept=difference: kept)  # type: ignore[misc]
+
+    def comparison(self, a: LabelSet, b: LabelSet) -> Comparison:
+        crops, known = max(self.crops, 1), max(self.known, 1)
+        return Comparison(
+            a=a.location,
+            b=b.location,
+            images=self.images,
+            only_a=len(a) - self.images,
+            only_b=len(b) - self.images,
+            crops=self.crops,
+            other_crops=self.others,
+            same_top1=self.same / crops,
+            right_a=int(self.right[1].sum()) / known,
+            right_b=int(self.right[:, 1].sum()) / known,
+            only_a_right=int(self.right[1, 0]) / known,
+            only_b_right=int(self.right[0, 1]) / known,
+            mean_p_max_a=float(self.p_max[0]) / crops,
+            mean_p_max_b=float(self.p_max[1]) / crops,
+            mean_kl=self.kl / crops,
+            bucket_moves=tuple(tuple(row) for row in self.moves.tolist()),
+            most_different=tuple(self.worst.items()),
+        )
+
+
+Labels = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+"""Class numbers and probabilities (M, k)."""
+
+
+def divergence(a: Labels, b: Labels, num_classes: int) -> npt.NDArray[np.float64]:
+    """KL(A || B) of each of M crops, in nats, over all classes: both are recovered by `smooth` first.
+
+    Classes that neither set keeps have the same probability in all of them, so one term stands for all.
+    """
+    weight_a, floor_a = _recovered(a[1], num_classes)
+    weight_b, floor_b = _recovered(b[1], num_classes)
+    index_a, index_b = a[0].astype(np.int64), b[0].astype(np.int64)
+    a_at_a, b_at_b = weight_a + floor_a, weight_b + floor_b
+    match = index_a[:, :, None] == index_b[:, None, :]
+    b_at_a = floor_b + (match * weight_b[:, None, :]).sum(axis=2)
+    a_at_b = floor_a + (match * weight_a[:, :, None]).sum(axis=1)
+    only_b = ~match.any(axis=1)
+    terms = _term(a_at_a, b_at_a).sum(axis=1) + (_term(a_at_b, b_at_b) * only_b).sum(axis=1)
+    others = num_classes - index_a.shape[1] - only_b.sum(axis=1)
+    total: npt.NDArray[np.float64] = terms + others * _term(floor_a, floor_b)[:, 0]
+    return np.maximum(total, 0)
+
+
+def _recovered(prob: npt.NDArray[Any], num_classes: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    weight, floor = recover(prob, num_classes=num_classes)
+    return weight.astype(np.float64), floor.astype(np.float64)[:, None]
+
+
+def _term(p: npt.NDArray[np.float64], q: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    p = np.maximum(p, 0)
+    term: npt.NDArray[np.float64] = p * np.log(np.maximum(p, SMALLEST_PROB) / np.maximum(q, SMALLEST_PROB))
+    return term

@@ -1,0 +1,188 @@
+"""`show`: one image with its crops, for a notebook or as a PNG file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from ferkd_data.errors import UsageError
+from ferkd_data.images import ImageSource
+from ferkd_data.label_set import LabelSet
+from ferkd_data.report.cards import box_text, ranked
+from ferkd_data.report.pictures import cut, image_of
+from ferkd_data.shards.columns import ImageLabels
+from ferkd_data.storage import write_atomically
+
+IMAGE_SIDE, CROP_SIDE = 480, 132
+GAP, LINE = 14, 15
+LABELS_SHOWN = 3
+BOXES_DRAWN = 40
+INK, QUIET, PAPER, GOOD, BAD = "#1b1f24", "#5a636e", "#ffffff", "#00734c", "#b3261e"
+SHADES = (
+    "#4a7fd1", "#6aa0e0", "#8fbfec", "#b5dcf5", "#dff1f7", "#fff0b5", "#fed27a", "#fdab52", "#f57a3a", "#e0432b",
+)  # fmt: skip
+"""From p_max 0 to 1, for people who do not see red and green too; the report's style sheet has the same."""
+
+
+class Shown:
+    """A picture that a notebook displays by itself, and that `save` writes."""
+
+    def __init__(self, picture: Image.Image, text: str) -> None:
+        self.picture = picture
+        self.text = text
+        """The same in words, for whoever does not see it."""
+
+    def save(self, path: str | Path) -> None:
+        """Write it as a PNG file, aside and renamed."""
+        with write_atomically(Path(path)) as aside:
+            self.picture.save(aside, "PNG")
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        self.picture.save(stream, "PNG")
+        return stream.getvalue()
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def show(
+    labels: LabelSet,
+    key: str | int = 0,
+    *,
+    images: str | Path | ImageSource | None = None,
+    crops: int = 4,
+    class_names: Sequence[str] | None = None,
+) -> Shown:
+    """An image with its boxes coloured by p_max, and its least and most confident crops with their labels.
+
+        fd.show(labels, "n01614925/imagenet_17_22", images="photos")
+
+    `key` is an image's key or its row number. `images` is not needed for a label set of layout webdataset. `crops` of
+    the least and of the most confident are shown. `class_names` are for a label set that has none.
+
+    Raises KeyError for an unknown key, UsageError without images, ImageError where it is another image than the one
+    that was labelled.
+    """
+    if crops < 1:
+        raise UsageError(f"crops must be 1 or more, got {crops}")
+    name = key if isinstance(key, str) else labels[key].key
+    image = labels[name]
+    pixels = image_of(labels, name, images)
+    names = class_names or labels.class_names
+    order = ranked(image)
+    rows = [("least confident", order[:crops]), ("most confident", order[::-1][:crops])]
+    return Shown(_drawn(image, pixels, rows, names), _told(image, rows, names))
+
+
+def _drawn(
+    image: ImageLabels,
+    pixels: npt.NDArray[np.uint8],
+    rows: list[tuple[str, list[int]]],
+    names: Sequence[str] | None,
+) -> Image.Image:
+    photo = boxes_on(image, pixels)
+    columns = max(len(numbers) for _, numbers in rows)
+    row_height = CROP_SIDE + (LABELS_SHOWN + 2) * LINE + GAP
+    width = 3 * GAP + photo.width + columns * (CROP_SIDE + GAP)
+    height = 3 * LINE + GAP + max(photo.height + 3 * LINE, len(rows) * row_height)
+    picture = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(picture)
+    truth = "unlabelled" if image.target < 0 else f"truth: {_name(names, image.target)}"
+    _write(draw, (GAP, GAP), f"{image.key}  ({image.width}x{image.height}, {truth})", INK, 15)
+    top = GAP + 2 * LINE
+    picture.paste(photo, (GAP, top))
+    _legend(draw, GAP, top + photo.height + 6)
+    left = 2 * GAP + photo.width
+    for title, numbers in rows:
+        _write(draw, (left, top - 2), title, QUIET)
+        for column, number in enumerate(numbers):
+            place = (left + column * (CROP_SIDE + GAP), top + LINE)
+            _crop(picture, draw, place, (image, pixels, number), names)
+        top += row_height
+    return picture
+
+
+def boxes_on(image: ImageLabels, pixels: npt.NDArray[np.uint8], numbers: Sequence[int] | None = None) -> Image.Image:
+    """The image, enlarged or reduced to IMAGE_SIDE, with up to BOXES_DRAWN boxes; the surest one on top."""
+    scale = IMAGE_SIDE / max(image.width, image.height)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    photo = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(photo)
+    order = ranked(image)
+    step = -(-len(order) // BOXES_DRAWN)
+    for number in sorted({*order[::step], order[0], order[-1]}, key=order.index) if numbers is None else numbers:
+        top, left, height, width = (float(side) * scale for side in image.boxes[number].tolist())
+        box = (left, top, max(left, left + width - 1), max(top, top + height - 1))
+        wide = 4 if number in (order[0], order[-1]) else 2
+        draw.rectangle(box, outline=SHADES[_shade(image, number)], width=wide)
+        # A dark seam, so that every colour stands out from every photo.
+        draw.rectangle((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1), outline="#000000")
+    return photo
+
+
+def _crop(
+    picture: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    crop: tuple[ImageLabels, npt.NDArray[np.uint8], int],
+    names: Sequence[str] | None,
+) -> None:
+    image, pixels, number = crop
+    x, y = place
+    picture.paste(Image.fromarray(cut(pixels, image, number, CROP_SIDE)), place)
+    frame = (x - 2, y - 2, x + CROP_SIDE + 1, y + CROP_SIDE + 1)
+    draw.rectangle(frame, outline=SHADES[_shade(image, number)], width=3)
+    y += CROP_SIDE + 3
+    for index, prob in list(zip(image.class_index[number], image.class_prob[number], strict=True))[:LABELS_SHOWN]:
+        colour = INK if image.target < 0 else GOOD if index == image.target else BAD
+        said = f"{float(prob):.2f} "
+        _write(draw, (x, y), said + _fitted(draw, _name(names, int(index)), CROP_SIDE - 30), colour)
+        y += LINE
+    _write(draw, (x, y), f"crop {number}", QUIET)
+
+
+def _legend(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+    _write(draw, (x, y), "p_max 0", QUIET)
+    for i, colour in enumerate(SHADES):
+        draw.rectangle((x + 52 + 16 * i, y + 2, x + 67 + 16 * i, y + 12), fill=colour)
+    _write(draw, (x + 58 + 16 * len(SHADES), y), "1", QUIET)
+
+
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: str, size: int = 12) -> None:
+    # Pillow draws a line break as one.
+    draw.text(place, " ".join(text.split()), fill=colour, font=ImageFont.load_default(size))
+
+
+def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    font = ImageFont.load_default(12)
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while text and draw.textlength(text + "...", font=font) > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def _shade(image: ImageLabels, number: int) -> int:
+    return min(len(SHADES) - 1, int(float(image.class_prob[number, 0]) * len(SHADES)))
+
+
+def _name(names: Sequence[str] | None, number: int) -> str:
+    return names[number].split(",")[0] if names and number < len(names) else f"class {number}"
+
+
+def _told(image: ImageLabels, rows: list[tuple[str, list[int]]], names: Sequence[str] | None) -> str:
+    truth = "unlabelled" if image.target < 0 else _name(names, image.target)
+    lines = [f"{image.key} ({image.width}x{image.height}, {truth})"]
+    for title, numbers in rows:
+        lines.append(f"{title}:")
+        for number in numbers:
+            top = zip(image.class_index[number].tolist(), image.class_prob[number].tolist(), strict=True)
+            said = ", ".join(f"{_name(names, index)} {prob:.2f}" for index, prob in list(top)[:LABELS_SHOWN])
+            lines.append(f"  crop {number}, {box_text(image, number)}: {said}")
+    return "\n".join(lines)
