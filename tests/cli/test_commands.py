@@ -78,7 +78,7 @@ def test_build_info_stats_show(call, photos, tiny_teachers, tmp_path):
     assert len(content["p_max"]) == 12 and content["crops"] == 200 and len(content["worst_classes"]) == 5
 
     status, text, _ = call("show", out, "class3/photo0003", "--crops", "2")
-    assert status == 0 and text.startswith("class3/photo0003 (64x48, class3)") and len(text.splitlines()) == 3
+    assert status == 0 and text.startswith("class3/photo0003 (64x48, class3)") and len(text.splitlines()) == 4
     status, text, _ = call("show", out, "--json")
     assert len(json.loads(text)["crops"]) == 8
     status, _, err = call("show", out, "nobody")
