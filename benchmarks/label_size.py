@@ -1,11 +1,11 @@
-"""Bytes per crop of a label block, for encodings that were tried, on real labels.
+"""Bytes per crop of a label block, column by column, for the encodings that were tried, on real labels.
 
-    ferkd-data demo DEMO --crops 1000        (or any label set of layout parquet)
-    python benchmarks/label_size.py DEMO/labels [--reshape 50]
+    python benchmarks/label_size.py LABELS [--reshape 50]
 
-The rows of the first shard are cut into rows of `--reshape` crops, so that few photos with many crops make a block of
-the usual shape. Every variant holds the same values unless it says otherwise. Peers on ImageNet, top-5: FKD 42.8 bytes
-(its fp16 files), Dataset Reinforcement 36.7.
+All shards of a label set of layout parquet (of one crop block, unfinished sets included) are put into one block: a block
+of a large data set has 4,096 images. With `--reshape`, rows of many crops are cut into rows of so many first, so that few
+photos with many crops make a block of the usual shape. "readers" are those of the table in docs/format.md. Peers on
+ImageNet, top-5: FKD 42.8 bytes (its fp16 files), Dataset Reinforcement 36.7.
 """
 
 from __future__ import annotations
@@ -13,114 +13,151 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-import ferkd_data as fd
 from ferkd_data.shards import parquet
 from ferkd_data.shards.columns import CROP_FIELDS, ShardLabels
 
-BOXES = [f"{name}.list.element" for name in parquet.BOX_COLUMNS]
-INDEX, PROB, TARGET = "class_index.list.element", "class_prob.list.element", "target_prob.list.element"
+ALL, NEW = "all", "new ones only"
+ENCODINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": (ALL, {"use_dictionary": False}),
+    "dictionary": (ALL, {"use_dictionary": True}),
+    "delta": ("not Polars 1.0", {"use_dictionary": False, "encoding": "DELTA_BINARY_PACKED"}),
+    "byte stream split": (NEW, {"use_dictionary": False, "encoding": "BYTE_STREAM_SPLIT"}),
+}
+LEVELS = (9, 19)
+
+
+def read_all(folder: Path) -> ShardLabels:
+    """The rows of all files of crop block 0."""
+    parts = []
+    for path in sorted(folder.glob("labels/*-000.parquet")):
+        with pq.ParquetFile(path) as file:
+            described, rows = file.schema_arrow, file.metadata.num_rows
+        num_crops = described.field("flip").type.list_size
+        top_k = described.field("class_index").type.list_size // num_crops
+        parts.append(parquet.read_labels(path, rows=rows, num_crops=num_crops, top_k=top_k, num_classes=1000))
+    arrays: dict[str, Any] = {
+        field.name: np.concatenate([getattr(part, field.name) for part in parts])
+        for field in fields(ShardLabels)
+        if field.name != "keys"
+    }
+    return ShardLabels(keys=[key for part in parts for key in part.keys], **arrays)
 
 
 def reshaped(labels: ShardLabels, crops: int) -> ShardLabels:
     """Rows of `crops` crops each, from rows of a multiple of that."""
     times = labels.num_crops // crops
-    fields: dict[str, Any] = {
+    changed: dict[str, Any] = {
         name: getattr(labels, name)[:, : times * crops].reshape(
             len(labels) * times, crops, *getattr(labels, name).shape[2:]
         )
         for name in CROP_FIELDS
     }
     for name in ("image_digest", "height", "width", "target"):
-        fields[name] = np.repeat(getattr(labels, name), times, axis=0)
+        changed[name] = np.repeat(getattr(labels, name), times, axis=0)
     keys = [f"{key}-{i:03d}" for key in labels.keys for i in range(times)]
-    return replace(labels, keys=keys, **fields)
+    return replace(labels, keys=keys, **changed)
 
 
-def rounded(labels: ShardLabels, step: float) -> ShardLabels:
-    """Probabilities on a grid: at most step / 2 is lost."""
+def size_of(column: pa.Array, encoding: str | None, level: int, **options: Any) -> tuple[int, float]:
+    """(compressed bytes, seconds of CPU) of one list column alone."""
+    sink = pa.BufferOutputStream()
+    if encoding:
+        options["column_encoding"] = {"c.list.element": encoding}
+    began = time.process_time()
+    pq.write_table(
+        pa.table({"c": column}),
+        sink,
+        compression="zstd",
+        compression_level=level,
+        row_group_size=len(column),
+        write_statistics=False,
+        data_page_version="1.0",
+        data_page_size=parquet.PAGE_SIZE_BYTES,
+        **options,
+    )
+    seconds = time.process_time() - began
+    with pq.ParquetFile(pa.BufferReader(sink.getvalue())) as file:
+        return file.metadata.row_group(0).column(0).total_compressed_size, seconds
 
-    def grid(values: np.ndarray) -> np.ndarray:
-        return (np.rint(values.astype(np.float64) / step) * step).astype(np.float16)
 
-    return replace(labels, class_prob=grid(labels.class_prob), target_prob=grid(labels.target_prob))
+def tried(labels: ShardLabels, num_crops: int) -> None:
+    """Every column in every encoding that fits its type; probabilities also as float16, for comparison."""
+    table = parquet.to_table(labels)
+    columns = {name: table.column(name).combine_chunks() for name in table.column_names if name in LISTS}
+    for name in parquet.PROB_COLUMNS:
+        half = columns[name].flatten().cast(pa.float16())
+        columns[f"{name} as FLOAT16"] = pa.FixedSizeListArray.from_arrays(half, columns[name].type.list_size)
+    print("| column | encoding | readers | bytes per crop, zstd 9 | zstd 19 | us of CPU per crop, zstd 9 | zstd 19 |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, column in columns.items():
+        for label, (readers, options) in ENCODINGS.items():
+            encoding = options.get("encoding")
+            if encoding == "DELTA_BINARY_PACKED" and not pa.types.is_integer(column.type.value_type):
+                continue
+            if encoding and pa.types.is_boolean(column.type.value_type):
+                continue
+            who = NEW if "FLOAT16" in name else readers
+            found = [size_of(column, encoding, level, use_dictionary=options["use_dictionary"]) for level in LEVELS]
+            sizes = " | ".join(f"{size / num_crops:.2f}" for size, _ in found)
+            costs = " | ".join(f"{seconds * 1e6 / num_crops:.2f}" for _, seconds in found)
+            print(f"| {name} | {label} | {who} | {sizes} | {costs} |")
+
+
+LISTS = (*parquet.BOX_COLUMNS, "flip", "class_index", *parquet.PROB_COLUMNS, "bucket")
+
+
+def written(labels: ShardLabels, num_crops: int) -> None:
+    """What `build` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "block.parquet"
+        began = time.process_time()
+        parquet.write(path, labels)
+        cost = (time.process_time() - began) * 1e6 / num_crops
+        print(
+            f"\n{path.stat().st_size / num_crops:.2f} bytes per crop as build writes it, {cost:.2f} us of CPU per crop:\n"
+        )
+        with pq.ParquetFile(path) as file:
+            group = file.metadata.row_group(0)
+            for number in range(group.num_columns):
+                column = group.column(number)
+                name = column.path_in_schema.split(".")[0]
+                print(f"{column.total_compressed_size / num_crops:>7.3f}    {name}")
+        times = []
+        for _ in range(7):
+            began = time.process_time()
+            parquet.read_labels(
+                path,
+                rows=len(labels),
+                num_crops=labels.num_crops,
+                top_k=labels.class_index.shape[2],
+                num_classes=1000,
+            )
+            times.append((time.process_time() - began) * 1000 / len(labels))
+        print(
+            f"\nreading: {sorted(times)[3]:.4f} ms of CPU per image and block of {labels.num_crops} crops (median of 7)"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("labels", type=Path)
-    parser.add_argument("--reshape", type=int, default=50)
+    parser.add_argument("--reshape", type=int)
     args = parser.parse_args()
-    opened = fd.open_labels(args.labels)
-    labels = reshaped(opened.shard(0), args.reshape)
+    labels = read_all(args.labels)
+    if args.reshape:
+        labels = reshaped(labels, args.reshape)
     num_crops = len(labels) * labels.num_crops
-    print(f"{len(labels)} rows of {labels.num_crops} crops, top-{opened.top_k}; bytes per crop\n")
-    split = dict.fromkeys(BOXES, "BYTE_STREAM_SPLIT")
-    zstd = {"compression": "zstd", "compression_level": 9}
-    variants: dict[str, tuple[ShardLabels, dict[str, Any]]] = {
-        "plain, no compression": (labels, {"use_dictionary": False, "compression": "none"}),
-        "pyarrow's defaults (dictionary, snappy)": (labels, {}),
-        "dictionary everywhere, zstd": (labels, zstd),
-        "no dictionary, zstd": (labels, {"use_dictionary": False, **zstd}),
-        "boxes byte-split": (labels, {"use_dictionary": [INDEX], "column_encoding": split, **zstd}),
-        "boxes byte-split, dictionary for classes and probabilities": (
-            labels,
-            {"use_dictionary": [INDEX, PROB], "column_encoding": split, **zstd},
-        ),
-        "the same, target_prob as dictionary too": (
-            labels,
-            {"use_dictionary": [INDEX, PROB, TARGET], "column_encoding": split, **zstd},
-        ),
-        "boxes and float16 byte-split (DuckDB cannot read it)": (
-            labels,
-            {
-                "use_dictionary": [INDEX],
-                "column_encoding": {**split, PROB: "BYTE_STREAM_SPLIT", TARGET: "BYTE_STREAM_SPLIT"},
-                **zstd,
-            },
-        ),
-        "probabilities rounded to 1/1024, dictionary": (
-            rounded(labels, 2.0**-10),
-            {"use_dictionary": [INDEX, PROB, TARGET], "column_encoding": split, **zstd},
-        ),
-        "probabilities rounded to 1/1024, plain": (
-            rounded(labels, 2.0**-10),
-            {"use_dictionary": [INDEX], "column_encoding": split, **zstd},
-        ),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "block.parquet"
-        for name, (content, options) in variants.items():
-            pq.write_table(parquet.to_table(content), path, **options)
-            print(f"{path.stat().st_size / num_crops:>7.2f}  {name}")
-        parquet.write(path, labels)
-        print(f"{path.stat().st_size / num_crops:>7.2f}  AS WRITTEN BY build\n")
-        show_columns(path, num_crops)
-        times = []
-        for _ in range(7):
-            started = time.perf_counter()
-            parquet.read_labels(
-                path,
-                rows=len(labels),
-                num_crops=labels.num_crops,
-                top_k=opened.top_k,
-                num_classes=opened.num_classes,
-            )
-            times.append((time.perf_counter() - started) * 1000 / len(labels))
-        print(f"\nreading: {sorted(times)[3]:.4f} ms per image and block of {labels.num_crops} crops (median of 7)")
-
-
-def show_columns(path: Path, num_crops: int) -> None:
-    group = pq.ParquetFile(path).metadata.row_group(0)
-    for i in range(group.num_columns):
-        column = group.column(i)
-        print(f"{column.total_compressed_size / num_crops:>7.2f}    {column.path_in_schema.split('.')[0]}")
+    print(f"{len(labels)} rows of {labels.num_crops} crops, top-{labels.class_index.shape[2]}\n")
+    tried(labels, num_crops)
+    written(labels, num_crops)
 
 
 if __name__ == "__main__":
