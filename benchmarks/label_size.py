@@ -2,10 +2,10 @@
 
     python benchmarks/label_size.py LABELS [--reshape 50]
 
-All shards of a label set of layout parquet (of one crop block, unfinished sets included) are put into one block: a block
-of a large data set has 4,096 images. With `--reshape`, rows of many crops are cut into rows of so many first, so that few
-photos with many crops make a block of the usual shape. "readers" are those of the table in docs/format.md. Peers on
-ImageNet, top-5: FKD 42.8 bytes (its fp16 files), Dataset Reinforcement 36.7.
+The shards of a label set of layout parquet (one crop block; it may be unfinished) are put into one block; a block
+of a large data set has 4,096 images. With `--reshape`, rows of many crops are cut into rows of so many first, so that
+few photos with many crops make a block of the usual shape. "readers" are those of the table in docs/format.md. Peers
+on ImageNet, top-5: FKD 42.8 bytes (its fp16 files), Dataset Reinforcement 36.7.
 """
 
 from __future__ import annotations
@@ -121,9 +121,8 @@ def written(labels: ShardLabels, num_crops: int) -> None:
         began = time.process_time()
         parquet.write(path, labels)
         cost = (time.process_time() - began) * 1e6 / num_crops
-        print(
-            f"\n{path.stat().st_size / num_crops:.2f} bytes per crop as build writes it, {cost:.2f} us of CPU per crop:\n"
-        )
+        size = path.stat().st_size / num_crops
+        print(f"\n{size:.2f} bytes per crop as build writes it, {cost:.2f} us of CPU per crop:\n")
         with pq.ParquetFile(path) as file:
             group = file.metadata.row_group(0)
             for number in range(group.num_columns):

@@ -28,6 +28,8 @@ ROOT = Path(__file__).parent.parent
 READERS = ROOT / "tests" / "clients" / "readers"
 DOCUMENT = ROOT / "docs" / "format.md"
 BEGIN, END = "<!-- readers -->\n", "<!-- end of readers -->"
+WHOLE = "installed"
+"""Lies in an environment that was made to its end."""
 GROUPS = {
     "key, digest, size, target": ("key", "image_digest", "height", "width", "target"),
     "boxes": parquet.BOX_COLUMNS,
@@ -123,14 +125,16 @@ def install(library: Library, folder: Path) -> list[str]:
     place = folder / "-".join(name.translate(str.maketrans("=<>@", "----")) for name in library.packages)
     if library.runtime == "node":
         place.mkdir(parents=True, exist_ok=True)
-        if not (place / "node_modules").exists():
+        if not (place / WHOLE).exists():
             run(["npm", "init", "-y"], place)
             run(["npm", "install", *library.packages], place)
+            (place / WHOLE).touch()
         return ["node", str(READERS / "read_with.mjs"), library.reader]
     python = place / "bin" / "python"
-    if not python.exists():
+    if not (place / WHOLE).exists():
         run([sys.executable, "-m", "venv", str(place)], folder)
         run([str(python), "-m", "pip", "install", "--quiet", *library.packages], folder)
+        (place / WHOLE).touch()
     return [str(python), str(READERS / "read_with.py"), library.reader]
 
 

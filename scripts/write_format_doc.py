@@ -23,7 +23,7 @@ def parquet_table() -> str:
     # 7 crops at top-5 stand for N crops at top-k.
     for field in parquet.schema(7, 5, np.uint16):
         kind = str(field.type).replace("fixed_size_list<element: ", "list<").replace("<float>", "<float32>")
-        kind = kind.replace("[35]", "[N*k]").replace("[7]", "[N]")
+        kind = kind.replace("[35]", "[N*k]").replace("[7]", "[N]").replace("binary", "binary (16 bytes)")
         elements = "its elements, where unknown" if field.name == "target_prob" else "no"
         rows.append(f"| `{field.name}` | {kind} | {'where unknown' if field.nullable else elements} |")
     return "\n".join(rows)

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from ferkd_data.crops import Crops
 
 UNKNOWN_TARGET = -1
+SHARDS_PER_FOLDER = 500
+"""Image shards whose files lie in one folder: the hub takes 10,000 files in each, so 20 crop blocks."""
 DIGEST_BYTES = 16
 
 
@@ -151,6 +153,12 @@ def identity_of_images(labels: ShardLabels) -> bytes:
     for values in (labels.image_digest, labels.height, labels.width, labels.target):
         state.update(np.ascontiguousarray(values).data)
     return state.digest()
+
+
+def shard_folder(top: str, shard: int) -> str:
+    """The folder of a shard's files: `top` itself for the first `SHARDS_PER_FOLDER`, then `top/001` and so on."""
+    number = shard // SHARDS_PER_FOLDER
+    return f"{top}/{number:03d}" if number else top
 
 
 def class_index_dtype(num_classes: int) -> type[np.uint16] | type[np.uint32]:

@@ -3,7 +3,8 @@
 Only types and encodings that every common reader of the last two years understands are written: 32-bit floats and
 integers, plain or with a dictionary, in data pages of version 1. scripts/readers_matrix.py tries the readers,
 benchmarks/label_size.py measures the encodings. Probabilities are float16 in memory and FLOAT in the file, because
-FLOAT16 is misread by DuckDB 1.1 and fastparquet and stops Spark and Polars 1.14.
+FLOAT16 is misread by DuckDB 1.1 and fastparquet and stops Spark and Polars 1.14. Digests are BYTE_ARRAY, because
+datasets 3.1 knows no bytes of fixed length.
 """
 
 from __future__ import annotations
@@ -18,12 +19,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ferkd_data.errors import ShardError
-from ferkd_data.shards.columns import DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels, class_index_dtype, to_float16
+from ferkd_data.shards.columns import (
+    DIGEST_BYTES,
+    UNKNOWN_TARGET,
+    ShardLabels,
+    class_index_dtype,
+    shard_folder,
+    to_float16,
+)
 from ferkd_data.shards.pages import read_claims
 
 BOX_COLUMNS = ("box_top", "box_left", "box_height", "box_width")
 PROB_COLUMNS = ("class_prob", "target_prob")
-"""Float16 values, stored as float32 (files of drafts before 2026-11-27: as float16)."""
+"""Float16 values, stored as float32."""
 
 COMPRESSION_LEVEL = 9
 PAGE_SIZE_BYTES = 2**18
@@ -33,7 +41,7 @@ DICTIONARY_CROPS = 20_000
 
 
 def file_name(shard: int, block: int) -> str:
-    return f"labels/{shard:05d}-{block:03d}.parquet"
+    return f"{shard_folder('labels', shard)}/{shard:05d}-{block:03d}.parquet"
 
 
 def schema(num_crops: int, top_k: int, index_dtype: Any) -> pa.Schema:
@@ -46,7 +54,7 @@ def schema(num_crops: int, top_k: int, index_dtype: Any) -> pa.Schema:
     return pa.schema(
         [
             pa.field("key", pa.string(), nullable=False),
-            pa.field("image_digest", pa.binary(DIGEST_BYTES), nullable=False),
+            pa.field("image_digest", pa.binary(), nullable=False),
             pa.field("height", pa.uint16(), nullable=False),
             pa.field("width", pa.uint16(), nullable=False),
             pa.field("target", pa.int32()),
@@ -67,9 +75,7 @@ def to_table(labels: ShardLabels) -> pa.Table:
     unknown_prob = np.isnan(labels.target_prob).reshape(-1)
     columns = {
         "key": pa.array(list(labels.keys), pa.string()),
-        "image_digest": pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(DIGEST_BYTES), len(labels), [None, pa.py_buffer(labels.image_digest.tobytes())]
-        ),
+        "image_digest": pa.array([digest.tobytes() for digest in labels.image_digest], pa.binary()),
         "height": pa.array(labels.height),
         "width": pa.array(labels.width),
         "target": pa.array(labels.target, mask=labels.target == UNKNOWN_TARGET),
@@ -140,7 +146,7 @@ def read_labels(path: Path, *, rows: int, num_crops: int, top_k: int, num_classe
     target = table.column("target").combine_chunks().fill_null(UNKNOWN_TARGET)
     return ShardLabels(
         keys=_texts(path, table, "key"),
-        image_digest=_fixed_binary(table.column("image_digest").combine_chunks()),
+        image_digest=_digests(path, table.column("image_digest")),
         height=values("height"),
         width=values("width"),
         target=_numpy(target),
@@ -185,10 +191,10 @@ def _texts(path: Path, table: pa.Table, name: str, longest: int = MAX_TEXT_BYTES
 
 
 def _read(path: Path, expected: pa.Schema, rows: int, longest: int = MAX_TEXT_BYTES) -> pa.Table:
-    texts = [field.name for field in expected if pa.types.is_string(field.type)]
+    shared = [field.name for field in expected if _is_bytes(field.type)]
     try:
         _check_claims(path, expected, rows=rows, longest=longest)
-        with pq.ParquetFile(path, read_dictionary=texts) as file:
+        with pq.ParquetFile(path, read_dictionary=shared) as file:
             _check_schema(path, file.schema_arrow, expected)
             table = file.read(columns=expected.names, use_threads=False)
     except FileNotFoundError as error:
@@ -210,14 +216,17 @@ def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
         actual = found.field(field.name).type
         if pa.types.is_dictionary(actual):
             actual = actual.value_type
-        accepted = [field.type, *([_draft_type(field.type)] if field.name in PROB_COLUMNS else [])]
-        if not any(map(actual.equals, accepted)):
+        if not actual.equals(field.type) and not actual.equals(_draft_type(field)):
             raise ShardError(f"{path}: column {field.name!r} is {actual}, expected {field.type}")
 
 
-def _draft_type(kind: pa.DataType) -> pa.DataType:
-    """The type that drafts of version 1 gave to a column of probabilities."""
-    return pa.list_(pa.field("element", pa.float16()), kind.list_size)
+def _draft_type(field: pa.Field) -> pa.DataType:
+    """The type of a column in drafts of version 1, before 2026-11-27."""
+    if field.name == "image_digest":
+        return pa.binary(DIGEST_BYTES)
+    if field.name in PROB_COLUMNS:
+        return pa.list_(pa.field("element", pa.float16()), field.type.list_size)
+    return field.type
 
 
 def _check_claims(path: Path, expected: pa.Schema, *, rows: int, longest: int) -> None:
@@ -227,7 +236,7 @@ def _check_claims(path: Path, expected: pa.Schema, *, rows: int, longest: int) -
     if claims.row_groups > max(rows, 1):
         raise ShardError(f"{path}: claims {claims.row_groups} row groups for {rows} rows")
     per_row = {field.name: getattr(field.type, "list_size", 1) for field in expected}
-    widths = [32 if pa.types.is_string(field.type) else _width(field.type) for field in expected]
+    widths = [32 if _is_bytes(field.type) else _width(field.type) for field in expected]
     decoded = rows * sum(width * per_row[name] for name, width in zip(expected.names, widths, strict=True)) // 8
     if decoded > max(MAX_DECODED_BYTES, MAX_EXPANSION * path.stat().st_size):
         raise ShardError(f"{path}: {path.stat().st_size} bytes that would become {decoded} in memory")
@@ -251,7 +260,18 @@ def _numpy(array: pa.Array) -> npt.NDArray[Any]:
     return np.asarray(array.to_numpy(zero_copy_only=False))
 
 
-def _fixed_binary(array: pa.FixedSizeBinaryArray) -> npt.NDArray[np.uint8]:
-    flat = np.frombuffer(array.buffers()[1] or b"", np.uint8)
-    start = array.offset * DIGEST_BYTES
-    return flat[start : start + len(array) * DIGEST_BYTES].reshape(len(array), DIGEST_BYTES)
+def _is_bytes(kind: pa.DataType) -> bool:
+    """Whether values have no fixed length, so that one of them may be shared by a million rows of a small file."""
+    return bool(pa.types.is_string(kind) or pa.types.is_binary(kind))
+
+
+def _digests(path: Path, column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
+    """(rows, 16). Raises ShardError for a digest of another length."""
+    found = [np.empty((0, DIGEST_BYTES), np.uint8)]
+    for chunk in column.chunks:
+        values = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
+        if pc.any(pc.not_equal(pc.binary_length(values), DIGEST_BYTES)).as_py():
+            raise ShardError(f"{path}: column 'image_digest' holds a digest that has not {DIGEST_BYTES} bytes")
+        digests = np.frombuffer(b"".join(values.to_pylist()), np.uint8).reshape(-1, DIGEST_BYTES)
+        found.append(digests[_numpy(chunk.indices)] if pa.types.is_dictionary(chunk.type) else digests)
+    return np.concatenate(found)

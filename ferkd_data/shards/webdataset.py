@@ -19,7 +19,7 @@ import numpy as np
 from ferkd_data.errors import ImageError, ShardError
 from ferkd_data.images.decode import image_extension, image_size
 from ferkd_data.shards import crop_arrays
-from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels
+from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels, shard_folder
 from ferkd_data.storage import image_digest
 
 MEMBER_MODE = 0o444
@@ -28,7 +28,7 @@ TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, Me
 
 
 def file_name(shard: int) -> str:
-    return f"shards/{shard:05d}.tar"
+    return f"{shard_folder('shards', shard)}/{shard:05d}.tar"
 
 
 class Writer:

@@ -122,6 +122,15 @@ def test_a_bomb_in_a_column_takes_no_memory(copy):
         fd.open_labels(copy).shard(0)
 
 
+@pytest.mark.parametrize("digests", [[b"short"] * 8, [b"a" * 16] * 7 + [b"a" * 17]])
+def test_a_digest_of_another_length(copy, digests):
+    table = pq.read_table(copy / "labels/00000-000.parquet")
+    at = table.schema.get_field_index("image_digest")
+    replace_shard(copy, table.set_column(at, table.schema.field(at), pa.array(digests, pa.binary())))
+    with pytest.raises(ShardError, match="a digest that has not 16 bytes"):
+        fd.open_labels(copy).shard(0)
+
+
 @pytest.mark.parametrize("column", ["key", "class_prob", "bucket"])
 def test_a_missing_column(copy, column):
     table = pq.read_table(copy / "labels/00000-000.parquet").drop_columns([column])

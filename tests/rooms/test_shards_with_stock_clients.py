@@ -116,7 +116,6 @@ def test_nothing_is_written_that_readers_of_two_years_ago_do_not_know(label_set,
         columns = [group.column(i) for i in range(group.num_columns)]
     assert {column.physical_type for column in columns} == {
         "BYTE_ARRAY",
-        "FIXED_LEN_BYTE_ARRAY",
         "INT32",
         "BOOLEAN",
         "FLOAT",

@@ -167,8 +167,8 @@ class BuildFolder:
         """Remove an unfinished extension with its shard files; never what `manifest` names."""
         listed = {file.path for shard in manifest.shards for file in shard.files}
         for name in ("labels", "shards"):
-            for path in (self.out / name).glob("*") if (self.out / name).is_dir() else ():
-                if SHARD_FILE.fullmatch(path.name) and f"{name}/{path.name}" not in listed:
+            for path in list((self.out / name).rglob("*")):
+                if SHARD_FILE.fullmatch(path.name) and path.relative_to(self.out).as_posix() not in listed:
                     path.unlink()
         self.clear()
 
@@ -247,8 +247,7 @@ class BuildFolder:
     def look_again(self) -> None:
         """A network file system looks again for a name that it knows as missing when its folder is listed."""
         for path in (self.path / "shards", self.out / "labels", self.out / "shards"):
-            if path.is_dir():
-                list(path.iterdir())
+            list(path.rglob("*"))
 
     def commit(self, manifest: Manifest) -> None:
         """`out` holds the whole label set, with the manifest."""

@@ -12,8 +12,8 @@ import sys
 import tempfile
 
 COLUMNS = (
-    "key image_digest height width target box_top box_left box_height box_width flip class_index class_prob target_prob "
-    "bucket"
+    "key image_digest height width target box_top box_left box_height box_width flip class_index class_prob "
+    "target_prob bucket"
 ).split()
 
 

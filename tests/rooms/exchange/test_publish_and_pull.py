@@ -19,6 +19,7 @@ from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageErr
 from ferkd_data.exchange.places import Store
 from ferkd_data.manifest import read_manifest
 from ferkd_data.remote import Remote, Retries, part_of
+from ferkd_data.shards import columns
 from ferkd_data.storage import sha256_file
 from ferkd_data_cli.main import run
 
@@ -263,6 +264,23 @@ def test_of_two_pulls_into_one_folder_the_second_is_told(label_set, tmp_path, qu
         assert fd.pull(server.url, out, retries=QUICK).fetched == 2
         assert [asked for _, name, asked in server.requests if name == last][-1] == f"bytes={half}-"
     assert same_label_sets(label_set, out) and not fd.verify(out).warnings
+
+
+def test_more_shards_than_a_folder_takes(photos, tiny_teachers, tmp_path, monkeypatch):
+    """Built, extended, verified, published, pulled and converted with files in several folders."""
+    monkeypatch.setattr(columns, "SHARDS_PER_FOLDER", 2)
+    settings = {"teachers": [tiny_teachers], "images_per_shard": 4, "device": "cpu", "top_k": 4}
+    fd.build(photos, tmp_path / "set", crops=2, crops_per_block=2, **settings)
+    fd.build(photos, tmp_path / "set", crops=4, extend=True, **settings)
+    paths = [file.path for shard in read_manifest(tmp_path / "set").shards for file in shard.files]
+    assert paths[:4] == ["labels/00000-000.parquet", "labels/00000-001.parquet", *paths[2:4]]
+    assert paths[4:6] == ["labels/001/00002-000.parquet", "labels/001/00002-001.parquet"]
+    fd.publish(tmp_path / "set", str(tmp_path / "public"), card=CARD)
+    fd.pull(str(tmp_path / "public"), tmp_path / "mine")
+    fd.convert(tmp_path / "mine", tmp_path / "tars", layout="webdataset", images=photos)
+    assert (tmp_path / "tars/shards/002/00004.tar").exists()
+    for folder in ("mine", "tars"):
+        assert fd.verify(tmp_path / folder).ok and same_label_sets(tmp_path / "set", tmp_path / folder)
 
 
 def test_a_pull_into_a_file(label_set, tmp_path):
