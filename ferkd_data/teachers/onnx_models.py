@@ -49,7 +49,7 @@ class OnnxTeacher:
 
     def __init__(self, spec: TeacherSpec, *, device: str, precision: Precision) -> None:
         runtime = extras.require("onnxruntime", extra="onnx", what_for=f"teacher {spec}")
-        path = Path(spec.name)
+        path = Path(spec.name).expanduser()
         if not path.is_file():
             raise TeacherError(f"teacher {spec}: no such file")
         if precision != "fp32":

@@ -27,7 +27,7 @@ KNOWN = ("size", "interpolation", "mean", "std", "crop_pct")
 
 
 def load_torchscript(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
-    path = Path(spec.name)
+    path = Path(spec.name).expanduser()
     if not path.is_file():
         raise TeacherError(f"teacher {spec}: no such file")
     try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from ferkd_data import extras
 from ferkd_data.errors import TeacherError
@@ -13,18 +16,13 @@ from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_
 
 
 def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
+    """Raises TeacherError, MissingExtraError."""
     timm = extras.require("timm", extra="timm", what_for=f"teacher {spec}")
-    try:
-        module = timm.create_model(spec.name, pretrained=spec.checkpoint is None)
-    except OSError as error:
-        raise TeacherError(
-            f"teacher {spec}: its pretrained weights cannot be fetched from the hub ({type(error).__name__}); "
-            f"give a local file: timm:{spec.name}@FILE.safetensors"
-        ) from error
-    except (RuntimeError, ValueError) as error:
-        raise TeacherError(f"teacher {spec}: timm cannot make this model: {error}") from error
+    module = _make(timm, spec)
     if spec.checkpoint is not None:
         load_checkpoint(module, Path(spec.checkpoint), teacher=str(spec))
+    if getattr(module, "num_classes", None) == 0:
+        raise TeacherError(f"teacher {spec}: this model gives features and has no classifier; choose one that has")
     config = timm.data.resolve_model_data_config(module)
     channels, height, width = config["input_size"]
     if channels != 3 or height != width:
@@ -32,9 +30,10 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
     preprocessing = preprocessing_of(
         spec,
         size=height,
-        interpolation=config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else None,
+        interpolation=None if config["interpolation"] == "random" else config["interpolation"],
         mean=config["mean"],
         std=config["std"],
+        crop_pct=config["crop_pct"],
     )
     return ModuleTeacher(
         module,
@@ -45,6 +44,35 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
         precision=precision,
         class_names=imagenet_names() if timm.data.infer_imagenet_subset(module) == "imagenet-1k" else None,
     )
+
+
+def _make(timm: Any, spec: TeacherSpec) -> nn.Module:
+    """The model with its own head, or with a head of `classes` where a checkpoint fills it."""
+    options: dict[str, Any] = {}
+    if spec.checkpoint is not None and spec.classes is not None:
+        options["num_classes"] = spec.classes
+    if spec.size is not None and _has_fixed_size(timm, spec.name):
+        options["img_size"] = spec.size
+    try:
+        module: nn.Module = timm.create_model(spec.name, pretrained=spec.checkpoint is None, **options)
+    except OSError as error:
+        raise TeacherError(
+            f"teacher {spec}: its pretrained weights cannot be fetched from the hub ({type(error).__name__}); "
+            f"give a local file: timm:{spec.name}@FILE.safetensors"
+        ) from error
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise TeacherError(f"teacher {spec}: timm cannot make this model: {error}") from error
+    return module
+
+
+def _has_fixed_size(timm: Any, name: str) -> bool:
+    """Whether the model is made for one input size, as vision transformers with learned positions are."""
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except (RuntimeError, ValueError):
+        # The name of no model, or of one on a hub: `create_model` finds out.
+        return False
+    return bool(getattr(config, "fixed_input_size", False))
 
 
 def imagenet_names() -> tuple[str, ...]:

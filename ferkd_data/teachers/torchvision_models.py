@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import torchvision
+from torch import nn
 
 from ferkd_data.errors import TeacherError
 from ferkd_data.teachers.checkpoint import load_checkpoint
@@ -16,12 +18,13 @@ from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_
 
 
 def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
+    """Raises TeacherError."""
     try:
         weights: Any = torchvision.models.get_model_weights(spec.name).DEFAULT
     except (ValueError, AttributeError) as error:
         raise TeacherError(f"teacher {spec}: torchvision has no classifier of this name with weights") from error
     try:
-        module = torchvision.models.get_model(spec.name, weights=None if spec.checkpoint else weights)
+        module = _make(spec, weights)
     except (URLError, OSError) as error:
         raise TeacherError(
             f"teacher {spec}: its pretrained weights cannot be fetched ({error}); "
@@ -36,8 +39,10 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
         interpolation=getattr(getattr(transforms, "interpolation", None), "value", None),
         mean=getattr(transforms, "mean", None),
         std=getattr(transforms, "std", None),
+        crop_pct=_crop_pct(transforms),
     )
-    published = weights.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1")
+    own_head = spec.classes is not None and spec.classes != len(weights.meta.get("categories", ()))
+    published = None if own_head else weights.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1")
     return ModuleTeacher(
         module,
         spec,
@@ -50,5 +55,26 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
     )
 
 
+def _make(spec: TeacherSpec, weights: Any) -> nn.Module:
+    """The model with its pretrained weights, or with what a checkpoint needs."""
+    if spec.checkpoint is None:
+        pretrained: nn.Module = torchvision.models.get_model(spec.name, weights=weights)
+        return pretrained
+    options: dict[str, Any] = {} if spec.classes is None else {"num_classes": spec.classes}
+    if spec.size is not None and spec.name.startswith("vit_"):
+        options["image_size"] = spec.size
+    with warnings.catch_warnings():
+        # Some say that their random weights take long to make; the checkpoint replaces them.
+        warnings.simplefilter("ignore", FutureWarning)
+        module: nn.Module = torchvision.models.get_model(spec.name, weights=None, **options)
+    return module
+
+
 def _first(sizes: Any) -> int | None:
     return None if sizes is None else int(sizes[0]) if isinstance(sizes, (list, tuple)) else int(sizes)
+
+
+def _crop_pct(transforms: Any) -> float | None:
+    """Share of the shorter side that the central crop spans."""
+    resized, cropped = (_first(getattr(transforms, name, None)) for name in ("resize_size", "crop_size"))
+    return cropped / resized if resized and cropped and cropped <= resized else None
