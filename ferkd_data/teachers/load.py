@@ -1,4 +1,4 @@
-"""From a spec to a teacher that is ready to run."""
+"""Load teachers by their specs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ferkd_data.teachers.teacher import Precision, Teacher
 
 
 def load_teacher(spec: TeacherSpec, *, device: str = "cpu", precision: Precision = "fp32") -> Teacher:
-    """Raises TeacherError or MissingExtraError, naming the teacher and what to do."""
+    """Load one teacher. Raises TeacherError or MissingExtraError, naming the teacher and what to do."""
     if spec.kind == "timm":
         from ferkd_data.teachers import timm_models
 
@@ -21,6 +21,14 @@ def load_teacher(spec: TeacherSpec, *, device: str = "cpu", precision: Precision
         from ferkd_data.teachers import torchvision_models
 
         return torchvision_models.load(spec, device=device, precision=precision)
+    if spec.kind == "hf":
+        from ferkd_data.teachers import hf_models
+
+        return hf_models.load(spec, device=device, precision=precision)
+    if spec.kind == "openclip":
+        from ferkd_data.teachers import openclip_models
+
+        return openclip_models.load(spec, device=device, precision=precision)
     if spec.kind == "onnx":
         from ferkd_data.teachers import onnx_models
 
@@ -37,9 +45,9 @@ def load_teacher(spec: TeacherSpec, *, device: str = "cpu", precision: Precision
 def load_teachers(
     specs: Sequence[TeacherSpec | str], *, device: str = "cpu", precision: str = "auto", used_on: str | None = None
 ) -> list[Teacher]:
-    """All teachers of an ensemble; precision `auto` is bf16 on cuda (fp32 for ONNX files) and fp32 on a CPU.
+    """Load all teachers of an ensemble; precision `auto` is bf16 on cuda (fp32 for ONNX files) and fp32 on a CPU.
 
-    `used_on` is the device of those that label, where these here are loaded only to be looked at.
+    `used_on` is the device on which the teachers will label, where they are loaded here only to be looked at.
 
     Raises TeacherError when there is none, or they disagree on the number of classes.
     """

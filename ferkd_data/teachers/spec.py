@@ -15,12 +15,12 @@ from typing import Any, Literal, TypeAlias, get_args
 from ferkd_data.errors import UsageError
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
 
-Kind: TypeAlias = Literal["timm", "torchvision", "onnx", "torchscript", "python"]
+Kind: TypeAlias = Literal["timm", "torchvision", "hf", "openclip", "onnx", "torchscript", "python"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Activation: TypeAlias = Literal["logits", "probabilities", "sigmoid"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 Triple: TypeAlias = tuple[float, float, float]
-WITH_CHECKPOINT: tuple[Kind, ...] = ("timm", "torchvision", "python")
+WITH_CHECKPOINT: tuple[Kind, ...] = ("timm", "torchvision", "hf", "openclip", "python")
 WITH_OUTPUT: tuple[Kind, ...] = ("onnx", "torchscript", "python")
 EXAMPLE = "timm:resnet50@weights.safetensors?size=224&weight=2"
 CENTRE_SHARE = 0.875
@@ -74,6 +74,10 @@ class TeacherSpec:
     """Name or number of the output that holds the logits, where the model has several."""
     activation: Activation | None = None
     """What the output is; None: logits, checked for looking like probabilities."""
+    names: str | None = None
+    """openclip: `imagenet`, or a text file with one class name per line."""
+    templates: str | None = None
+    """openclip: `imagenet`, `simple`, or a text file with one prompt per line, `{}` standing for the class name."""
     weight: float = 1.0
     """Relative to the other teachers of the ensemble."""
     temperature: float = 1.0
@@ -90,6 +94,9 @@ class TeacherSpec:
             )
         if self.output is not None and self.kind not in WITH_OUTPUT:
             raise UsageError(f"teacher {self.kind}:{self.name}: only {', '.join(WITH_OUTPUT)} take the option output")
+
+        if self.kind != "openclip" and (self.names or self.templates):
+            raise UsageError(f"teacher {self.kind}:{self.name}: only openclip takes the options names and templates")
 
     def __str__(self) -> str:
         """The spec again; `TeacherSpec.parse(str(spec)) == spec`."""
@@ -179,6 +186,8 @@ OPTIONS: dict[str, Callable[[str], object]] = {
     "classes": int,
     "output": _word,
     "activation": _one_of(ACTIVATIONS),
+    "names": _word,
+    "templates": _word,
     "weight": _number,
     "temperature": _number,
 }

@@ -1,0 +1,138 @@
+"""Teachers from transformers: `hf:ORG/NAME[@folder]`. Their preprocessing is found by trying their image processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from ferkd_data import extras
+from ferkd_data.errors import TeacherError
+from ferkd_data.teachers.digest import module_digest
+from ferkd_data.teachers.spec import TeacherSpec
+from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_of, reason
+
+RESAMPLINGS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+"""Pillow's numbers, which processors use."""
+LOOK = 256
+"""Side in pixels of the images that a processor is looked at with: one column for each grey level."""
+CLOSE = 1e-4
+
+
+class HfClassifier(nn.Module):
+    """A transformers model as a function from images (B, 3, S, S) to logits (B, C)."""
+
+    def __init__(self, model: nn.Module, *, bgr: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.bgr = bgr
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(pixel_values=images.flip(1) if self.bgr else images).logits
+        return logits
+
+
+def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
+    """Raises TeacherError, MissingExtraError."""
+    transformers = extras.require("transformers", extra="hf", what_for=f"teacher {spec}")
+    source = str(Path(spec.checkpoint).expanduser()) if spec.checkpoint else spec.name
+    if spec.checkpoint and not Path(source).is_dir():
+        raise TeacherError(f"teacher {spec}: no folder {source}; it must hold what save_pretrained writes")
+    try:
+        model, found = transformers.AutoModelForImageClassification.from_pretrained(source, output_loading_info=True)
+        processor = transformers.AutoImageProcessor.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise TeacherError(
+            f"teacher {spec}: transformers cannot load it ({reason(error)}); for a local folder, write "
+            f"hf:{spec.name}@FOLDER"
+        ) from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise TeacherError(
+            f"teacher {spec}: its checkpoint lacks {len(missing)} weights ({', '.join(missing[:3])}), which would be "
+            "random; it is no classifier, or not of this model"
+        )
+    known, bgr = look_at(processor, spec)
+    names = tuple(model.config.id2label[number] for number in sorted(model.config.id2label))
+    module = HfClassifier(model, bgr=bgr)
+    return ModuleTeacher(
+        module,
+        spec,
+        preprocessing_of(spec, **known),
+        digest=module_digest(module, spec),
+        device=device,
+        precision=precision,
+        class_names=None if names[0] == "LABEL_0" else names,
+    )
+
+
+def look_at(processor: Any, spec: TeacherSpec) -> tuple[dict[str, Any], bool]:
+    """The preprocessing that a processor does, and whether it gives BGR, from what becomes of known images.
+
+    Its settings are not read: their names and meanings differ from class to class (rescaling by 1/127.5 with an
+    offset, normalising twice, warping or cropping). Raises TeacherError for what cannot be done with crops.
+    """
+    black, grey, white = (_seen(processor, np.full((LOOK, LOOK, 3), level, np.uint8), spec) for level in (0, 51, 255))
+    size = black.shape[1]
+    low, middle, high = (image.mean(axis=(1, 2)) for image in (black, grey, white))
+    if (
+        black.shape != (3, size, size)
+        or np.abs(low + (high - low) / 5 - middle).max() > 0.02 * np.abs(high - low).max()
+    ):
+        raise TeacherError(
+            f"teacher {spec}: its image processor makes {black.shape} of a square image, or does more than scaling and "
+            "normalising; use a python: teacher that does the same"
+        )
+    red = np.zeros((LOOK, LOOK, 3), np.uint8)
+    red[..., 0] = 255
+    bgr = bool(np.abs(_seen(processor, red, spec).mean(axis=(1, 2)) - low).argmax() == 2)
+    std = 1 / (high - low)
+    mean = -low * std
+    order = slice(None, None, -1) if bgr else slice(None)
+    return {
+        "size": size,
+        "mean": _as_written(mean[order], getattr(processor, "image_mean", None)),
+        "std": _as_written(std[order], getattr(processor, "image_std", None)),
+        "interpolation": _interpolation(processor),
+        "crop_pct": _share_seen(processor, mean[0], std[0], spec),
+    }, bgr
+
+
+def _seen(processor: Any, image_HWC: npt.NDArray[np.uint8], spec: TeacherSpec) -> npt.NDArray[np.float64]:
+    """(3, S, S): the model's input for this image."""
+    from PIL import Image
+
+    try:
+        values = processor(images=Image.fromarray(image_HWC), return_tensors="pt")["pixel_values"]
+        return np.asarray(values[0], np.float64)
+    except Exception as error:
+        # Code of a processor's own, which may raise anything.
+        raise TeacherError(f"teacher {spec}: its image processor fails on an RGB image: {reason(error)}") from error
+
+
+def _as_written(values: npt.NDArray[np.float64], written: Any) -> tuple[float, ...]:
+    """The numbers of the processor's settings where they are what it does, else what was seen, rounded."""
+    if written is not None and np.shape(written) == (3,) and np.abs(values - np.asarray(written)).max() < CLOSE:
+        return tuple(float(value) for value in written)
+    return tuple(round(float(value), 6) for value in values)
+
+
+def _interpolation(processor: Any) -> str | None:
+    config = getattr(processor, "data_config", None)
+    if config is not None:
+        return None if config["interpolation"] == "random" else str(config["interpolation"])
+    number = getattr(processor, "resample", None)
+    return None if number is None else RESAMPLINGS.get(int(number), str(number))
+
+
+def _share_seen(processor: Any, mean: float, std: float, spec: TeacherSpec) -> float:
+    """Share of a square image that reaches the model, from the grey levels at the ends of a ramp."""
+    ramp = np.broadcast_to(np.arange(LOOK, dtype=np.uint8)[None, :, None], (LOOK, LOOK, 3)).copy()
+    levels = (_seen(processor, ramp, spec)[0] * std + mean) * 255
+    row = levels[len(levels) // 2]
+    # The ends are centres of pixels, half a pixel within the part that is seen.
+    share = float(row[-1] - row[0]) / LOOK * len(row) / (len(row) - 1)
+    return min(1.0, round(share, 2))

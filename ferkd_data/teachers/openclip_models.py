@@ -1,0 +1,131 @@
+"""Zero-shot teachers from open_clip: `openclip:ARCH@CHECKPOINT?names=FILE`, classes being what their names say."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ferkd_data import extras
+from ferkd_data.errors import TeacherError
+from ferkd_data.teachers.digest import module_digest
+from ferkd_data.teachers.spec import TeacherSpec
+from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_of, reason
+
+IMAGENET = "imagenet"
+SIMPLE = "simple"
+SELF_CONTAINED = ("hf-hub:", "local-dir:")
+"""Architectures whose name says where the weights are."""
+
+
+class ZeroShot(nn.Module):
+    """Cosine of an image's and each class's embedding, times the scale that the model was trained with."""
+
+    weight_DC: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, model: Any, weight_DC: Tensor) -> None:
+        super().__init__()
+        # The text tower has done its work; only models that put their image features together differently keep it.
+        self.tower = model.visual if type(model).__name__ in ("CLIP", "CustomTextCLIP") else model
+        self.whole = self.tower is model
+        self.register_buffer("weight_DC", weight_DC.detach().clone())
+        self.register_buffer("scale", model.logit_scale.detach().exp().clone())
+        bias = getattr(model, "logit_bias", None)
+        self.register_buffer("bias", torch.zeros(()) if bias is None else bias.detach().clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.tower.encode_image(images) if self.whole else self.tower(images)
+        return self.scale * nn.functional.normalize(features, dim=-1) @ self.weight_DC + self.bias
+
+
+def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
+    """Raises TeacherError, MissingExtraError."""
+    open_clip = extras.require("open_clip", extra="openclip", what_for=f"teacher {spec}")
+    names, templates = _names(spec, open_clip), _templates(spec, open_clip)
+    try:
+        model = open_clip.create_model(
+            spec.name,
+            pretrained=str(Path(spec.checkpoint).expanduser()) if spec.checkpoint else None,
+            require_pretrained=True,
+            force_image_size=spec.size,
+        ).eval()
+        tokenizer = open_clip.get_tokenizer(spec.name)
+        with torch.inference_mode():
+            weight = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)
+    except Exception as error:
+        # Architectures, hub and tokenisers each raise their own.
+        raise TeacherError(
+            f"teacher {spec}: open_clip cannot make it: {reason(error)}{_tags(open_clip, spec)}"
+        ) from error
+    config = open_clip.get_model_preprocess_cfg(model)
+    module = ZeroShot(model, weight)
+    return ModuleTeacher(
+        module,
+        spec,
+        preprocessing_of(
+            spec,
+            size=config["size"],
+            interpolation=config["interpolation"],
+            mean=config["mean"],
+            std=config["std"],
+            crop_pct=1.0,
+        ),
+        digest=module_digest(module, spec),
+        device=device,
+        precision=precision,
+        class_names=tuple(names),
+    )
+
+
+def _names(spec: TeacherSpec, open_clip: Any) -> list[str]:
+    """Class names in the order of the classes; a file may be one for --classes, with the names behind a tab."""
+    if spec.names is None:
+        raise TeacherError(
+            f"teacher {spec}: needs the names of the classes: ?names=FILE with one per line in the order of the "
+            "classes (a file for --classes does), or ?names=imagenet"
+        )
+    if spec.names == IMAGENET:
+        return list(open_clip.IMAGENET_CLASSNAMES)
+    lines = _lines(spec, spec.names)
+    return [line.partition("\t")[2] or line.replace("_", " ") for line in lines]
+
+
+def _templates(spec: TeacherSpec, open_clip: Any) -> list[Any]:
+    """Prompts, whose embeddings are averaged for each class."""
+    chosen = spec.templates or IMAGENET
+    if chosen in (IMAGENET, SIMPLE):
+        return list(open_clip.OPENAI_IMAGENET_TEMPLATES if chosen == IMAGENET else open_clip.SIMPLE_IMAGENET_TEMPLATES)
+    lines = _lines(spec, chosen)
+    for line in lines:
+        if line.count("{}") != 1:
+            raise TeacherError(f"teacher {spec}: {chosen}: {line!r} must have {{}} once, for the name of the class")
+    return [partial(_filled, line) for line in lines]
+
+
+def _filled(template: str, name: str) -> str:
+    return template.replace("{}", name)
+
+
+def _lines(spec: TeacherSpec, file: str) -> list[str]:
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TeacherError(f"teacher {spec}: {file} cannot be read: {error}") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines or not all(line.strip() for line in lines):
+        raise TeacherError(f"teacher {spec}: {file}: is empty, or has empty lines between others")
+    return [line.strip() for line in lines]
+
+
+def _tags(open_clip: Any, spec: TeacherSpec) -> str:
+    """The pretrained weights that open_clip knows, for a spec that names none."""
+    if spec.checkpoint or spec.name.startswith(SELF_CONTAINED):
+        return ""
+    tags = open_clip.list_pretrained_tags_by_model(spec.name)
+    return f"; name its weights: openclip:{spec.name}@{'|'.join(tags) if tags else 'FILE'}"
