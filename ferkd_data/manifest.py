@@ -7,7 +7,7 @@ an unknown field is kept and written back.
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,14 +20,27 @@ from ferkd_data.statistics import Count, Statistics
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION = 1
-MAX_MANIFEST_BYTES = 256 * 2**20
-"""A manifest above this is refused unread: 1 billion images need about 150 MB."""
+MAX_MANIFEST_BYTES = 200 * 2**20
+"""A manifest above this is refused unread: 1 billion images with 200 crops in 4 blocks need 188 MB."""
+FREE_MANIFEST_BYTES, BYTES_PER_FILE = 2**25, 256
+"""A manifest may have so many bytes, and so many for each file with a digest that it lists: ours has 193. So what a
+manifest costs to parse is what its label files cost, not its padding."""
+LISTED_FILE = re.compile(rb'"sha256"\s*:\s*"[0-9a-f]{64}"')
 MAX_CROPS, MAX_TOP_K = 10**6, 1000
 """So that the lists of one image stay within what Parquet and memory can hold."""
 MAX_CLASSES = 2**24
 """Ranking keeps 24 bits for the class."""
-FREE_TOKENS, BYTES_PER_TOKEN = 10**6, 16
-"""JSON of brackets and commas alone takes 30 times its size in memory; in a manifest they are one byte in 38."""
+FREE_TOKENS, BYTES_PER_TOKEN, BYTES_PER_BRACKET = 250_000, 8, 40
+"""JSON of brackets, commas and colons alone takes 30 times its size in memory. In a manifest without any white space
+they are one byte in 10, opening brackets one in 60."""
+FREE_BYTES, MAX_EXPANSION = 2**26, 100
+"""What the labels of a set may take in memory: so much, and so many times the bytes of their files. Builds give 2 to
+20 times."""
+IMAGE_BYTES, CROP_BYTES = 32, 12
+"""In memory: digest, sizes, target and a short key of an image; box, flip, bucket and target_prob of a crop."""
+REJECT_BYTES = 32
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
+"""Bytes of a file's name, and of a path, that every file system and object store takes."""
 PIXELS = "decoded raster, converted to RGB; EXIF orientation ignored"
 
 Layout = Literal["parquet", "webdataset"]
@@ -35,8 +48,20 @@ Layout = Literal["parquet", "webdataset"]
 
 def _inside(path: str) -> str:
     # Not through pathlib, which took half of the time to open a manifest of 25,000 shards.
-    if not {"", ".", ".."}.isdisjoint(path.split("/")) or not {"\\", "\0", ":"}.isdisjoint(path):
+    names = path.split("/")
+    if not {"", ".", ".."}.isdisjoint(names) or not {"\\", "\0", ":"}.isdisjoint(path):
         raise ValueError(f"{path!r} is not a path inside the label set")
+    # A character takes at most 4 bytes.
+    if 4 * len(path) > MAX_NAME_BYTES:
+        sizes = [len(name.encode("utf-8", "replace")) for name in names]
+        if max(sizes) > MAX_NAME_BYTES or sum(sizes) + len(sizes) > MAX_PATH_BYTES:
+            raise ValueError(f"a path of {len(path)} characters is longer than file systems take ({path[:40]!r}...)")
+    return path
+
+
+def _not_hidden(path: str) -> str:
+    if path.startswith(".") or "/." in path:
+        raise ValueError(f"{path!r} has a name that begins with a dot, as unfinished and hidden files have")
     return path
 
 
@@ -63,7 +88,7 @@ class FileEntry(Record):
 
 
 class BlockEntry(FileEntry):
-    path: Annotated[RelativePath, AfterValidator(_is_shard)]
+    path: Annotated[RelativePath, AfterValidator(_is_shard), AfterValidator(_not_hidden)]
     block: Count
     """Crop block: crops block * crops_per_block and up (always 0 in layout webdataset)."""
 
@@ -118,7 +143,7 @@ class SourceEntry(Record):
 
 
 class RejectsEntry(FileEntry):
-    path: Annotated[RelativePath, Field(pattern=r"\.parquet$")]
+    path: Annotated[RelativePath, Field(pattern=r"\.parquet$"), AfterValidator(_not_hidden)]
     rows: Count
 
 
@@ -161,6 +186,12 @@ class Manifest(Record):
             return self.num_crops
         return min(self.crops_per_block, self.num_crops - block * self.crops_per_block)
 
+    @property
+    def row_bytes(self) -> int:
+        """What the labels of one image take in memory, all its crops together."""
+        per_class = 2 + (2 if self.num_classes <= 65536 else 4)
+        return IMAGE_BYTES + self.num_crops * (CROP_BYTES + self.top_k * per_class)
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=1, exclude_none=True) + "\n"
 
@@ -170,29 +201,56 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
     if len(text) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"{where}: {len(text)} bytes is more than a manifest may have ({MAX_MANIFEST_BYTES})")
     data = text.encode() if isinstance(text, str) else text
-    tokens = sum(map(data.count, (b"[", b"{", b",")))
-    if tokens > FREE_TOKENS + len(data) // BYTES_PER_TOKEN:
-        raise ManifestError(f"{where}: {tokens} brackets and commas in {len(data)} bytes are no manifest")
+    _check_cost(data, where)
+    _check_version(data, where)
     try:
-        content: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{where}: not JSON ({error}); was the file cut short?") from error
-    if not isinstance(content, dict) or content.get("format") != "ferkd-data":
-        raise ManifestError(f"{where}: not the manifest of a ferkd-data label set")
-    version = content.get("version")
-    if version != FORMAT_VERSION:
-        raise ManifestError(
-            f"{where}: format version {version!r} is not known to this ferkd-data, which reads version "
-            f"{FORMAT_VERSION}; upgrade with: pip install -U ferkd-data"
-        )
-    try:
-        manifest = Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise ManifestError(f"{where}: field {field or '(top)'}: {first['msg']}") from error
     _check_whole(manifest, where)
+    _check_proportions(manifest, where)
     return manifest
+
+
+class _Head(BaseModel):
+    """What says whether a JSON file is a manifest at all; everything else is passed over."""
+
+    format: Any = None
+    version: Any = None
+
+
+def _check_cost(data: bytes, where: str) -> None:
+    """Raises ManifestError for JSON that would take far more memory than a manifest of its size."""
+    brackets = data.count(b"[") + data.count(b"{")
+    tokens = brackets + data.count(b",") + data.count(b":")
+    tokens_allowed, brackets_allowed = (
+        FREE_TOKENS + len(data) // each for each in (BYTES_PER_TOKEN, BYTES_PER_BRACKET)
+    )
+    if len(data) > FREE_MANIFEST_BYTES:
+        files = sum(1 for _ in LISTED_FILE.finditer(data))
+        if len(data) > FREE_MANIFEST_BYTES + BYTES_PER_FILE * files:
+            raise ManifestError(f"{where}: {len(data)} bytes are out of proportion for a manifest of {files} files")
+    if tokens > tokens_allowed or brackets > brackets_allowed:
+        raise ManifestError(f"{where}: {tokens} brackets, commas and colons in {len(data)} bytes are no manifest")
+
+
+def _check_version(data: bytes, where: str) -> None:
+    try:
+        head = _Head.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] != "json_invalid":
+            raise ManifestError(f"{where}: not the manifest of a ferkd-data label set") from error
+        raise ManifestError(f"{where}: not JSON ({first['msg']}); was the file cut short?") from error
+    if head.format != "ferkd-data":
+        raise ManifestError(f"{where}: not the manifest of a ferkd-data label set")
+    if isinstance(head.version, bool) or head.version != FORMAT_VERSION:
+        raise ManifestError(
+            f"{where}: format version {str(head.version)[:40]!s} is not known to this ferkd-data, which reads version "
+            f"{FORMAT_VERSION}; upgrade with: pip install -U ferkd-data"
+        )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -224,9 +282,41 @@ def _why_none(folder: Path) -> str:
     return "is this the folder that a build wrote?"
 
 
+def _check_paths(paths: list[str], where: str) -> None:
+    """Raises ManifestError for files that would lie over each other, also where upper case is lower case."""
+    folded = [path if path.islower() else path.lower() for path in paths]
+    if len(set(folded)) < len(folded):
+        twice = next(path for path, count in Counter(folded).items() if count > 1)
+        raise ManifestError(f"{where}: lists the file {twice!r} twice")
+    folders = {path.rpartition("/")[0] for path in folded}
+    folders |= {"/".join(folder.split("/")[:depth]) for folder in folders for depth in range(1, folder.count("/") + 1)}
+    both = folders.intersection(folded)
+    if both:
+        raise ManifestError(f"{where}: {min(both)!r} is a file and a folder")
+
+
 def identity_of(manifest: bytes) -> str:
     """Of the label set that has this manifest.json: its SHA-256, 64 hex digits."""
     return hashlib.sha256(manifest).hexdigest()
+
+
+def _check_proportions(manifest: Manifest, where: str) -> None:
+    """Raises ManifestError for labels that cannot be in files of the sizes that the manifest itself lists.
+
+    Readers reserve memory and disk by these claims before they have read a byte.
+    """
+    listed = sum(file.bytes for shard in manifest.shards for file in shard.files)
+    decoded = manifest.num_images * manifest.row_bytes
+    if decoded > FREE_BYTES + MAX_EXPANSION * listed:
+        raise ManifestError(
+            f"{where}: {manifest.num_images} images with {manifest.num_crops} crops and {manifest.top_k} classes each "
+            f"take {decoded} bytes, which cannot be in label files of {listed} bytes"
+        )
+    rejects = manifest.rejects
+    if rejects.rows * REJECT_BYTES > FREE_BYTES + MAX_EXPANSION * rejects.bytes:
+        raise ManifestError(f"{where}: {rejects.rows} rejects cannot be in a file of {rejects.bytes} bytes")
+    if manifest.top_k > manifest.num_classes:
+        raise ManifestError(f"{where}: top_k is {manifest.top_k}, and there are {manifest.num_classes} classes")
 
 
 def _check_whole(manifest: Manifest, where: str) -> None:
@@ -237,13 +327,12 @@ def _check_whole(manifest: Manifest, where: str) -> None:
         if shard.index != position:
             raise ManifestError(f"{where}: shard {shard.index} stands where shard {position} belongs")
         blocks = [file.block for file in shard.files]
-        expected = list(range(manifest.num_blocks)) if shard.rows else []
-        if blocks != expected:
-            raise ManifestError(f"{where}: shard {shard.index} has crop blocks {blocks}, expected {expected}")
-    paths = [manifest.rejects.path, *(file.path for shard in manifest.shards for file in shard.files)]
-    if len(set(paths)) < len(paths):
-        twice = next(path for path, count in Counter(paths).items() if count > 1)
-        raise ManifestError(f"{where}: lists the file {twice!r} twice")
+        expected = range(manifest.num_blocks if shard.rows else 0)
+        if len(blocks) != len(expected) or blocks != list(expected):
+            raise ManifestError(
+                f"{where}: shard {shard.index} has crop blocks {blocks[:10]}, expected {len(expected)}, numbered from 0"
+            )
+    _check_paths([manifest.rejects.path, *(file.path for shard in manifest.shards for file in shard.files)], where)
     low, mid, top = manifest.thresholds.low, manifest.thresholds.mid, manifest.thresholds.top
     if not low <= mid <= top:
         raise ManifestError(f"{where}: the thresholds {low} {mid} {top} are not in their order")

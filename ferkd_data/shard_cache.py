@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ferkd_data.errors import LoaderError, StorageFullError
+from ferkd_data.errors import LabelSetError, LoaderError, StorageFullError
 from ferkd_data.manifest import FileEntry
 from ferkd_data.remote import Remote
 from ferkd_data.storage import OpenFile, locked_for_cache
@@ -24,6 +24,8 @@ DEFAULT_BYTES = 50 * 10**9
 LEFTOVER_SECONDS = 3600.0
 """A half-written file untouched for so long is nobody's any more."""
 LOCKS = "locks"
+MIN_ROOM = 2**24
+"""Bytes that are freed at once, at least, when the disk is full."""
 ATTEMPTS = 3
 """To make a file that somebody else removes at once."""
 
@@ -46,7 +48,11 @@ class ShardCache:
         """The file of this name, which says all about its content; `make` writes it where it is not there in this size.
 
         Making one kind of file (by its ending) may open files of another kind, as long as that goes one way only.
-        Raises LoaderError where the folder cannot be written to.
+        A size is a claim until the file is there, so nothing is removed for it before. Where the disk fills up
+        meanwhile, files are removed for what has been written, and `make` is called again: it must go on from there or
+        begin anew.
+
+        Raises LoaderError where the folder cannot be written to, StorageFullError when there is no room.
         """
         path = self.folder / name[:2] / name
         found = _open(path, size)
@@ -55,28 +61,54 @@ class ShardCache:
                 for _ in range(ATTEMPTS):
                     if (found := _open(path, size)) is not None:
                         return found
-                    self._make_room(size)
-                    make(path)
-                if (found := _open(path, size)) is None:
-                    raise LoaderError(f"{path}: cannot be kept in the cache; does something else remove its files?")
+                    self._check_room(size)
+                    self._make(path, make)
+                    if (found := _open(path, size)) is not None:
+                        # It is open, so that neither this process nor another one removes it for being too much.
+                        self._keep_limit()
+                        return found
+                raise LoaderError(f"{path}: cannot be kept in the cache; does something else remove its files?")
         return found
 
-    def _make_room(self, wanted: int) -> None:
-        """Remove the least recently used files until `wanted` bytes more stay within the limit and find a place."""
+    def _check_room(self, wanted: int) -> None:
+        """Raises StorageFullError where `wanted` bytes would find no place even if all other files went."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < wanted and free + sum(size for _, _, size in self._files()) < wanted:
+            raise self._no_room(wanted, free)
+
+    def _make(self, path: Path, make: Callable[[Path], None]) -> None:
+        """Call `make`, and again after each time that the disk was full and files could be removed."""
+        while True:
+            try:
+                return make(path)
+            except StorageFullError:
+                # As much again as has arrived: files go for real bytes only.
+                written = sum(file.stat().st_size for file in _unfinished(path))
+                if not self._remove_oldest(max(written, MIN_ROOM)):
+                    raise
+
+    def _keep_limit(self) -> None:
+        over = sum(size for _, _, size in self._files()) - self.limit
+        if over > 0:
+            self._remove_oldest(over)
+
+    def _remove_oldest(self, wanted: int) -> int:
+        """Remove `wanted` bytes of the files that nobody has open, the least recently used first; returns the bytes."""
+        freed = 0
         with locked_for_cache(self.folder / LOCKS / "all"):
-            files = sorted(self._files(), key=lambda file: file[1])
-            total = sum(size for _, _, size in files) + wanted
-            for path, used, size in files:
-                if total <= self.limit and shutil.disk_usage(self.folder).free >= wanted:
+            for path, used, size in sorted(self._files(), key=lambda file: file[1]):
+                if freed >= wanted:
                     break
                 if _remove(path, used):
-                    total -= size
-        free = shutil.disk_usage(self.folder).free
-        if free < wanted:
-            raise StorageFullError(
-                f"{self.folder}: {wanted} bytes are needed for a shard, {free} are free; make room, or choose another "
-                "place with cache_dir or FERKD_DATA_CACHE"
-            )
+                    freed += size
+        return freed
+
+    def _no_room(self, wanted: int, free: int) -> StorageFullError:
+        return StorageFullError(
+            f"{self.folder}: {wanted} bytes are needed for a shard, {free} are free; make room, or choose another "
+            "place with cache_dir or FERKD_DATA_CACHE"
+        )
 
     def _files(self) -> Iterator[tuple[Path, float, int]]:
         """(path, time of last use, bytes) of all files, half-written ones too."""
@@ -96,6 +128,10 @@ def _open(path: Path, size: int) -> OpenFile | None:
         os.utime(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except LabelSetError:
+        # No regular file, and none that we wrote.
+        path.unlink(missing_ok=True)
+        return None
     fcntl.flock(file.descriptor, fcntl.LOCK_SH)
     found = os.fstat(file.descriptor)
     if found.st_nlink and found.st_size == size:
@@ -103,6 +139,11 @@ def _open(path: Path, size: int) -> OpenFile | None:
     if found.st_nlink:
         path.unlink(missing_ok=True)
     return None
+
+
+def _unfinished(path: Path) -> Iterator[Path]:
+    """What was written so far of a file that is being made; see `part_of` and `write_atomically`."""
+    return path.parent.glob(f".{path.name}.*")
 
 
 def _remove(path: Path, used: float) -> bool:

@@ -98,7 +98,44 @@ def test_more_row_groups_than_rows(copy):
         fd.open_labels(copy).shard(0)
 
 
+def claimed_rows(content):
+    """A thousand million rows in a file of some kilobytes, and all other counts to fit."""
+    more = 10**9 - content["shards"][0]["rows"]
+    content["shards"][0]["rows"] += more
+    content["num_images"] += more
+    content["source"]["images_seen"] += more
+
+
+def claimed_crops(content):
+    content.update(num_crops=10**6, crops_per_block=10**6, num_images=8)
+    content["source"]["images_seen"] = 8 + content["rejects"]["rows"]
+    content["shards"] = content["shards"][:1]
+    content["shards"][0]["files"] = content["shards"][0]["files"][:1]
+
+
+def claimed_rejects(content):
+    content["rejects"]["rows"] += 10**9
+    content["source"]["images_seen"] += 10**9
+
+
 NUMBERS = {
+    "rows that no file holds": claimed_rows,
+    "crops that no file holds": claimed_crops,
+    "rejects that no file holds": claimed_rejects,
+    "more classes kept than there are": lambda m: m.update(top_k=11),
+    "a name that no file system takes": lambda m: m["rejects"].update(path="x" * 300 + ".parquet"),
+    "a name that no file system takes, in other letters": lambda m: m["rejects"].update(path="é" * 128 + ".parquet"),
+    "an unfinished file": lambda m: m["shards"][0]["files"][0].update(path="labels/.00000-000.parquet"),
+    "a file in a file": lambda m: m["shards"][0]["files"][0].update(
+        path=m["shards"][0]["files"][1]["path"] + "/x.parquet"
+    ),
+    "a file twice, in capitals": lambda m: (
+        m["shards"][0]["files"][0].update(
+            path=m["shards"][0]["files"][1]["path"].replace("labels/", "labels/A"),
+        )
+        or m["shards"][0]["files"][1].update(path=m["shards"][0]["files"][1]["path"].replace("labels/", "labels/a"))
+    ),
+    "padding": lambda m: m.update(more="x" * 34_000_000),
     "rows without end": lambda m: m["shards"][0].update(rows=10**30),
     "a size without end": lambda m: m["shards"][0]["files"][0].update(bytes=10**30),
     "images without end": lambda m: m.update(num_images=2**53 + 1),

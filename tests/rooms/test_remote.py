@@ -351,3 +351,28 @@ def test_a_loader_on_a_remote_set_gives_the_local_batches(layout, request, photo
         for (images, targets), (expected, expected_targets) in zip(remote, local, strict=True):
             assert images.equal(expected)
             assert targets.dense().equal(expected_targets.dense())
+
+
+def test_what_only_a_manifest_claims_takes_nobodys_place(server, tmp_path):
+    """A shard that claims to be large, and does not come: nothing is removed for it."""
+    cache, remote = ShardCache(tmp_path / "cache", 2500), open_remote(server.url, QUICK)
+    kept = [fetched(cache, remote, entry(server, f"{i}.parquet", bytes([i]) * 1000)) for i in range(2)]
+    (server.folder / "small.parquet").write_bytes(b"x")
+    for claimed in (2400, 10**9):
+        with pytest.raises(RemoteError, match="small"):
+            cache.fetch(remote, FileEntry(path="small.parquet", bytes=claimed, sha256="0" * 64))
+    assert all(path.exists() for path in kept)
+    with pytest.raises(StorageFullError, match="1000000000000000 bytes are needed"):
+        cache.fetch(remote, FileEntry(path="small.parquet", bytes=10**15, sha256="0" * 64))
+    assert all(path.exists() for path in kept)
+
+
+def test_a_disk_that_fills_up_meanwhile_gets_room_for_what_has_arrived(server, small_disk, monkeypatch):
+    """4 MiB: two files of 1.5 MB lie there, and 3 MB come."""
+    monkeypatch.setattr(shard_cache, "MIN_ROOM", 1)
+    cache, remote = ShardCache(small_disk / "cache", 10**8), open_remote(server.url, QUICK)
+    old = [fetched(cache, remote, entry(server, f"{i}.parquet", bytes([i]) * 1_500_000)) for i in range(2)]
+    os.utime(old[0], (1, 1))
+    with cache.fetch(remote, FileEntry(path="labels/a.parquet", bytes=len(DATA), sha256=DIGEST)) as file:
+        assert file.path.read_bytes() == DATA
+    assert not old[0].exists()
