@@ -44,3 +44,13 @@ def test_readme_says_what_ci_runs():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "pip install --quiet -e '.[dev]'" in ci and "pip install -e '.[dev]'" in readme
     assert re.search(r"^pytest -n 2$", ci, re.MULTILINE) and "pytest -n 2" in readme
+
+
+def test_every_kind_and_option_of_a_teacher_is_documented():
+    from ferkd_data.teachers.spec import KINDS, OPTIONS
+
+    text = (ROOT / "docs/teachers.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) >= set(KINDS)
+    first_cells = re.findall(r"^\| (`[^|]*`) \|", text, re.MULTILINE)
+    named = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
+    assert named == {*KINDS, *OPTIONS}
