@@ -6,7 +6,6 @@ Legend: I images of a window, M crops per image, B crops of a batch, S output si
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,30 +16,26 @@ import torch
 from torch import Tensor
 
 from ferkd_data import rng
-from ferkd_data.calibration import (
-    Calibration,
-    calibrate,
-    calibration_at,
-    crop_actions,
-    crop_buckets,
-    use_probability,
-)
+from ferkd_data.calibration import Calibration, calibrate, crop_actions, crop_buckets, use_probability
 from ferkd_data.class_map import map_columns
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, LoaderError
 from ferkd_data.images import decode_rgb
 from ferkd_data.images.patience import IMAGES_IN_A_ROW, UnansweredImageError
 from ferkd_data.label_set import LabelSet
+from ferkd_data.loader.augment import Transform, crop_seed, lent_generators, transformed
 from ferkd_data.loader.draw import BlockDraws, draw, epoch_draws
+from ferkd_data.loader.epochs import Epochs
 from ferkd_data.loader.image_table import Images, give_memory_back
+from ferkd_data.loader.key_table import KeyTable
 from ferkd_data.loader.label_cache import LabelCache
-from ferkd_data.loader.order import InChunks, epoch_order
+from ferkd_data.loader.order import InChunks, Part, epoch_order
 from ferkd_data.loader.plan import Window, stand_in
 from ferkd_data.loader.settings import LoaderSettings
 from ferkd_data.loader.shard_records import ShardRecords
 from ferkd_data.replay import replay
 from ferkd_data.storage import image_digest
-from ferkd_data.targets import SoftTargets
+from ferkd_data.targets import TENSORS, SoftTargets
 
 MAX_SKIPPED = 1000
 """Images in a row that may be unusable; more are a source that is gone, or labels of other images."""
@@ -58,17 +53,22 @@ class Made(NamedTuple):
     NumPy, because a tensor would travel between processes through a file of shared memory of its own.
     """
 
-    class_index: npt.NDArray[np.int64]
-    weight: npt.NDArray[np.float32]
-    floor: npt.NDArray[np.float32]
+    arrays: dict[str, npt.NDArray[Any]]
+    """The tensors of `SoftTargets`, by name."""
     batches: list[int]
     """Crops in each batch."""
     skipped: list[str]
     """Key and reason of each image of the window that could not be used, and whose place another one took."""
 
+    @classmethod
+    def of(cls, targets: SoftTargets, window: Window, skipped: list[str]) -> Made:
+        """The window's targets, on the CPU, batch after batch."""
+        arrays = {name: tensor.numpy() for name in TENSORS if (tensor := getattr(targets, name)) is not None}
+        return cls(arrays, list(window.batches), skipped)
+
     def targets(self, num_classes: int) -> SoftTargets:
-        index, weight, floor = (torch.from_numpy(a) for a in (self.class_index, self.weight, self.floor))
-        return SoftTargets(index=index, weight=weight, floor=floor, num_classes=num_classes)
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
+        return SoftTargets(num_classes=num_classes, **tensors)
 
 
 class _Drawn(NamedTuple):
@@ -78,6 +78,7 @@ class _Drawn(NamedTuple):
     flip: npt.NDArray[np.bool_]
     class_index: npt.NDArray[Any]
     class_prob: npt.NDArray[np.float16]
+    bucket: npt.NDArray[np.uint8]
     codes: npt.NDArray[np.uint8]
 
 
@@ -95,17 +96,23 @@ class BatchMaker:
     """`maker.make(work)` is a pure function of the window and the settings, whichever process calls it."""
 
     def __init__(
-        self, labels: LabelSet, cache: LabelCache | ShardRecords, images: Images, settings: LoaderSettings
+        self,
+        labels: LabelSet,
+        cache: LabelCache | ShardRecords,
+        images: Images,
+        settings: LoaderSettings,
+        keys: KeyTable | None = None,
     ) -> None:
         """`cache` is that of `labels.unmapped`: records hold the teacher's classes, as stored."""
+        self.keys = keys
         self.labels = labels
         self.cache = cache
         self.images = images
         self.settings = settings
         self.first_epoch = 0
         """The epoch whose images are checked by their digest, where `verify_images` is first_epoch."""
+        self.epochs = Epochs(settings, len(labels))
         self._order: tuple[int, InChunks] | None = None
-        self._calibrations: OrderedDict[int, Calibration] = OrderedDict()
         self._shard_rows = np.array([shard.rows for shard in labels.manifest.shards], np.int64)
 
     def make(self, work: Work) -> Made:
@@ -118,6 +125,8 @@ class BatchMaker:
             pixels = decode_checked(self.read(int(labelled.rows[i]), record, window.epoch), record)
             crops = Crops(boxes=drawn.boxes[i], flip=drawn.flip[i])
             self._cut_image(pixels, window.slots[i], crops, bool(together[i]), images)
+            if self.settings.transform is not None:
+                self._transform(self.settings.transform, window, labelled, i, images)
 
         labelled, skipped = self.filled(window, cut)
         return self.finish(window, images, labelled.targets, skipped)
@@ -134,7 +143,8 @@ class BatchMaker:
         labelled = self.labelled(window)
         skipped = failed = self._use(labelled, range(len(window.positions)), use)
         positions, attempt = window.positions.copy(), 0
-        num_images = len(self._order_of(window.epoch))
+        epoch = self.epochs.at(window.epoch)
+        num_images, step = epoch.num_images, epoch.window_images(self.settings.batch_size)
         while failed:
             attempt += 1
             if attempt == min(num_images, MAX_SKIPPED):
@@ -144,7 +154,7 @@ class BatchMaker:
                 )
             for i in failed:
                 first = int(window.positions[i])
-                positions[i] = stand_in(first, attempt, self.settings.window_images, num_images=num_images)
+                positions[i] = stand_in(first, attempt, step, num_images=num_images)
             labelled = self.labelled(replace(window, positions=positions))
             failed = self._use(labelled, failed, use)
         return labelled, list(skipped.values())
@@ -173,49 +183,50 @@ class BatchMaker:
             self.cache.stage(stage, {part.block for part in draws})
         self.images.stage(stage)
         records = [self.cache.take(part.block, rows) for part in draws]
-        calibration = self._calibration(window.epoch)
+        calibration = self.epochs.at(window.epoch).calibration
         drawn = self._draw(records, draws, calibration)
-        targets = self._targets(window, drawn, records[0]["target"], calibration)
+        targets = self._targets(window, rows, drawn, records[0]["target"], calibration)
         return Labelled(rows, records[0], drawn, targets)
 
     def finish(self, window: Window, images: Tensor, targets: list[SoftTargets], skipped: list[str]) -> Made:
         """Mix `images` in place, on any device, and join the targets."""
         self._mix(window, images, targets)
-        made = targets[0] if len(targets) == 1 else SoftTargets.cat(targets)
-        return Made(made.index.numpy(), made.weight.numpy(), made.floor.numpy(), list(window.batches), skipped)
+        return Made.of(targets[0] if len(targets) == 1 else SoftTargets.cat(targets), window, skipped)
+
+    def targets(self, made: Made) -> SoftTargets:
+        """A window's targets as users get them, with keys where they want them."""
+        targets = made.targets(self.labels.num_classes)
+        if self.keys is None or targets.rows is None:
+            return targets
+        return replace(targets, keys=self.keys.take(targets.rows))
 
     def prepare_blocks(self, epoch: int) -> None:
         """See to what an epoch needs before workers ask for it."""
         self.cache.prepare({part.block for part in self._draws(epoch)})
         give_memory_back()
 
-    def _order_of(self, epoch: int) -> InChunks:
-        if self._order is None or self._order[0] != epoch:
+    def _order_of(self, epoch: int) -> Part:
+        part = self.epochs.at(epoch)
+        if self._order is None or self._order[0] != part.pass_number:
             settings = self.settings
             order = epoch_order(
                 settings.order,
                 self._shard_rows,
                 seed=settings.seed,
-                epoch=epoch,
+                epoch=part.pass_number,
                 shards_together=settings.shards_together,
             )
-            self._order = (epoch, InChunks(order, len(self.labels)))
-        return self._order[1]
+            self._order = (part.pass_number, InChunks(order, len(self.labels)))
+        return Part(self._order[1], part.first)
 
     def _draws(self, epoch: int) -> tuple[BlockDraws, ...]:
+        part = self.epochs.at(epoch)
         return epoch_draws(
-            epoch,
-            crops_per_image=self.settings.crops_per_image,
+            part.drawn,
+            crops_per_image=part.crops_per_image,
             num_crops=self.labels.num_crops,
             crops_per_block=self._block_size(),
         )
-
-    def _calibration(self, epoch: int) -> Calibration:
-        if epoch not in self._calibrations:
-            self._calibrations[epoch] = calibration_at(self.settings.calibration, epoch)
-            if len(self._calibrations) > 2:
-                self._calibrations.popitem(last=False)
-        return self._calibrations[epoch]
 
     def _draw(
         self, records: list[npt.NDArray[np.void]], draws: tuple[BlockDraws, ...], calibration: Calibration
@@ -225,21 +236,23 @@ class BatchMaker:
             # A view of fewer crops than were labelled ends within a block.
             shown = min(block["flip"].shape[1], self.labels.num_crops - part.block * self._block_size())
             block_of = {name: block[name][:, :shown] for name in _CROP_FIELDS}
-            codes = self._codes(calibration, block_of | {"target": block["target"]})
+            bucket, codes = self._codes(calibration, block_of | {"target": block["target"]})
             chosen = draw(block["key_hash"], use_probability(calibration, codes), part, seed=self.settings.seed)
             row = np.arange(len(chosen))[:, None]
             boxes, flip, index, prob = (block_of[name][row, chosen] for name in _DRAWN_FIELDS)
-            parts.append(_Drawn(boxes, flip, index, prob, codes[row, chosen]))
+            parts.append(_Drawn(boxes, flip, index, prob, bucket[row, chosen], codes[row, chosen]))
         if len(parts) == 1:
             return parts[0]
         return _Drawn(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
 
-    def _codes(self, calibration: Calibration, columns: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
-        """Action codes (I, n) of stored crops, by their difficulty in terms of the classes that are trained on."""
+    def _codes(
+        self, calibration: Calibration, columns: dict[str, npt.NDArray[Any]]
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """Buckets and action codes (I, n) of stored crops, by their difficulty for the classes that are trained on."""
         if self.labels.class_map is not None:
             columns = map_columns(self.labels.class_map, columns, self.labels.manifest.thresholds.absolute())
         bucket = crop_buckets(calibration, columns["bucket"], columns["class_prob"], columns["target_prob"])
-        return crop_actions(calibration, bucket, columns["class_index"][..., 0], columns["target"][:, None])
+        return bucket, crop_actions(calibration, bucket, columns["class_index"][..., 0], columns["target"][:, None])
 
     def _block_size(self) -> int:
         return self.labels.manifest.block_crops(0)
@@ -254,7 +267,7 @@ class BatchMaker:
     def _cut_image(
         self, pixels: npt.NDArray[np.uint8], slots: npt.NDArray[np.int64], crops: Crops, together: bool, out: Tensor
     ) -> None:
-        size, interpolation = self.settings.size, self.settings.interpolation
+        size, interpolation = out.shape[-1], self.settings.interpolation
         if together:
             first = int(slots[0])
             replay(pixels, crops, size=size, interpolation=interpolation, out=out[first : first + len(slots)])
@@ -264,14 +277,28 @@ class BatchMaker:
                 one = Crops(boxes=crops.boxes[m : m + 1], flip=crops.flip[m : m + 1])
                 replay(pixels, one, size=size, interpolation=interpolation, out=out[slot : slot + 1])
 
+    def _transform(self, transform: Transform, window: Window, labelled: Labelled, i: int, images: Tensor) -> None:
+        """Put the crops of the image in place i through the user's transform, where they lie."""
+        key_hash, drawn = int(labelled.records[i]["key_hash"]), self.epochs.at(window.epoch).drawn
+        with lent_generators():
+            for m, slot in enumerate(window.slots[i].tolist()):
+                if slot >= 0:
+                    seed = crop_seed(self.settings.seed, key_hash, drawn + m)
+                    given = transformed(transform, images[slot], seed, lambda: self._describe(int(labelled.rows[i])))
+                    images[slot] = given
+
     def read(self, row: int, record: np.void, epoch: int) -> bytes:
         """An image's encoded bytes. Raises ImageError when it is missing, or another one than was labelled."""
         data = self.images.read(row, record)
         check = self.settings.verify_images
-        if check == "always" or (check == "first_epoch" and epoch == self.first_epoch):
+        if check == "always" or (check == "first_epoch" and self._in_first_pass(epoch)):
             if image_digest(data) != record["image_digest"].tobytes():
                 raise ImageError("other_image", "its bytes are not those that were labelled (digest differs)")
         return data
+
+    def _in_first_pass(self, epoch: int) -> bool:
+        """Whether the images of this epoch come for the first time."""
+        return self.epochs.at(epoch).pass_number == self.epochs.at(self.first_epoch).pass_number
 
     def _describe(self, row: int) -> str:
         labels = self.labels
@@ -283,22 +310,37 @@ class BatchMaker:
         return f"image {key!r} (shard {shard} of {labels.location})"
 
     def _targets(
-        self, window: Window, drawn: _Drawn, target: npt.NDArray[np.int32], calibration: Calibration
+        self,
+        window: Window,
+        rows: npt.NDArray[np.int64],
+        drawn: _Drawn,
+        target: npt.NDArray[np.int32],
+        calibration: Calibration,
     ) -> list[SoftTargets]:
         """One for each batch of the window, in the order of the slots."""
         flat = np.empty(sum(window.batches), np.int64)
         wanted = window.slots >= 0
         flat[window.slots[wanted]] = np.flatnonzero(wanted.reshape(-1))
-        crops = wanted.shape[1]
+        image = flat // wanted.shape[1]
         class_map = self.labels.class_map
+        hard = (target if class_map is None else class_map.targets(target))[image].astype(np.int64)
         whole = calibrate(
             calibration,
             class_index=drawn.class_index.reshape(-1, drawn.class_index.shape[-1])[flat],
             class_prob=drawn.class_prob.reshape(-1, drawn.class_prob.shape[-1])[flat],
             codes=drawn.codes.reshape(-1)[flat],
-            target=(target if class_map is None else class_map.targets(target))[flat // crops],
+            target=hard,
             num_classes=self.cache.labels.num_classes,
             class_map=class_map,
+        )
+        known = torch.from_numpy(hard)
+        whole = replace(
+            whole,
+            hard=known,
+            hard_partner=known,
+            hard_share=torch.ones(len(known)),
+            bucket=torch.from_numpy(drawn.bucket.reshape(-1)[flat]),
+            rows=torch.from_numpy(rows[image]),
         )
         bounds = np.cumsum([0, *window.batches])
         return [whole[slice(int(a), int(b))] for a, b in itertools.pairwise(bounds)]
@@ -315,7 +357,7 @@ class BatchMaker:
             _, targets[i] = selfmix(
                 images[start : start + size],
                 targets[i],
-                crops_per_image=self.settings.crops_per_image,
+                crops_per_image=self.epochs.at(window.epoch).crops_per_image,
                 rng=generator,
                 inplace=True,
             )

@@ -14,11 +14,12 @@ from ferkd_data.calibration import Schedule
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
+from ferkd_data.loader.augment import Transform
 from ferkd_data.loader.batch_maker import Work
 from ferkd_data.loader.opening import open_maker
 from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
 from ferkd_data.loader.plan import Place, Window
-from ferkd_data.loader.settings import ImagesMissing, LoaderSettings, Verify
+from ferkd_data.loader.settings import ImagesMissing, LoaderSettings, OfEpoch, Verify
 from ferkd_data.replay import Interpolation, empty_batch
 from ferkd_data.storage import default_cache_dir
 from ferkd_data.targets import SoftTargets
@@ -41,12 +42,14 @@ class CropDataset(Dataset[Item]):
         *,
         images: str | Path | ImageSource | None = None,
         crops_per_image: int = 1,
-        size: int = 224,
+        size: int | OfEpoch = 224,
         interpolation: Interpolation = "bilinear",
         calibration: Schedule = "ferkd",
         seed: int = 0,
         verify_images: Verify = "first_epoch",
         images_missing: ImagesMissing = "raise",
+        keys: bool = False,
+        transform: Transform | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
         """The arguments are those of `CropLoader`. Raises UsageError and LabelSetError as it does."""
@@ -60,6 +63,8 @@ class CropDataset(Dataset[Item]):
             seed=seed,
             verify_images=verify_images,
             images_missing=images_missing,
+            keys=keys,
+            transform=transform,
         )
         cache = Path(cache_dir) if cache_dir else default_cache_dir()
         self._maker = open_maker(labels, images, settings, cache, at_random=True)
@@ -79,17 +84,19 @@ class CropDataset(Dataset[Item]):
         """Raises LoaderError when the image cannot be used, IndexError beyond the last row."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        crops = self._maker.settings.crops_per_image
-        images = empty_batch(crops, self._maker.settings.size, shared=get_worker_info() is not None)
+        epoch = int(self._epoch[0])
+        shape = self._maker.epochs.at(epoch)
+        crops = shape.crops_per_image
+        images = empty_batch(crops, shape.size, shared=get_worker_info() is not None)
         window = Window(
-            epoch=int(self._epoch[0]),
+            epoch=epoch,
             positions=np.array([row]),
             slots=np.arange(crops)[None],
             batches=(crops,),
             places=(Place(),),
         )
         made = self._maker.make(Work(window, images))
-        return images, made.targets(self._maker.labels.num_classes)
+        return images, self._maker.targets(made)
 
     def stream(
         self,

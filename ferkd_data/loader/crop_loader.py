@@ -11,17 +11,18 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ferkd_data.calibration import Calibration, Schedule
+from ferkd_data.calibration import Schedule
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import FerkdError, LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet, VerifyLabels
+from ferkd_data.loader.augment import Transform
 from ferkd_data.loader.batch_maker import Made
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.opening import open_maker
 from ferkd_data.loader.order import OrderKind
-from ferkd_data.loader.plan import Layout, Place, Window, count_batches, read_place, settled, windows
-from ferkd_data.loader.settings import ImagesMissing, LoaderSettings, OnError, Verify, epoch_number
+from ferkd_data.loader.plan import Layout, Place, Window, count_batches, read_place, saved_epoch, settled, windows
+from ferkd_data.loader.settings import EpochKind, ImagesMissing, LoaderSettings, OfEpoch, OnError, Verify, epoch_number
 from ferkd_data.loader.workers import Workers
 from ferkd_data.replay import Interpolation
 from ferkd_data.selfmix import SelfMix
@@ -35,8 +36,8 @@ Batch = tuple[Tensor, SoftTargets]
 class CropLoader:
     """Iterating gives `(images, targets)`: uint8 (B, 3, S, S), channels last, and `SoftTargets` of B rows.
 
-    An epoch is one pass over the images, `crops_per_image` crops of each; `len(loader)` counts its batches. The same
-    seed gives the same batches with any number of workers.
+    An epoch is one pass over the images, `crops_per_image` crops of each (or see `epoch`); `len(loader)` counts its
+    batches. The same seed gives the same batches with any number of workers.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class CropLoader:
         *,
         images: str | Path | ImageSource | None = None,
         batch_size: int,
-        crops_per_image: int = 4,
-        size: int = 224,
+        crops_per_image: int | OfEpoch = 4,
+        size: int | OfEpoch = 224,
+        epoch: EpochKind = "images",
         interpolation: Interpolation = "bilinear",
         calibration: Schedule = "ferkd",
         selfmix: SelfMix | None = None,
@@ -65,12 +67,17 @@ class CropLoader:
         verify_labels: VerifyLabels | None = None,
         on_error: OnError = "raise",
         images_missing: ImagesMissing = "raise",
+        keys: bool = False,
+        transform: Transform | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
         """
         images: a folder, tars or Parquet (see `open_source`), joined with the labels by key; None for a label set of
             layout webdataset, which has its own.
         batch_size: crops per batch and rank, B; a multiple of crops_per_image, M.
+        crops_per_image, size: numbers, or functions of the epoch that give one.
+        epoch: "images": an epoch is one pass over the images, and so trains on M crops of each. "crops": an epoch is as
+            many crops as there are images, so that each image comes in one of M epochs. See docs/epochs.md.
         calibration: a Calibration, a function of the epoch that returns one, or the name of a preset.
         selfmix: mixes crops of one image within the batch; needs spread=False and M >= 2.
         spread: decode an image once, but put its M crops into M different batches out of a window of this many
@@ -90,6 +97,9 @@ class CropLoader:
             place (and so comes twice in it); `skipped` counts it, and the first one is warned of. Batches stay full.
         images_missing: what labelled images that `images` lacks do: raise LabelSetError, or be left out for good: the
             loader has the labels of the others only (`loader.labels`), and a warning says how many were dropped.
+        keys: give each crop's image key in `targets.keys`; a file of all keys is written to the temporary folder.
+        transform: your own augmentation, a function from uint8 (3, S, S) to the same. It runs in the workers, one crop
+            at a time, with the generators of torch, NumPy and `random` seeded for each. See docs/augmentation.md.
         cache_dir: where crop blocks are unpacked; by default $FERKD_DATA_CACHE or the user's cache folder.
 
         Raises UsageError for settings that cannot be right, LabelSetError when images and labels do not match.
@@ -101,6 +111,7 @@ class CropLoader:
             batch_size=batch_size,
             crops_per_image=crops_per_image,
             size=size,
+            epoch=epoch,
             interpolation=interpolation,
             calibration=calibration,
             selfmix=selfmix,
@@ -118,6 +129,8 @@ class CropLoader:
             verify_images=verify_images,
             on_error=on_error,
             images_missing=images_missing,
+            keys=keys,
+            transform=transform,
         )
         self.skipped = 0
         """How often an image was left out so far, with on_error="skip"."""
@@ -126,12 +139,7 @@ class CropLoader:
         cache = Path(cache_dir) if cache_dir else default_cache_dir()
         self._maker = open_maker(labels, images, self.settings, cache)
         self.labels = labels = self._maker.labels
-        self._layout = _layout(labels, self.settings)
-        if len(self) == 0:
-            raise UsageError(
-                f"{len(labels)} images x {crops_per_image} crops make no batch of {batch_size} for each of "
-                f"{world_size} ranks; use a smaller batch_size, or drop_last=False"
-            )
+        self._check_not_empty(0)
         self._place = Place()
         """After the last batch given, or where the next iteration was told to begin."""
         self._asked: int | None = None
@@ -141,13 +149,31 @@ class CropLoader:
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._decode_device = None if decode_device is None else open_device(decode_device)
         self._workers: Workers | DeviceWorkers | None = None
+        self._window_shape = (0, 0)
+        """Crops of a window, and their size, that the workers have memory for."""
         self._begun = False
         self._iteration = 0
         """Number of the iteration that may go on; earlier ones have ended."""
 
     def __len__(self) -> int:
-        """Batches of an epoch from its start, for this rank."""
-        return count_batches(self._layout, Place(), world_size=self.world_size)
+        """Batches of the present epoch from its start, for this rank."""
+        return self._count(Place(epoch=self._place.epoch))
+
+    def _layout(self, epoch: int) -> Layout:
+        return self._maker.epochs.at(epoch).layout(self.settings)
+
+    def _count(self, place: Place) -> int:
+        """Batches from a place to the end of its epoch."""
+        return count_batches(self._layout(place.epoch), place, world_size=self.world_size)
+
+    def _check_not_empty(self, epoch: int) -> None:
+        if not self._count(Place(epoch=epoch)):
+            layout, settings = self._layout(epoch), self.settings
+            raise UsageError(
+                f"{layout.num_images} images x {layout.crops_per_image} crops make no batch of {settings.batch_size} "
+                f"for each of {settings.world_size} ranks in epoch {epoch}; use a smaller batch_size, or "
+                "drop_last=False"
+            )
 
     def __getitem__(self, index: Any) -> NoReturn:
         """For who wraps it: a DataLoader asks what it is given for items."""
@@ -189,10 +215,11 @@ class CropLoader:
         start = self._start()
         if not self._begun:
             self._maker.first_epoch, self._begun = start.epoch, True
+        self._check_not_empty(start.epoch)
         self._maker.prepare_blocks(start.epoch)
         self._place, self._asked = start, None
         self._iteration += 1
-        iteration, left = self._iteration, count_batches(self._layout, start, world_size=self.world_size)
+        iteration, left = self._iteration, self._count(start)
         for window, images, made in self._made(start):
             for batch, place in self._split(made, window, images):
                 self._place, self._resumes = place, False
@@ -217,7 +244,8 @@ class CropLoader:
 
         After an epoch's last batch that is the start of the next epoch.
         """
-        return {"version": STATE_VERSION, "settings": self._fingerprint(), "place": asdict(self._place)}
+        place = self._place
+        return {"version": STATE_VERSION, "settings": self._fingerprint(place.epoch), "place": asdict(place)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on with exactly the next batch; the number of workers and of ranks may differ.
@@ -228,17 +256,17 @@ class CropLoader:
         """
         if not isinstance(state, dict):
             raise StateMismatchError(f"a loader's state is a dictionary, as state_dict() gives it; got {state!r}")
-        present = {"version": STATE_VERSION, "settings": self._fingerprint()}
+        present = {"version": STATE_VERSION, "settings": self._fingerprint(saved_epoch(state.get("place")))}
         saved = {"version": state.get("version"), "settings": state.get("settings")}
         differences = describe_differences(saved, present)
         if differences:
             raise StateMismatchError(f"this state was saved by another loader: {'; '.join(differences)}")
-        place = read_place(state.get("place"), self._layout)
+        place = read_place(state.get("place"), self._layout(saved_epoch(state.get("place"))))
         self._place, self._asked, self._resumes = self._settled(place), None, True
         self._iteration += 1
 
     def _settled(self, place: Place) -> Place:
-        return settled(self._layout, place, world_size=self.world_size)
+        return settled(self._layout(place.epoch), place, world_size=self.world_size)
 
     def _split(self, made: Made, window: Window, images: Tensor) -> Iterator[tuple[Batch, Place]]:
         """The window's batches, each with the place after it."""
@@ -252,7 +280,7 @@ class CropLoader:
         self.skipped_last = made.skipped
         if self._pin_memory and images.device.type == "cpu":
             images = images.pin_memory()
-        targets = made.targets(self.labels.num_classes)
+        targets = self._maker.targets(made)
         start = 0
         for size, place in zip(made.batches, window.places, strict=True):
             rows = slice(start, start + size)
@@ -261,13 +289,19 @@ class CropLoader:
 
     def _made(self, start: Place) -> Iterator[tuple[Window, Tensor, Made]]:
         """The windows from `start` to the end of its epoch in order, each with its crops."""
+        layout = self._layout(start.epoch)
+        shape = (layout.spread * layout.batch_size, self._maker.epochs.at(start.epoch).size)
+        if self._workers is not None and shape != self._window_shape:
+            self._workers.end()
+            self._workers = None
+        self._window_shape = shape
         if self._workers is None:
             processes = (self.settings.num_workers, self.settings.prefetch_factor)
             if self._decode_device is not None:
                 self._workers = DeviceWorkers(self._maker, self._decode_device, *processes)
             else:
-                self._workers = Workers(self._maker, self._layout.spread * self._layout.batch_size, *processes)
-        planned = windows(self._layout, start, rank=self.rank, world_size=self.world_size)
+                self._workers = Workers(self._maker, *shape, *processes)
+        planned = windows(layout, start, rank=self.rank, world_size=self.world_size)
         came = False
         try:
             for made in self._workers.make(planned):
@@ -287,27 +321,13 @@ class CropLoader:
                 "num_workers, batch_size or spread"
             ) from error
 
-    def _fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a state to fit."""
-        settings = self.settings
-        calibration = settings.calibration
-        described = (
-            asdict(calibration)
-            if isinstance(calibration, Calibration)
-            else calibration
-            if isinstance(calibration, str)
-            else getattr(calibration, "__qualname__", type(calibration).__qualname__)
-        )
+    def _fingerprint(self, epoch: int) -> dict[str, Any]:
+        """The settings that must be the same for a state of this epoch to fit."""
         return {
             "labels": self.labels.identity,
             "crops": self.labels.num_crops,
-            **asdict(self._layout),
-            "size": settings.size,
-            "interpolation": settings.interpolation,
-            "order": settings.order,
-            "shards_together": settings.shards_together,
-            "calibration": described,
-            "selfmix": None if settings.selfmix is None else asdict(settings.selfmix),
+            **asdict(self._layout(epoch)),
+            **self._maker.epochs.fingerprint(epoch),
         }
 
 
@@ -318,17 +338,6 @@ def _of_a_dead_worker(error: Exception) -> bool:
     """
     text = str(error)
     return not text.startswith("Caught ") and ("DataLoader worker" in text or not isinstance(error, RuntimeError))
-
-
-def _layout(labels: LabelSet, settings: LoaderSettings) -> Layout:
-    return Layout(
-        num_images=len(labels),
-        crops_per_image=settings.crops_per_image,
-        batch_size=settings.batch_size,
-        spread=settings.window_batches,
-        drop_last=settings.drop_last,
-        seed=settings.seed,
-    )
 
 
 __all__: Sequence[str] = ["CropLoader"]

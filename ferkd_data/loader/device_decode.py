@@ -83,7 +83,7 @@ class DeviceWorkers:
             decoded.append(pixels)
             crops.append(Crops(boxes=encoded.boxes[i][wanted], flip=encoded.flip[i][wanted]))
             slots.append(window.slots[i][wanted])
-        images = self._placed(decoded, crops, slots, sum(window.batches))
+        images = self._placed(window, decoded, crops, slots)
         whole = encoded.made.targets(self._maker.labels.num_classes)
         bounds = np.cumsum([0, *window.batches]).tolist()
         targets = [whole[slice(a, b)] for a, b in itertools.pairwise(bounds)]
@@ -91,15 +91,16 @@ class DeviceWorkers:
 
     def _on_host(self, window: Window) -> tuple[Tensor, Made]:
         """For an image whose damage only shows when it is decoded: it is an error, or another one takes its place."""
-        images = empty_batch(sum(window.batches), self._maker.settings.size, shared=False)
+        images = empty_batch(sum(window.batches), self._maker.epochs.at(window.epoch).size, shared=False)
         made = self._maker.make(Work(window, images))
         return images.to(self._device, non_blocking=True), made
 
     def _placed(
-        self, decoded: list[Tensor], crops: list[Crops], slots: list[npt.NDArray[np.int64]], count: int
+        self, window: Window, decoded: list[Tensor], crops: list[Crops], slots: list[npt.NDArray[np.int64]]
     ) -> Tensor:
-        """(count, 3, S, S): each crop in its slot. Nothing waits for what the device has to do for the training."""
-        size, interpolation = self._maker.settings.size, self._maker.settings.interpolation
+        """The window's crops, (count, 3, S, S), each in its slot, without waiting for the device's other work."""
+        count, size = sum(window.batches), self._maker.epochs.at(window.epoch).size
+        interpolation = self._maker.settings.interpolation
         places = np.concatenate(slots) if slots else np.empty(0, np.int64)
         cut = replay_on_device(decoded, crops, size=size, interpolation=interpolation) if decoded else None
         if cut is not None and np.array_equal(places, np.arange(count)):
@@ -158,15 +159,13 @@ class _Encoder(Dataset[Encoded | FerkdError]):
             parts[i], sizes[i] = _to_send(self.maker.read(int(labelled.rows[i]), record, window.epoch), record)
 
         labelled, skipped = self.maker.filled(window, read)
-        targets = SoftTargets.cat(labelled.targets)
-        arrays = (targets.index.numpy(), targets.weight.numpy(), targets.floor.numpy())
         return Encoded(
             data=torch.from_numpy(np.concatenate(parts)),
             bounds=np.cumsum([0, *map(len, parts)]),
             sizes=sizes,
             boxes=labelled.drawn.boxes,
             flip=labelled.drawn.flip,
-            made=Made(*arrays, list(window.batches), skipped),
+            made=Made.of(SoftTargets.cat(labelled.targets), window, skipped),
         )
 
 

@@ -1,9 +1,10 @@
 """Which crops of an image an epoch uses: without replacement, crop block by crop block, pure in (seed, key, epoch).
 
-An epoch draws M crops of each image. Draw number t = epoch * M + m lies in cycle t // N (all N crops once) and, inside
-it, in the crop block that holds place t % N. Within a block, an image's crops come in a random order of its own; those
-that are not in use (discarded, or thinned out in this cycle) are left out, and the order begins again, shuffled anew,
-when the block has fewer crops in use than draws. So every epoch reads one block, or two where they meet.
+An epoch draws M crops of each of its images. Draw number t, counted over all epochs, lies in cycle t // N (all N crops
+once) and, inside it, in the crop block that holds place t % N. Within a block, an image's crops come in a random order
+of its own; those that are not in use (discarded, or thinned out in this cycle) are left out, and the order begins
+again, shuffled anew, when the block has fewer crops in use than draws. So every epoch reads one block, or two where
+they meet.
 
 Legend: R images, M crops per image and epoch, n crops of a block.
 """
@@ -28,10 +29,10 @@ class BlockDraws(NamedTuple):
     num: int
 
 
-def epoch_draws(epoch: int, *, crops_per_image: int, num_crops: int, crops_per_block: int) -> tuple[BlockDraws, ...]:
-    """The blocks that an epoch draws from, in order; their numbers add up to M."""
+def epoch_draws(drawn: int, *, crops_per_image: int, num_crops: int, crops_per_block: int) -> tuple[BlockDraws, ...]:
+    """The blocks that an epoch draws from after `drawn` draws of earlier ones, in order; their numbers add up to M."""
     draws: list[BlockDraws] = []
-    place, left = epoch * crops_per_image, crops_per_image
+    place, left = drawn, crops_per_image
     while left:
         cycle, at = divmod(place, num_crops)
         block, first = divmod(at, crops_per_block)

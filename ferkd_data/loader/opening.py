@@ -9,6 +9,7 @@ from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import BatchMaker
 from ferkd_data.loader.image_table import Missing, open_images
+from ferkd_data.loader.key_table import KeyTable
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.settings import LoaderSettings
 from ferkd_data.loader.shard_records import ShardRecords
@@ -42,4 +43,4 @@ def open_maker(
         )
     stored = kept.unmapped
     cache = ShardRecords(stored, cache_dir) if streamed else LabelCache(stored, cache_dir)
-    return BatchMaker(kept, cache, table, settings)
+    return BatchMaker(kept, cache, table, settings, KeyTable(kept) if settings.keys else None)

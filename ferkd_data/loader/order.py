@@ -156,10 +156,6 @@ class InChunks:
             found[inside] = self._rows_of(number)[positions[inside] - number * self._chunk]
         return found
 
-    def __len__(self) -> int:
-        """Images of an epoch."""
-        return self._num_images
-
     def stage(self, positions: Rows) -> Stage | None:
         return self._order.stage(positions)
 
@@ -170,6 +166,20 @@ class InChunks:
             if len(self._known) > KNOWN_CHUNKS:
                 self._known.popitem(last=False)
         return self._known[number]
+
+
+@dataclass(frozen=True)
+class Part:
+    """An order from a position on, which is position 0 here."""
+
+    order: Order
+    first: int
+
+    def rows(self, positions: Rows) -> Rows:
+        return self.order.rows(positions + self.first)
+
+    def stage(self, positions: Rows) -> Stage | None:
+        return self.order.stage(positions + self.first)
 
 
 def check_order(kind: str) -> None:

@@ -90,6 +90,12 @@ def read_place(saved: Any, layout: Layout) -> Place:
     return place
 
 
+def saved_epoch(saved: Any) -> int:
+    """The epoch of a place that was saved, which decides the layout that the place must fit; 0 for a damaged one."""
+    epoch = saved.get("epoch") if isinstance(saved, dict) else None
+    return max(int(epoch), 0) if isinstance(epoch, Integral) else 0
+
+
 def windows(layout: Layout, place: Place, *, rank: int, world_size: int) -> Iterator[Window]:
     """The rest of an epoch, from `place` on, for one rank. All ranks get the same number of batches."""
     if place.crops:

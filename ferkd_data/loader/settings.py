@@ -7,14 +7,16 @@ loader read them from here. To add a setting, add a field with its check, and a 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
 from ferkd_data.calibration import Schedule, calibration_at
 from ferkd_data.errors import UsageError
+from ferkd_data.loader.augment import Transform
 from ferkd_data.loader.order import OrderKind, check_order
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
 from ferkd_data.selfmix import SelfMix
@@ -22,6 +24,11 @@ from ferkd_data.selfmix import SelfMix
 Verify = Literal["first_epoch", "always", "never"]
 OnError = Literal["raise", "skip"]
 ImagesMissing = Literal["raise", "drop"]
+EpochKind = Literal["images", "crops"]
+CHOICES = {"verify_images": Verify, "on_error": OnError, "images_missing": ImagesMissing, "epoch": EpochKind}
+OfEpoch: TypeAlias = Callable[[int], int]
+OF_EPOCH = ("size", "crops_per_image")
+"""The numbers that may be functions of the epoch."""
 AT_LEAST = {
     "batch_size": 1,
     "crops_per_image": 1,
@@ -31,7 +38,7 @@ AT_LEAST = {
 }
 """The smallest value of each setting that counts something."""
 WHOLE_NUMBERS = (*AT_LEAST, "size", "seed", "rank", "world_size")
-SWITCHES = ("drop_last", "pin_memory")
+SWITCHES = ("drop_last", "pin_memory", "keys")
 MAX_SIZE = 8192
 
 
@@ -44,10 +51,12 @@ class LoaderSettings:
 
     batch_size: int
     """Crops per batch and rank, B."""
-    crops_per_image: int = 4
-    """M."""
-    size: int = 224
-    """Side of a crop in pixels, S."""
+    crops_per_image: int | OfEpoch = 4
+    """M, or a function of the epoch that gives it."""
+    size: int | OfEpoch = 224
+    """Side of a crop in pixels, S, or a function of the epoch that gives it."""
+    epoch: EpochKind = "images"
+    """An epoch is a pass over the images, or as many crops as there are images."""
     interpolation: Interpolation = "bilinear"
     calibration: Schedule = "ferkd"
     selfmix: SelfMix | None = None
@@ -68,35 +77,61 @@ class LoaderSettings:
     on_error: OnError = "raise"
     images_missing: ImagesMissing = "raise"
     """What labelled images that the source lacks do."""
+    keys: bool = False
+    """Whether targets have the key of each crop's image."""
+    transform: Transform | None = None
+    """The user's own augmentation of each crop."""
 
     def __post_init__(self) -> None:
         for name in WHOLE_NUMBERS:
-            object.__setattr__(self, name, _whole_number(name, getattr(self, name)))
+            if not (name in OF_EPOCH and callable(getattr(self, name))):
+                object.__setattr__(self, name, _whole_number(name, getattr(self, name)))
         if not isinstance(self.spread, bool):
             object.__setattr__(self, "spread", _whole_number("spread", self.spread))
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name, least in AT_LEAST.items():
-            if getattr(self, name) < least:
+            if not callable(getattr(self, name)) and getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         self._check_choices()
-        self._check_batches()
+        self.size_at(0)
+        self.crops_at(0)
         calibration_at(self.calibration, 0)
         if self.num_workers:
-            _check_can_be_sent(self.calibration)
+            for name in ("calibration", *OF_EPOCH, "transform"):
+                _check_can_be_sent(name, getattr(self, name))
 
-    @property
-    def window_batches(self) -> int:
-        """P: how many batches a rank makes together, from images that are decoded once."""
+    def size_at(self, epoch: int) -> int:
+        """S in an epoch. Raises UsageError for a size that cannot be."""
+        size = _of_epoch("size", self.size, epoch)
+        if not 1 <= size <= MAX_SIZE:
+            raise UsageError(f"size must be 1..{MAX_SIZE}, got {size}{_in_epoch(self.size, epoch)}")
+        return size
+
+    def crops_at(self, epoch: int) -> int:
+        """M in an epoch. Raises UsageError where it does not fit the other settings."""
+        crops = _of_epoch("crops_per_image", self.crops_per_image, epoch)
+        where = _in_epoch(self.crops_per_image, epoch)
+        if crops < 1:
+            raise UsageError(f"crops_per_image must be at least 1, got {crops}{where}")
+        if self.batch_size % crops:
+            raise UsageError(f"batch_size {self.batch_size} must be a multiple of crops_per_image {crops}{where}")
+        batches = self.window_batches_of(crops)
+        if batches != 1 and batches < crops:
+            raise UsageError(f"spread is {batches} batches; with {crops} crops per image{where}, at least that many")
+        if self.selfmix is not None and (batches > 1 or crops < 2):
+            raise UsageError(
+                "selfmix needs at least 2 crops of an image side by side: crops_per_image >= 2, spread=False; "
+                f"crops_per_image is {crops}{where}"
+            )
+        return crops
+
+    def window_batches_of(self, crops_per_image: int) -> int:
+        """P, the batches that a rank makes together from images that are decoded once, for this M."""
         if isinstance(self.spread, bool):
-            return 2 * self.crops_per_image if self.spread else 1
+            return 2 * crops_per_image if self.spread else 1
         return self.spread
-
-    @property
-    def window_images(self) -> int:
-        """Images of a rank's whole window."""
-        return self.window_batches * self.batch_size // self.crops_per_image
 
     @property
     def streamed(self) -> bool:
@@ -104,31 +139,18 @@ class LoaderSettings:
         return self.order != "global"
 
     def _check_choices(self) -> None:
-        if not 1 <= self.size <= MAX_SIZE:
-            raise UsageError(f"size must be 1..{MAX_SIZE}, got {self.size}")
         if self.interpolation not in INTERPOLATIONS:
             raise UsageError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
         if self.selfmix is not None and not isinstance(self.selfmix, SelfMix):
             raise UsageError(f"selfmix must be a SelfMix, such as fd.SelfMix(prob=0.5), got {self.selfmix!r}")
         check_order(self.order)
-        for name, kind in (("verify_images", Verify), ("on_error", OnError), ("images_missing", ImagesMissing)):
+        for name, kind in CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
-
-    def _check_batches(self) -> None:
-        if self.batch_size % self.crops_per_image:
-            raise UsageError(
-                f"batch_size {self.batch_size} must be a multiple of crops_per_image {self.crops_per_image}"
-            )
-        if self.window_batches != 1 and self.window_batches < self.crops_per_image:
-            raise UsageError(
-                f"spread is {self.window_batches} batches; with {self.crops_per_image} crops per image, at least that "
-                "many"
-            )
-        if self.selfmix is not None and (self.window_batches > 1 or self.crops_per_image < 2):
-            raise UsageError(
-                "selfmix needs at least 2 crops of an image side by side: crops_per_image >= 2, spread=False"
-            )
+        if self.transform is not None and not callable(self.transform):
+            raise UsageError(f"transform must be a function of a crop, uint8 (3, S, S), got {self.transform!r}")
+        if self.transform is not None and self.decode_device is not None:
+            raise UsageError("transform needs crops that workers cut: leave out decode_device")
         if not 0 <= self.rank < self.world_size:
             raise UsageError(f"rank must be 0..{self.world_size - 1}, got {self.rank}")
 
@@ -147,12 +169,26 @@ def _whole_number(name: str, value: Any) -> int:
     return int(value)
 
 
-def _check_can_be_sent(calibration: Schedule) -> None:
+def _of_epoch(name: str, value: int | OfEpoch, epoch: int) -> int:
+    """A number that may be a function of the epoch."""
+    if not callable(value):
+        return value
+    given: object = value(epoch)
+    if isinstance(given, bool) or not isinstance(given, Integral):
+        raise UsageError(f"{name} must give a whole number for every epoch; for {epoch} it gave {given!r}")
+    return int(given)
+
+
+def _in_epoch(value: int | OfEpoch, epoch: int) -> str:
+    return f" in epoch {epoch}" if callable(value) else ""
+
+
+def _check_can_be_sent(name: str, value: Any) -> None:
     """To worker processes."""
     try:
-        pickle.dumps(calibration)
+        pickle.dumps(value)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise UsageError(
-            f"calibration cannot be sent to worker processes ({error}); define it at the top level of a module, "
+            f"{name} cannot be sent to worker processes ({error}); define it at the top level of a module, "
             "or use num_workers=0"
         ) from error

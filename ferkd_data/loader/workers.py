@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -66,10 +67,10 @@ class _Tasks(Sampler[_Task]):
 class Workers:
     """The worker processes of a loader, alive for many epochs, and the memory they share with it."""
 
-    def __init__(self, maker: BatchMaker, num_crops: int, num_workers: int, prefetch_factor: int) -> None:
+    def __init__(self, maker: BatchMaker, num_crops: int, size: int, num_workers: int, prefetch_factor: int) -> None:
         # The user's loop holds one batch while it waits for the next; one more for loops that look ahead.
         slots = num_workers * prefetch_factor + HELD_BATCHES
-        self._tasks = _Tasks(BatchBuffers(num_crops, maker.settings.size, slots=slots, shared=num_workers > 0))
+        self._tasks = _Tasks(BatchBuffers(num_crops, size, slots=slots, shared=num_workers > 0))
         self._loader = start(_MadeInSlots(maker, self._tasks.buffers), self._tasks, num_workers, prefetch_factor)
 
     def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:
@@ -93,6 +94,8 @@ def start(work: Dataset[Any], tasks: Sampler[Any], num_workers: int, prefetch_fa
         work,
         batch_size=None,
         sampler=tasks,
+        # Each iteration over a DataLoader draws a seed for its workers; from the global generator, were there no other.
+        generator=torch.Generator(),
         num_workers=num_workers,
         collate_fn=_as_it_is,
         worker_init_fn=_end_with_parent if num_workers else None,

@@ -78,7 +78,7 @@ def test_shards_are_read_a_few_at_a_time():
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 12), st.integers(0, 50))
 def test_an_epochs_draws_follow_each_other(num_crops, per_block, per_image, epoch):
     per_block = min(per_block, num_crops)
-    draws = epoch_draws(epoch, crops_per_image=per_image, num_crops=num_crops, crops_per_block=per_block)
+    draws = epoch_draws(epoch * per_image, crops_per_image=per_image, num_crops=num_crops, crops_per_block=per_block)
     places = [
         part.cycle * num_crops + part.block * per_block + part.first + i for part in draws for i in range(part.num)
     ]
@@ -89,7 +89,9 @@ def all_draws(use, per_image, epochs, num_crops, per_block, seed=0):
     keys = rng.counter64(3, np.arange(len(use)))
     drawn = []
     for epoch in range(epochs):
-        for part in epoch_draws(epoch, crops_per_image=per_image, num_crops=num_crops, crops_per_block=per_block):
+        for part in epoch_draws(
+            epoch * per_image, crops_per_image=per_image, num_crops=num_crops, crops_per_block=per_block
+        ):
             start = part.block * per_block
             chosen = draw(keys, use[:, start : start + per_block], part, seed=seed)
             drawn.append(chosen + start)

@@ -31,12 +31,12 @@ def test_the_loaders_signature_is_the_settings():
 def test_numbers_of_any_integer_type_become_plain_ones():
     settings = LoaderSettings(batch_size=np.int64(8), seed=np.uint32(3), spread=np.int32(4))
     assert [type(n) for n in (settings.batch_size, settings.seed, settings.spread)] == [int, int, int]
-    assert settings.window_batches == 4
+    assert settings.window_batches_of(4) == 4
 
 
 @pytest.mark.parametrize(("spread", "batches"), [(False, 1), (True, 8), (1, 1), (5, 5)])
 def test_spread_in_batches(spread, batches):
-    assert LoaderSettings(batch_size=8, spread=spread).window_batches == batches
+    assert LoaderSettings(batch_size=8, spread=spread).window_batches_of(4) == batches
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,17 @@ def test_spread_in_batches(spread, batches):
         ({"pin_memory": 1}, "pin_memory must be True or False, got 1"),
         ({"on_error": "ignore"}, "on_error must be one of raise, skip, got 'ignore'"),
         ({"rank": -1}, r"rank must be 0\.\.0, got -1"),
+        ({"epoch": "all"}, "epoch must be one of images, crops, got 'all'"),
+        ({"keys": "yes"}, "keys must be True or False, got 'yes'"),
+        ({"transform": 3}, "transform must be a function of a crop"),
+        ({"transform": str, "decode_device": "cpu"}, "transform needs crops that workers cut"),
+        ({"size": lambda epoch: 0}, r"size must be 1\.\.8192, got 0 in epoch 0"),
+        ({"size": lambda epoch: 1.5}, r"size must give a whole number for every epoch; for 0 it gave 1\.5"),
+        ({"crops_per_image": lambda epoch: 3}, "must be a multiple of crops_per_image 3 in epoch 0"),
+        ({"crops_per_image": lambda epoch: True}, "for 0 it gave True"),
+        ({"crops_per_image": lambda epoch: 0}, "crops_per_image must be at least 1, got 0 in epoch 0"),
+        ({"crops_per_image": lambda epoch: 1, "selfmix": fd.SelfMix()}, "crops_per_image is 1 in epoch 0"),
+        ({"spread": 2, "crops_per_image": lambda epoch: 4}, "with 4 crops per image in epoch 0, at least that many"),
     ],
 )
 def test_a_value_that_cannot_be_right(changes, message):

@@ -1,0 +1,70 @@
+"""The user's own augmentation of crops, under random numbers that belong to the crop.
+
+torchvision and most other libraries draw from the global generators of torch, NumPy and `random`. So these are seeded
+before each crop, and put back afterwards: what a transform draws is a pure function of the crop, and whoever shares the
+process draws what they would have drawn without it.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ferkd_data import rng
+from ferkd_data.errors import LoaderError
+
+Transform: TypeAlias = Callable[[Tensor], Tensor]
+
+_LOCK = threading.Lock()
+"""Held while the global generators are not the user's: loaders in several threads of a process take turns."""
+
+
+@contextmanager
+def lent_generators() -> Iterator[None]:
+    """The global generators on loan: afterwards they are as they were, also after an error.
+
+    Only this process's CPU generators. A GPU's is not touched, which `torch.manual_seed` would do.
+    """
+    with _LOCK:
+        saved = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(saved[0])
+            np.random.set_state(saved[1])  # noqa: NPY002
+            torch.default_generator.set_state(saved[2])
+
+
+def transformed(transform: Transform, crop: Tensor, seed: int, where: Callable[[], str]) -> Tensor:
+    """`transform(crop)` with the global generators seeded by a 64-bit seed; to be called within `lent_generators`.
+
+    `where()` names the crop in errors. Raises LoaderError where the transform fails, or does not give uint8 (3, S, S).
+    """
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    try:
+        given: Any = transform(crop)
+    except Exception as error:
+        raise LoaderError(f"{where()}: transform failed with {type(error).__name__}: {error}") from error
+    if isinstance(given, Tensor) and given.dtype == torch.uint8 and given.shape == crop.shape:
+        plain = given.as_subclass(Tensor)
+        # A view of the crop, such as its transpose, would be overwritten while it is read.
+        return plain.clone() if plain.untyped_storage().data_ptr() == crop.untyped_storage().data_ptr() else plain
+    got = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+    raise LoaderError(
+        f"{where()}: transform must give a crop like the one it got, torch.uint8 {tuple(crop.shape)}; it gave {got}. "
+        "Leave out what changes size or type: size= sets the size, fd.normalize makes floats of the whole batch"
+    )
+
+
+def crop_seed(seed: int, key_hash: int, draw: int) -> int:
+    """The seed of an image's crop, 64 bits. `draw` counts all crops that the training has drawn of the image before."""
+    return rng.hash64("transform", seed, key_hash, draw)
