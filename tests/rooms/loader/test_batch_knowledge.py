@@ -48,13 +48,13 @@ def test_each_crop_knows_its_row_class_key_and_bucket(make, source, name):
             image = labels[row]
             assert targets.keys[b] == image.key
             assert targets.hard[b] == targets.hard_partner[b] == image.target and targets.hard_share[b] == 1
-            assert targets.bucket[b] in set(image.bucket.tolist())
+            assert int(targets.bucket[b]) in image.bucket.tolist()
         assert targets.hard.dtype == targets.rows.dtype == torch.int64 and targets.bucket.dtype == torch.uint8
 
 
 def test_a_bucket_is_that_of_its_own_crop(make, source):
     """Against the stored labels: the top class and its probability name the crop."""
-    labels = source[0]
+    labels, sure = source[0], 0
     for thresholds in (None, fd.Thresholds(low=0.5, mid=0.7, top=0.9, confidence="target")):
         calibration = fd.Calibration(
             extreme_hard="keep", moderate_hard="keep", recovery="label_smoothing", thresholds=thresholds
@@ -63,12 +63,16 @@ def test_a_bucket_is_that_of_its_own_crop(make, source):
             for b, row in enumerate(targets.rows.tolist()):
                 image = labels[row]
                 top = targets.dense()[b].max()
-                crop = int(np.abs(image.class_prob[:, 0].astype(float) - float(top)).argmin())
+                # Crops of nearly the same probability cannot be told apart so.
+                away = np.abs(image.class_prob[:, 0].astype(float) - float(top))
+                crops = np.flatnonzero(away <= away.min() + 1e-6)
                 buckets = image.bucket
                 if thresholds is not None:
                     certain = confidence(image.class_prob, image.target_prob, thresholds.confidence)
                     buckets = assign_buckets(certain, thresholds)
-                assert targets.bucket[b] == buckets[crop]
+                assert int(targets.bucket[b]) in buckets[crops]
+                sure += len(crops) == 1
+    assert sure > 50
 
 
 def test_rows_are_those_of_the_loaders_own_label_set(make, source):

@@ -12,7 +12,7 @@ import ferkd_data as fd
 from ferkd_data.errors import UsageError
 from ferkd_data.loader.settings import LoaderSettings
 
-NOT_SETTINGS = {"self", "labels", "images", "cache_dir"}
+NOT_SETTINGS = {"self", "labels", "images", "cache_dir", "verify_labels"}
 """Parameters of `CropLoader` that say what is loaded, or from where."""
 
 
