@@ -14,6 +14,7 @@ from ferkd_data.errors import UsageError
 
 from .options import config_option, given, json_option, print_json, require_teachers, teacher_options
 from .progress import show_progress
+from .say import say
 
 DONE_WITH_REJECTS = 3
 
@@ -216,7 +217,7 @@ def _with_hint(report: Callable[[Any], None]) -> Callable[[Any], None]:
         nonlocal said
         if not said:
             said = True
-            click.echo(
+            say(
                 "hint: on a CPU, ONNX Runtime runs many teachers several times faster: `ferkd-data bench` measures it",
                 err=True,
             )

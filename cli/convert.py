@@ -60,43 +60,44 @@ def command(
 
     if [layout, source, target].count(None) != 2:
         raise UsageError("give one of --layout LAYOUT, --from fkd, --from dr, --to fkd")
-    show = show_images()
-    if target is not None:
-        label_type = fd.export_fkd(labels, out, on_progress=show)
-        say(f"{out}: written for FKD's training script; its --soft_label_type is {label_type}")
-        return 0
     if source is not None and images is None:
         raise UsageError(f"--from {source} needs --images (the labelled images)")
-    if source == "fkd":
-        if teacher is None:
-            raise UsageError("--from fkd needs --teacher (its name)")
-        manifest = fd.import_fkd(
-            labels,
-            out,
-            images=str(images),
-            num_classes=num_classes or 1000,
-            teacher=fd.FkdTeacher(name=teacher, size=teacher_size),
-            top_k=top_k,
-            crops_per_block=crops_per_block or 50,
-            classes=classes,
-            on_progress=lambda done: show(done, None),
-        )
-    elif source == "dr":
-        manifest = fd.import_dr(
-            labels,
-            out,
-            images=str(images),
-            ids=ids,
-            num_classes=num_classes,
-            teacher=teacher,
-            crops_per_block=crops_per_block or 50,
-            classes=classes,
-            on_progress=lambda done: show(done, None),
-        )
-    elif layout is not None:
-        manifest = fd.convert(
-            labels, out, layout=layout, images=images, crops_per_block=crops_per_block, on_progress=show
-        )
+    if source == "fkd" and teacher is None:
+        raise UsageError("--from fkd needs --teacher (its name)")
+    if target is not None:
+        with show_images("convert") as show:
+            label_type = fd.export_fkd(labels, out, on_progress=show)
+        say(f"{out}: written for FKD's training script; its --soft_label_type is {label_type}")
+        return 0
+    with show_images("convert") as show:
+        if source == "fkd":
+            manifest = fd.import_fkd(
+                labels,
+                out,
+                images=str(images),
+                num_classes=num_classes or 1000,
+                teacher=fd.FkdTeacher(name=str(teacher), size=teacher_size),
+                top_k=top_k,
+                crops_per_block=crops_per_block or 50,
+                classes=classes,
+                on_progress=lambda done: show(done, None),
+            )
+        elif source == "dr":
+            manifest = fd.import_dr(
+                labels,
+                out,
+                images=str(images),
+                ids=ids,
+                num_classes=num_classes,
+                teacher=teacher,
+                crops_per_block=crops_per_block or 50,
+                classes=classes,
+                on_progress=lambda done: show(done, None),
+            )
+        elif layout is not None:
+            manifest = fd.convert(
+                labels, out, layout=layout, images=images, crops_per_block=crops_per_block, on_progress=show
+            )
     size = sum(file.bytes for shard in manifest.shards for file in shard.files)
     say(
         f"{out}: layout {manifest.layout}, {manifest.num_images:,} images with {manifest.num_crops} crops, "

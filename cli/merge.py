@@ -27,7 +27,8 @@ def command(labels: tuple[str, ...], out: Path, weights: str | None) -> int:
     import ferkd_data as fd
 
     numbers = None if weights is None else _numbers(weights)
-    result = fd.merge(labels, out, weights=numbers, on_progress=show_images())
+    with show_images("merge") as on_progress:
+        result = fd.merge(labels, out, weights=numbers, on_progress=on_progress)
     manifest = result.manifest
     say(
         f"{out}: {ADDED[result.kind]}: {manifest.num_images:,} images with {manifest.num_crops} crops, "

@@ -1,82 +1,60 @@
-"""A live display on a terminal; elsewhere, a plain line now and then."""
+"""How far a build is: images, rate, time left, rejects, and its workers where there are several."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import click
-
-LOG_SECONDS = 30.0
+from .display import Frame, clock, show_frames
 
 
 @contextmanager
 def show_progress() -> Iterator[Callable[[Any], None]]:
     """Yields a function that takes a ferkd_data.builder.Progress. Everything goes to stderr."""
-    if sys.stderr.isatty():
-        with _live() as report:
-            yield report
-    else:
-        yield _plain()
+    with show_frames(Frame(what="build", amount="listing images, loading teachers")) as report:
+        yield lambda progress: report(frame(progress))
 
 
-def line(progress: Any) -> str:
-    left = "?" if progress.seconds_left is None else clock(progress.seconds_left)
-    return (
-        f"{progress.images_done}/{progress.images_total} images, {progress.crops_per_second:.1f} crops/s, "
-        f"{left} left, {progress.rejects} rejects, {progress.forwards_done:,} of {progress.forwards_total:,} forwards, "
-        f"shard {progress.shard} ({progress.shards_done} of {progress.shards_total} done){_workers(progress)}"
+def frame(progress: Any) -> Frame:
+    """What there is to show of a ferkd_data.builder.Progress."""
+    left = "time left not known yet" if progress.seconds_left is None else f"{clock(progress.seconds_left)} left"
+    rejects = f"{progress.rejects:,} reject{'' if progress.rejects == 1 else 's'}"
+    return Frame(
+        what="build",
+        done=progress.images_done,
+        total=progress.images_total,
+        amount=f"{progress.images_done:,}/{progress.images_total:,} images",
+        details=(
+            f"{progress.crops_per_second:,.1f} crops/s",
+            left,
+            rejects,
+            *_stragglers(progress),
+            f"{progress.shards_done:,} of {progress.shards_total:,} shards",
+            f"{progress.forwards_done:,} of {progress.forwards_total:,} forwards",
+        ),
+        workers=_workers(progress),
     )
 
 
-def _workers(progress: Any) -> str:
-    """Of several: how many, their rates from the slowest to the fastest, and those far behind."""
+def _stragglers(progress: Any) -> tuple[str, ...]:
+    """Where several work: how many, their rates from the slowest to the fastest, and those far behind."""
     if len(progress.workers) < 2:
-        return ""
+        return ()
     rates = [worker.crops_per_second for worker in progress.workers]
-    slow = [f"{w.worker} ({w.crops_per_second:.1f})" for w in progress.workers if w.worker in progress.stragglers]
-    behind = f", far behind: {', '.join(slow)}" if slow else ""
-    return f", {len(rates)} workers at {min(rates):.1f} to {max(rates):.1f} crops/s{behind}"
+    slow = [str(worker.worker) for worker in progress.workers if worker.worker in progress.stragglers]
+    behind = (f"far behind: {', '.join(slow[:8])}{', …' if len(slow) > 8 else ''}",) if slow else ()
+    return (f"{len(rates):,} workers at {min(rates):,.1f} to {max(rates):,.1f} crops/s", *behind)
 
 
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
-def _plain() -> Callable[[Any], None]:
-    last = time.monotonic() - LOG_SECONDS
-
-    def report(progress: Any) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LOG_SECONDS or progress.images_done == progress.images_total:
-            last = time.monotonic()
-            click.echo(line(progress), err=True)
-
-    return report
-
-
-@contextmanager
-def _live() -> Iterator[Callable[[Any], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-    columns = (
-        SpinnerColumn(),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.description}"),
+def _workers(progress: Any) -> tuple[str, ...]:
+    """One line for each, those far behind first."""
+    if len(progress.workers) < 2:
+        return ()
+    late = set(progress.stragglers)
+    ordered = sorted(progress.workers, key=lambda worker: (worker.worker not in late, worker.worker))
+    return tuple(
+        f"worker {worker.worker:>4}  shard {worker.shard:>6}  {worker.crops_per_second:>9,.1f} crops/s"
+        + ("  far behind" if worker.worker in late else "")
+        for worker in ordered
     )
-    with Progress(*columns, console=Console(stderr=True)) as display:
-        task = display.add_task("listing images, loading teachers", total=None)
-
-        def report(progress: Any) -> None:
-            display.update(
-                task, description=line(progress), completed=progress.images_done, total=progress.images_total
-            )
-
-        yield report

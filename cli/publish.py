@@ -55,16 +55,17 @@ def command(
         homepage=homepage,
         citation=citation,
     )
-    result = fd.publish(
-        labels,
-        url,
-        card=card,
-        sign_with=sign_with,
-        workers=workers,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        on_progress=show_bytes(),
-    )
+    with show_bytes("publish") as on_progress:
+        result = fd.publish(
+            labels,
+            url,
+            card=card,
+            sign_with=sign_with,
+            workers=workers,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            on_progress=on_progress,
+        )
     if dry_run:
         for file in result.sent:
             say(f"{file.bytes:>14,}  {file.name}")

@@ -37,16 +37,17 @@ def command(
     import ferkd_data as fd
 
     wanted = None if shards is None else parse_shards(shards)
-    result = fd.pull(
-        url,
-        out,
-        crops=crops,
-        shards=wanted,
-        signed_by=signed_by,
-        signer=signer,
-        workers=workers,
-        on_progress=show_bytes(),
-    )
+    with show_bytes("pull") as on_progress:
+        result = fd.pull(
+            url,
+            out,
+            crops=crops,
+            shards=wanted,
+            signed_by=signed_by,
+            signer=signer,
+            workers=workers,
+            on_progress=on_progress,
+        )
     size = sum(file.bytes for shard in result.manifest.shards for file in shard.files)
     say(
         f"{out}: {result.manifest.num_images:,} images with {result.manifest.num_crops} crops, {size / 1e6:,.2f} MB; "

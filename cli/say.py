@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -15,5 +17,24 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
+_above: Callable[[str], None] | None = None
+"""Where lines for stderr go while a live display has the end of the terminal."""
+
+
 def say(text: str, *, err: bool = False) -> None:
-    click.echo(printable(text), err=err)
+    """Print a text that strangers may have written; to stderr above a live display, where there is one."""
+    if err and _above is not None:
+        _above(printable(text))
+    else:
+        click.echo(printable(text), err=err)
+
+
+@contextmanager
+def above(write: Callable[[str], None]) -> Iterator[None]:
+    """Meanwhile, lines for stderr go through `write`: click itself would write across the display."""
+    global _above
+    _above = write
+    try:
+        yield
+    finally:
+        _above = None

@@ -1,46 +1,55 @@
-"""How far a transfer or a conversion is, on stderr: a live line on a terminal, else one line now and then."""
+"""How far a transfer or a conversion is: bytes or images, rate, time left."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-import click
+from .display import Frame, Rate, show_frames
 
-LOG_SECONDS = 30.0
-
-
-def show_bytes() -> Callable[[int, int], None]:
-    def line(done: int, total: int | None, seconds: float) -> str:
-        of = "" if total is None else f" of {total / 1e6:,.1f}"
-        return f"{done / 1e6:,.1f}{of} MB, {done / 1e6 / seconds:,.1f} MB/s"
-
-    return _show(line)
+OnProgress = Callable[[int, "int | None"], None]
+"""Gets how much is done, and how much there is in all where that is known."""
 
 
-def show_images() -> Callable[[int, int | None], None]:
-    """Without a total, where the images are not counted beforehand."""
+@contextmanager
+def show_bytes(what: str) -> Iterator[OnProgress]:
+    """Yields what takes (bytes done, bytes in all)."""
 
-    def line(done: int, total: int | None, seconds: float) -> str:
-        of = "" if total is None else f" of {total:,}"
-        return f"{done:,}{of} images, {done / seconds:,.1f} images/s"
+    def amount(done: int, total: int | None) -> str:
+        return _size(done) if total is None else f"{_size(done)} of {_size(total)}"
 
-    return _show(line)
+    with _show(what, amount, lambda rate: f"{_size(rate)}/s") as report:
+        yield report
 
 
-def _show(line: Callable[[int, int | None, float], str]) -> Callable[[int, int | None], None]:
-    start = last = time.monotonic()
+@contextmanager
+def show_images(what: str) -> Iterator[OnProgress]:
+    """Yields what takes (images done, images in all); without a total where they are not counted beforehand."""
 
-    def report(done: int, total: int | None) -> None:
-        nonlocal last
-        now = time.monotonic()
-        # Who does not know the end cannot end the live line either.
-        live = sys.stderr.isatty() and total is not None
-        if not live and now - last < LOG_SECONDS:
-            return
-        last = now
-        end = "\r" if live and done < (total or 0) else "\n"
-        click.echo(line(done, total, max(now - start, 1e-9)) + end, err=True, nl=False)
+    def amount(done: int, total: int | None) -> str:
+        return f"{done:,} images" if total is None else f"{done:,} of {total:,} images"
 
-    return report
+    with _show(what, amount, lambda rate: f"{rate:,.1f} images/s") as report:
+        yield report
+
+
+@contextmanager
+def _show(what: str, amount: Callable[[int, int | None], str], speed: Callable[[float], str]) -> Iterator[OnProgress]:
+    rate = Rate()
+    with show_frames(Frame(what=what, amount="starting")) as show:
+
+        def report(done: int, total: int | None) -> None:
+            rate.add(done)
+            left = () if total is None or done >= total else (rate.left(total),)
+            details = (speed(rate.per_second), *left)
+            show(Frame(what=what, done=done, total=total, amount=amount(done, total), details=details))
+
+        yield report
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"

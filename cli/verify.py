@@ -47,15 +47,16 @@ def command(
 
     if deep and (images is None or not teachers):
         raise UsageError("--deep needs --images (what was labelled) and --teacher (who labelled it)")
-    report = fd.verify(
-        labels,
-        images=images,
-        signed_by=signed_by,
-        signer=signer,
-        workers=workers,
-        max_faults=max_faults,
-        on_progress=show_bytes(),
-    )
+    with show_bytes("verify") as on_progress:
+        report = fd.verify(
+            labels,
+            images=images,
+            signed_by=signed_by,
+            signer=signer,
+            workers=workers,
+            max_faults=max_faults,
+            on_progress=on_progress,
+        )
     again = None
     if deep and report.ok:
         again = fd.relabel(labels, images=str(images), teachers=teachers, classes=classes, sample=sample)

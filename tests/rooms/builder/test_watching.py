@@ -26,8 +26,9 @@ from ferkd_data.builder.watch.events import (
 from ferkd_data.builder.watch.progress import ProgressCounter
 from ferkd_data.errors import TeacherError, UsageError
 from ferkd_data.statistics import Statistics
+from ferkd_data_cli.display import plain_line
 from ferkd_data_cli.main import run
-from ferkd_data_cli.progress import line
+from ferkd_data_cli.progress import frame
 
 DEADLY = '''
 import os, signal
@@ -218,7 +219,8 @@ def test_a_straggler_is_far_below_the_median_and_has_work(clock):
     progress = seen[-1]
     assert progress.stragglers == (2,)
     assert [worker.crops_per_second for worker in progress.workers] == pytest.approx([10, 10, 4, 9], rel=0.05)
-    assert "4 workers at 3.9 to 10.0 crops/s, far behind: 2 (3.9)" in line(progress)
+    assert "4 workers at 3.9 to 10.0 crops/s, far behind: 2, " in plain_line(frame(progress))
+    assert frame(progress).workers[0].split() == ["worker", "2", "shard", "2", "3.9", "crops/s", "far", "behind"]
     for _ in range(120):
         clock.now += 1
         counter.batch(0, 10, 0, 0)
@@ -315,8 +317,8 @@ def test_the_line_of_one_worker_is_short():
         forwards_done=1500,
         forwards_total=6000,
     )
-    assert line(progress) == (
-        "5/20 images, 12.3 crops/s, 0:01:01 left, 1 rejects, 1,500 of 6,000 forwards, shard 3 (2 of 9 done)"
+    assert plain_line(frame(progress)) == (
+        "build: 5/20 images, 12.3 crops/s, 0:01:01 left, 1 reject, 2 of 9 shards, 1,500 of 6,000 forwards"
     )
 
 

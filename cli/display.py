@@ -1,0 +1,205 @@
+"""How far a command is, on stderr: live lines that fit a terminal's width, elsewhere a plain line now and then.
+
+A command's own module says what to show, as a `Frame`; here it is laid out. Nothing ever wraps: what does not fit is
+left out, the least important first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from .say import above, printable, say
+
+LOG_SECONDS = 30.0
+"""How often a plain line is written where there is no terminal."""
+RATE_SECONDS = 20.0
+"""Rates and the time that is left are those of so long a while."""
+REFRESHES_PER_SECOND = 4
+BAR_CELLS = 30
+WORKERS_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """What there is to say at one moment."""
+
+    what: str
+    """The command, such as `build`."""
+    done: float = 0
+    total: float | None = None
+    """None where it is not known; then there is no bar."""
+    amount: str = ""
+    """How much is done, such as `12 of 40 images`."""
+    details: tuple[str, ...] = ()
+    """The most important first: those that fit are shown."""
+    workers: tuple[str, ...] = ()
+    """A line for each, where there are several."""
+
+
+Report = Callable[[Frame], None]
+
+
+@contextmanager
+def show_frames(first: Frame) -> Iterator[Report]:
+    """Yields a function that shows a frame. A terminal shows `first` until then."""
+    with _live(first) if _is_terminal() else _plain() as report:
+        yield report
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+
+
+@contextmanager
+def _plain() -> Iterator[Report]:
+    # The first frame is written at once. Nothing is before that: an error at the start stays one line.
+    last = float("-inf")
+
+    def report(frame: Frame) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_SECONDS or (frame.total is not None and frame.done >= frame.total):
+            last = time.monotonic()
+            say(plain_line(frame), err=True)
+
+    yield report
+
+
+def plain_line(frame: Frame) -> str:
+    """Everything in one line, without a bar."""
+    return f"{frame.what}: " + ", ".join(part for part in (frame.amount, *frame.details) if part)
+
+
+@contextmanager
+def _live(first: Frame) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    view = _View(first)
+    # Rich draws in a thread of its own, so that the clock goes on while a command waits; it only reads the view. What
+    # is printed to stderr meanwhile appears above the lines.
+    display = Live(view, console=console, refresh_per_second=REFRESHES_PER_SECOND, redirect_stdout=False)
+    with display, above(lambda text: console.print(Text(text), soft_wrap=True)):
+        yield view.take
+
+
+class _View:
+    """The newest frame, laid out for the width that the terminal has when it is drawn."""
+
+    def __init__(self, frame: Frame) -> None:
+        self._lock = threading.Lock()
+        # The command's thread writes it, Rich's thread reads it.
+        self._frame = frame
+        self._started = time.monotonic()
+
+    def take(self, frame: Frame) -> None:
+        with self._lock:
+            self._frame = frame
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.text import Text
+
+        with self._lock:
+            frame = self._frame
+        lines = layout(frame, options.max_width, time.monotonic() - self._started, ascii_only=options.ascii_only)
+        for line in lines[: max(1, console.height - 1)]:
+            yield Text(line, no_wrap=True, overflow="crop", end="\n")
+
+
+def layout(frame: Frame, width: int, elapsed: float, *, ascii_only: bool = False) -> list[str]:
+    """The lines of a frame, none longer than `width` cells."""
+    comma = ", " if ascii_only else " · "
+    room = max(width, 1)
+    lines = [_fitted([*_head(frame, room, ascii_only), frame.amount], room, " ")]
+    details = [*frame.details, f"{clock(elapsed)} so far"]
+    lines.append(_fitted(["", *details], room, comma, first=" " * 2))
+    shown = frame.workers if len(frame.workers) <= WORKERS_SHOWN + 1 else frame.workers[:WORKERS_SHOWN]
+    lines += [_fitted(["", worker], room, "", first=" " * 2) for worker in shown]
+    if len(shown) < len(frame.workers):
+        lines.append(_fitted(["", f"and {len(frame.workers) - len(shown):,} more"], room, "", first=" " * 2))
+    return [line for line in lines if line.strip()]
+
+
+def _head(frame: Frame, room: int, ascii_only: bool) -> list[str]:
+    """The command, and a bar with its percentage that takes what the amount leaves."""
+    if frame.total is None:
+        return [frame.what]
+    share = 1.0 if frame.total <= 0 else min(1.0, max(0.0, frame.done / frame.total))
+    # Never 100 % before the end.
+    said = f"{int(100 * share):>3} %"
+    cells = min(BAR_CELLS, room - _cells(f"{frame.what}  {said} {frame.amount}"))
+    if cells < 4:
+        return [frame.what, said]
+    full = int(share * cells)
+    marks = ("#", "-") if ascii_only else ("━", "╌")
+    return [frame.what, marks[0] * full + marks[1] * (cells - full), said]
+
+
+def _fitted(parts: list[str], room: int, between: str, *, first: str = "") -> str:
+    """As many parts as fit, in their order; a first one that is too long is cut."""
+    line = first
+    for part in (printable(part).replace("\n", " ").replace("\t", " ") for part in parts if part):
+        longer = line + part if line.strip() == "" else line + between + part
+        if _cells(longer) > room:
+            if line.strip() == "":
+                return _cut(longer, room)
+            break
+        line = longer
+    return line
+
+
+def _cut(text: str, room: int) -> str:
+    while text and _cells(text) > room:
+        text = text[:-1]
+    return text
+
+
+def _cells(text: str) -> int:
+    """Columns that a terminal needs: wide letters take two."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+class Rate:
+    """How fast something goes, over the last while, and how long the rest takes."""
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)])
+
+    def add(self, done: float) -> None:
+        """So much is done now."""
+        now = time.monotonic()
+        self._marks.append((now, done))
+        while len(self._marks) > 2 and self._marks[1][0] < now - RATE_SECONDS:
+            self._marks.popleft()
+
+    @property
+    def per_second(self) -> float:
+        """0 as long as nothing is known."""
+        (start, before), (end, done) = self._marks[0], self._marks[-1]
+        return (done - before) / (end - start) if end > start else 0.0
+
+    def left(self, total: float) -> str:
+        """`0:01:30 left`, or that it is not known yet."""
+        rate = self.per_second
+        return f"{clock((total - self._marks[-1][1]) / rate)} left" if rate > 0 else "time left not known yet"
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, and days before it where there are any."""
+    minutes, seconds = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days:,} d " if days else "") + f"{hours}:{minutes:02d}:{seconds:02d}"
