@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ferkd_data.label_set import open_labels as open_labels
     from ferkd_data.loader import CropDataset as CropDataset
     from ferkd_data.loader import CropLoader as CropLoader
+    from ferkd_data.losses import SoftTargetLoss as SoftTargetLoss
     from ferkd_data.losses import kl_div as kl_div
     from ferkd_data.losses import soft_cross_entropy as soft_cross_entropy
     from ferkd_data.mixing import CutMix as CutMix
@@ -65,6 +66,7 @@ _EXPORTS: dict[str, str] = {
     "CutMix": "mixing",
     "Mixup": "mixing",
     "SelfMix": "selfmix",
+    "SoftTargetLoss": "losses",
     "SoftTargets": "targets",
     "generator": "rng",
     "kl_div": "losses",

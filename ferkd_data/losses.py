@@ -5,15 +5,17 @@ Legend: B crops, C classes, K sparse entries.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ferkd_data.errors import UsageError
 from ferkd_data.targets import SoftTargets, check_positive
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
+UNKNOWN = -1
+"""In `targets.hard`: the ground truth is not known."""
 
 
 def soft_cross_entropy(logits: Tensor, targets: SoftTargets | Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -30,25 +32,99 @@ def soft_cross_entropy(logits: Tensor, targets: SoftTargets | Tensor, *, reducti
     return _reduce(loss, reduction)
 
 
-def kl_div(logits: Tensor, targets: SoftTargets, *, temperature: float = 1.0, reduction: Reduction = "mean") -> Tensor:
-    """KL(target || softmax(logits / T)) * T^2; with "mean", over the B rows (PyTorch's "batchmean")."""
+def kl_div(
+    logits: Tensor,
+    targets: SoftTargets | Tensor,
+    *,
+    temperature: float = 1.0,
+    target_temperature: float | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """T^2 * KL(target_T || softmax(logits / T)) of logits (B, C), with one temperature T on both sides.
+
+    target_T is the target with every probability raised to 1/T and divided by their sum (`SoftTargets.tempered`), as a
+    teacher's softmax at T would give it. T^2 keeps the size of the gradients (Hinton, Vinyals and Dean, 2015). With
+    T = 1 it is the plain KL divergence; "mean" is over the B rows (PyTorch's "batchmean").
+
+    target_temperature: another temperature for the targets. 1 leaves them as they are: for targets that were softened
+        when they were made, with `Calibration(temperature=T)`.
+
+    Takes SoftTargets or dense targets (B, C). Raises UsageError where shapes do not fit, and for a temperature that is
+    not positive and finite.
+
+        loss = fd.kl_div(logits, targets, temperature=4)
+    """
     check_positive("temperature", temperature)
+    target_temperature = temperature if target_temperature is None else target_temperature
+    check_positive("target_temperature", target_temperature)
+    _check(logits, targets)
     if temperature != 1:
         logits = logits.to(_precision(logits)) / temperature
+    if target_temperature != 1:
+        targets = _tempered(targets, target_temperature)
     loss = soft_cross_entropy(logits, targets, reduction="none") - entropy(targets)
     return _reduce(loss * temperature**2, reduction)
 
 
-def entropy(targets: SoftTargets) -> Tensor:
+def entropy(targets: SoftTargets | Tensor) -> Tensor:
     """The entropy (B,) of each target, in nats."""
-    # Entries of one class are added up in one of K places; a place left over is a class that has the floor alone.
-    index, order = targets.index.sort(dim=1)
-    new_class = index.diff(dim=1, prepend=index[:, :1]) != 0
-    weight = torch.zeros_like(targets.weight).scatter_add_(1, new_class.cumsum(dim=1), targets.weight.gather(1, order))
-    # A class stored as 0 has the weight -floor; rounding must not leave less than nothing of it.
-    prob = (weight + targets.floor[:, None]).clamp_(min=0)
+    if isinstance(targets, Tensor):
+        return -torch.xlogy(targets.to(_precision(targets)), targets).sum(dim=1)
+    targets = targets.to(_precision(targets.weight))
+    _, prob = targets.merged()
     others = targets.num_classes - prob.shape[1]
     return -torch.xlogy(prob, prob).sum(dim=1) - others * torch.xlogy(targets.floor, targets.floor)
+
+
+class SoftTargetLoss(nn.Module):
+    """A training loss on SoftTargets or dense targets (B, C), as a module.
+
+    soft_cross_entropy at temperature 1, else `kl_div` at that temperature on both sides. With `hard_weight` above 0,
+    (1 - hard_weight) of that and hard_weight of the cross-entropy with the ground truth in `targets.hard`, over the
+    crops whose ground truth is known.
+
+        criterion = fd.SoftTargetLoss()
+        loss = criterion(model(images), targets)
+    """
+
+    def __init__(self, *, temperature: float = 1.0, hard_weight: float = 0.0, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        check_positive("temperature", temperature)
+        if not 0 <= hard_weight <= 1:
+            raise UsageError(f"hard_weight must be 0..1, got {hard_weight}")
+        _check_reduction(reduction)
+        self.temperature, self.hard_weight, self.reduction = temperature, hard_weight, reduction
+
+    def forward(self, logits: Tensor, targets: SoftTargets | Tensor) -> Tensor:
+        if self.temperature == 1:
+            soft = soft_cross_entropy(logits, targets, reduction=self.reduction)
+        else:
+            soft = kl_div(logits, targets, temperature=self.temperature, reduction=self.reduction)
+        if not self.hard_weight:
+            return soft
+        return (1 - self.hard_weight) * soft + self.hard_weight * self._hard(logits, targets)
+
+    def _hard(self, logits: Tensor, targets: SoftTargets | Tensor) -> Tensor:
+        if isinstance(targets, Tensor) or targets.hard is None:
+            raise UsageError("hard_weight needs the ground truth: targets from a loader, with targets.hard")
+        loss = nn.functional.cross_entropy(
+            logits.to(_precision(logits)), targets.hard, ignore_index=UNKNOWN, reduction="none"
+        )
+        if self.reduction != "mean":
+            return _reduce(loss, self.reduction)
+        # PyTorch's own mean is NaN where no ground truth is known.
+        return loss.sum() / (targets.hard != UNKNOWN).sum().clamp(min=1)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, hard_weight={self.hard_weight}, reduction={self.reduction!r}"
+
+
+def _tempered(targets: SoftTargets | Tensor, temperature: float) -> SoftTargets | Tensor:
+    if isinstance(targets, SoftTargets):
+        return targets.to(_precision(targets.weight)).tempered(temperature)
+    targets = targets.to(_precision(targets))
+    powers = (targets / targets.amax(dim=1, keepdim=True)).pow(1 / temperature)
+    return powers / powers.sum(dim=1, keepdim=True)
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
@@ -88,10 +164,14 @@ def _check(logits: Tensor, targets: SoftTargets | Tensor) -> None:
 
 
 def _reduce(loss: Tensor, reduction: Reduction) -> Tensor:
+    _check_reduction(reduction)
     if reduction == "mean":
         return loss.mean()
     if reduction == "sum":
         return loss.sum()
-    if reduction == "none":
-        return loss
-    raise UsageError(f"reduction must be mean, sum or none, got {reduction!r}")
+    return loss
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in get_args(Reduction):
+        raise UsageError(f"reduction must be mean, sum or none, got {reduction!r}")

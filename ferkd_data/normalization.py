@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from ferkd_data.errors import UsageError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -12,19 +17,66 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def normalize(
     images: Tensor,
     *,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
+    max_value: float | None = None,
 ) -> Tensor:
-    """(pixel / 255 - mean) / std of uint8 images (B, 3, H, W), in their memory format, as `dtype`.
+    """(pixel / max_value - mean) / std of images (B, 3, H, W), in their memory format, as `dtype`.
 
-    Computed in float32 and rounded to `dtype` once; on an accelerator in one kernel.
+    Takes uint8 images, as loaders give them: their max_value is 255. Float images need to be told apart by
+    `max_value`, 1 or 255: a network that sees pixels of the wrong range learns badly, and nothing else shows it. `mean`
+    and `std` are three numbers each, in units of pixels scaled to 0..1, whatever `max_value` is.
+
+    Computed in float32 and rounded to `dtype` once; on an accelerator in one kernel. Raises UsageError for other
+    shapes, types and ranges.
+
+        logits = model(fd.normalize(images))
     """
+    if max_value is None:
+        max_value = 255.0
+        _check_pixels(images)
+    elif not 0 < max_value < math.inf:
+        raise UsageError(f"max_value must be positive and finite, got {max_value}")
+    _check_shape(images)
+    _check_statistics(mean, std)
+    if not dtype.is_floating_point:
+        raise UsageError(f"normalised images need a floating-point dtype, got {dtype}")
     means = torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
     stds = torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
-    scale = (1 / (255 * stds)).to(images.device, torch.float32, non_blocking=True)
+    scale = (1 / (max_value * stds)).to(images.device, torch.float32, non_blocking=True)
     shift = (-means / stds).to(images.device, torch.float32, non_blocking=True)
     return scaled(images, scale, shift, dtype)
+
+
+def _check_pixels(images: Tensor) -> None:
+    """That the type tells the range of the pixels."""
+    if not isinstance(images, Tensor):
+        raise UsageError(f"images must be a tensor, got {type(images).__name__}")
+    if images.is_floating_point():
+        raise UsageError(
+            f"normalize takes uint8 images; these are {images.dtype}. Say max_value=1 for floats in 0..1, "
+            "max_value=255 for floats in 0..255; images that are normalised already need no normalize"
+        )
+    if images.dtype != torch.uint8:
+        raise UsageError(f"normalize takes uint8 images of 0..255; these are {images.dtype}")
+
+
+def _check_shape(images: Tensor) -> None:
+    if images.dim() != 4 or images.shape[1] != 3:
+        hint = "; permute(0, 3, 1, 2) brings the channels to the front" if images.shape[-1:] == (3,) else ""
+        raise UsageError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}{hint}")
+
+
+def _check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+    for name, values in (("mean", mean), ("std", std)):
+        if not (isinstance(values, Sequence) and len(values) == 3):
+            raise UsageError(f"{name} must be three numbers, one for each channel, got {values!r}")
+    if not (all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)):
+        raise UsageError(
+            f"mean and std are in units of pixels scaled to 0..1, got mean={mean} and std={std}; divide those of "
+            "pixels in 0..255 by 255"
+        )
 
 
 def scaled(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,6 +24,8 @@ RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
 Floats: TypeAlias = npt.NDArray[np.float32]
 ROWS_IN_HTML, CLASSES_IN_HTML = 8, 3
 """What a notebook shows of targets."""
+Number: TypeAlias = float
+"""`float`, where `SoftTargets.float` hides it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,8 +87,48 @@ class SoftTargets:
     def device(self) -> torch.device:
         return self.weight.device
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SoftTargets:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of weights and floor."""
+        return self.weight.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> SoftTargets:
+        """Targets on another device or in another floating-point type; called as `torch.Tensor.to` is.
+
+        `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16, non_blocking=True)`, `to(other)` with a tensor or
+        other targets. A type changes weights, floor and shares; class indices and codes stay integers.
+
+        Raises UsageError for a type that is not floating-point.
+        """
+        args = tuple(arg.weight if isinstance(arg, SoftTargets) else arg for arg in args)
+        kwargs = {name: arg.weight if isinstance(arg, SoftTargets) else arg for name, arg in kwargs.items()}
+        probe = self.weight[:0].to(*args, **kwargs)
+        if not probe.is_floating_point():
+            raise UsageError(f"targets hold probabilities: their type must be floating-point, got {probe.dtype}")
+
+        def change(tensor: Tensor) -> Tensor:
+            # Another tensor of the wanted type and device, since a type must not be asked of integers.
+            like = probe if tensor.is_floating_point() else probe.to(tensor.dtype)
+            given = tuple(arg for arg in args if isinstance(arg, bool))
+            options = {name: arg for name, arg in kwargs.items() if name in ("non_blocking", "copy")}
+            return tensor.to(like, *given, **options)
+
+        return self._map(change)
+
+    def half(self) -> SoftTargets:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> SoftTargets:
+        return self.to(torch.bfloat16)
+
+    def float(self) -> SoftTargets:
+        return self.to(torch.float32)
+
+    def double(self) -> SoftTargets:
+        return self.to(torch.float64)
+
+    def cpu(self) -> SoftTargets:
+        return self.to("cpu")
 
     def cuda(self, *, non_blocking: bool = False) -> SoftTargets:
         return self.to("cuda", non_blocking=non_blocking)
@@ -95,10 +137,40 @@ class SoftTargets:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def dense(self) -> Tensor:
-        """The plain targets (B, C) float32, none below 0."""
+        """The plain targets (B, C), none below 0, in the type of the weights (float32 from a loader)."""
         target = self.floor[:, None].repeat(1, self.num_classes)
         # A class stored as 0 has the weight -floor; rounding must not leave -1e-12 of it, of which a log is NaN.
         return target.scatter_add_(1, self.index, self.weight).clamp_(min=0)
+
+    def tempered(self, temperature: Number) -> SoftTargets:
+        """Each target with a temperature T: every probability becomes p^(1/T), divided by their sum.
+
+        T above 1 makes targets softer. This is what a teacher's softmax at temperature T gives, as far as the stored
+        probabilities tell: the classes under the floor are taken to be equally probable. Entries of one class are
+        added up first. Raises UsageError for a temperature that is not positive and finite.
+        """
+        check_positive("temperature", temperature)
+        if temperature == 1:
+            return self
+        index, prob = self.merged()
+        # Relative to the largest, so that no power takes a whole row to 0.
+        peak = torch.maximum(prob.amax(dim=1), self.floor)
+        powers = (prob / peak[:, None]).pow(1 / temperature)
+        floor = (self.floor.clamp(min=0) / peak).pow(1 / temperature)
+        total = powers.sum(dim=1) + (self.num_classes - prob.shape[1]) * floor
+        floor = floor / total
+        return replace(self, index=index, weight=powers / total[:, None] - floor[:, None], floor=floor)
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Class indices and whole probabilities (B, K), the entries of one class added up in one place.
+
+        A place left over stands for a class that has the floor alone, and has the index of another entry.
+        """
+        index, order = self.index.sort(dim=1)
+        new_class = (index.diff(dim=1, prepend=index[:, :1]) != 0).cumsum(dim=1)
+        weight = torch.zeros_like(self.weight).scatter_add_(1, new_class, self.weight.gather(1, order))
+        # A class stored as 0 has the weight -floor; rounding must not leave less than nothing of it.
+        return index.scatter(1, new_class, index), (weight + self.floor[:, None]).clamp_(min=0)
 
     def total(self) -> Tensor:
         """The sum (B,) of each row: 1, but for rounding."""

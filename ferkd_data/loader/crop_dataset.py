@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from ferkd_data.calibration import Schedule
-from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.augment import Transform
@@ -19,7 +21,9 @@ from ferkd_data.loader.batch_maker import Work
 from ferkd_data.loader.opening import open_maker
 from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
 from ferkd_data.loader.plan import Place, Window
-from ferkd_data.loader.settings import ImagesMissing, LoaderSettings, OfEpoch, Verify
+from ferkd_data.loader.ranks import Ranks, check_ranks, ranks_now, warn_if_alone
+from ferkd_data.loader.settings import ImagesMissing, LoaderSettings, OfEpoch, Verify, counted, epoch_number
+from ferkd_data.loader.shared_epoch import RunTokens, SharedEpoch, Visit
 from ferkd_data.replay import Interpolation, empty_batch
 from ferkd_data.storage import default_cache_dir
 from ferkd_data.targets import SoftTargets
@@ -29,11 +33,53 @@ ROWS_AT_ONCE = 256
 """Whose order a stream works out together."""
 
 
+class Numbered(NamedTuple):
+    """A row, and which reading of it this is."""
+
+    row: int
+    epoch: int
+    number: int
+    """From 0, since the epoch began."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Which of a row's crops each of its readings gets, so that no two readings of an epoch get the same, on any rank.
+
+    An epoch has `per_rank * world_size` turns, each of M crops; reading n of a rank takes turn n * world_size + rank.
+    """
+
+    per_rank: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def of(cls, repeats: int) -> Turns:
+        if repeats == 1:
+            return cls()
+        rank, world_size = ranks_now(None, None)
+        return cls(-(-repeats // world_size), rank, world_size)
+
+    @property
+    def count(self) -> int:
+        return self.per_rank * self.world_size
+
+    def turn(self, number: int) -> tuple[int, int]:
+        """By how many epochs reading `number` (from 0) lies ahead, and its turn in that epoch."""
+        ahead, number = divmod(number, self.per_rank)
+        return ahead, number * self.world_size + self.rank
+
+
 class CropDataset(Dataset[Item]):
     """Map-style: `dataset[row]` is `(crops, targets)` of one image, uint8 (M, 3, S, S) and `SoftTargets` of M rows.
 
-    Give `dataset.collate` to the DataLoader, and call `set_epoch` before each epoch: it decides which crops are drawn,
-    and reaches workers that live on. Items are a pure function of (seed, key, epoch).
+    Give `dataset.collate` to the DataLoader. Each reading of a row draws the row's next M crops, so that a DataLoader
+    moves on from epoch to epoch by itself, also with workers. `set_epoch(e)` says which epoch's crops come first: call
+    it before each epoch where training may resume, or where epochs may end early. Readings are a pure function of
+    (seed, key, epoch, number of the reading).
+
+        dataset = fd.CropDataset(labels, images="imagenet/train")
+        loader = DataLoader(dataset, batch_size=256, shuffle=True, collate_fn=dataset.collate, num_workers=8)
     """
 
     def __init__(
@@ -42,6 +88,7 @@ class CropDataset(Dataset[Item]):
         *,
         images: str | Path | ImageSource | None = None,
         crops_per_image: int = 1,
+        repeats: int = 1,
         size: int | OfEpoch = 224,
         interpolation: Interpolation = "bilinear",
         calibration: Schedule = "ferkd",
@@ -52,10 +99,17 @@ class CropDataset(Dataset[Item]):
         transform: Transform | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
-        """The arguments are those of `CropLoader`. Raises UsageError and LabelSetError as it does."""
+        """
+        repeats: how often the sampler gives a row in one epoch, for repeated augmentation (timm's RepeatAugSampler,
+            torchvision's RASampler: 3 by default); all ranks together. Each time the row gives other crops.
+
+        The other arguments are those of `CropLoader`. Raises UsageError and LabelSetError as it does.
+        """
+        crops_per_image = counted("crops_per_image", crops_per_image)
+        self._turns = Turns.of(counted("repeats", repeats))
         settings = LoaderSettings(
-            batch_size=crops_per_image,
-            crops_per_image=crops_per_image,
+            batch_size=crops_per_image * self._turns.count,
+            crops_per_image=crops_per_image * self._turns.count,
             size=size,
             interpolation=interpolation,
             calibration=calibration,
@@ -68,54 +122,98 @@ class CropDataset(Dataset[Item]):
         )
         cache = Path(cache_dir) if cache_dir else default_cache_dir()
         self._maker = open_maker(labels, images, settings, cache, at_random=True)
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._crops_per_image = crops_per_image
+        self.shared = SharedEpoch(len(self))
+        self._warned = False
         self._maker.prepare_blocks(0)
 
     def __len__(self) -> int:
         return len(self._maker.labels)
 
-    def set_epoch(self, epoch: int) -> None:
-        if epoch < 0:
-            raise UsageError(f"epoch must not be negative, got {epoch}")
-        self._epoch[0] = epoch
+    @property
+    def epoch(self) -> int:
+        """As `set_epoch` said last, else 0."""
+        return self.shared.epoch
+
+    def prepare(self, epoch: int) -> None:
+        """Unpack the crop blocks of an epoch before workers ask for them."""
         self._maker.prepare_blocks(epoch)
 
-    def __getitem__(self, row: int) -> Item:
+    def set_epoch(self, epoch: int) -> None:
+        """Let every row go on with the crops of this epoch; reaches worker processes that live on.
+
+        Raises UsageError for what is no epoch's number.
+        """
+        epoch = epoch_number(epoch)
+        if not self.shared.calls:
+            self._maker.first_epoch = epoch
+        self.shared.set_epoch(epoch)
+        self._maker.prepare_blocks(epoch)
+
+    def __getitem__(self, row: int | Numbered) -> Item:
         """Raises LoaderError when the image cannot be used, IndexError beyond the last row."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        epoch = int(self._epoch[0])
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int | Numbered]) -> list[Item]:
+        """Several rows at once, as a DataLoader asks for a batch. A row may come more than once."""
+        checked = [_checked(row, len(self)) for row in rows]
+        visits = iter(self.shared.visit([row for row in checked if not isinstance(row, Numbered)]))
+        return [self.item(*row) if isinstance(row, Numbered) else self._next_item(row, next(visits)) for row in checked]
+
+    def numbered(self, sampler: Iterable[int]) -> NumberedSampler:
+        """The sampler's rows, each with the number of its reading, counted where the sampler runs.
+
+        Without it, worker processes count together, and where a row comes again in the next batch, chance decides which
+        of two workers reads first. With it, batches do not depend on the workers. Its `set_epoch` is that of the
+        sampler and of the data set.
+        """
+        return NumberedSampler(self, sampler)
+
+    def item(self, row: int, epoch: int, number: int = 0) -> Item:
+        """The crops and targets of a row when it is read for the `number`-th time (from 0) since an epoch began."""
+        ahead, turn = self._turns.turn(number)
+        epoch, crops = epoch + ahead, self._crops_per_image
         shape = self._maker.epochs.at(epoch)
-        crops = shape.crops_per_image
         images = empty_batch(crops, shape.size, shared=get_worker_info() is not None)
-        window = Window(
-            epoch=epoch,
-            positions=np.array([row]),
-            slots=np.arange(crops)[None],
-            batches=(crops,),
-            places=(Place(),),
-        )
+        slots = np.full((1, shape.crops_per_image), -1)
+        slots[0, turn * crops : (turn + 1) * crops] = np.arange(crops)
+        window = Window(epoch=epoch, positions=np.array([row]), slots=slots, batches=(crops,), places=(Place(),))
         made = self._maker.make(Work(window, images))
         return images, self._maker.targets(made)
+
+    def _next_item(self, row: int, visit: Visit) -> Item:
+        ahead, _ = self._turns.turn(visit.number)
+        if visit.told and ahead and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"row {row} was read again in the epoch that set_epoch({visit.epoch}) began, and gives the crops of "
+                f"epoch {visit.epoch + ahead}. Call set_epoch before each epoch; where the sampler repeats rows within "
+                "an epoch, say how often: CropDataset(repeats=3)",
+                stacklevel=5,
+            )
+        return self.item(row, visit.epoch, visit.number)
 
     def stream(
         self,
         *,
         order: OrderKind = "global",
         shards_together: int = 8,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> CropStream:
-        """The same items as an iterable data set, in the order of an epoch; `order` as in `CropLoader`."""
-        if not 0 <= rank < world_size:
-            raise UsageError(f"rank must be 0..{world_size - 1}, got {rank}")
+        """The same items as an iterable data set, in the order of an epoch.
+
+        `order`, `rank` and `world_size` as in `CropLoader`. The stream begins with the epoch of `set_epoch`, and each
+        iteration over it is another epoch.
+        """
+        check_ranks(rank, world_size)
         check_order(order)
         return CropStream(self, order, shards_together, rank, world_size)
 
-    def rows_of_epoch(self, positions: Rows, order: OrderKind, shards_together: int) -> Rows:
-        """The rows at these positions of the present epoch."""
+    def rows_of_epoch(self, epoch: int, positions: Rows, order: OrderKind, shards_together: int) -> Rows:
+        """The rows at these positions of an epoch."""
         shard_rows = [shard.rows for shard in self._maker.labels.manifest.shards]
-        seed, epoch = self._maker.settings.seed, int(self._epoch[0])
+        seed = self._maker.settings.seed
         return epoch_order(order, shard_rows, seed=seed, epoch=epoch, shards_together=shards_together).rows(positions)
 
     @staticmethod
@@ -127,25 +225,84 @@ class CropDataset(Dataset[Item]):
 class CropStream(IterableDataset[Item]):
     """Made by `CropDataset.stream`. Every image of an epoch once, dealt out to ranks and their DataLoader's workers.
 
+    Each iteration is the next epoch, for all workers of a DataLoader together; `set_epoch` says which one is next.
     Ranks get disjoint images, equally many: of N images, N % world_size are left out of an epoch. Workers interleave,
     so that, unlike with `CropLoader`, what is in a batch depends on their number.
     """
 
     def __init__(
-        self, dataset: CropDataset, order: OrderKind, shards_together: int, rank: int, world_size: int
+        self, dataset: CropDataset, order: OrderKind, shards_together: int, rank: int | None, world_size: int | None
     ) -> None:
         self.dataset = dataset
         self._order, self._shards_together = order, shards_together
         self._rank, self._world_size = rank, world_size
+        self._shared = SharedEpoch(0)
+        self._shared.follow(dataset.shared)
+        self._tokens = RunTokens()
 
     def __len__(self) -> int:
-        return len(self.dataset) // self._world_size
+        """Images of an epoch, for this rank."""
+        return len(self.dataset) // self._ranks().world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration be this epoch; reaches worker processes that live on."""
+        epoch = epoch_number(epoch)
+        self._shared.set_epoch(epoch)
+        self.dataset.prepare(epoch)
 
     def __iter__(self) -> Iterator[Item]:
+        # Not a generator: the epoch is settled here, when all workers begin, and not with the first item.
+        ranks = self._ranks()
+        warn_if_alone(ranks, self._world_size)
+        return self._items(self._shared.begin_run(self._tokens.next(), self.dataset.shared), ranks)
+
+    def _items(self, epoch: int, ranks: Ranks) -> Iterator[Item]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        mine = range(first, len(self), step)
+        mine = range(first, len(self.dataset) // ranks.world_size, step)
         for start in range(0, len(mine), ROWS_AT_ONCE):
-            positions = np.array(mine[start : start + ROWS_AT_ONCE]) * self._world_size + self._rank
-            for row in self.dataset.rows_of_epoch(positions, self._order, self._shards_together).tolist():
-                yield self.dataset[row]
+            positions = np.array(mine[start : start + ROWS_AT_ONCE]) * ranks.world_size + ranks.rank
+            rows = self.dataset.rows_of_epoch(epoch, positions, self._order, self._shards_together)
+            for row in rows.tolist():
+                yield self.dataset.item(row, epoch)
+
+    def _ranks(self) -> Ranks:
+        return ranks_now(self._rank, self._world_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes, in which torch.distributed is not initialised."""
+        rank, world_size = self._ranks()
+        return {**self.__dict__, "_rank": rank, "_world_size": world_size}
+
+
+class NumberedSampler(Sampler[Numbered]):
+    """Made by `CropDataset.numbered`. Each iteration is another epoch of the data set, in the order of the sampler."""
+
+    def __init__(self, dataset: CropDataset, sampler: Iterable[int]) -> None:
+        self.dataset, self.sampler = dataset, sampler
+        self._next, self._told = dataset.epoch, dataset.shared.calls
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration be this epoch, also for the sampler where that has epochs."""
+        self.dataset.set_epoch(epoch)
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Numbered]:
+        shared = self.dataset.shared
+        epoch = self._next if self._told == shared.calls else shared.epoch
+        self._next, self._told = epoch + 1, shared.calls
+        counts = np.zeros(len(self.dataset), np.int32)
+        for row in self.sampler:
+            yield Numbered(int(row), epoch, int(counts[row]))
+            counts[row] += 1
+
+
+def _checked(row: int | Numbered, num_rows: int) -> int | Numbered:
+    number = row.row if isinstance(row, Numbered) else row
+    if not 0 <= number < num_rows:
+        raise IndexError(f"row {number} of {num_rows}")
+    return row if isinstance(row, Numbered) else int(row)

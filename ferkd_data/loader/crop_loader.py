@@ -22,6 +22,7 @@ from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.opening import open_maker
 from ferkd_data.loader.order import OrderKind
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, read_place, saved_epoch, settled, windows
+from ferkd_data.loader.ranks import Ranks, ranks_now, warn_if_alone
 from ferkd_data.loader.settings import EpochKind, ImagesMissing, LoaderSettings, OfEpoch, OnError, Verify, epoch_number
 from ferkd_data.loader.workers import Workers
 from ferkd_data.replay import Interpolation
@@ -57,8 +58,8 @@ class CropLoader:
         shards_together: int = 8,
         drop_last: bool = True,
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         num_workers: int = 0,
         prefetch_factor: int = 2,
         pin_memory: bool = False,
@@ -85,6 +86,8 @@ class CropLoader:
         order: global: any image may follow any other; a crop block is unpacked as a whole first. shards: shards in
             random order, `shards_together` at a time; sequential: as the label set has them. These two read shard by
             shard, and fetch the next ones in the background.
+        rank, world_size: by default those of torch.distributed, looked up when an iteration begins. Each rank gets its
+            own part of an epoch's images. Say 0 and 1 to train each process on everything.
         pin_memory: copy batches to page-locked memory, from which a GPU fetches faster; without a GPU there is none.
         drop_last: leave out the last, incomplete batch. False: it is shorter, the same on all ranks; up to
             world_size - 1 images come twice.
@@ -171,7 +174,7 @@ class CropLoader:
             layout, settings = self._layout(epoch), self.settings
             raise UsageError(
                 f"{layout.num_images} images x {layout.crops_per_image} crops make no batch of {settings.batch_size} "
-                f"for each of {settings.world_size} ranks in epoch {epoch}; use a smaller batch_size, or "
+                f"for each of {self.world_size} ranks in epoch {epoch}; use a smaller batch_size, or "
                 "drop_last=False"
             )
 
@@ -184,11 +187,13 @@ class CropLoader:
 
     @property
     def rank(self) -> int:
-        return self.settings.rank
+        """This process's number among those that train together, now."""
+        return ranks_now(self.settings.rank, self.settings.world_size).rank
 
     @property
     def world_size(self) -> int:
-        return self.settings.world_size
+        """How many processes train together, now: each gets its own part of an epoch's images."""
+        return ranks_now(self.settings.rank, self.settings.world_size).world_size
 
     @property
     def epoch(self) -> int:
@@ -212,15 +217,17 @@ class CropLoader:
         epoch that was begun last, however far that came. Once it has begun, earlier iterators over the same loader
         raise LoaderError unless they have given all their batches.
         """
+        ranks = ranks_now(self.settings.rank, self.settings.world_size)
         start = self._start()
         if not self._begun:
+            warn_if_alone(ranks, self.settings.world_size)
             self._maker.first_epoch, self._begun = start.epoch, True
         self._check_not_empty(start.epoch)
         self._maker.prepare_blocks(start.epoch)
         self._place, self._asked = start, None
         self._iteration += 1
         iteration, left = self._iteration, self._count(start)
-        for window, images, made in self._made(start):
+        for window, images, made in self._made(start, ranks):
             for batch, place in self._split(made, window, images):
                 self._place, self._resumes = place, False
                 left -= 1
@@ -287,7 +294,7 @@ class CropLoader:
             start += size
             yield (images[rows], targets[rows]), self._settled(place)
 
-    def _made(self, start: Place) -> Iterator[tuple[Window, Tensor, Made]]:
+    def _made(self, start: Place, ranks: Ranks) -> Iterator[tuple[Window, Tensor, Made]]:
         """The windows from `start` to the end of its epoch in order, each with its crops."""
         layout = self._layout(start.epoch)
         shape = (layout.spread * layout.batch_size, self._maker.epochs.at(start.epoch).size)
@@ -301,7 +308,7 @@ class CropLoader:
                 self._workers = DeviceWorkers(self._maker, self._decode_device, *processes)
             else:
                 self._workers = Workers(self._maker, *shape, *processes)
-        planned = windows(layout, start, rank=self.rank, world_size=self.world_size)
+        planned = windows(layout, start, rank=ranks.rank, world_size=ranks.world_size)
         came = False
         try:
             for made in self._workers.make(planned):

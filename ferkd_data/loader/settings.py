@@ -18,6 +18,7 @@ from ferkd_data.calibration import Schedule, calibration_at
 from ferkd_data.errors import UsageError
 from ferkd_data.loader.augment import Transform
 from ferkd_data.loader.order import OrderKind, check_order
+from ferkd_data.loader.ranks import check_ranks
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
 from ferkd_data.selfmix import SelfMix
 
@@ -37,7 +38,7 @@ AT_LEAST = {
     "prefetch_factor": 1,
 }
 """The smallest value of each setting that counts something."""
-WHOLE_NUMBERS = (*AT_LEAST, "size", "seed", "rank", "world_size")
+WHOLE_NUMBERS = (*AT_LEAST, "size", "seed")
 SWITCHES = ("drop_last", "pin_memory", "keys")
 MAX_SIZE = 8192
 
@@ -66,8 +67,9 @@ class LoaderSettings:
     shards_together: int = 8
     drop_last: bool = True
     seed: int = 0
-    rank: int = 0
-    world_size: int = 1
+    rank: int | None = None
+    world_size: int | None = None
+    """None: as torch.distributed has them when an iteration begins."""
     num_workers: int = 0
     prefetch_factor: int = 2
     """Windows that each worker makes ahead."""
@@ -85,6 +87,9 @@ class LoaderSettings:
     def __post_init__(self) -> None:
         for name in WHOLE_NUMBERS:
             if not (name in OF_EPOCH and callable(getattr(self, name))):
+                object.__setattr__(self, name, _whole_number(name, getattr(self, name)))
+        for name in ("rank", "world_size"):
+            if getattr(self, name) is not None:
                 object.__setattr__(self, name, _whole_number(name, getattr(self, name)))
         if not isinstance(self.spread, bool):
             object.__setattr__(self, "spread", _whole_number("spread", self.spread))
@@ -151,8 +156,7 @@ class LoaderSettings:
             raise UsageError(f"transform must be a function of a crop, uint8 (3, S, S), got {self.transform!r}")
         if self.transform is not None and self.decode_device is not None:
             raise UsageError("transform needs crops that workers cut: leave out decode_device")
-        if not 0 <= self.rank < self.world_size:
-            raise UsageError(f"rank must be 0..{self.world_size - 1}, got {self.rank}")
+        check_ranks(self.rank, self.world_size)
 
 
 def epoch_number(epoch: Any) -> int:
@@ -160,6 +164,14 @@ def epoch_number(epoch: Any) -> int:
     number = _whole_number("epoch", epoch)
     if number < 0:
         raise UsageError(f"epoch must not be negative, got {number}")
+    return number
+
+
+def counted(name: str, value: Any, least: int = 1) -> int:
+    """A setting that counts something, as a plain int. Raises UsageError for anything less than `least`."""
+    number = _whole_number(name, value)
+    if number < least:
+        raise UsageError(f"{name} must be at least {least}, got {number}")
     return number
 
 

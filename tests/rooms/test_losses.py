@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from ferkd_data.errors import UsageError
-from ferkd_data.losses import entropy, kl_div, soft_cross_entropy
+from ferkd_data.losses import SoftTargetLoss, entropy, kl_div, soft_cross_entropy
 from ferkd_data.selfmix import SelfMix
 from ferkd_data.targets import SoftTargets, recover
 
@@ -146,6 +148,86 @@ def test_reductions_under_autocast(classes, reduction):
         (gradient,) = torch.autograd.grad(loss.sum(), logits)
         (expected_gradient,) = torch.autograd.grad(expected.sum(), plain)
         torch.testing.assert_close(gradient.float(), expected_gradient, atol=1e-6, rtol=1 / 128)
+
+
+@pytest.mark.parametrize("classes", [7, 1000])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_one_temperature_softens_both_sides(classes, temperature):
+    """Against the softmax of a teacher's logits at that temperature, as distillation is usually written."""
+    generator = torch.Generator().manual_seed(classes)
+    teacher, student = (torch.randn(6, classes, generator=generator, dtype=torch.float64) for _ in range(2))
+    prob = teacher.softmax(1)
+    expected = temperature**2 * functional.kl_div(
+        (student / temperature).log_softmax(1), (teacher / temperature).softmax(1), reduction="batchmean"
+    )
+    sparse = SoftTargets(
+        index=torch.arange(classes).repeat(6, 1), weight=prob, floor=torch.zeros(6).double(), num_classes=classes
+    )
+    for targets in (sparse, prob):
+        torch.testing.assert_close(kl_div(student, targets, temperature=temperature), expected)
+        one_sided = kl_div(student, targets, temperature=temperature, target_temperature=1)
+        plain = functional.kl_div((student / temperature).log_softmax(1), prob, reduction="batchmean")
+        torch.testing.assert_close(one_sided, temperature**2 * plain)
+
+
+@pytest.mark.parametrize(("classes", "entries"), [(2, 9), (6, 6), (1000, 1), (1000, 96)])
+def test_tempered_targets_are_the_tempered_dense_ones(classes, entries):
+    targets = random_targets(5, classes, entries, seed=entries)
+    for temperature in (0.5, 1, 3):
+        powers = targets.dense().double().pow(1 / temperature)
+        expected = (powers / powers.sum(1, keepdim=True)).float()
+        tempered = targets.tempered(temperature)
+        torch.testing.assert_close(tempered.dense(), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(tempered.total(), torch.ones(5))
+
+
+def test_sharp_targets_are_tempered_without_nan():
+    targets = confident_targets()
+    logits = torch.randn(256, 1000)
+    for temperature in (0.05, 2, 50):
+        sparse, dense = (kl_div(logits, t, temperature=temperature) for t in (targets, targets.dense()))
+        assert sparse.isfinite()
+        torch.testing.assert_close(sparse, dense, atol=1e-3, rtol=1e-3)
+
+
+def test_dense_targets_give_what_sparse_ones_give():
+    targets, logits = random_targets(8, 50, 4), torch.randn(8, 50)
+    torch.testing.assert_close(entropy(targets.dense()), entropy(targets), atol=1e-5, rtol=1e-5)
+    for temperature in (1.0, 3.0):
+        torch.testing.assert_close(
+            kl_div(logits, targets.dense(), temperature=temperature), kl_div(logits, targets, temperature=temperature)
+        )
+
+
+def test_the_loss_as_a_module():
+    targets, logits = random_targets(8, 50, 4), torch.randn(8, 50)
+    hard = torch.tensor([3, -1, 7, 7, -1, 0, 1, 2])
+    known = replace(targets, hard=hard)
+    loss = SoftTargetLoss()
+    torch.testing.assert_close(loss(logits, targets), soft_cross_entropy(logits, targets))
+    torch.testing.assert_close(loss(logits, targets.dense()), soft_cross_entropy(logits, targets))
+    warm = SoftTargetLoss(temperature=4, reduction="sum")
+    torch.testing.assert_close(warm(logits, targets), kl_div(logits, targets, temperature=4, reduction="sum"))
+    mixed = SoftTargetLoss(temperature=2, hard_weight=0.25)
+    expected = 0.75 * kl_div(logits, targets, temperature=2) + 0.25 * functional.cross_entropy(
+        logits, hard, ignore_index=-1
+    )
+    torch.testing.assert_close(mixed(logits, known), expected)
+    unknown = replace(targets, hard=torch.full((8,), -1))
+    torch.testing.assert_close(mixed(logits, unknown), 0.75 * kl_div(logits, targets, temperature=2))
+    assert repr(mixed) == "SoftTargetLoss(temperature=2, hard_weight=0.25, reduction='mean')"
+    with pytest.raises(UsageError, match=r"hard_weight needs the ground truth"):
+        mixed(logits, targets)
+    for settings in ({"hard_weight": 1.5}, {"temperature": 0}, {"reduction": "batchmean"}):
+        with pytest.raises(UsageError):
+            SoftTargetLoss(**settings)
+
+
+def test_half_precision_targets_lose_little():
+    targets, logits = random_targets(8, 50, 4), torch.randn(8, 50)
+    for half in (targets.half(), targets.bfloat16()):
+        for loss in (soft_cross_entropy, kl_div):
+            torch.testing.assert_close(loss(logits, half), loss(logits, targets), atol=0.05, rtol=0.02)
 
 
 def test_dense_targets_are_not_broadcast():

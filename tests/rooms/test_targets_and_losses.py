@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -101,7 +103,7 @@ def test_sparse_losses_equal_dense_ones_with_their_gradients(rows, classes, entr
     for ours, reference in (
         (lambda z: soft_cross_entropy(z, targets), lambda z: torch.nn.functional.cross_entropy(z, dense)),
         (
-            lambda z: kl_div(z, targets, temperature=2.0),
+            lambda z: kl_div(z, targets, temperature=2.0, target_temperature=1.0),
             lambda z: torch.nn.functional.kl_div((z / 2).log_softmax(1), dense, reduction="batchmean") * 4,
         ),
     ):
@@ -324,3 +326,50 @@ def test_targets_move_slice_and_join():
     assert len(targets[2:5]) == 3 and torch.equal(targets[torch.tensor([1])].dense(), targets.dense()[1:2])
     assert torch.equal(SoftTargets.cat([targets[:2], targets[2:]]).dense(), targets.dense())
     assert targets.to("cpu").device.type == "cpu"
+
+
+FULL = {"hard": torch.tensor([1, -1]), "hard_share": torch.ones(2), "bucket": torch.tensor([3, 0], dtype=torch.uint8)}
+
+
+def full_targets():
+    return replace(random_targets(2, 5, 3, seed=1), keys=("a", "b"), **FULL)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.to(torch.float16),
+        lambda t: t.half(),
+        lambda t: t.to("cpu", torch.float16),
+        lambda t: t.to("cpu", torch.float16, True),
+        lambda t: t.to(device="cpu", dtype=torch.float16, non_blocking=True),
+        lambda t: t.to(dtype=torch.float16),
+        lambda t: t.to(torch.zeros(1, dtype=torch.float16)),
+        lambda t: t.to(t.half()),
+        lambda t: t.to(tensor=torch.zeros(1, dtype=torch.float16)),
+    ],
+)
+def test_a_type_changes_probabilities_and_no_class_numbers(change):
+    before = full_targets()
+    after = change(before)
+    assert after.dtype == after.weight.dtype == after.floor.dtype == after.hard_share.dtype == torch.float16
+    for name in ("index", "hard", "bucket"):
+        assert torch.equal(getattr(after, name), getattr(before, name))
+        assert getattr(after, name).dtype == getattr(before, name).dtype
+    assert after.keys == before.keys and after.dense().dtype == torch.float16
+
+
+def test_a_move_changes_no_type():
+    before = full_targets()
+    for after in (before.to("cpu"), before.to(torch.device("cpu"), non_blocking=True), before.cpu(), before.to("meta")):
+        assert (after.index.dtype, after.weight.dtype, after.bucket.dtype) == (torch.int64, torch.float32, torch.uint8)
+    assert after.device.type == after.hard.device.type == after.bucket.device.type == "meta"
+    assert before.double().float().bfloat16().dtype == torch.bfloat16
+    copied = before.to("cpu", copy=True)
+    assert copied.index.data_ptr() != before.index.data_ptr() and torch.equal(copied.index, before.index)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_probabilities_do_not_become_integers(dtype):
+    with pytest.raises(UsageError, match="their type must be floating-point"):
+        full_targets().to(dtype)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import gc
+import pickle
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
+from ferkd_data.loader.crop_dataset import Turns
 
 
 @pytest.fixture
@@ -54,31 +58,190 @@ def test_items_and_errors(dataset):
         dataset.set_epoch(-1)
 
 
+def crops_of(batches):
+    return [image.numpy().tobytes() for images, _ in batches for image in images]
+
+
+@pytest.fixture
+def epochs(dataset):
+    """The crops of each image in each of the first epochs: (epoch, row) -> bytes of M crops."""
+    return {
+        dataset.item(row, epoch)[0].numpy().tobytes(): (epoch, row) for epoch in range(4) for row in range(len(dataset))
+    }
+
+
+def loader_of(data, num_workers, persistent=False, **settings):
+    return DataLoader(
+        data,
+        num_workers=num_workers,
+        persistent_workers=persistent,
+        multiprocessing_context="forkserver" if num_workers else None,
+        **({"batch_size": None} | settings),
+    )
+
+
+WORKERS = [(0, False), (2, False), (2, True)]
+
+
+@pytest.mark.parametrize(("num_workers", "persistent"), WORKERS)
+def test_under_a_dataloader_it_moves_on_by_itself(dataset, epochs, num_workers, persistent):
+    loader = loader_of(dataset, num_workers, persistent, shuffle=True)
+    for epoch in range(3):
+        seen = [epochs[images.numpy().tobytes()] for images, _ in loader]
+        assert sorted(seen) == [(epoch, row) for row in range(20)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_set_epoch_says_where_to_go_on(dataset, epochs, num_workers):
+    loader = loader_of(dataset, num_workers, num_workers > 0)
+    for epoch in (2, 0, 3):
+        dataset.set_epoch(epoch)
+        assert [epochs[images.numpy().tobytes()] for images, _ in loader] == [(epoch, row) for row in range(20)]
+
+
+def test_a_row_that_is_read_again_after_set_epoch_is_said_once(dataset, epochs):
+    dataset.set_epoch(1)
+    with pytest.warns(
+        UserWarning, match=r"row 7 was read again in the epoch that set_epoch\(1\) began.*repeats="
+    ) as said:
+        seen = [epochs[dataset[row][0].numpy().tobytes()] for row in (7, 7, 8, 8)]
+    assert len(said) == 1 and seen == [(1, 7), (2, 7), (1, 8), (2, 8)]
+
+
+@pytest.fixture
+def repeated(label_set, photos, tmp_path):
+    return fd.CropDataset(
+        fd.open_labels(label_set), images=photos, repeats=3, size=16, calibration="fkd", cache_dir=tmp_path
+    )
+
+
+def samplers(dataset):
+    from timm.data.distributed_sampler import RepeatAugSampler
+
+    return {
+        "timm": RepeatAugSampler(dataset, num_replicas=1, rank=0, num_repeats=3, selected_round=0),
+        "plain": [row for row in (3, 1, 4, 6, 5) for _ in range(3)],
+    }
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("name", ["timm", "plain"])
+def test_a_sampler_that_repeats_rows_gets_other_crops_each_time(repeated, name, num_workers):
+    """Batches of 6 hold whole repetitions. No crop comes twice in 3 epochs of at most 3 crops, of 10."""
+    sampler = samplers(repeated)[name]
+    loader = loader_of(repeated, num_workers, batch_size=6, sampler=sampler, collate_fn=repeated.collate)
+    seen = []
+    for epoch in range(3):
+        repeated.set_epoch(epoch)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        seen.append(crops_of(loader))
+        repeated.set_epoch(epoch)
+        assert crops_of(loader) == seen[-1]
+    every = [crop for crops in seen for crop in crops]
+    assert len(every) >= 45 and len(set(every)) > 0.9 * len(every)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_numbered_rows_do_not_depend_on_the_workers(repeated, num_workers):
+    """Batches of 4 cut repetitions in two, which go to two workers."""
+    sampler = repeated.numbered(samplers(repeated)["timm"])
+    loader = loader_of(repeated, num_workers, batch_size=4, sampler=sampler, collate_fn=repeated.collate)
+    expected = []
+    for epoch in range(2):
+        inner = samplers(repeated)["timm"]
+        inner.set_epoch(epoch)
+        counts = [0] * 20
+        for row in inner:
+            expected.append(repeated.item(row, epoch, counts[row])[0].numpy().tobytes())
+            counts[row] += 1
+    seen = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        seen += crops_of(loader)
+    assert seen == expected and len(sampler) == len(seen) // 2
+
+
+def test_ranks_draw_different_crops_where_rows_repeat():
+    """An image's three readings go to any ranks of eight, or two to one rank of two."""
+    for world_size in range(1, 9):
+        turns = [Turns(-(-3 // world_size), rank, world_size) for rank in range(world_size)]
+        taken = [t.turn(number) for t in turns for number in range(t.per_rank)]
+        assert len(set(taken)) == len(taken) == turns[0].count and {ahead for ahead, _ in taken} == {0}
+        assert turns[0].turn(turns[0].per_rank) == (1, 0)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("order", ["global", "shards", "sequential"])
-def test_a_stream_gives_every_image_of_the_epoch_once(dataset, label_set, order, num_workers):
+def test_a_stream_gives_every_image_of_the_epoch_once(dataset, epochs, order, num_workers):
     """To 3 ranks of 6 images each; which image an item is, shows in its pixels."""
-    items = {row: dataset[row][0].numpy().tobytes() for row in range(len(dataset))}
-    rows = {pixels: row for row, pixels in items.items()}
     ranks = []
     for rank in range(3):
         stream = dataset.stream(order=order, rank=rank, world_size=3)
-        context = "forkserver" if num_workers else None
-        plain = DataLoader(stream, batch_size=None, num_workers=num_workers, multiprocessing_context=context)
-        ranks.append([rows[images.numpy().tobytes()] for images, _ in plain])
+        ranks.append([epochs[images.numpy().tobytes()] for images, _ in loader_of(stream, num_workers)])
         assert len(ranks[-1]) == len(stream) == 6
-    seen = sorted(row for rank in ranks for row in rank)
+    seen = sorted(row for rank in ranks for _, row in rank)
     assert len(set(seen)) == 18 and set(seen) < set(range(20))
-    assert (order == "sequential") == (ranks[0] == [0, 3, 6, 9, 12, 15] and seen == list(range(18)))
+    assert {epoch for rank in ranks for epoch, _ in rank} == {0}
+    in_order = [row for _, row in ranks[0]] == [0, 3, 6, 9, 12, 15] and seen == list(range(18))
+    assert (order == "sequential") == in_order
 
 
-def test_a_stream_follows_set_epoch(dataset):
-    first = [images for images, _ in dataset.stream()]
-    again = [images for images, _ in dataset.stream()]
-    assert all(map(torch.equal, first, again))
-    dataset.set_epoch(1)
-    assert not all(map(torch.equal, first, (images for images, _ in dataset.stream())))
-    with pytest.raises(UsageError, match=r"rank must be 0\.\.1"):
-        dataset.stream(rank=2, world_size=2)
-    with pytest.raises(UsageError, match="order must be"):
-        dataset.stream(order="random")
+@pytest.mark.parametrize(("num_workers", "persistent"), WORKERS)
+def test_each_iteration_over_a_stream_is_the_next_epoch(dataset, epochs, num_workers, persistent):
+    stream = dataset.stream()
+    loader = loader_of(stream, num_workers, persistent)
+
+    def run():
+        return sorted(epochs[images.numpy().tobytes()] for images, _ in loader)
+
+    assert [run() for _ in range(3)] == [[(epoch, row) for row in range(20)] for epoch in range(3)]
+    stream.set_epoch(1)
+    assert [run()[0][0] for _ in range(2)] == [1, 2]
+    dataset.set_epoch(3)
+    assert {epoch for epoch, _ in run()} == {3}
+
+
+@pytest.mark.parametrize(("num_workers", "persistent"), WORKERS)
+def test_a_stream_that_is_left_early_goes_on_with_the_next_epoch(dataset, epochs, num_workers, persistent):
+    loader = loader_of(dataset.stream(), num_workers, persistent)
+    for _ in loader:
+        break
+    assert sorted(epochs[images.numpy().tobytes()] for images, _ in loader) == [(1, row) for row in range(20)]
+
+
+def test_what_a_stream_cannot_be(dataset):
+    for changes, message in (
+        ({"rank": 2, "world_size": 2}, r"rank must be 0\.\.1"),
+        ({"rank": 1}, "rank and world_size go together"),
+        ({"order": "random"}, "order must be"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            dataset.stream(**changes)
+    with pytest.raises(UsageError, match="negative"):
+        dataset.stream().set_epoch(-1)
+
+
+@pytest.mark.parametrize("name", ["repeats", "crops_per_image"])
+@pytest.mark.parametrize(
+    ("value", "message"), [(0, "at least 1, got 0"), (True, "whole number"), (1.5, "whole number")]
+)
+def test_what_counts_cannot_be(label_set, photos, name, value, message):
+    with pytest.raises(UsageError, match=f"{name} must be .*{message}"):
+        fd.CropDataset(fd.open_labels(label_set), images=photos, **{name: value})
+
+
+def test_the_file_that_processes_share_goes_with_the_data_set(dataset):
+    path = dataset.shared._path
+    assert path.exists()
+    copied = pickle.loads(pickle.dumps(dataset))
+    dataset.set_epoch(7)
+    assert copied.epoch == 7
+    del copied
+    gc.collect()
+    assert path.exists()
+    shared = dataset.shared
+    dataset.__dict__.clear()
+    del shared
+    gc.collect()
+    assert not path.exists()

@@ -13,7 +13,7 @@ from ferkd_data.errors import UsageError
 from ferkd_data.loader.settings import LoaderSettings
 
 NOT_SETTINGS = {"self", "labels", "images", "cache_dir", "verify_labels"}
-"""Parameters of `CropLoader` that say what is loaded, or from where."""
+"""Parameters of `CropLoader` that say what is loaded, from where, and whether it is checked."""
 
 
 def test_the_loaders_signature_is_the_settings():
@@ -52,7 +52,10 @@ def test_spread_in_batches(spread, batches):
         ({"drop_last": "no"}, "drop_last must be True or False, got 'no'"),
         ({"pin_memory": 1}, "pin_memory must be True or False, got 1"),
         ({"on_error": "ignore"}, "on_error must be one of raise, skip, got 'ignore'"),
-        ({"rank": -1}, r"rank must be 0\.\.0, got -1"),
+        ({"rank": -1, "world_size": 1}, r"rank must be 0\.\.0, got -1"),
+        ({"rank": 1}, "rank and world_size go together, got rank=1 and world_size=None"),
+        ({"world_size": 2}, "go together, got rank=None and world_size=2"),
+        ({"rank": "0", "world_size": 1}, "rank must be a whole number, got '0'"),
         ({"epoch": "all"}, "epoch must be one of images, crops, got 'all'"),
         ({"keys": "yes"}, "keys must be True or False, got 'yes'"),
         ({"transform": 3}, "transform must be a function of a crop"),
