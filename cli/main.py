@@ -13,7 +13,7 @@ import click
 import ferkd_data
 from ferkd_data.errors import FerkdError
 
-from .say import say
+from .say import say, say_what_is_logged
 
 COMMANDS = {
     "build": "Label images with a teacher ensemble and write a label set.",
@@ -65,6 +65,7 @@ def cli(debug: bool) -> None:
 
 def run(args: list[str]) -> int:
     """Run the program and give its exit status; errors are one line on stderr."""
+    say_what_is_logged()
     debug = "--debug" in args
     args = _join_thresholds([arg for arg in args if arg != "--debug"])
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,3 +39,15 @@ def above(write: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         _above = None
+
+
+class _OnStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"ferkd-data: {record.getMessage()}", err=True)
+
+
+def say_what_is_logged() -> None:
+    """From now on, the library's warnings (what is tried again, and why) are lines on stderr."""
+    logger = logging.getLogger("ferkd_data")
+    if not any(isinstance(handler, _OnStderr) for handler in logger.handlers):
+        logger.addHandler(_OnStderr())

@@ -1,14 +1,23 @@
-"""Files over HTTP, by urllib3: in ranges, read only."""
+"""Files over HTTP, by urllib3: in ranges, read only.
+
+Redirects are followed here: urllib3 would first read the body of each to its end, and a body may have none.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urljoin, urlsplit
 
 from ferkd_data.errors import RemoteError, UsageError
+from ferkd_data.remote.http_errors import failure
 from ferkd_data.remote.transport import NOT_FOUND, TRANSIENT, Chunks, Transient, refused
 from ferkd_data.storage import CHUNK_BYTES
+
+CONNECT_SECONDS = 15.0
+MAX_REDIRECTS = 3
+NEVER_SERVED = (501, 505)
+"""What is not implemented now will not be so in a minute."""
 
 
 class HttpTransport:
@@ -18,14 +27,14 @@ class HttpTransport:
         self._url, self._log_in = url, log_in
         # Compressed transfers would make byte positions meaningless.
         self._headers = {"Accept-Encoding": "identity", **(headers or {})}
+        connect = min(timeout, CONNECT_SECONDS)
         self._pool = urllib3.PoolManager(
-            timeout=urllib3.Timeout(connect=timeout, read=timeout),
-            # A total of 0 would forbid redirects too.
-            retries=urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=3),
-            maxsize=16,
+            timeout=urllib3.Timeout(connect=connect, read=timeout), retries=False, maxsize=16
         )
         self._versions: dict[str, str] = {}
         """The ETag of each file under way, so that halves of two versions are not joined."""
+        self.reached = False
+        """Whether the server has answered, with anything that is HTTP."""
 
     def read(self, name: str, start: int) -> tuple[int, Chunks]:
         version = self._versions.get(name) if start else None
@@ -36,15 +45,18 @@ class HttpTransport:
         found = response.headers.get("ETag", "")
         if found and not found.startswith("W/"):
             self._versions[name] = found
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            response.close()
+            raise RemoteError(f"{self._url}/{name}: the server sends it compressed, though asked not to")
         if response.status == 200:
-            return 0, self._chunks(response)
+            return 0, self._chunks(response, name)
         if version and found and found != version:
             response.close()
             return self.read(name, 0)
         if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             response.close()
             raise RemoteError(f"{self._url}/{name}: asked for bytes from {start}, the server sent others")
-        return start, self._chunks(response)
+        return start, self._chunks(response, name)
 
     def size(self, name: str) -> int | None:
         try:
@@ -53,9 +65,9 @@ class HttpTransport:
             if error.status in NOT_FOUND:
                 return None
             raise
-        # Nothing comes after the headers, but the connection is free for others only then.
-        response.drain_conn()
-        return int(response.headers.get("Content-Length", -1))
+        _let_go(response)
+        length = response.headers.get("Content-Length", "")
+        return int(length) if length.isdecimal() else -1
 
     def write(self, name: str, file: Path) -> None:
         raise self._read_only()
@@ -70,33 +82,64 @@ class HttpTransport:
         return UsageError(f"{self._url}: HTTP servers are read only here; write to a folder, s3:// or gs://")
 
     def _request(self, method: str, name: str, headers: dict[str, str]) -> Any:
-        import urllib3
-
+        """The server's answer with the file. Raises Transient and RemoteError for any other, whose body is not read."""
         url = f"{self._url}/{quote(name)}"
-        try:
-            response = self._pool.request(method, url, headers={**self._headers, **headers}, preload_content=False)
-        except urllib3.exceptions.HTTPError as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, (urllib3.exceptions.ResponseError, urllib3.exceptions.LocationValueError)):
-                raise RemoteError(f"{url}: {reason}") from error
-            raise Transient(f"cannot be reached ({error})") from error
+        response = self._follow(method, url, {**self._headers, **headers})
+        self.reached = True
         status = response.status
         if status in (200, 206):
             return response
-        response.drain_conn()
-        if status >= 500 or status in TRANSIENT:
+        _let_go(response)
+        if (500 <= status < 600 and status not in NEVER_SERVED) or status in TRANSIENT:
             raise Transient(f"the server answered {status}")
         raise refused(url, status, self._log_in)
 
-    @staticmethod
-    def _chunks(response: Any) -> Chunks:
+    def _follow(self, method: str, url: str, headers: dict[str, str]) -> Any:
+        where = url
+        for _ in range(MAX_REDIRECTS + 1):
+            response = self._ask(method, where, headers)
+            location = response.get_redirect_location()
+            if not location:
+                return response
+            _let_go(response)
+            target = urljoin(where, location)
+            if urlsplit(target).scheme not in ("http", "https"):
+                raise RemoteError(f"{url}: the server redirects to {target!r}, which is not HTTP")
+            if _server(target) != _server(where):
+                # A token is for the server it was given for.
+                headers = {name: value for name, value in headers.items() if name != "Authorization"}
+            where = target
+        raise RemoteError(f"{url}: the server redirects more than {MAX_REDIRECTS} times")
+
+    def _ask(self, method: str, url: str, headers: dict[str, str]) -> Any:
+        import urllib3
+
+        try:
+            return self._pool.request(method, url, headers=headers, preload_content=False, redirect=False)
+        except (urllib3.exceptions.HTTPError, ValueError) as error:
+            raise failure(error, url, reached=self.reached) from error
+
+    def _chunks(self, response: Any, name: str) -> Chunks:
         import urllib3
 
         try:
             # read1 gives what has arrived, so that nothing is lost when the connection breaks.
-            while chunk := response.read1(CHUNK_BYTES):
+            while chunk := response.read1(CHUNK_BYTES, decode_content=False):
                 yield chunk
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise Transient(f"the connection was lost ({error})") from error
+            raise failure(error, f"{self._url}/{name}", reached=True) from error
         finally:
             response.close()
+
+
+def _server(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc
+
+
+def _let_go(response: Any) -> None:
+    """Give the connection back where no body follows; else close it, since a body may be long, or never end."""
+    if response.length_remaining == 0:
+        response.drain_conn()
+    else:
+        response.close()

@@ -6,6 +6,7 @@ A name is a path relative to the label set's URL, which the manifest's checks ha
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -25,7 +26,11 @@ from ferkd_data.storage import explain_full_disk, is_url, sha256_file
 SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
 """What label sets are read from; everything else (pipe:, ftp:, chains with ::) is refused."""
 
+RANGE_BEHIND_THE_END = 416
+
 T = TypeVar("T")
+LOG = logging.getLogger("ferkd_data.remote")
+"""Says what is tried again, as warnings: Python prints these on stderr where nobody has asked for anything else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +59,13 @@ class Remote:
     def transport(self) -> Transport:
         scheme = self.url.partition("://")[0]
         if scheme in ("http", "https"):
-            return HttpTransport(self.url, self.retries.timeout)
-        if scheme == "hf":
-            return HttpTransport(hub_address(self.url), self.retries.timeout, hub_headers(), LOG_IN["hf"])
-        return StoreTransport(self.url)
+            made: Transport = HttpTransport(self.url, self.retries.timeout)
+        elif scheme == "hf":
+            made = HttpTransport(hub_address(self.url), self.retries.timeout, hub_headers(), LOG_IN["hf"])
+        else:
+            made = StoreTransport(self.url)
+        made.reached = self.__dict__.get("reached", False)
+        return made
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """A small file as a whole. Raises RemoteError, also where it is larger than `max_bytes`."""
@@ -139,9 +147,25 @@ class Remote:
         def there() -> int:
             return part.stat().st_size if part.exists() else -1
 
+        ended_at: set[int] = set()
+
         def attempt() -> None:
-            if there() < size:
+            if there() >= size:
+                return
+            try:
                 self._append(name, part, max(there(), 0), size)
+            except _Short as error:
+                # A body that ends there again is the whole file.
+                if error.at in ended_at:
+                    raise self._another(
+                        name, f"has {error.at} bytes on the server, the manifest lists {size}"
+                    ) from error
+                ended_at.add(error.at)
+                raise
+            except RemoteError as error:
+                if error.status == RANGE_BEHIND_THE_END and there() > 0:
+                    raise self._another(name, f"has fewer than the {size} bytes that the manifest lists") from error
+                raise
 
         self._persist(name, attempt, progress=there)
 
@@ -153,32 +177,44 @@ class Remote:
             for chunk in chunks:
                 if stream.tell() + len(chunk) > size:
                     part.unlink()
-                    raise RemoteError(
-                        f"{self.url}/{name}: has more than the {size} bytes that the manifest lists; it was changed on "
-                        "the server: ask its publisher, or open the label set again"
-                    )
+                    raise self._another(name, f"has more than the {size} bytes that the manifest lists")
                 stream.write(chunk)
             if stream.tell() < size:
-                raise Transient(f"the connection ended after {stream.tell()} of {size} bytes")
+                raise _Short(f"the connection ended after {stream.tell()} of {size} bytes", stream.tell())
+
+    def _another(self, name: str, what: str) -> RemoteError:
+        return RemoteError(
+            f"{self.url}/{name}: {what}; it was changed on the server: ask its publisher, or open the label set again"
+        )
 
     def _persist(self, name: str, action: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         """Try again while it may pass; as long as `progress` grows, without end."""
-        failures = 0
+        failures, attempts = 0, self.retries.attempts
         while True:
             before = progress()
             try:
                 return action()
             except Transient as error:
                 failures = 1 if progress() > before else failures + 1
-                if failures >= self.retries.attempts:
+                if failures >= attempts:
                     raise RemoteError(
                         f"{self.url}/{name}: {error}, also after {failures} attempts; what arrived is kept: try again "
                         "later"
                     ) from error
+                LOG.warning("%s/%s: %s; trying again (%d of %d)", self.url, name, error, failures + 1, attempts)
                 self.retries.wait(failures)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "retries": self.retries}
+        reached = "transport" in self.__dict__ and self.transport.reached
+        return {"url": self.url, "retries": self.retries, "reached": reached}
+
+
+class _Short(Transient):
+    """A body ended before the file was whole, and nothing says that the connection was lost."""
+
+    def __init__(self, message: str, at: int) -> None:
+        super().__init__(message)
+        self.at = at
 
 
 def part_of(path: Path) -> Path:

@@ -25,6 +25,8 @@ DENIED = (
     "UNRECOGNIZED_CLIENT",
 )
 """As Arrow names what S3 answers with 403."""
+NO_SERVER = ("curlCode: 6,", "curlCode: 7,", "curlCode: 35,", "curlCode: 60,")
+"""As curl numbers an unknown host, a refused connection, no TLS, and a certificate that is not trusted."""
 
 
 class StoreTransport:
@@ -32,19 +34,23 @@ class StoreTransport:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self.reached = False
 
     @cached_property
     def _target(self) -> tuple[Any, str]:
         from pyarrow import fs
 
-        with _explained(self._url):
+        reached = self.reached
+        with self._explained(self._url):
             file_system, root = fs.FileSystem.from_uri(self._url)
+        # That asked nobody.
+        self.reached = reached
         return file_system, root.rstrip("/")
 
     def read(self, name: str, start: int) -> tuple[int, Chunks]:
         file_system, root = self._target
         what = f"{self._url}/{name}"
-        with _explained(what):
+        with self._explained(what):
             file = file_system.open_input_file(f"{root}/{name}")
             try:
                 file.seek(start)
@@ -55,14 +61,14 @@ class StoreTransport:
 
     def size(self, name: str) -> int | None:
         file_system, root = self._target
-        with _explained(f"{self._url}/{name}"):
+        with self._explained(f"{self._url}/{name}"):
             info = file_system.get_file_info(f"{root}/{name}")
         return info.size if info.is_file else None
 
     def write(self, name: str, file: Path) -> None:
         file_system, root = self._target
         path = f"{root}/{name}"
-        with _explained(f"{self._url}/{name}"):
+        with self._explained(f"{self._url}/{name}"):
             if file_system.type_name == "local":
                 # Readers may have the old file mapped; and half a manifest would be taken for another label set's.
                 with write_atomically(Path(path)) as aside:
@@ -76,25 +82,24 @@ class StoreTransport:
         from pyarrow import fs
 
         file_system, root = self._target
-        with _explained(self._url):
+        with self._explained(self._url):
             found = file_system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
         return {info.path.removeprefix(f"{root}/"): info.size for info in found if info.is_file}
 
     def remove(self, name: str) -> None:
         file_system, root = self._target
         path = f"{root}/{name}"
-        with _explained(f"{self._url}/{name}"):
+        with self._explained(f"{self._url}/{name}"):
             info = file_system.get_file_info(path)
             if info.is_file:
                 file_system.delete_file(path)
             elif info.type.name == "Directory":
                 file_system.delete_dir(path)
 
-    @staticmethod
-    def _chunks(file: Any, what: str) -> Chunks:
+    def _chunks(self, file: Any, what: str) -> Chunks:
         try:
             while True:
-                with _explained(what):
+                with self._explained(what):
                     chunk = file.read(STORE_CHUNK_BYTES)
                 if not chunk:
                     return
@@ -102,28 +107,32 @@ class StoreTransport:
         finally:
             file.close()
 
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Sort what Arrow's file systems raise into what may pass and what will not."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise refused(what, 404) from error
-    except PermissionError as error:
-        raise refused(what, 403) from error
-    except (OSError, ValueError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            raise
-        text = str(error)
-        status = re.search(r"HTTP status (\d{3})", text)
-        number = int(status.group(1)) if status else None
-        if number is not None and 400 <= number < 500 and number not in TRANSIENT:
-            raise refused(what, number) from error
-        if any(name in text for name in DENIED):
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Sort what Arrow's file systems raise into what may pass and what will not."""
+        try:
+            yield
+            self.reached = True
+        except FileNotFoundError as error:
+            raise refused(what, 404) from error
+        except PermissionError as error:
             raise refused(what, 403) from error
-        if "credentials" in text.lower():
-            raise RemoteError(f"{what}: no credentials were found; {log_in_to(what)}") from error
-        if isinstance(error, ValueError):
-            raise RemoteError(f"{what}: {text}") from error
-        raise Transient(text) from error
+        except (OSError, ValueError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise
+            text = str(error)
+            status = re.search(r"HTTP status (\d{3})", text)
+            number = int(status.group(1)) if status else None
+            if number is not None and 400 <= number < 500 and number not in TRANSIENT:
+                raise refused(what, number) from error
+            if any(name in text for name in DENIED):
+                raise refused(what, 403) from error
+            if "credentials" in text.lower():
+                raise RemoteError(f"{what}: no credentials were found; {log_in_to(what)}") from error
+            if isinstance(error, ValueError):
+                raise RemoteError(f"{what}: {text}") from error
+            if not self.reached and any(code in text for code in NO_SERVER):
+                raise RemoteError(
+                    f"{what}: the store cannot be reached ({text}); check the URL and the network"
+                ) from error
+            raise Transient(text) from error

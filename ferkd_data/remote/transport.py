@@ -28,6 +28,9 @@ class Transient(Exception):
 class Transport(Protocol):
     """One kind of server. Raises Transient for what may pass, RemoteError for what will not."""
 
+    reached: bool
+    """Whether the server has answered before: then a connection that is refused may mean that it is restarting."""
+
     def read(self, name: str, start: int) -> tuple[int, Chunks]:
         """(first byte that comes: `start`, or 0 where ranges are not known here; the chunks)."""
 

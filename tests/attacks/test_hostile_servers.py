@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import http.server
+import pickle
+import resource
 import shutil
 import threading
 
 import pytest
+from attacks.odd_servers import ODD, odd_server, says, self_signed
 from label_sets import edit_manifest
 from servers import serve
 
 import ferkd_data as fd
 from ferkd_data.errors import ManifestError, RemoteError, UsageError
-from ferkd_data.label_set import opening
+from ferkd_data.label_set import opening, read_remote_manifest
+from ferkd_data.remote import Retries, open_remote
+from ferkd_data_cli.main import run
 
 
 @pytest.fixture
@@ -117,3 +122,113 @@ def test_redirects_to_files_or_in_circles(target):
         finally:
             server.shutdown()
             thread.join()
+
+
+PATIENT = Retries(timeout=20)
+"""As users have it, but for the time that a server may be silent."""
+
+
+def peak_mb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_server_that_does_not_answer_as_it_should_is_asked_once(name, tmp_path):
+    """And no more of its answer is read than says what it is."""
+    answer, message = ODD[name]
+    before = peak_mb()
+    with odd_server(answer) as server:
+        with pytest.raises((RemoteError, ManifestError), match=message):
+            read_remote_manifest(open_remote(f"http://{server.place}/x", PATIENT))
+        assert server.connections <= (4 if "redirect" in name else 1)
+    assert peak_mb() < before + 50
+
+
+def test_a_certificate_that_nobody_vouches_for(tmp_path):
+    with odd_server(says(b""), self_signed(tmp_path)) as server:
+        with pytest.raises(RemoteError, match=r"the certificate of 127.0.0.1:\d+ is not trusted \(self.signed cert"):
+            read_remote_manifest(open_remote(f"https://{server.place}/x", PATIENT))
+        assert server.connections == 1
+
+
+def test_https_where_none_is_spoken():
+    with odd_server(says(b"HTTP/1.1 400 Bad\r\nContent-Length: 0\r\n\r\n")) as server:
+        with pytest.raises(RemoteError, match="does it speak HTTPS on this port"):
+            read_remote_manifest(open_remote(f"https://{server.place}/x", PATIENT))
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://127.0.0.1:9/x", "127.0.0.1:9 cannot be reached .*refused.*check the URL and the network"),
+        ("http://no-such-host.invalid/x", r"no-such-host.invalid cannot be reached \(unknown host"),
+        ("http://127.0.0.1:99999/x", "99999"),
+        ("http:///x", "http:///x"),
+    ],
+)
+def test_places_where_nobody_is(url, message, caplog):
+    with pytest.raises((RemoteError, UsageError), match=message):
+        fd.open_labels(url)
+    assert not caplog.records, "nothing is tried again"
+
+
+@pytest.mark.parametrize("scheme", ["s3"])
+def test_a_store_that_nobody_serves(scheme, monkeypatch, caplog):
+    for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "y", "ENDPOINT_URL": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with pytest.raises(RemoteError, match=r"the store cannot be reached .*check the URL and the network"):
+        fd.open_labels("s3://bucket/x")
+    assert not caplog.records
+
+
+def test_who_has_answered_once_may_be_restarting(label_set, tmp_path, caplog):
+    """A refused connection passes then; and each attempt after the first is announced."""
+    quick = Retries(attempts=3, first_wait=0.001, timeout=5)
+    with serve(label_set) as server:
+        remote = open_remote(server.url, quick)
+        read_remote_manifest(remote)
+    server.server_close()
+    # Its thread would still answer on the connection that is open.
+    remote.transport._pool.clear()
+    for again in (remote, pickle.loads(pickle.dumps(remote))):
+        caplog.clear()
+        with pytest.raises(RemoteError, match="also after 3 attempts"):
+            again.read("x", max_bytes=1)
+        said = [record.getMessage() for record in caplog.records if record.name == "ferkd_data.remote"]
+        assert [line.rpartition("; ")[2] for line in said] == ["trying again (2 of 3)", "trying again (3 of 3)"]
+
+
+def test_the_command_line_says_what_it_tries_again(label_set, tmp_path, capsys):
+    with serve(label_set) as server:
+        server.unavailable = 1
+        assert run(["info", server.url]) == 0
+    assert f"ferkd-data: {server.url}/manifest.json: the server answered 503; trying again (2 of 8)" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("lost", [1, 1000])
+def test_a_file_that_is_shorter_than_listed_is_not_waited_for(copy, tmp_path, ranges, lost, caplog):
+    shard = copy / "labels/00000-000.parquet"
+    with serve(copy) as server:
+        labels = fd.open_labels(server.url, cache_dir=tmp_path / "cache")
+        shard.write_bytes(shard.read_bytes()[:-lost])
+        server.ranges = ranges
+        with pytest.raises(RemoteError, match=r"the manifest lists|that the manifest lists"):
+            labels.shard(0)
+        assert len(server.requests) <= 3
+
+
+def test_a_token_is_not_sent_to_another_server(label_set, tmp_path, monkeypatch):
+    (tmp_path / "www/datasets/org/tiny/resolve").mkdir(parents=True)
+    shutil.copytree(label_set, tmp_path / "other")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with serve(tmp_path / "other") as other:
+        to = f"HTTP/1.1 302 F\r\nContent-Length: 0\r\nLocation: {other.url}/manifest.json\r\n\r\n"
+        with odd_server(says(to.encode())) as hub:
+            monkeypatch.setenv("HF_ENDPOINT", f"http://{hub.place}")
+            assert len(fd.open_labels("hf://datasets/org/tiny", cache_dir=tmp_path / "cache")) == 20
+        assert other.authorizations == {None}
