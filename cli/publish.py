@@ -13,14 +13,21 @@ from .transfers import show_bytes
 @click.command()
 @click.argument("labels", type=click.Path(path_type=Path))
 @click.argument("url")
-@click.option("--name", help="How the label set is called.  [default: the folder's name]")
+@click.option("--name", help="Title of the label set.  [default: as published before, or the folder's name]")
+@click.option("--license", help="Licence of the labels, such as cc-by-4.0, or other.  [needed the first time]")
+@click.option("--license-name", help="With --license other: the licence's name.")
+@click.option("--license-link", help="With --license other: its URL.  [default: the file LICENSE in LABELS]")
+@click.option("--image-license", help="Licence of the images, where the label set holds them (layout webdataset).")
+@click.option("--author", help="Person or group that publishes it.")
+@click.option("--homepage", help="URL of a page to read more.")
+@click.option("--citation", help="BibTeX entry or sentence to cite it by.")
 @click.option(
-    "--license", "license_", required=True, help="Of the labels: an SPDX identifier such as cc-by-4.0, or other."
+    "--source-dataset",
+    "source_datasets",
+    multiple=True,
+    metavar="NAME",
+    help="Name on the hub of a data set that the images come from, such as imagenet-1k. Can be repeated.",
 )
-@click.option("--image-license", help="Of the images, where the label set holds them (layout webdataset).")
-@click.option("--author", help="Who publishes it.")
-@click.option("--homepage", help="Where to read more.")
-@click.option("--citation", help="How to cite it: BibTeX or a sentence.")
 @click.option("--sign", "sign_with", type=click.Path(path_type=Path), help="An OpenSSH key to sign the manifest with.")
 @click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Files sent at once.")
 @click.option("--overwrite", is_flag=True, help="Replace another label set that lies at URL.")
@@ -28,33 +35,23 @@ from .transfers import show_bytes
 def command(
     labels: Path,
     url: str,
-    name: str | None,
-    license_: str,
-    image_license: str | None,
-    author: str | None,
-    homepage: str | None,
-    citation: str | None,
     sign_with: Path | None,
     workers: int,
     overwrite: bool,
     dry_run: bool,
+    source_datasets: tuple[str, ...],
+    **fields: str | None,
 ) -> int:
     """Send the label set in the folder LABELS to URL: a folder, s3://BUCKET/PATH, gs://BUCKET/PATH, or
     hf://datasets/ORG/NAME, which is made if need be.
 
     The label set is verified first. The digest of each file that arrived is compared; the manifest goes last. Run the
-    same command again after an interruption: what arrived is not sent again.
+    same command again after an interruption: what arrived is not sent again. Options of the card that are left out keep
+    what the published card says.
     """
     import ferkd_data as fd
 
-    card = fd.CardFields(
-        name=name or labels.resolve().name,
-        license=license_,
-        image_license=image_license,
-        author=author,
-        homepage=homepage,
-        citation=citation,
-    )
+    card = fd.CardFields(source_datasets=source_datasets or None, **fields)
     with show_bytes("publish") as on_progress:
         result = fd.publish(
             labels,
@@ -69,6 +66,10 @@ def command(
     if dry_run:
         for file in result.sent:
             say(f"{file.bytes:>14,}  {file.name}")
+    if not result.sent:
+        say(f"{url}: is published already, all of its {result.skipped} files")
+        return 0
     verb = "would be sent" if dry_run else "sent"
-    say(f"{url}: {len(result.sent)} files, {result.bytes / 1e6:,.2f} MB {verb}, {result.skipped} were there already")
+    files = f"{len(result.sent)} file{'' if len(result.sent) == 1 else 's'}"
+    say(f"{url}: {files}, {result.bytes / 1e6:,.2f} MB {verb}, {result.skipped} were there already")
     return 0

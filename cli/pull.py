@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ferkd_data.errors import UsageError
+from ferkd_data.manifest import FILE_NAME
 
 from .say import say
 from .transfers import show_bytes
@@ -37,6 +38,7 @@ def command(
     import ferkd_data as fd
 
     wanted = None if shards is None else parse_shards(shards)
+    finished = (out / FILE_NAME).exists()
     with show_bytes("pull") as on_progress:
         result = fd.pull(
             url,
@@ -49,9 +51,10 @@ def command(
             on_progress=on_progress,
         )
     size = sum(file.bytes for shard in result.manifest.shards for file in shard.files)
+    fetched = f"{result.fetched} file{'' if result.fetched == 1 else 's'} fetched"
     say(
         f"{out}: {result.manifest.num_images:,} images with {result.manifest.num_crops} crops, {size / 1e6:,.2f} MB; "
-        f"{result.fetched} files fetched"
+        f"{'was complete already' if finished and not result.fetched else fetched}"
     )
     if result.signer:
         of = "the manifest of the whole" if "pulled_from" in (result.manifest.model_extra or {}) else "its manifest"

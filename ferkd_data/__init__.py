@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ferkd_data.crops import Crops as Crops
     from ferkd_data.crops import draw_crops as draw_crops
     from ferkd_data.errors import FerkdError as FerkdError
-    from ferkd_data.exchange.card import CardFields as CardFields
+    from ferkd_data.exchange.card_fields import CardFields as CardFields
     from ferkd_data.exchange.convert import convert as convert
     from ferkd_data.exchange.convert import export_fkd as export_fkd
     from ferkd_data.exchange.faults import VerifyReport as VerifyReport
@@ -85,7 +85,7 @@ _EXPORTS: dict[str, str] = {
     "Thresholds": "buckets",
     "bench_teachers": "bench",
     "build": "builder",
-    "CardFields": "exchange.card",
+    "CardFields": "exchange.card_fields",
     "FkdTeacher": "exchange.fkd",
     "convert": "exchange.convert",
     "export_fkd": "exchange.convert",

@@ -2,104 +2,122 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from typing import Any
 
-from ferkd_data.errors import UsageError
+from ferkd_data.exchange.card_fields import CardFields, check_fields, mark
+from ferkd_data.exchange.columns_table import columns_table
+from ferkd_data.exchange.contents import Contents, read_contents
+from ferkd_data.exchange.front_matter import front_matter
+from ferkd_data.exchange.snippets import loading
 from ferkd_data.label_set import LabelSet
 from ferkd_data.manifest import Manifest
 from ferkd_data.statistics import summarise
 
-SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-
 METHOD = (
-    "Z. Shen and E. Xing, A Fast Knowledge Distillation Framework for Visual Recognition, ECCV 2022 (FKD)",
-    "Z. Shen, FerKD: Surgical Label Adaptation for Efficient Distillation, ICCV 2023",
+    "Z. Shen and E. Xing, A Fast Knowledge Distillation Framework for Visual Recognition, ECCV 2022 (FKD), "
+    "https://arxiv.org/abs/2112.01528",
+    "Z. Shen, FerKD: Surgical Label Adaptation for Efficient Distillation, ICCV 2023, https://arxiv.org/abs/2312.17473",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CardFields:
-    """What only the publisher knows."""
-
-    name: str
-    """How the label set is called."""
-    license: str
-    """Of the labels: an SPDX identifier such as cc-by-4.0, or `other`."""
-    image_license: str | None = None
-    """Of the images, where they are included (layout webdataset)."""
-    author: str | None = None
-    homepage: str | None = None
-    published: str = field(default_factory=lambda: datetime.now(timezone.utc).date().isoformat())
-    """The day, as YYYY-MM-DD."""
-    citation: str | None = None
-    """BibTeX, or a sentence."""
-
-
-def check_fields(fields: CardFields, manifest: Manifest) -> None:
-    """Raises UsageError where the card would leave readers without a licence."""
-    if manifest.layout == "webdataset" and not fields.image_license:
-        raise UsageError("layout webdataset holds the images too: say under which licence with --image-license")
+CLASSES_SHOWN = 20
 
 
 def render_card(labels: LabelSet, fields: CardFields, url: str) -> str:
-    """Markdown with YAML front matter. Raises UsageError as `check_fields`."""
-    check_fields(fields, labels.manifest)
+    """Markdown with YAML front matter, of `fields` that are `completed`. Raises UsageError as `check_fields`."""
+    manifest = labels.manifest
+    check_fields(fields, manifest)
+    contents = read_contents(labels)
     sections = [
-        _front_matter(labels.manifest, fields),
-        f"# {fields.name}\n\n{_summary(labels.manifest)}",
-        _loading(labels.manifest, url),
-        _teachers(labels.manifest),
-        _crops(labels.manifest),
-        _statistics(labels.manifest),
+        front_matter(manifest, fields, contents),
+        f"# {fields.title}\n\n{_summary(manifest)}",
+        *_part(manifest),
+        loading(manifest, url),
+        _images(labels),
+        columns_table(manifest),
+        _classes(manifest, contents),
+        _teachers(manifest),
+        _crops(manifest),
+        _statistics(manifest),
         _files(labels),
-        _licence(labels.manifest, fields),
+        _uses(manifest),
+        _licence(manifest, fields),
         _citation(labels, fields, url),
+        mark(fields, labels.identity),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(manifest: Manifest, fields: CardFields) -> str:
-    size = next((name for limit, name in SIZES if manifest.num_images < limit), "10M<n<100M")
-    lines = [
-        f"pretty_name: {json.dumps(fields.name)}",
-        f"license: {json.dumps(fields.license)}",
-        "task_categories: [image-classification]",
-        "annotations_creators: [machine-generated]",
-        f"size_categories: [{json.dumps(size)}]",
-        "tags: [knowledge-distillation, soft-labels, ferkd-data]",
-        "configs:",
-    ]
-    if manifest.layout == "webdataset":
-        return "\n".join(["---", *lines, "- config_name: default", '  data_files: "shards/*.tar"', "---"])
-    for block in range(manifest.num_blocks):
-        lines += [f"- config_name: crops-{block:03d}", f'  data_files: "labels/*-{block:03d}.parquet"']
-        lines += ["  default: true"] if block == 0 else []
-    return "\n".join(["---", *lines, "---"])
-
-
 def _summary(manifest: Manifest) -> str:
     what = "images and their labels" if manifest.layout == "webdataset" else "labels only, without the images"
+    teachers = "one teacher" if len(manifest.teachers) == 1 else f"an ensemble of {len(manifest.teachers)} teachers"
     return (
-        f"Soft labels of {manifest.num_crops} crops for each of {manifest.num_images:,} images "
-        f"({manifest.statistics.crops:,} crops): the {manifest.top_k} most probable of {manifest.num_classes:,} "
-        f"classes as {len(manifest.teachers)} teacher{'s' if len(manifest.teachers) > 1 else ''} saw them, for "
-        f"knowledge distillation after FKD and FerKD. Layout `{manifest.layout}`: {what}. Written by "
+        f"Soft labels of {_count(manifest.num_crops, 'crop')} for each of {_count(manifest.num_images, 'image')} "
+        f"({_count(manifest.statistics.crops, 'crop')}): the {manifest.top_k} most probable of "
+        f"{manifest.num_classes:,} classes according to {teachers}, for knowledge distillation after FKD and FerKD. "
+        f"Layout `{manifest.layout}`: {what}. Written by "
         f"{_code(f'{manifest.created_by.name} {manifest.created_by.version}')} from: "
         f"{_code(manifest.source.description)}."
     )
 
 
-def _loading(manifest: Manifest, url: str) -> str:
-    place = url if "://" in url else "PATH/OR/URL"
-    images = "" if manifest.layout == "webdataset" else ', images="your/images"'
+def _part(manifest: Manifest) -> list[str]:
+    """A note on where the rest is, for what `pull` took out of a larger label set."""
+    origin: Any = (manifest.model_extra or {}).get("pulled_from")
+    if not isinstance(origin, dict):
+        return []
+    whole = f"{origin.get('images', '?')} images with {origin.get('crops', '?')} crops each"
+    return [
+        f"**This is a part of a larger label set**: {manifest.num_images} images with {manifest.num_crops} crops each, "
+        f"out of {whole}, pulled from {_code(str(origin.get('url')))}. Everything below describes the part."
+    ]
+
+
+def _images(labels: LabelSet) -> str:
+    if labels.manifest.layout == "webdataset":
+        return (
+            "## Images\n\nThe images lie beside their labels, byte for byte as they came. Crop boxes are in pixels of "
+            "the decoded image; EXIF orientation is ignored."
+        )
+    key = next(labels.keys(), None)
+    example = f" {_code(key)} is that path without its extension, for example." if key else ""
     return (
-        "## Use\n\n```python\nimport ferkd_data as fd  # pip install ferkd-data\n\n"
-        f'loader = fd.CropLoader(fd.open_labels("{place}"){images}, batch_size=256, crops_per_image=4, size=224)\n'
-        "for images, targets in loader:\n"
-        "    loss = fd.soft_cross_entropy(model(fd.normalize(images)), targets)\n```"
+        "## Images\n\nThe images are not included. Labels and images are joined by `key`, the image's path below its "
+        f"folder (or its name in a tar) without the extension.{example} `image_digest` is BLAKE2b of the image "
+        "file's bytes with a digest of 16 bytes (`hashlib.blake2b(data, digest_size=16)`), so other versions of an "
+        "image are noticed. Crop boxes are in pixels of the decoded image; EXIF orientation is ignored."
+    )
+
+
+def _classes(manifest: Manifest, contents: Contents) -> str:
+    counts = contents.images_of_class
+    without = manifest.num_images - counts.total()
+    if not counts:
+        return "## Classes\n\nNo image has a ground truth."
+    common = counts.most_common()
+    names = manifest.class_names
+    rows = [
+        f"| {index} | {_code(names[index]) if names and index < len(names) else ''} | {number:,} | "
+        f"{number * manifest.num_crops:,} |"
+        for index, number in (common if len(common) <= CLASSES_SHOWN else common[: CLASSES_SHOWN // 2])
+    ]
+    if len(common) > CLASSES_SHOWN:
+        rows.append("| … | | | |")
+        rows += [
+            f"| {index} | {_code(names[index]) if names and index < len(names) else ''} | {number:,} | "
+            f"{number * manifest.num_crops:,} |"
+            for index, number in common[-CLASSES_SHOWN // 2 :]
+        ]
+    return "\n".join(
+        [
+            "## Classes",
+            "",
+            f"{len(counts):,} of {manifest.num_classes:,} classes have images: {common[-1][1]:,} to {common[0][1]:,} "
+            f"each. {_count(without, 'image')} without ground truth.",
+            "",
+            "| class | name | images | crops |",
+            "| --- | --- | --- | --- |",
+            *rows,
+        ]
     )
 
 
@@ -164,29 +182,52 @@ def _files(labels: LabelSet) -> str:
     files = [file for shard in manifest.shards for file in shard.files]
     size = sum(file.bytes for file in files)
     per_crop = size / max(manifest.statistics.crops, 1)
+    rejects = _count(manifest.rejects.rows, "image")
     return (
-        f"## Files\n\n{len(files)} shard files, {size / 1e6:,.1f} MB ({per_crop:.1f} bytes per crop), each with its "
-        "size and SHA-256 in `manifest.json`. `ferkd-data verify` checks all of it; `ferkd-data pull` copies all or "
-        f"the first crop blocks. {manifest.rejects.rows:,} images could not be used: see `{manifest.rejects.path}`.\n\n"
-        f"Its identity, the SHA-256 of `manifest.json`: `{labels.identity}`"
+        f"## Files\n\n{_count(len(files), 'shard file')}, {size / 1e6:,.1f} MB ({per_crop:.1f} bytes per crop), each "
+        "with its size and SHA-256 in `manifest.json`. `ferkd-data verify` checks all of it; `ferkd-data pull` copies "
+        f"all or the first crop blocks. {rejects} could not be used: see `{manifest.rejects.path}`.\n\n"
+        f"The identity of this label set, the SHA-256 of `manifest.json`, is `{labels.identity}`.\n\n"
+        "The format is that of the Python package `ferkd-data`, version 1, which its docs/format.md specifies; "
+        "examples/standalone_reader.py there is a reader in 60 lines that does without the package."
+    )
+
+
+def _uses(manifest: Manifest) -> str:
+    imported = "imported_from" in (manifest.model_extra or {})
+    return (
+        "## Uses and limits\n\n"
+        "Meant for training image classifiers of the same classes by knowledge distillation, and for studying what "
+        "teachers say of crops. Not meant as ground truth: a soft label is a model's opinion, with that model's errors "
+        "and biases, and the teachers' own training data and licences apply to what is learned from them. "
+        f"Of each crop only the {manifest.top_k} most probable classes are kept, as float16. "
+        + ("Crops were drawn by another tool. " if imported else "")
+        + "A student that cuts its crops with another resize than the teachers saw (bicubic kernels differ between "
+        "libraries by up to 7 grey levels, which moved probabilities by up to 0.019) sees slightly other pixels than "
+        "its labels were made from."
     )
 
 
 def _licence(manifest: Manifest, fields: CardFields) -> str:
-    lines = ["## Licence", "", f"Labels: {fields.license}."]
+    labels = (
+        fields.license if fields.license != "other" else f"{fields.license_name} ({fields.license_link or 'LICENSE'})"
+    )
+    lines = ["## Licence", "", f"Labels: {labels}."]
     lines.append(f"Images: {fields.image_license}." if fields.image_license else "The images are not included.")
+    if fields.source_datasets:
+        lines.append(f"The images come from {', '.join(fields.source_datasets)}.")
     if fields.author or fields.homepage:
         lines.append(f"Published by {', '.join(part for part in (fields.author, fields.homepage) if part)}.")
     return "\n".join(lines)
 
 
 def _citation(labels: LabelSet, fields: CardFields, url: str) -> str:
-    """How to cite the label set, as its publisher says or as BibTeX from what is known; then the method."""
+    """How to cite the label set, in its publisher's words or as BibTeX from what is known; then the method."""
     place = fields.homepage or (url if "://" in url else None)
     entry = {
-        "title": fields.name,
+        "title": fields.title,
         "author": fields.author,
-        "year": fields.published[:4],
+        "year": fields.day[:4],
         "url": place,
         "note": f"soft labels, manifest {labels.identity[:16]}",
     }
@@ -196,7 +237,11 @@ def _citation(labels: LabelSet, fields: CardFields, url: str) -> str:
 
 
 def _bibtex_key(fields: CardFields) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", fields.name.lower()).strip("-") + fields.published[:4]
+    return re.sub(r"[^a-z0-9]+", "-", fields.title.lower()).strip("-") + fields.day[:4]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _code(text: str) -> str:

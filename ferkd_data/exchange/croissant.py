@@ -1,11 +1,12 @@
-"""Croissant metadata (ML Commons, version 1.0), so that other tools find and load the labels."""
+"""Croissant metadata (ML Commons, version 1.1), so that other tools find and load the labels."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from ferkd_data.exchange.card import CardFields
+from ferkd_data.exchange.card_fields import CardFields
+from ferkd_data.exchange.columns_table import COLUMNS
 from ferkd_data.label_set import LabelSet
 
 CONTEXT = {
@@ -18,6 +19,8 @@ CONTEXT = {
     "data": {"@id": "cr:data", "@type": "@json"},
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "dct": "http://purl.org/dc/terms/",
+    "equivalentProperty": "cr:equivalentProperty",
+    "examples": {"@id": "cr:examples", "@type": "@json"},
     "extract": "cr:extract",
     "field": "cr:field",
     "fileObject": "cr:fileObject",
@@ -26,36 +29,25 @@ CONTEXT = {
     "format": "cr:format",
     "includes": "cr:includes",
     "isLiveDataset": "cr:isLiveDataset",
+    "jsonPath": "cr:jsonPath",
     "key": "cr:key",
     "md5": "cr:md5",
     "parentField": "cr:parentField",
     "path": "cr:path",
+    "rai": "http://mlcommons.org/croissant/RAI/",
     "recordSet": "cr:recordSet",
     "references": "cr:references",
     "regex": "cr:regex",
     "repeated": "cr:repeated",
     "replace": "cr:replace",
+    "samplingRate": "cr:samplingRate",
     "sc": "https://schema.org/",
     "separator": "cr:separator",
     "source": "cr:source",
     "subField": "cr:subField",
     "transform": "cr:transform",
 }
-COLUMNS = {
-    "key": ("sc:Text", "The image's unique key."),
-    "height": ("sc:Integer", "Pixels of the decoded image."),
-    "width": ("sc:Integer", "Pixels of the decoded image."),
-    "target": ("sc:Integer", "Ground-truth class, null where unknown."),
-    "box_top": ("sc:Integer", "First row of each crop."),
-    "box_left": ("sc:Integer", "First column of each crop."),
-    "box_height": ("sc:Integer", "Rows of each crop."),
-    "box_width": ("sc:Integer", "Columns of each crop."),
-    "flip": ("sc:Boolean", "Whether each crop is mirrored."),
-    "class_index": ("sc:Integer", "The most probable classes of each crop, k for each."),
-    "class_prob": ("sc:Float", "Their probabilities, k for each crop, descending."),
-    "bucket": ("sc:Integer", "Difficulty: 0 extreme hard, 1 moderate hard, 2 hard positive, 3 easy positive."),
-}
-PER_IMAGE = ("key", "height", "width", "target")
+PER_IMAGE = ("key", "image_digest", "height", "width", "target")
 
 
 def render_croissant(labels: LabelSet, fields: CardFields, url: str) -> str:
@@ -64,15 +56,15 @@ def render_croissant(labels: LabelSet, fields: CardFields, url: str) -> str:
     content: dict[str, Any] = {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
-        "name": fields.name,
+        "name": fields.title,
         "description": f"Soft labels of {manifest.num_crops} crops for each of {manifest.num_images} images.",
-        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "conformsTo": "http://mlcommons.org/croissant/1.1",
         "license": fields.license,
         "url": fields.homepage or url,
         "version": "1.0.0",
-        "datePublished": fields.published,
-        "creator": {"@type": "sc:Organization", "name": fields.author or fields.name},
-        "citeAs": fields.citation or fields.name,
+        "datePublished": fields.day,
+        "creator": {"@type": "sc:Organization", "name": fields.author or fields.title},
+        "citeAs": fields.citation or fields.title,
         "distribution": [_file_object(file) for shard in manifest.shards for file in shard.files],
     }
     if manifest.layout == "parquet":

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ferkd_data.errors import ManifestError, PublishError, UsageError
+from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError
 from ferkd_data.exchange.arguments import check_at_least
-from ferkd_data.exchange.card import CardFields, render_card
+from ferkd_data.exchange.card import render_card
+from ferkd_data.exchange.card_fields import CardFields, check_fields, completed, is_generated
 from ferkd_data.exchange.croissant import render_croissant
 from ferkd_data.exchange.places import open_place, open_target
 from ferkd_data.exchange.sending import FileToSend
 from ferkd_data.exchange.signing import SIGNATURE, sign
 from ferkd_data.exchange.verify import verify
 from ferkd_data.label_set import LabelSet, open_labels, read_remote_manifest
-from ferkd_data.manifest import FILE_NAME, identity_of
+from ferkd_data.manifest import FILE_NAME, Manifest, identity_of
 from ferkd_data.remote import Remote, Retries, is_remote
 from ferkd_data.storage import inside, sha256_file
 
-README, CROISSANT = "README.md", "croissant.json"
+README, CROISSANT, LICENSE = "README.md", "croissant.json", "LICENSE"
+MAX_CARD_BYTES = 2**20
+HUB_FILES_PER_FOLDER, HUB_FILES = 10_000, 100_000
+"""What the hub takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishResult:
     url: str
     sent: tuple[FileToSend, ...]
-    """What was sent (or, in a dry run, would be)."""
+    """What was sent (or, in a dry run, would be); empty where all of it was there already."""
     skipped: int
     """Files that were there already, with the right digest."""
 
@@ -37,14 +42,14 @@ class PublishResult:
 
 
 OnSent = Callable[[int, int], None]
-"""Gets (bytes sent, bytes to send)."""
+"""Receives (bytes sent, bytes to send)."""
 
 
 def publish(
     path: str | Path,
     url: str,
     *,
-    card: CardFields,
+    card: CardFields | None = None,
     sign_with: str | Path | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -54,16 +59,21 @@ def publish(
 ) -> PublishResult:
     """Send the label set in `path` to `url`: a folder, s3://, gs:// or hf://datasets/ORG/NAME.
 
-    With it go a card and Croissant metadata.
+    A card, Croissant metadata and a file LICENSE in `path` are sent with it. The card says what `card` says; what
+    `card` leaves out is taken from the card that is published there already. A README.md in `path` that is not a
+    card of ours is sent in place of the generated one.
 
     The digest of every file that arrived is compared; the manifest goes last, so nobody ever opens half a label set.
-    After an interruption, what arrived is not sent again. With `overwrite`, the manifest of another label set goes away
-    before anything of this one comes. A README.md in `path` is sent in place of the generated card.
+    After an interruption, what arrived is not sent again; after success, nothing is. With `overwrite`, the manifest of
+    another label set is removed before anything of this one is sent.
 
-    With `sign_with`, an OpenSSH key, a signature of the manifest goes with it; one that lies in `path` goes as it is.
+    With `sign_with`, an OpenSSH key, the manifest is signed and the signature sent; one that lies in `path` is sent as
+    it is.
 
-    Raises SignatureError; PublishError when the label set has faults or the place holds another label set, RemoteError,
-    MissingExtraError for the hub.
+    Raises UsageError for a card without a licence, and for more files than the hub takes; SignatureError; PublishError
+    when the label set has faults or the place holds another label set; RemoteError; MissingExtraError for the hub.
+
+    Example: `publish("out", "hf://datasets/ORG/NAME", card=CardFields(license="cc-by-4.0", author="Vision Lab"))`
     """
     check_at_least(1, workers=workers)
     labels = open_labels(path)
@@ -71,18 +81,23 @@ def publish(
         raise UsageError(f"{path}: publish takes a folder; fetch the label set first: ferkd-data pull {path} DIR")
     target = open_target(url, retries)
     place = open_place(target, labels.identity, workers)
-    _check(labels)
     same = _is_there(target, labels, overwrite)
+    fields = _fields(labels, target, card or CardFields())
+    if target.url.startswith("hf://"):
+        check_number_of_files(labels.manifest)
+    _check(labels)
     with tempfile.TemporaryDirectory(prefix="ferkd-data-publish-") as scratch:
-        files, manifest = _files(labels, url, card, Path(scratch))
+        files, manifest = _files(labels, url, fields, Path(scratch))
         files += _signature(labels, sign_with, Path(scratch))
         missing = place.missing(files)
         skipped = len(files) - len(missing)
+        last = () if same and not place.missing([manifest]) else (manifest,)
+        skipped += not last
         if dry_run:
-            return PublishResult(url=url, sent=(*missing, manifest), skipped=skipped)
+            return PublishResult(url=url, sent=(*missing, *last), skipped=skipped)
         total = sum(file.bytes for file in missing)
         done = 0
-        # Of another label set, or what a kill left of it: also a signature that would stay beside an unsigned set.
+        # Leftovers of another label set; a signature among them would stay beside an unsigned one.
         stale = [] if same else sorted({FILE_NAME, SIGNATURE} - {file.name for file in files})
         for file in place.send(missing, instead_of=stale):
             done += file.bytes
@@ -90,7 +105,42 @@ def publish(
                 on_progress(done, total)
         list(place.send(place.missing([manifest])))
         place.finish()
-    return PublishResult(url=url, sent=(*missing, manifest), skipped=skipped)
+    return PublishResult(url=url, sent=(*missing, *last), skipped=skipped)
+
+
+def _fields(labels: LabelSet, target: Remote, given: CardFields) -> CardFields:
+    """The card's fields, with what is not given from the folder's card and the published one. Raises UsageError."""
+    folder = Path(labels.location)
+    own = inside(folder, README)
+    cards = [own.read_text(encoding="utf-8", errors="replace")] if own.is_file() else []
+    try:
+        cards.append(target.read(README, max_bytes=MAX_CARD_BYTES).decode("utf-8", "replace"))
+    except RemoteError as error:
+        if error.status != 404:
+            raise
+    fields = completed(given, cards, identity=labels.identity, folder_name=folder.resolve().name)
+    check_fields(fields, labels.manifest, has_license_file=inside(folder, LICENSE).is_file())
+    return fields
+
+
+def check_number_of_files(manifest: Manifest) -> None:
+    """Raises UsageError for more files than the hub takes in a repository or in one of its folders."""
+    paths = [file.path for shard in manifest.shards for file in shard.files]
+    folder, most = Counter(path.rpartition("/")[0] for path in paths).most_common(1)[0] if paths else ("", 0)
+    blocks = manifest.num_blocks
+    fewer = f"ferkd-data convert LABELS OUT --layout parquet --crops-per-block {manifest.num_crops}"
+    if len(paths) > HUB_FILES:
+        ways = [f"{fewer} makes one file of {blocks}"] if blocks > 1 else []
+        ways.append("build --images-per-shard with a larger number makes fewer shards")
+        raise UsageError(
+            f"the hub takes {HUB_FILES:,} files in a repository, this label set has {len(paths):,}: {'; '.join(ways)}; "
+            "S3 and Google's store have no such limit"
+        )
+    if most > HUB_FILES_PER_FOLDER:
+        raise UsageError(
+            f"the hub takes {HUB_FILES_PER_FOLDER:,} files in a folder, {folder}/ has {most:,}: {fewer} makes fewer, "
+            "in several folders"
+        )
 
 
 def _check(labels: LabelSet) -> None:
@@ -127,10 +177,12 @@ def _files(labels: LabelSet, url: str, card: CardFields, scratch: Path) -> tuple
     (scratch / CROISSANT).write_text(render_croissant(labels, card, url), encoding="utf-8")
     # A stranger's README.md may be a link to a file of the publisher's.
     written = inside(folder, README)
-    if not written.exists():
+    if not written.exists() or is_generated(written.read_text(encoding="utf-8", errors="replace")):
         written = scratch / README
         written.write_text(render_card(labels, card, url), encoding="utf-8")
     beside = [_to_send(README, written), _to_send(CROISSANT, scratch / CROISSANT)]
+    if inside(folder, LICENSE).is_file():
+        beside.append(_to_send(LICENSE, folder / LICENSE))
     return [*listed, *beside], _to_send(FILE_NAME, folder / FILE_NAME)
 
 

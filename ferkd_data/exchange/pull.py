@@ -5,26 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ferkd_data import statistics
 from ferkd_data.errors import PublishError, RemoteError, UsageError
 from ferkd_data.exchange.arguments import check_at_least
+from ferkd_data.exchange.card import render_card
+from ferkd_data.exchange.card_fields import recalled
 from ferkd_data.exchange.signing import SIGNATURE, check_signed, read_remote_signature, require_signers
 from ferkd_data.file_lock import held
 from ferkd_data.label_set import LabelSet, LocalFiles, read_remote_manifest
-from ferkd_data.manifest import FILE_NAME, FileEntry, Manifest, ShardEntry, parse_manifest
+from ferkd_data.manifest import FILE_NAME, FileEntry, Manifest, ShardEntry, identity_of, parse_manifest
 from ferkd_data.remote import Remote, Retries, is_remote, open_remote
 from ferkd_data.statistics import Statistics, shard_statistics
 from ferkd_data.storage import inside, sha256_file, write_atomically
 
-BESIDE = ("README.md", "LICENSE")
+README = "README.md"
+BESIDE = (README, "LICENSE")
 MAX_BESIDE_BYTES = 2**20
 LOCK = ".pull.lock"
 
 OnFetched = Callable[[int, int], None]
-"""Gets (bytes that lie there, bytes in all)."""
+"""Receives (bytes that lie there, bytes in all)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class PullResult:
     out: Path
     manifest: Manifest
     fetched: int
-    """Files that came over the line; the others lay there already."""
+    """Files that were transferred; the others lay there already."""
     signer: str | None = None
     """Who signed the manifest of the whole label set, where that was asked for."""
 
@@ -76,11 +79,12 @@ def pull(
     with _alone(out):
         _check_place(out, part)
         fetched = _fetch_files(remote, out, part, workers, on_progress)
-        _fetch_beside(remote, out, BESIDE, folder)
+        _fetch_beside(remote, out, BESIDE[1:] if part is not whole else BESIDE, folder)
         if part is not whole:
-            # It has a manifest of its own, which nobody signed.
+            # It has a manifest of its own, which nobody signed, and so it needs a card of its own.
             part = _with_statistics(out, part)
             text = part.to_json().encode()
+            _write_card(remote, out, part, url, identity_of(text))
         elif signature is not None:
             _write(out / SIGNATURE, signature)
         else:
@@ -180,6 +184,27 @@ def _with_statistics(out: Path, part: Manifest) -> Manifest:
     labels = LabelSet(LocalFiles(out), part, part.num_crops, "")
     counted = statistics.add(map(shard_statistics, labels.shards()))
     return part.model_copy(update={"statistics": counted})
+
+
+def _write_card(remote: Remote, out: Path, part: Manifest, url: str, identity: str) -> None:
+    """A card that describes the part, in the words of the publisher of the whole where its card is one of ours."""
+    try:
+        published = remote.read(README, max_bytes=MAX_BESIDE_BYTES).decode("utf-8", "replace")
+    except RemoteError as error:
+        if error.status != 404:
+            raise
+        return
+    labels = LabelSet(LocalFiles(out), part, part.num_crops, identity)
+    fields, _ = recalled(published)
+    unknown = f"see the card of {url}"
+    fields = replace(
+        fields,
+        name=fields.name or f"A part of {url}",
+        license=fields.license or unknown,
+        image_license=fields.image_license or (unknown if part.layout == "webdataset" else None),
+        license_name=fields.license_name or ("see-the-whole" if fields.license == "other" else None),
+    )
+    _write(out / README, render_card(labels, fields, url).encode())
 
 
 def _fetch_beside(remote: Remote, out: Path, names: Sequence[str], folder: Path | None) -> None:

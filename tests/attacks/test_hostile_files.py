@@ -264,7 +264,8 @@ def test_strangers_words_stay_words_in_the_card(copy):
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["pretty_name"] == 'a "name": x\n---'
     shown = "`bald ]0;owned 2J eagle '\\|<script>alert(1)</script> # heading`"
-    assert body.count(shown) == 3 and body.count("<script>") == 4
+    assert body.count(shown) == 3 and "<script>" in body
+    assert "<script>" not in re.sub("`[^`\n]*`", "", body)
     assert "\x1b" not in body and "\n# heading" not in body.split("## Use")[1]
 
 
@@ -309,7 +310,7 @@ def test_the_card_says_what_strangers_need(label_set):
     fields = fd.CardFields(name="Tiny labels", license="cc0-1.0", author="Lab", published="2026-11-25")
     card = render_card(labels, fields, "s3://bucket/tiny")
     for said in (
-        f"the SHA-256 of `manifest.json`: `{labels.identity}`",
+        f"the SHA-256 of `manifest.json`, is `{labels.identity}`",
         "@misc{tiny-labels2026,\n  title = {Tiny labels},\n  author = {Lab},\n  year = {2026},\n  url = {s3://bucket/tiny}",
         "ECCV 2022 (FKD)",
         "FerKD: Surgical Label Adaptation",
@@ -319,4 +320,4 @@ def test_the_card_says_what_strangers_need(label_set):
         "seed 0; in blocks of 4",
     ):
         assert said in card, said
-    assert len(card.split("```python\n")[1].split("```")[0].strip().splitlines()) == 5
+    assert len(card.split("```python\n")[1].split("```")[0].strip().splitlines()) == 6

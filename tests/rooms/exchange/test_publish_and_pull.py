@@ -41,7 +41,7 @@ def test_a_folder_and_back(layout, request, tmp_path):
     assert same_label_sets(folder, tmp_path / "public")
     assert fd.verify(tmp_path / "public").ok
     again = fd.publish(folder, str(tmp_path / "public"), card=CARD)
-    assert (len(again.sent), again.skipped) == (1, files + 1)
+    assert (len(again.sent), again.skipped) == (0, files + 2)
     with serve(tmp_path / "public") as server:
         pulled = fd.pull(server.url, tmp_path / "mine")
     assert pulled.manifest == read_manifest(folder)
@@ -343,7 +343,7 @@ def test_stock_webdataset_streams_over_http(tar_label_set, tmp_path):
 def test_the_commands(label_set, tmp_path, capsys):
     place = str(tmp_path / "public")
     assert run(["publish", str(label_set), place]) == 2
-    assert "--license" in capsys.readouterr().err
+    assert "say under which licence the labels are, with --license" in capsys.readouterr().err
     assert run(["publish", str(label_set), place, "--license", "mit", "--dry-run"]) == 0
     listed = capsys.readouterr().out
     assert "labels/00000-000.parquet" in listed
@@ -351,8 +351,12 @@ def test_the_commands(label_set, tmp_path, capsys):
     assert not (tmp_path / "public").exists()
     assert run(["publish", str(label_set), place, "--license", "mit"]) == 0
     assert "13 files" in capsys.readouterr().out
-    assert run(["pull", place, str(tmp_path / "mine"), "--crops", "4", "--shards", "0-1"]) == 0
-    assert "16 images with 4 crops" in capsys.readouterr().out
+    assert run(["publish", str(label_set), place]) == 0
+    assert "is published already, all of its 13 files" in capsys.readouterr().out
+    for said in ("3 files fetched", "was complete already"):
+        assert run(["pull", place, str(tmp_path / "mine"), "--crops", "4", "--shards", "0-1"]) == 0
+        out = capsys.readouterr().out
+        assert "16 images with 4 crops" in out and said in out
     assert run(["verify", str(tmp_path / "mine")]) == 0
     assert run(["pull", place, str(tmp_path / "x"), "--shards", "one"]) == 2
     assert json.loads((tmp_path / "mine/manifest.json").read_text())["pulled_from"]["shards"] == [0, 1]
