@@ -1,0 +1,12 @@
+"""Recorded augmentations: what else happens to a crop after it was cut, resized and flipped, replayed to the pixel.
+
+A view is box + flip + recorded operations. `distribution` draws the operations when a label set is built, `operations`
+defines each of them in integers, so that every reader gets the same pixels.
+"""
+
+from __future__ import annotations
+
+from ferkd_data.augment.distribution import Augmentation, parse_augmentations
+from ferkd_data.augment.operations import OPERATIONS, Operations, apply_operations
+
+__all__ = ["OPERATIONS", "Augmentation", "Operations", "apply_operations", "parse_augmentations"]

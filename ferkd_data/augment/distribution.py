@@ -1,0 +1,345 @@
+"""Which operations a crop gets: augmentations as pure functions of (seed, key, crop number).
+
+An augmentation is written `KIND` or `KIND:OPTION,OPTION`, as in `randaugment:n=2,m=9`, `colorjitter:0.4,0.4,0.4,0.1` or
+`erase:p=0.25`. Several are applied in the order in which they are given; `erase` always comes last.
+
+Legend: N crops, A recorded operations of a crop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data import rng
+from ferkd_data.augment.operations import BOX_UNIT_BITS, CODES, FACTOR, UNIT, Operations
+from ferkd_data.errors import UsageError
+
+WORDS = 32
+"""64-bit words of a crop for each augmentation: a whole number of Philox counters (4 words)."""
+BINS = 31
+"""Magnitudes of RandAugment and TrivialAugment, as in torchvision."""
+REFERENCE_SIDE = 224
+"""The side that pixels in options (blur's sigma, TrivialAugment's translation) are meant for."""
+ERASE_ATTEMPTS = 10
+FACTORS = ("brightness", "saturation", "contrast", "sharpness")
+"""Operations whose value is a factor: 1 plus or minus the magnitude."""
+
+Uniforms = npt.NDArray[np.float64]
+Drawn = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int16]]
+Range = tuple[float, float]
+
+
+class _Magnitudes(NamedTuple):
+    """Fixed-point values by bin 0..30, and whether the sign is drawn too."""
+
+    operation: str
+    values: npt.NDArray[np.int16]
+    signed: bool
+
+
+def _space(*, shear: float, translate: float, degrees: float, factor: float, bits: float) -> list[_Magnitudes | None]:
+    """torchvision's operations of RandAugment and TrivialAugmentWide; None is the identity."""
+    step = np.arange(BINS) / (BINS - 1)
+
+    def values(largest: float, unit: float, offset: float = 0) -> npt.NDArray[np.int16]:
+        return np.rint((offset + largest * step) * unit).astype(np.int16)
+
+    factors = [
+        _Magnitudes(name, values(factor, FACTOR), True)
+        for name in ("brightness", "saturation", "contrast", "sharpness")
+    ]
+    return [
+        None,
+        _Magnitudes("shear_x", values(shear, UNIT), True),
+        _Magnitudes("shear_y", values(shear, UNIT), True),
+        _Magnitudes("translate_x", values(translate, UNIT), True),
+        _Magnitudes("translate_y", values(translate, UNIT), True),
+        _Magnitudes("rotate", values(degrees, 100), True),
+        *factors,
+        _Magnitudes("posterize", (8 - np.rint(np.arange(BINS) / ((BINS - 1) / bits))).astype(np.int16), False),
+        _Magnitudes("solarize", np.rint(255 * (1 - step)).astype(np.int16), False),
+        _Magnitudes("autocontrast", np.zeros(BINS, np.int16), False),
+        _Magnitudes("equalize", np.zeros(BINS, np.int16), False),
+    ]
+
+
+RANDAUGMENT = _space(shear=0.3, translate=150 / 331, degrees=30, factor=0.9, bits=4)
+TRIVIALAUGMENT = _space(shear=0.99, translate=32 / REFERENCE_SIDE, degrees=135, factor=0.99, bits=6)
+
+
+def _from_space(
+    space: Sequence[_Magnitudes | None], choice: Uniforms, magnitude: npt.NDArray[np.int64], sign: Uniforms
+) -> Drawn:
+    """Codes and values (N,) of operations chosen evenly from `space`."""
+    number = np.floor(choice * len(space)).astype(np.int64)
+    codes = np.array([0 if entry is None else CODES[entry.operation] for entry in space], np.uint8)
+    table = np.stack([np.zeros(BINS, np.int16) if entry is None else entry.values for entry in space])
+    signed = np.array([entry is not None and entry.signed for entry in space])
+    value = table[number, magnitude].astype(np.int64)
+    value = np.where(signed[number] & (sign < 0.5), -value, value)
+    is_factor = np.isin(codes[number], [CODES[name] for name in FACTORS])
+    return codes[number], (value + np.where(is_factor, FACTOR, 0)).astype(np.int16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """One augmentation with its options. Made by `parse`; `str()` gives the text that makes the same one."""
+
+    kind: str
+    options: tuple[tuple[str, float | Range], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Augmentation:
+        """Read `KIND` or `KIND:OPTION,…`, an option being `NAME=VALUE`, or a value in the order of the names.
+
+        Raises UsageError for an unknown kind or option, and for values that cannot be right.
+        """
+        kind, _, rest = text.strip().partition(":")
+        if kind not in KINDS:
+            raise UsageError(f"augmentation {text!r}: the kind must be one of {', '.join(KINDS)}")
+        allowed = KINDS[kind].options
+        given: dict[str, float | Range] = {}
+        for place, piece in enumerate(filter(None, rest.split(","))):
+            name, equals, value = piece.partition("=")
+            if not equals:
+                positional = [option for option in allowed if option != "p"]
+                if place >= len(positional):
+                    raise UsageError(f"augmentation {text!r}: {kind} takes {_names(kind)}")
+                name, value = positional[place], piece
+            name = name.strip()
+            if name not in allowed or name in given:
+                raise UsageError(
+                    f"augmentation {text!r}: {name!r} is no option of {kind}, or there twice; {_names(kind)}"
+                )
+            given[name] = _number_or_range(text, name, value, isinstance(allowed[name].default, tuple))
+        options = {name: given.get(name, option.default) for name, option in allowed.items()}
+        for name, option in allowed.items():
+            low, high = option.bounds
+            values = options[name]
+            pair = values if isinstance(values, tuple) else (values, values)
+            if not low <= pair[0] <= pair[1] <= high:
+                raise UsageError(f"augmentation {text!r}: {name} must be in {low:g}..{high:g}, got {_text(values)}")
+            if option.whole and pair[0] != int(pair[0]):
+                raise UsageError(f"augmentation {text!r}: {name} must be a whole number, got {_text(values)}")
+        return cls(kind=kind, options=tuple(options.items()))
+
+    def __str__(self) -> str:
+        told = ",".join(f"{name}={_text(value)}" for name, value in self.options)
+        return f"{self.kind}:{told}" if told else self.kind
+
+    @property
+    def num_operations(self) -> int:
+        """A: recorded operations of this augmentation; 0 for `erase`, which has columns of its own."""
+        return KINDS[self.kind].slots(dict(self.options))
+
+    def number(self, name: str) -> float:
+        value = dict(self.options)[name]
+        assert isinstance(value, float)
+        return value
+
+    def range(self, name: str) -> Range:
+        value = dict(self.options)[name]
+        assert isinstance(value, tuple)
+        return value
+
+
+def parse_augmentations(texts: Iterable[str]) -> tuple[Augmentation, ...]:
+    """Augmentations in order. Raises UsageError, also for more than one `erase`."""
+    augmentations = tuple(Augmentation.parse(text) for text in texts)
+    if sum(one.kind == "erase" for one in augmentations) > 1:
+        raise UsageError("erase can be given once")
+    return augmentations
+
+
+def draw_operations(
+    key: str, augmentations: Sequence[Augmentation], *, seed: int, first: int, count: int
+) -> Operations:
+    """The operations of crops number `first` .. `first + count - 1` of the image `key`.
+
+    Crop n uses words 32n .. 32n+31 of a Philox stream keyed by a hash of (seed, key, place of the augmentation), so
+    that more crops, or one more augmentation behind the others, change none that were drawn.
+    """
+    codes, values = [], []
+    erase = np.zeros((count, 4), np.uint16)
+    for place, augmentation in enumerate(augmentations):
+        stream = rng.philox("augment", place, seed, key)
+        stream.advance(first * (WORDS // 4))
+        u = rng.uniforms(stream.random_raw(count * WORDS)).reshape(count, WORDS)
+        if augmentation.kind == "erase":
+            erase = _draw_erase(augmentation, u)
+            continue
+        for code, value in KINDS[augmentation.kind].draw(augmentation, u):
+            codes.append(code)
+            values.append(value)
+    if not codes:
+        return Operations(codes=np.zeros((count, 0), np.uint8), values=np.zeros((count, 0), np.int16), erase=erase)
+    return Operations(codes=np.stack(codes, axis=1), values=np.stack(values, axis=1), erase=erase)
+
+
+def _draw_randaugment(one: Augmentation, u: Uniforms) -> list[Drawn]:
+    """Cubuk et al., 2020, with torchvision's list of operations: `n` of them, each at bin `m` of 0..30."""
+    magnitude = np.full(len(u), int(one.number("m")))
+    return [_from_space(RANDAUGMENT, u[:, 2 * i], magnitude, u[:, 2 * i + 1]) for i in range(int(one.number("n")))]
+
+
+def _draw_trivialaugment(one: Augmentation, u: Uniforms) -> list[Drawn]:
+    """Müller and Hutter, 2021, the wide space: one operation at a magnitude drawn evenly."""
+    return [_from_space(TRIVIALAUGMENT, u[:, 0], np.floor(u[:, 2] * BINS).astype(np.int64), u[:, 1])]
+
+
+def _draw_colorjitter(one: Augmentation, u: Uniforms) -> list[Drawn]:
+    """torchvision's ColorJitter: four factors, in an order drawn for each crop."""
+    names = ("brightness", "contrast", "saturation", "hue")
+    values = []
+    for i, name in enumerate(names):
+        strength = one.number(name)
+        if name == "hue":
+            values.append(np.rint((2 * u[:, i] - 1) * strength * UNIT))
+        else:
+            low = max(0.0, 1 - strength)
+            values.append(np.rint((low + u[:, i] * (1 + strength - low)) * FACTOR))
+    order = np.argsort(u[:, 4:8], axis=1)
+    used = [one.number(name) > 0 for name in names]
+    codes_N4 = np.array([CODES[name] if used[i] else 0 for i, name in enumerate(names)], np.uint8)[order]
+    values_N4 = np.take_along_axis(np.stack(values, axis=1) * used, order, axis=1).astype(np.int16)
+    codes_N4, values_N4 = _with_probability(one, u[:, 8], codes_N4, values_N4)
+    return [(codes_N4[:, i], values_N4[:, i]) for i in range(4)]
+
+
+def _with_probability(
+    one: Augmentation, u: Uniforms, codes: npt.NDArray[np.uint8], values: npt.NDArray[np.int16]
+) -> Drawn:
+    there = (u < one.number("p")).reshape(-1, *[1] * (codes.ndim - 1))
+    return np.where(there, codes, 0).astype(np.uint8), np.where(there, values, 0).astype(np.int16)
+
+
+def _single(value: Callable[[Augmentation, Uniforms], Uniforms]) -> Callable[[Augmentation, Uniforms], list[Drawn]]:
+    """A draw of one operation, named like its kind, with probability p."""
+
+    def draw(one: Augmentation, u: Uniforms) -> list[Drawn]:
+        values = np.rint(value(one, u[:, 1])).astype(np.int16)
+        codes = np.full(len(u), CODES[one.kind], np.uint8)
+        return [_with_probability(one, u[:, 0], codes, values)]
+
+    return draw
+
+
+def _angle(one: Augmentation, u: Uniforms) -> Uniforms:
+    return (2 * u - 1) * one.number("degrees") * 100
+
+
+def _sigma(one: Augmentation, u: Uniforms) -> Uniforms:
+    low, high = one.range("sigma")
+    return (low + u * (high - low)) * UNIT / REFERENCE_SIDE
+
+
+def _threshold(one: Augmentation, u: Uniforms) -> Uniforms:
+    return np.full_like(u, one.number("threshold"))
+
+
+def _nothing(one: Augmentation, u: Uniforms) -> Uniforms:
+    return np.zeros_like(u)
+
+
+def _draw_erase(one: Augmentation, u: Uniforms) -> npt.NDArray[np.uint16]:
+    """Zhong et al., 2020, as torchvision's RandomErasing: the first of ten shapes that fits; none if none does."""
+    (scale_lo, scale_hi), (ratio_lo, ratio_hi) = one.range("scale"), one.range("ratio")
+    area = scale_lo + u[:, :ERASE_ATTEMPTS] * (scale_hi - scale_lo)
+    log_lo, log_hi = math.log(ratio_lo), math.log(ratio_hi)
+    ratio = np.exp(log_lo + u[:, ERASE_ATTEMPTS : 2 * ERASE_ATTEMPTS] * (log_hi - log_lo))
+    heights, widths = np.sqrt(area * ratio), np.sqrt(area / ratio)
+    fits = (heights < 1) & (widths < 1)
+    rows, chosen = np.arange(len(u)), fits.argmax(axis=1)
+    height, width = heights[rows, chosen], widths[rows, chosen]
+    top, left = u[:, 20] * (1 - height), u[:, 21] * (1 - width)
+    there = fits.any(axis=1) & (u[:, 22] < one.number("p"))
+    # Rounded down, so that a corner and a side never add up to more than the whole.
+    boxes = np.floor(np.stack([top, left, height, width], axis=1) * (1 << BOX_UNIT_BITS)) * there[:, None]
+    drawn: npt.NDArray[np.uint16] = boxes.astype(np.uint16)
+    return drawn
+
+
+class _Option(NamedTuple):
+    default: float | Range
+    bounds: Range
+    whole: bool = False
+
+
+class _Kind(NamedTuple):
+    options: dict[str, _Option]
+    slots: Callable[[dict[str, float | Range]], int]
+    draw: Callable[[Augmentation, Uniforms], list[Drawn]]
+
+
+def _one(_: dict[str, float | Range]) -> int:
+    return 1
+
+
+_P = _Option(1.0, (0, 1))
+_LARGEST_RANDAUGMENT = WORDS // 2
+
+KINDS: dict[str, _Kind] = {
+    "randaugment": _Kind(
+        {"n": _Option(2.0, (1, _LARGEST_RANDAUGMENT), True), "m": _Option(9.0, (0, BINS - 1), True)},
+        lambda options: int(options["n"]),  # type: ignore[arg-type]
+        _draw_randaugment,
+    ),
+    "trivialaugment": _Kind({}, _one, _draw_trivialaugment),
+    "colorjitter": _Kind(
+        {
+            "brightness": _Option(0.4, (0, 30)),
+            "contrast": _Option(0.4, (0, 30)),
+            "saturation": _Option(0.4, (0, 30)),
+            "hue": _Option(0.1, (0, 0.5)),
+            "p": _P,
+        },
+        lambda _: 4,
+        _draw_colorjitter,
+    ),
+    "rotate": _Kind({"degrees": _Option(15.0, (0, 180)), "p": _P}, _one, _single(_angle)),
+    "blur": _Kind({"sigma": _Option((0.1, 2.0), (0, 100)), "p": _P}, _one, _single(_sigma)),
+    "grayscale": _Kind({"p": _Option(0.2, (0, 1))}, _one, _single(_nothing)),
+    "solarize": _Kind(
+        {"threshold": _Option(128.0, (0, 256), True), "p": _P},
+        _one,
+        _single(lambda one, u: u * 0 + one.number("threshold")),
+    ),
+    "equalize": _Kind({"p": _P}, _one, _single(_nothing)),
+    "autocontrast": _Kind({"p": _P}, _one, _single(_nothing)),
+    "invert": _Kind({"p": _P}, _one, _single(_nothing)),
+    "erase": _Kind(
+        {
+            "p": _Option(0.25, (0, 1)),
+            "scale": _Option((0.02, 0.33), (1e-4, 1)),
+            "ratio": _Option((0.3, 3.3), (1e-2, 100)),
+        },
+        lambda _: 0,
+        lambda _, __: [],
+    ),
+}
+
+
+def _names(kind: str) -> str:
+    names = ", ".join(f"{name} (default {_text(option.default)})" for name, option in KINDS[kind].options.items())
+    return f"its options are {names}" if names else "it has no options"
+
+
+def _text(value: float | Range) -> str:
+    return f"{value[0]:g}..{value[1]:g}" if isinstance(value, tuple) else f"{value:g}"
+
+
+def _number_or_range(text: str, name: str, value: str, wants_range: bool) -> float | Range:
+    low, dots, high = value.partition("..")
+    try:
+        numbers = (float(low), float(high)) if dots else (float(low), float(low))
+    except ValueError as error:
+        raise UsageError(f"augmentation {text!r}: {name} is no number: {value!r}") from error
+    if dots and not wants_range:
+        raise UsageError(f"augmentation {text!r}: {name} is one number, not a range")
+    return numbers if wants_range else numbers[0]

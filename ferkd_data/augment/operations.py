@@ -1,0 +1,354 @@
+"""The closed list of recorded operations, in integers on uint8 pixels. docs/format.md says the same in words.
+
+Integers make a replay the same on every platform, device and library version. All divisions round down, as Python's
+`//` does, and `>>` is a division by a power of two.
+
+Legend: N crops, A operations of a crop, n crops that share an operation, S side. Images are uint8 (n, 3, S, S).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ferkd_data.errors import UsageError
+
+FILL = (124, 116, 104)
+"""The colour of what an operation uncovers or erases: ImageNet's mean."""
+UNIT = 10_000
+"""Fixed-point values of shear, translation, hue and blur are multiples of 1/10,000; angles of 1/100 degree."""
+FACTOR = 1_000
+"""Factors of brightness, contrast, saturation and sharpness are multiples of 1/1,000."""
+BOX_UNIT_BITS = 16
+"""The sides of an erased box are multiples of 1/65,536 of the crop's side."""
+
+Operation = Callable[[Tensor, Tensor], Tensor]
+"""From images (n, 3, S, S) uint8 and their values (n,) int64 to images of the same shape; the input stays as it is."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Operations:
+    """What happens to each of N crops: up to A operations in order, then at most one erased box."""
+
+    codes: npt.NDArray[np.uint8]
+    """(N, A): codes out of `OPERATIONS`; 0 is none."""
+    values: npt.NDArray[np.int16]
+    """(N, A): the fixed-point value of each; 0 where an operation has none."""
+    erase: npt.NDArray[np.uint16]
+    """(N, 4): top, left, height, width in 1/65,536 of the crop's side; height 0 erases nothing."""
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, rows: slice | npt.NDArray[np.int64]) -> Operations:
+        return Operations(codes=self.codes[rows], values=self.values[rows], erase=self.erase[rows])
+
+
+def apply_operations(images: Tensor, operations: Operations) -> None:
+    """Replay the operations of N crops in place: `images` is uint8 (N, 3, S, S), on any device.
+
+    The result is the same, bit by bit, whichever crops are given together. Raises UsageError for a code or a value that
+    is in no list, which no label set that was checked holds.
+    """
+    check_operations(operations)
+    for codes, values in zip(operations.codes.T, operations.values.T, strict=True):
+        for code in np.unique(codes[codes > 0]).tolist():
+            rows = np.flatnonzero(codes == code)
+            value = torch.from_numpy(values[rows].astype(np.int64)).to(images.device)
+            index = torch.from_numpy(rows).to(images.device)
+            images[index] = BY_CODE[code].apply(images[index], value)
+    _erase(images, operations.erase)
+
+
+def check_operations(operations: Operations) -> None:
+    """Raise UsageError for a code, a value or a box that the list does not allow."""
+    unknown = set(np.unique(operations.codes).tolist()) - {0, *BY_CODE}
+    if unknown:
+        raise UsageError(f"operation {min(unknown)} is not in the list of recorded operations")
+    for code, operation in BY_CODE.items():
+        values = operations.values[operations.codes == code]
+        low, high = operation.values
+        if values.size and not (low <= values.min() and values.max() <= high):
+            raise UsageError(
+                f"operation {operation.name} takes values {low}..{high}, got {values.min()}..{values.max()}"
+            )
+    end = operations.erase[:, :2].astype(np.int64) + operations.erase[:, 2:]
+    if (end > 1 << BOX_UNIT_BITS).any():
+        raise UsageError("an erased box does not lie inside the crop")
+
+
+def _erase(images: Tensor, boxes: npt.NDArray[np.uint16]) -> None:
+    side = images.shape[-1]
+    fill = torch.tensor(FILL, dtype=torch.uint8, device=images.device)[:, None, None]
+    half = 1 << (BOX_UNIT_BITS - 1)
+    for row in np.flatnonzero(boxes[:, 2]).tolist():
+        top, left, height, width = boxes[row].tolist()
+        rows = slice(*((edge * side + half) >> BOX_UNIT_BITS for edge in (top, top + height)))
+        columns = slice(*((edge * side + half) >> BOX_UNIT_BITS for edge in (left, left + width)))
+        images[row, :, rows, columns] = fill
+
+
+def _each(values: Tensor) -> Tensor:
+    return values[:, None, None, None].to(torch.int32)
+
+
+def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """factor / 1000 of the image and the rest of `other`, rounded half up and clipped."""
+    mixed = _each(factor) * images.to(torch.int32) + (FACTOR - _each(factor)) * other
+    return (mixed + FACTOR // 2).div_(FACTOR, rounding_mode="floor").clamp_(0, 255).to(torch.uint8)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luma (n, 1, S, S) int32: Pillow's weights of 16 bits (ITU-R BT.601)."""
+    red, green, blue = images.to(torch.int32).unbind(dim=1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16)[:, None]
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return _blend(images, torch.zeros((), dtype=torch.int32, device=images.device), factor)
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    pixels = images.shape[2] * images.shape[3]
+    mean = (grey(images).sum(dim=(1, 2, 3), keepdim=True) + pixels // 2).div(pixels, rounding_mode="floor")
+    return _blend(images, mean, factor)
+
+
+def saturation(images: Tensor, factor: Tensor) -> Tensor:
+    return _blend(images, grey(images), factor)
+
+
+def sharpness(images: Tensor, factor: Tensor) -> Tensor:
+    """Against Pillow's SMOOTH filter (1 1 1, 1 5 1, 1 1 1) / 13; the outermost pixels stay."""
+    whole = images.to(torch.int32)
+    smooth = whole.clone()
+    if min(images.shape[2:]) > 2:
+        rows = whole[:, :, :-2] + whole[:, :, 1:-1] + whole[:, :, 2:]
+        box = rows[:, :, :, :-2] + rows[:, :, :, 1:-1] + rows[:, :, :, 2:]
+        smooth[:, :, 1:-1, 1:-1] = (box + 4 * whole[:, :, 1:-1, 1:-1] + 6).div_(13, rounding_mode="floor")
+    return _blend(images, smooth, factor)
+
+
+def hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue by `turn` / 10,000 of a circle; the largest and the smallest channel keep their levels.
+
+    The hue is a multiple of 1/65,536 of a sixth of the circle: sector `h >> 16`, place in it `h & 65535`.
+    """
+    red, green, blue = images.to(torch.int32).unbind(dim=1)
+    high, low = images.amax(dim=1).to(torch.int32), images.amin(dim=1).to(torch.int32)
+    spread = high - low
+    divisor = spread.clamp(min=1)
+
+    def part(a: Tensor, b: Tensor, sector: int) -> Tensor:
+        return ((a - b) << 16).div(divisor, rounding_mode="floor") + (sector << 16)
+
+    angle = torch.where(
+        high == red, part(green, blue, 0), torch.where(high == green, part(blue, red, 2), part(red, green, 4))
+    )
+    shift = (turn * (6 << 16) + UNIT // 2).div(UNIT, rounding_mode="floor")[:, None, None]
+    angle = (angle + shift).remainder(6 << 16)
+    rising = (spread * (angle & 65535) + 32768) >> 16
+    up, down = low + rising, high - rising
+    sector = angle >> 16
+    by_sector = (
+        (high, up, low),
+        (down, high, low),
+        (low, high, up),
+        (low, down, high),
+        (up, low, high),
+        (high, low, down),
+    )
+    turned = torch.stack([red, green, blue], dim=1)
+    for number, channels in enumerate(by_sector):
+        turned = torch.where((sector == number)[:, None], torch.stack(channels, dim=1), turned)
+    return turned.to(torch.uint8)
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Keep the highest `bits` bits of each level."""
+    return images & _each(256 - (1 << (8 - bits))).to(torch.uint8)
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Invert levels of `threshold` and above."""
+    return torch.where(images.to(torch.int32) >= _each(threshold), 255 - images, images)
+
+
+def invert(images: Tensor, _: Tensor) -> Tensor:
+    return 255 - images
+
+
+def grayscale(images: Tensor, _: Tensor) -> Tensor:
+    return grey(images).to(torch.uint8).expand_as(images)
+
+
+def autocontrast(images: Tensor, _: Tensor) -> Tensor:
+    """Stretch each channel to 0..255; a channel of one level stays."""
+    low, high = images.amin(dim=(2, 3), keepdim=True).to(torch.int32), images.amax(dim=(2, 3), keepdim=True)
+    spread = high.to(torch.int32) - low
+    divisor = spread.clamp(min=1)
+    stretched = ((images.to(torch.int32) - low) * 255 + divisor // 2).div(divisor, rounding_mode="floor")
+    return torch.where(spread > 0, stretched, images.to(torch.int32)).to(torch.uint8)
+
+
+def equalize(images: Tensor, _: Tensor) -> Tensor:
+    """Pillow's histogram equalisation of each channel."""
+    flat = images.reshape(images.shape[0], 3, -1).to(torch.int64)
+    count = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=images.device)
+    count.scatter_add_(2, flat, torch.ones_like(flat))
+    last = flat.amax(dim=2, keepdim=True)
+    step = (count.sum(dim=2, keepdim=True) - count.gather(2, last)).div(255, rounding_mode="floor")
+    before = count.cumsum(dim=2) - count
+    table = (before + step // 2).div(step.clamp(min=1), rounding_mode="floor").clamp_(max=255)
+    return torch.where(step > 0, table.gather(2, flat), flat).to(torch.uint8).view(images.shape)
+
+
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian of `sigma` / 10,000 of the side, across then down, 16-bit weights, edges reflected."""
+    return torch.cat([_blurred(image[None], value) for image, value in zip(images, sigma.tolist(), strict=True)])
+
+
+def gaussian_weights(sigma: float) -> list[int]:
+    """Weights at distance 0, 1, … r = ceil(3 sigma) of a Gaussian; with both sides they add up to 65,536."""
+    radius = math.ceil(3 * sigma)
+    raw = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(radius + 1)]
+    total = raw[0] + 2 * sum(raw[1:])
+    weights = [round(65536 * value / total) for value in raw]
+    weights[0] = 65536 - 2 * sum(weights[1:])
+    return weights
+
+
+def _blurred(image: Tensor, sigma: int) -> Tensor:
+    side = image.shape[-1]
+    if sigma <= 0:
+        return image
+    weights = gaussian_weights(sigma * side / UNIT)
+    radius = len(weights) - 1
+    place = torch.arange(-radius, side + radius, device=image.device)
+    # Reflected without repeating the edge pixel; modulo its period, for a filter wider than the picture.
+    period = max(1, 2 * (side - 1))
+    reflected = (side - 1) - ((side - 1) - place.remainder(period)).abs()
+    for axis in (3, 2):
+        padded = image.index_select(axis, reflected).to(torch.int32)
+        total = weights[0] * padded.narrow(axis, radius, side)
+        for distance, weight in enumerate(weights[1:], 1):
+            both = padded.narrow(axis, radius - distance, side) + padded.narrow(axis, radius + distance, side)
+            total += weight * both
+        image = ((total + 32768) >> 16).to(torch.uint8)
+    return image
+
+
+def _moved(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pixels from `rows` and `columns`, int64 (n, S, S); `FILL` where those lie outside."""
+    side = images.shape[-1]
+    inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
+    index = (rows.clamp(0, side - 1) * side + columns.clamp(0, side - 1)).view(len(images), 1, -1)
+    pixels = images.reshape(len(images), 3, -1).gather(2, index.expand(-1, 3, -1)).view(images.shape)
+    fill = torch.tensor(FILL, dtype=torch.uint8, device=images.device)[:, None, None]
+    return torch.where(inside[:, None], pixels, fill)
+
+
+def _grid(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column numbers of the output, int64 (1, S, 1) and (1, 1, S)."""
+    numbers = torch.arange(images.shape[-1], device=images.device)
+    return numbers[None, :, None], numbers[None, None, :]
+
+
+def rotate(images: Tensor, angle: Tensor) -> Tensor:
+    """Turn counterclockwise about the centre by `angle` / 100 degrees; the nearest pixel is taken.
+
+    In half pixels from the centre, with a sine and cosine of 16 bits: (cos x - sin y, sin x + cos y).
+    """
+    side = images.shape[-1]
+    radians = [math.radians(value / 100) for value in angle.tolist()]
+    cos, sin = (
+        torch.tensor([round(65536 * f(r)) for r in radians], device=images.device)[:, None, None]
+        for f in (math.cos, math.sin)
+    )
+    row, column = _grid(images)
+    y, x = 2 * row + 1 - side, 2 * column + 1 - side
+    columns = (cos * x - sin * y + (side << 16)) >> 17
+    rows = (sin * x + cos * y + (side << 16)) >> 17
+    return _moved(images, rows, columns)
+
+
+def _sheared(images: Tensor, shear: Tensor, horizontal: bool) -> Tensor:
+    row, column = _grid(images)
+    along, across = (column, row) if horizontal else (row, column)
+    # (along + 1/2) + shear * (across + 1/2), in units of 1 / (2 UNIT).
+    doubled = (2 * along + 1) * UNIT + shear[:, None, None] * (2 * across + 1)
+    source = doubled.div(2 * UNIT, rounding_mode="floor")
+    other = across.expand_as(source)
+    return _moved(images, other, source) if horizontal else _moved(images, source, other)
+
+
+def shear_x(images: Tensor, shear: Tensor) -> Tensor:
+    """Column x of row y comes from x + `shear` / 10,000 * y, measured from the upper left corner."""
+    return _sheared(images, shear, horizontal=True)
+
+
+def shear_y(images: Tensor, shear: Tensor) -> Tensor:
+    """Row y of column x comes from y + `shear` / 10,000 * x."""
+    return _sheared(images, shear, horizontal=False)
+
+
+def _translated(images: Tensor, share: Tensor, horizontal: bool) -> Tensor:
+    side = images.shape[-1]
+    shift = (share * side + UNIT // 2).div(UNIT, rounding_mode="floor")[:, None, None]
+    row, column = _grid(images)
+    shape = (len(images), side, side)
+    if horizontal:
+        return _moved(images, row.expand(shape), (column - shift).expand(shape))
+    return _moved(images, (row - shift).expand(shape), column.expand(shape))
+
+
+def translate_x(images: Tensor, share: Tensor) -> Tensor:
+    """Move to the right by `share` / 10,000 of the side, rounded to whole pixels."""
+    return _translated(images, share, horizontal=True)
+
+
+def translate_y(images: Tensor, share: Tensor) -> Tensor:
+    """Move down by `share` / 10,000 of the side, rounded to whole pixels."""
+    return _translated(images, share, horizontal=False)
+
+
+class Listed(NamedTuple):
+    """An operation of the closed list."""
+
+    code: int
+    name: str
+    apply: Operation
+    values: tuple[int, int]
+    """Smallest and largest value."""
+    unit: str
+    """What a value of 1 means."""
+
+
+OPERATIONS: tuple[Listed, ...] = (
+    Listed(1, "shear_x", shear_x, (-UNIT, UNIT), "1/10,000"),
+    Listed(2, "shear_y", shear_y, (-UNIT, UNIT), "1/10,000"),
+    Listed(3, "translate_x", translate_x, (-UNIT, UNIT), "1/10,000 of the side, to the right"),
+    Listed(4, "translate_y", translate_y, (-UNIT, UNIT), "1/10,000 of the side, down"),
+    Listed(5, "rotate", rotate, (-18_000, 18_000), "1/100 degree, counterclockwise"),
+    Listed(6, "brightness", brightness, (0, 32_000), "factor of 1/1,000"),
+    Listed(7, "contrast", contrast, (0, 32_000), "factor of 1/1,000"),
+    Listed(8, "saturation", saturation, (0, 32_000), "factor of 1/1,000"),
+    Listed(9, "sharpness", sharpness, (0, 32_000), "factor of 1/1,000"),
+    Listed(10, "hue", hue, (-UNIT // 2, UNIT // 2), "1/10,000 of a turn"),
+    Listed(11, "posterize", posterize, (1, 8), "bits kept"),
+    Listed(12, "solarize", solarize, (0, 256), "first level that is inverted"),
+    Listed(13, "autocontrast", autocontrast, (0, 0), ""),
+    Listed(14, "equalize", equalize, (0, 0), ""),
+    Listed(15, "invert", invert, (0, 0), ""),
+    Listed(16, "grayscale", grayscale, (0, 0), ""),
+    Listed(17, "blur", blur, (0, UNIT), "standard deviation, 1/10,000 of the side"),
+)
+BY_CODE: dict[int, Listed] = {operation.code: operation for operation in OPERATIONS}
+CODES: dict[str, int] = {operation.name: operation.code for operation in OPERATIONS}
