@@ -33,6 +33,13 @@ DONE_WITH_REJECTS = 3
 @click.option("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="Width / height.  [default: 3/4 4/3]")
 @click.option("--hflip", type=float, default=0.5, show_default=True, help="Probability of a flip.")
 @click.option(
+    "--augment",
+    multiple=True,
+    metavar="SPEC",
+    help="Draw an augmentation for each crop and record it, such as randaugment:n=2,m=9, "
+    "colorjitter:0.4,0.4,0.4,0.1 or erase:p=0.25 (docs/augment.md). Give several to apply them in order.",
+)
+@click.option(
     "--thresholds",
     default="0.15 0.3 0.95",
     show_default=True,

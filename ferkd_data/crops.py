@@ -58,9 +58,16 @@ class Crops:
     """(N, 4): top, left, height, width."""
     flip: npt.NDArray[np.bool_]
     """(N,)"""
+    operations: npt.NDArray[np.uint16] | None = None
+    """(N, W): recorded augmentations, as `augment.Operations.pack` puts them; None or W = 0 for none."""
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def __getitem__(self, rows: slice | npt.NDArray[np.int64]) -> Crops:
+        """The crops of these rows."""
+        operations = None if self.operations is None else self.operations[rows]
+        return Crops(boxes=self.boxes[rows], flip=self.flip[rows], operations=operations)
 
 
 def check_size(height: int, width: int) -> None:

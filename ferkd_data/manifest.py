@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from ferkd_data.augment.distribution import num_words, parse_augmentations
 from ferkd_data.buckets import Thresholds
-from ferkd_data.errors import ManifestError
+from ferkd_data.errors import ManifestError, UsageError
 from ferkd_data.statistics import Count, Statistics
 
 FILE_NAME = "manifest.json"
@@ -42,6 +43,10 @@ REJECT_BYTES = 32
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
 """Bytes of a file's name, and of a path, that every file system and object store takes."""
 PIXELS = "decoded raster, converted to RGB; EXIF orientation ignored"
+
+RECORDED_OPERATIONS = "recorded-operations-1"
+"""In `requires`: crops have recorded operations, after the list of docs/format.md as it is in version 1 of it."""
+KNOWN_REQUIREMENTS = (RECORDED_OPERATIONS,)
 
 Layout = Literal["parquet", "webdataset"]
 
@@ -166,6 +171,10 @@ class Manifest(Record):
     class_names: tuple[str, ...] | None = None
     seed: int
     crop_distribution: CropDistributionEntry
+    augmentations: Annotated[tuple[str, ...], Field(min_length=1, max_length=16)] | None = None
+    """Augmentations that were drawn and recorded with each crop, in order; absent where there are none."""
+    requires: tuple[str, ...] | None = None
+    """What a reader must know to read this label set rightly; it must refuse a name that it does not know."""
     pixels: str = PIXELS
     teachers: Annotated[tuple[TeacherEntry, ...], Field(min_length=1)]
     ensemble: Literal["mean", "logits", "geometric"]
@@ -174,6 +183,11 @@ class Manifest(Record):
     shards: tuple[ShardEntry, ...]
     rejects: RejectsEntry
     statistics: Statistics
+
+    @property
+    def operation_words(self) -> int:
+        """W: words of recorded operations of each crop (see `augment.Operations.pack`); 0 where none are recorded."""
+        return num_words(parse_augmentations(self.augmentations or ()))
 
     @property
     def num_blocks(self) -> int:
@@ -190,7 +204,8 @@ class Manifest(Record):
     def row_bytes(self) -> int:
         """What the labels of one image take in memory, all its crops together."""
         per_class = 2 + (2 if self.num_classes <= 65536 else 4)
-        return IMAGE_BYTES + self.num_crops * (CROP_BYTES + self.top_k * per_class)
+        per_crop = CROP_BYTES + self.top_k * per_class + 2 * self.operation_words
+        return IMAGE_BYTES + self.num_crops * per_crop
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1, exclude_none=True) + "\n"
@@ -219,6 +234,7 @@ class _Head(BaseModel):
 
     format: Any = None
     version: Any = None
+    requires: Any = None
 
 
 def _check_cost(data: bytes, where: str) -> None:
@@ -250,6 +266,13 @@ def _check_version(data: bytes, where: str) -> None:
         raise ManifestError(
             f"{where}: format version {str(head.version)[:40]!s} is not known to this ferkd-data, which reads version "
             f"{FORMAT_VERSION}; upgrade with: pip install -U ferkd-data"
+        )
+    required = head.requires if isinstance(head.requires, list) else []
+    unknown = [name for name in required if name not in KNOWN_REQUIREMENTS]
+    if unknown:
+        raise ManifestError(
+            f"{where}: this label set requires {str(unknown[0])[:40]!r}, which this ferkd-data does not know; upgrade "
+            "with: pip install -U ferkd-data"
         )
 
 
@@ -319,7 +342,17 @@ def _check_proportions(manifest: Manifest, where: str) -> None:
         raise ManifestError(f"{where}: top_k is {manifest.top_k}, and there are {manifest.num_classes} classes")
 
 
+def _check_augmentations(manifest: Manifest, where: str) -> None:
+    try:
+        parse_augmentations(manifest.augmentations or ())
+    except UsageError as error:
+        raise ManifestError(f"{where}: {error}") from error
+    if (manifest.augmentations is not None) != (RECORDED_OPERATIONS in (manifest.requires or ())):
+        raise ManifestError(f"{where}: augmentations and requires contradict each other")
+
+
 def _check_whole(manifest: Manifest, where: str) -> None:
+    _check_augmentations(manifest, where)
     rows = sum(shard.rows for shard in manifest.shards)
     if rows != manifest.num_images:
         raise ManifestError(f"{where}: the shards hold {rows} rows, num_images says {manifest.num_images}")

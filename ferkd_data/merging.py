@@ -22,7 +22,7 @@ from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels, class_index_d
 
 CLASS_BITS = 24
 CROPS_AT_ONCE = 16384
-SAME_FIELDS = ("image_digest", "height", "width", "target", "boxes", "flip")
+SAME_FIELDS = ("image_digest", "height", "width", "target", "boxes", "flip", "operations")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ferkd_data.augment import Operations, apply_operations
 from ferkd_data.crops import Crops
 from ferkd_data.errors import UsageError
 
@@ -80,6 +81,7 @@ def replay(
             torch.ops.aten.flip.out(unflipped, [3], out=slot)
         else:
             resize_into(patch, output_size, False, None, None, out=slot)
+    _augment(out, [crops])
     return out
 
 
@@ -128,7 +130,16 @@ def replay_on_device(
             filters = _Filters(place_2NST[:, here], weight_2NST[:, here], overshoots=interpolation == "bicubic")
             out_NSSC[row : row + count] = _resized(images_CHW[image], filters)
             row += count
-    return out_NSSC.permute(0, 3, 1, 2)
+    out = out_NSSC.permute(0, 3, 1, 2)
+    _augment(out, crops)
+    return out
+
+
+def _augment(images_NCSS: Tensor, crops: Sequence[Crops]) -> None:
+    """Replay the recorded operations, in place; exact on every device."""
+    words = [part.operations for part in crops if part.operations is not None and part.operations.size]
+    if words:
+        apply_operations(images_NCSS, Operations.unpack(np.concatenate(words)))
 
 
 def cutting_steps(

@@ -23,11 +23,11 @@ def same_label_sets(a: Path, b: Path) -> bool:
 
 def same_rows(a: Path, b: Path) -> bool:
     """Whatever shards they are in."""
-    first, second = _rows_by_key(a), _rows_by_key(b)
+    first, second = rows_by_key(a), rows_by_key(b)
     return first.keys() == second.keys() and all(same_labels(first[key], second[key]) for key in first)
 
 
-def _rows_by_key(folder: Path) -> dict[str, ShardLabels]:
+def rows_by_key(folder: Path) -> dict[str, ShardLabels]:
     return {row.key: ShardLabels.from_rows([row]) for row in fd.open_labels(folder)}
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"errors", "html_tables"},
     {"rng", "extras", "storage", "file_lock", "differences"},
     {"remote"},
-    {"crops"},
+    {"crops", "augment"},
     {"images", "replay", "blending", "normalization"},
     {"teachers", "ensemble", "buckets"},
     {"shards.columns", "statistics", "labels", "targets"},

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
-from ferkd_data.augment.operations import BOX_UNIT_BITS, CODES, FACTOR, UNIT, Operations
+from ferkd_data.augment.operations import BOX_UNIT_BITS, BOX_WORDS, CODES, FACTOR, UNIT, Operations
 from ferkd_data.errors import UsageError
 
 WORDS = 32
@@ -155,6 +155,11 @@ def parse_augmentations(texts: Iterable[str]) -> tuple[Augmentation, ...]:
     if sum(one.kind == "erase" for one in augmentations) > 1:
         raise UsageError("erase can be given once")
     return augmentations
+
+
+def num_words(augmentations: Sequence[Augmentation]) -> int:
+    """W: words that `Operations.pack` takes for a crop; 0 without augmentations."""
+    return 2 * sum(one.num_operations for one in augmentations) + BOX_WORDS if augmentations else 0
 
 
 def draw_operations(

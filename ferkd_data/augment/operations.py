@@ -26,6 +26,7 @@ UNIT = 10_000
 """Fixed-point values of shear, translation, hue and blur are multiples of 1/10,000; angles of 1/100 degree."""
 FACTOR = 1_000
 """Factors of brightness, contrast, saturation and sharpness are multiples of 1/1,000."""
+BOX_WORDS = 4
 BOX_UNIT_BITS = 16
 """The sides of an erased box are multiples of 1/65,536 of the crop's side."""
 
@@ -46,6 +47,21 @@ class Operations:
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    @classmethod
+    def unpack(cls, words: npt.NDArray[np.uint16]) -> Operations:
+        """The operations that `pack` put into `words` (N, 2A + 4)."""
+        slots = (words.shape[1] - BOX_WORDS) // 2
+        return cls(
+            codes=words[:, :slots].astype(np.uint8),
+            values=np.ascontiguousarray(words[:, slots : 2 * slots]).view(np.int16),
+            erase=words[:, 2 * slots :],
+        )
+
+    def pack(self) -> npt.NDArray[np.uint16]:
+        """All of it as one array (N, 2A + 4) of words: A codes, A values, the erased box. For rows kept in memory."""
+        values = np.ascontiguousarray(self.values).view(np.uint16)
+        return np.concatenate([self.codes.astype(np.uint16), values, self.erase], axis=1)
 
     def __getitem__(self, rows: slice | npt.NDArray[np.int64]) -> Operations:
         return Operations(codes=self.codes[rows], values=self.values[rows], erase=self.erase[rows])

@@ -28,6 +28,7 @@ class SettingsKeywords(TypedDict, total=False):
     images_per_shard: int | None
     seed: int
     distribution: CropDistribution
+    augment: Sequence[str]
     ensemble: Literal["mean", "logits", "geometric"]
     thresholds: Thresholds | QuantileThresholds
     max_pixels: int

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ferkd_data.augment.distribution import Augmentation, parse_augmentations
 from ferkd_data.buckets import QuantileThresholds, Thresholds
 from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import UsageError
@@ -30,6 +32,8 @@ class BuildSettings:
     """None: 4096 for parquet, 1024 for webdataset."""
     seed: int = 0
     distribution: CropDistribution = field(default_factory=CropDistribution)
+    augment: Sequence[str] = ()
+    """Augmentations that are drawn and recorded with each crop, in order, such as "randaugment:n=2,m=9"."""
     ensemble: Literal["mean", "logits", "geometric"] = "mean"
     thresholds: Thresholds | QuantileThresholds = field(default_factory=Thresholds)
     max_pixels: int = DEFAULT_MAX_PIXELS
@@ -47,6 +51,15 @@ class BuildSettings:
             raise UsageError(f"layout must be parquet or webdataset, got {self.layout!r}")
         if self.ensemble not in ("mean", "logits", "geometric"):
             raise UsageError(f"ensemble must be mean, logits or geometric, got {self.ensemble!r}")
+
+        if isinstance(self.augment, str):
+            raise UsageError(f"augment is a list of augmentations, as in augment=[{self.augment!r}]")
+        # As parsed, so that two ways to write the same are the same settings.
+        object.__setattr__(self, "augment", tuple(map(str, parse_augmentations(self.augment))))
+
+    @property
+    def augmentations(self) -> tuple[Augmentation, ...]:
+        return parse_augmentations(self.augment)
 
     @property
     def shard_images(self) -> int:

@@ -50,6 +50,11 @@ def convert(
     if layout not in get_args(Layout):
         raise UsageError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
     source = open_labels(labels)
+    if source.manifest.augmentations:
+        raise UsageError(
+            f"{source.location}: its crops have recorded augmentations ({', '.join(source.manifest.augmentations)}); "
+            "FKD's files have no place for them, so its script would show the student other pixels than the teachers saw"
+        )
     out = new_folder(out)
     block = crops_per_block or source.manifest.crops_per_block
     table = None

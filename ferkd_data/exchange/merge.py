@@ -29,9 +29,9 @@ from ferkd_data.statistics import shard_statistics
 from ferkd_data.storage import write_atomically
 
 Kind = Literal["teachers", "crops", "images"]
-SAME_CROPS = ("seed", "crop_distribution", "num_crops")
+SAME_CROPS = ("seed", "crop_distribution", "augmentations", "num_crops")
 SAME_TEACHERS = ("teachers", "ensemble", "top_k", "thresholds")
-SETTINGS = {"teachers": SAME_CROPS, "crops": SAME_TEACHERS, "images": (*SAME_CROPS, *SAME_TEACHERS)}
+SETTINGS = {"teachers": SAME_CROPS, "crops": (*SAME_TEACHERS, "augmentations"), "images": (*SAME_CROPS, *SAME_TEACHERS)}
 """What must be the same, by what the label sets add to each other."""
 
 
@@ -225,7 +225,7 @@ def gather(labels: LabelSet, keys: Sequence[str]) -> ShardLabels:
 
 
 def _without_crops(labels: ShardLabels) -> ShardLabels:
-    return replace(labels, boxes=labels.boxes[:, :0], flip=labels.flip[:, :0])
+    return replace(labels, **{name: getattr(labels, name)[:, :0] for name in ("boxes", "flip", "operations")})
 
 
 def _origin(labels: LabelSet) -> dict[str, Any]:

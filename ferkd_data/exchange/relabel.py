@@ -25,6 +25,8 @@ from ferkd_data.shards.columns import ImageLabels
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 
 SAMPLE = 100
+VIEW_FIELDS = ("boxes", "flip", "operations")
+"""What makes a crop the crop that it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def relabel(
     differences, same_top1, other_crops = [], [], []
     for fresh, _ in rows:
         stored = labels[fresh.key]
-        if not (np.array_equal(fresh.boxes, stored.boxes) and np.array_equal(fresh.flip, stored.flip)):
+        if not all(np.array_equal(getattr(fresh, name), getattr(stored, name)) for name in VIEW_FIELDS):
             other_crops.append(fresh.key)
             continue
         differences.append(difference(stored, fresh))
@@ -132,6 +134,7 @@ def _job(
             top_k=manifest.top_k,
             seed=manifest.seed,
             distribution=CropDistribution(scale=crops.scale, ratio=crops.ratio, hflip=crops.hflip),
+            augment=manifest.augmentations or (),
             ensemble=manifest.ensemble,
             thresholds=manifest.thresholds.absolute(),
         ),

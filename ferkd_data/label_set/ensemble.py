@@ -121,7 +121,7 @@ def check_same_classes(a: LabelSet, b: LabelSet) -> None:
 
 
 def _check_same_shards(a: LabelSet, b: LabelSet) -> None:
-    for name in ("seed", "crop_distribution", "num_crops", "crops_per_block", "layout"):
+    for name in ("seed", "crop_distribution", "augmentations", "num_crops", "crops_per_block", "layout"):
         ours, theirs = getattr(a.manifest, name), getattr(b.manifest, name)
         if ours != theirs:
             raise LabelSetError(f"{a.location} and {b.location}: {name} differs: {ours} and {theirs}")

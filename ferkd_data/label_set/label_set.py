@@ -195,6 +195,7 @@ class StoredLabels:
                     num_crops=self.manifest.block_crops(block),
                     top_k=self.top_k,
                     num_classes=self.num_classes,
+                    operation_words=self.manifest.operation_words,
                 )
             plain = self.plain_rows(shard, file.read)
             if plain is not None:

@@ -76,6 +76,7 @@ class _Drawn(NamedTuple):
 
     boxes: npt.NDArray[np.uint16]
     flip: npt.NDArray[np.bool_]
+    operations: npt.NDArray[np.uint16]
     class_index: npt.NDArray[Any]
     class_prob: npt.NDArray[np.float16]
     bucket: npt.NDArray[np.uint8]
@@ -123,7 +124,7 @@ class BatchMaker:
         def cut(labelled: Labelled, i: int) -> None:
             record, drawn = labelled.records[i], labelled.drawn
             pixels = decode_checked(self.read(int(labelled.rows[i]), record, window.epoch), record)
-            crops = Crops(boxes=drawn.boxes[i], flip=drawn.flip[i])
+            crops = Crops(boxes=drawn.boxes[i], flip=drawn.flip[i], operations=drawn.operations[i])
             self._cut_image(pixels, window.slots[i], crops, bool(together[i]), images)
             if self.settings.transform is not None:
                 self._transform(self.settings.transform, window, labelled, i, images)
@@ -239,8 +240,8 @@ class BatchMaker:
             bucket, codes = self._codes(calibration, block_of | {"target": block["target"]})
             chosen = draw(block["key_hash"], use_probability(calibration, codes), part, seed=self.settings.seed)
             row = np.arange(len(chosen))[:, None]
-            boxes, flip, index, prob = (block_of[name][row, chosen] for name in _DRAWN_FIELDS)
-            parts.append(_Drawn(boxes, flip, index, prob, bucket[row, chosen], codes[row, chosen]))
+            drawn = {name: block_of[name][row, chosen] for name in _DRAWN_FIELDS}
+            parts.append(_Drawn(**drawn, bucket=bucket[row, chosen], codes=codes[row, chosen]))
         if len(parts) == 1:
             return parts[0]
         return _Drawn(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
@@ -274,7 +275,7 @@ class BatchMaker:
             return
         for m, slot in enumerate(slots.tolist()):
             if slot >= 0:
-                one = Crops(boxes=crops.boxes[m : m + 1], flip=crops.flip[m : m + 1])
+                one = crops[m : m + 1]
                 replay(pixels, one, size=size, interpolation=interpolation, out=out[slot : slot + 1])
 
     def _transform(self, transform: Transform, window: Window, labelled: Labelled, i: int, images: Tensor) -> None:
@@ -377,5 +378,5 @@ def check_labelled_size(height: int, width: int, record: np.void) -> None:
         raise ImageError("other_image", f"it is {width}x{height} pixels, {labelled} were labelled")
 
 
-_DRAWN_FIELDS = ("boxes", "flip", "class_index", "class_prob")
-_CROP_FIELDS = ("boxes", "flip", "class_index", "class_prob", "target_prob", "bucket")
+_DRAWN_FIELDS = ("boxes", "flip", "operations", "class_index", "class_prob")
+_CROP_FIELDS = (*_DRAWN_FIELDS, "target_prob", "bucket")

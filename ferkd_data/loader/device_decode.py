@@ -47,6 +47,7 @@ class Encoded(NamedTuple):
     """(I, 2) height and width of images that are pixels already; 0 for JPEGs."""
     boxes: npt.NDArray[np.uint16]
     flip: npt.NDArray[np.bool_]
+    operations: npt.NDArray[np.uint16]
     made: Made
     """Before mixing."""
 
@@ -81,7 +82,8 @@ class DeviceWorkers:
                 return self._on_host(window)
             wanted = window.slots[i] >= 0
             decoded.append(pixels)
-            crops.append(Crops(boxes=encoded.boxes[i][wanted], flip=encoded.flip[i][wanted]))
+            drawn = Crops(boxes=encoded.boxes[i], flip=encoded.flip[i], operations=encoded.operations[i])
+            crops.append(drawn[wanted])
             slots.append(window.slots[i][wanted])
         images = self._placed(window, decoded, crops, slots)
         whole = encoded.made.targets(self._maker.labels.num_classes)
@@ -165,6 +167,7 @@ class _Encoder(Dataset[Encoded | FerkdError]):
             sizes=sizes,
             boxes=labelled.drawn.boxes,
             flip=labelled.drawn.flip,
+            operations=labelled.drawn.operations,
             made=Made.of(SoftTargets.cat(labelled.targets), window, skipped),
         )
 

@@ -33,6 +33,7 @@ def record_dtype(labels: LabelSet, block: int) -> np.dtype[np.void]:
             ("target_prob", "<f2", (num_crops,)),
             ("flip", "?", (num_crops,)),
             ("bucket", "u1", (num_crops,)),
+            ("operations", "<u2", (num_crops, manifest.operation_words)),
             *((name, "<i8") for name in PLACE if manifest.layout == "webdataset"),
         ]
     )

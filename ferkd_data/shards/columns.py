@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ UNKNOWN_TARGET = -1
 SHARDS_PER_FOLDER = 500
 """Image shards whose files lie in one folder: the hub takes 10,000 files in each, so 20 crop blocks."""
 DIGEST_BYTES = 16
+NO_OPERATIONS: npt.NDArray[np.uint16] = np.empty((0, 0), np.uint16)
+"""Stands for W = 0 in rows that are made without saying anything of operations; gets the rows' own shape."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,10 +46,16 @@ class ImageLabels:
     """(N,) the ensemble's probability of the ground truth, NaN where unknown."""
     bucket: npt.NDArray[np.uint8]
     """(N,)"""
+    operations: npt.NDArray[np.uint16] = field(default_factory=lambda: NO_OPERATIONS)
+    """(N, W): recorded augmentations, as `augment.Operations.pack` puts them; W = 0 where none are."""
+
+    def __post_init__(self) -> None:
+        if self.operations is NO_OPERATIONS:
+            object.__setattr__(self, "operations", np.empty((*self.flip.shape, 0), np.uint16))
 
     @property
     def crops(self) -> Crops:
-        return Crops(boxes=self.boxes, flip=self.flip)
+        return Crops(boxes=self.boxes, flip=self.flip, operations=self.operations)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +83,12 @@ class ShardLabels:
     """(R, N)"""
     bucket: npt.NDArray[np.uint8]
     """(R, N)"""
+    operations: npt.NDArray[np.uint16] = field(default_factory=lambda: NO_OPERATIONS)
+    """(R, N, W)"""
+
+    def __post_init__(self) -> None:
+        if self.operations is NO_OPERATIONS:
+            object.__setattr__(self, "operations", np.empty((*self.flip.shape, 0), np.uint16))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -102,7 +116,7 @@ class ShardLabels:
 
     def take(self, rows: npt.NDArray[np.int64]) -> ShardLabels:
         """The rows of these numbers, in their order."""
-        arrays = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "keys"}
+        arrays = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "keys"}
         return replace(self, keys=[self.keys[row] for row in rows.tolist()], **arrays)
 
     @classmethod
@@ -119,7 +133,7 @@ class ShardLabels:
         )
 
 
-CROP_FIELDS = ("boxes", "flip", "class_index", "class_prob", "target_prob", "bucket")
+CROP_FIELDS = ("boxes", "flip", "class_index", "class_prob", "target_prob", "bucket", "operations")
 """The fields with an axis N."""
 
 
@@ -137,7 +151,7 @@ def same_labels(a: ShardLabels, b: ShardLabels) -> bool:
     """Whether two shards hold the same rows, value by value (NaN equals NaN)."""
     if list(a.keys) != list(b.keys):
         return False
-    names = [field.name for field in fields(ShardLabels) if field.name != "keys"]
+    names = [f.name for f in fields(ShardLabels) if f.name != "keys"]
     return all(np.array_equal(getattr(a, name), getattr(b, name), equal_nan=name == "target_prob") for name in names)
 
 

@@ -9,6 +9,7 @@ datasets 3.1 knows no bytes of fixed length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ferkd_data.errors import ShardError
+from ferkd_data.augment.operations import BOX_WORDS, Operations, check_operations
+from ferkd_data.errors import ShardError, UsageError
 from ferkd_data.shards.columns import (
     DIGEST_BYTES,
     UNKNOWN_TARGET,
@@ -30,6 +32,7 @@ from ferkd_data.shards.columns import (
 from ferkd_data.shards.pages import read_claims
 
 BOX_COLUMNS = ("box_top", "box_left", "box_height", "box_width")
+ERASE_COLUMNS = ("erase_top", "erase_left", "erase_height", "erase_width")
 PROB_COLUMNS = ("class_prob", "target_prob")
 """Float16 values, stored as float32."""
 
@@ -44,7 +47,7 @@ def file_name(shard: int, block: int) -> str:
     return f"{shard_folder('labels', shard)}/{shard:05d}-{block:03d}.parquet"
 
 
-def schema(num_crops: int, top_k: int, index_dtype: Any) -> pa.Schema:
+def schema(num_crops: int, top_k: int, index_dtype: Any, operation_words: int = 0) -> pa.Schema:
     """Every column of a block file with `num_crops` crops; published in docs/format.md."""
 
     def per_crop(value: pa.DataType, count: int = num_crops) -> pa.DataType:
@@ -64,14 +67,39 @@ def schema(num_crops: int, top_k: int, index_dtype: Any) -> pa.Schema:
             pa.field("class_prob", per_crop(pa.float32(), num_crops * top_k), nullable=False),
             pa.field("target_prob", per_crop(pa.float32()), nullable=False),
             pa.field("bucket", per_crop(pa.uint8()), nullable=False),
+            *_operation_fields(num_crops, operation_words),
         ],
         metadata={b"ferkd_data.format": b"1", b"ferkd_data.top_k": str(top_k).encode()},
     )
 
 
+def _operation_fields(num_crops: int, words: int) -> list[pa.Field]:
+    """Columns of recorded operations: none without any, and none for their codes where only boxes are erased."""
+    if not words:
+        return []
+
+    def per_crop(name: str, value: pa.DataType, count: int) -> pa.Field:
+        return pa.field(name, pa.list_(pa.field("element", value), num_crops * count), nullable=False)
+
+    slots = (words - BOX_WORDS) // 2
+    listed = [per_crop("op_code", pa.uint8(), slots), per_crop("op_value", pa.int16(), slots)] if slots else []
+    return [*listed, *(per_crop(name, pa.uint16(), 1) for name in ERASE_COLUMNS)]
+
+
+def _operation_columns(words: npt.NDArray[np.uint16]) -> dict[str, pa.Array]:
+    if not words.shape[-1]:
+        return {}
+    operations = Operations.unpack(words.reshape(-1, words.shape[-1]))
+    return {
+        "op_code": pa.array(operations.codes.reshape(-1)),
+        "op_value": pa.array(operations.values.reshape(-1)),
+        **{name: pa.array(operations.erase[:, i]) for i, name in enumerate(ERASE_COLUMNS)},
+    }
+
+
 def to_table(labels: ShardLabels) -> pa.Table:
     num_crops, top_k = labels.class_index.shape[1:]
-    layout = schema(num_crops, top_k, labels.class_index.dtype)
+    layout = schema(num_crops, top_k, labels.class_index.dtype, labels.operations.shape[2])
     unknown_prob = np.isnan(labels.target_prob).reshape(-1)
     columns = {
         "key": pa.array(list(labels.keys), pa.string()),
@@ -85,6 +113,7 @@ def to_table(labels: ShardLabels) -> pa.Table:
         "class_prob": pa.array(labels.class_prob.reshape(-1).astype(np.float32)),
         "target_prob": pa.array(labels.target_prob.reshape(-1).astype(np.float32), mask=unknown_prob),
         "bucket": pa.array(labels.bucket.reshape(-1)),
+        **_operation_columns(labels.operations),
     }
     arrays = [
         pa.FixedSizeListArray.from_arrays(columns[field.name], type=field.type)
@@ -97,11 +126,13 @@ def to_table(labels: ShardLabels) -> pa.Table:
 
 def write(path: Path, labels: ShardLabels) -> None:
     """Write one block file. The caller renames it when it is whole."""
-    with_dictionary = ["target", *(f"{name}.list.element" for name in (*BOX_COLUMNS, "bucket"))]
+    table = to_table(labels)
+    operations = [name for name in ("op_code", "op_value", *ERASE_COLUMNS) if name in table.column_names]
+    with_dictionary = ["target", *(f"{name}.list.element" for name in (*BOX_COLUMNS, "bucket", *operations))]
     if len(labels) * labels.num_crops >= DICTIONARY_CROPS:
         with_dictionary += [f"{name}.list.element" for name in PROB_COLUMNS]
     pq.write_table(
-        to_table(labels),
+        table,
         path,
         compression="zstd",
         compression_level=COMPRESSION_LEVEL,
@@ -124,14 +155,16 @@ MAX_DECODED_BYTES, MAX_EXPANSION = 2**30, 100
 NULLABLE = ("target", "target_prob")
 
 
-def read_labels(path: Path, *, rows: int, num_crops: int, top_k: int, num_classes: int) -> ShardLabels:
+def read_labels(
+    path: Path, *, rows: int, num_crops: int, top_k: int, num_classes: int, operation_words: int = 0
+) -> ShardLabels:
     """One block file as arrays.
 
     Raises ShardError when the file is missing or truncated, when a column is missing or of another type, when it
     does not hold what the manifest says (checked in the footer and the page headers, before memory is taken).
     """
     index_dtype = class_index_dtype(num_classes)
-    table = _read(path, schema(num_crops, top_k, index_dtype), rows)
+    table = _read(path, schema(num_crops, top_k, index_dtype, operation_words), rows)
 
     def lists(name: str) -> npt.NDArray[Any]:
         flat = table.column(name).combine_chunks().flatten()
@@ -156,7 +189,28 @@ def read_labels(path: Path, *, rows: int, num_crops: int, top_k: int, num_classe
         class_prob=to_float16(lists("class_prob")).reshape(rows, num_crops, top_k),
         target_prob=to_float16(lists("target_prob")),
         bucket=lists("bucket"),
+        operations=_packed_operations(path, lists, (rows, num_crops, operation_words)),
     )
+
+
+def _packed_operations(
+    path: Path, lists: Callable[[str], npt.NDArray[Any]], shape: tuple[int, int, int]
+) -> npt.NDArray[np.uint16]:
+    """The operations (R, N, W) of a file, checked against their list. Raises ShardError."""
+    if not shape[2]:
+        return np.empty(shape, np.uint16)
+    crops, slots = shape[0] * shape[1], (shape[2] - BOX_WORDS) // 2
+    none = np.zeros((crops, 0), np.int64)
+    operations = Operations(
+        codes=(lists("op_code").reshape(crops, slots) if slots else none).astype(np.uint8),
+        values=(lists("op_value").reshape(crops, slots) if slots else none).astype(np.int16),
+        erase=np.stack([lists(name).reshape(-1) for name in ERASE_COLUMNS], axis=1).astype(np.uint16),
+    )
+    try:
+        check_operations(operations)
+    except UsageError as error:
+        raise ShardError(f"{path}: {error}") from error
+    return operations.pack().reshape(shape)
 
 
 def read_keys(path: Path, *, rows: int) -> list[str]:

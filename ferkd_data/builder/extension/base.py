@@ -83,6 +83,7 @@ class Base:
             "layout": manifest.layout,
             "seed": manifest.seed,
             "distribution": CropDistribution(scale=drawn.scale, ratio=drawn.ratio, hflip=drawn.hflip),
+            "augment": manifest.augmentations or (),
             "ensemble": manifest.ensemble,
             "thresholds": manifest.thresholds.absolute(),
         }

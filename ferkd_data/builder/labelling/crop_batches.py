@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ferkd_data.augment import draw_operations
 from ferkd_data.builder.labelling.pipeline import in_background, look_ahead
 from ferkd_data.builder.labelling.staging import Staging
 from ferkd_data.builder.settings import BuildSettings
@@ -126,9 +127,17 @@ def _decode(
             count=settings.crops - first_crop,
             distribution=settings.distribution,
         )
+        if settings.augmentations:
+            crops = replace(crops, operations=_operations(ref.key, settings, first_crop))
     except ImageError as error:
         return Reject(key=ref.key, reason=error.reason, detail=error.detail)
     return DecodedImage(ref=ref, data=data, digest=image_digest(data), pixels=pixels, crops=crops)
+
+
+def _operations(key: str, settings: BuildSettings, first_crop: int) -> npt.NDArray[np.uint16]:
+    count = settings.crops - first_crop
+    drawn = draw_operations(key, settings.augmentations, seed=settings.seed, first=first_crop, count=count)
+    return drawn.pack()
 
 
 def _accepted(decoded: Iterable[DecodedImage | Reject], rejected: Rejected) -> Iterator[DecodedImage]:
@@ -209,5 +218,4 @@ def _cut_within(budget: int, slices: Sequence[Slice], views: Sequence[View], sta
 
 
 def _part(piece: Slice) -> Crops:
-    crops = piece.image.crops
-    return Crops(boxes=crops.boxes[piece.start : piece.stop], flip=crops.flip[piece.start : piece.stop])
+    return piece.image.crops[piece.start : piece.stop]

@@ -23,7 +23,7 @@ from ferkd_data.ensemble import check_logits, combine, raise_if_wrong
 from ferkd_data.errors import BuildError
 from ferkd_data.images import ImageRef, ImageSource
 from ferkd_data.labels import DeviceLabels, SoftLabels, soft_labels
-from ferkd_data.shards.columns import ImageLabels
+from ferkd_data.shards.columns import NO_OPERATIONS, ImageLabels
 from ferkd_data.teachers import Teacher
 
 
@@ -194,6 +194,7 @@ def _row(image: DecodedImage, pieces: list[SoftLabels], thresholds: Thresholds) 
         class_prob=class_prob,
         target_prob=target_prob,
         bucket=assign_buckets(confidence(class_prob, target_prob, thresholds.confidence), thresholds),
+        operations=NO_OPERATIONS if image.crops.operations is None else image.crops.operations,
     )
 
 

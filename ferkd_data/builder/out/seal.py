@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ferkd_data import statistics
+from ferkd_data.augment.distribution import num_words
 from ferkd_data.buckets import (
     NUM_FLOAT16,
     QuantileThresholds,
@@ -23,6 +24,7 @@ from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.images import Reject
 from ferkd_data.manifest import (
     FILE_NAME,
+    RECORDED_OPERATIONS,
     CreatedBy,
     CropDistributionEntry,
     Manifest,
@@ -58,6 +60,8 @@ def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts,
             ratio=settings.distribution.ratio,
             hflip=settings.distribution.hflip,
         ),
+        augmentations=tuple(settings.augment) or None,
+        requires=(RECORDED_OPERATIONS,) if settings.augment else None,
         teachers=facts.teachers,
         ensemble=settings.ensemble,
         thresholds=ThresholdsEntry(
@@ -152,6 +156,7 @@ def _read(out: Path, record: ShardRecord, settings: BuildSettings, num_classes: 
                 num_crops=min(settings.crops_per_block, settings.crops - start),
                 top_k=settings.top_k,
                 num_classes=num_classes,
+                operation_words=num_words(settings.augmentations),
             )
         )
     return concat_crops(blocks)
