@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from ferkd_data import manifest, statistics
+from ferkd_data.augment import OPERATIONS
 from ferkd_data.images import REASONS
 from ferkd_data.images.refs import MAX_KEY_BYTES
 from ferkd_data.shards import crop_arrays, pages, parquet
@@ -43,6 +44,14 @@ def members_table() -> str:
         rows.append(
             f"| `KEY.{suffix}` | `{dtype.str}` | ({sides}{',' if len(shape) == 1 else ''}) | {contents[suffix]} |"
         )
+    return "\n".join(rows)
+
+
+def operations_table() -> str:
+    rows = ["| code | operation | value | unit |", "| ---: | --- | --- | --- |"]
+    for one in OPERATIONS:
+        low, high = one.values
+        rows.append(f"| {one.code} | `{one.name}` | {f'{low:,} to {high:,}' if high else ''} | {one.unit} |")
     return "\n".join(rows)
 
 
@@ -129,6 +138,7 @@ def limits_table() -> str:
 
 
 TABLES = {
+    "operations": operations_table,
     "limits": limits_table,
     "parquet columns": parquet_table,
     "label members": members_table,

@@ -50,11 +50,6 @@ def convert(
     if layout not in get_args(Layout):
         raise UsageError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
     source = open_labels(labels)
-    if source.manifest.augmentations:
-        raise UsageError(
-            f"{source.location}: its crops have recorded augmentations ({', '.join(source.manifest.augmentations)}); "
-            "FKD's files have no place for them, so its script would show the student other pixels than the teachers saw"
-        )
     out = new_folder(out)
     block = crops_per_block or source.manifest.crops_per_block
     table = None
@@ -111,9 +106,14 @@ def _rows(source: LabelSet, shard: ShardEntry, layout: Layout, table: ImageTable
 def export_fkd(labels: str | Path, out: str | Path, *, on_progress: OnProgress | None = None) -> str:
     """Write FKD's files, OUT/KEY.tar, for its own training script; returns the label type to give it.
 
-    Raises UsageError where `out` is not empty.
+    Raises UsageError where `out` is not empty, and for crops with recorded augmentations.
     """
     source = open_labels(labels)
+    if source.manifest.augmentations:
+        raise UsageError(
+            f"{source.location}: its crops have recorded augmentations ({', '.join(source.manifest.augmentations)}); "
+            "FKD's files have no place for them: its script would show the student other pixels than the teachers saw"
+        )
     out = new_folder(out)
     for done, row in enumerate(source, start=1):
         fkd.write_file(fkd.file_of(out, row.key), row)

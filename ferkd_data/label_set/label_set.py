@@ -197,7 +197,8 @@ class StoredLabels:
                     num_classes=self.num_classes,
                     operation_words=self.manifest.operation_words,
                 )
-            plain = self.plain_rows(shard, file.read)
+            # The table reader knows no operations: a set that has them, or claims to, is read sample by sample.
+            plain = None if self.manifest.operation_words else self.plain_rows(shard, file.read)
             if plain is not None:
                 return plain
             return self._checked(file.path, entry, [row for row, _ in webdataset.read_rows(file.path)])
@@ -326,6 +327,12 @@ class StoredLabels:
                 raise ShardError(
                     f"{path}: image {row.key!r} has (crops, k) = {row.class_index.shape} of {row.class_index.dtype}, "
                     f"the manifest says {expected} of {np.dtype(dtype)}"
+                )
+            if row.operations.shape[1] != self.manifest.operation_words:
+                told = ", ".join(self.manifest.augmentations or ()) or "none"
+                raise ShardError(
+                    f"{path}: image {row.key!r} has {row.operations.shape[1]} words of recorded operations, the "
+                    f"manifest's augmentations ({told}) take {self.manifest.operation_words}"
                 )
         return ShardLabels.from_rows(rows)
 

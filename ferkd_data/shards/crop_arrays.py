@@ -20,12 +20,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data.errors import ShardError
+from ferkd_data.augment.operations import BOX_WORDS, Operations, check_operations
+from ferkd_data.errors import ShardError, UsageError
 from ferkd_data.shards.columns import ImageLabels, to_float16
 
 CROPS = "crops.npy"
 SUFFIXES = (CROPS, "class_index.npy", "class_prob.npy", "target_prob.npy")
 """The members of a sample that hold labels, in the order in which they are written."""
+OPERATIONS = "operations.npy"
+"""A fifth member where crops have recorded augmentations: codes, values, erased box of each crop in a row."""
 CROPS_COLUMNS = ("top", "left", "height", "width", "flip", "bucket")
 FLIP, BUCKET = 4, 5
 INDEX_DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
@@ -67,10 +70,35 @@ def to_members(labels: ImageLabels) -> dict[str, bytes]:
     arrays = (crops, labels.class_index, labels.class_prob, labels.target_prob)
     num_crops, top_k = labels.class_index.shape
     described = shapes(num_crops, top_k, labels.class_index.dtype)
-    return {
+    members = {
         suffix: npy_bytes(array.astype(dtype))
         for (suffix, (dtype, _)), array in zip(described.items(), arrays, strict=True)
     }
+    if labels.operations.shape[1]:
+        members[OPERATIONS] = npy_bytes(_to_array(Operations.unpack(labels.operations)))
+    return members
+
+
+def _to_array(operations: Operations) -> npt.NDArray[np.int32]:
+    """(N, 2A + 4): a crop's codes, then its values, then top, left, height and width of its erased box."""
+    parts = (operations.codes, operations.values, operations.erase)
+    return np.concatenate([part.astype("<i4") for part in parts], axis=1)
+
+
+def _from_array(array: npt.NDArray[Any], num_crops: int, where: str) -> npt.NDArray[np.uint16]:
+    """The packed operations (N, W) that `_to_array` wrote. Raises ShardError for any others."""
+    slots, odd = divmod(array.shape[1] - BOX_WORDS, 2) if array.ndim == 2 else (0, 1)
+    if odd or slots < 0 or len(array) != num_crops or array.dtype != np.dtype("<i4"):
+        raise ShardError(f"{where}: is {array.dtype}{list(array.shape)}, expected int32[{num_crops}, 2 * A + 4]")
+    codes, values, erase = array[:, :slots], array[:, slots : 2 * slots], array[:, 2 * slots :]
+    operations = Operations(codes=codes.astype(np.uint8), values=values.astype(np.int16), erase=erase.astype(np.uint16))
+    if not np.array_equal(_to_array(operations), array):
+        raise ShardError(f"{where}: holds numbers that no operation has")
+    try:
+        check_operations(operations)
+    except UsageError as error:
+        raise ShardError(f"{where}: {error}") from error
+    return operations.pack()
 
 
 def from_members(members: Mapping[str, bytes], where: str) -> Fields:
@@ -80,7 +108,7 @@ def from_members(members: Mapping[str, bytes], where: str) -> Fields:
     """
     if len(members) == 1:
         return _from_draft(parse_npy(members[CROPS], f"{where}.{CROPS}"), f"{where}.{CROPS}")
-    arrays = {suffix: parse_npy(members[suffix], f"{where}.{suffix}") for suffix in SUFFIXES}
+    arrays = {suffix: parse_npy(content, f"{where}.{suffix}") for suffix, content in members.items()}
     index = arrays["class_index.npy"]
     num_crops, top_k = index.shape if index.ndim == 2 else (0, 0)
     index_dtype = index.dtype if index.dtype in INDEX_DTYPES else INDEX_DTYPES[0]
@@ -93,6 +121,8 @@ def from_members(members: Mapping[str, bytes], where: str) -> Fields:
     fields = to_fields(*(arrays[suffix] for suffix in SUFFIXES))
     if fields is None:
         raise ShardError(f"{where}.{CROPS}: a flip must be 0 or 1, and a bucket below 256")
+    if OPERATIONS in arrays:
+        fields["operations"] = _from_array(arrays[OPERATIONS], num_crops, f"{where}.{OPERATIONS}")
     return fields
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ferkd_data.errors import ImageError, ShardError
 from ferkd_data.images.decode import DEFAULT_MAX_PIXELS, JPEG_START, image_size, jpeg_size
 from ferkd_data.shards import crop_arrays
-from ferkd_data.shards.columns import CROP_FIELDS, DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels
+from ferkd_data.shards.columns import DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels
 from ferkd_data.storage import image_digest
 
 BLOCK, NAME, NAME_BYTES = tarfile.BLOCKSIZE, slice(0, 100), 100
@@ -137,7 +137,7 @@ def _labels(
         height=heights,
         width=widths,
         target=targets,
-        **{name: fields[name] for name in CROP_FIELDS},
+        **fields,
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from ferkd_data.errors import ImageError, ShardError
 from ferkd_data.images.decode import image_extension, image_size
 from ferkd_data.shards import crop_arrays
-from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels, shard_folder
+from ferkd_data.shards.columns import NO_OPERATIONS, UNKNOWN_TARGET, ImageLabels, shard_folder
 from ferkd_data.storage import image_digest
 
 MEMBER_MODE = 0o444
@@ -144,6 +144,7 @@ def _labels(path: Path, sample: Sample, fields: crop_arrays.Fields, image: bytes
         class_prob=fields["class_prob"],
         target_prob=fields["target_prob"],
         bucket=fields["bucket"],
+        operations=fields.get("operations", NO_OPERATIONS),
     )
 
 
@@ -159,10 +160,11 @@ def _split_member(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:
 
 
 def _sample(path: Path, key: str, parts: dict[str, tarfile.TarInfo], stream: io.BufferedReader) -> Sample:
-    labels = [suffix for suffix in crop_arrays.SUFFIXES if suffix in parts]
+    labels = [suffix for suffix in (*crop_arrays.SUFFIXES, crop_arrays.OPERATIONS) if suffix in parts]
     images = [suffix for suffix in parts if suffix not in ("cls", *labels)]
     # Drafts of version 1 have the first of the label members alone.
-    if len(images) != 1 or labels not in (list(crop_arrays.SUFFIXES), [crop_arrays.CROPS]):
+    whole = labels[: len(crop_arrays.SUFFIXES)] == list(crop_arrays.SUFFIXES) or labels == [crop_arrays.CROPS]
+    if len(images) != 1 or not whole:
         raise ShardError(
             f"{path}: sample {key!r} needs one image and {', '.join(crop_arrays.SUFFIXES)}, has {sorted(parts)}"
         )

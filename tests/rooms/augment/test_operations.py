@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,3 +193,37 @@ def test_codes_are_what_they_were():
             1,
         )
     )
+
+
+def standalone():
+    path = Path(__file__).parents[3] / "examples/standalone_operations.py"
+    spec = importlib.util.spec_from_file_location("standalone_operations", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", list(CODES))
+def test_a_reader_written_from_the_text_gets_the_same(name):
+    reader = standalone()
+    low, high = BY_CODE[CODES[name]].values
+    rng = np.random.default_rng(CODES[name])
+    for value in {low, high, *rng.integers(low, high + 1, 4).tolist()} if name != "blur" else {0, 90, 333}:
+        for side in (11, 16):
+            image = picture(side, number=value % 7)
+            theirs = reader.apply(image[0].permute(1, 2, 0).numpy(), [CODES[name]], [value], [0, 0, 0, 0])
+            assert np.array_equal(applied(name, value, image)[0].permute(1, 2, 0).numpy(), theirs), value
+
+
+def test_a_reader_written_from_the_text_applies_several_in_order():
+    reader = standalone()
+    codes, values = [CODES["rotate"], 0, CODES["contrast"], CODES["equalize"]], [1200, 0, 1700, 0]
+    erase = [10000, 20000, 30000, 8000]
+    image = picture(24, 3)
+    theirs = reader.apply(image[0].permute(1, 2, 0).numpy(), codes, values, erase)
+    operations = Operations(
+        codes=np.array([codes], np.uint8), values=np.array([values], np.int16), erase=np.array([erase], np.uint16)
+    )
+    assert np.array_equal(Operations.unpack(operations.pack()).values, operations.values)
+    apply_operations(image, operations)
+    assert np.array_equal(image[0].permute(1, 2, 0).numpy(), theirs)

@@ -18,7 +18,7 @@ from ferkd_data.shards.columns import same_labels
 from ferkd_data.teachers import TeacherSpec, load_teacher
 
 AUGMENT = ("randaugment:n=2,m=15", "colorjitter:0.4,0.4,0.4,0.1,p=0.5", "erase:p=0.5")
-LAYOUTS = ("parquet",)
+LAYOUTS = ("parquet", "webdataset")
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
