@@ -122,6 +122,13 @@ DONE_WITH_REJECTS = 3
     type=click.Path(dir_okay=False, path_type=Path),
     help="Keep this file up to date for Prometheus' node exporter (its textfile collector).",
 )
+@click.option(
+    "--report",
+    "report_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.html",
+    help="Keep a page to look at up to date after each shard (see `ferkd-data report`).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the label set or unfinished build in OUT.")
 @click.option(
     "--extend",
@@ -151,6 +158,7 @@ def command(
     part: str | None,
     log_json: Path | None,
     metrics: Path | None,
+    report_file: Path | None,
     overwrite: bool,
     extend: bool,
     grace: float,
@@ -191,7 +199,10 @@ def command(
             "on_error": on_error,
             "extend": extend,
             "on_progress": on_progress,
-            "watchers": [kind(path) for kind, path in ((JsonLog, log_json), (MetricsFile, metrics)) if path],
+            "watchers": [
+                *(kind(path) for kind, path in ((JsonLog, log_json), (MetricsFile, metrics)) if path),
+                *([fd.LiveReport(report_file, images=source)] if report_file else []),
+            ],
             "stop": stop,
         }
         if part is not None:

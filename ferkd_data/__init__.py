@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from ferkd_data.report import write_report as write_report
     from ferkd_data.report.compare import Comparison as Comparison
     from ferkd_data.report.compare import compare as compare
+    from ferkd_data.report.live import LiveReport as LiveReport
     from ferkd_data.report.show import Shown as Shown
     from ferkd_data.report.show import show as show
     from ferkd_data.rng import generator as generator
@@ -99,6 +100,7 @@ _EXPORTS: dict[str, str] = {
     "verify": "exchange.verify",
     "ReportResult": "report",
     "write_report": "report",
+    "LiveReport": "report.live",
     "Comparison": "report.compare",
     "compare": "report.compare",
     "Shown": "report.show",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import label_sets
 import pytest
 
 import ferkd_data as fd
@@ -169,3 +170,85 @@ def test_it_is_imported_only_when_used():
     code = "import sys, ferkd_data; assert 'jinja2' not in sys.modules; import ferkd_data_cli.report; "
     code += "assert not {'jinja2', 'numpy', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class ReportReader:
+    """Looks at the report file whenever a shard is done, after the report had its chance."""
+
+    def __init__(self, path):
+        self.path, self.seen = path, []
+
+    def see(self, event):
+        if type(event).__name__ == "ShardDone" and self.path.exists():
+            self.seen.append(re.search(r"(\d+) of\s+4 shards are done", self.path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_a_build_keeps_its_report_up_to_date(tmp_path, photos, tiny_teachers, layout, monkeypatch):
+    monkeypatch.setattr("ferkd_data.report.live.LARGEST_SHARE", 1e9)
+    file, out = tmp_path / "report.html", tmp_path / "out"
+    live, reader = fd.LiveReport(file, images=photos), ReportReader(file)
+
+    class InTurn:
+        """Waits after each shard until the report is about it."""
+
+        def see(self, event):
+            if type(event).__name__ == "ShardDone":
+                self.done = getattr(self, "done", 0) + 1
+                said = re.compile(rf"{self.done} of\s+4 shards are done")
+                label_sets.wait_until(lambda: file.exists() and bool(said.search(file.read_text(encoding="utf-8"))))
+
+    fd.build(
+        photos, out, teachers=[tiny_teachers], crops=4, top_k=2, images_per_shard=5, device="cpu", layout=layout,
+        watchers=[live, InTurn(), reader],
+    )  # fmt: skip
+    assert [int(match[1]) for match in reader.seen] == [1, 2, 3, 4]
+    fd.write_report(out, tmp_path / "again.html", images=photos)
+    assert file.read_bytes() == (tmp_path / "again.html").read_bytes()
+    assert "still running" not in file.read_text(encoding="utf-8")
+
+
+def test_a_build_that_fails_leaves_the_report_of_its_shards(tmp_path, photos, tiny_teachers):
+    class Stop(Exception):
+        pass
+
+    class StopAfterOne:
+        def see(self, event):
+            if type(event).__name__ == "ShardDone":
+                raise Stop
+
+    file = tmp_path / "report.html"
+    with pytest.raises(Stop):
+        fd.build(
+            photos, tmp_path / "out", teachers=[tiny_teachers], crops=4, top_k=2, images_per_shard=5, device="cpu",
+            watchers=[fd.LiveReport(file), StopAfterOne()],
+        )  # fmt: skip
+    assert "The build is still running" in file.read_text(encoding="utf-8")
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_build(tmp_path, photos, tiny_teachers, capsys):
+    (tmp_path / "reports").mkdir()
+    live = fd.LiveReport(tmp_path / "reports" / "report.html")
+    (tmp_path / "reports").rmdir()
+    (tmp_path / "reports").write_text("a file has taken its place")
+    fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], crops=4, top_k=2, device="cpu", watchers=[live])
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    with pytest.raises(UsageError, match="no folder"):
+        fd.LiveReport(tmp_path / "nowhere" / "report.html")
+
+
+def test_build_command_with_a_report(tmp_path, photos, tiny_teachers):
+    file = tmp_path / "report.html"
+    command = ["build", photos, tmp_path / "out", "--teacher", tiny_teachers, "--crops", 4, "--top-k", 2]
+    assert run([*map(str, command), "--device", "cpu", "--report", str(file)]) == 0
+    assert file.read_text(encoding="utf-8").count("data:image/jpeg") > 20
+
+
+def test_views_and_ensembles_have_reports(label_set, tar_label_set, photos, tmp_path):
+    own = fd.open_labels(tar_label_set)
+    view = own.select(rows=range(5, 17))
+    assert fd.write_report(view, tmp_path / "view.html").images == 12
+    mapped = own.map_classes({"class0": "first", "class1": "first", "class3": "second"})
+    assert fd.write_report(mapped, tmp_path / "mapped.html").pictures == ""
+    both = fd.open_labels([label_set, label_set])
+    assert fd.write_report(both, tmp_path / "both.html", images=photos).images == 20
