@@ -85,8 +85,11 @@ def test_other_images_are_not_shown(label_set, photos, tmp_path):
 
 
 def test_images_of_another_data_set_are_refused(label_set, tmp_path, make_photos):
+    other = make_photos(tmp_path / "other")
+    for photo in sorted(other.rglob("*.jpg")):
+        photo.rename(photo.with_name(f"other-{photo.name}"))
     with pytest.raises(UsageError, match="none of the keys"):
-        fd.write_report(label_set, tmp_path / "r.html", images=make_photos(tmp_path / "x" / "deeper").parent)
+        fd.write_report(label_set, tmp_path / "r.html", images=other)
 
 
 def test_from_a_url(label_set, tmp_path, monkeypatch):
