@@ -59,6 +59,14 @@ class SoftTargets:
     def __len__(self) -> int:
         return len(self.floor)
 
+    def __repr__(self) -> str:
+        known = [name for name in ("hard", "hard_partner", "bucket", "rows", "keys") if getattr(self, name) is not None]
+        more = f", with {', '.join(known)}" if known else ""
+        return (
+            f"SoftTargets({len(self)} rows, {self.num_classes} classes, {self.index.shape[1]} sparse entries, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}{more})"
+        )
+
     def _repr_html_(self) -> str:
         """What a notebook shows: the most probable classes of the first rows."""
         shown = self[:ROWS_IN_HTML].to("cpu")

@@ -18,17 +18,27 @@ from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.augment import Transform
 from ferkd_data.loader.batch_maker import Work
+from ferkd_data.loader.like_dataloader import class_names, class_numbers, refuse_transform
 from ferkd_data.loader.opening import open_maker
 from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
 from ferkd_data.loader.plan import Place, Window
 from ferkd_data.loader.ranks import Ranks, check_ranks, ranks_now, warn_if_alone
-from ferkd_data.loader.settings import ImagesMissing, LoaderSettings, OfEpoch, Verify, counted, epoch_number
+from ferkd_data.loader.settings import (
+    ImagesMissing,
+    LoaderSettings,
+    OfEpoch,
+    TargetsKind,
+    Verify,
+    counted,
+    epoch_number,
+)
 from ferkd_data.loader.shared_epoch import RunTokens, SharedEpoch, Visit
 from ferkd_data.replay import Interpolation, empty_batch
 from ferkd_data.storage import default_cache_dir
 from ferkd_data.targets import SoftTargets
 
-Item = tuple[Tensor, SoftTargets]
+Item = tuple[Tensor, Any]
+"""Crops of an image, and their targets: SoftTargets, or a tensor (M, C) where dense ones are asked for."""
 ROWS_AT_ONCE = 256
 """Whose order a stream works out together."""
 
@@ -97,6 +107,7 @@ class CropDataset(Dataset[Item]):
         images_missing: ImagesMissing = "raise",
         keys: bool = False,
         transform: Transform | None = None,
+        targets: TargetsKind = "soft",
         cache_dir: str | Path | None = None,
     ) -> None:
         """
@@ -119,6 +130,7 @@ class CropDataset(Dataset[Item]):
             images_missing=images_missing,
             keys=keys,
             transform=transform,
+            targets=targets,
         )
         cache = Path(cache_dir) if cache_dir else default_cache_dir()
         self._maker = open_maker(labels, images, settings, cache, at_random=True)
@@ -129,6 +141,34 @@ class CropDataset(Dataset[Item]):
 
     def __len__(self) -> int:
         return len(self._maker.labels)
+
+    @property
+    def labels(self) -> LabelSet:
+        """The labels of the images that are there."""
+        return self._maker.labels
+
+    @property
+    def classes(self) -> list[str]:
+        return class_names(self.labels)
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        return class_numbers(self.labels)
+
+    @property
+    def transform(self) -> Transform | None:
+        return self._maker.settings.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        refuse_transform(transform)
+
+    def __repr__(self) -> str:
+        settings = self._maker.settings
+        return (
+            f"CropDataset({len(self):,} images, {self._crops_per_image} of {self.labels.num_crops} crops at a time, "
+            f"size {settings.size}, epoch {self.epoch})\n  labels: {self.labels!r}"
+        )
 
     @property
     def epoch(self) -> int:
@@ -179,7 +219,8 @@ class CropDataset(Dataset[Item]):
         slots[0, turn * crops : (turn + 1) * crops] = np.arange(crops)
         window = Window(epoch=epoch, positions=np.array([row]), slots=slots, batches=(crops,), places=(Place(),))
         made = self._maker.make(Work(window, images))
-        return images, self._maker.targets(made)
+        targets = self._maker.targets(made)
+        return images, targets.dense() if self._maker.settings.targets == "dense" else targets
 
     def _next_item(self, row: int, visit: Visit) -> Item:
         ahead, _ = self._turns.turn(visit.number)
@@ -219,7 +260,8 @@ class CropDataset(Dataset[Item]):
     @staticmethod
     def collate(items: list[Item]) -> Item:
         """Images and targets of several rows as one batch; an image's crops stay side by side."""
-        return torch.cat([images for images, _ in items]), SoftTargets.cat([targets for _, targets in items])
+        images, targets = [images for images, _ in items], [targets for _, targets in items]
+        return torch.cat(images), torch.cat(targets) if isinstance(targets[0], Tensor) else SoftTargets.cat(targets)
 
 
 class CropStream(IterableDataset[Item]):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,11 +19,21 @@ from ferkd_data.label_set import LabelSet, VerifyLabels
 from ferkd_data.loader.augment import Transform
 from ferkd_data.loader.batch_maker import Made
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
+from ferkd_data.loader.like_dataloader import DataLoaderLike
 from ferkd_data.loader.opening import open_maker
 from ferkd_data.loader.order import OrderKind
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, read_place, saved_epoch, settled, windows
 from ferkd_data.loader.ranks import Ranks, ranks_now, warn_if_alone
-from ferkd_data.loader.settings import EpochKind, ImagesMissing, LoaderSettings, OfEpoch, OnError, Verify, epoch_number
+from ferkd_data.loader.settings import (
+    EpochKind,
+    ImagesMissing,
+    LoaderSettings,
+    OfEpoch,
+    OnError,
+    TargetsKind,
+    Verify,
+    epoch_number,
+)
 from ferkd_data.loader.workers import Workers
 from ferkd_data.replay import Interpolation
 from ferkd_data.selfmix import SelfMix
@@ -31,10 +41,11 @@ from ferkd_data.storage import default_cache_dir
 from ferkd_data.targets import SoftTargets
 
 STATE_VERSION = 1
-Batch = tuple[Tensor, SoftTargets]
+SHOWN = ("batch_size", "crops_per_image", "size", "calibration", "num_workers", "targets", "rank", "world_size")
+"""Settings that a loader's repr always shows, or shows resolved."""
 
 
-class CropLoader:
+class CropLoader(DataLoaderLike):
     """Iterating gives `(images, targets)`: uint8 (B, 3, S, S), channels last, and `SoftTargets` of B rows.
 
     An epoch is one pass over the images, `crops_per_image` crops of each (or see `epoch`); `len(loader)` counts its
@@ -70,6 +81,8 @@ class CropLoader:
         images_missing: ImagesMissing = "raise",
         keys: bool = False,
         transform: Transform | None = None,
+        targets: TargetsKind = "soft",
+        to_batch: Callable[[Tensor, Any], Any] | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
         """
@@ -103,6 +116,10 @@ class CropLoader:
         keys: give each crop's image key in `targets.keys`; a file of all keys is written to the temporary folder.
         transform: your own augmentation, a function from uint8 (3, S, S) to the same. It runs in the workers, one crop
             at a time, with the generators of torch, NumPy and `random` seeded for each. See docs/augmentation.md.
+        targets: "soft" gives SoftTargets; "dense" gives plain float32 tensors (B, C), for losses and mixing of PyTorch,
+            torchvision and timm as they are. Dense targets know no ground truth, rows or keys.
+        to_batch: a function of (images, targets) that returns what the loop wants, such as a dictionary. It runs in the
+            training process.
         cache_dir: where crop blocks are unpacked; by default $FERKD_DATA_CACHE or the user's cache folder.
 
         Raises UsageError for settings that cannot be right, LabelSetError when images and labels do not match.
@@ -134,7 +151,11 @@ class CropLoader:
             images_missing=images_missing,
             keys=keys,
             transform=transform,
+            targets=targets,
         )
+        if to_batch is not None and not callable(to_batch):
+            raise UsageError(f"to_batch must be a function of images and targets, got {to_batch!r}")
+        self._to_batch = to_batch
         self.skipped = 0
         """How often an image was left out so far, with on_error="skip"."""
         self.skipped_last: list[str] = []
@@ -178,6 +199,25 @@ class CropLoader:
                 "drop_last=False"
             )
 
+    def __repr__(self) -> str:
+        settings, layout = self.settings, self._layout(self.epoch)
+        different = [
+            f"{field.name}={getattr(settings, field.name)!r}"
+            for field in fields(settings)
+            if field.name not in SHOWN and getattr(settings, field.name) != field.default
+        ]
+        ranks = f", rank {self.rank} of {self.world_size}" if self.world_size > 1 else ""
+        lines = [
+            f"CropLoader: epoch {self.epoch} of {len(self):,} batches{ranks}",
+            f"  batches: {settings.batch_size:,} crops of {self._maker.epochs.at(self.epoch).size} px, "
+            f"{layout.crops_per_image} of each image",
+            f"  images:  {layout.num_images:,} in this epoch, each with {self.labels.num_crops} labelled crops",
+            f"  labels:  {self.labels!r}",
+            f"  targets: {settings.targets}, calibration {settings.calibration!r}",
+            f"  workers: {settings.num_workers}",
+        ]
+        return "\n".join(lines + ([f"  also:    {', '.join(different)}"] if different else []))
+
     def __getitem__(self, index: Any) -> NoReturn:
         """For who wraps it: a DataLoader asks what it is given for items."""
         raise UsageError(
@@ -210,7 +250,7 @@ class CropLoader:
         if not (self._resumes and epoch == self._place.epoch):
             self._place, self._asked, self._resumes = Place(epoch=epoch), epoch, False
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         """A whole epoch of `len(loader)` batches or, after `load_state_dict`, the rest of the one that was saved.
 
         An iterator begins with its first batch. It begins the epoch that `set_epoch` asked for, else the one after the
@@ -275,7 +315,7 @@ class CropLoader:
     def _settled(self, place: Place) -> Place:
         return settled(self._layout(place.epoch), place, world_size=self.world_size)
 
-    def _split(self, made: Made, window: Window, images: Tensor) -> Iterator[tuple[Batch, Place]]:
+    def _split(self, made: Made, window: Window, images: Tensor) -> Iterator[tuple[Any, Place]]:
         """The window's batches, each with the place after it."""
         if made.skipped and not self.skipped:
             warnings.warn(
@@ -292,7 +332,12 @@ class CropLoader:
         for size, place in zip(made.batches, window.places, strict=True):
             rows = slice(start, start + size)
             start += size
-            yield (images[rows], targets[rows]), self._settled(place)
+            yield self._batch(images[rows], targets[rows]), self._settled(place)
+
+    def _batch(self, images: Tensor, targets: SoftTargets) -> Any:
+        """As the user wants it."""
+        wanted = targets.dense() if self.settings.targets == "dense" else targets
+        return (images, wanted) if self._to_batch is None else self._to_batch(images, wanted)
 
     def _made(self, start: Place, ranks: Ranks) -> Iterator[tuple[Window, Tensor, Made]]:
         """The windows from `start` to the end of its epoch in order, each with its crops."""

@@ -26,7 +26,14 @@ Verify = Literal["first_epoch", "always", "never"]
 OnError = Literal["raise", "skip"]
 ImagesMissing = Literal["raise", "drop"]
 EpochKind = Literal["images", "crops"]
-CHOICES = {"verify_images": Verify, "on_error": OnError, "images_missing": ImagesMissing, "epoch": EpochKind}
+TargetsKind = Literal["soft", "dense"]
+CHOICES = {
+    "verify_images": Verify,
+    "on_error": OnError,
+    "images_missing": ImagesMissing,
+    "epoch": EpochKind,
+    "targets": TargetsKind,
+}
 OfEpoch: TypeAlias = Callable[[int], int]
 OF_EPOCH = ("size", "crops_per_image")
 """The numbers that may be functions of the epoch."""
@@ -83,6 +90,8 @@ class LoaderSettings:
     """Whether targets have the key of each crop's image."""
     transform: Transform | None = None
     """The user's own augmentation of each crop."""
+    targets: TargetsKind = "soft"
+    """Whether a batch has SoftTargets or plain tensors (B, C)."""
 
     def __post_init__(self) -> None:
         for name in WHOLE_NUMBERS:
