@@ -8,6 +8,11 @@ from ferkd_data.errors import UsageError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.settings import LoaderSettings
 
+TO_RESUME = (
+    "To resume in the middle of an epoch, use the loader's state_dict and load_state_dict (HF Trainer: "
+    "ignore_data_skip=True); for a DataLoader of your own there is CropDataset"
+)
+
 
 def class_names(labels: LabelSet) -> list[str]:
     """The names of the classes that are trained on, or their numbers where they have no names."""
@@ -67,19 +72,15 @@ class LoaderDataset:
         refuse_transform(transform)
 
     def __getitem__(self, row: Any) -> NoReturn:
-        """For loops that build a DataLoader anew, as Accelerate's skip_first_batches does."""
-        raise UsageError(
-            "a CropLoader gives whole batches; its dataset has no items. To resume in the middle of an epoch, use the "
-            "loader's state_dict and load_state_dict (HF Trainer: ignore_data_skip=True); for a DataLoader of your own "
-            "there is CropDataset"
-        )
+        """For loops that build a DataLoader anew."""
+        raise UsageError(f"a CropLoader gives whole batches; its dataset has no items. {TO_RESUME}")
 
     def __repr__(self) -> str:
         return f"LoaderDataset({len(self):,} images, {self.labels.num_classes:,} classes, {self.labels.location})"
 
 
 class LoaderSampler:
-    """`loader.sampler`: what loops call to begin an epoch."""
+    """`loader.sampler` and `loader.batch_sampler`: what loops call to begin an epoch."""
 
     def __init__(self, loader: DataLoaderLike) -> None:
         self._loader = loader
@@ -92,7 +93,8 @@ class LoaderSampler:
         return len(self._loader) * self._loader.batch_size
 
     def __iter__(self) -> NoReturn:
-        raise UsageError("a CropLoader orders its images itself (order=, seed=); its sampler can only set_epoch")
+        """For loops that build a DataLoader anew, as Accelerate's skip_first_batches does."""
+        raise UsageError(f"a CropLoader orders its images itself; its sampler can only set_epoch. {TO_RESUME}")
 
 
 class DataLoaderLike:
@@ -100,7 +102,6 @@ class DataLoaderLike:
 
     labels: LabelSet
     settings: LoaderSettings
-    batch_sampler = None
     collate_fn = None
     generator = None
     worker_init_fn = None
@@ -122,6 +123,10 @@ class DataLoaderLike:
     @property
     def sampler(self) -> LoaderSampler:
         """Has `set_epoch`, which is the loader's."""
+        return LoaderSampler(self)
+
+    @property
+    def batch_sampler(self) -> LoaderSampler:
         return LoaderSampler(self)
 
     @property

@@ -12,8 +12,8 @@ import ferkd_data as fd
 from ferkd_data.errors import UsageError
 from ferkd_data.loader.settings import LoaderSettings
 
-NOT_SETTINGS = {"self", "labels", "images", "cache_dir", "verify_labels"}
-"""Parameters of `CropLoader` that say what is loaded, from where, and whether it is checked."""
+NOT_SETTINGS = {"self", "labels", "images", "cache_dir", "verify_labels", "to_batch"}
+"""Parameters of `CropLoader` that are not part of `LoaderSettings`."""
 
 
 def test_the_loaders_signature_is_the_settings():
