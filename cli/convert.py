@@ -23,8 +23,8 @@ from .transfers import show_images
 @click.option(
     "--from",
     "source",
-    type=click.Choice(["fkd", "dr"]),
-    help="LABELS is a folder of FKD's or Dataset Reinforcement's files, one per image.",
+    type=click.Choice(["fkd", "dr", "relabel"]),
+    help="LABELS is a folder of FKD's, Dataset Reinforcement's or ReLabel's files, one per image.",
 )
 @click.option("--to", "target", type=click.Choice(["fkd"]), help="Write FKD's files, for its own training script.")
 @click.option("--images", help="The images: needed for layout webdataset and for --from.")
@@ -33,10 +33,24 @@ from .transfers import show_images
     "--ids", type=click.Path(path_type=Path), help="With --from dr: the images' keys in the order of their IDs."
 )
 @click.option(
-    "--num-classes", type=click.IntRange(min=2), help="With --from.  [default: fkd 1000; dr: as its files say]"
+    "--num-classes", type=click.IntRange(min=2), help="With --from.  [default: fkd, relabel 1000; dr: as its files say]"
 )
 @click.option(
-    "--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="With --from fkd: of full labels."
+    "--top-k",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="With --from fkd: classes kept of full labels. With --from relabel: classes kept.",
+)
+@click.option(
+    "--crops",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    help="With --from relabel: crops of each image.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="With --from relabel: decides the crops."
 )
 @click.option("--teacher", help="With --from: the teacher's name.  [default: dr as it says]")
 @click.option("--teacher-size", type=int, default=224, show_default=True, help="With --from fkd: its input size.")
@@ -52,6 +66,8 @@ def command(
     ids: Path | None,
     num_classes: int | None,
     top_k: int,
+    crops: int,
+    seed: int,
     teacher: str | None,
     teacher_size: int,
 ) -> int:
@@ -59,7 +75,7 @@ def command(
     import ferkd_data as fd
 
     if [layout, source, target].count(None) != 2:
-        raise UsageError("give one of --layout LAYOUT, --from fkd, --from dr, --to fkd")
+        raise UsageError("give one of --layout LAYOUT, --from fkd, --from dr, --from relabel, --to fkd")
     if source is not None and images is None:
         raise UsageError(f"--from {source} needs --images (the labelled images)")
     if source == "fkd" and teacher is None:
@@ -90,6 +106,19 @@ def command(
                 ids=ids,
                 num_classes=num_classes,
                 teacher=teacher,
+                crops_per_block=crops_per_block or 50,
+                classes=classes,
+                on_progress=lambda done: show(done, None),
+            )
+        elif source == "relabel":
+            manifest = fd.import_relabel(
+                labels,
+                out,
+                images=str(images),
+                crops=crops,
+                seed=seed,
+                num_classes=num_classes or 1000,
+                top_k=top_k,
                 crops_per_block=crops_per_block or 50,
                 classes=classes,
                 on_progress=lambda done: show(done, None),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ferkd_data.exchange.fkd import FkdTeacher as FkdTeacher
     from ferkd_data.exchange.import_labels import import_dr as import_dr
     from ferkd_data.exchange.import_labels import import_fkd as import_fkd
+    from ferkd_data.exchange.import_labels import import_relabel as import_relabel
     from ferkd_data.exchange.merge import merge as merge
     from ferkd_data.exchange.publish import publish as publish
     from ferkd_data.exchange.pull import pull as pull
@@ -93,6 +94,7 @@ _EXPORTS: dict[str, str] = {
     "export_teacher": "bench",
     "import_dr": "exchange.import_labels",
     "import_fkd": "exchange.import_labels",
+    "import_relabel": "exchange.import_labels",
     "merge": "exchange.merge",
     "publish": "exchange.publish",
     "pull": "exchange.pull",

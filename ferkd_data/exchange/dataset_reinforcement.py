@@ -51,6 +51,7 @@ class ReinforcedFiles:
     """In place of the names in the configuration."""
 
     format: ClassVar[str] = "Dataset Reinforcement"
+    seed: ClassVar[None] = None
     expected: ClassVar[str] = "FOLDER/ID.pth.tar"
 
     @cached_property

@@ -48,6 +48,7 @@ class FkdFiles:
     teacher: FkdTeacher
 
     format: ClassVar[str] = "FKD"
+    seed: ClassVar[None] = None
     expected: ClassVar[str] = "FOLDER/KEY.tar"
     distribution: ClassVar[CropDistributionEntry] = CropDistributionEntry(
         scale=(0.08, 0.936), ratio=(3 / 4, 4 / 3), hflip=0.5

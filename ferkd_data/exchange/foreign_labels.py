@@ -59,6 +59,10 @@ class LabelFiles(Protocol):
     @property
     def teachers(self) -> tuple[TeacherEntry, ...]: ...
 
+    @property
+    def seed(self) -> int | None:
+        """The seed that the crops were drawn with; None where somebody else drew them."""
+
     def read(self, key: str, size: tuple[int, int]) -> ForeignLabels:
         """The labels of an image of (height, width). Raises ForeignFileError, or ValueError for impossible crops."""
 

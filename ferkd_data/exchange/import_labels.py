@@ -14,12 +14,14 @@ from ferkd_data import statistics
 from ferkd_data.buckets import Thresholds
 from ferkd_data.builder.out.state import REJECTS_NAME
 from ferkd_data.builder.rejects import RejectWriter, rejects_entry
+from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import ForeignFileError, ImageError, UsageError
 from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.exchange.convert import new_folder, write_manifest
 from ferkd_data.exchange.dataset_reinforcement import image_folder_ids, listed_ids, open_reinforced
 from ferkd_data.exchange.fkd import FkdFiles, FkdTeacher
 from ferkd_data.exchange.foreign_labels import LabelFiles, to_row
+from ferkd_data.exchange.relabel_maps import RelabelMaps
 from ferkd_data.images import FolderSource, ImageRef, ImageSource, Reject, image_size, in_groups, open_source
 from ferkd_data.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry, SourceEntry, ThresholdsEntry
 from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels, ShardLabels
@@ -92,6 +94,47 @@ def import_dr(
     else:
         raise UsageError(f"{images}: only a folder of class folders numbers its images; give a file of keys with --ids")
     files = open_reinforced(folder, known, num_classes=num_classes, teacher=teacher)
+    work = _Import(files=files, source=source, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
+    return work.run(new_folder(out), on_progress)
+
+
+def import_relabel(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    images: str | Path,
+    crops: int = 200,
+    seed: int = 0,
+    distribution: CropDistribution | None = None,
+    num_classes: int = 1000,
+    top_k: int = 5,
+    crops_per_block: int = 50,
+    images_per_shard: int = 4096,
+    classes: str | Path | None = None,
+    on_progress: OnImages | None = None,
+) -> Manifest:
+    """Make a label set of layout parquet from ReLabel's label maps, FOLDER/KEY.pt for each image, without a teacher.
+
+    `crops` crops of each image are drawn as `build` draws them, and labelled by pooling the map under each.
+
+    Raises SourceError; UsageError for numbers that cannot be right, and when nothing can be imported.
+
+    Example: `fd.import_relabel("relabel_imagenet", "labels", images="imagenet/train", crops=100)`
+    """
+    check_at_least(1, crops=crops, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
+    check_at_least(2, num_classes=num_classes)
+    check_at_least(0, seed=seed)
+    if top_k > num_classes:
+        raise UsageError(f"top_k {top_k} is more than the {num_classes} classes")
+    files = RelabelMaps(
+        folder=Path(folder),
+        num_classes=num_classes,
+        top_k=top_k,
+        crops=crops,
+        seed=seed,
+        drawn=distribution or CropDistribution(),
+    )
+    source = open_source(images, classes=None if classes is None else Path(classes))
     work = _Import(files=files, source=source, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
     return work.run(new_folder(out), on_progress)
 
@@ -187,7 +230,7 @@ class _Import:
     def _manifest(self, shards: tuple[ShardEntry, ...], rejects: RejectsEntry, counted: Statistics) -> Manifest:
         num_crops, top_k = self.shape
         num_images = sum(shard.rows for shard in shards)
-        origin: dict[str, Any] = {"format": self.files.format, "crops_follow_seed": False}
+        origin: dict[str, Any] = {"format": self.files.format, "crops_follow_seed": self.files.seed is not None}
         manifest = Manifest(
             created_by=CreatedBy(name="ferkd-data", version=ferkd_data.__version__),
             layout="parquet",
@@ -196,7 +239,7 @@ class _Import:
             crops_per_block=self.crops_per_block,
             top_k=top_k,
             num_classes=self.files.num_classes,
-            seed=0,
+            seed=self.files.seed or 0,
             crop_distribution=self.files.distribution,
             teachers=self.files.teachers,
             ensemble="mean",
