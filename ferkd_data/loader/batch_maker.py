@@ -5,6 +5,7 @@ Legend: I images of a window, M crops per image, B crops of a batch, S output si
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -24,14 +25,16 @@ from ferkd_data.images import decode_rgb
 from ferkd_data.images.patience import IMAGES_IN_A_ROW, UnansweredImageError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.augment import Transform, crop_seed, lent_generators, transformed
+from ferkd_data.loader.checked_images import CheckedImages
 from ferkd_data.loader.draw import BlockDraws, draw, epoch_draws
 from ferkd_data.loader.epochs import Epochs
 from ferkd_data.loader.image_table import Images, give_memory_back
 from ferkd_data.loader.key_table import KeyTable
 from ferkd_data.loader.label_cache import LabelCache
+from ferkd_data.loader.one_core import one_thread
 from ferkd_data.loader.order import InChunks, Part, epoch_order
 from ferkd_data.loader.plan import Window, stand_in
-from ferkd_data.loader.settings import LoaderSettings
+from ferkd_data.loader.settings import LoaderSettings, without_functions
 from ferkd_data.loader.shard_records import ShardRecords
 from ferkd_data.replay import replay
 from ferkd_data.storage import image_digest
@@ -110,8 +113,7 @@ class BatchMaker:
         self.cache = cache
         self.images = images
         self.settings = settings
-        self.first_epoch = 0
-        """The epoch whose images are checked by their digest, where `verify_images` is first_epoch."""
+        self._checked = CheckedImages(len(labels))
         self.epochs = Epochs(settings, len(labels))
         self._order: tuple[int, InChunks] | None = None
         self._shard_rows = np.array([shard.rows for shard in labels.manifest.shards], np.int64)
@@ -123,14 +125,26 @@ class BatchMaker:
 
         def cut(labelled: Labelled, i: int) -> None:
             record, drawn = labelled.records[i], labelled.drawn
-            pixels = decode_checked(self.read(int(labelled.rows[i]), record, window.epoch), record)
+            pixels = decode_checked(self.read(int(labelled.rows[i]), record), record)
             crops = Crops(boxes=drawn.boxes[i], flip=drawn.flip[i], operations=drawn.operations[i])
             self._cut_image(pixels, window.slots[i], crops, bool(together[i]), images)
             if self.settings.transform is not None:
                 self._transform(self.settings.transform, window, labelled, i, images)
 
-        labelled, skipped = self.filled(window, cut)
-        return self.finish(window, images, labelled.targets, skipped)
+        with one_thread():
+            labelled, skipped = self.filled(window, cut)
+            return self.finish(window, images, labelled.targets, skipped)
+
+    def for_workers(self) -> BatchMaker:
+        """A copy that can be sent to processes which are told the settings of each epoch by `epochs.learn`.
+
+        Functions of the epoch stay here: they may be what cannot be pickled.
+        """
+        maker = copy.copy(self)
+        maker.settings = without_functions(self.settings)
+        maker.epochs = Epochs(maker.settings, len(self.labels))
+        maker._order = None
+        return maker
 
     def filled(self, window: Window, use: Callable[[Labelled, int], None]) -> tuple[Labelled, list[str]]:
         """The labels of a window that has an image in every place, and the key and reason of each one that was skipped.
@@ -288,18 +302,15 @@ class BatchMaker:
                     given = transformed(transform, images[slot], seed, lambda: self._describe(int(labelled.rows[i])))
                     images[slot] = given
 
-    def read(self, row: int, record: np.void, epoch: int) -> bytes:
+    def read(self, row: int, record: np.void) -> bytes:
         """An image's encoded bytes. Raises ImageError when it is missing, or another one than was labelled."""
         data = self.images.read(row, record)
-        check = self.settings.verify_images
-        if check == "always" or (check == "first_epoch" and self._in_first_pass(epoch)):
+        verify = self.settings.verify_images
+        if verify == "always" or (verify == "first_epoch" and row not in self._checked):
             if image_digest(data) != record["image_digest"].tobytes():
                 raise ImageError("other_image", "its bytes are not those that were labelled (digest differs)")
+            self._checked.add(row)
         return data
-
-    def _in_first_pass(self, epoch: int) -> bool:
-        """Whether the images of this epoch come for the first time."""
-        return self.epochs.at(epoch).pass_number == self.epochs.at(self.first_epoch).pass_number
 
     def _describe(self, row: int) -> str:
         labels = self.labels

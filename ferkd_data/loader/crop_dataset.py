@@ -185,8 +185,6 @@ class CropDataset(Dataset[Item]):
         Raises UsageError for what is no epoch's number.
         """
         epoch = epoch_number(epoch)
-        if not self.shared.calls:
-            self._maker.first_epoch = epoch
         self.shared.set_epoch(epoch)
         self._maker.prepare_blocks(epoch)
 

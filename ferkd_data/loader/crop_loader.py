@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ferkd_data.calibration import Schedule
 from ferkd_data.differences import describe_differences
-from ferkd_data.errors import FerkdError, LoaderError, StateMismatchError, UsageError
+from ferkd_data.errors import LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet, VerifyLabels
 from ferkd_data.loader.augment import Transform
@@ -173,8 +173,6 @@ class CropLoader(DataLoaderLike):
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._decode_device = None if decode_device is None else open_device(decode_device)
         self._workers: Workers | DeviceWorkers | None = None
-        self._window_shape = (0, 0)
-        """Crops of a window, and their size, that the workers have memory for."""
         self._begun = False
         self._iteration = 0
         """Number of the iteration that may go on; earlier ones have ended."""
@@ -261,7 +259,7 @@ class CropLoader(DataLoaderLike):
         start = self._start()
         if not self._begun:
             warn_if_alone(ranks, self.settings.world_size)
-            self._maker.first_epoch, self._begun = start.epoch, True
+            self._begun = True
         self._check_not_empty(start.epoch)
         self._maker.prepare_blocks(start.epoch)
         self._place, self._asked = start, None
@@ -341,37 +339,17 @@ class CropLoader(DataLoaderLike):
 
     def _made(self, start: Place, ranks: Ranks) -> Iterator[tuple[Window, Tensor, Made]]:
         """The windows from `start` to the end of its epoch in order, each with its crops."""
-        layout = self._layout(start.epoch)
-        shape = (layout.spread * layout.batch_size, self._maker.epochs.at(start.epoch).size)
-        if self._workers is not None and shape != self._window_shape:
-            self._workers.end()
-            self._workers = None
-        self._window_shape = shape
+        planned = windows(self._layout(start.epoch), start, rank=ranks.rank, world_size=ranks.world_size)
+        yield from self._open_workers().make(planned)
+
+    def _open_workers(self) -> Workers | DeviceWorkers:
         if self._workers is None:
             processes = (self.settings.num_workers, self.settings.prefetch_factor)
             if self._decode_device is not None:
                 self._workers = DeviceWorkers(self._maker, self._decode_device, *processes)
             else:
-                self._workers = Workers(self._maker, *shape, *processes)
-        planned = windows(layout, start, rank=ranks.rank, world_size=ranks.world_size)
-        came = False
-        try:
-            for made in self._workers.make(planned):
-                came = True
-                yield made
-        except FerkdError:
-            self._workers.end()
-            self._workers = None
-            raise
-        except (RuntimeError, OSError, EOFError) as error:
-            self._workers = None
-            if not self.settings.num_workers or not _of_a_dead_worker(error):
-                raise
-            at_start = 'is what starts it under `if __name__ == "__main__":` in your script? ' if not came else ""
-            raise LoaderError(
-                f"a loader worker died ({str(error).splitlines()[0]}); {at_start}With too little memory, lower "
-                "num_workers, batch_size or spread"
-            ) from error
+                self._workers = Workers(self._maker, *processes)
+        return self._workers
 
     def _fingerprint(self, epoch: int) -> dict[str, Any]:
         """The settings that must be the same for a state of this epoch to fit."""
@@ -381,15 +359,6 @@ class CropLoader(DataLoaderLike):
             **asdict(self._layout(epoch)),
             **self._maker.epochs.fingerprint(epoch),
         }
-
-
-def _of_a_dead_worker(error: Exception) -> bool:
-    """It shows as PyTorch's own error, or as a broken pipe on the batch it was sending.
-
-    What a worker raised itself comes as "Caught ... in DataLoader worker process", with its traceback.
-    """
-    text = str(error)
-    return not text.startswith("Caught ") and ("DataLoader worker" in text or not isinstance(error, RuntimeError))
 
 
 __all__: Sequence[str] = ["CropLoader"]

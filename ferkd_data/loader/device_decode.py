@@ -10,8 +10,9 @@ Legend: I images of a window, M crops per image, B crops of a batch, S output si
 from __future__ import annotations
 
 import itertools
-from collections import deque
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,14 +20,16 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, UsageError
 from ferkd_data.images.decode import decode_rgb, jpeg_size
 from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Made, Work, check_labelled_size, decode_checked
+from ferkd_data.loader.channel import anonymous_file, write_all
+from ferkd_data.loader.epochs import EpochSettings
 from ferkd_data.loader.plan import Window
-from ferkd_data.loader.workers import start
+from ferkd_data.loader.pool import Job, Pool
+from ferkd_data.loader.workers import WindowTask, pickled
 from ferkd_data.replay import empty_batch, replay_on_device
 from ferkd_data.targets import SoftTargets
 
@@ -37,10 +40,10 @@ MAX_PIXELS = 2**32
 
 
 class Encoded(NamedTuple):
-    """A window as it leaves a worker. NumPy but for the bytes, which travel best through shared memory."""
+    """A window as it leaves a worker."""
 
-    data: Tensor
-    """uint8: the images, one behind the other."""
+    data: Tensor | None
+    """uint8: the images, one behind the other. From a worker they come in a file of their own."""
     bounds: npt.NDArray[np.int64]
     """(I + 1,) where in `data` each begins and the last ends."""
     sizes: npt.NDArray[np.int64]
@@ -52,26 +55,44 @@ class Encoded(NamedTuple):
     """Before mixing."""
 
 
+@dataclass(eq=False, kw_only=True)
+class EncodedJob(Job):
+    window: Window
+    settings: EpochSettings
+
+    def task(self, worker: int) -> tuple[WindowTask, tuple[int, ...]]:
+        return WindowTask(self.window, self.settings), ()
+
+
 class DeviceWorkers:
     """As `Workers`, but the crops come into being on `device`, in the process that asks for them."""
 
     def __init__(self, maker: BatchMaker, device: torch.device, num_workers: int, prefetch_factor: int) -> None:
         self._maker, self._device = maker, device
-        self._windows = _Windows()
-        self._loader = start(_Encoder(maker), self._windows, num_workers, prefetch_factor)
+        self._pool: Pool[EncodedJob] = Pool(
+            lambda: pickled(EncodeWork(maker.for_workers())), num_workers, prefetch_factor, drop=lambda job: None
+        )
 
     def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:
         """The windows with their crops and targets, in order. Raises LoaderError as workers do."""
-        self._windows.windows = windows
-        for encoded in self._loader:
-            if isinstance(encoded, FerkdError):
-                raise encoded
-            window = self._windows.under_way.popleft()
-            yield window, *self._cut(window, encoded)
+        jobs = (EncodedJob(window=window, settings=self._maker.epochs.at(window.epoch)) for window in windows)
+        for job in self._pool.run(jobs, lambda job: _joined(*encode(self._maker, job.window))):
+            encoded: Encoded = job.result
+            if job.received:
+                encoded = encoded._replace(data=_mapped(*job.received))
+            try:
+                yield job.window, *self._cut(job.window, encoded)
+            except FerkdError:
+                self.end()
+                raise
+
+    def wait(self) -> None:
+        """As `Workers.wait`."""
+        self._pool.wait_for_workers()
 
     def end(self) -> None:
         """As `Workers.end`."""
-        del self._loader
+        self._pool.end()
 
     def _cut(self, window: Window, encoded: Encoded) -> tuple[Tensor, Made]:
         decoded: list[Tensor] = []
@@ -116,7 +137,7 @@ class DeviceWorkers:
         """(3, H, W) of each image, or why there is none."""
         jpegs: dict[int, Tensor] = {}
         for i, (start_, stop) in enumerate(zip(encoded.bounds[:-1].tolist(), encoded.bounds[1:].tolist(), strict=True)):
-            data = encoded.data[start_:stop]
+            data = encoded.data[start_:stop]  # type: ignore[index]
             height, width = encoded.sizes[i].tolist()
             if height:
                 yield i, data.view(height, width, 3).permute(2, 0, 1).to(self._device, non_blocking=True)
@@ -125,51 +146,56 @@ class DeviceWorkers:
         yield from zip(jpegs, decode_jpegs(list(jpegs.values()), self._device), strict=True)
 
 
-class _Windows(Sampler[Window]):
-    """Hands out windows, and remembers them until they come back."""
-
-    def __init__(self) -> None:
-        self.under_way: deque[Window] = deque()
-        self.windows: Iterator[Window] = iter(())
-
-    def __iter__(self) -> Iterator[Window]:
-        self.under_way.clear()
-        for window in self.windows:
-            self.under_way.append(window)
-            yield window
-
-
-class _Encoder(Dataset[Encoded | FerkdError]):
+class EncodeWork:
     """What workers do."""
 
     def __init__(self, maker: BatchMaker) -> None:
         self.maker = maker
 
-    def __getitem__(self, window: Window) -> Encoded | FerkdError:
-        try:
-            return self._encoded(window)
-        except FerkdError as error:
-            # Raised, it would come with PyTorch's frames, which hold the workers as long as anybody keeps the error.
-            return error
+    def __call__(self, task: WindowTask, descriptors: list[int]) -> tuple[Encoded, list[int]]:
+        self.maker.epochs.learn(task.window.epoch, task.settings)
+        encoded, parts = encode(self.maker, task.window)
+        data = anonymous_file(0)
+        for part in parts:
+            write_all(data, part.data)
+        return encoded, [data]
 
-    def _encoded(self, window: Window) -> Encoded:
-        count = len(window.positions)
-        parts, sizes = [np.empty(0, np.uint8)] * count, np.zeros((count, 2), np.int64)
 
-        def read(labelled: Labelled, i: int) -> None:
-            record = labelled.records[i]
-            parts[i], sizes[i] = _to_send(self.maker.read(int(labelled.rows[i]), record, window.epoch), record)
+def encode(maker: BatchMaker, window: Window) -> tuple[Encoded, list[npt.NDArray[np.uint8]]]:
+    """A window without its data, and the data: an array for each image. Raises LoaderError as `BatchMaker.filled`."""
+    count = len(window.positions)
+    parts, sizes = [np.empty(0, np.uint8)] * count, np.zeros((count, 2), np.int64)
 
-        labelled, skipped = self.maker.filled(window, read)
-        return Encoded(
-            data=torch.from_numpy(np.concatenate(parts)),
-            bounds=np.cumsum([0, *map(len, parts)]),
-            sizes=sizes,
-            boxes=labelled.drawn.boxes,
-            flip=labelled.drawn.flip,
-            operations=labelled.drawn.operations,
-            made=Made.of(SoftTargets.cat(labelled.targets), window, skipped),
-        )
+    def read(labelled: Labelled, i: int) -> None:
+        record = labelled.records[i]
+        parts[i], sizes[i] = _to_send(maker.read(int(labelled.rows[i]), record), record)
+
+    labelled, skipped = maker.filled(window, read)
+    encoded = Encoded(
+        data=None,
+        bounds=np.cumsum([0, *map(len, parts)]),
+        sizes=sizes,
+        boxes=labelled.drawn.boxes,
+        flip=labelled.drawn.flip,
+        operations=labelled.drawn.operations,
+        made=Made.of(SoftTargets.cat(labelled.targets), window, skipped),
+    )
+    return encoded, parts
+
+
+def _joined(encoded: Encoded, parts: list[npt.NDArray[np.uint8]]) -> Encoded:
+    return encoded._replace(data=torch.from_numpy(np.concatenate(parts)))
+
+
+def _mapped(descriptor: int) -> Tensor:
+    """The content of a worker's file, which is closed."""
+    try:
+        size = os.fstat(descriptor).st_size
+        if not size:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.from_file(f"/dev/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8)
+    finally:
+        os.close(descriptor)
 
 
 def _to_send(data: bytes, record: np.void) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:

@@ -13,8 +13,6 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Generic, TypeVar
 
-from torch.utils.data import get_worker_info
-
 from ferkd_data.errors import FerkdError
 
 K = TypeVar("K")
@@ -23,6 +21,15 @@ THREADS = 4
 """Files that all workers of a loader together have on their way, at least one each."""
 LAST_SECONDS = 5.0
 """That a process waits at its end for what is being fetched, all in all."""
+
+_share = (0, 1)
+"""This process's number among a loader's workers, and how many they are."""
+
+
+def set_share(number: int, of: int) -> None:
+    """Say which of a loader's workers this process is."""
+    global _share
+    _share = (number, of)
 
 
 class HeldFiles(Generic[K, T]):
@@ -54,8 +61,7 @@ class HeldFiles(Generic[K, T]):
         for key in list(self._open):
             if key not in wanted:
                 del self._open[key]
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        first, step = _share
         for key in fresh[first::step]:
             if self._fetcher is None:
                 self._fetcher = _Fetcher(weakref.WeakMethod(self.fetch), max(1, THREADS // step))

@@ -6,7 +6,7 @@ loader read them from here. To add a setting, add a field with its check, and a 
 
 from __future__ import annotations
 
-import pickle
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -112,9 +112,6 @@ class LoaderSettings:
         self.size_at(0)
         self.crops_at(0)
         calibration_at(self.calibration, 0)
-        if self.num_workers:
-            for name in ("calibration", *OF_EPOCH, "transform"):
-                _check_can_be_sent(name, getattr(self, name))
 
     def size_at(self, epoch: int) -> int:
         """S in an epoch. Raises UsageError for a size that cannot be."""
@@ -204,12 +201,10 @@ def _in_epoch(value: int | OfEpoch, epoch: int) -> str:
     return f" in epoch {epoch}" if callable(value) else ""
 
 
-def _check_can_be_sent(name: str, value: Any) -> None:
-    """To worker processes."""
-    try:
-        pickle.dumps(value)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"{name} cannot be sent to worker processes ({error}); define it at the top level of a module, "
-            "or use num_workers=0"
-        ) from error
+def without_functions(settings: LoaderSettings) -> LoaderSettings:
+    """A copy for processes that are told what the functions of the epoch give; in it, these are None."""
+    sent = copy.copy(settings)
+    for name in ("calibration", *OF_EPOCH):
+        if callable(getattr(sent, name)):
+            object.__setattr__(sent, name, None)
+    return sent

@@ -1,121 +1,116 @@
-"""The worker processes behind a `CropLoader`."""
+"""The windows of a loader as batches of crops, made by worker processes or by this one."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import sys
-import threading
-from collections import deque
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, cast
 
-import torch
+import cloudpickle
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ferkd_data.errors import FerkdError
+from ferkd_data.errors import UsageError
 from ferkd_data.loader.batch_maker import BatchMaker, Made, Work
-from ferkd_data.loader.buffers import BatchBuffers, Slot
+from ferkd_data.loader.buffers import NOT_KEPT, BatchBuffers, MappedSlots, Slot
+from ferkd_data.loader.epochs import EpochSettings
 from ferkd_data.loader.plan import Window
+from ferkd_data.loader.pool import Job, Pool
 
 HELD_BATCHES = 3
-"""That users hold at a time, as long as they do not keep them: slots beyond those in work."""
+"""Windows that a user's loop holds at a time, as long as it does not collect them: memory beyond those in work."""
 
 
-class _Task(NamedTuple):
+class WindowTask(NamedTuple):
     """What travels to a worker."""
 
     window: Window
-    slot: Slot
+    settings: EpochSettings
+    """Evaluated here: a schedule may be a function that cannot be sent."""
+    slot: int = NOT_KEPT
+    """The number of the slot that comes with it."""
 
 
-class _MadeInSlots(Dataset[Made | FerkdError]):
-    """What workers do: the crops go into the buffers, which they map once; only targets, or an error, travel back."""
+class CropWork:
+    """What workers do: the crops go into the slot that comes with the task; only targets travel back."""
 
-    def __init__(self, maker: BatchMaker, buffers: BatchBuffers) -> None:
-        self.maker, self.buffers = maker, buffers
+    def __init__(self, maker: BatchMaker) -> None:
+        self.maker = maker
+        self.memory = MappedSlots()
 
-    def __getitem__(self, task: _Task) -> Made | FerkdError:
-        try:
-            return self.maker.make(Work(task.window, self.buffers.at(task.slot)))
-        except FerkdError as error:
-            # As PyTorch would pass it on, the message would be a traceback.
-            return error
+    def __call__(self, task: WindowTask, descriptors: list[int]) -> tuple[Made, list[int]]:
+        self.maker.epochs.learn(task.window.epoch, task.settings)
+        out = self.memory.images(task.slot, descriptors[0], *window_shape(self.maker, task.settings))
+        return self.maker.make(Work(task.window, out)), []
 
 
-class _Tasks(Sampler[_Task]):
-    """Hands out windows, each with memory for its crops. Knows nothing of the DataLoader that asks it: a cycle of the
-    two would be taken apart in an order in which workers never hear that they may leave.
-    """
+def window_shape(maker: BatchMaker, settings: EpochSettings) -> tuple[int, int]:
+    """Crops of a whole window of an epoch, and their size."""
+    return settings.window_batches * maker.settings.batch_size, settings.size
 
-    def __init__(self, buffers: BatchBuffers) -> None:
-        self.buffers = buffers
-        self.under_way: deque[_Task] = deque()
-        self.windows: Iterator[Window] = iter(())
 
-    def __iter__(self) -> Iterator[_Task]:
-        """Before the first is asked for, PyTorch has waited for those of an epoch left early."""
-        while self.under_way:
-            self.buffers.give_back(self.under_way.popleft().slot)
-        for window in self.windows:
-            task = _Task(window, self.buffers.take())
-            self.under_way.append(task)
-            yield task
+@dataclass(eq=False, kw_only=True)
+class CropJob(Job):
+    window: Window
+    settings: EpochSettings
+    take: Callable[[int | None], Slot]
+    slot: Slot | None = None
+
+    def task(self, worker: int | None) -> tuple[WindowTask, tuple[int, ...]]:
+        self.slot = self.slot or self.take(worker)
+        return WindowTask(self.window, self.settings, self.slot.number), (self.slot.descriptor,)
 
 
 class Workers:
     """The worker processes of a loader, alive for many epochs, and the memory they share with it."""
 
-    def __init__(self, maker: BatchMaker, num_crops: int, size: int, num_workers: int, prefetch_factor: int) -> None:
+    def __init__(self, maker: BatchMaker, num_workers: int, prefetch_factor: int) -> None:
+        self._maker = maker
         # The user's loop holds one batch while it waits for the next; one more for loops that look ahead.
-        slots = num_workers * prefetch_factor + HELD_BATCHES
-        self._tasks = _Tasks(BatchBuffers(num_crops, size, slots=slots, shared=num_workers > 0))
-        self._loader = start(_MadeInSlots(maker, self._tasks.buffers), self._tasks, num_workers, prefetch_factor)
+        keep = num_workers * prefetch_factor + HELD_BATCHES
+        self._buffers = buffers = BatchBuffers(keep=keep, shared=num_workers > 0)
+
+        def drop(job: CropJob) -> None:
+            if job.slot is not None:
+                buffers.give_back(job.slot)
+
+        self._pool = Pool(lambda: pickled(CropWork(maker.for_workers())), num_workers, prefetch_factor, drop)
 
     def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:
-        """The windows with their crops and targets, in order."""
-        tasks = self._tasks
-        tasks.windows = windows
-        for made in self._loader:
-            if isinstance(made, FerkdError):
-                raise made
-            task = tasks.under_way.popleft()
-            yield task.window, tasks.buffers.lend(task.slot, sum(made.batches)), made
+        """The windows with their crops and targets, in order. Raises what making them raises."""
+        for job in self._pool.run(map(self._job, windows), self._here):
+            made: Made = job.result
+            assert job.slot is not None
+            yield job.window, self._buffers.lend(job.slot, sum(made.batches)), made
+
+    def _job(self, window: Window) -> CropJob:
+        settings = self._maker.epochs.at(window.epoch)
+        take = partial(self._buffers.take, *window_shape(self._maker, settings))
+        return CropJob(window=window, settings=settings, take=take)
+
+    def _here(self, job: CropJob) -> Made:
+        job.slot = job.slot or job.take(None)
+        return self._maker.make(Work(job.window, job.slot.images()))
+
+    def wait(self) -> None:
+        """Wait until all workers are ready. Without this, windows are made in this process until the first one is."""
+        self._pool.wait_for_workers()
 
     def end(self) -> None:
         """Let the processes go now: whoever keeps an error keeps its frames, and with them all that is used there."""
-        del self._loader
+        self._pool.end()
 
 
-def start(work: Dataset[Any], tasks: Sampler[Any], num_workers: int, prefetch_factor: int) -> DataLoader[Any]:
-    """A DataLoader whose workers do `work[task]` for each task, in order, and end with their training."""
-    return DataLoader(
-        work,
-        batch_size=None,
-        sampler=tasks,
-        # Each iteration over a DataLoader draws a seed for its workers; from the global generator, were there no other.
-        generator=torch.Generator(),
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_end_with_parent if num_workers else None,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        persistent_workers=num_workers > 0,
-        multiprocessing_context="forkserver" if num_workers and sys.platform == "linux" else None,
-    )
+def pickled(work: object) -> bytes:
+    """For worker processes, which never see the user's script or notebook: what is defined there goes by value.
 
-
-def _end_with_parent(worker_id: int) -> None:
-    """PyTorch's workers watch their parent, which here is the fork server; that lives on until they end: for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
-
-
-def _exit_after(process: Any) -> None:
-    process.join()
-    os._exit(1)
-
-
-def _as_it_is(made: Any) -> Any:
-    return made
+    Raises UsageError for what cannot be pickled.
+    """
+    try:
+        return cast(bytes, cloudpickle.dumps(work))
+    except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"what the loader was given cannot be sent to worker processes ({error}); leave out of it what belongs to "
+            "this process, such as open files, locks and CUDA tensors, or use num_workers=0"
+        ) from error

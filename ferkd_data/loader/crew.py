@@ -1,0 +1,281 @@
+"""The processes behind a loader, seen from the training: started, asked, and replaced when they die.
+
+See `worker_process` for what each of them is. Nothing here knows what the work is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+from multiprocessing import spawn
+from selectors import EVENT_READ, PollSelector
+from typing import Any, ClassVar, NamedTuple
+
+from ferkd_data.errors import LoaderError
+from ferkd_data.loader.channel import Channel, anonymous_file, channel_pair, write_all
+from ferkd_data.loader.worker_process import Do, Done, Fork, Ready, Wait
+
+log = logging.getLogger("ferkd_data.loader")
+
+HELPER = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from ferkd_data.loader.worker_process import main
+main(int(sys.argv[2]))
+"""
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""Workers share the cores already, and a process that has threads cannot be forked."""
+MAX_DEATHS = 3
+"""Processes that may die in a row, with no task done in between."""
+
+
+class Helper:
+    """The process that all loaders of a training have in common. Ends with the last of them."""
+
+    _shared: ClassVar[weakref.ref[Helper] | None] = None
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self) -> None:
+        self._channel, theirs = channel_pair()
+        with theirs:
+            command = [
+                spawn.get_executable(),
+                *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
+                *("-c", HELPER, json.dumps(sys.path), str(theirs.fileno())),
+            ]
+            self.process = subprocess.Popen(
+                [os.fsdecode(part) for part in command],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | ONE_THREAD,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self._owner = os.getpid()
+        weakref.finalize(self, _end, self._channel, self.process, self._owner)
+
+    @classmethod
+    def shared(cls) -> Helper:
+        with cls._lock:
+            helper = cls._shared() if cls._shared is not None else None
+            if helper is None or helper._owner != os.getpid() or helper.process.poll() is not None:
+                helper = cls()
+                cls._shared = weakref.ref(helper)
+            return helper
+
+    def start_template(self, payload: bytes, control: socket.socket) -> None:
+        """Have a template of this pickled work, with `control` as its socket, once the helper has started.
+
+        Raises OSError when the helper is gone.
+        """
+        # A file: through the socket, a large payload would have to wait until the helper reads.
+        descriptor = anonymous_file(0)
+        try:
+            write_all(descriptor, payload)
+            with self._lock:
+                self._channel.send(None, [control.fileno(), descriptor])
+        finally:
+            os.close(descriptor)
+
+
+class Outcome(NamedTuple):
+    """Of a task: what came of it, or that its worker died."""
+
+    task: int
+    result: Any = None
+    """What the work gave. An error is raised by `value`."""
+    descriptors: tuple[int, ...] = ()
+    died: str | None = None
+    """How the worker ended that had the task."""
+    in_work: bool = False
+    """With `died`: whether it was this task that the worker was at."""
+
+
+@dataclass(eq=False)
+class Worker:
+    number: int
+    channel: Channel
+    pid: int | None = None
+    """None until it is ready."""
+    tasks: deque[int] = field(default_factory=deque)
+    """What it has been asked for, in order."""
+
+
+class Crew:
+    """The workers of one loader. To be used by one thread at a time, of the process that made it."""
+
+    def __init__(self, payload: bytes, num_workers: int) -> None:
+        self._payload = payload
+        self._num_workers = num_workers
+        self._channels: set[Channel] = set()
+        self._in_transit: list[socket.socket] = []
+        weakref.finalize(self, _close, self._channels)
+        self._deaths = 0
+        """Processes that died since a task was last done."""
+        self._start()
+
+    def _start(self) -> None:
+        self._helper = Helper.shared()
+        try:
+            self._selector = PollSelector()
+            self._workers: list[Worker] = []
+            self._template, control = channel_pair()
+            self._listen_to(self._template, None)
+            self._helper.start_template(self._payload, control)
+            self._hand_over(control)
+            self._workers = [self._start_worker(number) for number in range(self._num_workers)]
+        except OSError as error:
+            self.end()
+            raise LoaderError(f"the loader's worker processes cannot be started ({error})") from error
+
+    def _start_worker(self, number: int) -> Worker:
+        ours, theirs = channel_pair()
+        worker = Worker(number, ours)
+        self._listen_to(ours, worker)
+        self._template.send(Fork(number, self._num_workers), [theirs.fileno()])
+        self._hand_over(theirs)
+        return worker
+
+    def _hand_over(self, sent: socket.socket) -> None:
+        """Close this process's copy, so that the other one's end is noticed here.
+
+        macOS loses what is closed before it has arrived: there, it stays open until the workers are ready.
+        """
+        self._in_transit.append(sent)
+        if sys.platform != "darwin":
+            self._arrived()
+
+    def _arrived(self) -> None:
+        while self._in_transit:
+            self._in_transit.pop().close()
+
+    def _listen_to(self, channel: Channel, worker: Worker | None) -> None:
+        self._channels.add(channel)
+        self._selector.register(channel, EVENT_READ, worker)
+
+    def idle(self, limit: int) -> Worker | None:
+        """Of the workers that are ready, the one with the fewest tasks; None where all have `limit`."""
+        ready = [worker for worker in self._workers if worker.pid is not None and len(worker.tasks) < limit]
+        return min(ready, key=lambda worker: len(worker.tasks), default=None)
+
+    @property
+    def num_ready(self) -> int:
+        return sum(worker.pid is not None for worker in self._workers)
+
+    def ask(self, worker: Worker, number: int, task: Any, descriptors: tuple[int, ...]) -> None:
+        worker.tasks.append(number)
+        try:
+            worker.channel.send(Do(number, task), descriptors)
+        except OSError:
+            # It is gone, which `outcomes` will find too.
+            log.debug("a worker left before it could be asked")
+
+    def outcomes(self, seconds: float | None) -> list[Outcome]:
+        """What has come of tasks; waits for something to happen, but not longer than that.
+
+        Raises LoaderError when processes die as soon as they are started, or the work cannot be unpickled.
+        """
+        found: list[Outcome] = []
+        for key, _ in self._selector.select(seconds):
+            if key.fileobj is self._template:
+                found += self._hear_template()
+                break
+            found += self._hear(key.data)
+        return found
+
+    def _hear(self, worker: Worker) -> list[Outcome]:
+        try:
+            message, descriptors = worker.channel.receive()
+        except (EOFError, OSError):
+            return self._replace(worker)
+        if isinstance(message, Ready):
+            worker.pid = message.pid
+            if self.num_ready == self._num_workers:
+                self._arrived()
+            return []
+        assert isinstance(message, Done)
+        self._deaths = 0
+        worker.tasks.popleft()
+        return [Outcome(message.number, message.result, tuple(descriptors))]
+
+    def _hear_template(self) -> list[Outcome]:
+        try:
+            message, _ = self._template.receive()
+        except (EOFError, OSError):
+            lost = [outcome for worker in self._workers for outcome in _lost(worker, "its template process ended")]
+            self._count_death("the process that starts loader workers ended")
+            self.end()
+            self._start()
+            return lost
+        self.end()
+        raise LoaderError(
+            f"loader workers cannot take over their work: {message.text.splitlines()[-1]}; what they are given "
+            "(images, transform) must be importable or picklable, or use num_workers=0"
+        ) from message.error
+
+    def _replace(self, worker: Worker) -> list[Outcome]:
+        how = self._how_it_ended(worker)
+        self._selector.unregister(worker.channel)
+        self._channels.discard(worker.channel)
+        worker.channel.close()
+        self._count_death(f"a loader worker died ({how})")
+        try:
+            self._workers[worker.number] = self._start_worker(worker.number)
+        except OSError:
+            # The template is gone as well, which is heard next.
+            worker.pid = None
+        return _lost(worker, how)
+
+    def _count_death(self, what: str) -> None:
+        self._deaths += 1
+        if self._deaths > MAX_DEATHS:
+            self.end()
+            raise LoaderError(
+                f"{what}, the {self._deaths}th in a row; with too little memory, lower num_workers, batch_size or "
+                "spread; num_workers=0 works without processes"
+            )
+        log.warning("%s; its work is done again", what)
+
+    def _how_it_ended(self, worker: Worker) -> str:
+        if worker.pid is None:
+            return "while it started"
+        try:
+            self._template.send(Wait(worker.pid))
+            status, _ = self._template.receive()
+        except (EOFError, OSError):
+            return "its exit status is unknown"
+        if os.WIFSIGNALED(status):
+            killed = os.WTERMSIG(status)
+            hint = ", as a system does that has no memory left" if killed == signal.SIGKILL else ""
+            return f"signal {signal.Signals(killed).name}{hint}"
+        return f"exit status {os.waitstatus_to_exitcode(status)}"
+
+    def end(self) -> None:
+        """Let all processes go."""
+        _close(self._channels)
+        self._workers = []
+
+
+def _lost(worker: Worker, how: str) -> list[Outcome]:
+    return [Outcome(task, died=how, in_work=place == 0) for place, task in enumerate(worker.tasks)]
+
+
+def _close(channels: set[Channel]) -> None:
+    while channels:
+        channels.pop().close()
+
+
+def _end(channel: Channel, process: subprocess.Popen[bytes], owner: int) -> None:
+    channel.close()
+    if os.getpid() == owner:
+        # Its templates end by themselves, when their sockets close. It has nothing to put in order.
+        process.kill()
+        process.wait()

@@ -1,0 +1,184 @@
+"""Jobs for a loader's worker processes: asked for ahead of time, given back in order, done again where a worker dies.
+
+Until the first worker is ready, a second or more after the start, jobs are done in this process, so that the first
+batch is there as early as with no workers at all. It does not matter which process does a job.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+from ferkd_data.errors import LoaderError
+from ferkd_data.loader.crew import Crew, Outcome
+from ferkd_data.loader.worker_process import Raised
+
+ATTEMPTS = 2
+"""A job at which so many workers died is not tried again."""
+
+
+@dataclass(eq=False)
+class Job:
+    """Something that a worker, or this process, can do. Subclasses add what their users need to know of it."""
+
+    def task(self, worker: int) -> tuple[Any, tuple[int, ...]]:
+        """What is sent to a worker: a picklable message, and descriptors that go with it."""
+        raise NotImplementedError
+
+    result: Any = None
+    received: tuple[int, ...] = ()
+    """Descriptors that came with the result; whoever takes the job closes them."""
+    asked: bool = False
+    """Whether a worker has it, which goes for jobs that are done too."""
+    done: bool = False
+    wanted: bool = True
+    """False when the iteration that it was for is over."""
+    deaths: int = 0
+    """Workers that died at it."""
+
+
+J = TypeVar("J", bound=Job)
+
+
+class Pool(Generic[J]):
+    """`num_workers` processes, each with up to `ahead` jobs. To be used by one thread at a time."""
+
+    def __init__(self, payload: Callable[[], bytes], num_workers: int, ahead: int, drop: Callable[[J], None]) -> None:
+        """`payload` pickles the work when workers are started. `drop` gets the jobs that nobody takes, once no process
+        is at them any more; those that were under way at an `end` are not among them.
+        """
+        self._payload, self._num_workers, self._ahead, self._drop = payload, num_workers, ahead, drop
+        self._crew: Crew | None = None
+        self._owner = os.getpid()
+        self._count = 0
+        self._under_way: dict[int, J] = {}
+
+    def run(self, jobs: Iterator[J], here: Callable[[J], Any]) -> Iterator[J]:
+        """The jobs in order, each with its result; `here` does one in this process.
+
+        What a worker raised is raised here. Raises LoaderError when workers die again and again.
+        """
+        self._forget_others()
+        waiting: deque[J] = deque()
+        try:
+            while self._fill(waiting, jobs):
+                job = waiting[0]
+                self._wait_for(job, waiting, here)
+                if isinstance(job.result, Raised):
+                    raise _error_of(job.result)
+                yield waiting.popleft()
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # Also Ctrl-C, which may have come in the middle of a message.
+            self.end()
+            raise
+        finally:
+            self._leave(waiting)
+
+    def _fill(self, waiting: deque[J], jobs: Iterator[J]) -> bool:
+        """Ask for as much as the workers that are ready may have; whether there is anything left to wait for."""
+        crew = self._started()
+        room = crew.num_ready * self._ahead if crew else 0
+        waiting.extend(islice(jobs, max(room, 1) - len(waiting)))
+        self._ask(waiting)
+        return bool(waiting)
+
+    def _ask(self, waiting: deque[J]) -> None:
+        for job in waiting:
+            if not job.asked and not job.done and self._crew is not None:
+                worker = self._crew.idle(self._ahead)
+                if worker is None:
+                    return
+                job.asked = True
+                self._under_way[self._count] = job
+                self._crew.ask(worker, self._count, *job.task(worker.number))
+                self._count += 1
+
+    def _wait_for(self, job: J, waiting: deque[J], here: Callable[[J], Any]) -> None:
+        while not job.done:
+            if self._crew is None or (not job.asked and not self._crew.num_ready):
+                job.result, job.done = here(job), True
+            else:
+                self._hear(None)
+                self._ask(waiting)
+
+    def _started(self) -> Crew | None:
+        """The workers, told of what has happened meanwhile; None where there are none."""
+        if self._num_workers and (self._crew is None or self._owner != os.getpid()):
+            # A process that was forked has the file descriptors of its parent's workers, but may not use them.
+            self._owner = os.getpid()
+            self._crew = Crew(self._payload(), self._num_workers)
+        self._hear(0)
+        return self._crew
+
+    def wait_for_workers(self) -> None:
+        """Start the workers where that has not been done, and wait until all are ready."""
+        while (crew := self._started()) is not None and crew.num_ready < self._num_workers:
+            self._hear(None)
+
+    def _hear(self, seconds: float | None) -> None:
+        for outcome in self._crew.outcomes(seconds) if self._crew is not None else ():
+            job = self._under_way.pop(outcome.task)
+            if outcome.died is not None:
+                self._lost(job, outcome)
+            elif job.wanted:
+                job.result, job.received, job.done = outcome.result, outcome.descriptors, True
+            else:
+                _close(outcome.descriptors)
+                self._drop(job)
+
+    def _lost(self, job: J, outcome: Outcome) -> None:
+        if not job.wanted:
+            self._drop(job)
+            return
+        job.asked = False
+        job.deaths += outcome.in_work
+        if job.deaths >= ATTEMPTS:
+            raise LoaderError(
+                f"a loader worker died ({outcome.died}), and so did the one that did its work again. With too little "
+                "memory, lower num_workers, batch_size or spread; num_workers=0 shows whether it is something else"
+            )
+
+    def _forget_others(self) -> None:
+        """Nobody takes what another iteration, which this one ends, has under way."""
+        for job in self._under_way.values():
+            job.wanted = False
+
+    def _leave(self, waiting: deque[J]) -> None:
+        for job in waiting:
+            job.wanted = False
+            if job.done or not job.asked:
+                _close(job.received)
+                self._drop(job)
+
+    def end(self) -> None:
+        """Let the workers go; they are started anew when they are needed again."""
+        if self._crew is not None and self._owner == os.getpid():
+            self._crew.end()
+        self._crew = None
+        self._under_way.clear()
+
+
+def _close(descriptors: tuple[int, ...]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _error_of(raised: Raised) -> BaseException:
+    """The error itself, with the worker's traceback as its cause."""
+    if raised.error is None:
+        return LoaderError(f"a loader worker failed:\n{raised.text}")
+    raised.error.__cause__ = raised.error.__cause__ or _WorkerTraceback(raised.text)
+    return raised.error
+
+
+class _WorkerTraceback(Exception):
+    """Shows where in the worker an error came from."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f'\n"""\n{text}"""')

@@ -1,0 +1,195 @@
+"""The processes that work for a loader, as they run: a helper, a template for each loader, and its workers.
+
+    training ── starts ──> helper: has imported PyTorch and the loader, and nothing of the user's; one thread
+                             └── forks ──> template: has unpickled the work of one loader
+                                             └── forks ──> worker, worker, ...
+
+The training's script is never imported, so it needs no `__main__` guard, and may come from stdin or a notebook. Forks
+are cheap and safe, because helper and template have one thread and do nothing. All memory that they have in common is
+there once.
+
+Each process has a socket to the training, which holds the other ends. When the training ends, however that happens,
+all see the end of their socket and leave; they also look whether their own parent is still there. They are a session
+of their own, so that Ctrl-C reaches the training alone, which may want its batches to save its state.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import queue
+import random
+import select
+import signal
+import socket
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import numpy as np
+import torch
+
+from ferkd_data.loader import batch_maker as _preloaded  # noqa: F401
+from ferkd_data.loader.channel import Channel
+from ferkd_data.loader.held_files import set_share
+
+LOOK_SECONDS = 1.0
+"""Between two looks at whether the parent is still there."""
+
+
+class Work(Protocol):
+    """What the workers of a loader do. Is pickled once, for the template."""
+
+    def __call__(self, task: Any, descriptors: list[int]) -> tuple[Any, list[int]]:
+        """The result of a task, and descriptors that go with it; those given came with the task."""
+
+
+class Fork(NamedTuple):
+    """Asks a template for a worker, whose socket comes with the message."""
+
+    number: int
+    of: int
+    """Workers of the loader, all in all."""
+
+
+class Wait(NamedTuple):
+    """Asks a template how a worker ended that has closed its socket; the answer is its wait status."""
+
+    pid: int
+
+
+class Ready(NamedTuple):
+    """The first message of a worker."""
+
+    pid: int
+
+
+class Do(NamedTuple):
+    """Asks a worker for the result of a task."""
+
+    number: int
+    task: Any
+
+
+class Done(NamedTuple):
+    number: int
+    result: Any
+    """What the work gave, or `Raised`."""
+
+
+class Raised(NamedTuple):
+    """An error in a worker, or in a template that cannot unpickle its work."""
+
+    error: BaseException | None
+    """None where it cannot be pickled."""
+    text: str
+    """The traceback."""
+
+
+def main(descriptor: int) -> NoReturn:
+    """Run a helper, whose socket is `descriptor`, until the training ends."""
+    torch.set_num_threads(1)
+    # Templates that end need not be waited for.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=descriptor))
+    gc.freeze()
+    while True:
+        _, descriptors = _next(channel)
+        if os.fork() == 0:
+            channel.close()
+            _be(_template, *descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _template(control: int, payload: int) -> NoReturn:
+    """`payload` is an anonymous file that holds the pickled work."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    channel = Channel(socket.socket(fileno=control))
+    try:
+        with open(payload, "rb") as stream:
+            stream.seek(0)
+            work = pickle.load(stream)
+    except BaseException as error:
+        channel.send(_raised(error))
+        raise
+    gc.collect()
+    gc.freeze()
+    while True:
+        message, descriptors = _next(channel)
+        if isinstance(message, Wait):
+            channel.send(os.waitpid(message.pid, 0)[1])
+            continue
+        if os.fork() == 0:
+            channel.close()
+            _be(_worker, work, message, *descriptors)
+        os.close(descriptors[0])
+
+
+def _worker(work: Work, place: Fork, descriptor: int) -> NoReturn:
+    set_share(place.number, place.of)
+    # All workers would go on with the same numbers from the generators that they have from the template.
+    seed = int.from_bytes(os.urandom(8), "little")
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    channel = Channel(socket.socket(fileno=descriptor))
+    asked: queue.SimpleQueue[tuple[Do, list[int]]] = queue.SimpleQueue()
+    # It takes what is sent at once, so that neither side ever waits to send while the other one does, and it ends the
+    # process together with the training, whatever the main thread is busy with.
+    threading.Thread(target=_listen, args=(channel, asked), name="ferkd-listen", daemon=True).start()
+    channel.send(Ready(os.getpid()))
+    while True:
+        do, received = asked.get()
+        result: Any
+        try:
+            result, sent = work(do.task, received)
+        except BaseException as error:
+            result, sent = _raised(error), []
+        try:
+            channel.send(Done(do.number, result), sent)
+        except OSError:
+            os._exit(0)
+        for open_file in (*received, *sent):
+            os.close(open_file)
+        del result
+
+
+def _listen(channel: Channel, asked: queue.SimpleQueue[tuple[Do, list[int]]]) -> NoReturn:
+    while True:
+        asked.put(_next(channel))
+
+
+def _next(channel: Channel) -> tuple[Any, list[int]]:
+    """The next message; without training or parent, the end of the process."""
+    parent = os.getppid()
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
+    while not poll.poll(LOOK_SECONDS * 1000):
+        if os.getppid() != parent:
+            os._exit(0)
+    try:
+        return channel.receive()
+    except EOFError:
+        os._exit(0)
+
+
+def _be(run: Callable[..., NoReturn], *arguments: Any) -> NoReturn:
+    """Run in a process just forked, of whose parent's frames and exit handlers nothing must run here."""
+    try:
+        run(*arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _raised(error: BaseException) -> Raised:
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return Raised(None, text)
+    return Raised(error, text)
