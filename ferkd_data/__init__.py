@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from ferkd_data.report.compare import Comparison as Comparison
     from ferkd_data.report.compare import compare as compare
     from ferkd_data.report.live import LiveReport as LiveReport
+    from ferkd_data.report.preview import preview as preview
     from ferkd_data.report.show import Shown as Shown
     from ferkd_data.report.show import show as show
     from ferkd_data.rng import generator as generator
@@ -105,6 +106,7 @@ _EXPORTS: dict[str, str] = {
     "LiveReport": "report.live",
     "Comparison": "report.compare",
     "compare": "report.compare",
+    "preview": "report.preview",
     "Shown": "report.show",
     "show": "report.show",
     "VerifyReport": "exchange.faults",

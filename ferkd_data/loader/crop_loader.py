@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
@@ -17,7 +18,7 @@ from ferkd_data.errors import LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet, VerifyLabels
 from ferkd_data.loader.augment import Transform
-from ferkd_data.loader.batch_maker import Made
+from ferkd_data.loader.batch_maker import BatchMaker, Made
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.like_dataloader import DataLoaderLike
 from ferkd_data.loader.opening import open_maker
@@ -291,6 +292,19 @@ class CropLoader(DataLoaderLike):
         """
         place = self._place
         return {"version": STATE_VERSION, "settings": self._fingerprint(place.epoch), "place": asdict(place)}
+
+    def next_window(self) -> tuple[BatchMaker, Window]:
+        """The window that the next batch comes from, and a maker of its own that makes it. The loader does not move.
+
+        The maker reads the same labels and images as this loader, and shares nothing with it that changes.
+        """
+        labels, cache, images = pickle.loads(pickle.dumps((self._maker.labels, self._maker.cache, self._maker.images)))
+        maker = BatchMaker(labels, cache, images, self._maker.settings)
+        maker.first_epoch = self._maker.first_epoch
+        maker.prepare_blocks(self._place.epoch)
+        ranks = ranks_now(self.settings.rank, self.settings.world_size)
+        layout = self._layout(self._place.epoch)
+        return maker, next(windows(layout, self._place, rank=ranks.rank, world_size=ranks.world_size))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on with exactly the next batch; the number of workers and of ranks may differ.

@@ -84,7 +84,7 @@ def render_report(
 ) -> str:
     """The HTML of what was collected."""
     content = page(labels, found, pictures, hours=hours, progress=progress)
-    return render("report", {**content, "sections": SECTIONS}, content["sliders"])
+    return render("report", {**content, "sections": SECTIONS}, content["sliders"], script="report.js")
 
 
 def pictures_for(labels: LabelSet, found: Collected, images: str | Path | ImageSource | None) -> Pictures:

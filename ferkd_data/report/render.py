@@ -32,22 +32,22 @@ SECTIONS = (
 )
 
 
-def render(name: str, content: dict[str, Any], data: Any) -> str:
-    """The HTML of the template `NAME.html.j2` with `NAME.css` and `NAME.js`; `data` is what the script reads.
+def render(name: str, content: dict[str, Any], data: Any = None, *, script: str = "") -> str:
+    """The HTML of the template `NAME.html.j2`; `data` is what its script, a file's name or none, reads.
 
     Raises MissingExtraError without the extra `report`.
     """
     jinja2 = extras.require("jinja2", extra="report", what_for="a report")
     markup = extras.require("markupsafe", extra="report", what_for="a report").Markup
-    style, script = asset("report.css"), asset(f"{name}.js")
+    style, code = asset("report.css"), asset(script) if script else ""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(asset(f"{name}.html.j2"))
     text: str = template.render(
         **content,
         version=ferkd_data.__version__,
-        policy=policy(style, script),
+        policy=policy(style, code),
         style=markup(style),
-        script=markup(script),
+        script=markup(code),
         data=markup(inert_json(data)),
     )
     return text
@@ -65,7 +65,7 @@ def policy(style: str, script: str) -> str:
             "default-src 'none'",
             "img-src data:",
             f"style-src '{_digest(style)}'",
-            f"script-src '{_digest(script)}'",
+            f"script-src '{_digest(script)}'" if script else "script-src 'none'",
             "base-uri 'none'",
             "form-action 'none'",
         ]

@@ -1,0 +1,204 @@
+"""`preview`: the next batch of a loader as the student gets it, as a page to look at. The loader does not move.
+
+Legend: B crops of the batch, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ferkd_data.buckets import BUCKETS
+from ferkd_data.calibration import Action, Calibration, action_table
+from ferkd_data.errors import UsageError
+from ferkd_data.loader import CropLoader
+from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Work, decode_checked
+from ferkd_data.loader.plan import Window
+from ferkd_data.replay import empty_batch
+from ferkd_data.report.charts import percent
+from ferkd_data.report.figures import BUCKET_TITLES
+from ferkd_data.report.pictures import data_uri
+from ferkd_data.report.render import render, write_page
+from ferkd_data.report.sliders import class_name
+from ferkd_data.targets import SoftTargets
+
+BARS = 4
+PICTURE_PIXELS = 160
+SAME_TARGET = 1e-4
+"""Targets that differ by less in every class are the same."""
+
+
+def preview(loader: CropLoader, path: str | Path, *, crops: int = 16) -> Path:
+    """Write the loader's next batch as an HTML page: `fd.preview(loader, "batch.html")`.
+
+    For each of up to `crops` crops: the picture as the student gets it, its bucket, what calibration did to its soft
+    label, and its partner and the mixed target where SelfMix mixed it. The loader gives the same batches as if this had
+    not been called, also in the middle of an epoch. Images of a loader with `decode_device` are cut on the CPU here.
+
+    Raises MissingExtraError without the extra `report`, and what the loader would raise for this batch.
+    """
+    if crops < 1:
+        raise UsageError(f"crops must be 1 or more, got {crops}")
+    maker, window = loader.next_window()
+    size = maker.epochs.at(window.epoch).size
+    plain = BatchMaker(maker.labels, maker.cache, maker.images, replace(maker.settings, selfmix=None))
+    plain.first_epoch = maker.first_epoch
+    labelled = _labelled(plain, window)
+    before, before_targets = _made(plain, window, size)
+    images, targets = (before, before_targets) if maker.settings.selfmix is None else _made(maker, window, size)
+    shown = min(crops, window.batches[0])
+    batch = _Batch(loader, maker, window, labelled, (images, targets), (before, before_targets))
+    content = {
+        "title": f"The next batch, of epoch {window.epoch}",
+        "about": "Each crop as a student gets it, with its soft label as the teachers gave it, the target that "
+        "calibration made of it, and the target after mixing.",
+        "facts": _facts(loader, window, shown),
+        "crops": [batch.card(slot) for slot in range(shown)],
+    }
+    write_page(Path(path), render("preview", content))
+    return Path(path)
+
+
+def _facts(loader: CropLoader, window: Window, shown: int) -> list[tuple[str, str]]:
+    settings = loader.settings
+    calibration = settings.calibration
+    return [
+        ("Batch", f"{window.batches[0]:,} crops, {shown} of them shown"),
+        ("Calibration", calibration if isinstance(calibration, str) else repr(calibration)),
+        ("SelfMix", "none" if settings.selfmix is None else repr(settings.selfmix)),
+        ("Seed", str(settings.seed)),
+    ]
+
+
+def _labelled(maker: BatchMaker, window: Window) -> Labelled:
+    """The window's crops with their labels, other images in the places of those that cannot be used."""
+
+    def look(labelled: Labelled, i: int) -> None:
+        record = labelled.records[i]
+        decode_checked(maker.read(int(labelled.rows[i]), record, window.epoch), record)
+
+    return maker.filled(window, look)[0]
+
+
+def _made(maker: BatchMaker, window: Window, size: int) -> tuple[Tensor, SoftTargets]:
+    out = empty_batch(sum(window.batches), size)
+    targets = maker.targets(maker.make(Work(window, out)))
+    return out, targets
+
+
+class _Batch:
+    """The next batch, before and after mixing, by slot: a crop's number in the batch."""
+
+    def __init__(
+        self,
+        loader: CropLoader,
+        maker: BatchMaker,
+        window: Window,
+        labelled: Labelled,
+        after: tuple[Tensor, SoftTargets],
+        before: tuple[Tensor, SoftTargets],
+    ) -> None:
+        self._labels, self._labelled = loader.labels, labelled
+        self._calibration: Calibration = maker.epochs.at(window.epoch).calibration
+        self._mixes = maker.settings.selfmix is not None
+        self._images, self._before_images = after[0], before[0]
+        first = window.batches[0]
+        self._targets = after[1][:first].dense().numpy()
+        self._before = before[1][:first].dense().numpy()
+        self._hard = before[1].hard
+        self._places = {int(slot): at for at, slot in np.ndenumerate(window.slots) if 0 <= slot < first}
+
+    def card(self, slot: int) -> dict[str, Any]:
+        i, m = self._places[slot]
+        drawn = self._labelled.drawn
+        bucket, code = int(drawn.bucket[i, m]), int(drawn.codes[i, m])
+        mixed = self._mixes and bool(np.abs(self._targets[slot] - self._before[slot]).max() > SAME_TARGET)
+        partner = self._partner(slot) if mixed else None
+        truth = -1 if self._hard is None else int(self._hard[slot])
+        top, left, height, width = drawn.boxes[i, m].tolist()
+        changed = self._mixes and not torch.equal(self._images[slot], self._before_images[slot])
+        return {
+            "number": slot,
+            "key": self._key(int(self._labelled.rows[i])),
+            "box": f"{width}x{height} at {left}, {top}{', flipped' if drawn.flip[i, m] else ''}",
+            "picture": _picture(self._images[slot]),
+            "before": _picture(self._before_images[slot]) if changed else "",
+            "partner": partner[0] if partner else None,
+            "partner_picture": _picture(self._before_images[partner[0]]) if partner else "",
+            "mixed": f"{100 * partner[1]:.0f} % of it is this crop, the rest crop {partner[0]}" if partner else "",
+            "bucket": bucket,
+            "bucket_name": BUCKET_TITLES[BUCKETS[bucket]],
+            "action": self._said(action_table(self._calibration)[code], code, truth),
+            "truth": class_name(self._labels, truth),
+            "stored": self._stored(i, m),
+            "target": self._largest(self._before[slot]),
+            "mixed_target": self._largest(self._targets[slot]) if mixed else [],
+        }
+
+    def _partner(self, slot: int) -> tuple[int, float] | None:
+        """The crop of the same image that was mixed in, and this one's share: those that explain the mixed target."""
+        own, mixed = self._before[slot].astype(np.float64), self._targets[slot].astype(np.float64)
+        found = None
+        for other, (i, _) in self._places.items():
+            if other == slot or i != self._places[slot][0]:
+                continue
+            apart = own - self._before[other]
+            length = float(apart @ apart)
+            if length < SAME_TARGET**2:
+                continue
+            share = float(np.clip((mixed - self._before[other]) @ apart / length, 0, 1))
+            error = float(np.abs(share * own + (1 - share) * self._before[other] - mixed).max())
+            if error < SAME_TARGET and (found is None or error < found[2]):
+                found = (other, share, error)
+        return found[:2] if found else None
+
+    def _stored(self, i: int, m: int) -> list[tuple[str, str, float]]:
+        drawn = self._labelled.drawn
+        labels = self._labels.unmapped
+        pairs = zip(drawn.class_index[i, m].tolist(), drawn.class_prob[i, m].astype(float).tolist(), strict=True)
+        return [(class_name(labels, index), f"{prob:.3f}", prob) for index, prob in list(pairs)[:BARS]]
+
+    def _largest(self, target: npt.NDArray[np.float32]) -> list[tuple[str, str, float]]:
+        order = np.argsort(-target, kind="stable")[:BARS].tolist()
+        rows = [(class_name(self._labels, n), f"{target[n]:.3f}", min(1.0, float(target[n]))) for n in order]
+        rest = max(0.0, float(target.sum() - target[order].sum()))
+        return [*rows, ("all other classes", f"{rest:.3f}", min(1.0, rest))]
+
+    def _said(self, action: Action, code: int, truth: int) -> str:
+        wrong = "confident but wrong; " if code >= len(BUCKETS) else ""
+        return wrong + _in_words(action, self._calibration, truth)
+
+    def _key(self, row: int) -> str:
+        shard, place = self._labels.position(row)
+        return self._labels.keys_of(shard)[place]
+
+
+def _in_words(action: Action, calibration: Calibration, truth: int) -> str:
+    if truth < 0 and action.kind in ("soften", "blend"):
+        return "keeps its soft label, since its ground truth is unknown"
+    if action.kind == "discard":
+        kept = calibration.all_discarded == "keep" or truth < 0
+        instead = "keeps its soft label" if kept else "gets the softened ground truth"
+        return f"its image has no crop in use, so it {instead}"
+    words: Sequence[tuple[str, str]] = (
+        ("soften", f"softened ground truth, epsilon {calibration.epsilon:g}"),
+        ("blend", f"{percent(calibration.blend_weight, 0)} of its soft label, the rest the softened ground truth"),
+        ("keep", "keeps its soft label"),
+        ("thin", f"keeps its soft label; {percent(action.share, 0)} of such crops are in use"),
+    )
+    return dict(words)[action.kind]
+
+
+def _picture(image_CHW: Tensor) -> str:
+    pixels = image_CHW[None]
+    if pixels.shape[-1] > PICTURE_PIXELS:
+        shape = (PICTURE_PIXELS, PICTURE_PIXELS)
+        pixels = torch.nn.functional.interpolate(pixels, shape, mode="bilinear", antialias=True)
+    return data_uri(np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy()))
