@@ -300,7 +300,6 @@ class CropLoader(DataLoaderLike):
         """
         labels, cache, images = pickle.loads(pickle.dumps((self._maker.labels, self._maker.cache, self._maker.images)))
         maker = BatchMaker(labels, cache, images, self._maker.settings)
-        maker.first_epoch = self._maker.first_epoch
         maker.prepare_blocks(self._place.epoch)
         ranks = ranks_now(self.settings.rank, self.settings.world_size)
         layout = self._layout(self._place.epoch)

@@ -49,7 +49,6 @@ def preview(loader: CropLoader, path: str | Path, *, crops: int = 16) -> Path:
     maker, window = loader.next_window()
     size = maker.epochs.at(window.epoch).size
     plain = BatchMaker(maker.labels, maker.cache, maker.images, replace(maker.settings, selfmix=None))
-    plain.first_epoch = maker.first_epoch
     labelled = _labelled(plain, window)
     before, before_targets = _made(plain, window, size)
     images, targets = (before, before_targets) if maker.settings.selfmix is None else _made(maker, window, size)
@@ -82,7 +81,7 @@ def _labelled(maker: BatchMaker, window: Window) -> Labelled:
 
     def look(labelled: Labelled, i: int) -> None:
         record = labelled.records[i]
-        decode_checked(maker.read(int(labelled.rows[i]), record, window.epoch), record)
+        decode_checked(maker.read(int(labelled.rows[i]), record), record)
 
     return maker.filled(window, look)[0]
 

@@ -88,7 +88,7 @@ def test_partners_and_shares_are_those_that_were_mixed(loader):
 
 def test_the_page_says_what_calibration_did(label_set, photos, tmp_path):
     labels = fd.open_labels(label_set)
-    thresholds = fd.Thresholds(low=0.4, mid=0.7, top=0.8)
+    thresholds = fd.Thresholds(low=0.2, mid=0.5, top=0.6)
     calibration = fd.Calibration(thresholds=thresholds, epsilon=0.2, easy_positive="thin(0.5)")
     loader = fd.CropLoader(
         labels, images=photos, batch_size=40, crops_per_image=2, size=32, calibration=calibration,
