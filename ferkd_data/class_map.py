@@ -230,6 +230,8 @@ def make_class_map(
 
 def class_numbers(classes: Any, *, num_classes: int, names: Sequence[str] | None) -> Ints:
     """Numbers of classes given by number or by name. Raises UsageError that lists some of the unknown ones."""
+    if hasattr(classes, "tolist"):
+        classes = classes.tolist()
     given = [classes] if isinstance(classes, (str, Integral)) else list(classes)
     index = _Names(names, num_classes)
     found = [index.number(one) for one in given]
@@ -277,7 +279,7 @@ def _new_classes(classes: NewClasses, num_old: int, old_names: Sequence[str] | N
         return new, said
     if isinstance(classes, str):
         raise UsageError(f"a class map is a dict, a list of new classes or a list of class names, got {classes!r}")
-    given = classes.tolist() if isinstance(classes, np.ndarray) else list(classes)
+    given = classes.tolist() if hasattr(classes, "tolist") else list(classes)
     distinct_names = all(isinstance(one, str) for one in given) and len(set(given)) == len(given) > 0
     if distinct_names and (len(given) != num_old or set(given) <= set(old_names or ())):
         new = np.full(num_old, DROPPED, np.int64)

@@ -238,6 +238,7 @@ FORMS = {
     "dict with None": ({"beagle": 0, "tabby": None}, [-1, -1, 0, -1, -1], 1, ("beagle",)),
     "list of numbers": ([0, 0, 1, 1, -1], [0, 0, 1, 1, -1], 2, ("tabby / tiger cat", "beagle / poodle")),
     "array": (np.array([0, 0, 1, 1, -1]), [0, 0, 1, 1, -1], 2, ("tabby / tiger cat", "beagle / poodle")),
+    "tensor": (torch.tensor([0, 0, 1, 1, -1]), [0, 0, 1, 1, -1], 2, ("tabby / tiger cat", "beagle / poodle")),
     "list of new names": (["cat", "cat", "dog", "dog", None], [0, 0, 1, 1, -1], 2, ("cat", "dog")),
     "names to keep": (["poodle", "tabby"], [1, -1, -1, 0, -1], 2, ("poodle", "tabby")),
     "all names in another order": (list(NAMES[::-1]), [4, 3, 2, 1, 0], 5, NAMES[::-1]),

@@ -7,6 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -57,10 +58,13 @@ def test_a_view_shows_the_rows_that_were_asked_for(labels):
     assert list(labels.select(rows=(row for row in (1, 2))).keys()) == keys[1:3]
     assert list(labels.select(rows=7).keys()) == keys[7:8]
     mask = np.arange(20) % 3 == 0
-    assert list(labels.select(rows=mask).keys()) == keys[::3]
+    for kind in (np.asarray, torch.from_numpy, np.ndarray.tolist):
+        assert list(labels.select(rows=kind(mask)).keys()) == keys[::3]
+        assert list(labels.select(rows=kind(np.array([3, 5]))).keys()) == [keys[3], keys[5]]
     assert same_as_whole(labels.select(keys=keys[9:12]), labels)
     assert list(labels.select(keys=iter(keys[9:12])).keys()) == keys[9:12]
     assert list(labels.select(keys=keys[2]).keys()) == [keys[2]]
+    assert list(labels.select(keys=np.array(keys[2:4])).keys()) == keys[2:4]
 
 
 def test_classes_by_number_and_by_name(labels):
@@ -68,7 +72,8 @@ def test_classes_by_number_and_by_name(labels):
     assert len(labels.select(classes=[3, 7])) == 4
     assert {row.target for row in labels.select(classes="class4")} == {4}
     assert {row.target for row in labels.select(classes=["class4", 5])} == {4, 5}
-    assert {row.target for row in labels.select(classes=np.array([2]))} == {2}
+    for numbers in (np.array([2]), torch.tensor([2]), {2}, {2: "two"}.keys(), np.array(["class2"]), torch.tensor(2)):
+        assert {row.target for row in labels.select(classes=numbers)} == {2}
     assert same_as_whole(labels.select(classes=range(3)), labels)
 
 

@@ -250,3 +250,11 @@ def test_nothing_is_said_where_no_image_is_missing(label_set, photos, tmp_path):
     labels = fd.open_labels(label_set)
     loader = fd.CropLoader(labels, images=photos, batch_size=4, images_missing="drop", cache_dir=tmp_path)
     assert loader.labels is labels
+
+
+def test_a_source_without_any_of_the_images_is_an_error_whatever_was_chosen(label_set, make_photos, tmp_path):
+    other = make_photos(tmp_path / "other", 3)
+    for path in sorted(other.rglob("*.jpg")):
+        path.rename(path.with_name(f"other-{path.name}"))
+    with pytest.raises(LabelSetError, match="has a key of this label set"):
+        fd.CropLoader(fd.open_labels(label_set), images=other, batch_size=4, images_missing="drop", cache_dir=tmp_path)
