@@ -86,7 +86,7 @@ def write_labels(photos: Path, out: Path) -> None:
             target=ref.target if ref.target is not None else -1,
             boxes=crops.boxes,
             flip=crops.flip,
-            class_index=np.sort(rng.integers(0, CLASSES, (CROPS, TOP_K))).astype(np.uint16),
+            class_index=rng.random((CROPS, CLASSES)).argsort(axis=1)[:, :TOP_K].astype(np.uint16),
             class_prob=prob,
             target_prob=prob[:, 0],
             bucket=np.digitize(prob[:, 0].astype(float), [0.15, 0.3, 0.95]).astype(np.uint8),

@@ -55,6 +55,8 @@ def transformed(transform: Transform, crop: Tensor, seed: int, where: Callable[[
     except Exception as error:
         raise LoaderError(f"{where()}: transform failed with {type(error).__name__}: {error}") from error
     if isinstance(given, Tensor) and given.dtype == torch.uint8 and given.shape == crop.shape:
+        if given is crop:
+            return crop
         plain = given.as_subclass(Tensor)
         # A view of the crop, such as its transpose, would be overwritten while it is read.
         return plain.clone() if plain.untyped_storage().data_ptr() == crop.untyped_storage().data_ptr() else plain

@@ -298,9 +298,10 @@ class BatchMaker:
         with lent_generators():
             for m, slot in enumerate(window.slots[i].tolist()):
                 if slot >= 0:
-                    seed = crop_seed(self.settings.seed, key_hash, drawn + m)
-                    given = transformed(transform, images[slot], seed, lambda: self._describe(int(labelled.rows[i])))
-                    images[slot] = given
+                    crop, seed = images[slot], crop_seed(self.settings.seed, key_hash, drawn + m)
+                    given = transformed(transform, crop, seed, lambda: self._describe(int(labelled.rows[i])))
+                    if given is not crop:
+                        crop.copy_(given)
 
     def read(self, row: int, record: np.void) -> bytes:
         """An image's encoded bytes. Raises ImageError when it is missing, or another one than was labelled."""
