@@ -24,7 +24,6 @@ from ferkd_data.errors import FerkdError, ImageError, LoaderError
 from ferkd_data.images import decode_rgb
 from ferkd_data.images.patience import IMAGES_IN_A_ROW, UnansweredImageError
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.augment import Transform, crop_seed, lent_generators, transformed
 from ferkd_data.loader.checked_images import CheckedImages
 from ferkd_data.loader.draw import BlockDraws, draw, epoch_draws
 from ferkd_data.loader.epochs import Epochs
@@ -36,6 +35,7 @@ from ferkd_data.loader.order import InChunks, Part, epoch_order
 from ferkd_data.loader.plan import Window, stand_in
 from ferkd_data.loader.settings import LoaderSettings, without_functions
 from ferkd_data.loader.shard_records import ShardRecords
+from ferkd_data.loader.transform import Transform, crop_seed, lent_generators, transformed
 from ferkd_data.replay import replay
 from ferkd_data.storage import image_digest
 from ferkd_data.targets import TENSORS, SoftTargets

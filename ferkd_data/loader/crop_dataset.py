@@ -16,7 +16,6 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from ferkd_data.calibration import Schedule
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.augment import Transform
 from ferkd_data.loader.batch_maker import Work
 from ferkd_data.loader.like_dataloader import class_names, class_numbers, refuse_transform
 from ferkd_data.loader.opening import open_maker
@@ -33,6 +32,7 @@ from ferkd_data.loader.settings import (
     epoch_number,
 )
 from ferkd_data.loader.shared_epoch import RunTokens, SharedEpoch, Visit
+from ferkd_data.loader.transform import Transform
 from ferkd_data.replay import Interpolation, empty_batch
 from ferkd_data.storage import default_cache_dir
 from ferkd_data.targets import SoftTargets

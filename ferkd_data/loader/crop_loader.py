@@ -17,7 +17,6 @@ from ferkd_data.differences import describe_differences
 from ferkd_data.errors import LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet, VerifyLabels
-from ferkd_data.loader.augment import Transform
 from ferkd_data.loader.batch_maker import BatchMaker, Made
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.like_dataloader import DataLoaderLike
@@ -35,6 +34,7 @@ from ferkd_data.loader.settings import (
     Verify,
     epoch_number,
 )
+from ferkd_data.loader.transform import Transform
 from ferkd_data.loader.workers import Workers
 from ferkd_data.replay import Interpolation
 from ferkd_data.selfmix import SelfMix
@@ -116,7 +116,7 @@ class CropLoader(DataLoaderLike):
             loader has the labels of the others only (`loader.labels`), and a warning says how many were dropped.
         keys: give each crop's image key in `targets.keys`; a file of all keys is written to the temporary folder.
         transform: your own augmentation, a function from uint8 (3, S, S) to the same. It runs in the workers, one crop
-            at a time, with the generators of torch, NumPy and `random` seeded for each. See docs/augmentation.md.
+            at a time, with the generators of torch, NumPy and `random` seeded for each. See docs/transform.md.
         targets: "soft" gives SoftTargets; "dense" gives plain float32 tensors (B, C), for losses and mixing of PyTorch,
             torchvision and timm as they are. Dense targets know no ground truth, rows or keys.
         to_batch: a function of (images, targets) that returns what the loop wants, such as a dictionary. It runs in the

@@ -16,9 +16,9 @@ import torch
 
 from ferkd_data.calibration import Schedule, calibration_at
 from ferkd_data.errors import UsageError
-from ferkd_data.loader.augment import Transform
 from ferkd_data.loader.order import OrderKind, check_order
 from ferkd_data.loader.ranks import check_ranks
+from ferkd_data.loader.transform import Transform
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
 from ferkd_data.selfmix import SelfMix
 

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 import ferkd_data as fd
 from ferkd_data.errors import LoaderError, StateMismatchError
-from ferkd_data.loader.augment import crop_seed, lent_generators, transformed
+from ferkd_data.loader.transform import crop_seed, lent_generators, transformed
 
 
 def noisy(crop):
