@@ -271,5 +271,5 @@ def test_a_data_set_transforms_too(label_set, photos, tmp_path):
         noised, batch_size=5, collate_fn=noised.collate, num_workers=2, multiprocessing_context="fork"
     )
     batches = torch.cat([images for images, _ in loader])
-    assert torch.equal(batches, torch.cat([noised[row][0] for row in range(20)]))
-    assert not torch.equal(batches, torch.cat([plain[row][0] for row in range(20)]))
+    assert torch.equal(batches, torch.cat([noised.item(row, 0)[0] for row in range(20)]))
+    assert not torch.equal(batches, torch.cat([plain.item(row, 0)[0] for row in range(20)]))

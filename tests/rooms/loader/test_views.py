@@ -199,8 +199,10 @@ def test_a_data_set_of_a_view(make, source, tmp_path):
     assert len(whole) == 20 and len(view) == len(mapped) == 11
     for row, base in enumerate(ROWS):
         crops, targets = view[row]
-        assert torch.equal(crops, whole[base][0]) and torch.equal(targets.dense(), whole[base][1].dense())
-        assert torch.equal(mapped[row][0], crops) and torch.allclose(mapped[row][1].dense(), torch.ones(2, 1))
+        same_crops, same_targets = whole[base]
+        assert torch.equal(crops, same_crops) and torch.equal(targets.dense(), same_targets.dense())
+        same_crops, ones = mapped[row]
+        assert torch.equal(same_crops, crops) and torch.allclose(ones.dense(), torch.ones(2, 1))
     with pytest.raises(IndexError):
         view[11]
     stream = view.stream(order="shards", shards_together=1)
