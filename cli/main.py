@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import threading
+import time
 import traceback
 from typing import Any
 
@@ -33,6 +35,7 @@ COMMANDS = {
     "stats": "The p_max table, buckets and agreements of a label set.",
 }
 INTERRUPTED = 130
+PATIENCE_SECONDS = 2.0
 
 
 class LazyGroup(click.Group):
@@ -95,7 +98,22 @@ def run(args: list[str]) -> int:
 
 
 def main() -> None:
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    if status == INTERRUPTED:
+        _end_threads()
+    sys.exit(status)
+
+
+def _end_threads() -> None:
+    """After Ctrl-C, end the process even where a thread waits for a server: Python itself would wait with it."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    for thread in others:
+        thread.join(max(deadline - time.monotonic(), 0))
+    if any(thread.is_alive() for thread in others):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
 
 
 def _join_thresholds(args: list[str]) -> list[str]:

@@ -16,8 +16,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ferkd_data.augment.distribution import num_words, parse_augmentations
 from ferkd_data.buckets import Thresholds
+<<<<<<< HEAD
 from ferkd_data.errors import ManifestError, UsageError
+=======
+from ferkd_data.errors import LabelSetError, ManifestError
+>>>>>>> a01bfad (Only regular files are opened, wherever they lie, and Ctrl-C ends every wait)
 from ferkd_data.statistics import Count, Statistics
+from ferkd_data.storage import read_regular
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -285,13 +290,13 @@ def read_manifest_bytes(folder: Path) -> bytes:
     """The manifest as it lies there, unparsed. Raises ManifestError when there is none."""
     path = folder / FILE_NAME
     try:
-        if not path.is_file() and path.exists():
-            raise ManifestError(f"{path}: is not a regular file")
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ManifestError(f"{path}: more than {MAX_MANIFEST_BYTES} bytes")
-        return path.read_bytes()
+        return read_regular(path, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ManifestError(f"{folder}: no {FILE_NAME}; {_why_none(folder)}") from error
+    except LabelSetError as error:
+        raise ManifestError(str(error)) from error
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _why_none(folder: Path) -> str:

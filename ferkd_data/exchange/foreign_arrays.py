@@ -15,8 +15,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from ferkd_data.errors import ForeignFileError
+from ferkd_data.errors import ForeignFileError, LabelSetError
 from ferkd_data.exchange.opcodes import check_opcodes
+from ferkd_data.storage import open_regular_stream
 
 MAX_BYTES = 2**28
 """Of one file; FKD's 500 full distributions of 1,000 classes take 2 MB."""
@@ -127,13 +128,15 @@ def load_arrays(path: Path) -> Any:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise ForeignFileError(f"{path}: {size} bytes; at most {MAX_BYTES} are read")
-        with path.open("rb") as stream:
+        with open_regular_stream(path) as stream:
             content = _load(path, stream, size)
         return _plain(path, content, [MAX_ITEMS])
     except ForeignFileError:
         raise
     except FileNotFoundError as error:
         raise ForeignFileError(f"{path}: no such file") from error
+    except LabelSetError as error:
+        raise ForeignFileError(str(error)) from error
     except Exception as error:
         # An unpickler meets arbitrary bytes here, and pickle and NumPy raise of every kind on them.
         raise ForeignFileError(f"{path}: is not a file of arrays alone ({error}); it was not loaded") from error

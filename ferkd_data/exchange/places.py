@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from ferkd_data.exchange.hub import Hub
 from ferkd_data.exchange.sending import FileToSend
 from ferkd_data.remote import Remote, Retries, open_remote
 from ferkd_data.storage import default_cache_dir
+from ferkd_data.threads import Threads
 
 
 class Place(Protocol):
@@ -64,8 +65,7 @@ class Store:
 
         self._journal.begin()
         pending: set[Future[FileToSend]] = set()
-        executor = ThreadPoolExecutor(self._workers, thread_name_prefix="ferkd-publish")
-        try:
+        with Threads(self._workers, thread_name_prefix="ferkd-publish") as executor:
             for file in files:
                 pending.add(executor.submit(send, file))
                 if len(pending) >= 2 * self._workers:
@@ -74,8 +74,6 @@ class Store:
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from self._noted(done)
-        finally:
-            executor.shutdown(cancel_futures=True)
 
     def finish(self) -> None:
         self._journal.remove()

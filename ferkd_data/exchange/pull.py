@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +15,19 @@ from ferkd_data.exchange.card_fields import recalled
 from ferkd_data.exchange.signing import SIGNATURE, check_signed, read_remote_signature, require_signers
 from ferkd_data.file_lock import held
 from ferkd_data.label_set import LabelSet, LocalFiles, read_remote_manifest
-from ferkd_data.manifest import FILE_NAME, FileEntry, Manifest, ShardEntry, identity_of, parse_manifest
+from ferkd_data.manifest import (
+    FILE_NAME,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+    identity_of,
+    parse_manifest,
+    read_manifest,
+)
 from ferkd_data.remote import Remote, Retries, is_remote, open_remote
 from ferkd_data.statistics import Statistics, shard_statistics
 from ferkd_data.storage import inside, sha256_file, write_atomically
+from ferkd_data.threads import Threads
 
 README = "README.md"
 BESIDE = (README, "LICENSE")
@@ -119,14 +127,15 @@ def _fetch_files(remote: Remote, out: Path, part: Manifest, workers: int, on_pro
         remote.download(entry.path, path, size=entry.bytes, sha256=entry.sha256)
         return True
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="ferkd-pull") as executor:
+    with Threads(workers, thread_name_prefix="ferkd-pull") as executor:
         try:
             for entry, came in zip(entries, executor.map(fetch, entries), strict=True):
                 done, fetched = done + entry.bytes, fetched + came
                 if on_progress:
                     on_progress(done, total)
         except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
+            # The threads stop at their next bytes, so that none writes where the next pull does.
+            remote.stop()
             raise
     return fetched
 
@@ -171,10 +180,9 @@ def _selected(whole: Manifest, url: str, crops: int | None, shards: Sequence[int
 
 
 def _check_place(out: Path, part: Manifest) -> None:
-    path = out / FILE_NAME
-    if not path.exists():
+    if not (out / FILE_NAME).exists():
         return
-    there = parse_manifest(path.read_bytes(), str(path))
+    there = read_manifest(out)
     if there.shards != part.shards or there.rejects != part.rejects:
         raise PublishError(f"{out}: holds another label set; pull into another folder, or remove it first")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from ferkd_data.shards import parquet
 from ferkd_data.shards.columns import ShardLabels
 from ferkd_data.statistics import Statistics
 from ferkd_data.storage import image_digest
+from ferkd_data.threads import Threads
 
 MAX_FAULTS = 20
 COMPANIONS = ("README.md", "croissant.json", "LICENSE", SIGNATURE)
@@ -63,7 +63,7 @@ def verify(
     name = None if signed_by is None else check_signature(labels, Path(signed_by), signer)
     files, check = FileCheck(labels, max_faults, digests=images is not None), _Check(labels, max_faults)
     done, total = 0, sum(file.bytes for shard in labels.manifest.shards for file in shard.files)
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="ferkd-verify") as executor:
+    with Threads(workers or os.cpu_count() or 1, thread_name_prefix="ferkd-verify") as executor:
         pairs = [(entry, file) for entry in labels.manifest.shards for file in entry.files]
         blocks = executor.map(files.file, *zip(*pairs, strict=True)) if pairs else iter(())
         for entry in labels.manifest.shards:

@@ -175,12 +175,21 @@ class Remote:
             stream.seek(first)
             stream.truncate()
             for chunk in chunks:
+                self._check_stopped()
                 if stream.tell() + len(chunk) > size:
                     part.unlink()
                     raise self._another(name, f"has more than the {size} bytes that the manifest lists")
                 stream.write(chunk)
             if stream.tell() < size:
                 raise _Short(f"the connection ended after {stream.tell()} of {size} bytes", stream.tell())
+
+    def stop(self) -> None:
+        """End what other threads are fetching here, at their next bytes or attempts; for a pull that is interrupted."""
+        self.__dict__["stopped"] = True
+
+    def _check_stopped(self) -> None:
+        if self.__dict__.get("stopped"):
+            raise RemoteError(f"{self.url}: stopped; run the same command again to go on")
 
     def _another(self, name: str, what: str) -> RemoteError:
         return RemoteError(
@@ -191,6 +200,7 @@ class Remote:
         """Try again while it may pass; as long as `progress` grows, without end."""
         failures, attempts = 0, self.retries.attempts
         while True:
+            self._check_stopped()
             before = progress()
             try:
                 return action()
