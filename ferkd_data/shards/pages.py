@@ -1,8 +1,9 @@
-"""What a Parquet file's footer and page headers claim, read before Arrow believes them.
+"""Read what a Parquet file's footer and page headers claim, before Arrow believes them.
 
 Arrow takes memory for each page as its header says, whatever the footer's totals are: a file of 12 kB made it take 800
-MB. And some footers end the whole process when PyArrow is asked about a column (found by fuzzing). So both are read
-here first.
+MB. Some footers end the whole process when PyArrow is asked about a column (found by fuzzing), and so do schemas that
+are nested thousands of levels deep with PyArrow before 23. So all of this is read here first, in a time that the file's
+size bounds: a page may be small, and many chunks may claim the same pages.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ MAGIC = b"PAR1"
 TAIL_BYTES = 8
 MAX_FOOTER_BYTES, MAX_PAGE_HEADER_BYTES = 2**20, 2**16
 """A block file of a build has a footer of 5 kB, and page headers below 3 kB."""
-NUM_ROWS, ROW_GROUPS = 3, 4
+FREE_PARTS, BYTES_PER_PART = 1000, 1024
+"""A file may have so many pages and column chunks, and one more for so many of its bytes. Our pages have up to 1 MB."""
+MAX_SCHEMA_DEPTH, MAX_SCHEMA_FIELDS = 16, 1000
+"""Ours are nested 3 levels deep and have 35 fields."""
+SCHEMA, NUM_ROWS, ROW_GROUPS = 2, 3, 4
+NUM_CHILDREN = 5
+USUAL_HEADER_BYTES = 512
+"""Copied and read first; a header with long statistics is read again as a whole."""
 GROUP_COLUMNS, GROUP_ROWS = 1, 3
 CHUNK_METADATA = 3
 PATH, NUM_VALUES, UNCOMPRESSED, COMPRESSED, DATA_PAGE, DICTIONARY_PAGE = 3, 5, 6, 7, 9, 11
@@ -52,7 +60,9 @@ def read_claims(path: Path, columns: list[str]) -> Claims:
         footer = _footer(data)
         groups = footer[ROW_GROUPS]
         try:
-            chunks = tuple(chunk for group in groups for chunk in _chunks(data, group, columns))
+            _check_schema(footer[SCHEMA])
+            walk = _Walk(data)
+            chunks = tuple(chunk for group in groups for chunk in walk.chunks(group, columns))
         except (TypeError, KeyError, AttributeError, IndexError) as error:
             raise ValueError(f"its footer lacks what every footer has ({error})") from error
         return Claims(rows=footer[NUM_ROWS], row_groups=len(groups), chunks=chunks)
@@ -68,29 +78,70 @@ def _footer(data: mmap.mmap) -> dict[int, Any]:
     return footer
 
 
-def _chunks(data: mmap.mmap, group: dict[int, Any], columns: list[str]) -> Iterator[Chunk]:
-    for column in group[GROUP_COLUMNS]:
-        metadata = column[CHUNK_METADATA]
-        name = metadata[PATH][0].decode("utf-8", "replace")
-        if name in columns:
-            size = max(metadata[UNCOMPRESSED], _page_bytes(data, metadata))
-            rows, values = operator.index(group[GROUP_ROWS]), operator.index(metadata[NUM_VALUES])
-            yield Chunk(column=name, rows=rows, values=values, bytes=operator.index(size))
+def _check_schema(fields: list[dict[int, Any]]) -> None:
+    """Raises ValueError for a schema that is nested deep or has very many fields; they come as a tree, depth first."""
+    if len(fields) > MAX_SCHEMA_FIELDS:
+        raise ValueError(f"a schema of {len(fields)} fields")
+    open_children: list[int] = []
+    for field in fields:
+        while open_children and open_children[-1] == 0:
+            open_children.pop()
+        if open_children:
+            open_children[-1] -= 1
+        children = operator.index(field.get(NUM_CHILDREN) or 0)
+        if children:
+            open_children.append(children)
+        if len(open_children) > MAX_SCHEMA_DEPTH:
+            raise ValueError(f"a schema nested more than {MAX_SCHEMA_DEPTH} levels deep")
 
 
-def _page_bytes(data: mmap.mmap, metadata: dict[int, Any]) -> int:
-    if not metadata[NUM_VALUES]:
-        # Arrow reads no page then, and there may be none.
-        return 0
-    at = min(metadata[DATA_PAGE], metadata.get(DICTIONARY_PAGE) or metadata[DATA_PAGE])
-    stop, total = at + metadata[COMPRESSED], 0
-    if not 0 <= at <= stop <= len(data):
-        raise ValueError(f"pages at {at}..{stop} of a file of {len(data)} bytes")
-    while at < stop:
-        header, size = read_struct(data[at : at + MAX_PAGE_HEADER_BYTES], 0)
-        uncompressed, compressed = header[PAGE_UNCOMPRESSED], header[PAGE_COMPRESSED]
-        if uncompressed < 0 or compressed < 0:
-            raise ValueError(f"a page of {compressed} bytes that become {uncompressed}")
-        total += uncompressed
-        at += size + compressed
-    return total
+class _Walk:
+    """A walk over the pages of a file, which ends with a ValueError where it would be out of proportion."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._parts_left = FREE_PARTS + len(data) // BYTES_PER_PART
+        self._bytes_left = len(data)
+        """Each byte of the file is in one chunk at most."""
+
+    def chunks(self, group: dict[int, Any], columns: list[str]) -> Iterator[Chunk]:
+        for column in group[GROUP_COLUMNS]:
+            self._count()
+            metadata = column[CHUNK_METADATA]
+            name = metadata[PATH][0].decode("utf-8", "replace")
+            if name in columns:
+                size = max(metadata[UNCOMPRESSED], self._page_bytes(metadata))
+                rows, values = operator.index(group[GROUP_ROWS]), operator.index(metadata[NUM_VALUES])
+                yield Chunk(column=name, rows=rows, values=values, bytes=operator.index(size))
+
+    def _page_bytes(self, metadata: dict[int, Any]) -> int:
+        if not metadata[NUM_VALUES]:
+            # Arrow reads no page then, and there may be none.
+            return 0
+        at = min(metadata[DATA_PAGE], metadata.get(DICTIONARY_PAGE) or metadata[DATA_PAGE])
+        stop, total = at + metadata[COMPRESSED], 0
+        if not 0 <= at <= stop <= len(self._data):
+            raise ValueError(f"pages at {at}..{stop} of a file of {len(self._data)} bytes")
+        self._bytes_left -= stop - at
+        if self._bytes_left < 0:
+            raise ValueError("column chunks that lie over each other")
+        while at < stop:
+            self._count()
+            header, size = self._page_header(at)
+            uncompressed, compressed = header[PAGE_UNCOMPRESSED], header[PAGE_COMPRESSED]
+            if uncompressed < 0 or compressed < 0:
+                raise ValueError(f"a page of {compressed} bytes that become {uncompressed}")
+            total += uncompressed
+            at += size + compressed
+        return total
+
+    def _page_header(self, at: int) -> tuple[dict[int, Any], int]:
+        try:
+            return read_struct(self._data[at : at + USUAL_HEADER_BYTES], 0)
+        except ValueError:
+            return read_struct(self._data[at : at + MAX_PAGE_HEADER_BYTES], 0)
+
+    def _count(self) -> None:
+        self._parts_left -= 1
+        if self._parts_left < 0:
+            raise ValueError(f"more pages and column chunks than a file of {len(self._data)} bytes has")
