@@ -16,11 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ferkd_data.augment.distribution import num_words, parse_augmentations
 from ferkd_data.buckets import Thresholds
-<<<<<<< HEAD
-from ferkd_data.errors import ManifestError, UsageError
-=======
-from ferkd_data.errors import LabelSetError, ManifestError
->>>>>>> a01bfad (Only regular files are opened, wherever they lie, and Ctrl-C ends every wait)
+from ferkd_data.errors import LabelSetError, ManifestError, UsageError
 from ferkd_data.statistics import Count, Statistics
 from ferkd_data.storage import read_regular
 

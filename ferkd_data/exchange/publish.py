@@ -20,7 +20,7 @@ from ferkd_data.exchange.verify import verify
 from ferkd_data.label_set import LabelSet, open_labels, read_remote_manifest
 from ferkd_data.manifest import FILE_NAME, Manifest, identity_of
 from ferkd_data.remote import Remote, Retries, is_remote
-from ferkd_data.storage import inside, sha256_file
+from ferkd_data.storage import inside, read_regular, sha256_file
 
 README, CROISSANT, LICENSE = "README.md", "croissant.json", "LICENSE"
 MAX_CARD_BYTES = 2**20
@@ -112,7 +112,7 @@ def _fields(labels: LabelSet, target: Remote, given: CardFields) -> CardFields:
     """The card's fields, with what is not given from the folder's card and the published one. Raises UsageError."""
     folder = Path(labels.location)
     own = inside(folder, README)
-    cards = [own.read_text(encoding="utf-8", errors="replace")] if own.is_file() else []
+    cards = [_read_card(own)] if own.exists() else []
     try:
         cards.append(target.read(README, max_bytes=MAX_CARD_BYTES).decode("utf-8", "replace"))
     except RemoteError as error:
@@ -166,6 +166,11 @@ def _is_there(target: Remote, labels: LabelSet, overwrite: bool) -> bool:
     return there == labels.identity
 
 
+def _read_card(path: Path) -> str:
+    """Raises LabelSetError for one that is no regular file, or too large."""
+    return read_regular(path, MAX_CARD_BYTES).decode("utf-8", "replace")
+
+
 def _files(labels: LabelSet, url: str, card: CardFields, scratch: Path) -> tuple[list[FileToSend], FileToSend]:
     """Everything but the manifest, and the manifest."""
     folder, manifest = Path(labels.location), labels.manifest
@@ -177,11 +182,11 @@ def _files(labels: LabelSet, url: str, card: CardFields, scratch: Path) -> tuple
     (scratch / CROISSANT).write_text(render_croissant(labels, card, url), encoding="utf-8")
     # A stranger's README.md may be a link to a file of the publisher's.
     written = inside(folder, README)
-    if not written.exists() or is_generated(written.read_text(encoding="utf-8", errors="replace")):
+    if not written.exists() or is_generated(_read_card(written)):
         written = scratch / README
         written.write_text(render_card(labels, card, url), encoding="utf-8")
     beside = [_to_send(README, written), _to_send(CROISSANT, scratch / CROISSANT)]
-    if inside(folder, LICENSE).is_file():
+    if inside(folder, LICENSE).exists():
         beside.append(_to_send(LICENSE, folder / LICENSE))
     return [*listed, *beside], _to_send(FILE_NAME, folder / FILE_NAME)
 

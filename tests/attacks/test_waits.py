@@ -82,9 +82,6 @@ def test_special_files_in_a_label_set(copy, tmp_path, name, kind):
         "pull by URL": lambda: fd.pull(f"file://{copy}", tmp_path / "pulled"),
         "publish": lambda: fd.publish(copy, str(tmp_path / "public"), card=fd.CardFields(name="x", license="mit")),
     }
-    if name == "LICENSE":
-        # It is not published.
-        del uses["publish"]
     for use, act in uses.items():
         with pytest.raises(FerkdError):
             act()
