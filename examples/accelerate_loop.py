@@ -1,4 +1,4 @@
-"""Hugging Face Accelerate: prepare the model and optimiser, not the loader, which has ranks and a state of its own.
+"""Hugging Face Accelerate: the loader has workers, ranks and a state of its own, and is saved with the rest.
 
 accelerate launch examples/accelerate_loop.py LABELS PHOTOS [--model resnet18] [--epochs 2]
 """
@@ -36,8 +36,6 @@ def main() -> None:
         batch_size=args.batch_size,
         size=args.size,
         num_workers=args.workers,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
     )
     model = torchvision.models.get_model(args.model, num_classes=labels.num_classes)
     model, optimiser = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
@@ -48,6 +46,7 @@ def main() -> None:
 
     for epoch in range(loader.epoch, args.epochs):
         loader.set_epoch(epoch)
+        steps = 0
         for images, targets in loader:
             images, targets = images.to(accelerator.device), targets.to(accelerator.device)
             with accelerator.autocast():
@@ -56,7 +55,8 @@ def main() -> None:
             optimiser.zero_grad()
             accelerator.backward(loss)
             optimiser.step()
-        accelerator.print(f"epoch {epoch}: loss {loss.item():.4f}")
+            steps += 1
+        accelerator.print(f"epoch {epoch}: {steps} steps, loss {loss.item():.4f}")
         if args.checkpoint:
             accelerator.save_state(args.checkpoint)
 

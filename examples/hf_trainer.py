@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,17 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import ferkd_data as fd
 
 
-class Batches:
-    """The loader's batches as the dictionaries that Trainer wants."""
-
-    def __init__(self, loader: fd.CropLoader) -> None:
-        self.loader, self.batch_size, self.dataset = loader, None, loader.labels
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.loader.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return ({"images": images, "targets": targets} for images, targets in self.loader)
-
-
 class Distiller(Trainer):
-    def __init__(self, *, batches: Batches, **settings: Any) -> None:
+    def __init__(self, *, loader: fd.CropLoader, **settings: Any) -> None:
         super().__init__(**settings)
-        self.batches = batches
+        self.loader = loader
 
-    def get_train_dataloader(self) -> Batches:
-        return self.batches
+    def get_train_dataloader(self) -> fd.CropLoader:
+        return self.loader
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **ignored: Any) -> Any:
         logits = model(fd.normalize(inputs["images"]))
-        loss = fd.soft_cross_entropy(logits, inputs["targets"].to(logits.device))
+        loss = fd.soft_cross_entropy(logits, inputs["targets"])
         return (loss, logits) if return_outputs else loss
 
 
@@ -80,13 +63,14 @@ def main() -> None:
     )  # fmt: skip
     loader = fd.CropLoader(
         fd.open_labels(args.labels), images=args.photos, batch_size=args.batch_size, size=args.size,
-        num_workers=args.workers, rank=arguments.process_index, world_size=arguments.world_size,
+        num_workers=args.workers,
+        to_batch=lambda images, targets: {"images": images, "targets": targets.to(arguments.device)},
     )  # fmt: skip
     model = torchvision.models.get_model(args.model, num_classes=loader.labels.num_classes)
     if args.resume:
         last = max(Path(args.output).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
         loader.load_state_dict(json.loads((last / "loader.json").read_text()))
-    trainer = Distiller(model=model, args=arguments, batches=Batches(loader), callbacks=[SaveLoader(loader)])
+    trainer = Distiller(model=model, args=arguments, loader=loader, callbacks=[SaveLoader(loader)])
     done = trainer.train(resume_from_checkpoint=args.resume)
     print(f"step {done.global_step}: loss {done.training_loss:.4f}")
 

@@ -35,7 +35,7 @@ def main() -> None:
 
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 
     labels = fd.open_labels(args.labels)
@@ -47,8 +47,6 @@ def main() -> None:
         selfmix=fd.SelfMix(prob=0.5),
         num_workers=args.workers,
         pin_memory=cuda,
-        rank=rank,
-        world_size=world_size,
     )
     torch.manual_seed(0)
     model = torchvision.models.get_model(args.model, num_classes=labels.num_classes).to(device)
@@ -71,7 +69,7 @@ def main() -> None:
             if step % args.save_every == 0 and rank == 0:
                 save(args.checkpoint, model, optimiser, loader)
         if rank == 0:
-            print(f"epoch {epoch}: loss {loss.item():.4f}", flush=True)
+            print(f"epoch {epoch}: {step} steps, loss {loss.item():.4f}", flush=True)
             save(args.checkpoint, model, optimiser, loader)
     dist.destroy_process_group()
 

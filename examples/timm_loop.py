@@ -55,7 +55,7 @@ def main() -> None:
     for epoch in range(args.epochs):
         loader.set_epoch(epoch)
         task.train()
-        for step, (images, targets) in enumerate(loader):
+        for step, (images, targets) in enumerate(loader, 1):
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             rng = fd.generator("cutmix", 0, epoch, step)
             images, targets = cutmix(images, targets, rng=rng)
@@ -66,7 +66,7 @@ def main() -> None:
             optimiser.step()
             task.update_ema()
         scheduler.step(epoch + 1)
-        print(f"epoch {epoch}: loss {loss.item():.4f}", flush=True)
+        print(f"epoch {epoch}: {step} steps, loss {loss.item():.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -175,12 +175,15 @@ class CropLoader(DataLoaderLike):
         self._decode_device = None if decode_device is None else open_device(decode_device)
         self._workers: Workers | DeviceWorkers | None = None
         self._begun = False
+        self._under_way: int | None = None
+        """The epoch whose iterator somebody holds, also when that has given its last batch."""
         self._iteration = 0
         """Number of the iteration that may go on; earlier ones have ended."""
 
     def __len__(self) -> int:
-        """Batches of the present epoch from its start, for this rank."""
-        return self._count(Place(epoch=self._place.epoch))
+        """Batches of an epoch from its start, for this rank: the one under way, else the one that comes next."""
+        epoch = self._start().epoch if self._under_way is None else self._under_way
+        return self._count(Place(epoch=epoch))
 
     def _layout(self, epoch: int) -> Layout:
         return self._maker.epochs.at(epoch).layout(self.settings)
@@ -266,15 +269,21 @@ class CropLoader(DataLoaderLike):
         self._place, self._asked = start, None
         self._iteration += 1
         iteration, left = self._iteration, self._count(start)
-        for window, images, made in self._made(start, ranks):
-            for batch, place in self._split(made, window, images):
-                self._place, self._resumes = place, False
-                left -= 1
-                yield batch
-                if self._iteration != iteration:
-                    if not left:
-                        return
-                    raise LoaderError("this iteration ended when another one over the same loader began")
+        self._under_way = start.epoch
+        try:
+            for window, images, made in self._made(start, ranks):
+                for batch, place in self._split(made, window, images):
+                    self._place, self._resumes = place, False
+                    left -= 1
+                    yield batch
+                    if self._iteration != iteration:
+                        if not left:
+                            return
+                        raise LoaderError("this iteration ended when another one over the same loader began")
+        finally:
+            # Also where a loop leaves early, as soon as nobody holds the iterator.
+            if self._iteration == iteration:
+                self._under_way = None
 
     def _start(self) -> Place:
         """Where an iteration that begins now begins."""
@@ -321,7 +330,7 @@ class CropLoader(DataLoaderLike):
             raise StateMismatchError(f"this state was saved by another loader: {'; '.join(differences)}")
         place = read_place(state.get("place"), self._layout(saved_epoch(state.get("place"))))
         self._place, self._asked, self._resumes = self._settled(place), None, True
-        self._iteration += 1
+        self._iteration, self._under_way = self._iteration + 1, None
 
     def _settled(self, place: Place) -> Place:
         return settled(self._layout(place.epoch), place, world_size=self.world_size)

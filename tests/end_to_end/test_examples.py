@@ -34,25 +34,36 @@ def start(command, tmp_path, **environment):
 
 
 def test_examples_are_short():
-    for path in EXAMPLES.glob("*.py"):
+    """But for those that are the format's text as a program."""
+    for path in set(EXAMPLES.glob("*.py")) - set(EXAMPLES.glob("standalone_*.py")):
         assert len(path.read_text().splitlines()) < 100, path
 
 
 def test_plain_ddp_on_two_processes_and_resumed(label_set, photos, tmp_path):
-    command = [*TORCHRUN, EXAMPLES / "plain_ddp.py", label_set, photos, *TINY, "--workers", "0"]
-    assert "epoch 1: loss" in start(command, tmp_path)
-    again = start([*command, "--epochs", "3"], tmp_path)
-    assert "epoch 2: loss" in again and "epoch 1" not in again
+    command = [EXAMPLES / "plain_ddp.py", label_set, photos, *TINY, "--workers", "0"]
+    printed = start_two(command, tmp_path, seen="first")
+    assert "epoch 0: 5 steps, loss" in printed and "epoch 1: 5 steps, loss" in printed
+    again = start_two([*command, "--epochs", "3"], tmp_path, seen="second")
+    assert "epoch 2: 5 steps, loss" in again and "epoch 1" not in again
+    assert trained_on(tmp_path, "first").total() == 160 and trained_on(tmp_path, "second").total() == 80
 
 
 def test_timm_loop(label_set, photos, tmp_path):
+    """20 images, 2 in a batch, in windows of 8 batches (spread) and a rest of 2."""
     printed = start([EXAMPLES / "timm_loop.py", label_set, photos, *TINY, "--workers", "1"], tmp_path)
-    assert "epoch 1: loss" in printed
+    assert "epoch 0: 10 steps, loss" in printed and "epoch 1: 10 steps, loss" in printed
 
 
 def test_lightning_module(label_set, photos, tmp_path):
-    """20 images, 2 in a batch, 2 epochs."""
-    assert "step 20: loss " in start([EXAMPLES / "lightning_module.py", label_set, photos, *TINY], tmp_path)
+    """20 images, 2 in a batch, 2 epochs; then from a checkpoint in the middle of the second."""
+    command = [EXAMPLES / "lightning_module.py", label_set, photos, *TINY, "--workers", "0", "--save-steps", "14"]
+    assert "step 20: loss " in start_recorded(command, tmp_path, seen="first")
+    (checkpoint,) = (tmp_path / "trained").glob("*step=14*.ckpt")
+    assert "step 20: loss " in start_recorded([*command, "--resume", checkpoint], tmp_path, seen="second")
+    whole = crops_of_epochs(label_set, photos, tmp_path, [0, 1])
+    assert trained_on(tmp_path, "first", ranks=1) == whole
+    rest = trained_on(tmp_path, "second", ranks=1)
+    assert rest <= whole and rest.total() == 6 * 8
 
 
 RECORDER = """
@@ -62,7 +73,7 @@ import ferkd_data as fd
 normalize = fd.normalize
 
 def recorded(images, **settings):
-    with open(f"{os.environ['SEEN']}-{os.environ['RANK']}.txt", "a") as file:
+    with open(f"{os.environ['SEEN']}-{os.environ.get('RANK', 0)}.txt", "a") as file:
         file.writelines(hashlib.sha1(image.numpy().tobytes()).hexdigest() + "\\n" for image in images.cpu())
     return normalize(images, **settings)
 
@@ -72,16 +83,22 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def start_recorded(command, tmp_path, *, seen):
+    """One process; `trained_on` tells which crops came to its model."""
+    (tmp_path / "recorder.py").write_text(RECORDER)
+    return start([tmp_path / "recorder.py", *command], tmp_path, SEEN=seen)
+
+
 def start_two(command, tmp_path, *, seen):
     """Two processes; `trained_on` tells which crops came to their models."""
     (tmp_path / "recorder.py").write_text(RECORDER)
     return start([*TORCHRUN, tmp_path / "recorder.py", *command], tmp_path, SEEN=seen)
 
 
-def trained_on(tmp_path, seen):
-    crops = [(tmp_path / f"{seen}-{rank}.txt").read_text().split() for rank in range(2)]
-    assert len(crops[0]) == len(crops[1])
-    return Counter(crops[0] + crops[1])
+def trained_on(tmp_path, seen, ranks=2):
+    crops = [(tmp_path / f"{seen}-{rank}.txt").read_text().split() for rank in range(ranks)]
+    assert len({len(part) for part in crops}) == 1
+    return Counter(name for part in crops for name in part)
 
 
 def crops_of_epochs(label_set, photos, tmp_path, epochs):
@@ -97,9 +114,9 @@ def crops_of_epochs(label_set, photos, tmp_path, epochs):
 
 def test_accelerate_on_two_processes_repeats_and_skips_nothing(label_set, photos, tmp_path):
     command = [EXAMPLES / "accelerate_loop.py", label_set, photos, *TINY, "--workers", "0", "--checkpoint", "saved"]
-    assert "epoch 0: loss" in start_two([*command, "--epochs", "1"], tmp_path, seen="first")
+    assert "epoch 0: 5 steps, loss" in start_two([*command, "--epochs", "1"], tmp_path, seen="first")
     again = start_two([*command, "--epochs", "2", "--resume"], tmp_path, seen="second")
-    assert "epoch 1: loss" in again and "epoch 0" not in again
+    assert "epoch 1: 5 steps, loss" in again and "epoch 0" not in again
     assert trained_on(tmp_path, "first") == crops_of_epochs(label_set, photos, tmp_path, [0])
     assert trained_on(tmp_path, "second") == crops_of_epochs(label_set, photos, tmp_path, [1])
 

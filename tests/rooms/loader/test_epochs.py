@@ -149,6 +149,30 @@ def test_an_iterator_that_has_given_everything_just_ends(make):
     assert next(first, None) is None
 
 
+def two_then_one(epoch):
+    return 2 if epoch % 2 == 0 else 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_epochs_of_different_lengths(make, way):
+    """M is 2 and 1 by turns: 5 and 2 batches of 8. A loop counts before it begins, also after it left one early."""
+    loader = make(crops_per_image=two_then_one)
+    assert [len(way(loader)) for _ in range(4)] == [5, 2, 5, 2]
+    stream = iter(loader)
+    next(stream)
+    assert len(loader) == 5
+    del stream
+    assert len(loader) == 2 and [len(way(loader)) for _ in range(2)] == [2, 5]
+    loader.set_epoch(1)
+    assert len(loader) == 2
+    next(iter(loader))
+    state = loader.state_dict()
+    assert len(loader) == 5
+    assert [step == len(loader) - 1 for step, _ in enumerate(loader)] == [False] * 4 + [True]
+    loader.load_state_dict(state)
+    assert len(loader) == 2 and loader.epoch == 1
+
+
 def test_loading_a_state_ends_the_iteration_under_way(make, known):
     loader = make()
     stream = iter(loader)
