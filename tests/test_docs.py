@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def test_the_tables_of_the_format_are_up_to_date():
     assert load_script("write_format_doc").filled(text) == text, "run python scripts/write_format_doc.py"
 
 
-@pytest.mark.parametrize("document", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
+@pytest.mark.parametrize("document", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")))
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text(encoding="utf-8")):
         assert ((ROOT / document).parent / target).exists(), target
@@ -54,3 +55,16 @@ def test_every_kind_and_option_of_a_teacher_is_documented():
     first_cells = re.findall(r"^\| (`[^|]*`) \|", text, re.MULTILINE)
     named = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
     assert named == {*KINDS, *OPTIONS}
+
+
+def test_loader_docs_name_every_parameter_with_its_default():
+    import ferkd_data as fd
+
+    text = (ROOT / "docs/loader.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (`.*?`)? ?\| .+ \|$", text, re.MULTILINE)
+    parameters = list(inspect.signature(fd.CropLoader.__init__).parameters.values())[1:]
+    expected = {
+        parameter.name: "" if parameter.default is inspect.Parameter.empty else f"`{parameter.default!r}`"
+        for parameter in parameters
+    }
+    assert dict(rows) == expected
