@@ -143,7 +143,7 @@ class BatchMaker:
         maker = copy.copy(self)
         maker.settings = without_functions(self.settings)
         maker.epochs = Epochs(maker.settings, len(self.labels))
-        maker._order = None
+        maker._order = maker.keys = None
         return maker
 
     def filled(self, window: Window, use: Callable[[Labelled, int], None]) -> tuple[Labelled, list[str]]:

@@ -270,3 +270,17 @@ def test_a_data_set_takes_a_size_for_each_epoch(label_set, photos, tmp_path):
     for epoch in (0, 1, 5):
         dataset.set_epoch(epoch)
         assert dataset[3][0].shape == (1, 3, grow(epoch), grow(epoch))
+
+
+def test_other_sizes_and_numbers_of_crops_need_no_new_workers(make):
+    """The functions are defined here, as in a notebook's cell, and with spread a window has another number of crops."""
+    sides, numbers = {0: 16, 1: 40, 2: 24}, {0: 2, 1: 4, 2: 1}
+    changes = {"size": lambda epoch: sides[epoch], "crops_per_image": lambda epoch: numbers[epoch], "spread": True}
+    loader, alone = make(num_workers=2, **changes), make(**changes)
+    processes = []
+    for epoch in range(3):
+        batches = contents(loader)
+        assert {images.shape[-1] for images, _, _ in batches} == {sides[epoch]} and same(batches, contents(alone))
+        loader._workers.wait()
+        processes.append([worker.pid for worker in loader._workers._pool._crew._workers])
+    assert len(processes[0]) == 2 and processes[0] == processes[1] == processes[2]

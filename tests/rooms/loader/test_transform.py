@@ -111,6 +111,29 @@ def test_the_number_of_workers_changes_nothing(make, name, transform):
         assert same(contents(alone), contents(two))
 
 
+def test_a_transform_of_a_notebooks_cell_reaches_the_workers(make):
+    """It is a closure, over a torchvision transform of its own."""
+    strength, jitter = 3, v2.ColorJitter(0.5)
+
+    def cell(crop):
+        return jitter(crop) ^ strength
+
+    alone, two = make(transform=cell), make(transform=cell, num_workers=2)
+    first = contents(two)
+    two._workers.wait()
+    assert same(first, contents(alone)) and same(contents(two), contents(alone))
+
+
+def test_batches_of_this_process_and_of_workers_are_the_same(make):
+    """The first ones are made here, until a worker is ready; the training's own draws go on undisturbed meanwhile."""
+    seed_all()
+    expected = [drawn() for _ in range(10)]
+    seed_all()
+    loader = make(transform=noisy, num_workers=1)
+    for number, _ in enumerate(loader):
+        assert drawn() == expected[number]
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_resume_after_every_batch(make, name):
     loader = make(transform=noisy, **CHANGES[name])
