@@ -32,6 +32,7 @@ def command(labels: str, as_json: bool) -> int:
         "distribution": f"scale {crops.scale[0]:g}..{crops.scale[1]:g}, "
         f"ratio {crops.ratio[0]:.3g}..{crops.ratio[1]:.3g}, "
         f"hflip {crops.hflip:g}, seed {manifest.seed}",
+        **({"augmented by": ", ".join(manifest.augmentations)} if manifest.augmentations else {}),
         "thresholds": f"{thresholds.low:g} {thresholds.mid:g} {thresholds.top:g} on "
         + ("p_max" if thresholds.confidence == "max" else "the ground truth's probability"),
         "ensemble": manifest.ensemble,

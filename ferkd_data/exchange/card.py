@@ -156,7 +156,17 @@ def _crops(manifest: Manifest) -> str:
         f"## Crops\n\nRandomResizedCrop, scale {crops.scale[0]:g} to {crops.scale[1]:g}, ratio {crops.ratio[0]:.4g} to "
         f"{crops.ratio[1]:.4g}, horizontal flip {crops.hflip:g}, {seed}; in blocks of {manifest.crops_per_block}. "
         f"Buckets by {measured}: below {thresholds.low:g} extreme hard, below {thresholds.mid:g} moderate hard, below "
-        f"{thresholds.top:g} hard positive, above easy positive."
+        f"{thresholds.top:g} hard positive, above easy positive." + _augmentations(manifest)
+    )
+
+
+def _augmentations(manifest: Manifest) -> str:
+    if not manifest.augmentations:
+        return ""
+    listed = ", ".join(f"`{text}`" for text in manifest.augmentations)
+    return (
+        f"\n\nAfter it was cut, resized and flipped, each crop went through recorded operations: {listed}. A reader must "
+        "replay them (`op_code`, `op_value`, `erase_*`), or it shows other pixels than were labelled."
     )
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, UsageError
 from ferkd_data.images import ImageRef, ImageSource, decode_rgb, open_source
 from ferkd_data.label_set import LabelSet
@@ -143,8 +142,7 @@ def checked_pixels(image: ImageLabels, data: bytes | ImageError) -> npt.NDArray[
 
 def cut(pixels: npt.NDArray[np.uint8], image: ImageLabels, number: int, size: int) -> npt.NDArray[np.uint8]:
     """Crop `number` as a student gets it: (size, size, 3)."""
-    one = Crops(boxes=image.boxes[number : number + 1], flip=image.flip[number : number + 1])
-    return np.ascontiguousarray(replay(pixels, one, size=size)[0].permute(1, 2, 0).numpy())
+    return np.ascontiguousarray(replay(pixels, image.crops[number : number + 1], size=size)[0].permute(1, 2, 0).numpy())
 
 
 def shrunk(pixels: npt.NDArray[np.uint8], longer_side: int) -> npt.NDArray[np.uint8]:

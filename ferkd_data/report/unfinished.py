@@ -15,6 +15,7 @@ from ferkd_data.images import Reject
 from ferkd_data.label_set import LabelSet, LocalFiles
 from ferkd_data.manifest import (
     FILE_NAME,
+    RECORDED_OPERATIONS,
     CreatedBy,
     CropDistributionEntry,
     Manifest,
@@ -120,6 +121,8 @@ class Unfinished:
             crop_distribution=CropDistributionEntry(
                 scale=settings.distribution.scale, ratio=settings.distribution.ratio, hflip=settings.distribution.hflip
             ),
+            augmentations=tuple(settings.augment) or None,
+            requires=(RECORDED_OPERATIONS,) if settings.augment else None,
             teachers=facts.teachers,
             ensemble=settings.ensemble,
             thresholds=ThresholdsEntry(low=low, mid=mid, top=top, confidence=asked.confidence),

@@ -12,10 +12,12 @@ from label_sets import SMALL, rows_by_key
 
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, ManifestError, SettingsMismatchError, ShardError, UsageError
+from ferkd_data.exchange.card import render_card
 from ferkd_data.images import decode_rgb
 from ferkd_data.replay import replay
 from ferkd_data.shards.columns import same_labels
 from ferkd_data.teachers import TeacherSpec, load_teacher
+from ferkd_data_cli.main import run
 
 AUGMENT = ("randaugment:n=2,m=15", "colorjitter:0.4,0.4,0.4,0.1,p=0.5", "erase:p=0.5")
 LAYOUTS = ("parquet", "webdataset")
@@ -147,3 +149,10 @@ def test_a_text_in_place_of_a_list_is_an_error():
 
 def test_verify_finds_nothing_wrong(augmented):
     assert not fd.verify(augmented).faults
+
+
+def test_people_are_told(augmented, capsys):
+    assert run(["info", str(augmented)]) == 0
+    assert "augmented by  randaugment:n=2,m=15, colorjitter" in capsys.readouterr().out
+    card = render_card(fd.open_labels(augmented), fd.CardFields(license="mit"), "https://example.org/labels")
+    assert "recorded operations: `randaugment:n=2,m=15`" in card
