@@ -165,8 +165,8 @@ def _augmentations(manifest: Manifest) -> str:
         return ""
     listed = ", ".join(f"`{text}`" for text in manifest.augmentations)
     return (
-        f"\n\nAfter it was cut, resized and flipped, each crop went through recorded operations: {listed}. A reader must "
-        "replay them (`op_code`, `op_value`, `erase_*`), or it shows other pixels than were labelled."
+        f"\n\nAfter it was cut, resized and flipped, each crop went through recorded operations: {listed}. A reader "
+        "must replay them (`op_code`, `op_value`, `erase_*`), or it shows other pixels than were labelled."
     )
 
 

@@ -154,5 +154,7 @@ def test_verify_finds_nothing_wrong(augmented):
 def test_people_are_told(augmented, capsys):
     assert run(["info", str(augmented)]) == 0
     assert "augmented by  randaugment:n=2,m=15, colorjitter" in capsys.readouterr().out
-    card = render_card(fd.open_labels(augmented), fd.CardFields(license="mit"), "https://example.org/labels")
+    card = render_card(
+        fd.open_labels(augmented), fd.CardFields(license="mit", image_license="mit"), "https://example.org/labels"
+    )
     assert "recorded operations: `randaugment:n=2,m=15`" in card
