@@ -6,6 +6,7 @@ import click
 
 from .options import json_option, print_json
 from .say import say
+from .table import say_table
 
 
 @click.command()
@@ -40,9 +41,18 @@ def command(labels: str, as_json: bool) -> int:
     }
     for name, value in rows.items():
         say(f"{name:<13} {value}")
-    for teacher in manifest.teachers:
-        say(
-            f"{'teacher':<13} {teacher.name}: {teacher.size} px {teacher.interpolation}, weight {teacher.weight:g}, "
-            f"temperature {teacher.temperature:g}, {teacher.precision}, weights {teacher.digest[:12]}"
-        )
+    say("")
+    teachers = [
+        [
+            teacher.name,
+            f"{teacher.size} px",
+            teacher.interpolation,
+            f"{teacher.weight:g}",
+            f"{teacher.temperature:g}",
+            teacher.precision,
+            f"{teacher.digest[:12]}",
+        ]
+        for teacher in manifest.teachers
+    ]
+    say_table(["teacher", "input", "interpolation", "weight", "temperature", "precision", "weights"], teachers)
     return 0

@@ -8,6 +8,9 @@ import click
 
 from .options import json_option, print_json
 from .say import say
+from .table import say_table
+
+SHARES = ("share", "aggregate", "paper_share")
 
 
 @click.command()
@@ -28,32 +31,40 @@ def command(labels: str, num_worst: int, as_json: bool) -> int:
     print_statistics(summary, [teacher.name for teacher in opened.manifest.teachers])
     if worst:
         say("\nclasses whose crops are least often named right")
-        for entry in (_class_entry(opened, row) for row in worst):
-            say(f"  {entry['agreement']:>6.1%}  {entry['crops']:>8,} crops  {entry['name']}")
+        entries = [_class_entry(opened, row) for row in worst]
+        rows = [[f"{entry['agreement']:.1%}", f"{entry['crops']:,}", entry["name"]] for entry in entries]
+        say_table(["right", "crops", "class"], rows, indent=2)
     return 0
 
 
 def print_statistics(summary: dict[str, Any], teacher_names: list[str]) -> None:
-    say(f"{'p_max':<10} {'crops':>12} {'share %':>8} {'aggregate %':>12} {'FerKD paper %':>14}")
-    for row in summary["p_max"]:
-        name = f"{row['low']:.2f}-{row['high']:.2f}"
-        say(
-            f"{name:<10} {row['crops']:>12,} {row['share']:>8.2f} {row['aggregate']:>12.2f} {row['paper_share']:>14.2f}"
-        )
-    say("\nbucket")
-    for name, bucket in summary["buckets"].items():
-        say(f"  {name:<14} {bucket['crops']:>12,} {bucket['share']:>8.2f} %")
+    """The p_max table with the paper's shares, the buckets, and how the teachers agree."""
+    rows = [
+        [f"{row['low']:.2f}-{row['high']:.2f}", f"{row['crops']:,}", *(f"{row[name]:.2f}" for name in SHARES)]
+        for row in summary["p_max"]
+    ]
+    say_table(["p_max", "crops", "share %", "aggregate %", "FerKD paper %"], rows)
+    say("")
+    buckets = [[name, f"{one['crops']:,}", f"{one['share']:.2f}"] for name, one in summary["buckets"].items()]
+    say_table(["bucket", "crops", "share %"], buckets)
     if summary["crops_with_target"]:
         say(f"\nthe ground truth is the most probable class of {summary['agreement_with_target']:.1%} of the crops")
         say(f"its mean probability is {summary['mean_target_prob']:.3f}")
     say(f"the stored top-k hold {summary['mean_kept_prob']:.1%} of the probability")
-    agreement = summary["teacher_agreement"]
-    if len(agreement) > 1:
-        say("\nteachers: share of crops on which they name the same class first; alone, the ground truth")
-        for a, name in enumerate(teacher_names):
-            alone = summary["teacher_agreement_with_target"]
-            right = f"{alone[a]:>8.1%}" if alone else ""
-            say(f"  {name:<28} " + " ".join(f"{share:>6.1%}" for share in agreement[a]) + f"   {right}")
+    _print_teachers(summary, teacher_names)
+
+
+def _print_teachers(summary: dict[str, Any], names: list[str]) -> None:
+    agreement, alone = summary["teacher_agreement"], summary["teacher_agreement_with_target"]
+    if len(agreement) < 2:
+        return
+    say("\nteachers: share of crops on which two name the same class first" + ("; each alone, right" if alone else ""))
+    rows = [
+        [f"{a + 1}", name, *(f"{share:.1%}" for share in agreement[a]), *([f"{alone[a]:.1%}"] if alone else [])]
+        for a, name in enumerate(names)
+    ]
+    numbers = [f"as {number + 1}" for number in range(len(names))]
+    say_table(["", "teacher", *numbers, *(["right"] if alone else [])], rows, indent=2)
 
 
 def _class_entry(labels: Any, row: tuple[int, int, float]) -> dict[str, Any]:

@@ -261,10 +261,10 @@ def reliability_chart(curve: Reliability) -> Chart:
         Column(title="right", unit="%"),
     )
     return Chart(
-        title=title,
+        title=curve.name,
         svg=svg(height, parts, title),
         table=Table(caption=title, columns=columns, rows=rows),
-        note=f"Top-1 on crops {percent(curve.top1)}, expected calibration error {curve.ece:.3f} in 15 bins.",
+        note=f"Right on {percent(curve.top1)} of the crops; expected calibration error {curve.ece:.3f} in 15 bins.",
     )
 
 

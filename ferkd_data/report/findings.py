@@ -154,7 +154,11 @@ def _accuracy(labels: LabelSet, found: Collected) -> list[Finding]:
         )
         return [Finding(level="warning", text=text, section="teachers")]
     if share >= 0.5:
-        return [Finding(level="good", text=text + ": they are wired right.", section="teachers")]
+        return [
+            Finding(
+                level="good", text=text + ", many of which show background: they are wired right.", section="teachers"
+            )
+        ]
     text += ", less than half. Compare with ferkd-data evaluate on whole images before you train."
     return [Finding(level="note", text=text, section="teachers")]
 
@@ -262,7 +266,8 @@ def _quality(labels: LabelSet, found: Collected) -> list[Finding]:
         said.append(Finding(level="note", text=text, section="quality"))
     if found.duplicate_groups:
         text, conflicts = duplicates_said(found), found.duplicate_conflicts
-        text += f", {_about(conflicts)} of them under different ground truths." if conflicts else "."
+        which = "" if conflicts == found.duplicate_groups else f"{_about(conflicts)} of them "
+        text += f", {which}under different ground truths." if conflicts else "."
         said.append(Finding(level="warning" if conflicts else "note", text=text, section="quality"))
     small = int(found.sketch.sides[:2].sum())
     if small:

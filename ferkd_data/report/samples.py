@@ -50,7 +50,8 @@ class Smallest(Generic[Item]):
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         # The largest rank on top. Keys break ties, so that items are never compared.
-        self._heap: list[tuple[float, str, int, Item]] = []
+        self._heap: list[tuple[float, str, int, int, Item]] = []
+        self._seen = 0
 
     @property
     def bound(self) -> float:
@@ -61,7 +62,9 @@ class Smallest(Generic[Item]):
 
     def add(self, rank: float, key: str, number: int, make: Callable[[], Item]) -> None:
         if rank < self.bound:
-            entry = (-rank, key, number, make())
+            # A damaged label set may hold a key twice; the count keeps items from being compared then too.
+            self._seen += 1
+            entry = (-rank, key, number, self._seen, make())
             if len(self._heap) < self._capacity:
                 heapq.heappush(self._heap, entry)
             else:
@@ -69,7 +72,7 @@ class Smallest(Generic[Item]):
 
     def items(self) -> list[Item]:
         """The smallest rank first."""
-        return [entry[3] for entry in sorted(self._heap, key=lambda entry: (-entry[0], entry[1], entry[2]))]
+        return [entry[4] for entry in sorted(self._heap, key=lambda entry: (-entry[0], entry[1], entry[2]))]
 
 
 class CropSample:

@@ -51,8 +51,8 @@ def saves_table(labels: LabelSet) -> Table | None:
     both = np.array(counted.teacher_right_together)
     saved = both.diagonal()[:, None] - both
     columns = (
-        Column(title="right", numeric=False),
-        *(Column(title=f"where {teacher.name} is wrong", unit="%") for teacher in teachers),
+        Column(title="right / wrong", numeric=False),
+        *(Column(title=teacher.name, unit="%") for teacher in teachers),
     )
     rows: list[list[Cell | str]] = []
     for i, teacher in enumerate(teachers):

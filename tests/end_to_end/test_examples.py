@@ -11,6 +11,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 import ferkd_data as fd
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -156,3 +158,30 @@ def test_help_works_without_data(tmp_path):
     _, *printed = start(["-c", HELP, *examples], tmp_path).split("of /")
     assert len(printed) == len(examples) > 3
     assert all("usage:" in text and "LABELS" in text.upper() for text in printed)
+
+
+def test_look_notebook(label_set, photos, tmp_path):
+    """Executed in a real kernel, with the tiny label set in place of the demo's; its pictures come out."""
+    pytest.importorskip("nbclient"), pytest.importorskip("ipykernel")
+    nbformat = pytest.importorskip("nbformat")
+    path = EXAMPLES / "look.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), "committed without outputs"
+    fd.build(
+        photos, tmp_path / "other", teachers=["python:ferkd_tiny_teachers:third"], crops=10, crops_per_block=4, top_k=4,
+        images_per_shard=8, device="cpu",
+    )  # fmt: skip
+    (parameters,) = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    places = {"LABELS": label_set, "PHOTOS": photos, "OTHER_LABELS": tmp_path / "other"}
+    parameters.source = "\n".join(f"{name} = {str(value)!r}" for name, value in places.items())
+    (tmp_path / "look.ipynb").write_text(nbformat.writes(notebook))
+    program = "import sys, nbformat, nbclient; notebook = nbformat.read(sys.argv[1], as_version=4);"
+    program += "nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3').execute();"
+    program += "nbformat.write(notebook, sys.argv[1])"
+    start(["-c", program, tmp_path / "look.ipynb"], tmp_path)
+    executed = nbformat.read(tmp_path / "look.ipynb", as_version=4)
+    shown = [output.get("data", {}) for cell in executed.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in data for data in shown) == 2
+    assert sum("<table>" in str(data.get("text/html", "")) for data in shown) == 2
+    assert (tmp_path / "report.html").exists() and (tmp_path / "batch.html").exists()
