@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from ferkd_data.errors import LabelSetError, LoaderError, StorageFullError
 from ferkd_data.manifest import FileEntry
 from ferkd_data.remote import Remote
-from ferkd_data.storage import OpenFile, locked_for_cache
+from ferkd_data.storage import OpenFile, lock, locked_for_cache
 
 DEFAULT_BYTES = 50 * 10**9
 LEFTOVER_SECONDS = 3600.0
@@ -44,6 +44,9 @@ class ShardCache:
 
         return self.open(entry.sha256 + PurePosixPath(entry.path).suffix, entry.bytes, download)
 
+    def path(self, name: str) -> Path:
+        return self.folder / name[:2] / name
+
     def open(self, name: str, size: int, make: Callable[[Path], None]) -> OpenFile:
         """The file of this name, which says all about its content; `make` writes it where it is not there in this size.
 
@@ -54,7 +57,7 @@ class ShardCache:
 
         Raises LoaderError where the folder cannot be written to, StorageFullError when there is no room.
         """
-        path = self.folder / name[:2] / name
+        path = self.path(name)
         found = _open(path, size)
         if found is None:
             with locked_for_cache(self.folder / LOCKS / (name[:3] + path.suffix)):
@@ -132,7 +135,7 @@ def _open(path: Path, size: int) -> OpenFile | None:
         # No regular file, and none that we wrote.
         path.unlink(missing_ok=True)
         return None
-    fcntl.flock(file.descriptor, fcntl.LOCK_SH)
+    lock(file.descriptor, fcntl.LOCK_SH)
     found = os.fstat(file.descriptor)
     if found.st_nlink and found.st_size == size:
         return file
@@ -155,7 +158,9 @@ def _remove(path: Path, used: float) -> bool:
         return True
     try:
         with OpenFile(path) as file:
-            fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) and used > time.time() - LEFTOVER_SECONDS:
+                # Nobody can tell whether it is open.
+                return False
             path.unlink(missing_ok=True)
     except FileNotFoundError:
         return True

@@ -10,8 +10,9 @@ import mmap
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
@@ -22,10 +23,17 @@ CHUNK_BYTES = 2**20
 HASHED_BYTES = 2**18
 """At once, where the bytes are read again: so that they are in a core's cache still."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+"""Answers of file systems that have no locks: Lustre without its option flock, NFS without its lock server. NFS has no
+exclusive ones either for a file that is open for reading only."""
+
+
+GO_ON = "free some and run the same command again: finished shards are kept"
+FREE_CACHE = "free some, or choose another place for the cache with cache_dir or FERKD_DATA_CACHE"
 
 
 @contextmanager
-def write_atomically(path: Path, *, sync: bool = True) -> Iterator[Path]:
+def write_atomically(path: Path, *, sync: bool = True, advice: str = GO_ON) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is synced to disk and renamed, on failure removed.
 
     Without `sync`, the file may be lost with the power, which is good enough for what can be made again.
@@ -36,7 +44,7 @@ def write_atomically(path: Path, *, sync: bool = True) -> Iterator[Path]:
     # Processes of two machines can have the same number.
     aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with explain_full_disk(path):
+        with explain_full_disk(path, advice):
             yield aside
             if sync:
                 _sync(aside)
@@ -47,22 +55,25 @@ def write_atomically(path: Path, *, sync: bool = True) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left aside below `folder`, which no live process may be writing to."""
+def remove_leftovers(folder: Path, *, older_than: float = 0.0) -> None:
+    """Remove what killed writers left aside below `folder`: what no live process may be writing to.
+
+    With `older_than`, only what has not been touched for so many seconds.
+    """
     for path in folder.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if not older_than or time.time() - path.stat().st_mtime > older_than:
+                path.unlink()
 
 
 @contextmanager
-def explain_full_disk(path: Path) -> Iterator[None]:
+def explain_full_disk(path: Path, advice: str = GO_ON) -> Iterator[None]:
     """Turn "no space left" into a StorageFullError that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in NO_SPACE or any(os.strerror(code) in str(error) for code in NO_SPACE):
-            raise StorageFullError(
-                f"{path}: no space left on the disk; free some and run the same command again: finished shards are kept"
-            ) from error
+            raise StorageFullError(f"{path}: no space left on the disk; {advice}") from error
         raise
 
 
@@ -75,8 +86,12 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def locked_for_cache(path: Path) -> Iterator[None]:
-    """Hold this lock file, which the process's end lets go. Raises LoaderError where it cannot be made."""
+def locked_for_cache(path: Path) -> Iterator[bool]:
+    """Hold this lock file, which the process's end lets go; False where the file system has no locks.
+
+    Without a lock, others may be at the same work: nothing of theirs must be removed. Raises LoaderError where the file
+    cannot be made.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock_file = path.open("w")
@@ -85,8 +100,20 @@ def locked_for_cache(path: Path) -> Iterator[None]:
             f"{path.parent}: labels cannot be kept there ({error.strerror}); give cache_dir=, or set FERKD_DATA_CACHE"
         ) from error
     with lock_file:
-        fcntl.flock(lock_file, fcntl.LOCK_EX)
-        yield
+        yield lock(lock_file.fileno(), fcntl.LOCK_EX)
+
+
+def lock(descriptor: int, kind: int) -> bool:
+    """Take a lock, as `fcntl.flock`; False where the file system has none. Raises BlockingIOError with LOCK_NB."""
+    try:
+        fcntl.flock(descriptor, kind)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def default_cache_dir() -> Path:

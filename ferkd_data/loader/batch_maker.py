@@ -114,6 +114,8 @@ class BatchMaker:
         self.images = images
         self.settings = settings
         self._checked = CheckedImages(len(labels))
+        self._newest = -1
+        """The latest epoch so far."""
         self.epochs = Epochs(settings, len(labels))
         self._order: tuple[int, InChunks] | None = None
         self._shard_rows = np.array([shard.rows for shard in labels.manifest.shards], np.int64)
@@ -192,6 +194,9 @@ class BatchMaker:
         order = self._order_of(window.epoch)
         rows = order.rows(window.positions)
         draws = self._draws(window.epoch)
+        if window.epoch > self._newest:
+            self._newest = window.epoch
+            self.cache.forget_except({part.block for part in draws})
         stage = None
         if isinstance(self.cache, ShardRecords):
             stage = order.stage(window.positions)

@@ -48,6 +48,10 @@ class HeldFiles(Generic[K, T]):
             found = self._open.setdefault(key, self._open_one(key))
         return found
 
+    def drop(self, key: K) -> None:
+        """Open this file anew when it is asked for next."""
+        self._open.pop(key, None)
+
     def forget(self, limit: int) -> None:
         """Keep the `limit` files that were opened last."""
         for key in list(self._open)[: max(len(self._open) - limit, 0)]:

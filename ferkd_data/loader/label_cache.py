@@ -2,26 +2,48 @@
 
 A global shuffle touches every shard at once. The block is unpacked once for all workers and ranks of a host, into
 `block-BBB.npy` under a folder named by the label set's digest, written aside and renamed.
+
+Many processes use a cache at once, and any of them may be killed at any time. Who unpacks or removes holds the
+folder's lock; who has a block open holds a shared lock on its file, and it is not removed. Where the file system has
+no locks, everything works all the same, but a block may be unpacked by several at once, and stays for a day.
 """
 
 from __future__ import annotations
 
+import fcntl
+import io
+import logging
 import os
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ferkd_data.errors import LabelSetError, LoaderError
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.records import Records, fill, record_dtype
-from ferkd_data.storage import explain_full_disk, locked_for_cache, remove_leftovers, write_atomically
+from ferkd_data.loader.records import Records, are_intact, fill, record_dtype
+from ferkd_data.storage import (
+    FREE_CACHE,
+    OpenFile,
+    explain_full_disk,
+    lock,
+    locked_for_cache,
+    remove_leftovers,
+    write_atomically,
+)
+
+log = logging.getLogger("ferkd_data.loader")
 
 FETCH_AHEAD = 4
 """Files of a remote label set that are on their way at once."""
+STALE_SECONDS = 86400.0
+"""Where there are no locks, a file that was not opened for so long is taken for unused."""
 
 
 class LabelCache:
@@ -30,11 +52,19 @@ class LabelCache:
     def __init__(self, labels: LabelSet, cache_dir: Path) -> None:
         self.labels = labels
         self.folder = cache_dir / labels.identity[:32]
-        self._open: dict[int, Records] = {}
+        self._open: dict[int, _OpenBlock] = {}
 
     def take(self, block: int, rows: npt.NDArray[np.int64]) -> Records:
-        """The records of these rows, as `block` has them."""
-        return self.block(block)[rows]
+        """The records of these rows, as `block` has them, each compared with its checksum."""
+        found: Records = self.block(block)[rows]
+        if not are_intact(found):
+            self._discard(block, rows)
+            found = self.block(block)[rows]
+            if not are_intact(found):
+                raise LoaderError(
+                    f"{self._path(block)}: damaged again right after it was written; is the disk at its end?"
+                )
+        return found
 
     def prepare(self, blocks: set[int]) -> None:
         """Unpack blocks before workers ask for them, and drop the others."""
@@ -45,52 +75,88 @@ class LabelCache:
     def block(self, block: int) -> Records:
         """Records of every row, read-only and memory-mapped: (images,).
 
-        Raises ShardError for a damaged shard, StorageFullError when the cache's disk is full.
+        Raises ShardError for a damaged shard, StorageFullError when the cache's disk is full, LoaderError where the
+        cache cannot be written to.
         """
         if block not in self._open:
-            path = self.folder / f"block-{block:03d}.npy"
-            found = self._load(path, block)
+            found = self._load(self._path(block), block)
             if found is None:
-                with locked_for_cache(self.folder / "lock"):
-                    found = self._load(path, block)
-                    if found is None:
-                        self._unpack(path, block)
-                        found = self._load(path, block)
-            if found is None:
-                raise RuntimeError(f"{path}: was written, but cannot be read back")
+                with locked_for_cache(self._lock) as locked:
+                    found = self._load(self._path(block), block) or self._unpack(block, locked)
             self._open[block] = found
-        return self._open[block]
+        return self._open[block].records
+
+    def forget_except(self, blocks: set[int]) -> None:
+        """Close other blocks; a process that goes on to the next block does not keep the file of the last one."""
+        self._open = {block: opened for block, opened in self._open.items() if block in blocks}
 
     def drop_except(self, blocks: set[int]) -> None:
-        """Forget other blocks and remove their files; processes that still map them keep what they have."""
-        self._open = {block: records for block, records in self._open.items() if block in blocks}
-        for path in self.folder.glob("block-*.npy"):
-            if int(path.stem.removeprefix("block-")) not in blocks:
-                path.unlink(missing_ok=True)
+        """Forget other blocks, and remove the files of those that no process has open."""
+        self.forget_except(blocks)
+        paths = [self.folder / f"block-{number:03d}.npy" for number in range(self.labels.num_blocks)]
+        others = [path for number, path in enumerate(paths) if number not in blocks and path.exists()]
+        if not others:
+            return
+        try:
+            with locked_for_cache(self._lock):
+                for path in others:
+                    _remove_unused(path)
+        except (OSError, LoaderError) as error:
+            # A cache that is shared and may only be read serves as well.
+            log.info("%s: other crop blocks stay there (%s)", self.folder, error)
 
-    def _load(self, path: Path, block: int) -> Records | None:
+    @property
+    def _lock(self) -> Path:
+        return self.folder / "lock"
+
+    def _path(self, block: int) -> Path:
+        return self.folder / f"block-{block:03d}.npy"
+
+    def _discard(self, block: int, rows: npt.NDArray[np.int64]) -> None:
+        """Remove a block's file, unless another process has replaced it already."""
+        log.warning("%s: damaged on its disk; made again", self._path(block))
+        del self._open[block]
+        with locked_for_cache(self._lock):
+            found = self._load(self._path(block), block)
+            if found is not None and not are_intact(found.records[rows]):
+                self._path(block).unlink(missing_ok=True)
+
+    def _load(self, path: Path, block: int) -> _OpenBlock | None:
         """None where the file is missing, short, or of another kind."""
         try:
-            records = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (FileNotFoundError, ValueError, EOFError, OSError):
+            file = OpenFile(path)
+            # Held until nobody looks at the records any more: others see that the block is in use.
+            lock(file.descriptor, fcntl.LOCK_SH)
+            if not os.fstat(file.descriptor).st_nlink:
+                return None
+            with suppress(OSError):
+                os.utime(path)
+            return _opened(file, record_dtype(self.labels, block), len(self.labels))
+        except (OSError, ValueError, LabelSetError):
             return None
-        fits = records.dtype == record_dtype(self.labels, block) and records.shape == (len(self.labels),)
-        return records if fits else None
 
-    def _unpack(self, path: Path, block: int) -> None:
-        remove_leftovers(self.folder)
-        with write_atomically(path) as aside, explain_full_disk(aside):
-            shape = (len(self.labels),)
-            # Reserving the space first turns a full disk into an error here; writing through a map would be a crash.
-            records = np.lib.format.open_memmap(aside, mode="w+", dtype=record_dtype(self.labels, block), shape=shape)
-            with aside.open("r+b") as stream:
-                os.posix_fallocate(stream.fileno(), 0, aside.stat().st_size)
+    def _unpack(self, block: int, locked: bool) -> _OpenBlock:
+        remove_leftovers(self.folder, older_than=0.0 if locked else STALE_SECONDS)
+        path, dtype = self._path(block), record_dtype(self.labels, block)
+        with write_atomically(path, advice=FREE_CACHE) as aside, explain_full_disk(aside, FREE_CACHE):
+            header, size = _header(dtype, len(self.labels)), len(self.labels) * dtype.itemsize
+            with aside.open("wb") as stream:
+                stream.write(header)
+                stream.truncate(len(header) + size)
+                # A full disk is an error here; later, when memory is written to, it would be a crash.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(stream.fileno(), 0, len(header) + size)
+            records = np.memmap(aside, dtype, "r+", len(header), (len(self.labels),))
             for shard in self._fetched_ahead(block):
                 first = int(self.labels.first_row[shard])
                 part = records[first : first + self.labels.manifest.shards[shard].rows]
                 fill(part, self.labels, shard, block)
             records.flush()
             del records
+            # Opened before it has its name, by which others may remove it where there are no locks.
+            file = OpenFile(aside)
+            lock(file.descriptor, fcntl.LOCK_SH)
+        return _opened(file, dtype, len(self.labels))
 
     def _fetched_ahead(self, block: int) -> Iterator[int]:
         """The shards that have rows, each once its file is on this host; the next ones come meanwhile."""
@@ -112,3 +178,34 @@ def _arrived(fetch: tuple[int, Future[None]]) -> int:
     shard, future = fetch
     future.result()
     return shard
+
+
+class _OpenBlock(NamedTuple):
+    records: Records
+    file: OpenFile
+    """Holds a shared lock for as long as the block is open here."""
+
+
+def _opened(file: OpenFile, dtype: np.dtype[np.void], rows: int) -> _OpenBlock:
+    """Map a block. Raises ValueError where the file holds something else, or ends too early."""
+    content, header = file.map(), _header(dtype, rows)
+    # Compared and not parsed: what a damaged header can do to NumPy's parser has no end.
+    if content[: len(header)] != header:
+        raise ValueError("it is no block of this label set")
+    return _OpenBlock(np.frombuffer(content, dtype, rows, len(header)), file)
+
+
+def _header(dtype: np.dtype[np.void], rows: int) -> bytes:
+    """What a block's file begins with, as NumPy writes it."""
+    stream = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
+    np.lib.format.write_array_header_1_0(stream, described)
+    return stream.getvalue()
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove a block's file; not where a process has it open or, without locks to tell, used it within a day."""
+    with suppress(FileNotFoundError, BlockingIOError), OpenFile(path) as file:
+        used = os.fstat(file.descriptor).st_mtime
+        if lock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) or time.time() - used > STALE_SECONDS:
+            path.unlink()

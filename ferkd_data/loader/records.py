@@ -5,6 +5,8 @@ Legend: N crops of a block, k kept classes.
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,6 +14,8 @@ from ferkd_data import rng
 from ferkd_data.label_set import LabelSet
 from ferkd_data.shards.columns import class_index_dtype
 
+CHECKSUM = "crc32"
+"""The last field of a record."""
 Records = npt.NDArray[np.void]
 PLACE = ("image_offset", "image_bytes")
 """Where an image lies in its shard's tar, in layout webdataset."""
@@ -35,6 +39,7 @@ def record_dtype(labels: LabelSet, block: int) -> np.dtype[np.void]:
             ("bucket", "u1", (num_crops,)),
             ("operations", "<u2", (num_crops, manifest.operation_words)),
             *((name, "<i8") for name in PLACE if manifest.layout == "webdataset"),
+            (CHECKSUM, "<u4"),
         ]
     )
 
@@ -47,5 +52,19 @@ def fill(part: Records, labels: LabelSet, shard: int, block: int) -> None:
         for name, places in zip(PLACE, labels.image_places(shard).T, strict=True):
             part[name] = places
     for name in part.dtype.names or ():
-        if name != "key_hash" and name not in PLACE:
+        if name not in ("key_hash", CHECKSUM, *PLACE):
             part[name] = getattr(rows, name)
+    part[CHECKSUM] = _checksums(part)
+
+
+def are_intact(records: Records) -> bool:
+    """Whether these records, which lie side by side, are what `fill` wrote: a disk may return something else."""
+    return bool((_checksums(records) == records[CHECKSUM]).all())
+
+
+def _checksums(records: Records) -> npt.NDArray[np.uint32]:
+    """CRC-32 of each record up to its checksum: any flipped bit changes it."""
+    size = records.dtype.itemsize
+    content = np.ascontiguousarray(records).view(np.uint8).data
+    ends = range(size, len(content) + 1, size)
+    return np.fromiter((zlib.crc32(content[end - size : end - 4]) for end in ends), np.uint32, len(records))

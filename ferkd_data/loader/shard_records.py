@@ -7,20 +7,23 @@ the same file. Shards already passed go when the cache is full.
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ferkd_data.errors import LoaderError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.held_files import HeldFiles
 from ferkd_data.loader.order import Stage
-from ferkd_data.loader.records import Records, fill, record_dtype
+from ferkd_data.loader.records import Records, are_intact, fill, record_dtype
 from ferkd_data.shard_cache import ShardCache
-from ferkd_data.storage import write_atomically
+from ferkd_data.storage import FREE_CACHE, write_atomically
 
 SUFFIX = ".records"
+log = logging.getLogger("ferkd_data.loader")
 
 
 class ShardRecords:
@@ -33,6 +36,9 @@ class ShardRecords:
 
     def prepare(self, blocks: set[int]) -> None:
         """Nothing needs to be there before the first batch is asked for."""
+
+    def forget_except(self, blocks: set[int]) -> None:
+        """`stage` says what is no longer needed."""
 
     def stage(self, stage: Stage | None, blocks: set[int]) -> None:
         """Fetch the shards of this stage, in the background, and let go of all others."""
@@ -47,7 +53,19 @@ class ShardRecords:
         found = np.empty(len(rows), record_dtype(self.labels, block))
         for shard in np.unique(shards).tolist():
             inside = shards == shard
-            found[inside] = self._held.get((shard, block))[rows[inside] - first[shard]]
+            found[inside] = self._take_of(shard, block, rows[inside] - first[shard])
+        return found
+
+    def _take_of(self, shard: int, block: int, rows: npt.NDArray[np.int64]) -> Records:
+        found: Records = self._held.get((shard, block))[rows]
+        if not are_intact(found):
+            path = self._path(shard, block)
+            log.warning("%s: damaged on its disk; made again", path)
+            path.unlink(missing_ok=True)
+            self._held.drop((shard, block))
+            found = self._held.get((shard, block))[rows]
+            if not are_intact(found):
+                raise LoaderError(f"{path}: damaged again right after it was written; is the disk at its end?")
         return found
 
     def _open(self, key: tuple[int, int]) -> Records:
@@ -58,13 +76,15 @@ class ShardRecords:
             records = np.empty(rows, dtype)
             fill(records, self.labels, shard, block)
             # NumPy's tofile would not say that the disk is full.
-            with write_atomically(path, sync=False) as aside, aside.open("wb") as stream:
+            with write_atomically(path, sync=False, advice=FREE_CACHE) as aside, aside.open("wb") as stream:
                 stream.write(records.view(np.uint8).data)
 
-        told = f"{self.labels.identity} {shard} {block} {dtype.descr}"
-        name = hashlib.sha256(told.encode()).hexdigest() + SUFFIX
-        with self._cache.open(name, rows * dtype.itemsize, unpack) as file:
+        with self._cache.open(self._path(shard, block).name, rows * dtype.itemsize, unpack) as file:
             return np.frombuffer(file.map(), dtype)
+
+    def _path(self, shard: int, block: int) -> Path:
+        told = f"{self.labels.identity} {shard} {block} {record_dtype(self.labels, block).descr}"
+        return self._cache.path(hashlib.sha256(told.encode()).hexdigest() + SUFFIX)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"labels": self.labels, "_cache": self._cache}
