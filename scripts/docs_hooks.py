@@ -16,4 +16,11 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
         markdown = readme.replace("](docs/", "](")
         return re.sub(r"\[([^\]]*)\]\((?!https?:)([^)#]*?(?<!\.md)|SECURITY\.md)\)", r"\1 (`\2`)", markdown)
-    return OUTSIDE.sub(lambda link: f"{link[1]} (`{link[2].replace('../', '')}`)", markdown)
+    folder = (ROOT / "docs" / page.file.src_uri).parent
+
+    def unlinked(link: re.Match[str]) -> str:
+        if (folder / link[2]).resolve().is_relative_to(ROOT / "docs"):
+            return link[0]
+        return f"{link[1]} (`{link[2].replace('../', '')}`)"
+
+    return OUTSIDE.sub(unlinked, markdown)

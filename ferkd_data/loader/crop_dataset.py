@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from ferkd_data.loader.settings import (
     counted,
     epoch_number,
 )
-from ferkd_data.loader.shared_epoch import RunTokens, SharedEpoch, Visit
+from ferkd_data.loader.shared_epoch import RunTokens, SharedEpoch
 from ferkd_data.loader.transform import Transform
 from ferkd_data.replay import Interpolation, empty_batch
 from ferkd_data.storage import default_cache_dir
@@ -64,11 +63,9 @@ class Turns:
     world_size: int = 1
 
     @classmethod
-    def of(cls, repeats: int) -> Turns:
-        if repeats == 1:
-            return cls()
-        rank, world_size = ranks_now(None, None)
-        return cls(-(-repeats // world_size), rank, world_size)
+    def of(cls, repeats: int, ranks: Ranks) -> Turns:
+        """Of a row that all ranks together read `repeats` times in an epoch."""
+        return cls() if repeats == 1 else cls(-(-repeats // ranks.world_size), *ranks)
 
     @property
     def count(self) -> int:
@@ -84,9 +81,9 @@ class CropDataset(Dataset[Item]):
     """Map-style: `dataset[row]` is `(crops, targets)` of one image, uint8 (M, 3, S, S) and `SoftTargets` of M rows.
 
     Give `dataset.collate` to the DataLoader. Each reading of a row draws the row's next M crops, so that a DataLoader
-    moves on from epoch to epoch by itself, also with workers. `set_epoch(e)` says which epoch's crops come first: call
-    it before each epoch where training may resume, or where epochs may end early. Readings are a pure function of
-    (seed, key, epoch, number of the reading).
+    moves on from epoch to epoch by itself, also with workers. `set_epoch(e)` lets rows go on with the crops of epoch e:
+    call it before each epoch where training may resume, or where epochs may end early. Crops that a row gave in an
+    earlier epoch are left out. A reading is a pure function of (seed, key, place), its place in the row's order.
 
         dataset = fd.CropDataset(labels, images="imagenet/train")
         loader = DataLoader(dataset, batch_size=256, shuffle=True, collate_fn=dataset.collate, num_workers=8)
@@ -99,6 +96,8 @@ class CropDataset(Dataset[Item]):
         images: str | Path | ImageSource | None = None,
         crops_per_image: int = 1,
         repeats: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         size: int | OfEpoch = 224,
         interpolation: Interpolation = "bilinear",
         calibration: Schedule = "ferkd",
@@ -113,11 +112,14 @@ class CropDataset(Dataset[Item]):
         """
         repeats: how often the sampler gives a row in one epoch, for repeated augmentation (timm's RepeatAugSampler,
             torchvision's RASampler: 3 by default); all ranks together. Each time the row gives other crops.
+        rank, world_size: which of these readings are this process's; those of torch.distributed by default, which must
+            then be initialised before the data set is made. They have no effect without `repeats`.
 
         The other arguments are those of `CropLoader`. Raises UsageError and LabelSetError as it does.
         """
         crops_per_image = counted("crops_per_image", crops_per_image)
-        self._turns = Turns.of(counted("repeats", repeats))
+        check_ranks(rank, world_size)
+        self._turns = Turns.of(counted("repeats", repeats), ranks_now(rank, world_size))
         settings = LoaderSettings(
             batch_size=crops_per_image * self._turns.count,
             crops_per_image=crops_per_image * self._turns.count,
@@ -135,8 +137,7 @@ class CropDataset(Dataset[Item]):
         cache = Path(cache_dir) if cache_dir else default_cache_dir()
         self._maker = open_maker(labels, images, settings, cache, at_random=True)
         self._crops_per_image = crops_per_image
-        self.shared = SharedEpoch(len(self))
-        self._warned = False
+        self.shared = SharedEpoch(len(self), self._turns.per_rank)
         self._maker.prepare_blocks(0)
 
     def __len__(self) -> int:
@@ -182,6 +183,7 @@ class CropDataset(Dataset[Item]):
     def set_epoch(self, epoch: int) -> None:
         """Let every row go on with the crops of this epoch; reaches worker processes that live on.
 
+        The same epoch again, or an earlier one, begins anew with its first crops.
         Raises UsageError for what is no epoch's number.
         """
         epoch = epoch_number(epoch)
@@ -196,7 +198,7 @@ class CropDataset(Dataset[Item]):
         """Several rows at once, as a DataLoader asks for a batch. A row may come more than once."""
         checked = [_checked(row, len(self)) for row in rows]
         visits = iter(self.shared.visit([row for row in checked if not isinstance(row, Numbered)]))
-        return [self.item(*row) if isinstance(row, Numbered) else self._next_item(row, next(visits)) for row in checked]
+        return [self.item(*row) if isinstance(row, Numbered) else self.item(row, *next(visits)) for row in checked]
 
     def numbered(self, sampler: Iterable[int]) -> NumberedSampler:
         """The sampler's rows, each with the number of its reading, counted where the sampler runs.
@@ -208,7 +210,7 @@ class CropDataset(Dataset[Item]):
         return NumberedSampler(self, sampler)
 
     def item(self, row: int, epoch: int, number: int = 0) -> Item:
-        """The crops and targets of a row when it is read for the `number`-th time (from 0) since an epoch began."""
+        """The crops and targets of a row when it is read for the `number`-th time (from 0) in an epoch."""
         ahead, turn = self._turns.turn(number)
         epoch, crops = epoch + ahead, self._crops_per_image
         shape = self._maker.epochs.at(epoch)
@@ -219,18 +221,6 @@ class CropDataset(Dataset[Item]):
         made = self._maker.make(Work(window, images))
         targets = self._maker.targets(made)
         return images, targets.dense() if self._maker.settings.targets == "dense" else targets
-
-    def _next_item(self, row: int, visit: Visit) -> Item:
-        ahead, _ = self._turns.turn(visit.number)
-        if visit.told and ahead and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"row {row} was read again in the epoch that set_epoch({visit.epoch}) began, and gives the crops of "
-                f"epoch {visit.epoch + ahead}. Call set_epoch before each epoch; where the sampler repeats rows within "
-                "an epoch, say how often: CropDataset(repeats=3)",
-                stacklevel=5,
-            )
-        return self.item(row, visit.epoch, visit.number)
 
     def stream(
         self,

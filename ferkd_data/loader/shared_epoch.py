@@ -1,4 +1,4 @@
-"""What the processes that read one data set must agree on: the epoch, and how often each row was read in it.
+"""What the processes that read one data set must agree on: the epoch, and which of its crops each row gives next.
 
 It lies in a temporary file that all of them map: worker processes by fork, spawn or fork server, whether they live for
 one epoch or for many. A lock on the file makes each change one step.
@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,31 +21,32 @@ from torch.utils.data import get_worker_info
 
 RUNS = 16
 """Iterations over a stream that may be under way at once."""
-HEADER = np.dtype([("epoch", "<i8"), ("calls", "<i8"), ("followed", "<i8"), ("runs", "<i8"), ("run", "<i8", (RUNS, 3))])
-COUNT_BITS = 16
-"""Of the number kept for each row: above them lies the call of `set_epoch` since which it counts."""
-
-
-class Visit(NamedTuple):
-    """One reading of a row."""
-
-    epoch: int
-    """As `set_epoch` said, else 0."""
-    number: int
-    """How often the row was read before, since `set_epoch` was called last."""
-    told: bool
-    """Whether `set_epoch` was ever called."""
+HEADER = np.dtype(
+    [
+        ("epoch", "<i8"),
+        ("calls", "<i8"),
+        ("begun", "<i8"),
+        ("followed", "<i8"),
+        ("runs", "<i8"),
+        ("run", "<i8", (RUNS, 3)),
+    ]
+)
+PLACE_BITS = 40
+"""Of the number kept for each row: its next place. Above them lies the beginning since which that counts."""
 
 
 class SharedEpoch:
-    """An epoch and a count for each row. Can be pickled, as long as the original, which removes the file, exists."""
+    """An epoch, and each row's next place. Can be pickled, as long as the original, which removes the file, exists.
 
-    def __init__(self, num_rows: int) -> None:
+    Places are the readings of a row in the order in which they give its crops: an epoch has `per_epoch` of them.
+    """
+
+    def __init__(self, num_rows: int, per_epoch: int = 1) -> None:
         handle, name = tempfile.mkstemp(prefix="ferkd-data-epoch-")
         self._path = Path(name)
-        self._num_rows = num_rows
+        self._num_rows, self._per_epoch = num_rows, per_epoch
         # Sparse: rows that are never read take no space.
-        os.ftruncate(handle, HEADER.itemsize + 4 * max(num_rows, 1))
+        os.ftruncate(handle, HEADER.itemsize + 8 * max(num_rows, 1))
         os.close(handle)
         weakref.finalize(self, _remove, self._path, os.getpid())
         self._open()
@@ -60,8 +61,14 @@ class SharedEpoch:
         return int(self._header["calls"])
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch: rows count from nothing, and the next run over a stream is that of this epoch."""
+        """Let rows go on with the places of an epoch, and the next run over a stream be this epoch.
+
+        A later epoch than before leaves out places that a row was read at already; the same one, or an earlier one,
+        begins anew.
+        """
         with self._locked():
+            if epoch <= self.epoch:
+                self._header["begun"] += 1
             self._header["epoch"] = epoch
             self._header["calls"] += 1
 
@@ -69,17 +76,17 @@ class SharedEpoch:
         """Take over the epoch of another one, and what it is told from now on."""
         self._header["epoch"], self._header["followed"] = leader.epoch, leader.calls
 
-    def visit(self, rows: Sequence[int]) -> list[Visit]:
-        """Count one more reading of each of these rows, in this order."""
+    def visit(self, rows: Sequence[int]) -> list[tuple[int, int]]:
+        """Read each of these rows once more, in this order: the epoch of its place, and the number there, from 0."""
         visits = []
         with self._locked():
-            epoch, calls = self.epoch, self.calls
-            stamp = (calls % (1 << (32 - COUNT_BITS))) << COUNT_BITS
+            first = self.epoch * self._per_epoch
+            stamp = int(self._header["begun"]) << PLACE_BITS
             for row in rows:
-                kept = int(self._counts[row])
-                number = kept - stamp if 0 <= kept - stamp < 1 << COUNT_BITS else 0
-                visits.append(Visit(epoch, number, calls > 0))
-                self._counts[row] = stamp + min(number + 1, (1 << COUNT_BITS) - 1)
+                kept = int(self._places[row])
+                place = max(first, kept - stamp if kept >= stamp else 0)
+                visits.append(divmod(place, self._per_epoch))
+                self._places[row] = stamp + place + 1
         return visits
 
     def begin_run(self, token: tuple[int, int], leader: SharedEpoch) -> int:
@@ -113,12 +120,12 @@ class SharedEpoch:
         self._descriptor = os.open(self._path, os.O_RDWR)
         weakref.finalize(self, os.close, self._descriptor)
         self._header: Any = np.memmap(self._path, HEADER, "r+", shape=())
-        self._counts: npt.NDArray[np.uint32] = np.memmap(
-            self._path, np.uint32, "r+", offset=HEADER.itemsize, shape=(max(self._num_rows, 1),)
+        self._places: npt.NDArray[np.uint64] = np.memmap(
+            self._path, np.uint64, "r+", offset=HEADER.itemsize, shape=(max(self._num_rows, 1),)
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_path": self._path, "_num_rows": self._num_rows}
+        return {"_path": self._path, "_num_rows": self._num_rows, "_per_epoch": self._per_epoch}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

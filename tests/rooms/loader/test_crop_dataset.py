@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
 from ferkd_data.loader.crop_dataset import Turns
+from ferkd_data.loader.ranks import Ranks
 
 
 @pytest.fixture
@@ -99,13 +100,21 @@ def test_set_epoch_says_where_to_go_on(dataset, epochs, num_workers):
         assert [epochs[images.numpy().tobytes()] for images, _ in loader] == [(epoch, row) for row in range(20)]
 
 
-def test_a_row_that_is_read_again_after_set_epoch_is_said_once(dataset, epochs):
+def test_crops_do_not_repeat_whatever_is_read_again(dataset, epochs):
+    """A sampler that repeats rows gets ahead of the epochs; the crops that it took are not given again."""
+
+    def read(*rows):
+        return [epochs[dataset[row][0].numpy().tobytes()] for row in rows]
+
+    dataset.set_epoch(0)
+    assert read(7, 7, 8) == [(0, 7), (1, 7), (0, 8)]
     dataset.set_epoch(1)
-    with pytest.warns(
-        UserWarning, match=r"row 7 was read again in the epoch that set_epoch\(1\) began.*repeats="
-    ) as said:
-        seen = [epochs[dataset[row][0].numpy().tobytes()] for row in (7, 7, 8, 8)]
-    assert len(said) == 1 and seen == [(1, 7), (2, 7), (1, 8), (2, 8)]
+    assert read(7, 8, 9) == [(2, 7), (1, 8), (1, 9)]
+    dataset.set_epoch(3)
+    assert read(7, 8) == [(3, 7), (3, 8)]
+    for epoch in (3, 1):
+        dataset.set_epoch(epoch)
+        assert read(7, 8) == [(epoch, 7), (epoch, 8)]
 
 
 @pytest.fixture
@@ -165,10 +174,31 @@ def test_numbered_rows_do_not_depend_on_the_workers(repeated, num_workers):
 def test_ranks_draw_different_crops_where_rows_repeat():
     """An image's three readings go to any ranks of eight, or two to one rank of two."""
     for world_size in range(1, 9):
-        turns = [Turns(-(-3 // world_size), rank, world_size) for rank in range(world_size)]
+        turns = [Turns.of(3, Ranks(rank, world_size)) for rank in range(world_size)]
         taken = [t.turn(number) for t in turns for number in range(t.per_rank)]
         assert len(set(taken)) == len(taken) == turns[0].count and {ahead for ahead, _ in taken} == {0}
         assert turns[0].turn(turns[0].per_rank) == (1, 0)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_of_timms_sampler_never_train_on_one_crop(label_set, photos, tmp_path, world_size):
+    from timm.data.distributed_sampler import RepeatAugSampler
+
+    seen = []
+    for rank in range(world_size):
+        data = fd.CropDataset(
+            fd.open_labels(label_set),
+            images=photos,
+            repeats=3,
+            rank=rank,
+            world_size=world_size,
+            size=16,
+            calibration="fkd",
+            cache_dir=tmp_path,
+        )
+        sampler = RepeatAugSampler(data, num_replicas=world_size, rank=rank, num_repeats=3, selected_round=0)
+        seen += [data[row][0].numpy().tobytes() for row in sampler]
+    assert len(seen) >= 18 and len(set(seen)) == len(seen)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
