@@ -27,7 +27,7 @@ from synthetic import write_label_set
 from ferkd_data.builder.extension.base import open_base
 from ferkd_data.builder.extension.plan import load_or_make_extension
 from ferkd_data.builder.plan import load_or_make_plan, open_plan
-from ferkd_data.images import ImageError, ImageRef, Reject
+from ferkd_data.images import ImageError, ImageRef, LeftOut, Reject
 from ferkd_data.images.duplicates import DuplicateFilter
 from ferkd_data.shards.columns import ImageLabels
 
@@ -50,6 +50,9 @@ class MadeUp:
     """A source of so many images, as long as nobody reads them."""
 
     class_names = None
+    class_folder_names = None
+    left_out = LeftOut()
+    notes = ()
 
     def __init__(self, num_images: int) -> None:
         self.num_images = num_images

@@ -12,134 +12,182 @@ import click
 
 from ferkd_data.errors import UsageError
 
-from .options import config_option, given, json_option, print_json, require_teachers, teacher_options
+from .groups import CLUSTER, FILES, LABELS, MACHINE, WATCHING, GroupedCommand
+from .options import config_option, given, grouped, json_option, print_json, require_teachers, teacher_options
+from .overview import ShowOverview, count, lines
 from .progress import show_progress
 from .say import say
 
 DONE_WITH_REJECTS = 3
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("source")
 @click.argument("out")
 @teacher_options
-@click.option("--crops", type=int, default=200, show_default=True, help="Crops per image.")
-@click.option("--crops-per-block", type=int, default=50, show_default=True, help="Crops in one block file.")
-@click.option("--top-k", type=int, default=5, show_default=True, help="Classes kept for each crop.")
-@click.option("--layout", type=click.Choice(["parquet", "webdataset"]), default="parquet", show_default=True)
-@click.option("--images-per-shard", type=int, default=None, help="4096 for parquet, 1024 for webdataset.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--scale", type=float, nargs=2, default=(0.08, 1.0), show_default=True, help="Share of the area.")
-@click.option("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="Width / height.  [default: 3/4 4/3]")
-@click.option("--hflip", type=float, default=0.5, show_default=True, help="Probability of a flip.")
-@click.option(
+@grouped("--crops", group=LABELS, type=int, default=200, show_default=True, help="Crops per image.")
+@grouped("--crops-per-block", group=FILES, type=int, default=50, show_default=True, help="Crops in one block file.")
+@grouped("--top-k", group=LABELS, type=int, default=5, show_default=True, help="Classes kept for each crop.")
+@grouped(
+    "--layout",
+    group=FILES,
+    type=click.Choice(["parquet", "webdataset"]),
+    default="parquet",
+    show_default=True,
+    help="Labels alone in Parquet files, or images and labels together in tars.",
+)
+@grouped("--images-per-shard", group=FILES, type=int, default=None, help="4096 for parquet, 1024 for webdataset.")
+@grouped("--seed", group=LABELS, type=int, default=0, show_default=True, help="Of the crops' boxes and flips.")
+@grouped(
+    "--scale",
+    group=LABELS,
+    type=float,
+    nargs=2,
+    default=(0.08, 1.0),
+    show_default=True,
+    help="Smallest and largest share of the image's area in a crop.",
+)
+@grouped(
+    "--ratio",
+    group=LABELS,
+    type=float,
+    nargs=2,
+    default=(3 / 4, 4 / 3),
+    help="Smallest and largest width / height of a crop.  [default: 3/4 4/3]",
+)
+@grouped("--hflip", group=LABELS, type=float, default=0.5, show_default=True, help="Probability of a flip.")
+@grouped(
     "--augment",
+    group=LABELS,
     multiple=True,
     metavar="SPEC",
     help="Draw an augmentation for each crop and record it, such as randaugment:n=2,m=9, "
     "colorjitter:0.4,0.4,0.4,0.1 or erase:p=0.25 (docs/augment.md). Give several to apply them in order.",
 )
-@click.option(
+@grouped(
     "--thresholds",
+    group=LABELS,
     default="0.15 0.3 0.95",
     show_default=True,
     metavar="LO MID HI",
     help="Bucket thresholds, or quantile:LO,MID,HI for shares of this set's own crops.",
 )
-@click.option(
+@grouped(
     "--confidence",
+    group=LABELS,
     type=click.Choice(["max", "target"]),
     default="max",
     show_default=True,
     help="What the thresholds are compared with: p_max, or the ground truth's probability.",
 )
-@click.option("--max-pixels", type=int, default=89_478_485, show_default=True, help="Larger images are rejected.")
-@click.option("--batch-size", type=int, default=None, help="Crops per forward pass.  [default: by device]")
-@click.option(
+@grouped(
+    "--max-pixels",
+    group=LABELS,
+    type=int,
+    default=89_478_485,
+    show_default=True,
+    help="Images with more pixels are rejected.",
+)
+@grouped("--batch-size", group=MACHINE, type=int, default=None, help="Crops per forward pass.  [default: by device]")
+@grouped(
     "--compile",
+    group=MACHINE,
     is_flag=True,
     help="Run PyTorch teachers through torch.compile: minutes at the start of each worker, and a C++ compiler; "
     "`ferkd-data bench` says whether it pays.",
 )
-@click.option("--workers", type=int, default=None, help="Threads that decode and cut.  [default: by cores]")
-@click.option("--processes", type=int, default=None, help="Worker processes on each device.  [default: 1]")
-@click.option(
+@grouped("--workers", group=MACHINE, type=int, default=None, help="Threads that decode and cut.  [default: by cores]")
+@grouped("--processes", group=MACHINE, type=int, default=None, help="Worker processes on each device.  [default: 1]")
+@grouped(
     "--teacher-timeout",
+    group=MACHINE,
     type=float,
     default=None,
     metavar="SECONDS",
     help="Stop when a teacher takes longer for a batch.  [default: wait]",
 )
-@click.option(
+@grouped(
     "--grace",
+    group=CLUSTER,
     type=float,
     default=20.0,
     show_default=True,
     metavar="SECONDS",
-    help="After SIGTERM, the shards in work have so long to be finished; then they are dropped.",
+    help="After SIGTERM or SIGHUP, the shards in work have so long to be finished; then they are dropped.",
 )
-@click.option(
+@grouped(
     "--engine",
+    group=CLUSTER,
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
     help="ray: on a Ray cluster, whose nodes all see SOURCE and OUT; --processes are then those of the whole cluster "
     "(default: as many as it has room for), --workers the threads of each.",
 )
-@click.option(
+@grouped(
     "--ray-address",
+    group=CLUSTER,
     default=None,
     metavar="HOST:PORT",
     help="The cluster, or auto for the one that runs here.  [default: $RAY_ADDRESS, else a Ray for this build alone]",
 )
-@click.option(
+@grouped(
     "--gpus-per-teacher",
+    group=CLUSTER,
     type=float,
     default=1.0,
     show_default=True,
     help="Share of a GPU for each worker on a Ray cluster: with 0.5, two workers share one.",
 )
-@click.option(
+@grouped(
     "--on-error",
+    group=FILES,
     type=click.Choice(["reject", "fail"]),
     default="reject",
     show_default=True,
     help="What an unusable image does: land in rejects.parquet, or stop the build.",
 )
-@click.option(
+@grouped(
     "--part",
+    group=CLUSTER,
     default=None,
     metavar="I/N",
     help="Label part I of N, beside the others, then run `ferkd-data finish OUT` (for batch systems).",
 )
-@click.option(
+@grouped(
     "--log-json",
+    group=WATCHING,
     type=click.Path(dir_okay=False, path_type=Path),
     help="Append what happens to this file, one JSON object in a line.",
 )
-@click.option(
+@grouped(
     "--metrics",
+    group=WATCHING,
     type=click.Path(dir_okay=False, path_type=Path),
     help="Keep this file up to date for Prometheus' node exporter (its textfile collector).",
 )
-@click.option(
+@grouped(
     "--report",
     "report_file",
+    group=WATCHING,
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.html",
     help="Keep a page to look at up to date after each shard (see `ferkd-data report`).",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the label set or unfinished build in OUT.")
-@click.option(
+@grouped("--overwrite", group=FILES, is_flag=True, help="Replace the label set or unfinished build in OUT.")
+@grouped(
     "--extend",
+    group=FILES,
     is_flag=True,
     help="OUT is a finished label set: add more --crops, the images of SOURCE that it lacks, or both. Its manifest "
-    "says the rest, also the teachers. With --overwrite, an unfinished extension is begun anew.",
+    "says the rest, also teachers and classes. With --overwrite, an unfinished extension is begun anew.",
 )
-@click.option(
+@grouped(
     "--dry-run",
+    group=WATCHING,
     is_flag=True,
-    help="Measure a few batches and print what the whole will take, or the --part, with the workers asked for.",
+    help="Say what was understood, measure a few batches, and print what the whole will take, or the --part, with the "
+    "workers asked for.",
 )
 @json_option
 @config_option
@@ -169,8 +217,11 @@ def command(
     """Label the images of SOURCE with an ensemble of teachers and write the label set OUT, a folder or a
     s3:// or gs:// URL.
 
-    SOURCE is a folder of class folders, a flat folder, WebDataset tars (a glob or brace pattern), or a folder of
-    Parquet files with an `image` column. Run the same command again to resume a build that was interrupted.
+    SOURCE is a folder of class folders, a flat folder of images, WebDataset tars, or Parquet files with a column of
+    images; tars and Parquet files as a folder or as a glob or brace pattern in quotes. Before it starts, the build
+    says what it has understood of all this.
+
+    Run the same command again to resume a build that was interrupted; for one that has ended it does nothing.
     """
     import ferkd_data as fd
     from ferkd_data.buckets import parse_thresholds
@@ -188,8 +239,11 @@ def command(
         estimate = measure(
             source, teachers=teachers, classes=classes, precision=precision, part=part, extend=extend, **changes
         )
+        for line in lines(estimate.overview):
+            say(line, err=True)
         print_json(asdict(estimate)) if as_json else _print_estimate(estimate)
         return 0
+    overview = ShowOverview()
     with stop_on_sigterm(grace) as stop, show_progress() as report:
         on_progress = _with_hint(report) if _may_be_slow(teachers, changes) else report
         changes |= {
@@ -200,6 +254,7 @@ def command(
             "extend": extend,
             "on_progress": on_progress,
             "watchers": [
+                overview,
                 *(kind(path) for kind, path in ((JsonLog, log_json), (MetricsFile, metrics)) if path),
                 *([fd.LiveReport(report_file, images=source)] if report_file else []),
             ],
@@ -208,8 +263,13 @@ def command(
         if part is not None:
             return _build_part(source, out, part, overwrite, as_json, changes)
         result = fd.build(source, out, overwrite=overwrite, **changes)
-    print_result(result, as_json)
-    return DONE_WITH_REJECTS if result.rejects else 0
+    print_result(result, as_json, overview.overview)
+    return status_of(result)
+
+
+def status_of(result: Any) -> int:
+    """3 where images could not be used; 0 where all was done before, or a batch system starts the job for ever."""
+    return DONE_WITH_REJECTS if result.rejects and not result.already_finished else 0
 
 
 def _may_be_slow(teachers: tuple[str, ...], changes: dict[str, Any]) -> bool:
@@ -252,35 +312,42 @@ def _build_part(source: str, out: str, part: str, overwrite: bool, as_json: bool
     result = build_part(source, out, part=part, **arguments)
     if as_json:
         print_json({**asdict(result), "out": str(out), "part": str(result.part)})
+    elif result.already_finished:
+        say(f"{out}: already finished, with all its parts")
     else:
-        click.echo(
-            f"{out}: part {result.part} is done, {result.shards} shards with {result.images} images; "
+        say(
+            f"{out}: part {result.part} is done, {count(result.shards, 'shard')} with {count(result.images, 'image')}; "
             f"`ferkd-data finish {out}` seals the label set when all parts are"
         )
-    return DONE_WITH_REJECTS if result.rejects else 0
+    return status_of(result)
 
 
-def print_result(result: Any, as_json: bool) -> None:
+def print_result(result: Any, as_json: bool, overview: Any = None) -> None:
     manifest = result.manifest
     total = sum(file.bytes for shard in manifest.shards for file in shard.files)
     if as_json:
         print_json(
             {
                 "out": str(result.out),
+                "already_finished": result.already_finished,
                 "images": manifest.num_images,
                 "rejects": result.rejects,
                 "crops": manifest.statistics.crops,
                 "bytes": total,
+                "left_out": manifest.source.left_out or {},
+                "overview": None if overview is None else asdict(overview),
             }
         )
         return
-    click.echo(
-        f"{result.out}: {manifest.num_images} images x {manifest.num_crops} crops, "
-        f"{size(total)} in {sum(len(shard.files) for shard in manifest.shards)} files"
+    files = sum(len(shard.files) for shard in manifest.shards)
+    done = "already finished: " if result.already_finished else ""
+    say(
+        f"{result.out}: {done}{count(manifest.num_images, 'image')} x {count(manifest.num_crops, 'crop')}, "
+        f"{size(total)} in {count(files, 'file')}"
     )
     if result.rejects:
-        click.echo(
-            f"{result.rejects} images could not be used: {result.out}/{manifest.rejects.path} says why",
+        say(
+            f"{count(result.rejects, 'image')} could not be used: {result.out}/{manifest.rejects.path} says why",
             err=True,
         )
 

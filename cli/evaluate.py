@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
+from .groups import GroupedCommand
 from .options import json_option, print_json, require_teachers, teacher_options
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("source")
 @teacher_options
 @click.option("--limit", type=int, default=1000, show_default=True, help="Images looked at, spread over SOURCE.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .build import DONE_WITH_REJECTS, print_result
+from .build import print_result, status_of
 from .options import json_option
 
 
@@ -22,4 +22,4 @@ def command(out: Path, as_json: bool) -> int:
 
     result = finish(out)
     print_result(result, as_json)
-    return DONE_WITH_REJECTS if result.rejects else 0
+    return status_of(result)

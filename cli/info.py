@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .options import json_option, print_json
+from .overview import left_out
 from .say import say
 from .table import say_table
 
@@ -30,6 +31,7 @@ def command(labels: str, as_json: bool) -> int:
         "labels": f"top-{manifest.top_k} of {manifest.num_classes:,} classes",
         "size": f"{size / 1e6:.2f} MB in {files} files, {size / max(manifest.statistics.crops, 1):.1f} bytes per crop",
         "source": manifest.source.description,
+        **({"left out": left_out(manifest.source.left_out)} if manifest.source.left_out else {}),
         "distribution": f"scale {crops.scale[0]:g}..{crops.scale[1]:g}, "
         f"ratio {crops.ratio[0]:.3g}..{crops.ratio[1]:.3g}, "
         f"hflip {crops.hflip:g}, seed {manifest.seed}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -16,6 +17,8 @@ import ferkd_data
 from ferkd_data.errors import FerkdError
 
 from .say import say, say_what_is_logged
+from .signals import Signalled, orderly_end
+from .streams import forgiving_streams
 
 COMMANDS = {
     "build": "Label images with a teacher ensemble and write a label set.",
@@ -34,7 +37,8 @@ COMMANDS = {
     "pull": "Copy a published label set, or a part of it.",
     "stats": "The p_max table, buckets and agreements of a label set.",
 }
-INTERRUPTED = 130
+SIGNALLED = 128
+"""Exit statuses above are those of signals."""
 PATIENCE_SECONDS = 2.0
 
 
@@ -62,7 +66,8 @@ def cli(debug: bool) -> None:
     """Run the giant teachers once: soft labels for crops, and a loader that replays them.
 
     \b
-    Exit status: 0 done; 1 could not; 2 wrong usage; 3 done, with rejects; 143 stopped by SIGTERM.
+    Exit status: 0 done, also if it was done before; 1 could not; 2 wrong usage; 3 done, with rejects;
+    130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP: the same command goes on where it stopped.
     """
 
 
@@ -71,49 +76,53 @@ def run(args: list[str]) -> int:
     say_what_is_logged()
     debug = "--debug" in args
     args = _join_thresholds([arg for arg in args if arg != "--debug"])
-    try:
-        result: Any = cli.main(args=args, prog_name="ferkd-data", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("ferkd-data: interrupted; run the same command again to go on where it stopped", err=True)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader (`head`, say) has had enough; what is left in the buffer must not raise again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except FerkdError as error:
-        if debug:
-            traceback.print_exc()
-        say(f"ferkd-data: {' '.join(str(error).split())}", err=True)
-        return error.exit_code
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        text = " ".join(str(error).split())
-        say(f"ferkd-data: unexpected {type(error).__name__}: {text} (--debug shows where)", err=True)
-        return 1
+    with forgiving_streams():
+        try:
+            with orderly_end():
+                result: Any = cli.main(args=args, prog_name="ferkd-data", standalone_mode=False)
+            return result if isinstance(result, int) else 0
+        except click.ClickException as error:
+            error.show()
+            return error.exit_code
+        except (KeyboardInterrupt, click.Abort) as error:
+            return _interrupted(error)
+        except FerkdError as error:
+            if debug:
+                traceback.print_exc()
+            say(f"ferkd-data: {' '.join(str(error).split())}", err=True)
+            return error.exit_code
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            text = " ".join(str(error).split())
+            say(f"ferkd-data: unexpected {type(error).__name__}: {text} (--debug shows where)", err=True)
+            return 1
+
+
+def _interrupted(error: BaseException) -> int:
+    """One line, and 128 + the signal's number; click raises its Abort from what it caught."""
+    cause = error if isinstance(error, Signalled) else error.__cause__ or error.__context__
+    number = cause.number if isinstance(cause, Signalled) else signal.SIGINT
+    how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    say(f"ferkd-data: {how}; run the same command again to go on where it stopped", err=True)
+    return 128 + int(number)
 
 
 def main() -> None:
     status = run(sys.argv[1:])
-    if status == INTERRUPTED:
-        _end_threads()
+    if status > SIGNALLED:
+        _end_threads(status)
     sys.exit(status)
 
 
-def _end_threads() -> None:
-    """After Ctrl-C, end the process even where a thread waits for a server: Python itself would wait with it."""
+def _end_threads(status: int) -> None:
+    """After a signal, end the process even where a thread waits for a server or a teacher, as Python would."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
     for thread in others:
         thread.join(max(deadline - time.monotonic(), 0))
     if any(thread.is_alive() for thread in others):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)
+        os._exit(status)
 
 
 def _join_thresholds(args: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ import click
 
 from ferkd_data.errors import UsageError
 
+from .groups import LABELS, MACHINE, TEACHERS, WATCHING, GroupedOption
 from .say import say
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -24,29 +25,40 @@ TEACHER_HELP = (
 )
 
 
+def grouped(*names: str, group: str, **settings: Any) -> Callable[[Function], Function]:
+    """`click.option`, with the heading that it stands under in `--help`."""
+    return click.option(*names, cls=GroupedOption, group=group, **settings)
+
+
 def teacher_options(function: Function) -> Function:
     options = [
-        click.option("--teacher", "teachers", multiple=True, metavar="SPEC", help=TEACHER_HELP),
-        click.option(
+        grouped("--teacher", "teachers", group=TEACHERS, multiple=True, metavar="SPEC", help=TEACHER_HELP),
+        grouped(
             "--classes",
+            group=TEACHERS,
             type=click.Path(dir_okay=False, path_type=Path),
-            help="One line per class in the order of the teachers' outputs: class folder, optionally a tab and a name.",
+            help="Which class has which number: one line per class in the order of the teachers' outputs, its folder "
+            "and optionally a tab and a name. Kaggle's LOC_synset_mapping.txt, timm's class maps and JSON lists are "
+            "read too.",
         ),
-        click.option(
+        grouped(
             "--device",
+            group=MACHINE,
             default="auto",
             show_default=True,
             help="auto, cpu, cuda or cuda:N; for a build also cuda:0,1 or all.",
         ),
-        click.option(
+        grouped(
             "--precision",
+            group=MACHINE,
             type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
             default="auto",
             show_default=True,
             help="auto: bf16 on cuda, fp32 on a CPU.",
         ),
-        click.option(
+        grouped(
             "--ensemble",
+            group=LABELS,
             type=click.Choice(["mean", "logits", "geometric"]),
             default="mean",
             show_default=True,
@@ -70,12 +82,13 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if context.get_parameter_source(name) is not default}
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+json_option = grouped("--json", "as_json", group=WATCHING, is_flag=True, help="Print JSON instead of a table.")
 
 
 def config_option(function: Function) -> Function:
-    return click.option(
+    return grouped(
         "--config",
+        group=WATCHING,
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
         is_eager=True,
         expose_value=False,

@@ -50,6 +50,8 @@ def print_statistics(summary: dict[str, Any], teacher_names: list[str]) -> None:
     if summary["crops_with_target"]:
         say(f"\nthe ground truth is the most probable class of {summary['agreement_with_target']:.1%} of the crops")
         say(f"its mean probability is {summary['mean_target_prob']:.3f}")
+    else:
+        say("\nthe ground truth is unknown: no image has a target")
     say(f"the stored top-k hold {summary['mean_kept_prob']:.1%} of the probability")
     _print_teachers(summary, teacher_names)
 

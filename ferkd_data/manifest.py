@@ -146,6 +146,12 @@ class SourceEntry(Record):
     """Labelled and rejected images together."""
     plan_sha256: Sha256
     """Digest of the keys and targets in their order; after an extension, of the digest before and what was added."""
+    place_sha256: Sha256 | None = None
+    """Digest of where the images were, so that a build that is run again knows its source without saying where."""
+    class_folders: tuple[str, ...] | None = None
+    """The class folder, or the text of a label, of each class, where the build numbered the classes by these."""
+    left_out: dict[str, Count] | None = None
+    """Files met beside the images, by the reason why they are none; a reason with a dot is a file name extension."""
 
 
 class RejectsEntry(FileEntry):
@@ -180,6 +186,10 @@ class Manifest(Record):
     teachers: Annotated[tuple[TeacherEntry, ...], Field(min_length=1)]
     ensemble: Literal["mean", "logits", "geometric"]
     thresholds: ThresholdsEntry
+    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Images with more pixels were rejected."""
+    images_per_shard: Annotated[int, Field(ge=1)] | None = None
+    """As the build was asked for; the last shard may have fewer."""
     source: SourceEntry
     shards: tuple[ShardEntry, ...]
     rejects: RejectsEntry

@@ -189,8 +189,12 @@ def p_max_table(statistics: Statistics) -> list[Range]:
 
 
 def summarise(statistics: Statistics) -> dict[str, Any]:
-    """What `ferkd-data stats` prints: shares in percent in the tables, agreements in 0..1."""
+    """What `ferkd-data stats` prints: shares in percent in the tables, agreements in 0..1.
+
+    What is said of the ground truth is None, or an empty list, where no crop has one.
+    """
     crops = max(statistics.crops, 1)
+    known = statistics.crops_with_target > 0
     with_target = max(statistics.crops_with_target, 1)
     return {
         "crops": statistics.crops,
@@ -200,11 +204,13 @@ def summarise(statistics: Statistics) -> dict[str, Any]:
             for name, count in zip(BUCKETS, statistics.bucket_counts, strict=True)
         },
         "crops_with_target": statistics.crops_with_target,
-        "agreement_with_target": statistics.top1_matches_target / with_target,
-        "mean_target_prob": statistics.target_prob_sum / with_target,
+        "agreement_with_target": statistics.top1_matches_target / with_target if known else None,
+        "mean_target_prob": statistics.target_prob_sum / with_target if known else None,
         "mean_kept_prob": statistics.kept_prob_sum / crops,
         "teacher_agreement": [[count / crops for count in row] for row in statistics.teacher_agreement],
-        "teacher_agreement_with_target": [count / with_target for count in statistics.teacher_top1_matches_target],
+        "teacher_agreement_with_target": [count / with_target for count in statistics.teacher_top1_matches_target]
+        if known
+        else [],
     }
 
 

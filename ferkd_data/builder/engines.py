@@ -9,6 +9,7 @@ from typing import Any
 from ferkd_data.builder.job import open_tools
 from ferkd_data.builder.local import Reporting, label_here
 from ferkd_data.builder.out.state import BuildFolder
+from ferkd_data.builder.overview import overview_of
 from ferkd_data.builder.plan import Plan
 from ferkd_data.builder.prepare import Prepared
 from ferkd_data.builder.rejects import read_rejects
@@ -34,6 +35,7 @@ def label_shards(
         else:
             counter.shard_found(record)
     _tell_of_start(prepared, plan, counter)
+    watcher.see(overview_of(prepared, plan, todo))
     with stop.labelling():
         if fleet is None and len(devices) == 1 and job.teacher_timeout is None:
             with open_tools(job, devices[0], prepared.ensemble, Reporting(counter)) as tools:

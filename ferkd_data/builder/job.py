@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from ferkd_data.builder.labelling.label_shard import Tools
 from ferkd_data.builder.labelling.staging import current_device, open_staging
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.errors import TeacherError
-from ferkd_data.images import ImageSource, open_source
+from ferkd_data.images import ClassList, ImageSource, open_source
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.compiled import compile_teachers
 
@@ -24,7 +25,7 @@ from ferkd_data.teachers.compiled import compile_teachers
 @dataclass(frozen=True, kw_only=True)
 class Job:
     source: str
-    classes: str | None
+    classes: ClassList | None
     out: Path | str
     """A folder, or the URL of a store."""
     teachers: tuple[TeacherSpec, ...]
@@ -49,7 +50,7 @@ class Job:
         return PurePosixPath(self.out).name
 
     def open_source(self) -> ImageSource:
-        return open_source(self.source, classes=None if self.classes is None else Path(self.classes))
+        return open_source(self.source, classes=self.classes)
 
 
 @contextmanager
@@ -83,7 +84,8 @@ def open_tools(
 
 def _load_teachers(job: Job, device: str) -> list[Teacher]:
     """Raises TeacherError where a teacher is not the one that the driver loaded."""
-    loaded = load_teachers(job.teachers, device=device, precision=job.precision)
+    with same_working_folder():
+        loaded = load_teachers(job.teachers, device=device, precision=job.precision)
     for teacher, digest in zip(loaded, job.digests, strict=False):
         if teacher.digest != digest:
             raise TeacherError(
@@ -92,6 +94,16 @@ def _load_teachers(job: Job, device: str) -> list[Teacher]:
                 "Load them from a file, or set the seed in its factory"
             )
     return loaded
+
+
+@contextmanager
+def same_working_folder() -> Iterator[None]:
+    """Go back to it at the end: a teacher's module may change it, and relative paths would mean something else."""
+    folder = Path.cwd()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
 
 
 def _compute_alone() -> None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ferkd_data.builder.rejects import RejectWriter
 from ferkd_data.errors import SourceError
-from ferkd_data.images import ImageRef, ImageSource, Reject
+from ferkd_data.images import ImageRef, ImageSource, Reject, describe_left_out, in_groups
 from ferkd_data.shards.columns import DIGEST_BYTES
 from ferkd_data.storage import write_atomically
 
@@ -29,6 +29,7 @@ FORMAT: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["target"], "
 """Keys and files are never the same twice; and a footer of 2,500 row groups is to be read with every shard."""
 REF_FIELDS = ("key", "target", "file", "offset", "length")
 DIGEST = pa.binary(DIGEST_BYTES)
+DIGESTED_TOGETHER = 4096
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -57,6 +58,13 @@ class PlanSummary(BaseModel):
     sha256: str
     """Over every key and target in their order; of an extended label set, see ferkd_data.builder.extension.plan."""
     class_names: tuple[str, ...] | None
+    class_folders: tuple[str, ...] | None = None
+    """Class folders, or texts of labels, in the order of their numbers."""
+    left_out: dict[str, int] = {}
+    """Files met beside the images, by reason (see ferkd_data.images.left_out)."""
+    left_out_examples: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the source was read."""
     first_shard: int = 0
     """The number of the first planned shard. Those before it are finished: they are an extended label set's."""
     known_shards: int = 0
@@ -121,8 +129,9 @@ def load_or_make_plan(source: ImageSource, folder: Path, *, images_per_shard: in
         for refs in _shards(source.list_images(), writer, images_per_shard):
             writer.add_shard(table_of(refs))
     if writer.images + writer.rejects == 0:
-        raise SourceError(f"{source.description}: no images found")
-    return save_plan(folder, writer.summary(source.class_names))
+        counts = describe_left_out(source.left_out.counts)
+        raise SourceError(f"{source.description}: no images found{'; left out: ' if counts else ''}{', '.join(counts)}")
+    return save_plan(folder, writer.summary(source))
 
 
 def open_plan(folder: Path) -> Plan:
@@ -175,9 +184,10 @@ class PlanWriter:
         self.max_target = max(self.max_target, pc.max(targets).as_py() if targets.null_count < len(rows) else -1)
         if not are_known:
             pairs = zip(rows["key"].to_pylist(), targets.to_pylist(), strict=True)
-            self.digest.update("".join(f"{key}\0{target}\n" for key, target in pairs).encode())
+            self.digest.update(_digested(pairs))
 
-    def summary(self, class_names: tuple[str, ...] | None) -> PlanSummary:
+    def summary(self, source: ImageSource) -> PlanSummary:
+        """What is known when `source` was listed to its end."""
         return PlanSummary(
             images=self.images,
             labelled_images=self.labelled,
@@ -185,8 +195,25 @@ class PlanWriter:
             rejects=self.rejects,
             shards=self.shards,
             sha256=self.digest.hexdigest(),
-            class_names=class_names,
+            class_names=source.class_names,
+            class_folders=source.class_folder_names,
+            left_out=dict(source.left_out.counts),
+            left_out_examples=source.left_out.examples,
+            notes=source.notes,
         )
+
+
+def digest_of_listing(source: ImageSource) -> str:
+    """`PlanSummary.sha256` of a plan that was made of this source now."""
+    digest = hashlib.sha256(b"")
+    listed = (item for item in source.list_images() if isinstance(item, ImageRef))
+    for refs in in_groups(listed, DIGESTED_TOGETHER):
+        digest.update(_digested((ref.key, ref.target) for ref in refs))
+    return digest.hexdigest()
+
+
+def _digested(pairs: Iterable[tuple[str, int | None]]) -> bytes:
+    return "".join(f"{key}\0{target}\n" for key, target in pairs).encode()
 
 
 def table_of(refs: Sequence[ImageRef]) -> pa.Table:

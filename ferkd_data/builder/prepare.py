@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
 from ferkd_data.buckets import QuantileThresholds
-from ferkd_data.builder.extension.base import Base, open_base
+from ferkd_data.builder.extension.base import Base
 from ferkd_data.builder.extension.plan import load_or_make_extension
-from ferkd_data.builder.job import Job
-from ferkd_data.builder.keywords import SettingsKeywords
+from ferkd_data.builder.finished import digest_of_place
+from ferkd_data.builder.job import Job, same_working_folder
+from ferkd_data.builder.keywords import BuildKeywords
 from ferkd_data.builder.out.state import EXTENDS, BuildFolder, Facts
-from ferkd_data.builder.out.store_folder import place_of
 from ferkd_data.builder.plan import Plan, load_or_make_plan
-from ferkd_data.builder.settings import BuildSettings, Resources
+from ferkd_data.builder.request import Request, make_request
 from ferkd_data.builder.workplace import Workplace, open_workplace
 from ferkd_data.errors import BuildError, FerkdError, UsageError
-from ferkd_data.images import ImageSource
+from ferkd_data.images import ImageSource, describe_left_out
 from ferkd_data.manifest import TeacherEntry, identity_of, read_manifest_bytes
-from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
+from ferkd_data.teachers import Teacher, load_teachers
 from ferkd_data.teachers.classes import check_class_count, check_class_order
-
-OnError = Literal["reject", "fail"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +44,8 @@ class Prepared:
         """
         if self.base is not None:
             self._check_base(folder, self.base, afresh=afresh)
-        begun_before = folder.is_begun
         folder.check_settings(_fingerprint(self.job, self.ensemble, self.base))
+        begun_before = folder.is_begun
         try:
             plan, facts = self._plan_and_facts(folder)
         except FerkdError:
@@ -74,6 +72,9 @@ class Prepared:
             num_classes=self.ensemble[0].num_classes,
             class_names=class_names(plan, self.ensemble),
             source=self.images.description,
+            place_sha256=digest_of_place(self.job.source),
+            class_folders=plan.summary.class_folders,
+            left_out=plan.summary.left_out,
         )
         if self.base is not None:
             self.base.check_class_names(facts.class_names)
@@ -95,48 +96,36 @@ class Prepared:
 
 
 @contextmanager
-def prepare(
-    source: str | Path,
-    out: str | Path,
-    *,
-    teachers: Sequence[str | TeacherSpec] = (),
-    settings: BuildSettings | None = None,
-    resources: Resources | None = None,
-    classes: str | Path | None = None,
-    precision: str = "auto",
-    on_error: OnError = "reject",
-    extend: bool = False,
-    **changes: Unpack[SettingsKeywords],
-) -> Iterator[Prepared]:
-    """The arguments are those of `build`. A cluster that it needs is there for as long as the context lasts."""
-    base = _base(place_of(out)) if extend else None
-    if on_error not in ("reject", "fail"):
-        raise UsageError(f"on_error must be reject or fail, got {on_error!r}")
-    given = {**(vars(settings) if settings else {}), **changes}
-    settings, resources = with_changes(settings, resources, changes)
-    if base is not None:
-        settings = base.settings({name: value for name, value in given.items() if name in vars(settings)})
-        teachers = teachers or base.specs
-        precision = base.precision if precision == "auto" else precision
+def prepare(source: str | Path, out: str | Path, **arguments: Unpack[BuildKeywords]) -> Iterator[Prepared]:
+    """`open_request` for the arguments of `build`."""
+    with open_request(make_request(source, out, **arguments)) as prepared:
+        yield prepared
+
+
+@contextmanager
+def open_request(request: Request) -> Iterator[Prepared]:
+    """Open the source and load the teachers. A cluster that is needed is there for as long as the context lasts."""
+    settings, resources, base = request.settings, request.resources, request.base
     with open_workplace(resources) as workplace:
         job = Job(
-            source=str(source),
-            classes=None if classes is None else str(classes),
-            out=place_of(out),
-            teachers=tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in teachers),
-            precision=precision,
+            source=request.source,
+            classes=request.classes,
+            out=request.out.absolute() if isinstance(request.out, Path) else request.out,
+            teachers=request.teachers,
+            precision=request.precision,
             settings=settings,
             batch_size=workplace.batch_size,
             workers=workplace.workers,
             threads=workplace.threads,
             compile=resources.compile,
             teacher_timeout=resources.teacher_timeout,
-            fail_on_reject=on_error == "fail",
+            fail_on_reject=request.on_error == "fail",
         )
         images = job.open_source()
-        ensemble = load_teachers(
-            job.teachers, device=workplace.device_here, precision=precision, used_on=workplace.devices[0]
-        )
+        with same_working_folder():
+            ensemble = load_teachers(
+                job.teachers, device=workplace.device_here, precision=job.precision, used_on=workplace.devices[0]
+            )
         if settings.top_k > ensemble[0].num_classes:
             raise UsageError(f"top_k {settings.top_k} is more than the teachers' {ensemble[0].num_classes} classes")
         if base is not None:
@@ -145,20 +134,24 @@ def prepare(
         yield Prepared(job=job, workplace=workplace, images=images, ensemble=ensemble, base=base)
 
 
-def _base(place: Path | str) -> Base:
-    if isinstance(place, str):
-        raise UsageError(f"{place}: --extend works on a folder; pull the label set, extend it, and publish it again")
-    return open_base(place)
-
-
 def check_targets(plan: Plan, num_classes: int, *, classes_given: bool) -> None:
     """Raise UsageError where targets and teachers' outputs cannot mean the same classes."""
-    check_class_count(
-        num_classes,
-        class_names=plan.summary.class_names,
-        max_target=plan.summary.max_target,
-        classes_given=classes_given,
-    )
+    summary = plan.summary
+    try:
+        check_class_count(
+            num_classes,
+            class_names=summary.class_names,
+            max_target=summary.max_target,
+            classes_given=classes_given,
+        )
+    except UsageError as error:
+        empty = summary.left_out.get("empty_folder")
+        if not empty:
+            raise
+        left_out = describe_left_out({"empty_folder": empty})[0]
+        raise UsageError(
+            f"{error} ({left_out} left out, such as {summary.left_out_examples['empty_folder']})"
+        ) from error
 
 
 def class_names(plan: Plan, teachers: Sequence[Teacher]) -> tuple[str, ...] | None:
@@ -189,31 +182,12 @@ def teacher_entry(teacher: Teacher) -> TeacherEntry:
 def _fingerprint(job: Job, teachers: Sequence[Teacher], base: Base | None) -> dict[str, Any]:
     """Everything that must be the same for a resume."""
     entries = [teacher_entry(teacher).model_dump(mode="json", exclude={"spec", "name"}) for teacher in teachers]
-    place = job.source if "://" in job.source else str(Path(job.source).absolute())
-    listed = None if job.classes is None else Path(job.classes).read_text(encoding="utf-8")
+    listed = None if job.classes is None else {"folders": job.classes.folders, "names": job.classes.names}
     return {
-        "source": place,
+        "source": job.source,
         "classes": listed,
         **asdict(job.settings),
         "quantile": isinstance(job.settings.thresholds, QuantileThresholds),
         "teachers": entries,
         **({} if base is None else {EXTENDS: base.identity}),
     }
-
-
-def with_changes(
-    settings: BuildSettings | None, resources: Resources | None, changes: Mapping[str, Any]
-) -> tuple[BuildSettings, Resources]:
-    """Settings with single fields replaced. Raises UsageError for a field that neither has."""
-    settings, resources = settings or BuildSettings(), resources or Resources()
-    of_settings = {field.name for field in fields(BuildSettings)}
-    of_resources = {field.name for field in fields(Resources)}
-    unknown = set(changes) - of_settings - of_resources
-    if unknown:
-        raise UsageError(
-            f"build has no setting {sorted(unknown)[0]!r}; settings are {sorted(of_settings | of_resources)}"
-        )
-    return (
-        replace(settings, **{k: v for k, v in changes.items() if k in of_settings}),
-        replace(resources, **{k: v for k, v in changes.items() if k in of_resources}),
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from typing_extensions import Unpack
@@ -11,19 +11,29 @@ from typing_extensions import Unpack
 import ferkd_data
 from ferkd_data.builder.engines import label_shards
 from ferkd_data.builder.extension.seal import seal_extension
+from ferkd_data.builder.finished import Finished, find_finished
 from ferkd_data.builder.keywords import BuildKeywords, SettingsKeywords
-from ferkd_data.builder.out.locks import check_unfinished, open_build_folder, open_part_folder
+from ferkd_data.builder.out.locks import (
+    check_out,
+    check_unfinished,
+    clean_up_after_end,
+    explain_unwritable,
+    open_build_folder,
+    open_part_folder,
+)
 from ferkd_data.builder.out.seal import seal
 from ferkd_data.builder.out.state import BuildFolder, Facts
 from ferkd_data.builder.out.store_folder import open_out, place_of
 from ferkd_data.builder.part import Part
 from ferkd_data.builder.plan import Plan, open_plan
-from ferkd_data.builder.prepare import OnError, prepare
+from ferkd_data.builder.prepare import open_request, teacher_entry
+from ferkd_data.builder.request import OnError, Request, make_request
 from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.builder.stop import Stop
 from ferkd_data.builder.watch.events import BuildFinished, OnProgress, Watcher, Watchers
 from ferkd_data.errors import BuildError, UsageError
-from ferkd_data.manifest import Manifest
+from ferkd_data.images import open_source
+from ferkd_data.manifest import FILE_NAME, Manifest, read_manifest
 from ferkd_data.storage import remove_leftovers
 from ferkd_data.teachers import TeacherSpec
 
@@ -35,6 +45,8 @@ SHARDS_NAMED = 8
 class BuildResult:
     out: Path | str
     manifest: Manifest
+    already_finished: bool = False
+    """The label set was there, and nothing was done."""
 
     @property
     def rejects(self) -> int:
@@ -49,6 +61,8 @@ class PartResult:
     """Of this part; all of them are done."""
     images: int
     rejects: int
+    already_finished: bool = False
+    """The whole label set was there, and nothing was done."""
 
 
 def build(
@@ -85,28 +99,35 @@ def build(
     """
     watcher = Watchers(watchers, on_progress)
     with watcher.told_of_failure():
-        with (
-            prepare(
-                source,
-                out,
-                teachers=teachers,
-                settings=settings,
-                resources=resources,
-                classes=classes,
-                precision=precision,
-                on_error=on_error,
-                extend=extend,
-                **changes,
-            ) as prepared,
-            open_out(place_of(out), overwrite=overwrite, extend=extend) as folder,
-        ):
-            plan, facts = prepared.begin(folder, afresh=overwrite)
-            try:
-                label_shards(prepared, folder, plan, plan.shards, watcher, stop or Stop())
-            finally:
-                # Killed workers leave files aside; this process alone may remove them, since it holds the lock.
-                remove_leftovers(folder.out)
+        request = make_request(
+            source,
+            out,
+            teachers=teachers,
+            settings=settings,
+            resources=resources,
+            classes=classes,
+            precision=precision,
+            on_error=on_error,
+            extend=extend,
+            **changes,
+        )
+        finished = None if overwrite or extend else find_finished(request)
+        if finished is not None:
+            _confirm(finished, request)
+            return _result_of(finished)
+        if isinstance(request.out, Path):
+            check_out(request.out)
+        with open_request(request) as prepared, open_out(request.out, overwrite=overwrite, extend=extend) as folder:
+            with explain_unwritable(folder.out, only_if_named=True):
+                plan, facts = prepared.begin(folder, afresh=overwrite)
+                try:
+                    label_shards(prepared, folder, plan, plan.shards, watcher, stop or Stop())
+                finally:
+                    # Killed workers leave files aside; this process alone may remove them, since it holds the lock.
+                    remove_leftovers(folder.out)
             result = _seal(folder, plan, prepared.job.settings, facts)
+            if prepared.base is not None and result.manifest == prepared.base.manifest:
+                result = replace(result, already_finished=True)
     files = sum(len(shard.files) for shard in result.manifest.shards)
     watcher.see(BuildFinished(images=result.manifest.num_images, rejects=result.rejects, files=files))
     return result
@@ -130,15 +151,26 @@ def build_part(
     place = _local(out, "parts share a folder; for a store, use --engine ray or build without --part")
     watcher = Watchers(watchers, on_progress)
     with watcher.told_of_failure():
+        request = make_request(source, out, **arguments)
+        finished = None if request.base is not None else find_finished(request)
+        if finished is not None:
+            _confirm(finished, request)
+            entries = [entry for entry in finished.manifest.shards if mine.has(entry.index)]
+            images = sum(entry.rows for entry in entries)
+            return PartResult(
+                out=place, part=mine, shards=len(entries), images=images, rejects=0, already_finished=True
+            )
+        check_out(place)
         with (
-            prepare(source, out, **arguments) as prepared,
+            open_request(request) as prepared,
             open_part_folder(place, mine, extend=prepared.base is not None) as folder,
         ):
-            with folder.alone():
-                plan, _ = prepared.begin(folder)
-            shards = mine.shards(plan.shards)
-            label_shards(prepared, folder, plan, shards, watcher, stop or Stop())
-            records = [folder.existing_record(shard) for shard in shards]
+            with explain_unwritable(folder.out, only_if_named=True):
+                with folder.alone():
+                    plan, _ = prepared.begin(folder)
+                shards = mine.shards(plan.shards)
+                label_shards(prepared, folder, plan, shards, watcher, stop or Stop())
+                records = [folder.existing_record(shard) for shard in shards]
     result = PartResult(
         out=folder.out,
         part=mine,
@@ -157,6 +189,9 @@ def finish(out: str | Path) -> BuildResult:
     Raises BuildError that names the shards and parts that are missing.
     """
     place = _local(out, "only a build in parts is finished by hand; run its build command again")
+    if (place / FILE_NAME).is_file() and BuildFolder(place).has_ended:
+        was_interrupted = clean_up_after_end(place)
+        return BuildResult(out=place, manifest=read_manifest(place), already_finished=not was_interrupted)
     check_unfinished(place)
     extend = BuildFolder(place).extends is not None
     with open_build_folder(place, overwrite=False, extend=extend) as folder:
@@ -175,6 +210,19 @@ def finish(out: str | Path) -> BuildResult:
         return _seal(folder, plan, settings, facts)
 
 
+def _confirm(finished: Finished, request: Request) -> None:
+    """Raise SettingsMismatchError where the label set is of other images or teachers, as far as that is not known."""
+    if not finished.source_is_sure:
+        finished.check_source(open_source(request.source, classes=request.classes))
+    if not finished.teachers_are_sure:
+        with open_request(request) as prepared:
+            finished.check_teachers([teacher_entry(teacher) for teacher in prepared.ensemble])
+
+
+def _result_of(finished: Finished) -> BuildResult:
+    return BuildResult(out=finished.place, manifest=finished.manifest, already_finished=not finished.was_interrupted)
+
+
 def _local(out: str | Path, hint: str) -> Path:
     """Raises UsageError for a store."""
     place = place_of(out)
@@ -185,11 +233,8 @@ def _local(out: str | Path, hint: str) -> Path:
 
 def _seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts) -> BuildResult:
     ending = seal_extension if folder.extends is not None else seal
-    manifest = ending(folder, plan, settings, facts, ferkd_data.__version__)
-    if manifest.num_images == 0:
-        raise BuildError(
-            f"{folder.place}: every one of the {manifest.rejects.rows} images was rejected; see rejects.parquet"
-        )
-    folder.commit(manifest)
-    folder.remove()
+    with explain_unwritable(folder.place):
+        manifest = ending(folder, plan, settings, facts, ferkd_data.__version__)
+        folder.commit(manifest)
+        folder.remove()
     return BuildResult(out=folder.place, manifest=manifest)

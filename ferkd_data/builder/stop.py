@@ -23,6 +23,8 @@ class Stop:
         self.grace_seconds = grace_seconds
         self._requested_at: float | None = None
         self._labelling = False
+        self.signal_number: int = signal.SIGTERM
+        """The signal that asked, for the exit status."""
 
     @property
     def requested(self) -> bool:
@@ -53,23 +55,31 @@ class Stop:
             self._labelling = False
 
     def error(self) -> BuildStoppedError:
-        return BuildStoppedError("stopped on request; run the same command again to go on where it stopped")
+        error = BuildStoppedError("stopped on request; run the same command again to go on where it stopped")
+        error.exit_code = 128 + self.signal_number
+        return error
 
 
 @contextmanager
 def stop_on_sigterm(grace_seconds: float = GRACE_SECONDS) -> Iterator[Stop]:
-    """A Stop that SIGTERM asks for. A second SIGTERM ends the process as it would without this.
+    """A Stop that SIGTERM and SIGHUP (a closed terminal) ask for. A second one does what it would do without this.
 
-    Only the main thread can have it.
+    Only the main thread can have it. A signal that is ignored, as SIGHUP is under `nohup`, stays ignored.
     """
     stop = Stop(grace_seconds)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, before)
+        for other, handler in before.items():
+            signal.signal(other, handler)
+        stop.signal_number = number
         stop.request()
 
-    before = signal.signal(signal.SIGTERM, on_signal)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, on_signal)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

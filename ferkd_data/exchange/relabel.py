@@ -19,7 +19,7 @@ from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import UsageError
 from ferkd_data.exchange.arguments import check_at_least
-from ferkd_data.images import ImageRef, Reject
+from ferkd_data.images import ImageRef, Reject, read_class_list
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.shards.columns import ImageLabels
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
@@ -125,7 +125,7 @@ def _job(
     crops = manifest.crop_distribution
     return Job(
         source=str(images),
-        classes=None if classes is None else str(classes),
+        classes=None if classes is None else read_class_list(Path(classes)),
         out=Path(),
         teachers=tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in teachers),
         precision=precision,

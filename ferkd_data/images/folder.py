@@ -25,12 +25,11 @@ class FolderSource:
     lie in the root itself and have no targets.
     """
 
-    def __init__(
-        self, root: Path, class_folders: Mapping[str, int | None] | None, class_names: tuple[str, ...] | None
-    ) -> None:
+    def __init__(self, root: Path, class_folders: Mapping[str, int | None] | None, classes: ClassList | None) -> None:
         self.root = root
         self.class_folders = class_folders
-        self.class_names = class_names
+        self.class_names = None if classes is None else classes.names
+        self.class_folder_names = None if classes is None else classes.folders
         self.left_out = LeftOut()
         """After listing: everything below the root that is no image."""
         self._nested = ""
@@ -190,7 +189,7 @@ def open_folder(root: Path, classes: ClassList | None) -> FolderSource:
     below = [name for name, kind in kinds.items() if kind == "folder" and not skip_reason(name)]
     folders = [name for name in below if folder_holds_images(root / name, frozenset({_identity(root)}))]
     if not folders:
-        return FolderSource(root, None, None if classes is None else classes.names)
+        return FolderSource(root, None, classes)
     images = _first_image(root, kinds)
     if images:
         raise SourceError(
@@ -199,17 +198,18 @@ def open_folder(root: Path, classes: ClassList | None) -> FolderSource:
         )
     named = {} if classes is None else classes.numbers
     if _written_by_img2dataset(root, folders):
-        return FolderSource(root, dict.fromkeys(folders), None if classes is None else classes.names)
+        return FolderSource(root, dict.fromkeys(folders), classes)
     _check_levels(root, [name for name in folders if name not in named])
     if classes is None:
-        return FolderSource(root, {name: i for i, name in enumerate(folders)}, tuple(folders))
+        classes = ClassList(str(root), tuple(folders), tuple(folders))
+        return FolderSource(root, classes.numbers, classes)
     unknown = [name for name in folders if name not in named]
     if unknown:
         raise SourceError(
             f"{root}: class folder {unknown[0]!r} is not in the classes file {classes.where}, which begins with "
             f"{', '.join(map(repr, classes.folders[:3]))}; each line there names a class folder"
         )
-    return FolderSource(root, {name: named[name] for name in folders}, classes.names)
+    return FolderSource(root, {name: named[name] for name in folders}, classes)
 
 
 def _check_levels(root: Path, folders: list[str]) -> None:

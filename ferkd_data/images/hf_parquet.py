@@ -71,6 +71,11 @@ class ParquetSource:
         return self.columns.label_names if self._texts is None else self._texts.names
 
     @property
+    def class_folder_names(self) -> tuple[str, ...] | None:
+        known = self.classes or self._texts
+        return None if known is None else known.folders
+
+    @property
     def notes(self) -> tuple[str, ...]:
         where = f": the columns are {', '.join(self.columns.names)}"
         found = list(self._labels.notes(has_classes=self.classes is not None, where=where))

@@ -68,6 +68,10 @@ class ImageSource(Protocol):
         """Names of the numbered classes. After listing where they are found in the images' own labels."""
 
     @property
+    def class_folder_names(self) -> tuple[str, ...] | None:
+        """Class folders, or the texts of labels, by which classes are numbered, in the order of the numbers."""
+
+    @property
     def left_out(self) -> LeftOut:
         """After listing: the files that are no images of this source."""
 

@@ -65,6 +65,10 @@ class TarSource:
         return f"{len(self.tars)} tars, {first} .. {PurePosixPath(self.tars[-1]).name}"
 
     @property
+    def class_folder_names(self) -> tuple[str, ...] | None:
+        return None if self.classes is None else self.classes.folders
+
+    @property
     def notes(self) -> tuple[str, ...]:
         members = ", ".join(sorted(self._labels.suffixes))
         where = f": the samples hold {members}; it is read from cls, or from label, target, cls or class in json"

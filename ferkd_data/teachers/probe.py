@@ -123,7 +123,8 @@ def _probe(
     teacher: Teacher, pictures: Sequence[npt.NDArray[np.uint8]], targets: Sequence[int | None], device: str
 ) -> TeacherProbe:
     batch = torch.cat([centre_crop(picture, teacher) for picture in pictures])
-    logits = teacher.logits(batch.to(device)).cpu()
+    # One by one: any teacher has room for one image, whatever batch size it is to be used with.
+    logits = torch.cat([teacher.logits(image[None].to(device)).cpu() for image in batch])
     check_answers(logits, count_different(batch), teacher)
     prob = (logits / teacher.spec.temperature).softmax(dim=1)
     known = [number for number, target in enumerate(targets) if target is not None]

@@ -15,9 +15,11 @@ from ferkd_data.builder.estimate.measuring import Sample, measure, measure_toget
 from ferkd_data.builder.estimate.ray_measuring import measure_on_ray
 from ferkd_data.builder.job import open_tools
 from ferkd_data.builder.keywords import DryRunKeywords
+from ferkd_data.builder.overview import overview_of
 from ferkd_data.builder.part import Part
 from ferkd_data.builder.plan import Plan, load_or_make_plan
 from ferkd_data.builder.prepare import Prepared, check_targets, prepare
+from ferkd_data.builder.watch.events import Overview
 from ferkd_data.errors import BuildError, UsageError
 from ferkd_data.teachers import TeacherSpec
 
@@ -55,6 +57,8 @@ class Estimate:
     """The device of each worker that was measured; they worked at the same time."""
     part: str | None
     """Of the build, I/N, that all of this is about; None: the whole."""
+    overview: Overview
+    """What a build would say before it starts."""
 
 
 def dry_run(
@@ -89,10 +93,11 @@ def dry_run(
                 f"{source}: makes {plan.summary.shards} shards, and part {mine} has none; make fewer parts"
             )
         workers = min(prepared.workplace.num_workers, len(shards))
+        overview = overview_of(prepared, plan, shards)
         samples = [sample for sample in _measure(prepared, plan, shards[:workers]) if sample.images]
         if not samples:
             raise BuildError(f"{source}: none of the first images can be used; see the reasons with a build")
-        return _estimate(prepared, plan, shards, mine, workers, samples)
+        return _estimate(prepared, plan, shards, mine, workers, samples, overview)
 
 
 def _measure(prepared: Prepared, plan: Plan, shards: Sequence[int]) -> list[Sample]:
@@ -108,7 +113,13 @@ def _measure(prepared: Prepared, plan: Plan, shards: Sequence[int]) -> list[Samp
 
 
 def _estimate(
-    prepared: Prepared, plan: Plan, shards: Sequence[int], part: Part | None, workers: int, samples: Sequence[Sample]
+    prepared: Prepared,
+    plan: Plan,
+    shards: Sequence[int],
+    part: Part | None,
+    workers: int,
+    samples: Sequence[Sample],
+    overview: Overview,
 ) -> Estimate:
     settings, ensemble = prepared.job.settings, prepared.ensemble
     num_images = plan.count_images(shards)
@@ -139,4 +150,5 @@ def _estimate(
         worker_crops_per_second=rate,
         measured_on=tuple(sample.place for sample in samples),
         part=None if part is None else str(part),
+        overview=overview,
     )

@@ -12,6 +12,7 @@ from ferkd_data.builder.settings import DEFAULT_IMAGES_PER_SHARD, BuildSettings
 from ferkd_data.crops import CropDistribution
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import SettingsMismatchError, UsageError
+from ferkd_data.images import ClassList
 from ferkd_data.manifest import FILE_NAME, Manifest, TeacherEntry, identity_of, parse_manifest, read_manifest_bytes
 
 NOT_COMPARED = {"spec", "name"}
@@ -35,6 +36,14 @@ class Base:
         found = {teacher.precision for teacher in self.manifest.teachers}
         return found.pop() if len(found) == 1 else "auto"
 
+    @property
+    def classes(self) -> ClassList | None:
+        """The classes as they were numbered, where the label set says by which folders or texts."""
+        folders, names = self.manifest.source.class_folders, self.manifest.class_names
+        if folders is None:
+            return None
+        return ClassList(str(self.out / FILE_NAME), folders, names if names and len(names) == len(folders) else folders)
+
     def settings(self, given: Mapping[str, Any]) -> BuildSettings:
         """Those of the extended label set. Only `crops`, `images_per_shard` and `max_pixels` are free.
 
@@ -54,7 +63,10 @@ class Base:
                 f"{self.out}: an extended label set keeps its settings: {'; '.join(lines)}. Leave these out, or build "
                 "into another folder"
             )
-        return BuildSettings(**{"images_per_shard": self._images_per_shard(), **given, **fixed, "crops": crops})
+        free = {"images_per_shard": self._images_per_shard()}
+        if self.manifest.max_pixels is not None:
+            free["max_pixels"] = self.manifest.max_pixels
+        return BuildSettings(**{**free, **given, **fixed, "crops": crops})
 
     def check_teachers(self, entries: Sequence[TeacherEntry]) -> None:
         """Raises SettingsMismatchError that names both values where these would say something else."""
@@ -118,6 +130,8 @@ class Base:
         return block
 
     def _images_per_shard(self) -> int:
+        if self.manifest.images_per_shard is not None:
+            return self.manifest.images_per_shard
         rows = [shard.rows for shard in self.manifest.shards]
         return max(rows) if len(rows) > 1 else max(rows[0], DEFAULT_IMAGES_PER_SHARD[self.manifest.layout])
 

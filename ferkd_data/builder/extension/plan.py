@@ -69,7 +69,7 @@ class _Extension:
             for rows in takewhile(len, shards):
                 writer.add_shard(rows)
         num_shards = len(manifest.shards)
-        summary = writer.summary(self.source.class_names)
+        summary = writer.summary(self.source)
         changes = {
             "max_target": known.max_target,
             "sha256": plan_sha256 if known.num_found == known.num_listed else summary.sha256,

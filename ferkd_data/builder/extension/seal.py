@@ -38,6 +38,8 @@ def seal_extension(folder: BuildFolder, plan: Plan, settings: BuildSettings, fac
                 "description": _description(old, plan, facts),
                 "images_seen": images + rejects.rows,
                 "plan_sha256": plan.summary.sha256 if new_images else old.source.plan_sha256,
+                "place_sha256": facts.place_sha256 if plan.summary.all_listed else None,
+                "left_out": facts.left_out,
             }
         ),
         "shards": shards,
@@ -46,7 +48,7 @@ def seal_extension(folder: BuildFolder, plan: Plan, settings: BuildSettings, fac
     }
     manifest = old.model_copy(update=changes)
     if manifest.model_copy(update={"created_by": old.created_by, "source": old.source}) == old:
-        return old
+        return old  # nothing came to it
     with write_atomically(folder.path / "sealed") as aside:
         aside.write_text(identity_of(manifest.to_json().encode()))
     write_manifest(folder.out, manifest)

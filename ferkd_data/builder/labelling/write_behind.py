@@ -15,6 +15,7 @@ from ferkd_data.builder.labelling.handover import Handover
 from ferkd_data.builder.labelling.label_shard import OnBatch, Tools, label_shard
 from ferkd_data.builder.labelling.tally import Tally
 from ferkd_data.builder.labelling.teacher_counts import TeacherCounts
+from ferkd_data.builder.out.locks import explain_unwritable
 from ferkd_data.builder.out.state import BuildFolder, RejectRecord, ShardRecord
 from ferkd_data.builder.plan import Plan
 from ferkd_data.errors import BuildError
@@ -84,6 +85,12 @@ class WriteBehind:
         return rows
 
     def _write(self, work: _Work) -> ShardRecord:
+        with explain_unwritable(self.folder.place):
+            record = self._write_shard(work)
+            self.folder.save(record)
+        return record
+
+    def _write_shard(self, work: _Work) -> ShardRecord:
         settings, thresholds = self.tools.settings, self.tools.thresholds
         first_crop = self.plan.first_crop(work.shard)
         tally = Tally()
@@ -95,7 +102,7 @@ class WriteBehind:
             block_starts=[start - first_crop for start in settings.block_starts if start >= first_crop],
             first_block=first_crop // settings.crops_per_block,
         )
-        record = ShardRecord(
+        return ShardRecord(
             index=work.shard,
             rows=num_rows,
             files=files,
@@ -105,8 +112,6 @@ class WriteBehind:
             statistics=tally.total().model_copy(update=work.counts.statistics()),
             thresholds=(thresholds.low, thresholds.mid, thresholds.top),
         )
-        self.folder.save(record)
-        return record
 
 
 class _Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from ferkd_data.buckets import (
 )
 from ferkd_data.builder.out.state import REJECTS_NAME, BuildFolder, Facts, ShardRecord
 from ferkd_data.builder.plan import Plan
-from ferkd_data.builder.rejects import RejectWriter, rejects_entry
+from ferkd_data.builder.rejects import RejectWriter, read_rejects, rejects_entry
 from ferkd_data.builder.settings import BuildSettings
+from ferkd_data.errors import BuildError
 from ferkd_data.images import Reject
 from ferkd_data.manifest import (
     FILE_NAME,
@@ -40,7 +42,11 @@ from ferkd_data.storage import write_atomically
 
 
 def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts, version: str) -> Manifest:
-    """Write rejects.parquet and manifest.json; every shard must have its record. Can be run again after a kill."""
+    """Write rejects.parquet and manifest.json; every shard must have its record. Can be run again after a kill.
+
+    Raises BuildError where every image was rejected: nothing is written then, and the build begins anew.
+    """
+    _check_any_labelled(folder, plan)
     thresholds = _final_thresholds(folder, plan, settings, facts.num_classes)
     records = [_with_thresholds(folder, shard, settings, thresholds, facts.num_classes) for shard in plan.shards]
     rejects = write_rejects(folder, plan, REJECTS_NAME)
@@ -71,10 +77,15 @@ def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts,
             confidence=thresholds.confidence,
             quantile=(asked.low, asked.mid, asked.top) if isinstance(asked, QuantileThresholds) else None,
         ),
+        max_pixels=settings.max_pixels,
+        images_per_shard=settings.shard_images,
         source=SourceEntry(
             description=facts.source,
             images_seen=plan.summary.images + plan.summary.rejects,
             plan_sha256=plan.summary.sha256,
+            place_sha256=facts.place_sha256,
+            class_folders=facts.class_folders,
+            left_out=facts.left_out,
         ),
         shards=tuple(ShardEntry(index=r.index, rows=r.rows, files=r.files) for r in records),
         rejects=rejects,
@@ -82,6 +93,23 @@ def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts,
     )
     write_manifest(folder.out, manifest)
     return manifest
+
+
+def _check_any_labelled(folder: BuildFolder, plan: Plan) -> None:
+    reasons: Counter[str] = Counter()
+    for shard in plan.shards:
+        record = folder.existing_record(shard)
+        if record.rows:
+            return
+        reasons.update(reject.reason for reject in record.rejects)
+    reasons.update(reject.reason for reject in read_rejects(plan.folder / "plan-rejects.parquet"))
+    written = write_rejects(folder, plan, REJECTS_NAME)
+    kept = folder.start_over(folder.out / REJECTS_NAME)
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    raise BuildError(
+        f"{folder.place}: no label set was written, since every one of the {written.rows} images was rejected "
+        f"({counts}); {kept} says why for each. Mend the images and run the same command again"
+    )
 
 
 def write_manifest(out: Path, manifest: Manifest) -> None:

@@ -1,5 +1,7 @@
 """`.build/`: what an unfinished build remembers, and who may work on it.
 
+Without state.json, whatever else lies there belongs to no build, and the next one removes it.
+
 lock            held by the process that builds, or shared by those that build a part each; the system releases it
                 when that process dies
 part-3-of-8     held by the process that builds this part
@@ -9,6 +11,7 @@ facts.json      what the manifest will say of teachers and source, so that `fini
 plan.*          what to label
 shards/N.json   one record for each finished shard: written after its files, so it is the shard's commit point
 sealed          SHA-256 of an extension's manifest, written just before the manifest: with that in place, all is done
+rejects.parquet of a build in which every image was rejected, which writes no label set
 
 While a finished label set is extended, its own manifest stays in place: OUT is that label set until the end.
 """
@@ -88,6 +91,9 @@ class Facts(BaseModel):
     num_classes: int
     class_names: tuple[str, ...] | None
     source: str
+    place_sha256: str | None = None
+    class_folders: tuple[str, ...] | None = None
+    left_out: dict[str, int] = {}
 
 
 class BuildFolder:
@@ -119,6 +125,7 @@ class BuildFolder:
         path = self.path / "state.json"
         present = json.loads(json.dumps({"version": STATE_VERSION, "settings": settings}))
         if not path.exists():
+            self.clear()
             with write_atomically(path) as aside:
                 aside.write_text(json.dumps(present, indent=1))
             return
@@ -137,6 +144,7 @@ class BuildFolder:
     def drop_what_has_ended(self) -> None:
         """Clear what a build, or an extension, left that was killed after its last step."""
         if not (self.path / "state.json").exists():
+            self.clear()
             return
         present = identity_of(read_manifest_bytes(self.out))
         sealed = self.path / "sealed"
@@ -149,6 +157,16 @@ class BuildFolder:
                 f"{self.out}: {FILE_NAME} is not the one that an unfinished extension began with; bring it back, or "
                 "start the extension anew with --extend --overwrite"
             )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the manifest is there, and all that is missing is that this folder goes away."""
+        if not (self.out / FILE_NAME).exists():
+            return False
+        if not (self.path / "state.json").exists() or self.extends is None:
+            return True
+        sealed = self.path / "sealed"
+        return sealed.exists() and sealed.read_text() == identity_of(read_manifest_bytes(self.out))
 
     def _remove_old_rejects(self) -> None:
         listed = read_manifest(self.out).rejects.path
@@ -174,11 +192,21 @@ class BuildFolder:
 
     def clear(self) -> None:
         """Forget everything but who works here."""
-        for path in self.path.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name not in ("lock", "plan-lock") and not PART_LOCK.fullmatch(path.name):
-                path.unlink()
+        # A kill in between must not leave a plan without the settings that it belongs to, or take an extension that
+        # has ended for one that has not.
+        for path in list(self.path.iterdir()):
+            if path.name not in ("state.json", "sealed") and not is_lock(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name in ("state.json", "sealed"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def start_over(self, rejects: Path) -> Path:
+        """Forget the build, all of whose images were rejected, so that the same command begins anew.
+
+        `rejects` becomes `.build/rejects.parquet`, which says why.
+        """
+        self.clear()
+        return rejects.replace(self.path / REJECTS_NAME)
 
     def saved_settings(self) -> BuildSettings:
         saved = json.loads((self.path / "state.json").read_bytes())["settings"]
@@ -254,10 +282,16 @@ class BuildFolder:
 
     def remove(self) -> None:
         """Forget the build: it has ended."""
+        self.clear()
         shutil.rmtree(self.path)
 
     def _record_path(self, shard: int) -> Path:
         return self.path / "shards" / f"{shard:05d}.json"
+
+
+def is_lock(name: str) -> bool:
+    """Whether a file of `.build/` only says who works there."""
+    return name in ("lock", "plan-lock") or PART_LOCK.fullmatch(name) is not None
 
 
 def _size(path: Path) -> int | None:

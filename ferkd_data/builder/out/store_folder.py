@@ -129,6 +129,10 @@ class StoreFolder(BuildFolder):
         self._send(self.out / manifest.rejects.path, manifest.rejects.path)
         self._send(self.out / FILE_NAME, FILE_NAME)
 
+    def start_over(self, rejects: Path) -> Path:
+        self.remote.remove(FOLDER)
+        return super().start_over(rejects)
+
     def remove(self) -> None:
         self.remote.remove(FOLDER)
         shutil.rmtree(self.out)
@@ -166,7 +170,7 @@ class StoreFolder(BuildFolder):
 
 def place_of(out: str | Path) -> Path | str:
     """OUT as a folder, or as the URL of a store."""
-    return out if isinstance(out, str) and is_remote(out) else Path(str(out).removeprefix("file://"))
+    return out if isinstance(out, str) and is_remote(out) else Path(str(out).removeprefix("file://")).expanduser()
 
 
 def folder_of(place: Path | str) -> BuildFolder:

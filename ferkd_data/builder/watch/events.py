@@ -7,6 +7,33 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+from ferkd_data.teachers.probe import TeacherProbe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """What a build has understood of its images and teachers, before it labels anything."""
+
+    source: str
+    images: int
+    """To be labelled, without those that the listing rejected."""
+    images_with_target: int
+    rejects: dict[str, int]
+    """By the listing: reason -> images."""
+    left_out: dict[str, int]
+    """Files that are no images, by reason (see ferkd_data.images.left_out)."""
+    left_out_examples: dict[str, str]
+    notes: tuple[str, ...]
+    """What a person should know of how the source was read."""
+    num_classes: int
+    first_class: str | None
+    """Name of class 0, where classes have names."""
+    last_class: str | None
+    shards: int
+    crops_per_image: int
+    teachers: tuple[TeacherProbe, ...]
+    """What each teacher says of a few images; none where all shards are labelled, or where it could not be asked."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildStarted:
@@ -125,7 +152,8 @@ class BuildFailed:
 
 
 Event: TypeAlias = (
-    BuildStarted
+    Overview
+    | BuildStarted
     | WorkerStarted
     | WorkerDied
     | BatchHalved

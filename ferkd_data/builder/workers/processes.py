@@ -98,7 +98,7 @@ def start_process(number: int, device: str, target: Callable[..., None], job: Jo
 def _interrupts_held() -> Iterator[None]:
     """A process that is started inside never gets a Ctrl-C: it would print where in its imports that met it."""
     resource_tracker.ensure_running()  # its start would let them through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
     try:
         yield
     finally:
@@ -110,6 +110,7 @@ def work(driver: Connection, job: Job, device: str) -> None:
     # A batch system, and Ctrl-C, signal all processes of a job; the driver decides what the signal means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_driver, daemon=True).start()
     labeller = Labeller(job, device)
     with contextlib.suppress(EOFError, OSError):

@@ -78,6 +78,17 @@ def frozen():
     return Frozen(1)
 
 
+class Late(Tiny):
+    """Says nothing that makes sense of its real batches."""
+
+    def forward(self, x):
+        return super().forward(x) * (float("nan") if len(x) > 1 else 1)
+
+
+def late():
+    return Late(1)
+
+
 def unborn():
     if "FERKD_DRIVER" not in os.environ or int(os.environ["FERKD_DRIVER"]) != os.getpid():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -155,8 +166,8 @@ def test_workers_that_never_start_end_the_build(photos, deadly, tmp_path):
 
 @pytest.mark.usefixtures("quick_workers")
 def test_a_workers_error_is_the_builds_error(photos, deadly, tmp_path):
-    with pytest.raises(TeacherError, match="ferkd_tiny_teachers:nan gave NaN") as raised:
-        fd.build(photos, tmp_path / "a", teachers=["python:ferkd_tiny_teachers:nan"], processes=2, **SMALL)
+    with pytest.raises(TeacherError, match="deadly_teachers:late gave NaN") as raised:
+        fd.build(photos, tmp_path / "a", teachers=[deadly + "late"], processes=2, **SMALL)
     assert "worker" in str(raised.value.__cause__) and "raise_if_wrong" in str(raised.value.__cause__)
 
 

@@ -17,13 +17,16 @@ from ferkd_data.builder.extension.known_images import KnownImages
 from ferkd_data.builder.extension.piles import Piles
 from ferkd_data.builder.plan import load_or_make_plan, open_plan
 from ferkd_data.errors import SourceError, StorageFullError
-from ferkd_data.images import ImageRef, Reject
+from ferkd_data.images import ImageRef, LeftOut, Reject
 
 
 class MadeUp:
     """Images that nobody reads; every seventh is a reject where asked for."""
 
     class_names = None
+    class_folder_names = None
+    left_out = LeftOut()
+    notes = ()
     description = "made up"
 
     def __init__(self, num_images, with_rejects=False):

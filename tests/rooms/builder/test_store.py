@@ -54,8 +54,9 @@ def test_the_store_gets_what_a_folder_would(store, photos, teachers, label_set, 
     assert same_files(fetched(tmp_path / "copy"), label_set)
     assert not files_below(tmp_path / "cache-of-this-host")
     assert fd.open_labels(OUT).identity == fd.open_labels(label_set).identity
-    with pytest.raises(BuildError, match="holds a finished label set"):
-        fd.build(photos, OUT, teachers=teachers, **SMALL)
+    assert fd.build(photos, OUT, teachers=teachers, **SMALL).already_finished
+    with pytest.raises(BuildError, match="holds a finished label set with other settings: crops: saved 10, now 2"):
+        fd.build(photos, OUT, teachers=teachers, **{**SMALL, "crops": 2})
     fd.build(photos, OUT, teachers=teachers, overwrite=True, **{**SMALL, "crops": 2})
     assert fd.open_labels(OUT).num_crops == 2
     assert not [name for name in store.sizes() if name.endswith("-001.parquet")]

@@ -1,0 +1,84 @@
+"""What a build has understood, in about ten lines on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .say import say
+
+SHOWN = 6
+"""Reasons in one line."""
+
+
+class ShowOverview:
+    """A watcher of a build: prints the overview, and keeps it for `--json`."""
+
+    def __init__(self) -> None:
+        self.overview: Any = None
+
+    def see(self, event: Any) -> None:
+        from ferkd_data.builder.watch.events import Overview
+
+        if isinstance(event, Overview):
+            self.overview = event
+            for line in lines(event):
+                say(line, err=True)
+
+
+def lines(overview: Any) -> Iterator[str]:
+    """The overview as a table of two columns."""
+    images, known = overview.images, overview.images_with_target
+    yield _line("source", f"{overview.source}: {count(images, 'image')} in {count(overview.shards, 'shard')}")
+    yield _line("ground truth", f"known for {known:,}, unknown for {images - known:,}")
+    yield _line("classes", _classes(overview))
+    if overview.left_out:
+        yield _line("left out", left_out(overview.left_out, overview.left_out_examples))
+    if overview.rejects:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in overview.rejects.items())
+        yield _line("rejected", f"{count(sum(overview.rejects.values()), 'image')} by name or label: {reasons}")
+    for note in overview.notes:
+        yield _line("note", note)
+    for teacher in overview.teachers:
+        yield _line("teacher", f"{teacher.teacher}: {teacher.input_size} px, {count(teacher.num_classes, 'output')}")
+        yield _line("", _answers(teacher))
+        for hint in teacher.hints:
+            yield _line("hint", hint)
+    yield _line("to do", f"{overview.crops_per_image} crops of each image")
+
+
+def left_out(counts: Mapping[str, int], examples: Mapping[str, str] | None = None) -> str:
+    """`3 system files (.DS_Store), 1 .txt file (notes.txt)`."""
+    from ferkd_data.images import describe_left_out
+
+    order = sorted(counts.items(), key=lambda item: (-item[1], item))
+    words = [describe_left_out({reason: number})[0] for reason, number in order]
+    shown = [
+        f"{text} ({examples[reason]})" if examples and reason in examples else text
+        for (reason, _), text in zip(order[:SHOWN], words, strict=False)
+    ]
+    rest = sum(number for _, number in order[SHOWN:])
+    return ", ".join([*shown, f"{rest:,} more"] if rest else shown)
+
+
+def count(number: int, thing: str) -> str:
+    """`1 image`, `1,200 images`."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def _classes(overview: Any) -> str:
+    last = overview.num_classes - 1
+    if overview.first_class is None:
+        return f"{overview.num_classes:,}, numbered 0 to {last}, without names"
+    return f"{overview.num_classes:,}: 0 is {overview.first_class}, {last} is {overview.last_class}"
+
+
+def _answers(teacher: Any) -> str:
+    low, middle, high = teacher.p_max
+    top1 = "" if teacher.top1 is None else f"{teacher.top1:.0%} right, "
+    equal = f", all classes equal on {teacher.all_equal:.0%}" if teacher.all_equal else ""
+    return f"on {count(teacher.images, 'image')}: {top1}p_max {low:.2f} to {high:.2f}, median {middle:.2f}{equal}"
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<13} {text}"

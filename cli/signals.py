@@ -1,0 +1,53 @@
+"""Signals that end a command, the same for all of them.
+
+SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) end a command in order at the first signal, with one line and
+status 128 + the signal's number. A second signal ends the process at once. Nothing that was finished is lost either
+way. A build first gives the shards in work some time (`--grace`) at SIGTERM and SIGHUP.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Signalled(KeyboardInterrupt):
+    """Raised in the main thread at the first signal; libraries treat it as they treat Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def orderly_end() -> Iterator[None]:
+    """Handle ENDING until the context ends. Does nothing outside the main thread, and for signals that are ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if seen:
+            with suppress(OSError):
+                os.write(2, b"\nferkd-data: ended at once; run the same command again to go on\n")
+            os._exit(128 + number)
+        seen = True
+        raise Signalled(number)
+
+    # `nohup` and `&` in scripts leave signals ignored, and mean it.
+    taken = {number: before for number in ENDING if (before := signal.getsignal(number)) is not signal.SIG_IGN}
+    for number in taken:
+        signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for number, before in taken.items():
+            signal.signal(number, before)

@@ -1,0 +1,91 @@
+"""What a build has understood, said before it starts: a person sees in the first minute that something is wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from threading import Thread
+
+from ferkd_data.builder.plan import Plan
+from ferkd_data.builder.prepare import Prepared, class_names
+from ferkd_data.builder.rejects import read_rejects
+from ferkd_data.builder.watch.events import Overview
+from ferkd_data.errors import TeacherError
+from ferkd_data.images import ImageRef
+from ferkd_data.teachers.memory import is_out_of_memory
+from ferkd_data.teachers.probe import PROBE_IMAGES, TeacherProbe, probe_teachers
+
+PROBE_SHARDS = 8
+FEW_IMAGES = 8
+"""Looked at by a driver on a cluster, whose teachers are on its CPU."""
+
+
+def overview_of(prepared: Prepared, plan: Plan, todo: Sequence[int]) -> Overview:
+    """The images of the whole plan, and the teachers' answers to a few images of the shards `todo`.
+
+    Raises TeacherError for a teacher that is no classifier (see `probe_teachers`).
+    """
+    summary = plan.summary
+    names = class_names(plan, prepared.ensemble)
+    reasons = Counter(reject.reason for reject in read_rejects(plan.folder / "plan-rejects.parquet"))
+    return Overview(
+        source=prepared.images.description,
+        images=summary.images,
+        images_with_target=summary.labelled_images,
+        rejects=dict(reasons.most_common()),
+        left_out=summary.left_out,
+        left_out_examples=summary.left_out_examples,
+        notes=summary.notes,
+        num_classes=prepared.ensemble[0].num_classes,
+        first_class=names[0] if names else None,
+        last_class=names[-1] if names else None,
+        shards=summary.shards,
+        crops_per_image=prepared.job.settings.crops,
+        teachers=_probe(prepared, _spread(plan, todo)) if todo else (),
+    )
+
+
+def _spread(plan: Plan, shards: Sequence[int]) -> list[ImageRef]:
+    """A few images from everywhere; a few neighbours of each shard where there are many, since reading is by shards."""
+    with_images = [shard for shard, images in zip(shards, plan.shard_images(shards), strict=True) if images]
+    chosen = with_images[:: max(1, len(with_images) // PROBE_SHARDS)][:PROBE_SHARDS]
+    found: list[ImageRef] = []
+    for shard in chosen:
+        refs = plan.refs(shard)
+        each = -(-PROBE_IMAGES // len(chosen))
+        step = 1 if len(chosen) == PROBE_SHARDS else max(1, len(refs) // each)
+        found.extend(refs[::step][:each])
+    return found[:PROBE_IMAGES]
+
+
+def _probe(prepared: Prepared, refs: Sequence[ImageRef]) -> tuple[TeacherProbe, ...]:
+    """Nothing where a device has no room for so many images at once: a build halves its batches, a probe does not."""
+    job, workplace = prepared.job, prepared.workplace
+    refs = refs if workplace.fleet is None else refs[:FEW_IMAGES]
+    answers: list[tuple[TeacherProbe, ...]] = []
+    failures: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            answers.append(probe_teachers(prepared.ensemble, prepared.images, refs, device=workplace.device_here))
+        except BaseException as error:
+            failures.append(error)
+
+    if job.teacher_timeout is None:
+        ask()
+    else:
+        # A thread that waits for a teacher that hangs cannot be ended; as a daemon it goes with the process.
+        thread = Thread(target=ask, daemon=True, name="ferkd-data-probe")
+        thread.start()
+        thread.join(job.teacher_timeout * max(1, len(prepared.ensemble)))
+        if thread.is_alive():
+            raise TeacherError(
+                f"teachers {', '.join(map(str, job.teachers))}: no answer for {len(refs)} images within "
+                f"{job.teacher_timeout:g} seconds; run the same command again, with a larger --teacher-timeout if they "
+                "are slow"
+            )
+    for failure in failures:
+        if isinstance(failure, RuntimeError) and is_out_of_memory(failure):
+            return ()
+        raise failure
+    return answers[0]

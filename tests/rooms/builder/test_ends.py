@@ -1,0 +1,298 @@
+"""The end of a build: killed between any two of its steps it goes on, and run again afterwards it has ended already."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from dataclasses import fields
+
+import pytest
+from label_sets import edit_manifest, files_below, same_files
+
+import ferkd_data as fd
+from ferkd_data.builder import BuildSettings, build_part, finish
+from ferkd_data.builder import run as run_module
+from ferkd_data.builder.finished import _saved
+from ferkd_data.errors import BuildError, ManifestError, SettingsMismatchError
+from ferkd_data_cli.main import run
+
+TINY = {"crops": 4, "crops_per_block": 2, "top_k": 3, "images_per_shard": 3, "device": "cpu", "workers": 1}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory, make_photos):
+    return make_photos(tmp_path_factory.mktemp("few"), 10)
+
+
+def die_before_step(step, from_the_end, work, *arguments):
+    """Kill this process before its `step`-th change to a file system, counted from the end of a build or from here."""
+    count = 0
+    seal = run_module._seal
+
+    def see(event, details):
+        nonlocal count
+        if event in CHANGES or (event == "open" and isinstance(details[2], int) and details[2] & WRITING):
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(*details):
+        sys.addaudithook(see)
+        return seal(*details)
+
+    if from_the_end:
+        run_module._seal = watched
+    else:
+        sys.addaudithook(see)
+    work(*arguments)
+
+
+def build(few, out, teacher, settings):
+    fd.build(few, out, teachers=[teacher], **settings)
+
+
+def extend(few, out, teacher, settings):
+    fd.build(few, out, extend=True, crops=6, device="cpu")
+
+
+def finish_by_hand(few, out, teacher, settings):
+    finish(out)
+
+
+def label_all(monkeypatch, work, *arguments):
+    """Everything but the end."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "_seal", stop)
+        work(*arguments)
+
+
+QUANTILES = fd.QuantileThresholds(low=0.1, mid=0.3, top=0.8)
+
+
+@pytest.mark.parametrize(
+    ("work", "settings"),
+    [
+        (build, {}),
+        (build, {"thresholds": QUANTILES, "layout": "webdataset"}),
+        (extend, {}),
+        (finish_by_hand, {}),
+    ],
+    ids=["build", "quantiles in tars", "extend", "finish"],
+)
+def test_a_kill_before_any_step_of_the_end(few, tiny_teachers, tmp_path, monkeypatch, quick_process, work, settings):
+    """Each of them, with a real process and SIGKILL: the next run ends well, with the bytes of an undisturbed build."""
+    settings = TINY | settings
+    whole, labelled, out = tmp_path / "whole", tmp_path / "labelled", tmp_path / "out"
+    arguments = [few, whole, tiny_teachers, settings]
+    build(*arguments)
+    if work is extend:
+        shutil.copytree(whole, labelled)
+        extend(*arguments)
+    label_all(monkeypatch, extend if work is extend else build, few, labelled, tiny_teachers, settings)
+    step = killed = 0
+    while True:
+        step += 1
+        shutil.copytree(labelled, out)
+        arguments = (step, True, work, few, out, tiny_teachers, settings)
+        process = quick_process.Process(target=die_before_step, args=arguments)
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        killed += 1
+        if (out / "manifest.json").exists():
+            assert fd.verify(out).ok
+        else:
+            with pytest.raises(ManifestError):
+                fd.open_labels(out)
+        if work is finish_by_hand and not (out / "manifest.json").exists():
+            finish(out)
+        else:
+            work(few, out, tiny_teachers, settings)
+        assert same_files(out, whole), step
+        assert not list(out.rglob("*.tmp")) and fd.verify(out).warnings == ()
+        shutil.rmtree(out)
+    assert same_files(out, whole)
+    assert killed >= 10, "the steps were not seen"
+
+
+def arguments_of(few, out, teacher):
+    options = ["--crops", "4", "--crops-per-block", "2", "--top-k", "3", "--images-per-shard", "3", "--device", "cpu"]
+    return ["build", str(few), str(out), "--teacher", teacher, *options]
+
+
+def test_the_same_command_after_the_end(few, tiny_teachers, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    command = arguments_of(few, out, tiny_teachers)
+    assert run(command) == 0
+    before = files_below(out)
+    capsys.readouterr()
+
+    def never(*_, **__):
+        raise AssertionError("no teacher is needed to see that a build has ended")
+
+    monkeypatch.setattr("ferkd_data.builder.prepare.load_teachers", never)
+    assert run(command) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert run(["finish", str(out)]) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert run([*command, "--part", "1/2"]) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert files_below(out) == before
+
+
+def test_rejects_are_told_by_the_status_of_the_run_that_ends_the_build(make_photos, tiny_teachers, tmp_path, capsys):
+    """A batch system that starts a job again must not see it fail for ever: 3 once, then 0 with a line."""
+    photos = make_photos(tmp_path / "photos", 10)
+    (photos / "class0/broken.jpg").write_bytes(b"no picture")
+    command = arguments_of(photos, tmp_path / "out", tiny_teachers)
+    assert run(command) == 3
+    capsys.readouterr()
+    assert run(command) == 0
+    assert "1 image could not be used" in capsys.readouterr().err
+
+
+def test_other_settings_images_or_teachers_are_not_taken_for_the_same(few, make_photos, tiny_teachers, tmp_path):
+    out = tmp_path / "out"
+    fd.build(few, out, teachers=[tiny_teachers], **TINY)
+    before = files_below(out)
+    for changes, message in (
+        ({"crops": 5}, "crops: saved 4, now 5"),
+        ({"seed": 1}, "seed: saved 0, now 1"),
+        ({"max_pixels": 10**7}, "max_pixels: saved 89478485, now 10000000"),
+        ({"thresholds": fd.Thresholds(low=0.1)}, r"thresholds\[0\]: saved 0.15, now 0.1"),
+        ({"layout": "webdataset"}, "layout: saved 'parquet', now 'webdataset'"),
+        ({"precision": "bf16"}, r"precision\[0\]: saved 'fp32', now 'bf16'"),
+    ):
+        with pytest.raises(SettingsMismatchError, match=f"finished label set with other settings: .*{message}"):
+            fd.build(few, out, teachers=[tiny_teachers], **{**TINY, **changes})
+    with pytest.raises(SettingsMismatchError, match=r"teachers\[0\].digest"):
+        fd.build(few, out, teachers=["python:ferkd_tiny_teachers:second"], **TINY)
+    with pytest.raises(SettingsMismatchError, match="number of teachers: saved 1, now 2"):
+        fd.build(few, out, teachers=[tiny_teachers, "python:ferkd_tiny_teachers:second"], **TINY)
+    other = make_photos(tmp_path / "few", 20)
+    with pytest.raises(SettingsMismatchError, match="finished label set of other images"):
+        fd.build(other, out, teachers=[tiny_teachers], **TINY)
+    assert files_below(out) == before
+
+
+def test_every_setting_is_compared(few, tiny_teachers, tmp_path):
+    """A new field of BuildSettings has to be in the manifest, or a finished build would be taken for another."""
+    out = tmp_path / "out"
+    manifest = fd.build(few, out, teachers=[tiny_teachers], **TINY).manifest
+    compared = _saved(manifest).keys() | {"distribution"}
+    assert {field.name for field in fields(BuildSettings)} <= compared
+
+
+def test_the_same_images_at_another_place_are_the_same(few, tiny_teachers, tmp_path):
+    out = tmp_path / "out"
+    fd.build(few, out, teachers=[tiny_teachers], **TINY)
+    shutil.copytree(few, tmp_path / "moved")
+    assert fd.build(tmp_path / "moved", out, teachers=[tiny_teachers], **TINY).already_finished
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_teacher_s_file_that_is_newer_than_the_labels_is_looked_at(few, tiny_teachers, tmp_path):
+    import torch
+
+    out, file = tmp_path / "out", tmp_path / "teacher.pt"
+    modules = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10)) for _ in range(2)]
+    torch.jit.script(modules[0]).save(str(file))
+    spec = f"torchscript:{file}?size=8&mean=0.5&std=0.5"
+    fd.build(few, out, teachers=[spec], **TINY)
+    os.utime(file, (2e9, 2e9))
+    assert fd.build(few, out, teachers=[spec], **TINY).already_finished
+    torch.jit.script(modules[1]).save(str(file))
+    os.utime(file, (2e9, 2e9))
+    with pytest.raises(SettingsMismatchError, match=r"teachers\[0\].digest"):
+        fd.build(few, out, teachers=[spec], **TINY)
+
+
+def test_missing_files_of_a_finished_set_are_no_success(few, tiny_teachers, tmp_path):
+    out = tmp_path / "out"
+    fd.build(few, out, teachers=[tiny_teachers], **TINY)
+    (out / "labels/00001-001.parquet").unlink()
+    with pytest.raises(BuildError, match=r"1 of its 8 files are gone, such as labels/00001-001\.parquet"):
+        fd.build(few, out, teachers=[tiny_teachers], **TINY)
+
+
+def test_a_set_that_no_build_wrote_is_not_taken_for_this_build(few, tiny_teachers, tmp_path):
+    out = tmp_path / "out"
+    fd.build(few, out, teachers=[tiny_teachers], **TINY)
+    edit_manifest(out, lambda content: content.update(merged_from=["a", "b"]))
+    with pytest.raises(BuildError, match="that was merged, not built"):
+        fd.build(few, out, teachers=[tiny_teachers], **TINY)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_every_image_rejected_writes_no_label_set_and_the_same_command_goes_on(
+    make_photos, tiny_teachers, tmp_path, in_parts
+):
+    photos, out = make_photos(tmp_path / "photos", 10), tmp_path / "out"
+    good = files_below(photos)
+    for name in good:
+        (photos / name).write_bytes(b"\xff\xd8\xff broken")
+
+    def command():
+        if not in_parts:
+            return fd.build(photos, out, teachers=[tiny_teachers], **TINY)
+        for part in ("1/2", "2/2"):
+            build_part(photos, out, part=part, teachers=[tiny_teachers], **TINY)
+        return finish(out)
+
+    for _ in range(2):
+        with pytest.raises(
+            BuildError, match=r"every one of the 10 images was rejected \(10 truncated\).*rejects.parquet"
+        ):
+            command()
+        assert not (out / "manifest.json").exists() and (out / ".build/rejects.parquet").exists()
+        assert not (out / "rejects.parquet").exists()
+        with pytest.raises(ManifestError):
+            fd.verify(out)
+    for name, data in good.items():
+        (photos / name).write_bytes(data)
+    assert command().manifest.num_images == 10
+    fd.build(photos, tmp_path / "whole", teachers=[tiny_teachers], **TINY)
+    assert same_files(out, tmp_path / "whole")
+
+
+def test_a_kill_while_an_old_set_is_overwritten(few, tiny_teachers, tmp_path, quick_process):
+    """More shards than the new build has: none of the old ones may stay."""
+    old, out, whole = tmp_path / "old", tmp_path / "out", tmp_path / "whole"
+    fd.build(few, old, teachers=[tiny_teachers], **{**TINY, "images_per_shard": 1})
+    fd.build(few, whole, teachers=[tiny_teachers], **TINY)
+    for step in (1, 2, 4, 7, 12, 20, 30):
+        shutil.copytree(old, out)
+        arguments = (step, False, build, few, out, tiny_teachers, {**TINY, "overwrite": True})
+        process = quick_process.Process(target=die_before_step, args=arguments)
+        process.start()
+        process.join()
+        if (out / "manifest.json").exists():
+            assert fd.verify(out).ok
+            fd.build(few, out, teachers=[tiny_teachers], overwrite=True, **TINY)
+        else:
+            fd.build(few, out, teachers=[tiny_teachers], **TINY)
+        assert same_files(out, whole), step
+        shutil.rmtree(out)
+
+
+def test_nothing_is_left_where_no_build_began(few, tiny_teachers, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(fd.FerkdError):
+        fd.build(few, out, teachers=["python:ferkd_tiny_teachers:eleven_classes"], **TINY)
+    assert not out.exists()
+    out.mkdir()
+    fd.build(few, out, teachers=[tiny_teachers], **TINY)
+    before = files_below(out)
+    with pytest.raises(fd.FerkdError):
+        fd.build(few, out, extend=True, crops=3, device="cpu")
+    assert files_below(out) == before
