@@ -1,12 +1,11 @@
-"""From a window of the plan to batches: read, decode, draw, cut, calibrate. Runs in worker processes.
+"""From a window of the plan to batches: read, decode, draw, cut, calibrate. Runs in any process.
 
-Legend: I images of a window, M crops per image, B crops of a batch, S output side, n crops of a block.
+Legend: I images of a window, M crops per image, B crops of a batch, S output side.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,19 +16,18 @@ import torch
 from torch import Tensor
 
 from ferkd_data import rng
-from ferkd_data.calibration import Calibration, calibrate, crop_actions, crop_buckets, use_probability
-from ferkd_data.class_map import map_columns
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, LoaderError
 from ferkd_data.images import decode_rgb
 from ferkd_data.images.patience import IMAGES_IN_A_ROW, UnansweredImageError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.checked_images import CheckedImages
-from ferkd_data.loader.draw import BlockDraws, draw, epoch_draws
+from ferkd_data.loader.draw import BlockDraws, epoch_draws
 from ferkd_data.loader.epochs import Epochs
 from ferkd_data.loader.image_table import Images, give_memory_back
 from ferkd_data.loader.key_table import KeyTable
 from ferkd_data.loader.label_cache import LabelCache
+from ferkd_data.loader.labelling import Drawn, draw_crops, window_targets
 from ferkd_data.loader.one_core import one_thread
 from ferkd_data.loader.order import InChunks, Part, epoch_order
 from ferkd_data.loader.plan import Window, stand_in
@@ -74,24 +72,12 @@ class Made(NamedTuple):
         return SoftTargets(num_classes=num_classes, **tensors)
 
 
-class _Drawn(NamedTuple):
-    """The labels of the crops drawn, each with leading axes (I, M)."""
-
-    boxes: npt.NDArray[np.uint16]
-    flip: npt.NDArray[np.bool_]
-    operations: npt.NDArray[np.uint16]
-    class_index: npt.NDArray[Any]
-    class_prob: npt.NDArray[np.float16]
-    bucket: npt.NDArray[np.uint8]
-    codes: npt.NDArray[np.uint8]
-
-
 class Labelled(NamedTuple):
     """A window's crops before any image is read."""
 
     rows: npt.NDArray[np.int64]
     records: npt.NDArray[np.void]
-    drawn: _Drawn
+    drawn: Drawn
     targets: list[SoftTargets]
     """One for each batch of the window, in the order of the slots."""
 
@@ -204,8 +190,9 @@ class BatchMaker:
         self.images.stage(stage)
         records = [self.cache.take(part.block, rows) for part in draws]
         calibration = self.epochs.at(window.epoch).calibration
-        drawn = self._draw(records, draws, calibration)
-        targets = self._targets(window, rows, drawn, records[0]["target"], calibration)
+        drawn = draw_crops(self.labels, records, draws, calibration=calibration, seed=self.settings.seed)
+        target = records[0]["target"]
+        targets = window_targets(self.labels, window, drawn, rows=rows, target=target, calibration=calibration)
         return Labelled(rows, records[0], drawn, targets)
 
     def finish(self, window: Window, images: Tensor, targets: list[SoftTargets], skipped: list[str]) -> Made:
@@ -245,37 +232,8 @@ class BatchMaker:
             part.drawn,
             crops_per_image=part.crops_per_image,
             num_crops=self.labels.num_crops,
-            crops_per_block=self._block_size(),
+            crops_per_block=self.labels.manifest.block_crops(0),
         )
-
-    def _draw(
-        self, records: list[npt.NDArray[np.void]], draws: tuple[BlockDraws, ...], calibration: Calibration
-    ) -> _Drawn:
-        parts = []
-        for block, part in zip(records, draws, strict=True):
-            # A view of fewer crops than were labelled ends within a block.
-            shown = min(block["flip"].shape[1], self.labels.num_crops - part.block * self._block_size())
-            block_of = {name: block[name][:, :shown] for name in _CROP_FIELDS}
-            bucket, codes = self._codes(calibration, block_of | {"target": block["target"]})
-            chosen = draw(block["key_hash"], use_probability(calibration, codes), part, seed=self.settings.seed)
-            row = np.arange(len(chosen))[:, None]
-            drawn = {name: block_of[name][row, chosen] for name in _DRAWN_FIELDS}
-            parts.append(_Drawn(**drawn, bucket=bucket[row, chosen], codes=codes[row, chosen]))
-        if len(parts) == 1:
-            return parts[0]
-        return _Drawn(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
-
-    def _codes(
-        self, calibration: Calibration, columns: dict[str, npt.NDArray[Any]]
-    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        """Buckets and action codes (I, n) of stored crops, by their difficulty for the classes that are trained on."""
-        if self.labels.class_map is not None:
-            columns = map_columns(self.labels.class_map, columns, self.labels.manifest.thresholds.absolute())
-        bucket = crop_buckets(calibration, columns["bucket"], columns["class_prob"], columns["target_prob"])
-        return bucket, crop_actions(calibration, bucket, columns["class_index"][..., 0], columns["target"][:, None])
-
-    def _block_size(self) -> int:
-        return self.labels.manifest.block_crops(0)
 
     def _skip(self, row: int, error: ImageError) -> str:
         """Where and why an image is left out. Raises LoaderError where none may be."""
@@ -327,42 +285,6 @@ class BatchMaker:
             key = f"row {in_shard}"
         return f"image {key!r} (shard {shard} of {labels.location})"
 
-    def _targets(
-        self,
-        window: Window,
-        rows: npt.NDArray[np.int64],
-        drawn: _Drawn,
-        target: npt.NDArray[np.int32],
-        calibration: Calibration,
-    ) -> list[SoftTargets]:
-        """One for each batch of the window, in the order of the slots."""
-        flat = np.empty(sum(window.batches), np.int64)
-        wanted = window.slots >= 0
-        flat[window.slots[wanted]] = np.flatnonzero(wanted.reshape(-1))
-        image = flat // wanted.shape[1]
-        class_map = self.labels.class_map
-        hard = (target if class_map is None else class_map.targets(target))[image].astype(np.int64)
-        whole = calibrate(
-            calibration,
-            class_index=drawn.class_index.reshape(-1, drawn.class_index.shape[-1])[flat],
-            class_prob=drawn.class_prob.reshape(-1, drawn.class_prob.shape[-1])[flat],
-            codes=drawn.codes.reshape(-1)[flat],
-            target=hard,
-            num_classes=self.cache.labels.num_classes,
-            class_map=class_map,
-        )
-        known = torch.from_numpy(hard)
-        whole = replace(
-            whole,
-            hard=known,
-            hard_partner=known,
-            hard_share=torch.ones(len(known)),
-            bucket=torch.from_numpy(drawn.bucket.reshape(-1)[flat]),
-            rows=torch.from_numpy(rows[image]),
-        )
-        bounds = np.cumsum([0, *window.batches])
-        return [whole[slice(int(a), int(b))] for a, b in itertools.pairwise(bounds)]
-
     def _mix(self, window: Window, images: Tensor, targets: list[SoftTargets]) -> None:
         selfmix = self.settings.selfmix
         if selfmix is None:
@@ -393,7 +315,3 @@ def check_labelled_size(height: int, width: int, record: np.void) -> None:
     if (height, width) != (record["height"], record["width"]):
         labelled = f"{record['width']}x{record['height']}"
         raise ImageError("other_image", f"it is {width}x{height} pixels, {labelled} were labelled")
-
-
-_DRAWN_FIELDS = ("boxes", "flip", "operations", "class_index", "class_prob")
-_CROP_FIELDS = (*_DRAWN_FIELDS, "target_prob", "bucket")
