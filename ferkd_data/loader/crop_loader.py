@@ -47,10 +47,19 @@ SHOWN = ("batch_size", "crops_per_image", "size", "calibration", "num_workers", 
 
 
 class CropLoader(DataLoaderLike):
-    """Iterating gives `(images, targets)`: uint8 (B, 3, S, S), channels last, and `SoftTargets` of B rows.
+    """Batches of replayed crops: iterating gives `(images, targets)`, uint8 (B, 3, S, S) channels last and SoftTargets.
 
-    An epoch is one pass over the images, `crops_per_image` crops of each (or see `epoch`); `len(loader)` counts its
-    batches. The same seed gives the same batches with any number of workers.
+    An epoch has `len(loader)` batches, however a loop ends it; each iteration is the next epoch, and only after
+    `load_state_dict` the rest of one. The same seed gives the same batches with any number of workers.
+
+        loader = fd.CropLoader(fd.open_labels("labels"), images="imagenet/train", batch_size=1024, num_workers=8)
+        for epoch in range(75):
+            loader.set_epoch(epoch)
+            for images, targets in loader:
+                loss = fd.soft_cross_entropy(model(fd.normalize(images)), targets)
+
+    It stands where a DataLoader stood: it has its attributes, takes its ranks from torch.distributed, and must not be
+    wrapped in a DataLoader.
     """
 
     def __init__(
@@ -309,10 +318,10 @@ class CropLoader(DataLoaderLike):
         """
         labels, cache, images = pickle.loads(pickle.dumps((self._maker.labels, self._maker.cache, self._maker.images)))
         maker = BatchMaker(labels, cache, images, self._maker.settings)
-        maker.prepare_blocks(self._place.epoch)
+        place = self._start() if self._under_way is None else self._place
+        maker.prepare_blocks(place.epoch)
         ranks = ranks_now(self.settings.rank, self.settings.world_size)
-        layout = self._layout(self._place.epoch)
-        return maker, next(windows(layout, self._place, rank=ranks.rank, world_size=ranks.world_size))
+        return maker, next(windows(self._layout(place.epoch), place, rank=ranks.rank, world_size=ranks.world_size))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on with exactly the next batch; the number of workers and of ranks may differ.

@@ -20,15 +20,15 @@ Rows = npt.NDArray[np.int64]
 OrderKind = Literal["global", "shards", "sequential"]
 ORDERS: tuple[OrderKind, ...] = get_args(OrderKind)
 ROUNDS = 6
-"""Of the Feistel network: 4 suffice for a random permutation in theory (Luby and Rackoff, 1988)."""
+"""Rounds of the Feistel network; 4 suffice for a random permutation in theory (Luby and Rackoff, 1988)."""
 
 
 KNOWN_CHUNKS = 4
-"""That are kept."""
+"""Chunks that are kept."""
 
 
 class Stage(NamedTuple):
-    """Where an epoch that goes from shard to shard is."""
+    """Shards that a piece of an epoch needs, for orders that go from shard to shard."""
 
     now: list[int]
     """Shards that a piece of the epoch needs, and those shuffled together with them."""
@@ -71,7 +71,7 @@ def _feistel(values: rng.UInt64s, keys: rng.UInt64s, half: np.uint64, mask: np.u
 
 
 class Sequential:
-    """As the label set has them."""
+    """Images in the order of the label set."""
 
     def __init__(self, shard_rows: Sequence[int] | Rows, *, shards_ahead: int) -> None:
         self._full = np.flatnonzero(np.asarray(shard_rows))
@@ -90,7 +90,7 @@ class Sequential:
 
 @dataclass(frozen=True)
 class GlobalShuffle:
-    """Any image may follow any other."""
+    """One permutation of all images: any image may follow any other."""
 
     num_images: int
     key: int
@@ -136,7 +136,7 @@ class ShardShuffle:
         return np.searchsorted(self._group_starts, positions, side="right") - 1
 
     def _shards_of(self, group: int) -> list[int]:
-        """Those that have rows."""
+        """The shards of a group that have rows."""
         places = range(group * self._group_size, min((group + 1) * self._group_size, len(self._shards)))
         return [int(self._shards[i]) for i in places if self._starts[i] < self._starts[i + 1]]
 

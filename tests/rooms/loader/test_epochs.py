@@ -149,6 +149,23 @@ def test_an_iterator_that_has_given_everything_just_ends(make):
     assert next(first, None) is None
 
 
+def test_the_next_window_is_that_of_the_next_batch(make, known):
+    """Within an epoch, at its end, and after a loop left it early."""
+    loader = make()
+
+    def ahead():
+        return loader.next_window()[1].epoch, int(loader.next_window()[1].positions[0])
+
+    assert ahead() == (0, 0)
+    stream = iter(loader)
+    next(stream)
+    assert ahead() == (0, 4)
+    del stream
+    assert ahead() == (1, 0)
+    islice(loader)
+    assert ahead() == (2, 0) and known[name(next(iter(loader)))] == (2, 0)
+
+
 def two_then_one(epoch):
     return 2 if epoch % 2 == 0 else 1
 
