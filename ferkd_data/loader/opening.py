@@ -13,6 +13,7 @@ from ferkd_data.loader.key_table import KeyTable
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.settings import LoaderSettings
 from ferkd_data.loader.shard_records import ShardRecords
+from ferkd_data.loader.transform import draws_elsewhere
 
 
 def open_maker(
@@ -39,6 +40,13 @@ def open_maker(
         warnings.warn(
             f"{labels.location}: {len(labels) - len(kept)} of {len(labels)} labelled images are missing and were "
             f"dropped (images_missing='drop'): {len(kept)} are left",
+            stacklevel=3,
+        )
+    if settings.transform is not None and draws_elsewhere(settings.transform, settings.size_at(0)):
+        warnings.warn(
+            "transform gives different crops for the same seed: it draws from a generator of its own, not from those of "
+            "torch, NumPy or random, which are seeded for each crop. A resume, or another number of workers, will give "
+            "other crops. Seed it in the transform, from int(torch.randint(2**31, ()))",
             stacklevel=3,
         )
     stored = kept.unmapped

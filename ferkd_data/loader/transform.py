@@ -22,6 +22,8 @@ from ferkd_data.errors import LoaderError
 
 Transform: TypeAlias = Callable[[Tensor], Tensor]
 
+TRIES = 8
+"""Seeds with which a transform is tried."""
 _LOCK = threading.Lock()
 """Held while the global generators are not the user's: loaders in several threads of a process take turns."""
 
@@ -70,3 +72,21 @@ def transformed(transform: Transform, crop: Tensor, seed: int, where: Callable[[
 def crop_seed(seed: int, key_hash: int, draw: int) -> int:
     """The seed of an image's crop, 64 bits. `draw` counts all crops that the training has drawn of the image before."""
     return rng.hash64("transform", seed, key_hash, draw)
+
+
+def draws_elsewhere(transform: Transform, size: int) -> bool:
+    """Whether a transform gives different crops for the same seed, so that it draws from a generator of its own.
+
+    Tried on noise, for several seeds, since many transforms change a crop only at times. One that fails is not judged:
+    it fails on the first crop too, which then is named.
+    """
+    crop = torch.from_numpy(rng.generator("noise").integers(0, 256, (3, size, size), np.uint8))
+    with lent_generators():
+        for seed in range(TRIES):
+            try:
+                first, second = (transformed(transform, crop.clone(), seed, str) for _ in range(2))
+            except LoaderError:
+                return False
+            if not torch.equal(first, second):
+                return True
+    return False

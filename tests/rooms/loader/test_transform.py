@@ -296,3 +296,32 @@ def test_a_data_set_transforms_too(label_set, photos, tmp_path):
     batches = torch.cat([images for images, _ in loader])
     assert torch.equal(batches, torch.cat([noised.item(row, 0)[0] for row in range(20)]))
     assert not torch.equal(batches, torch.cat([plain.item(row, 0)[0] for row in range(20)]))
+
+
+class OwnGenerator:
+    """As Albumentations: a generator of its own, which nobody seeds."""
+
+    def __init__(self):
+        self.generator = np.random.default_rng()
+
+    def __call__(self, crop):
+        if self.generator.random() < 0.5:
+            return crop
+        return crop ^ int(self.generator.integers(1, 256))
+
+
+def test_a_generator_of_its_own_is_warned_of_and_can_be_seeded(make, label_set, photos, tmp_path):
+    own = OwnGenerator()
+    with pytest.warns(UserWarning, match=r"transform gives different crops for the same seed.*torch\.randint") as said:
+        make(transform=own)
+    with pytest.warns(UserWarning, match="transform gives different crops"):
+        fd.CropDataset(fd.open_labels(label_set), images=photos, transform=own, cache_dir=tmp_path)
+    assert len(said) == 1
+
+    def seeded(crop):
+        own.generator = np.random.default_rng(int(torch.randint(2**31, ())))
+        return own(crop)
+
+    assert same(contents(make(transform=seeded)), contents(make(transform=seeded)))
+    # Those that fail are no such case: the first crop says so, by name.
+    make(transform=failing)
