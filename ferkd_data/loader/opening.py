@@ -44,8 +44,8 @@ def open_maker(
         )
     if settings.transform is not None and draws_elsewhere(settings.transform, settings.size_at(0)):
         warnings.warn(
-            "transform gives different crops for the same seed: it draws from a generator of its own, not from those of "
-            "torch, NumPy or random, which are seeded for each crop. A resume, or another number of workers, will give "
+            "transform gives different crops for the same seed: it draws from a generator of its own, not from those "
+            "of torch, NumPy or random, which are seeded for each crop. A resume, or another number of workers, gives "
             "other crops. Seed it in the transform, from int(torch.randint(2**31, ()))",
             stacklevel=3,
         )
