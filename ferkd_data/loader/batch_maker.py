@@ -18,7 +18,8 @@ from torch import Tensor
 from ferkd_data import rng
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, LoaderError
-from ferkd_data.images import decode_rgb
+from ferkd_data.images import decode_rgb, image_size
+from ferkd_data.images.decode import decode_reduced
 from ferkd_data.images.patience import IMAGES_IN_A_ROW, UnansweredImageError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.checked_images import CheckedImages
@@ -31,6 +32,7 @@ from ferkd_data.loader.labelling import Drawn, draw_crops, window_targets
 from ferkd_data.loader.one_core import one_thread
 from ferkd_data.loader.order import InChunks, Part, epoch_order
 from ferkd_data.loader.plan import Window, stand_in
+from ferkd_data.loader.reduced import divisor_for, reduced_crops
 from ferkd_data.loader.settings import LoaderSettings, without_functions
 from ferkd_data.loader.shard_records import ShardRecords
 from ferkd_data.loader.transform import Transform, crop_seed, lent_generators, transformed
@@ -113,8 +115,9 @@ class BatchMaker:
 
         def cut(labelled: Labelled, i: int) -> None:
             record, drawn = labelled.records[i], labelled.drawn
-            pixels = decode_checked(self.read(int(labelled.rows[i]), record), record)
             crops = Crops(boxes=drawn.boxes[i], flip=drawn.flip[i], operations=drawn.operations[i])
+            data = self.read(int(labelled.rows[i]), record)
+            pixels, crops = self._decoded(data, record, crops, window.slots[i] >= 0, images.shape[-1])
             self._cut_image(pixels, window.slots[i], crops, bool(together[i]), images)
             if self.settings.transform is not None:
                 self._transform(self.settings.transform, window, labelled, i, images)
@@ -241,6 +244,19 @@ class BatchMaker:
         if self.settings.on_error == "raise":
             raise LoaderError(f"{place}: {error}") from error
         return f"{place}: {error}"
+
+    def _decoded(
+        self, data: bytes, record: np.void, crops: Crops, wanted: npt.NDArray[np.bool_], size: int
+    ) -> tuple[npt.NDArray[np.uint8], Crops]:
+        """The image with its crops; both reduced where `decode_scale` allows it for the wanted crops."""
+        divisor = 1
+        if self.settings.decode_scale == "auto" and wanted.any():
+            divisor = divisor_for(crops.boxes[wanted], size)
+        pixels = decode_reduced(data, divisor) if divisor > 1 else None
+        if pixels is None:
+            return decode_checked(data, record), crops
+        check_labelled_size(*image_size(data, max_pixels=2**32), record)
+        return pixels, reduced_crops(crops, divisor, *pixels.shape[:2])
 
     def _cut_image(
         self, pixels: npt.NDArray[np.uint8], slots: npt.NDArray[np.int64], crops: Crops, together: bool, out: Tensor

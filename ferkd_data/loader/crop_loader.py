@@ -25,6 +25,7 @@ from ferkd_data.loader.order import OrderKind
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, read_place, saved_epoch, settled, windows
 from ferkd_data.loader.ranks import Ranks, ranks_now, warn_if_alone
 from ferkd_data.loader.settings import (
+    DecodeScale,
     EpochKind,
     ImagesMissing,
     LoaderSettings,
@@ -85,6 +86,7 @@ class CropLoader(DataLoaderLike):
         prefetch_factor: int = 2,
         pin_memory: bool = False,
         decode_device: str | torch.device | None = None,
+        decode_scale: DecodeScale = "exact",
         verify_images: Verify = "first_epoch",
         verify_labels: VerifyLabels | None = None,
         on_error: OnError = "raise",
@@ -116,6 +118,8 @@ class CropLoader(DataLoaderLike):
             world_size - 1 images come twice.
         decode_device: "cuda": JPEGs are decoded, cut and mixed there by this process, workers only read and label, and
             the images of batches lie there. Pixels differ a little (see docs/loader.md). "cpu" tries the same path.
+        decode_scale: "auto": a large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides where each crop drawn of it still
+            has twice the pixels of `size` then. Pixels differ from those that were labelled (see docs/loader.md).
         verify_images: when the images' digests are compared with those labelled; their sizes always are.
         verify_labels: first_read: the SHA-256 of each label file is compared with the manifest when the file is first
             read or unpacked; never: it is not. None: as `labels` were opened (first_read, unless you said otherwise).
@@ -156,6 +160,7 @@ class CropLoader(DataLoaderLike):
             prefetch_factor=prefetch_factor,
             pin_memory=pin_memory,
             decode_device=decode_device,
+            decode_scale=decode_scale,
             verify_images=verify_images,
             on_error=on_error,
             images_missing=images_missing,

@@ -84,6 +84,8 @@ class Epochs:
             described["epoch"] = settings.epoch
         if callable(settings.crops_per_image):
             described["crops drawn before"] = at.drawn
+        if settings.decode_scale != "exact":
+            described["decode_scale"] = settings.decode_scale
         if settings.transform is not None:
             described["transform"] = _described(settings.transform)
         return described

@@ -27,12 +27,14 @@ OnError = Literal["raise", "skip"]
 ImagesMissing = Literal["raise", "drop"]
 EpochKind = Literal["images", "crops"]
 TargetsKind = Literal["soft", "dense"]
+DecodeScale = Literal["exact", "auto"]
 CHOICES = {
     "verify_images": Verify,
     "on_error": OnError,
     "images_missing": ImagesMissing,
     "epoch": EpochKind,
     "targets": TargetsKind,
+    "decode_scale": DecodeScale,
 }
 OfEpoch: TypeAlias = Callable[[int], int]
 OF_EPOCH = ("size", "crops_per_image")
@@ -82,6 +84,8 @@ class LoaderSettings:
     """Windows that each worker makes ahead."""
     pin_memory: bool = False
     decode_device: str | torch.device | None = None
+    decode_scale: DecodeScale = "exact"
+    """Whether JPEGs may be decoded at a fraction of their size where their crops are much larger than `size`."""
     verify_images: Verify = "first_epoch"
     on_error: OnError = "raise"
     images_missing: ImagesMissing = "raise"
@@ -162,6 +166,10 @@ class LoaderSettings:
             raise UsageError(f"transform must be a function of a crop, uint8 (3, S, S), got {self.transform!r}")
         if self.transform is not None and self.decode_device is not None:
             raise UsageError("transform needs crops that workers cut: leave out decode_device")
+        if self.decode_scale != "exact" and self.decode_device is not None:
+            raise UsageError("decode_scale is for decoding in workers: leave out decode_device")
+        if self.decode_scale != "exact" and self.decode_device is not None:
+            raise UsageError("decode_scale is for decoding in workers: leave out decode_device")
         check_ranks(self.rank, self.world_size)
 
 
