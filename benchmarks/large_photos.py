@@ -12,7 +12,7 @@ In turn, CPU time of one thread for each image, with 4 crops of 224 px (RandomRe
   each decoded image; CPU time of its process
 
 Two kinds of photos are made of the demo's 20 real ones. `enlarged`: one of them, resized, with some noise, as soft in
-its pixels as a camera's. `mosaic`: many of them side by side, as sharp as a photo can be: the worst case for differences.
+its pixels as a camera's. `mosaic`: many of them side by side, as sharp as a photo can be, where pixels differ most.
 """
 
 from __future__ import annotations
