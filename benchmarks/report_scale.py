@@ -20,19 +20,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from synthetic import count_statistics, random_labels, write_label_set
+from synthetic import random_labels, write_label_set
 
 from ferkd_data.shards.columns import ImageLabels
 
 PER_SHARD = 4096
 DIFFERENT = 256
 """Images whose labels are drawn. Later ones repeat them under other keys: drawing takes longer than all the rest."""
+IMPORTS = """
+import resource
+import ferkd_data as fd
+from ferkd_data.report.make import write_report
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
 CHILD = """
 import resource, sys, time
 import ferkd_data as fd
-
+from ferkd_data.report.make import write_report
 start = time.perf_counter(), time.process_time()
-result = fd.write_report(sys.argv[1], sys.argv[2])
+result = write_report(sys.argv[1], sys.argv[2])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(time.perf_counter() - start[0], time.process_time() - start[1], peak, result.bytes)
 """
@@ -63,6 +69,8 @@ def main() -> None:
                 f"{1e6 * cpu / num_images:>21.0f} {peak:>9.0f} {size / 1000:>8.0f}",
                 flush=True,
             )
+    imports = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True).stdout
+    print(f"a process that has imported all of it and done nothing: {float(imports):.0f} MiB")
     print(f"the benchmark itself took {resource.getrusage(resource.RUSAGE_SELF).ru_utime:.0f} s to write the labels")
 
 
@@ -90,7 +98,6 @@ def write_labels(out: Path, num_images: int, options: argparse.Namespace) -> Non
 
     begun = time.perf_counter()
     write_label_set(out, map(rows, range(0, num_images, PER_SHARD)), **settings, crops_per_block=50)
-    count_statistics(out)
     print(f"# {num_images:,} images written in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
 
 

@@ -9,6 +9,7 @@ import click
 
 from .options import json_option, print_json
 from .say import say
+from .transfers import show_images
 
 
 @click.command()
@@ -27,7 +28,8 @@ def command(a: str, b: str, examples: int, as_json: bool) -> int:
     import ferkd_data as fd
 
     first, second = fd.open_labels(a), fd.open_labels(b)
-    result = fd.compare(first, second, examples=examples)
+    with show_images("compare") as on_progress:
+        result = fd.compare(first, second, examples=examples, on_progress=on_progress)
     if as_json:
         print_json(asdict(result))
         return 0

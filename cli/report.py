@@ -9,6 +9,7 @@ import click
 
 from .options import json_option, print_json
 from .say import say
+from .transfers import show_images
 
 
 @click.command()
@@ -34,7 +35,8 @@ def command(labels: str, file: Path, images: str | None, csv: Path | None, log_j
     """
     from ferkd_data.report import write_report
 
-    result = write_report(labels, file, images=images, csv=csv, log_json=log_json)
+    with show_images("report") as on_progress:
+        result = write_report(labels, file, images=images, csv=csv, log_json=log_json, on_progress=on_progress)
     if as_json:
         print_json({**asdict(result), "path": str(result.path)})
         return 0

@@ -6,6 +6,7 @@ Everything is kept as sums and samples of fixed size, so memory does not grow wi
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +21,7 @@ from ferkd_data.report.sketch import POSITIVE, Sketch
 from ferkd_data.report.suspects import SuspectList
 from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels
 
-SHEET_CROPS = 12
+SHEET_CROPS = 14
 """Crops of each bucket that are shown."""
 STRATA, STRATUM_CROPS = 40, 3
 """Crops over the range of p_max, from which those that change bucket are shown."""
@@ -132,11 +133,18 @@ class Collector:
         )
 
 
-def collect(labels: LabelSet) -> Collected:
+OnImages = Callable[[int, "int | None"], None]
+"""Gets the images done so far, and how many there are."""
+
+
+def collect(labels: LabelSet, on_progress: OnImages | None = None) -> Collected:
     """Read every shard and the rejects once. Raises ShardError or RemoteError where one cannot be read."""
-    collector = Collector(labels)
+    collector, done = Collector(labels), 0
     for shard in labels.shards():
         collector.add(shard)
+        done += len(shard)
+        if on_progress:
+            on_progress(done, len(labels))
     if labels.manifest.rejects.rows:
         with labels.open(labels.manifest.rejects) as file:
             for reject in read_rejects(file.path):

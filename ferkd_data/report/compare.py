@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ferkd_data import rng
 from ferkd_data.errors import LabelSetError
 from ferkd_data.label_set import LabelSet, check_same_classes, open_labels
+from ferkd_data.report.collect import OnImages
 from ferkd_data.report.samples import Smallest
 from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels
 from ferkd_data.targets import recover
@@ -79,14 +80,16 @@ class Comparison:
     """The crops of the largest KL divergence, at most one of each image."""
 
 
-def compare(a: LabelSet | str | Path, b: LabelSet | str | Path, *, examples: int = 10) -> Comparison:
+def compare(
+    a: LabelSet | str | Path, b: LabelSet | str | Path, *, examples: int = 10, on_progress: OnImages | None = None
+) -> Comparison:
     """Compare two label sets of the same images: other teachers, thresholds or crops.
 
         fd.compare("labels-a", "labels-b").same_top1
 
     Images are joined by key; where the order differs, 16 bytes are kept for each image of B.
     Crops are compared where both sets have the same box. A different number of crops is no hindrance: with the same
-    seed the first ones are the same.
+    seed the first ones are the same. `on_progress` gets (images done, images of A).
 
     Raises LabelSetError where the classes are not the same, or no image is in both.
     """
@@ -96,6 +99,8 @@ def compare(a: LabelSet | str | Path, b: LabelSet | str | Path, *, examples: int
     sums = _Sums(num_classes=first.num_classes, worst=Smallest[Difference](examples))
     for ours, theirs in _pairs(first, second):
         sums.add(ours, theirs)
+        if on_progress:
+            on_progress(sums.images, len(first))
     if not sums.images:
         raise LabelSetError(
             f"{first.location} and {second.location}: no image is in both; keys look like "

@@ -10,7 +10,7 @@ from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.report.cards import extremes
-from ferkd_data.report.collect import Collected, collect
+from ferkd_data.report.collect import Collected, OnImages, collect
 from ferkd_data.report.page import SUSPECTS_SHOWN, page
 from ferkd_data.report.pictures import Pictures, take_pictures
 from ferkd_data.report.render import SECTIONS, render, write_page
@@ -37,6 +37,7 @@ def write_report(
     images: str | Path | ImageSource | None = None,
     csv: str | Path | None = None,
     log_json: str | Path | None = None,
+    on_progress: OnImages | None = None,
 ) -> ReportResult:
     """Write the label set as one HTML file to look at.
 
@@ -46,6 +47,7 @@ def write_report(
     `images`, a label set of layout webdataset shows its own, others have no pictures. `csv` is where the images with a
     doubtful ground truth are listed, at most 1,000. A folder in which a build is at work, or was interrupted, is
     reported as far as its shards are finished. `log_json` is the build's log, which knows how long it took.
+    `on_progress` gets (images done, images in all).
 
     Raises MissingExtraError without the extra `report`, LabelSetError or RemoteError where the labels cannot be read,
     SourceError or UsageError where the images are not those.
@@ -58,7 +60,7 @@ def write_report(
         opened, found, progress = unfinished.labels(), unfinished.found(), unfinished.progress
     else:
         opened = labels if isinstance(labels, LabelSet) else open_labels(labels)
-        found = collect(opened)
+        found = collect(opened, on_progress)
     pictures = pictures_for(opened, found, images)
     text = render_report(opened, found, pictures, hours=hours, progress=progress)
     write_page(Path(path), text)

@@ -145,7 +145,7 @@ def test_a_key_that_comes_twice_is_no_error(opened):
 def test_samples_are_of_their_group(opened, found):
     thresholds = opened.manifest.thresholds
     for code, sheet in enumerate(found.sheets):
-        assert len(sheet) == min(12, found.sketch.buckets[0, code])
+        assert len(sheet) == min(14, found.sketch.buckets[0, code])
         assert all(crop.image.bucket[crop.number] == code for crop in sheet)
     assert all(crop.p_max >= thresholds.mid and crop.top1 != crop.image.target for crop in found.wrong)
     assert [crop.p_max for crop in found.strata] == sorted(crop.p_max for crop in found.strata)
