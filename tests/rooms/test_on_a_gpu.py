@@ -119,12 +119,14 @@ def test_normalising_is_one_kernel():
 def test_a_loaders_crops_are_cut_and_placed_there(slots):
     crops = [image(n, 50, 40, 3).crops for n in range(2)]
     with open_fake_gpu() as gpu:
-        workers = SimpleNamespace(
-            _maker=SimpleNamespace(settings=SimpleNamespace(size=32, interpolation="bilinear")),
-            _device=torch.device("cuda"),
+        maker = SimpleNamespace(
+            settings=SimpleNamespace(interpolation="bilinear"),
+            epochs=SimpleNamespace(at=lambda epoch: SimpleNamespace(size=32)),
         )
+        workers = SimpleNamespace(_maker=maker, _device=torch.device("cuda"))
         pixels = [torch.empty((3, 50, 40), dtype=torch.uint8, device="cuda") for _ in crops]
-        images = DeviceWorkers._placed(workers, pixels, crops, np.split(np.array(slots), 2), 6)
+        window = SimpleNamespace(epoch=0, batches=(6,))
+        images = DeviceWorkers._placed(workers, window, pixels, crops, np.split(np.array(slots), 2))
     assert tuple(images.shape) == (6, 3, 32, 32) and images.device.type == "cuda"
     assert not gpu.waits
 

@@ -66,8 +66,8 @@ def used(folder):
 
 def test_a_cache_on_a_full_disk(many_shards, tmp_path, monkeypatch):
     @contextmanager
-    def on_a_full_disk(path, *, sync):
-        with explain_full_disk(path):
+    def on_a_full_disk(path, *, sync, advice):
+        with explain_full_disk(path, advice):
             yield Path("/dev/full")
 
     monkeypatch.setattr("ferkd_data.loader.shard_records.write_atomically", on_a_full_disk)
