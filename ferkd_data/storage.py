@@ -11,7 +11,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -190,8 +190,11 @@ class OpenFile:
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, *, close: Callable[[int], None] = os.close) -> None:
+        # The module's names are gone already when a file lives until the interpreter ends.
+        if self.descriptor >= 0:
+            close(self.descriptor)
+            self.descriptor = -1
 
 
 def sha256_file(path: Path) -> str:
