@@ -8,6 +8,7 @@ from typing import Literal
 import click
 
 from ferkd_data.errors import UsageError
+from ferkd_data.manifest import FILE_NAME
 
 from .say import say
 from .transfers import show_images
@@ -27,6 +28,18 @@ from .transfers import show_images
     help="LABELS is a folder of FKD's, Dataset Reinforcement's or ReLabel's files, one per image.",
 )
 @click.option("--to", "target", type=click.Choice(["fkd"]), help="Write FKD's files, for its own training script.")
+@click.option(
+    "--calibration",
+    type=click.Choice(["fkd", "ferkd"]),
+    help="With --to fkd: write calibrated targets, as FerKD trains on.  [default: the labels as they are]",
+)
+@click.option(
+    "--min-crops",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="With --calibration: crops that a file holds at least, the --num_crops of FKD's script.",
+)
 @click.option("--images", help="The images: needed for layout webdataset and for --from.")
 @click.option("--classes", type=click.Path(path_type=Path), help="With --from: one line per class, as for build.")
 @click.option(
@@ -61,6 +74,8 @@ def command(
     crops_per_block: int | None,
     source: str | None,
     target: str | None,
+    calibration: str | None,
+    min_crops: int,
     images: str | None,
     classes: Path | None,
     ids: Path | None,
@@ -73,18 +88,23 @@ def command(
 ) -> int:
     """Write the label set LABELS anew into the folder OUT: in another layout, from others' files, or as FKD's."""
     import ferkd_data as fd
+    from ferkd_data.calibration import calibration_at
 
     if [layout, source, target].count(None) != 2:
         raise UsageError("give one of --layout LAYOUT, --from fkd, --from dr, --from relabel, --to fkd")
+    if calibration is not None and target is None:
+        raise UsageError("--calibration is for --to fkd; a loader calibrates what it reads: CropLoader(calibration=…)")
     if source is not None and images is None:
         raise UsageError(f"--from {source} needs --images (the labelled images)")
     if source == "fkd" and teacher is None:
         raise UsageError("--from fkd needs --teacher (its name)")
     if target is not None:
         with show_images("convert") as show:
-            label_type = fd.export_fkd(labels, out, on_progress=show)
+            chosen = None if calibration is None else calibration_at(calibration, 0)
+            label_type = fd.export_fkd(labels, out, calibration=chosen, min_crops=min_crops, on_progress=show)
         say(f"{out}: written for FKD's training script; its --soft_label_type is {label_type}")
         return 0
+    finished = (out / FILE_NAME).exists()
     with show_images("convert") as show:
         if source == "fkd":
             manifest = fd.import_fkd(
@@ -128,6 +148,8 @@ def command(
                 labels, out, layout=layout, images=images, crops_per_block=crops_per_block, on_progress=show
             )
     size = sum(file.bytes for shard in manifest.shards for file in shard.files)
+    if finished:
+        say(f"{out}: was finished already; nothing was written")
     say(
         f"{out}: layout {manifest.layout}, {manifest.num_images:,} images with {manifest.num_crops} crops, "
         f"{size / 1e6:,.2f} MB, {manifest.rejects.rows:,} rejected"

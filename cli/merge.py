@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ferkd_data.errors import UsageError
+from ferkd_data.manifest import FILE_NAME
 
 from .say import say
 from .transfers import show_images
@@ -26,10 +27,13 @@ def command(labels: tuple[str, ...], out: Path, weights: str | None) -> int:
     """
     import ferkd_data as fd
 
+    finished = (out / FILE_NAME).exists()
     numbers = None if weights is None else _numbers(weights)
     with show_images("merge") as on_progress:
         result = fd.merge(labels, out, weights=numbers, on_progress=on_progress)
     manifest = result.manifest
+    if finished:
+        say(f"{out}: was finished already; nothing was written")
     say(
         f"{out}: {ADDED[result.kind]}: {manifest.num_images:,} images with {manifest.num_crops} crops, "
         f"top-{manifest.top_k} of {len(manifest.teachers)} teachers"

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from ferkd_data.errors import FerkdError as FerkdError
     from ferkd_data.exchange.card_fields import CardFields as CardFields
     from ferkd_data.exchange.convert import convert as convert
-    from ferkd_data.exchange.convert import export_fkd as export_fkd
     from ferkd_data.exchange.faults import VerifyReport as VerifyReport
     from ferkd_data.exchange.fkd import FkdTeacher as FkdTeacher
+    from ferkd_data.exchange.fkd_export import export_fkd as export_fkd
     from ferkd_data.exchange.import_labels import import_dr as import_dr
     from ferkd_data.exchange.import_labels import import_fkd as import_fkd
     from ferkd_data.exchange.import_labels import import_relabel as import_relabel
@@ -91,7 +91,7 @@ _EXPORTS: dict[str, str] = {
     "CardFields": "exchange.card_fields",
     "FkdTeacher": "exchange.fkd",
     "convert": "exchange.convert",
-    "export_fkd": "exchange.convert",
+    "export_fkd": "exchange.fkd_export",
     "export_teacher": "bench",
     "import_dr": "exchange.import_labels",
     "import_fkd": "exchange.import_labels",

@@ -132,13 +132,22 @@ def boxes_of(coords: npt.NDArray[np.float64], height: int, width: int) -> npt.ND
 
 
 def write_file(path: Path, labels: ImageLabels) -> None:
-    """As FKD's type `marginal_smoothing_kK`, which its training script reads: labels (N, 2, k) float32.
+    """Write FKD's type `marginal_smoothing_kK`, which its training script reads: labels (N, 2, k) float32."""
+    soft = np.stack([labels.class_index.astype(np.float32), labels.class_prob.astype(np.float32)], axis=1)
+    write_arrays(path, coords_of(labels), np.ascontiguousarray(labels.flip), soft)
+
+
+def coords_of(labels: ImageLabels) -> npt.NDArray[np.float64]:
+    """(N, 4): boxes as fractions of the image's height and width."""
+    return labels.boxes.astype(np.float64) / np.array([labels.height, labels.width] * 2, np.float64)
+
+
+def write_arrays(
+    path: Path, coords: npt.NDArray[np.float64], flip: npt.NDArray[np.bool_], soft: npt.NDArray[np.float32]
+) -> None:
+    """Write one of FKD's files.
 
     All parts are tensors, which `torch.load` takes by itself; FKD's own NumPy arrays it refuses since PyTorch 2.6.
     """
-    size = np.array([labels.height, labels.width] * 2, np.float64)
-    coords = labels.boxes.astype(np.float64) / size
-    soft = np.stack([labels.class_index.astype(np.float32), labels.class_prob.astype(np.float32)], axis=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    flip = np.ascontiguousarray(labels.flip)
     torch.save([torch.from_numpy(part) for part in (coords, flip, soft)], path)

@@ -16,8 +16,8 @@ from ferkd_data.builder.out.state import REJECTS_NAME
 from ferkd_data.builder.rejects import RejectWriter, rejects_entry
 from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import ForeignFileError, ImageError, UsageError
+from ferkd_data.exchange import out_folder
 from ferkd_data.exchange.arguments import check_at_least
-from ferkd_data.exchange.convert import new_folder, write_manifest
 from ferkd_data.exchange.dataset_reinforcement import image_folder_ids, listed_ids, open_reinforced
 from ferkd_data.exchange.fkd import FkdFiles, FkdTeacher
 from ferkd_data.exchange.foreign_labels import LabelFiles, to_row
@@ -30,7 +30,7 @@ from ferkd_data.statistics import Statistics, shard_statistics
 from ferkd_data.storage import image_digest, write_atomically
 
 OnImages = Callable[[int], None]
-"""Gets the images done."""
+"""Receives the images done."""
 
 
 def import_fkd(
@@ -57,9 +57,18 @@ def import_fkd(
     check_at_least(1, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
     check_at_least(2, num_classes=num_classes)
     files = FkdFiles(folder=Path(folder), num_classes=num_classes, top_k=top_k, teacher=teacher)
+    settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
+    settings |= {"teacher": f"{teacher.name} {teacher.size}", "classes": str(classes)}
+    settings |= {"num_classes": num_classes, "top_k": top_k}
     source = open_source(images, classes=None if classes is None else Path(classes))
-    work = _Import(files=files, source=source, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
-    return work.run(new_folder(out), on_progress)
+    work = _Import(
+        files=files,
+        source=source,
+        crops_per_block=crops_per_block,
+        images_per_shard=images_per_shard,
+        settings=settings,
+    )
+    return work.run(Path(out), on_progress)
 
 
 def import_dr(
@@ -94,8 +103,15 @@ def import_dr(
     else:
         raise UsageError(f"{images}: only a folder of class folders numbers its images; give a file of keys with --ids")
     files = open_reinforced(folder, known, num_classes=num_classes, teacher=teacher)
-    work = _Import(files=files, source=source, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
-    return work.run(new_folder(out), on_progress)
+    settings = {"folder": str(folder.absolute()), "images": str(images), "ids": str(ids), "teacher": teacher}
+    work = _Import(
+        files=files,
+        source=source,
+        crops_per_block=crops_per_block,
+        images_per_shard=images_per_shard,
+        settings=settings | {"num_classes": num_classes, "classes": str(classes)},
+    )
+    return work.run(Path(out), on_progress)
 
 
 def import_relabel(
@@ -135,8 +151,16 @@ def import_relabel(
         drawn=distribution or CropDistribution(),
     )
     source = open_source(images, classes=None if classes is None else Path(classes))
-    work = _Import(files=files, source=source, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
-    return work.run(new_folder(out), on_progress)
+    settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
+    settings |= {"crops": crops, "seed": seed, "distribution": repr(files.drawn), "classes": str(classes)}
+    work = _Import(
+        files=files,
+        source=source,
+        crops_per_block=crops_per_block,
+        images_per_shard=images_per_shard,
+        settings=settings | {"num_classes": num_classes, "top_k": top_k},
+    )
+    return work.run(Path(out), on_progress)
 
 
 @dataclass(kw_only=True)
@@ -145,12 +169,23 @@ class _Import:
     source: ImageSource
     crops_per_block: int
     images_per_shard: int
+    settings: out_folder.Settings
+    """What a finished or interrupted import must have had in common with this one, besides the format and shapes."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     shape: tuple[int, int] = (0, 0)
     """(N crops, k classes), as the first image has them."""
     first_reject: Reject | None = None
 
+    def __post_init__(self) -> None:
+        shapes = {"crops_per_block": self.crops_per_block, "images_per_shard": self.images_per_shard}
+        self.settings = {"command": f"import of {self.files.format}'s files", **self.settings, **shapes}
+
     def run(self, out: Path, on_progress: OnImages | None) -> Manifest:
+        there = out_folder.finished(out)
+        if there is not None and self._is_of(there):
+            out_folder.clean(out)
+            return there
+        out = out_folder.begin(out, self.settings)
         path = out / REJECTS_NAME
         # Elsewhere until the end, so that a kill leaves nothing in OUT that is in the way of the next attempt.
         with tempfile.TemporaryDirectory(prefix="ferkd-data-import-") as scratch:
@@ -159,7 +194,11 @@ class _Import:
                 shards, counted = self._write_shards(out, rejects, on_progress)
             with write_atomically(path) as aside:
                 shutil.copyfile(written, aside)
-        return write_manifest(out, self._manifest(shards, rejects_entry(path, rejects.rows), counted))
+        return out_folder.finish(out, self._manifest(shards, rejects_entry(path, rejects.rows), counted))
+
+    def _is_of(self, there: Manifest) -> bool:
+        origin = (there.model_extra or {}).get("imported_from")
+        return isinstance(origin, dict) and origin.get("settings") == out_folder.settings_digest(self.settings)
 
     def _write_shards(
         self, out: Path, rejects: RejectWriter, on_progress: OnImages | None
@@ -230,7 +269,11 @@ class _Import:
     def _manifest(self, shards: tuple[ShardEntry, ...], rejects: RejectsEntry, counted: Statistics) -> Manifest:
         num_crops, top_k = self.shape
         num_images = sum(shard.rows for shard in shards)
-        origin: dict[str, Any] = {"format": self.files.format, "crops_follow_seed": self.files.seed is not None}
+        origin: dict[str, Any] = {
+            "format": self.files.format,
+            "crops_follow_seed": self.files.seed is not None,
+            "settings": out_folder.settings_digest(self.settings),
+        }
         manifest = Manifest(
             created_by=CreatedBy(name="ferkd-data", version=ferkd_data.__version__),
             layout="parquet",

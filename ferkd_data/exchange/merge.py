@@ -16,7 +16,7 @@ from ferkd_data import statistics
 from ferkd_data.builder.out.state import REJECTS_NAME
 from ferkd_data.builder.rejects import LONGEST_TEXT, RejectWriter, rejects_entry
 from ferkd_data.errors import LabelSetError, UsageError
-from ferkd_data.exchange.convert import write_manifest
+from ferkd_data.exchange import out_folder
 from ferkd_data.exchange.file_checks import check_as_verify_does
 from ferkd_data.images import Reject
 from ferkd_data.label_set import LabelSet, check_same_classes, combined_teachers, ensemble_shares, open_labels
@@ -60,20 +60,27 @@ def merge(
     - Other crops of the same images (another seed or distribution) by the same teachers: all crops.
     - Other images: all images.
 
-    Raises UsageError, LabelSetError that names the first setting or key that conflicts.
+    An interrupted merge is begun again; one that has ended is left as it is.
+
+    Raises UsageError where `out` holds anything else, LabelSetError that names the first setting or key that conflicts.
+
+    Example: `merge(["labels-a", "labels-b"], "both", weights=[2, 1])`
     """
     if isinstance(paths, (str, Path)) or len(paths) < 2:
         raise UsageError("merge takes two label sets or more")
     sets = [open_labels(path) for path in paths]
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out}: is not empty; merge into a new folder")
     kind = _kind(sets)
     if weights is not None and kind != "teachers":
         raise UsageError(f"weights are for label sets of the same crops; these hold other {kind}")
     if weights is not None and len(weights) != len(sets):
         raise UsageError(f"{len(weights)} weights for {len(sets)} label sets")
     work = _Merge(sets, kind, weights)
+    there = out_folder.finished(out)
+    if there is not None and work.is_in(there):
+        out_folder.clean(out)
+        return _result(Path(out), kind, there)
+    identities = [labels.identity for labels in sets]
+    out = out_folder.begin(out, {"command": "merge", "labels": identities, "weights": work.given_weights})
     entries, counted = [], []
     for index, labels in enumerate(work.shards()):
         check_as_verify_does(labels, work.first, f"{work.where}: shard {index}")
@@ -85,15 +92,12 @@ def merge(
         if on_progress:
             on_progress(sum(entry.rows for entry in entries), work.images)
     manifest = work.manifest(entries, statistics.add(counted), _write_rejects(out, sets, kind))
-    write_manifest(out, manifest)
-    crops = max(manifest.statistics.crops, 1)
-    return MergeResult(
-        out=out,
-        kind=kind,
-        manifest=manifest,
-        mean_uncertain=work.uncertain_sum / crops,
-        max_uncertain=work.uncertain_max,
-    )
+    return _result(out, kind, out_folder.finish(out, manifest))
+
+
+def _result(out: Path, kind: Kind, manifest: Manifest) -> MergeResult:
+    mean, largest = (manifest.model_extra or {}).get("merge_uncertain", (0.0, 0.0))
+    return MergeResult(out=out, kind=kind, manifest=manifest, mean_uncertain=mean, max_uncertain=largest)
 
 
 def _kind(sets: Sequence[LabelSet]) -> Kind:
@@ -158,6 +162,7 @@ class _Merge:
         self.where = " + ".join(labels.location for labels in sets)
         self.shares = ensemble_shares(sets, weights) if kind == "teachers" else []
         self.weights = weights
+        self.given_weights = None if weights is None else [float(weight) for weight in weights]
         self.crops_per_block = self.first.crops_per_block
         if self.first.layout == "webdataset":
             self.crops_per_block = min(self.first.num_crops, 50)
@@ -187,6 +192,13 @@ class _Merge:
         self.uncertain_max = max(self.uncertain_max, float(merged.uncertain.max(initial=0)))
         return merged.labels
 
+    def is_in(self, there: Manifest) -> bool:
+        """Whether a finished label set is this merge: the same in all but its files and what was counted."""
+        extra = there.model_extra or {}
+        same = self.manifest(list(there.shards), there.statistics, there.rejects)
+        known = {"merge_uncertain": extra.get("merge_uncertain"), "created_by": there.created_by}
+        return same.model_copy(update=known).to_json() == there.to_json()
+
     def manifest(self, entries: list[ShardEntry], counted: statistics.Statistics, rejects: RejectsEntry) -> Manifest:
         first = self.first
         plans = [labels.manifest.source.plan_sha256 for labels in self.sets]
@@ -206,6 +218,7 @@ class _Merge:
                 }
             ),
             "merged_from": [_origin(labels) for labels in self.sets],
+            "merge_uncertain": [self.uncertain_sum / max(counted.crops, 1), self.uncertain_max],
         }
         if self.kind == "teachers":
             changes["teachers"] = combined_teachers(self.sets, self.weights)

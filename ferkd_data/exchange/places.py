@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from ferkd_data.errors import UsageError
 from ferkd_data.exchange.hub import Hub
 from ferkd_data.exchange.sending import FileToSend
 from ferkd_data.remote import Remote, Retries, open_remote
-from ferkd_data.storage import default_cache_dir
+from ferkd_data.storage import default_cache_dir, remove_leftovers
 from ferkd_data.threads import Threads
 
 
@@ -76,6 +78,9 @@ class Store:
                 yield from self._noted(done)
 
     def finish(self) -> None:
+        if self._target.url.startswith("file://"):
+            # A killed publish leaves the file that it was writing under another name.
+            remove_leftovers(Path(url2pathname(urlsplit(self._target.url).path)))
         self._journal.remove()
 
     def _holds(self, file: FileToSend) -> bool:

@@ -22,6 +22,7 @@ from ferkd_data.errors import ForeignFileError, LabelSetError, UsageError
 from ferkd_data.exchange import import_labels
 from ferkd_data.exchange.fkd import boxes_of
 from ferkd_data.exchange.foreign_arrays import load_arrays
+from ferkd_data.exchange.out_folder import WORK
 from ferkd_data.images import Reject, open_source
 from ferkd_data_cli.main import run
 
@@ -57,7 +58,7 @@ def test_images_that_are_missing_or_others(label_set, photos, tmp_path):
         fd.convert(label_set, tmp_path / "b", layout="webdataset", images=copy)
     assert not (tmp_path / "b/manifest.json").exists()
     fd.convert(label_set, tmp_path / "b", layout="webdataset", images=photos)
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="holds another label set; give a new folder"):
         fd.convert(label_set, tmp_path / "b", layout="parquet")
 
 
@@ -187,7 +188,7 @@ def test_an_import_that_was_interrupted_is_begun_again_in_its_folder(label_set, 
 
     with pytest.raises(Cut) as caught:
         fd.import_fkd(tmp_path / "fkd", tmp_path / "out", on_progress=cut, **settings)
-    assert caught.value.args == ({"labels"},), "what a kill would leave: nothing that is in the way"
+    assert caught.value.args == ({"labels", WORK},), "what a kill would leave: nothing that is in the way"
     assert fd.import_fkd(tmp_path / "fkd", tmp_path / "out", **settings).rejects.rows == 1
     assert fd.verify(tmp_path / "out").ok and not fd.verify(tmp_path / "out").warnings
 

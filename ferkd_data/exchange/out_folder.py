@@ -1,0 +1,106 @@
+"""The folder that convert, merge and an import write to: taken, resumed after a kill, and recognised when finished.
+
+A file `.ferkd-data-work.json` says what is written there. It is made in an empty folder before anything else, and
+removed when the manifest is there, so nothing that was not written by the same command is ever overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ferkd_data.builder.out.state import REJECTS_FILE, SHARD_FILE
+from ferkd_data.errors import ManifestError, UsageError
+from ferkd_data.manifest import FILE_NAME, Manifest, parse_manifest, read_manifest
+from ferkd_data.storage import remove_leftovers, write_atomically
+
+WORK = ".ferkd-data-work.json"
+MAX_WORK_BYTES = 2**20
+
+Settings = dict[str, Any]
+"""What must be the same for a command to go on where it stopped: plain JSON values."""
+
+
+def begin(out: str | Path, settings: Settings) -> Path:
+    """Take `out`: a new or empty folder, or one where a command of these settings was interrupted.
+
+    Raises UsageError for any other folder, and for a file.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; give a new folder")
+    work = _read(out)
+    if (out / FILE_NAME).exists():
+        raise UsageError(f"{out}: holds another label set; give a new folder")
+    there = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if set(there) <= {WORK}:
+        out.mkdir(parents=True, exist_ok=True)
+        write_work(out, settings)
+    elif work is None:
+        raise UsageError(f"{out}: holds {there[0]!r}; give a new or empty folder")
+    elif work != settings:
+        raise UsageError(
+            f"{out}: an interrupted command of other settings was writing here ({_told(work)}; now {_told(settings)}); "
+            "give a new folder, or remove this one"
+        )
+    remove_leftovers(out)
+    return out
+
+
+def finish(out: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest, which makes the folder a label set, and remove what an interrupted attempt left over.
+
+    Raises ManifestError for a manifest that no reader would accept.
+    """
+    text = manifest.to_json()
+    parse_manifest(text, str(out / FILE_NAME))
+    listed = {file.path for shard in manifest.shards for file in shard.files} | {manifest.rejects.path}
+    for path in [*(out / "labels").rglob("*"), *(out / "shards").rglob("*"), *out.glob("rejects*")]:
+        ours = SHARD_FILE.fullmatch(path.name) or REJECTS_FILE.fullmatch(path.name)
+        if ours and path.relative_to(out).as_posix() not in listed:
+            path.unlink()
+    with write_atomically(out / FILE_NAME) as aside:
+        aside.write_text(text, encoding="utf-8")
+    (out / WORK).unlink(missing_ok=True)
+    return manifest
+
+
+def finished(out: str | Path) -> Manifest | None:
+    """The manifest of the label set that lies in `out`; None where there is none. Raises ManifestError."""
+    return read_manifest(Path(out)) if (Path(out) / FILE_NAME).is_file() else None
+
+
+def settings_digest(settings: Settings) -> str:
+    """16 hexadecimal digits by which a finished folder is recognised; they tell nobody a path."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_work(out: Path, settings: Settings) -> None:
+    with write_atomically(out / WORK) as aside:
+        aside.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def clean(out: str | Path) -> None:
+    """Forget that something was written here, after it has ended."""
+    (Path(out) / WORK).unlink(missing_ok=True)
+
+
+def _read(out: Path) -> Settings | None:
+    path = out / WORK
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > MAX_WORK_BYTES:
+            raise ValueError("too large")
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: cannot be read ({error}); give a new folder, or remove this one") from error
+    return content
+
+
+def _told(settings: Settings) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sorted(settings.items()))

@@ -1,0 +1,205 @@
+"""Commands run again: after success they end well and change nothing, after a kill at any moment they go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from label_sets import SMALL, files_below, same_label_sets
+
+import ferkd_data as fd
+from ferkd_data import storage
+from ferkd_data.errors import UsageError
+from ferkd_data_cli.main import run
+
+SECOND = "python:ferkd_tiny_teachers:second"
+GOLDEN = Path(__file__).parent.parent.parent / "golden/version-1"
+CARD = fd.CardFields(name="tiny", license="mit", image_license="mit", published="2026-11-27")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FERKD_DATA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def commands(label_set, tar_label_set, photos, tiny_teachers, tmp_path):
+    """Every command that writes a folder, with what it writes to `out`."""
+    fd.build(photos, tmp_path / "seed1", teachers=[tiny_teachers, SECOND], **{**SMALL, "seed": 1})
+    fd.export_fkd(label_set, tmp_path / "fkd")
+    out = str(tmp_path / "out")
+    source = str(label_set)
+    imported = ["--images", str(photos), "--num-classes", "10", "--teacher", "x"]
+    return {
+        "convert": ["convert", source, out, "--layout", "webdataset", "--images", str(photos)],
+        "convert tars": ["convert", str(tar_label_set), out, "--layout", "parquet", "--crops-per-block", "4"],
+        "convert --from fkd": ["convert", str(tmp_path / "fkd"), out, "--from", "fkd", *imported],
+        "convert --to fkd": ["convert", source, out, "--to", "fkd", "--calibration", "ferkd"],
+        "merge crops": ["merge", source, str(tmp_path / "seed1"), out],
+        "publish": ["publish", source, out, "--license", "mit"],
+        "pull": ["pull", source, out],
+        "pull a part": ["pull", source, out, "--crops", "4"],
+    }
+
+
+NAMES = [
+    "convert",
+    "convert tars",
+    "convert --from fkd",
+    "convert --to fkd",
+    "merge crops",
+    "publish",
+    "pull",
+    "pull a part",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_that_has_ended_ends_well_again_and_changes_nothing(commands, tmp_path, capsys, name):
+    assert run(commands[name]) == 0
+    first = files_below(tmp_path / "out")
+    times = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*") if path.suffix in (".parquet", ".tar")
+    }
+    capsys.readouterr()
+    assert run(commands[name]) == 0
+    assert files_below(tmp_path / "out") == first
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    said = capsys.readouterr().out
+    assert any(
+        word in said for word in ("finished already", "published already", "complete already", "written for FKD")
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "pull" not in name and name != "publish"])
+def test_a_folder_of_somebody_elses_is_left_alone(commands, tmp_path, name):
+    """Also one that holds what looks like our own files: they would be written over."""
+    (tmp_path / "out/shards").mkdir(parents=True)
+    (tmp_path / "out/shards/00000.tar").write_text("my photos")
+    assert run(commands[name]) == 2
+    assert files_below(tmp_path / "out") == {"shards/00000.tar": b"my photos"}
+
+
+def test_an_interrupted_conversion_of_other_settings_is_named(label_set, tmp_path):
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fd.convert(label_set, tmp_path / "out", layout="parquet", crops_per_block=2, on_progress=cut)
+    with pytest.raises(UsageError, match=r"of other settings .*crops_per_block 2.*; now .*crops_per_block 4"):
+        fd.convert(label_set, tmp_path / "out", layout="parquet", crops_per_block=4)
+    fd.convert(label_set, tmp_path / "out", layout="parquet", crops_per_block=2)
+    assert same_label_sets(label_set, tmp_path / "out")
+    assert fd.verify(tmp_path / "out").ok and not fd.verify(tmp_path / "out").warnings
+
+
+KILLED = (
+    "exchange/publish.py",
+    "exchange/places.py",
+    "exchange/out_folder.py",
+    "exchange/convert.py",
+    "exchange/merge.py",
+)
+WRITING = ("write_atomically",)
+
+
+def killed_at(command: tuple[str, str, str], boundary: int) -> int:
+    """Run a command, and die by SIGKILL before line number `boundary` after the last shard was written or sent.
+
+    Returns the number of lines, where there are fewer.
+    """
+    seen = 0
+
+    def trace(frame, event, _):
+        nonlocal seen
+        code = frame.f_code
+        if not code.co_filename.endswith(KILLED) and code.co_name not in WRITING:
+            return None
+        if event == "line":
+            seen += 1
+            if seen == boundary:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    def on_progress(done, total):
+        """From the end on, every line of these files is counted: tracing all before would take minutes."""
+        if done == total:
+            sys.settrace(trace)
+            frame = sys._getframe(1)
+            while frame is not None:
+                frame.f_trace = trace if frame.f_code.co_filename.endswith(KILLED) else None
+                frame = frame.f_back
+
+    kind, source, out = command
+    if kind == "publish":
+        fd.publish(source, out, card=CARD, workers=1, on_progress=on_progress)
+    elif kind == "convert":
+        fd.convert(source, out, layout="parquet", crops_per_block=2, on_progress=on_progress)
+    else:
+        fd.merge([source, f"{source}-more"], out, on_progress=on_progress)
+    sys.settrace(None)
+    return seen
+
+
+def killed_everywhere(kind: str, source: str, folder: str, answer: Path) -> None:
+    """One process for each boundary, forked from this one, which has everything loaded; writes how many there are."""
+    boundary, status = 0, signal.SIGKILL
+    # What is synced to disk survives a power cut; a killed process does not ask for it, and it takes most of the time.
+    storage._sync = lambda path: None
+    while status == signal.SIGKILL:
+        boundary += 1
+        child = os.fork()
+        if child == 0:
+            lines = killed_at((kind, source, f"{folder}/{boundary}"), boundary)
+            os._exit(0 if lines < boundary else 1)
+        status = os.waitpid(child, 0)[1]
+    answer.write_text(f"{boundary} {status}")
+
+
+@pytest.mark.parametrize("kind", ["publish", "convert", "merge"])
+def test_a_kill_at_any_line_of_the_end_loses_nothing(kind, tmp_path, quick_process, monkeypatch):
+    """By a real signal in a real process; then the same command in this one."""
+    source = shutil.copytree(GOLDEN / "parquet", tmp_path / "source")
+    other_images(shutil.copytree(source, tmp_path / "source-more"))
+    arguments = (kind, str(source), str(tmp_path), tmp_path / "answer")
+    process = quick_process.Process(target=killed_everywhere, args=arguments)
+    process.start()
+    process.join()
+    monkeypatch.setattr(storage, "_sync", lambda path: None)
+    boundaries, status = map(int, (tmp_path / "answer").read_text().split())
+    assert status == 0 and boundaries > 25, "the last one has ended, and the end has more lines than that"
+    for boundary in range(1, boundaries + 1):
+        out = tmp_path / str(boundary)
+        if kind == "publish":
+            fd.publish(source, str(out), card=CARD)
+        elif kind == "convert":
+            fd.convert(source, out, layout="parquet", crops_per_block=2)
+        else:
+            fd.merge([source, tmp_path / "source-more"], out)
+        assert same_label_sets(tmp_path / str(boundaries), out), f"boundary {boundary}"
+        verified = fd.verify(out)
+        assert verified.ok and not verified.warnings, f"boundary {boundary}: {verified}"
+        assert not list(out.rglob(".*")), f"boundary {boundary}"
+    print(f"{kind}: killed at {boundaries - 1} lines")
+
+
+def other_images(folder: Path) -> None:
+    """The same label set, of images with other keys."""
+    import json
+
+    from ferkd_data.shards import parquet
+    from ferkd_data.storage import sha256_file
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    labels = fd.open_labels(folder)
+    for shard in manifest["shards"]:
+        for file in shard["files"]:
+            rows = labels.block(shard["index"], file["block"])
+            moved = type(rows)(**{**vars(rows), "keys": [f"more/{key}" for key in rows.keys]})
+            parquet.write(folder / file["path"], moved)
+            file.update(bytes=(folder / file["path"]).stat().st_size, sha256=sha256_file(folder / file["path"]))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
