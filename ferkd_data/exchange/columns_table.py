@@ -25,6 +25,15 @@ COLUMNS = {
     ),
     "class_prob": ("sc:Float", "Their probabilities in the same order, descending in each crop; float16 values."),
     "target_prob": ("sc:Float", "The probability of the ground truth in each crop, null where unknown."),
+    "op_code": (
+        "sc:Integer",
+        "Recorded augmentations of each crop, flat, 0 where none: see docs/format.md.",
+    ),
+    "op_value": ("sc:Integer", "Their values in the same order."),
+    "erase_top": ("sc:Integer", "First row of the erased box of each crop; its height is 0 where nothing is erased."),
+    "erase_left": ("sc:Integer", "First column of the erased box."),
+    "erase_height": ("sc:Integer", "Rows of the erased box."),
+    "erase_width": ("sc:Integer", "Columns of the erased box."),
     "bucket": (
         "sc:Integer",
         "Difficulty of each crop: 0 extreme hard, 1 moderate hard, 2 hard positive, 3 easy positive.",
@@ -47,13 +56,17 @@ def columns_table(manifest: Manifest) -> str:
         rows = [
             f"| `{name}` | {dtype.name}{list(shape)} | {MEMBERS[name]} |" for name, (dtype, shape) in members.items()
         ]
+        if manifest.augmentations:
+            rows += [
+                f"| `{crop_arrays.OPERATIONS}` | uint16 | Recorded augmentations of each crop: see docs/format.md. |"
+            ]
         rows += ["| `cls` | text | Ground-truth class; absent where unknown. |"]
         rows += ["| `jpg`, `png`, … | bytes | The image as it came, under the extension of its format. |"]
         title = "One sample for each image, with these members:"
     else:
         crops = manifest.block_crops(0)
         rows = []
-        for field in parquet.schema(crops, manifest.top_k, index_dtype):
+        for field in parquet.schema(crops, manifest.top_k, index_dtype, manifest.operation_words):
             kind = str(field.type).replace("fixed_size_list<element: ", "list<").replace("float", "float32")
             rows.append(f"| `{field.name}` | {kind} | {COLUMNS[field.name][1]} |")
         title = f"One row for each image. A file holds a block of {crops} crops of its images; k is {manifest.top_k}."

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
+
 from ferkd_data.exchange.card_fields import CardFields
 from ferkd_data.exchange.columns_table import COLUMNS
 from ferkd_data.label_set import LabelSet
+from ferkd_data.shards.parquet import schema
 
 CONTEXT = {
     "@language": "en",
@@ -68,8 +71,9 @@ def render_croissant(labels: LabelSet, fields: CardFields, url: str) -> str:
         "distribution": [_file_object(file) for shard in manifest.shards for file in shard.files],
     }
     if manifest.layout == "parquet":
+        columns = schema(1, 1, np.uint16, manifest.operation_words).names
         files = [shard.files[0].path for shard in manifest.shards if shard.rows]
-        content["recordSet"] = [_records(f"labels-{number:05d}", path) for number, path in enumerate(files)]
+        content["recordSet"] = [_records(f"labels-{number:05d}", path, columns) for number, path in enumerate(files)]
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -86,13 +90,13 @@ def _file_object(file: Any) -> dict[str, Any]:
     }
 
 
-def _records(name: str, path: str) -> dict[str, Any]:
+def _records(name: str, path: str, columns: list[str]) -> dict[str, Any]:
     return {
         "@type": "cr:RecordSet",
         "@id": name,
         "name": name,
         "description": f"One record per image of {path}.",
-        "field": [_field(name, path, column) for column in COLUMNS],
+        "field": [_field(name, path, column) for column in columns],
     }
 
 

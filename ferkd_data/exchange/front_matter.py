@@ -97,10 +97,12 @@ def _columns(manifest: Manifest, contents: Contents) -> Iterator[tuple[str, str]
             yield "cls", "target"
         for suffix, (dtype, shape) in crop_arrays.shapes(1, 1, index_dtype).items():
             yield suffix, f"list: {dtype.name}" if len(shape) == 1 else f"list: {{list: {dtype.name}}}"
+        if manifest.augmentations:
+            yield crop_arrays.OPERATIONS, "list: {list: uint16}"
         for suffix in contents.image_suffixes:
             yield suffix, "dtype: image"
         return
-    for field in parquet.schema(1, 1, np.dtype(index_dtype)):
+    for field in parquet.schema(1, 1, np.dtype(index_dtype), manifest.operation_words):
         if field.name == "target":
             yield "target", "target"
         elif pa.types.is_fixed_size_list(field.type):
