@@ -18,9 +18,11 @@ from ferkd_data.statistics import P_MAX_UNITS, TEACHER_BINS
 Level = Literal["warning", "note", "good"]
 STEPS = 100
 """Thresholds are suggested in steps of 1 / STEPS."""
-DISCARD_BELOW, SOFTEN_BELOW, EASY_FROM = 1 / 3, 2 / 3, 0.98
-"""How often the teachers are right in the buckets that are suggested."""
-MOST_DISCARDED, MOST_SOFTENED, MOST_EASY = 0.1, 0.3, 0.5
+DISCARD_BELOW, SOFTEN_BELOW, EASY_FROM = 1 / 3, 1 / 2, 0.98
+"""How often the teachers are right at the ends of the buckets that are suggested."""
+WINDOW = 10
+"""Steps below a threshold over which that is counted."""
+MOST_DISCARDED, MOST_SOFTENED, MOST_EASY = 0.1, 0.2, 0.25
 SMALL_PIXELS = 64
 
 
@@ -87,10 +89,11 @@ def suggest(sketch: Sketch) -> Suggestion:
     if not known.sum():
         return _by_shares(total)
     below, known_below, right_below = (counts_below(counts, edges) for counts in (total, known, right))
-    low = _last(edges, right_below <= DISCARD_BELOW * known_below, below <= MOST_DISCARDED * sketch.crops)
+    near = [row - np.concatenate([np.zeros(WINDOW, np.int64), row[:-WINDOW]]) for row in (known_below, right_below)]
+    low = _last(edges, _always(near[1] <= DISCARD_BELOW * near[0]), below <= MOST_DISCARDED * sketch.crops)
     at = round(low * STEPS)
-    softened_right = right_below - right_below[at] <= SOFTEN_BELOW * (known_below - known_below[at])
-    mid = max(low, _last(edges, softened_right, below - below[at] <= MOST_SOFTENED * sketch.crops))
+    few = below - below[at] <= MOST_SOFTENED * sketch.crops
+    mid = max(low, _last(edges, _always(near[1] <= SOFTEN_BELOW * near[0]), few))
     known_above, right_above = known.sum() - known_below, right.sum() - right_below
     above = sketch.crops - below
     sure = np.flatnonzero((right_above >= EASY_FROM * known_above) & (known_above > 0))
@@ -99,10 +102,10 @@ def suggest(sketch: Sketch) -> Suggestion:
     top = float(edges[(sure if len(sure) else tenth)[0]]) if len(tenth) else 1.0
     return Suggestion(
         thresholds=Thresholds(low=low, mid=mid, top=max(top, mid)),
-        why="extreme hard where the teachers name the ground truth in less than a third of the crops (but at most "
-        f"{percent(MOST_DISCARDED, 0)} of all crops); moderate hard where they do in less than two thirds (at most "
-        f"{percent(MOST_SOFTENED, 0)}); easy where they are right on {percent(EASY_FROM, 0)} of all crops above "
-        f"(at most {percent(MOST_EASY, 0)}), or else the surest tenth",
+        why="extreme hard up to where the teachers name the ground truth on less than a third of the crops of about "
+        f"that p_max (at most {percent(MOST_DISCARDED, 0)} of all crops); moderate hard up to where they do on less "
+        f"than half (at most {percent(MOST_SOFTENED, 0)}); easy from where they are right on {percent(EASY_FROM, 0)} of "
+        f"all crops above (at most {percent(MOST_EASY, 0)}), or else the surest tenth",
     )
 
 
@@ -115,6 +118,11 @@ def _by_shares(total: Counts) -> Suggestion:
         why=f"no ground truth is known, so by shares of the crops: {percent(shares.low, 0)} are below the first, "
         f"{percent(shares.mid, 0)} below the second, {percent(shares.top, 0)} below the third",
     )
+
+
+def _always(fits: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """From the first edge on, until one does not fit."""
+    return np.logical_and.accumulate(fits)
 
 
 def _last(edges: npt.NDArray[Any], *fits: npt.NDArray[Any]) -> float:
