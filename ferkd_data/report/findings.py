@@ -104,8 +104,8 @@ def suggest(sketch: Sketch) -> Suggestion:
         thresholds=Thresholds(low=low, mid=mid, top=max(top, mid)),
         why="extreme hard up to where the teachers name the ground truth on less than a third of the crops of about "
         f"that p_max (at most {percent(MOST_DISCARDED, 0)} of all crops); moderate hard up to where they do on less "
-        f"than half (at most {percent(MOST_SOFTENED, 0)}); easy from where they are right on {percent(EASY_FROM, 0)} of "
-        f"all crops above (at most {percent(MOST_EASY, 0)}), or else the surest tenth",
+        f"than half (at most {percent(MOST_SOFTENED, 0)}); easy from where they are right on {percent(EASY_FROM, 0)} "
+        f"of all crops above (at most {percent(MOST_EASY, 0)}), or else the surest tenth",
     )
 
 
