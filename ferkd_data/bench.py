@@ -1,4 +1,4 @@
-"""Which way of running a teacher is the fastest on this machine: eager, channels-last, compiled, or ONNX Runtime.
+"""Time the ways of running a teacher on this machine: eager, channels-last, compiled, and ONNX Runtime.
 
 Legend: B crops of a batch, C classes, S input size.
 """
@@ -30,7 +30,7 @@ from ferkd_data.teachers.teacher import ModuleTeacher
 
 Way: TypeAlias = Literal["eager", "channels-last", "compile", "onnx", "as it is"]
 OF_A_BUILD = ("channels-last", "as it is")
-"""How a build runs a teacher unless told otherwise."""
+"""Ways in which a build runs a teacher unless told otherwise."""
 CPU_BATCHES = (4, 8, 32)
 CUDA_BATCHES = (64, 128, 256, 512, 1024)
 TOLERANCE = 1e-3
@@ -122,7 +122,7 @@ def export_teacher(teacher: str | TeacherSpec, path: Path) -> TeacherSpec:
 
 
 class _Bench:
-    """One teacher's ways, timed."""
+    """The timings of one teacher."""
 
     def __init__(
         self,

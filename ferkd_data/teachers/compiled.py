@@ -1,4 +1,4 @@
-"""Teachers whose network `torch.compile` has compiled, for one batch size."""
+"""Compile teachers with `torch.compile`, for one batch size."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ferkd_data.teachers.memory import is_out_of_memory
 from ferkd_data.teachers.teacher import ModuleTeacher, Teacher
 
 BACKEND: Any = "inductor"
-"""A name, or a function as torch.compile takes it."""
+"""Compiler back end: a name, or a function as torch.compile takes it."""
 
 
 def compile_teachers(teachers: Sequence[Teacher], batch_size: int) -> list[Teacher]:
-    """The same teachers, the compilable ones compiled; ONNX and TorchScript files stay as they are.
+    """Compile the teachers that can be compiled; ONNX and TorchScript files stay as they are.
 
     Raises UsageError when no teacher can be compiled, TeacherError when compiling one fails.
     """
@@ -29,13 +29,15 @@ def compile_teachers(teachers: Sequence[Teacher], batch_size: int) -> list[Teach
 
 
 def is_plain_module(teacher: Teacher) -> TypeGuard[ModuleTeacher]:
-    """Whether it is a PyTorch module that can be compiled or exported."""
+    """Whether a teacher is a PyTorch module that can be compiled or exported."""
     module = teacher.module if isinstance(teacher, ModuleTeacher) else None
-    return isinstance(module, nn.Module) and not isinstance(module, torch.jit.ScriptModule)
+    if not isinstance(module, nn.Module):
+        return False
+    return not any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
 
 
 def compile_teacher(teacher: ModuleTeacher, batch_size: int) -> ModuleTeacher:
-    """Compiles at once, and not at the first batch, which may have a time limit; for fewer where memory does not do.
+    """Compile a teacher now, since its first batch may have a time limit; with a smaller batch where memory runs out.
 
     Raises TeacherError.
     """
@@ -48,7 +50,7 @@ def compile_teacher(teacher: ModuleTeacher, batch_size: int) -> ModuleTeacher:
 
 
 def _runs(teacher: ModuleTeacher, batch_size: int) -> bool:
-    """False where memory ran out, with a batch size that can be made smaller."""
+    """Run one batch; False where memory ran out and the batch size can be made smaller."""
     size = teacher.preprocessing.size
     try:
         with warnings.catch_warnings():

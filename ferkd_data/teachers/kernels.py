@@ -1,4 +1,4 @@
-"""Which of a GPU's kernels a teacher may run on: those that its precision says, the same ones every time."""
+"""Restrict a GPU to kernels of the stated precision, chosen the same way every time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BF16_SINCE = (8, 0)
 
 @contextmanager
 def faithful_kernels(precision: str) -> Iterator[None]:
-    """Labels must be the same on the same kind of machine, whatever the process that computes them has set.
+    """Use kernels that give the same labels on the same kind of machine, whatever the process has set.
 
     cuDNN does not try out which kernel is the fastest today, and float32 is not rounded to TF32, which has the 10 bits
     of float16 and is PyTorch's default in convolutions.
@@ -38,7 +38,7 @@ def check_precision(teacher: str, device: torch.device, precision: str) -> None:
 
 
 def _whole_float32(kept: ExitStack) -> None:
-    """By both of PyTorch's ways to say it: the newer (2.9) decides, the older cannot be read while the two differ."""
+    """Set float32 by both of PyTorch's ways: the newer (2.9) decides, the older cannot be read while the two differ."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     places: list[Any] = [getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None), matmul]
     newer = [place for place in places if hasattr(place, "fp32_precision")]
@@ -56,7 +56,7 @@ def _set(kept: ExitStack, place: Any, name: str, value: Any) -> None:
 
 
 def _change(kept: ExitStack, read: Callable[[], Any], write: Callable[[Any], None], value: Any) -> None:
-    """Until `kept` is left. What cannot be read is left alone."""
+    """Set a value until `kept` is left. A value that cannot be read is left alone."""
     try:
         before = read()
     except RuntimeError:

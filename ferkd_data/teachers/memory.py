@@ -1,4 +1,4 @@
-"""How a device says that its memory does not do."""
+"""Recognise out-of-memory errors of PyTorch, CUDA's libraries and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ SAYINGS = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "Failed to allocate memory",
 )
-"""Of PyTorch within a compiler's error, the driver, the libraries that have memory of their own, and ONNX Runtime."""
+"""Texts of PyTorch (within a compiler's error), the driver, cuBLAS, cuDNN and ONNX Runtime."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether fewer crops at a time may do; not all that run out of memory raise PyTorch's OutOfMemoryError."""
+    """Whether memory ran out, so that a smaller batch may fit; such errors do not share a class."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(saying in str(error) for saying in SAYINGS)

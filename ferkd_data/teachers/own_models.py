@@ -1,6 +1,6 @@
-"""Teachers that the builder brings: `torchscript:FILE` and `python:package.module:factory`.
+"""Teachers of the user's own: `torchscript:FILE` and `python:package.module:factory`.
 
-Both run the builder's own code. A `python:` factory takes no arguments and returns an `nn.Module` from normalised
+Both run code that the user brings. A `python:` factory takes no arguments and returns an `nn.Module` from normalised
 float (B, 3, S, S) to logits (B, C); a dict attribute `preprocessing` on it (size, mean, std, interpolation) is read.
 """
 

@@ -14,6 +14,7 @@ from ferkd_data.evaluate import evaluate
 from ferkd_data.images import open_source
 from ferkd_data.teachers import TeacherSpec, load_teacher
 from ferkd_data.teachers.classes import check_class_order
+from ferkd_data.teachers.compiled import is_plain_module
 from ferkd_data.teachers.outputs import looks_like
 from ferkd_data.teachers.probe import probe_teachers
 
@@ -230,3 +231,19 @@ def test_random_weights_are_noticed_by_a_resume_and_by_workers(photos, tmp_path,
         fd.build(photos, tmp_path / "a", teachers=[teacher], crops=2, top_k=2, processes=2)
     with pytest.raises(SettingsMismatchError, match="digest"):
         fd.build(photos, tmp_path / "a", teachers=[teacher], crops=2, top_k=2)
+
+
+class TwoOutputs(torch.nn.Module):
+    def forward(self, x):
+        means = x.mean(dim=(2, 3))
+        return means, means @ torch.ones(3, 12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchscript_file_with_two_outputs(tmp_path):
+    torch.jit.save(torch.jit.script(TwoOutputs()), str(tmp_path / "t.pt"))
+    spec = f"torchscript:{tmp_path / 't.pt'}?size=8&mean=0&std=1"
+    with pytest.raises(TeacherError, match=r"2 outputs: 0 \(1, 3\), 1 \(1, 12\)"):
+        load_teacher(TeacherSpec.parse(spec))
+    teacher = load_teacher(TeacherSpec.parse(spec + "&output=1"))
+    assert teacher.num_classes == 12 and not is_plain_module(teacher), "TorchScript is neither compiled nor exported"
