@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,6 +33,12 @@ Record = dict[str, Any]
 _KeyOf = Callable[[str, int, Record], str]
 
 
+KEPT_FILES = 8
+"""Files that a thread keeps open for reading single images."""
+KEPT_BYTES = 4 * 2**20
+"""Of images that are kept for each of them, at most, or a batch of READ_ROWS."""
+
+
 class ParquetSource:
     """Keys are the column key or __key__; else id, or the stem of the image's path, if unique; else FILE/ROW.
 
@@ -54,6 +63,7 @@ class ParquetSource:
         """After listing: the texts of the label column, where no list of classes was given."""
         self._numbers = self._renumbered()
         self._stems = _stems(files)
+        self._kept = _Kept()
         for file in files[1:]:
             differing = describe_differing(self.columns, find_columns(root / file))
             if differing:
@@ -105,7 +115,7 @@ class ParquetSource:
     def read(self, refs: Iterable[ImageRef]) -> Iterator[bytes | ImageError]:
         cursor: _Cursor | None = None
         for ref in refs:
-            if cursor is not None and (cursor.file != ref.file or ref.offset < cursor.row):
+            if cursor is not None and not cursor.can_reach(ref):
                 cursor = None
             content, cursor = self._read_row(ref, cursor)
             yield content
@@ -124,7 +134,14 @@ class ParquetSource:
             return unreadable(f"{ref.file}, row {ref.offset}", error), None
 
     def read_one(self, ref: ImageRef) -> bytes:
-        data = next(self.read([ref]))
+        kept = self._kept.files
+        # One that another thread goes on with is not in the list meanwhile.
+        place = next((i for i, cursor in enumerate(kept) if cursor.can_reach(ref)), None)
+        cursor = None if place is None else kept.pop(place)
+        data, cursor = self._read_row(ref, cursor)
+        if cursor is not None:
+            kept.append(cursor)
+            del kept[:-KEPT_FILES]
         if isinstance(data, ImageError):
             raise data
         return data
@@ -222,38 +239,76 @@ class ParquetSource:
                 raise SourceError(f"{self.root / file}: cannot be read to its end ({error})") from error
 
 
+class _Kept(threading.local):
+    """What a thread has open for reading single images; nothing of it is pickled."""
+
+    def __init__(self) -> None:
+        self.files: list[_Cursor] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Kept, ())
+
+
 class _Cursor:
-    """Walks one file forward, starting at the row group that holds the first row asked for."""
+    """Walks one file forward, starting at the row group that holds the first row asked for.
+
+    A row of the group that it is in is reached without opening the file again, also if it lies behind.
+    """
 
     def __init__(self, root: Path, file: str, row: int, column: str) -> None:
         self.file = file
         self._column = column
         try:
-            opened = pq.ParquetFile(root / file)
+            self._opened = pq.ParquetFile(root / file)
         except (OSError, pa.ArrowException) as error:
             raise SourceError(f"{root / file}: cannot be read as Parquet ({error})") from error
-        first, group = 0, 0
-        while group < opened.num_row_groups and first + opened.metadata.row_group(group).num_rows <= row:
-            first += opened.metadata.row_group(group).num_rows
-            group += 1
-        self.row = first
-        groups = list(range(group, opened.num_row_groups))
-        self._batches = opened.iter_batches(READ_ROWS, row_groups=groups, columns=[column], use_threads=False)
-        self._batch: pa.RecordBatch | None = None
-        self._batch_start = first
+        metadata = self._opened.metadata
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self._ends = list(itertools.accumulate(sizes))
+        self._group = -1
+        self._read: list[tuple[int, pa.RecordBatch]] = []
+        """(first row, batch) of the row group, as far as it has been read."""
+        self._rest: Iterator[pa.RecordBatch] = iter(())
+
+    def can_reach(self, ref: ImageRef) -> bool:
+        return self.file == ref.file
 
     def advance_to(self, row: int) -> bytes | ImageError:
         """Raises OSError."""
+        group = bisect.bisect_right(self._ends, row)
+        if group == len(self._ends):
+            return ImageError("unreadable", f"{self.file} has no row {row}; did it change?")
         try:
-            while self._batch is None or row >= self._batch_start + self._batch.num_rows:
-                self._batch_start += 0 if self._batch is None else self._batch.num_rows
-                self._batch = next(self._batches)
+            batch, place = self._find(group, row)
         except StopIteration:
             return ImageError("unreadable", f"{self.file} has no row {row}; did it change?")
         except pa.ArrowException as error:
+            # The reader does not go on after that.
+            self._group = -1
             return ImageError("unreadable", f"{self.file}, row {row}: {error}")
-        self.row = row
-        return _bytes_of(self._batch.column(self._column)[row - self._batch_start].as_py(), f"{self.file}, row {row}")
+        return _bytes_of(batch.column(self._column)[place].as_py(), f"{self.file}, row {row}")
+
+    def _find(self, group: int, row: int) -> tuple[pa.RecordBatch, int]:
+        if group != self._group:
+            self._group, self._read = group, []
+            self._rest = self._opened.iter_batches(
+                READ_ROWS, row_groups=[group], columns=[self._column], use_threads=False
+            )
+        start = self._ends[group - 1] if group else 0
+        while not self._read or row >= self._read[-1][0] + self._read[-1][1].num_rows:
+            first = self._read[-1][0] + self._read[-1][1].num_rows if self._read else start
+            self._read.append((first, next(self._rest)))
+            self._forget()
+        for first, batch in self._read:
+            if first <= row < first + batch.num_rows:
+                return batch, row - first
+        # It was given up for memory.
+        self._group = -1
+        return self._find(group, row)
+
+    def _forget(self) -> None:
+        while len(self._read) > 1 and sum(batch.nbytes for _, batch in self._read) > KEPT_BYTES:
+            del self._read[0]
 
 
 def _bytes_of(image: Any, where: str) -> bytes | ImageError:

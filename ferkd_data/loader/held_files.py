@@ -35,8 +35,10 @@ def set_share(number: int, of: int) -> None:
 class HeldFiles(Generic[K, T]):
     """`held.get(key)` is what `open_one(key)` gave; closed with its last reference. To be used by one thread."""
 
-    def __init__(self, open_one: Callable[[K], T]) -> None:
+    def __init__(self, open_one: Callable[[K], T], limit: int | None = None) -> None:
+        """`limit` is how many files may be open that no stage has named."""
         self._open_one = open_one
+        self._limit = limit
         self._open: dict[K, T] = {}
         self._wanted: dict[K, None] = {}
         self._fetcher: _Fetcher | None = None
@@ -44,6 +46,8 @@ class HeldFiles(Generic[K, T]):
     def get(self, key: K) -> T:
         found = self._open.get(key)
         if found is None:
+            if self._limit is not None:
+                self.forget(self._limit - 1)
             self._wanted[key] = None
             found = self._open.setdefault(key, self._open_one(key))
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ferkd_data.loader.order import Stage
 from ferkd_data.storage import OpenFile
 
 MAX_OPEN = 256
-"""Tars that a process keeps open where any may be needed next."""
+"""Tars that a process keeps open where any may be needed next, if it may open four times as many files."""
 
 
 class OwnImages:
@@ -22,17 +23,18 @@ class OwnImages:
     def __init__(self, labels: LabelSet) -> None:
         self.labels = labels
         self._held = HeldFiles(self._open)
+        self._at_random = HeldFiles(self._open, max_open())
+        self._staged = False
 
     def stage(self, stage: Stage | None) -> None:
         """Fetch the tars of this stage, in the background, and let go of all others."""
-        if stage is None:
-            self._held.forget(MAX_OPEN)
-        else:
+        self._staged = stage is not None
+        if stage is not None:
             self._held.stage(stage.now, stage.coming)
 
     def read(self, row: int, record: np.void) -> bytes:
         """The encoded bytes. Raises ImageError where the tar ends within the image; ShardError, RemoteError."""
-        tar = self._held.get(self.labels.position(row)[0])
+        tar = (self._held if self._staged else self._at_random).get(self.labels.position(row)[0])
         length = int(record["image_bytes"])
         data = tar.read(int(record["image_offset"]), length)
         if len(data) != length:
@@ -48,3 +50,8 @@ class OwnImages:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+def max_open() -> int:
+    """Tars that this process may keep open: a quarter of its files, the rest of which is the training's."""
+    return max(8, min(MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import sqlite3
 import tarfile
 import tracemalloc
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -338,3 +340,22 @@ def test_a_full_disk_while_keys_are_collected():
 def test_control_characters_beyond_ascii_are_no_keys():
     with pytest.raises(ImageError, match="control character"):
         check_key("a\x85b")
+
+
+def test_single_rows_of_parquet_in_any_order_open_each_file_once(tmp_path, monkeypatch):
+    for file in range(3):
+        images = [{"bytes": f"{file} {row}".encode() * 40_000, "path": None} for row in range(90)]
+        table = pa.table({"key": [f"{file}-{row}" for row in range(90)], "image": images})
+        pq.write_table(table, tmp_path / f"{file}.parquet", row_group_size=40)
+    source = open_source(tmp_path)
+    refs = {ref.key: ref for ref in source.list_images()}
+    opened = []
+    real = pq.ParquetFile
+    monkeypatch.setattr(pq, "ParquetFile", lambda path: opened.append(path) or real(path))
+    order = np.random.default_rng(0).permutation(sorted(refs)).tolist()
+    for key in (*sorted(refs), *order, *sorted(refs, reverse=True)):
+        assert source.read_one(refs[key]) == key.replace("-", " ").encode() * 40_000
+    assert len(opened) == 3
+    assert pickle.loads(pickle.dumps(source)).read_one(refs["1-7"]) == b"1 7" * 40_000
+    with pytest.raises(ImageError, match=r"1\.parquet has no row 90; did it change"):
+        source.read_one(dataclasses.replace(refs["1-7"], offset=90))

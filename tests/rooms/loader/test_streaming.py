@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import threading
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from ferkd_data.errors import LoaderError, RemoteError, StorageFullError
 from ferkd_data.loader.held_files import HeldFiles
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import epoch_order
+from ferkd_data.loader.own_images import max_open
 from ferkd_data.loader.shard_records import ShardRecords
 from ferkd_data.remote import Retries
 from ferkd_data.storage import explain_full_disk
@@ -250,3 +252,30 @@ def test_held_files_are_closed_when_their_stage_is_over():
     assert held.get(2) is held.get(2) and held.get(1) is not first
     held.forget(1)
     assert held.get(1) and opened.count(1) == 2
+
+
+def test_more_tars_than_a_process_may_open(many_shards, tmp_path, monkeypatch):
+    """Layout webdataset at ImageNet's size has 1,252 of them, and a window of `spread` asks for nearly all."""
+    labels = fd.open_labels(many_shards / "webdataset")
+    most, settings = 0, {"batch_size": 8, "crops_per_image": 2, "size": 32, "calibration": "fkd", "spread": True}
+    expected = contents(fd.CropLoader(labels, cache_dir=tmp_path, **settings))
+    gc.collect()
+    monkeypatch.setattr("ferkd_data.loader.own_images.max_open", lambda: 3)
+    loader = fd.CropLoader(labels, cache_dir=tmp_path, **settings)
+    read = loader._maker.images.read
+
+    def counted(row, record):
+        nonlocal most
+        data = read(row, record)
+        most = max(most, sum(path.resolve().suffix == ".tar" for path in Path("/proc/self/fd").iterdir()))
+        return data
+
+    monkeypatch.setattr(loader._maker.images, "read", counted)
+    assert same(contents(loader), expected)
+    assert most == 3
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1024, 256), (256, 64), (16, 8), (10**6, 256)])
+def test_a_quarter_of_the_files_is_for_tars(monkeypatch, limit, expected):
+    monkeypatch.setattr("ferkd_data.loader.own_images.resource.getrlimit", lambda _: (limit, limit))
+    assert max_open() == expected
