@@ -29,6 +29,8 @@ from ferkd_data.images.pillow_globals import hold_pillow_globals
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """Pillow's own threshold for a decompression bomb: 256 MiB of RGB."""
+ANY_SIZE = 65_535**2
+"""No limit but that of the format, for a header alone: nothing is decoded."""
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 NO_SIZE = "not identified by this driver"
 """Pillow's words for a header that it understands, but whose width or height is 0."""
@@ -98,7 +100,7 @@ def decode_reduced(data: bytes, divisor: int) -> npt.NDArray[np.uint8] | None:
     return pixels if pixels.shape[:2] == (height, width) else None
 
 
-def image_size(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+def image_size(data: bytes, *, max_pixels: int = ANY_SIZE) -> tuple[int, int]:
     """(height, width) from the header alone. Raises ImageError as `decode_rgb` does."""
     if data.startswith(JPEG_START):
         size = jpeg_size(data, max_pixels)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ferkd_data import rng
 from ferkd_data.crops import Crops
-from ferkd_data.errors import FerkdError, ImageError, LoaderError
+from ferkd_data.errors import FerkdError, ImageError, LoaderError, UsageError
 from ferkd_data.images import decode_rgb, image_size
 from ferkd_data.images.decode import decode_reduced
 from ferkd_data.images.patience import IMAGES_IN_A_ROW, UnansweredImageError
@@ -118,7 +118,10 @@ class BatchMaker:
             crops = Crops(boxes=drawn.boxes[i], flip=drawn.flip[i], operations=drawn.operations[i])
             data = self.read(int(labelled.rows[i]), record)
             pixels, crops = self._decoded(data, record, crops, window.slots[i] >= 0, images.shape[-1])
-            self._cut_image(pixels, window.slots[i], crops, bool(together[i]), images)
+            try:
+                self._cut_image(pixels, window.slots[i], crops, bool(together[i]), images)
+            except UsageError as error:  # a box outside the image: what replay takes for a mistake of its caller
+                raise LoaderError(f"{self._describe(int(labelled.rows[i]))}: {error}") from error
             if self.settings.transform is not None:
                 self._transform(self.settings.transform, window, labelled, i, images)
 
@@ -321,8 +324,13 @@ class BatchMaker:
 
 
 def decode_checked(data: bytes, record: np.void) -> npt.NDArray[np.uint8]:
-    """The pixels. Raises ImageError when there are none, or not as many as were labelled."""
-    pixels = decode_rgb(data, max_pixels=2**32)
+    """The pixels. Raises ImageError when there are none, or not as many as were labelled: more are never decoded."""
+    try:
+        pixels = decode_rgb(data, max_pixels=int(record["height"]) * int(record["width"]))
+    except ImageError as error:
+        if error.reason == "pixel_bomb":
+            check_labelled_size(*image_size(data), record)
+        raise
     check_labelled_size(pixels.shape[0], pixels.shape[1], record)
     return pixels
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data.errors import ImageError, ShardError
-from ferkd_data.images.decode import DEFAULT_MAX_PIXELS, JPEG_START, image_size, jpeg_size
+from ferkd_data.images.decode import ANY_SIZE, JPEG_START, image_size, jpeg_size
 from ferkd_data.shards import crop_arrays
 from ferkd_data.shards.columns import DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels
 from ferkd_data.storage import image_digest
@@ -184,7 +184,7 @@ def _arrays(samples: _Samples, shape: tuple[int, int], index_dtype: Any) -> list
 def _image_size(read: Read, at: int, size: int, start: npt.NDArray[np.uint8]) -> tuple[int, int]:
     """As `image_size` of the whole image: a JPEG's first bytes say the same, or nothing."""
     begins = start[:size].tobytes()
-    found = jpeg_size(begins, DEFAULT_MAX_PIXELS) if begins.startswith(JPEG_START) else None
+    found = jpeg_size(begins, ANY_SIZE) if begins.startswith(JPEG_START) else None
     return found or image_size(read(at, size))
 
 

@@ -10,6 +10,7 @@ from dataclasses import fields
 
 import pytest
 from label_sets import edit_manifest, files_below, same_files
+from PIL import Image
 
 import ferkd_data as fd
 from ferkd_data.builder import BuildSettings, build_part, finish
@@ -296,3 +297,28 @@ def test_nothing_is_left_where_no_build_began(few, tiny_teachers, tmp_path):
     with pytest.raises(fd.FerkdError):
         fd.build(few, out, extend=True, crops=3, device="cpu")
     assert files_below(out) == before
+
+
+def test_a_larger_pixel_limit_is_remembered(make_photos, tiny_teachers, tmp_path):
+    """An image beyond the default limit: labelled, verified, loaded, and the limit kept for an extension."""
+    photos, out = make_photos(tmp_path / "photos", 10), tmp_path / "out"
+    Image.new("1", (9_500, 9_500), 1).save(photos / "class0/large.png")
+    limits = {"max_pixels": 10**8, "layout": "webdataset"}
+    result = fd.build(photos, out, teachers=[tiny_teachers], **{**TINY, **limits})
+    assert result.rejects == 0 and result.manifest.max_pixels == 10**8
+    assert fd.verify(out).ok
+    loader = fd.CropLoader(fd.open_labels(out), batch_size=11, size=16, crops_per_image=1)
+    assert [len(batch) for batch, _ in loader] == [11]
+    make_photos(photos, 11)
+    assert fd.build(photos, out, extend=True, device="cpu").manifest.num_images == 12
+
+
+def test_a_picture_with_more_pixels_than_were_labelled_is_not_decoded(few, tiny_teachers, tmp_path, make_photos):
+    photos, out = make_photos(tmp_path / "photos", 10), tmp_path / "out"
+    fd.build(photos, out, teachers=[tiny_teachers], **TINY)
+    Image.new("1", (60_000, 60_000)).save(photos / "class3/photo0003.jpg", "PNG")
+    loader = fd.CropLoader(
+        fd.open_labels(out), images=photos, batch_size=5, size=16, crops_per_image=1, verify_images="never"
+    )
+    with pytest.raises(fd.FerkdError, match="it is 60000x60000 pixels, 64x48 were labelled"):
+        list(loader)
