@@ -10,6 +10,8 @@ import click
 
 from .groups import GroupedCommand
 from .options import json_option, print_json, require_teachers, teacher_options
+from .overview import count, left_out
+from .say import say
 
 
 @click.command(cls=GroupedCommand)
@@ -60,12 +62,18 @@ def command(
     click.echo(f"{'images':>6}  {'top-1':>6}  {'top-5':>6}  {'ECE':>6}  {'published':>9}  teacher")
     for score in result.scores:
         published = "" if score.published_top1 is None else f"{score.published_top1:.1%}"
-        click.echo(
+        say(
             f"{score.images:>6}  {score.top1:>6.1%}  {score.top5:>6.1%}  {score.ece:>6.3f}  {published:>9}  "
             f"{score.name}"
         )
     for warning in result.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
+    for note in result.notes:
+        say(f"note: {note}", err=True)
+    if result.unlabelled:
+        say(f"note: {count(result.unlabelled, 'image')} without ground truth left aside", err=True)
+    if result.left_out:
+        say(f"left out: {left_out(result.left_out)}", err=True)
     if result.rejects:
-        click.echo(f"warning: {result.rejects} images could not be used", err=True)
+        say(f"warning: {count(result.rejects, 'image')} could not be used", err=True)
     return 0

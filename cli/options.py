@@ -76,7 +76,7 @@ def require_teachers(teachers: tuple[str, ...]) -> None:
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that were written on the command line or in a --config file; not the defaults."""
+    """The options that were written on the command line or in a --config file, without the defaults."""
     context = click.get_current_context()
     default = click.core.ParameterSource.DEFAULT
     return {name: value for name, value in values.items() if context.get_parameter_source(name) is not default}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,11 @@ class Evaluation:
     warnings: tuple[str, ...]
     rejects: int
     unlabelled: int
+    """Images without ground truth, which are not looked at."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Files that are no images, by reason (see ferkd_data.images.left_out)."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the source was read."""
 
 
 def evaluate(
@@ -79,7 +84,8 @@ def evaluate(
     models = load_teachers(teachers, device=device, precision=precision)
     refs, rejects, unlabelled, max_target = _choose(images, limit)
     if not refs:
-        raise SourceError(f"{source}: no image has a target, so nothing can be evaluated")
+        why = "; ".join(("no image has a target, so nothing can be evaluated", *images.notes))
+        raise SourceError(f"{source}: {why}")
     check_class_count(
         models[0].num_classes,
         class_names=images.class_names,
@@ -112,7 +118,14 @@ def evaluate(
             mode=ensemble,
         )
         scores.append(_score(f"ensemble ({ensemble})", together, target, None))
-    return Evaluation(scores=tuple(scores), warnings=tuple(warnings), rejects=rejects, unlabelled=unlabelled)
+    return Evaluation(
+        scores=tuple(scores),
+        warnings=tuple(warnings),
+        rejects=rejects,
+        unlabelled=unlabelled,
+        left_out=dict(images.left_out.counts),
+        notes=images.notes,
+    )
 
 
 class _Gathered:

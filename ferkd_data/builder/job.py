@@ -42,7 +42,7 @@ class Job:
     """Seconds a worker may wait for a teacher before the driver ends it."""
     fail_on_reject: bool = False
     digests: tuple[str, ...] = ()
-    """Of the teachers as the driver loaded them; each worker's own must have the same."""
+    """Digests of the teachers that the driver loaded; each worker's own must have the same."""
 
     @property
     def name(self) -> str:
@@ -57,7 +57,10 @@ class Job:
 def open_tools(
     job: Job, device: str, teachers: Sequence[Teacher] | None = None, observer: Observer | None = None
 ) -> Iterator[Tools]:
-    """What this process labels shards with; `teachers` are those it has loaded already. Compiles them if asked to."""
+    """Open the tools of this process for labelling shards, with `teachers` where it has loaded them already.
+
+    Compiles the teachers if the job asks for it.
+    """
     with (
         current_device(device),
         ThreadPoolExecutor(job.workers, thread_name_prefix="ferkd-data", initializer=_compute_alone) as executor,
@@ -112,7 +115,7 @@ def _compute_alone() -> None:
 
 
 def stored_thresholds(settings: BuildSettings) -> Thresholds:
-    """Those of the settings, or a stand-in until the quantiles are known."""
+    """The thresholds of the settings, or a stand-in until the quantiles are known."""
     asked = settings.thresholds
     if isinstance(asked, QuantileThresholds):
         return Thresholds(low=0, mid=0, top=1, confidence=asked.confidence)

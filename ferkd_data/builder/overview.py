@@ -1,4 +1,4 @@
-"""What a build has understood, said before it starts: a person sees in the first minute that something is wrong."""
+"""The overview before a build starts: a person sees in the first minute that something is wrong."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class PlanSummary(BaseModel):
     """Files met beside the images, by reason (see ferkd_data.images.left_out)."""
     left_out_examples: dict[str, str] = {}
     notes: tuple[str, ...] = ()
-    """What a person should know of how the source was read."""
+    """Remarks about how the source was read, a sentence each."""
     first_shard: int = 0
     """The number of the first planned shard. Those before it are finished: they are an extended label set's."""
     known_shards: int = 0
@@ -101,14 +101,14 @@ class Plan:
         return [ImageRef(**dict(zip(REF_FIELDS, row, strict=True))) for row in zip(*columns, strict=True)]
 
     def digests(self, shard: int) -> list[bytes]:
-        """Of the images of a known shard, as they were when they were labelled."""
+        """Digests of the images of a known shard, from when they were labelled."""
         return self._read(shard, ("image_digest",))[0]
 
     def count_images(self, shards: Iterable[int]) -> int:
         return sum(self.shard_images(shards))
 
     def shard_images(self, shards: Iterable[int]) -> list[int]:
-        """How many images each of these shards has."""
+        """Number of images in each of these shards."""
         metadata = pq.read_metadata(self.folder / "plan.parquet")
         return [metadata.row_group(shard - self.summary.first_shard).num_rows for shard in shards]
 
@@ -187,7 +187,7 @@ class PlanWriter:
             self.digest.update(_digested(pairs))
 
     def summary(self, source: ImageSource) -> PlanSummary:
-        """What is known when `source` was listed to its end."""
+        """The summary of the plan, once `source` was listed to its end."""
         return PlanSummary(
             images=self.images,
             labelled_images=self.labelled,

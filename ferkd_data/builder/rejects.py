@@ -73,7 +73,7 @@ def read_rejects(path: Path) -> Iterator[Reject]:
 
 
 def rejects_entry(path: Path, rows: int) -> RejectsEntry:
-    """What the manifest says of a file that is written; it lies beside the manifest."""
+    """The manifest's entry for a rejects file that was written beside it."""
     return RejectsEntry(path=path.name, rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path))
 
 

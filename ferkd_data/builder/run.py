@@ -38,7 +38,7 @@ from ferkd_data.storage import remove_leftovers
 from ferkd_data.teachers import TeacherSpec
 
 SHARDS_NAMED = 8
-"""Of those that are missing."""
+"""Missing shards that an error names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class PartResult:
     out: Path
     part: Part
     shards: int
-    """Of this part; all of them are done."""
+    """Shards of this part; all of them are done."""
     images: int
     rejects: int
     already_finished: bool = False

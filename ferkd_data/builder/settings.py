@@ -73,7 +73,7 @@ class BuildSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a build may use; none of it changes what is written."""
+    """Processors, memory and time that a build may use; none of it changes what is written."""
 
     device: str = "auto"
     """auto (cuda where there is one, else cpu), cpu, cuda, cuda:N, several as cuda:0,1, or all GPUs as all."""
@@ -153,7 +153,7 @@ def default_batch_size(device: str) -> int:
 
 
 def cores() -> int:
-    """Those that this process may use, which in a container or a batch job can be fewer than the machine has."""
+    """Number of cores for this process; in a container or a batch job there can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -13,7 +13,7 @@ from ferkd_data.builder.workers.ray_cluster import Fleet, open_fleet
 @dataclass(frozen=True, kw_only=True)
 class Workplace:
     devices: list[str]
-    """Of each worker on this machine; on a cluster, the kind of device of all."""
+    """The device of each worker on this machine; on a cluster, the kind of device of all."""
     batch_size: int
     workers: int
     """Threads that decode and cut, in each process."""
@@ -23,7 +23,7 @@ class Workplace:
 
     @property
     def num_workers(self) -> int:
-        """Those that a build would have now; at least one."""
+        """Number of workers that a build would have now; at least one."""
         if self.fleet is None:
             return len(self.devices)
         room = self.fleet.room()
@@ -31,7 +31,7 @@ class Workplace:
 
     @property
     def device_here(self) -> str:
-        """Of the teachers that the driver loads. It labels only where it is the one worker itself."""
+        """Device of the teachers that the driver loads. It labels only where it is the one worker itself."""
         return self.devices[0] if self.fleet is None else "cpu"
 
 

@@ -297,7 +297,7 @@ def _count_files(folder: Path) -> int:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """What two paths to one folder have in common. Raises SourceError."""
+    """Device and inode, which all paths to one folder have in common. Raises SourceError."""
     try:
         status = path.stat()
     except OSError as error:

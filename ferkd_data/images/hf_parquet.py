@@ -186,7 +186,7 @@ class ParquetSource:
         return ClassList(f"the column {label}", names, names)
 
     def _choose_keys(self) -> tuple[_KeyOf, bool]:
-        """How the key of a row is made, and whether that is known to give each key once."""
+        """Return the function that makes a row's key, and whether it is known to give each key once."""
         own = next((name for name in OWN_KEYS if name in self.columns.keys), None)
         if own is not None:
             return lambda file, row, record: "" if record[own] is None else str(record[own]), False

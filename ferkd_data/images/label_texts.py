@@ -48,7 +48,7 @@ def _number_of_text(text: str, classes: ClassList | None) -> int | None:
 
 @dataclass
 class LabelCounts:
-    """How the labels of a listing were understood; what was not becomes a note, and the image stays."""
+    """Counts of the labels of a listing. A label that was not understood becomes a note, and the image stays."""
 
     images: int = 0
     known: int = 0

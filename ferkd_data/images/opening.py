@@ -17,7 +17,7 @@ from ferkd_data.images.tars import TarSource
 from ferkd_data.storage import expand, is_url
 
 LEVELS = 3
-"""How deep Parquet files lie at most: CONFIG/SPLIT/0000.parquet."""
+"""Folders above a Parquet file, at most, with SOURCE itself: CONFIG/SPLIT/0000.parquet."""
 FOLDERS_TRIED = 8
 NAMES_TRIED = 64
 ARCHIVES = (".zip", ".7z", ".rar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")

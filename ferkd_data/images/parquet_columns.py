@@ -112,7 +112,7 @@ def _image_column(path: Path, schema: pa.Schema, features: Mapping[str, Any]) ->
 
 
 def _image_columns(path: Path, schema: pa.Schema, features: Mapping[str, Any]) -> list[str]:
-    """Those named as images, or declared as such, whose type fits; else binary columns that begin with an image."""
+    """Columns that are declared or named as images and have a fitting type; else bytes that begin like an image."""
     fitting = [field.name for field in schema if _fits_images(field.type)]
     declared = [name for name in fitting if features.get(name, {}).get("_type") == "Image"]
     structs = [name for name in fitting if pa.types.is_struct(schema.field(name).type)]
@@ -177,7 +177,7 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
 
 
 def describe_differing(columns: ParquetColumns, other: ParquetColumns) -> Sequence[str]:
-    """What keeps two files from being read as one source."""
+    """Differences that keep two files from being read as one source, as `what MINE and THEIRS`."""
     return [
         f"{what} {mine or 'none'} and {theirs or 'none'}"
         for what, mine, theirs in (

@@ -121,7 +121,7 @@ class PatientFile:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """What happened, below our own words and those of fsspec, to which a server that is down has no such file."""
+    """The first cause, below our own errors and those of fsspec, for which a server that is down has no such file."""
     told: BaseException | None = error
     while told is not None:
         if _is_foreign(told):

@@ -1,4 +1,4 @@
-"""What a source lists: references to images, and rejects. Never pixels."""
+"""Entries of a source's listing: references to images, and rejects. Never pixels."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ TARGET_FIELDS = (
 NUMBER = re.compile(r"[-+]?\d{1,18}")
 MAX_TARGET_BYTES = 2**20
 DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
-"""What tarfile raises for headers that claim absurd sizes or nest without end."""
+"""Errors of tarfile for headers that claim absurd sizes or nest without end."""
 
 
 class TarSource:

@@ -78,11 +78,11 @@ class ShardRecord(BaseModel):
     rejects: tuple[RejectRecord, ...]
     statistics: Statistics
     thresholds: tuple[float, float, float]
-    """Those that the stored buckets were assigned with."""
+    """Thresholds (low, mid, top) of the stored buckets."""
 
 
 class Facts(BaseModel):
-    """What a manifest says beyond the settings and the shards."""
+    """Statements of a manifest beyond the settings and the shards."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -233,7 +233,7 @@ class BuildFolder:
         return Facts.model_validate_json((self.path / "facts.json").read_bytes())
 
     def parts(self) -> list[Part]:
-        """Those that were ever begun."""
+        """Every part that was begun at some time."""
         found = [PART_LOCK.fullmatch(path.name) for path in self.path.glob("part-*")]
         return [Part(number=int(name[1]), of=int(name[2])) for name in found if name]
 

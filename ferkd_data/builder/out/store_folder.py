@@ -174,7 +174,7 @@ def place_of(out: str | Path) -> Path | str:
 
 
 def folder_of(place: Path | str) -> BuildFolder:
-    """What a worker writes to. Raises UsageError for a URL that no build writes to."""
+    """The place that a worker writes to. Raises UsageError for a URL that no build writes to."""
     return StoreFolder(place) if isinstance(place, str) else BuildFolder(place)
 
 

@@ -227,6 +227,18 @@ def test_what_was_left_out_is_said_everywhere(plain, tiny_teachers, tmp_path, ca
     assert "left out      9 system files" in capsys.readouterr().out
 
 
+def test_evaluate_says_what_it_did_not_look_at(plain, tiny_teachers, tmp_path, capsys):
+    source = with_system_files(plain, tmp_path / "source")
+    (source / "class0/broken.jpg").write_bytes(b"no picture")
+    assert run(["evaluate", str(source), "--teacher", tiny_teachers, "--diagnose", "0", "--device", "cpu"]) == 0
+    said = capsys.readouterr().err
+    assert "left out: 9 system files\n" in said and "1 image could not be used" in said
+    flat = tmp_path / "flat"
+    put(flat, "a.jpg", data=(plain / "class0/photo0000.jpg").read_bytes())
+    assert run(["evaluate", str(flat), "--teacher", tiny_teachers, "--device", "cpu"]) == 1
+    assert "no image has a target" in capsys.readouterr().err
+
+
 def test_the_overview_is_in_the_json(plain, tiny_teachers, tmp_path, capsys):
     options = ["--crops", "2", "--top-k", "2", "--device", "cpu", "--workers", "1", "--json"]
     command = ["build", str(plain), str(tmp_path / "out"), "--teacher", tiny_teachers, *options]
