@@ -137,10 +137,8 @@ def killed_at(command: tuple[str, str, str], boundary: int) -> int:
     kind, source, out = command
     if kind == "publish":
         fd.publish(source, out, card=CARD, workers=1, on_progress=on_progress)
-    elif kind == "convert":
-        fd.convert(source, out, layout="parquet", crops_per_block=2, on_progress=on_progress)
     else:
-        fd.merge([source, f"{source}-more"], out, on_progress=on_progress)
+        fd.convert(source, out, layout="parquet", crops_per_block=2, on_progress=on_progress)
     sys.settrace(None)
     return seen
 
@@ -160,11 +158,10 @@ def killed_everywhere(kind: str, source: str, folder: str, answer: Path) -> None
     answer.write_text(f"{boundary} {status}")
 
 
-@pytest.mark.parametrize("kind", ["publish", "convert", "merge"])
+@pytest.mark.parametrize("kind", ["publish", "convert"])
 def test_a_kill_at_any_line_of_the_end_loses_nothing(kind, tmp_path, quick_process, monkeypatch):
     """By a real signal in a real process; then the same command in this one."""
     source = shutil.copytree(GOLDEN / "parquet", tmp_path / "source")
-    other_images(shutil.copytree(source, tmp_path / "source-more"))
     arguments = (kind, str(source), str(tmp_path), tmp_path / "answer")
     process = quick_process.Process(target=killed_everywhere, args=arguments)
     process.start()
@@ -176,30 +173,10 @@ def test_a_kill_at_any_line_of_the_end_loses_nothing(kind, tmp_path, quick_proce
         out = tmp_path / str(boundary)
         if kind == "publish":
             fd.publish(source, str(out), card=CARD)
-        elif kind == "convert":
-            fd.convert(source, out, layout="parquet", crops_per_block=2)
         else:
-            fd.merge([source, tmp_path / "source-more"], out)
+            fd.convert(source, out, layout="parquet", crops_per_block=2)
         assert same_label_sets(tmp_path / str(boundaries), out), f"boundary {boundary}"
         verified = fd.verify(out)
         assert verified.ok and not verified.warnings, f"boundary {boundary}: {verified}"
         assert not list(out.rglob(".*")), f"boundary {boundary}"
     print(f"{kind}: killed at {boundaries - 1} lines")
-
-
-def other_images(folder: Path) -> None:
-    """The same label set, of images with other keys."""
-    import json
-
-    from ferkd_data.shards import parquet
-    from ferkd_data.storage import sha256_file
-
-    manifest = json.loads((folder / "manifest.json").read_text())
-    labels = fd.open_labels(folder)
-    for shard in manifest["shards"]:
-        for file in shard["files"]:
-            rows = labels.block(shard["index"], file["block"])
-            moved = type(rows)(**{**vars(rows), "keys": [f"more/{key}" for key in rows.keys]})
-            parquet.write(folder / file["path"], moved)
-            file.update(bytes=(folder / file["path"]).stat().st_size, sha256=sha256_file(folder / file["path"]))
-    (folder / "manifest.json").write_text(json.dumps(manifest))
