@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from ferkd_data import rng
+from ferkd_data.builder.rejects import check_rejects
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.exchange import out_folder
 from ferkd_data.exchange.arguments import check_at_least
@@ -86,6 +87,7 @@ def convert(
             shutil.rmtree(table.folder)
     rejects = source.manifest.rejects
     with source.open(rejects) as opened:
+        check_rejects(opened.path, rejects.rows)
         shutil.copyfile(opened.path, out / rejects.path)
     changes = {"layout": layout, "crops_per_block": block, "shards": tuple(entries)}
     return out_folder.finish(out, source.manifest.model_copy(update=changes))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ferkd_data import statistics
+from ferkd_data.builder.rejects import check_rejects
 from ferkd_data.errors import PublishError, RemoteError, UsageError
 from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.exchange.card import render_card
@@ -117,10 +118,22 @@ def _alone(out: Path) -> Iterator[None]:
 
 def _fetch_files(remote: Remote, out: Path, part: Manifest, workers: int, on_progress: OnFetched | None) -> int:
     """All that the manifest lists; how many of them came over the line."""
-    entries: list[FileEntry] = [*(file for shard in part.shards for file in shard.files), part.rejects]
+    labels = LabelSet(LocalFiles(out), part, part.num_crops, "", "never")
+    files = [(shard.index, file) for shard in part.shards for file in shard.files]
+    entries: list[FileEntry] = [*(file for _, file in files), part.rejects]
+    shard_of = {file.path: (shard, file.block) for shard, file in files}
     total, done, fetched = sum(entry.bytes for entry in entries), 0, 0
 
     def fetch(entry: FileEntry) -> bool:
+        came = bring(entry)
+        # What came is what the manifest lists; whether a label set may say it is another matter.
+        if entry.path in shard_of:
+            labels.block(*shard_of[entry.path])
+        else:
+            check_rejects(inside(out, entry.path), part.rejects.rows)
+        return came
+
+    def bring(entry: FileEntry) -> bool:
         path = inside(out, entry.path)
         if path.exists() and path.stat().st_size == entry.bytes and sha256_file(path) == entry.sha256:
             return False

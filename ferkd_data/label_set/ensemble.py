@@ -52,6 +52,10 @@ class EnsembleLabels(LabelSet):
     def cache_bytes(self) -> int:
         return min(labels.cache_bytes for labels in self.sets)
 
+    def check_sizes(self) -> None:
+        for labels in self.sets:
+            labels.check_sizes()
+
     def verified(self, verify_labels: VerifyLabels) -> Self:
         other = super().verified(verify_labels)
         other.sets = tuple(labels.verified(verify_labels) for labels in self.sets)

@@ -34,22 +34,40 @@ class LocalFiles:
     def location(self) -> str:
         return str(self.folder)
 
+    def check_size(self, entry: FileEntry) -> None:
+        """Raises ShardError where the file is missing, or has another size than the manifest says."""
+        path = self.folder / entry.path
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise _cannot_be_opened(path, error) from error
+        if size != entry.bytes:
+            raise _of_another_size(path, size, entry)
+
     def open(self, entry: FileEntry, *, check: bool = True) -> OpenFile:
         path = inside(self.folder, entry.path)
         try:
             file = OpenFile(path)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ShardError(f"{path}: the shard is missing; restore it or build the label set again") from error
         except OSError as error:
-            raise ShardError(f"{path}: cannot be opened ({error.strerror})") from error
+            raise _cannot_be_opened(path, error) from error
         if file.size != entry.bytes:
-            raise ShardError(f"{path}: {file.size} bytes, the manifest says {entry.bytes}; fetch or build it again")
+            raise _of_another_size(path, file.size, entry)
         if check and sha256_once(file) != entry.sha256:
             raise ShardError(
                 f"{path}: the bytes are not those of the manifest (SHA-256 differs): the file was damaged or changed; "
                 "fetch or build it again"
             )
         return file
+
+
+def _cannot_be_opened(path: Path, error: OSError) -> ShardError:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return ShardError(f"{path}: the shard is missing; restore it or build the label set again")
+    return ShardError(f"{path}: cannot be opened ({error.strerror})")
+
+
+def _of_another_size(path: Path, size: int, entry: FileEntry) -> ShardError:
+    return ShardError(f"{path}: {size} bytes, the manifest says {entry.bytes}; fetch or build it again")
 
 
 @dataclass(frozen=True)

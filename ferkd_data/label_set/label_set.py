@@ -227,6 +227,17 @@ class StoredLabels:
         """
         return self.files.open(entry, check=check and self.verify_labels != "never")
 
+    def check_sizes(self) -> None:
+        """Raises ShardError where a local file of this view is missing, or is not as large as the manifest says.
+
+        For whoever is about to reserve memory or disk for all rows, before a file is read. What lies on a server is
+        checked as it arrives.
+        """
+        if isinstance(self.files, LocalFiles):
+            for entry in self.filled_shards():
+                for file in entry.files[: self.num_blocks]:
+                    self.files.check_size(file)
+
     def verified(self, verify_labels: VerifyLabels) -> Self:
         """The same label set, its files compared with the manifest's digests when they are first read, or never.
 

@@ -50,5 +50,8 @@ def open_maker(
             stacklevel=3,
         )
     stored = kept.unmapped
+    if not streamed:
+        # A crop block's space is reserved as a whole: for files that are there, not for what a manifest claims.
+        stored.check_sizes()
     cache = ShardRecords(stored, cache_dir) if streamed else LabelCache(stored, cache_dir)
     return BatchMaker(kept, cache, table, settings, KeyTable(kept) if settings.keys else None)

@@ -265,6 +265,8 @@ def _read(path: Path, expected: pa.Schema, rows: int, longest: int = MAX_TEXT_BY
 
 def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
     for field in expected:
+        if found.names.count(field.name) > 1:
+            raise ShardError(f"{path}: column {field.name!r} is there twice")
         if field.name not in found.names:
             raise ShardError(f"{path}: column {field.name!r} is missing")
         actual = found.field(field.name).type

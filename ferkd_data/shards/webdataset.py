@@ -152,6 +152,10 @@ def _split_member(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:
     name = member.name
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
         raise ShardError(f"{path}: member {name!r} is not a regular file; links and devices are refused")
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ShardError(f"{path}: member name {name!r} is not UTF-8") from error
     folder, _, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
     if not dot or not stem or name.startswith("/") or "\\" in name or ".." in folder.split("/"):
