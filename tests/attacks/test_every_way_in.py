@@ -44,7 +44,6 @@ def test_what_tells_no_lie_is_taken_by_everything(met):
     for name in NO_LIE:
         uses = [(use, what) for use, what, _, _ in met[name] if use != "written"]
         assert len(uses) == 17
-        # Layout webdataset keeps all crops of an image in one file, which is not what is asked here.
         assert all(what == "passed" for _, what in uses), (name, uses)
 
 

@@ -303,6 +303,8 @@ def command(*arguments: object) -> None:
 
 def uses(folder: Path, out: Path, photos: Path, teacher: str) -> dict[str, Callable[[], object]]:
     card = ["--name", "x", "--license", "cc0-1.0", "--author", "a"]
+    if (folder / "shards").exists():
+        card += ["--image-license", "cc0-1.0"]
     extend = ["--teacher", teacher, "--teacher", "python:ferkd_tiny_teachers:second", "--device", "cpu", "--extend"]
     return {
         "info": lambda: command("info", folder),
