@@ -55,7 +55,8 @@ def uses(folder: Path, out: Path, photos: Path, tiny_teachers: str):
     yield "export", lambda: fd.export_fkd(folder, out / "fkd")
     yield "merge", lambda: fd.merge([folder, folder], out / "merged")
     yield "pull", lambda: fd.pull(str(folder), out / "pulled")
-    yield "publish", lambda: fd.publish(folder, str(out / "public"), card=fd.CardFields(name="x", license="mit", image_license="mit"))
+    card = fd.CardFields(name="x", license="mit", image_license="mit")
+    yield "publish", lambda: fd.publish(folder, str(out / "public"), card=card)
     yield "extend", lambda: fd.build(photos, folder, extend=True, teachers=teachers, device="cpu")
 
 
