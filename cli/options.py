@@ -54,7 +54,7 @@ def teacher_options(function: Function) -> Function:
             type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
             default="auto",
             show_default=True,
-            help="auto: bf16 on cuda, fp32 on a CPU.",
+            help="auto: bf16 on cuda, fp32 on a CPU and for ONNX teachers.",
         ),
         grouped(
             "--ensemble",

@@ -3,8 +3,8 @@
 An epoch draws M crops of each of its images. Draw number t, counted over all epochs, lies in cycle t // N (all N crops
 once) and, inside it, in the crop block that holds place t % N. Within a block, an image's crops come in a random order
 of its own; those that are not in use (discarded, or thinned out in this cycle) are left out, and the order begins
-again, shuffled anew, when the block has fewer crops in use than draws. So every epoch reads one block, or two where
-they meet.
+again, shuffled anew, when the block has fewer crops in use than draws. So an epoch reads one block, or
+more where it crosses from one to the next.
 
 Legend: R images, M crops per image and epoch, n crops of a block.
 """

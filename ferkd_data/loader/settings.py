@@ -168,8 +168,6 @@ class LoaderSettings:
             raise UsageError("transform needs crops that workers cut: leave out decode_device")
         if self.decode_scale != "exact" and self.decode_device is not None:
             raise UsageError("decode_scale is for decoding in workers: leave out decode_device")
-        if self.decode_scale != "exact" and self.decode_device is not None:
-            raise UsageError("decode_scale is for decoding in workers: leave out decode_device")
         check_ranks(self.rank, self.world_size)
 
 

@@ -84,8 +84,10 @@ class TeacherSpec:
     """The logits are divided by it."""
 
     def __post_init__(self) -> None:
-        if self.weight <= 0 or self.temperature <= 0:
-            raise UsageError(f"teacher {self.name}: weight and temperature must be positive")
+        if not (0 < self.weight < math.inf and 0 < self.temperature < math.inf):
+            raise UsageError(f"teacher {self.name}: weight and temperature must be positive and finite")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise UsageError(f"teacher {self.name}: crop_pct must be above 0 and at most 1, got {self.crop_pct:g}")
         if self.classes is not None and self.classes < 1:
             raise UsageError(f"teacher {self.name}: classes must be at least 1, got {self.classes}")
         if self.checkpoint is not None and self.kind not in WITH_CHECKPOINT:
