@@ -12,7 +12,6 @@ import argparse
 import io
 import itertools
 import json
-import multiprocessing
 import subprocess
 import sys
 import tarfile
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 from synthetic import write_label_set
 
@@ -102,7 +102,7 @@ def measure(folder: Path) -> dict[str, float]:
     for _ in itertools.islice(first, 200):
         pass
     found["main_mb"] = private_mb("self")
-    found["worker_mb"] = max(private_mb(child.pid) for child in multiprocessing.active_children() if child.pid)
+    found["worker_mb"] = max(private_mb(str(child.pid)) for child in psutil.Process().children(recursive=True))
     state = first.state_dict()
     state["place"] |= {"epoch": 1, "images": len(labels) * 9 // 10 // 32 * 32}
     del first

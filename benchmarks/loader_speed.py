@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from synthetic import write_label_set
@@ -276,13 +277,12 @@ def ours(labels: Path, photos: Path, cache: Path, crops_per_image: int, workers:
 
 
 def cpu_seconds() -> float:
-    """Of this process and its live children."""
+    """CPU time of this process and of the live processes below it."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     total = own.ru_utime + own.ru_stime
-    tick = os.sysconf("SC_CLK_TCK")
-    for child in multiprocessing.active_children():
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / tick
+    for child in psutil.Process().children(recursive=True):
+        times = child.cpu_times()
+        total += times.user + times.system
     return total
 
 
