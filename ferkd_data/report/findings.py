@@ -1,4 +1,4 @@
-"""What the numbers of a label set mean, in sentences, and thresholds that fit its teachers."""
+"""Findings: the numbers of a label set in sentences, the most important first."""
 
 from __future__ import annotations
 
@@ -8,21 +8,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data.buckets import QuantileThresholds, Thresholds
 from ferkd_data.label_set import LabelSet
 from ferkd_data.report.charts import Reliability, percent
 from ferkd_data.report.collect import Collected
-from ferkd_data.report.sketch import FLOAT16_VALUES, Counts, Sketch, counts_below, counts_between
+from ferkd_data.report.sketch import FLOAT16_VALUES, Counts, Sketch, counts_between
+from ferkd_data.report.suggestion import suggest
 from ferkd_data.statistics import P_MAX_UNITS, TEACHER_BINS
 
 Level = Literal["warning", "note", "good"]
-STEPS = 100
-"""Thresholds are suggested in steps of 1 / STEPS."""
-DISCARD_BELOW, SOFTEN_BELOW, EASY_FROM = 1 / 3, 1 / 2, 0.98
-"""How often the teachers are right at the ends of the buckets that are suggested."""
-WINDOW = 10
-"""Steps below a threshold over which that is counted."""
-MOST_DISCARDED, MOST_SOFTENED, MOST_EASY = 0.1, 0.2, 0.25
 SMALL_PIXELS = 64
 
 
@@ -32,12 +25,6 @@ class Finding:
     text: str
     section: str
     """Where the report shows it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Suggestion:
-    thresholds: Thresholds
-    why: str
 
 
 def ensemble_reliability(sketch: Sketch, name: str) -> Reliability:
@@ -80,55 +67,6 @@ def teacher_reliability(labels: LabelSet) -> list[Reliability]:
         crops, right = np.array(counted.teacher_bin_crops[i]), np.array(counted.teacher_bin_right[i])
         curves.append(_curve(teacher.name, crops, right, np.array(counted.teacher_bin_p_max[i]) / P_MAX_UNITS))
     return curves
-
-
-def suggest(sketch: Sketch) -> Suggestion:
-    """Thresholds on p_max that fit these teachers: a rule of thumb of ours, see `why`."""
-    total, known, right = sketch.confidence["max"]
-    edges = np.arange(STEPS + 1) / STEPS
-    if not known.sum():
-        return _by_shares(total)
-    below, known_below, right_below = (counts_below(counts, edges) for counts in (total, known, right))
-    near = [row - np.concatenate([np.zeros(WINDOW, np.int64), row[:-WINDOW]]) for row in (known_below, right_below)]
-    low = _last(edges, _always(near[1] <= DISCARD_BELOW * near[0]), below <= MOST_DISCARDED * sketch.crops)
-    at = round(low * STEPS)
-    few = below - below[at] <= MOST_SOFTENED * sketch.crops
-    mid = max(low, _last(edges, _always(near[1] <= SOFTEN_BELOW * near[0]), few))
-    known_above, right_above = known.sum() - known_below, right.sum() - right_below
-    above = sketch.crops - below
-    sure = np.flatnonzero((right_above >= EASY_FROM * known_above) & (known_above > 0))
-    sure = sure[above[sure] <= MOST_EASY * sketch.crops]
-    tenth = np.flatnonzero(above <= sketch.crops / 10)
-    top = float(edges[(sure if len(sure) else tenth)[0]]) if len(tenth) else 1.0
-    return Suggestion(
-        thresholds=Thresholds(low=low, mid=mid, top=max(top, mid)),
-        why="extreme hard up to where the teachers name the ground truth on less than a third of the crops of about "
-        f"that p_max (at most {percent(MOST_DISCARDED, 0)} of all crops); moderate hard up to where they do on less "
-        f"than half (at most {percent(MOST_SOFTENED, 0)}); easy from where they are right on {percent(EASY_FROM, 0)} "
-        f"of all crops above (at most {percent(MOST_EASY, 0)}), or else the surest tenth",
-    )
-
-
-def _by_shares(total: Counts) -> Suggestion:
-    shares = QuantileThresholds()
-    found = shares.resolve(total)
-    low, mid, top = (round(value, 3) for value in (found.low, found.mid, found.top))
-    return Suggestion(
-        thresholds=Thresholds(low=low, mid=mid, top=top),
-        why=f"no ground truth is known, so by shares of the crops: {percent(shares.low, 0)} are below the first, "
-        f"{percent(shares.mid, 0)} below the second, {percent(shares.top, 0)} below the third",
-    )
-
-
-def _always(fits: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """From the first edge on, until one does not fit."""
-    return np.logical_and.accumulate(fits)
-
-
-def _last(edges: npt.NDArray[Any], *fits: npt.NDArray[Any]) -> float:
-    """The largest edge for which everything fits; 0 always does."""
-    good = np.flatnonzero(np.logical_and.reduce(fits))
-    return float(edges[good[-1]]) if len(good) else 0.0
 
 
 def findings(labels: LabelSet, found: Collected) -> list[Finding]:
@@ -174,7 +112,6 @@ def _accuracy(labels: LabelSet, found: Collected) -> list[Finding]:
 def _buckets(labels: LabelSet, found: Collected) -> list[Finding]:
     sketch, thresholds = found.sketch, labels.manifest.thresholds
     hard, moderate, _, easy = (sketch.buckets[0] / sketch.crops).tolist()
-    fit = suggest(sketch).thresholds
     said = [
         Finding(
             level="note",
@@ -182,11 +119,7 @@ def _buckets(labels: LabelSet, found: Collected) -> list[Finding]:
             f"{percent(moderate)} are below {thresholds.mid:g}: they get the softened ground truth.",
             section="thresholds",
         ),
-        Finding(
-            level="note",
-            text=f"Thresholds that fit these teachers: {fit.low:g}, {fit.mid:g} and {fit.top:g} on p_max.",
-            section="thresholds",
-        ),
+        Finding(level="note", text=suggest(sketch).summary, section="thresholds"),
     ]
     if hard > 0.25:
         text = f"{percent(hard)} of the crops would be discarded: the thresholds are too high for these teachers."

@@ -20,13 +20,20 @@ from ferkd_data.report.findings import (
     duplicates_said,
     ensemble_reliability,
     findings,
-    suggest,
     teacher_reliability,
 )
 from ferkd_data.report.pictures import Pictures
 from ferkd_data.report.sketch import CONFIDENCES, Sketch, counts_between
 from ferkd_data.report.sliders import BINS, class_name, slider_data
-from ferkd_data.report.tables import class_table, confusion_table, saves_table, side_table, teacher_table
+from ferkd_data.report.suggestion import suggest
+from ferkd_data.report.tables import (
+    class_table,
+    confusion_table,
+    saves_table,
+    side_table,
+    teacher_table,
+    threshold_table,
+)
 from ferkd_data.report.unfinished import Progress
 
 SUSPECTS_SHOWN = 24
@@ -57,6 +64,7 @@ def page(
         "top_k": figures.top_k_chart(found.sketch),
         "bars": histogram_bars(found.sketch),
         "suggestion": suggestion,
+        "choices": threshold_table(labels, found.sketch, suggestion),
         "sliders": slider_data(labels, found.sketch, found.strata, pictures, suggestion),
         "places": figures.place_charts(found.sketch),
         "images": [image_view(labels, image, pictures) for image in found.images],

@@ -8,10 +8,10 @@ import numpy as np
 
 from ferkd_data.buckets import BUCKETS, Thresholds
 from ferkd_data.label_set import LabelSet
-from ferkd_data.report.findings import Suggestion
 from ferkd_data.report.pictures import Pictures
 from ferkd_data.report.samples import Crop
 from ferkd_data.report.sketch import CONFIDENCES, Sketch, counts_below
+from ferkd_data.report.suggestion import Suggestion
 
 STEPS = 1000
 """Thresholds go in steps of 1 / STEPS. JavaScript and Python divide alike, so both compare with the same number."""

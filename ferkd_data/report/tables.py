@@ -1,4 +1,4 @@
-"""The tables of a report, out of what was collected."""
+"""Tables of a report, made from the sums that one pass collected."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from ferkd_data.buckets import BUCKETS, Thresholds
 from ferkd_data.label_set import LabelSet
 from ferkd_data.report.charts import Cell, Column, Table, percent
-from ferkd_data.report.sketch import SIDE_EDGES, Sketch
+from ferkd_data.report.sketch import SIDE_EDGES, Sketch, counts_below
 from ferkd_data.report.sliders import class_name
+from ferkd_data.report.suggestion import Suggestion
 
 CLASSES_SHOWN = 1000
 CONFUSIONS_SHOWN = 50
@@ -41,6 +43,36 @@ def teacher_table(labels: LabelSet, sketch: Sketch) -> Table:
         right = percent(right_crops / known_crops)
         rows.append([f"together ({labels.manifest.ensemble})", right, "", "", "", "", ""])
     return Table(caption="Teachers, and how often each names the ground truth", columns=columns, rows=rows)
+
+
+def threshold_table(labels: LabelSet, sketch: Sketch, suggestion: Suggestion) -> Table:
+    """Stored, suggested and default thresholds side by side: each bucket's share, and how often teachers are right."""
+    columns = (
+        Column(title="thresholds", numeric=False),
+        Column(title="values", numeric=False),
+        *(Column(title=name.replace("_", " "), numeric=False) for name in BUCKETS),
+    )
+    choices = (
+        ("stored", labels.manifest.thresholds.absolute()),
+        ("suggested", suggestion.thresholds),
+        ("ferkd-data's defaults", Thresholds()),
+    )
+    rows: list[list[Cell | str]] = []
+    for name, chosen in choices:
+        edges = np.array([chosen.low, chosen.mid, chosen.top])
+        counts = sketch.confidence[chosen.confidence]
+        crops, known, right = (
+            np.diff([0, *counts_below(row, edges).tolist(), int(row.sum())]).tolist() for row in counts
+        )
+        on = "" if chosen.confidence == "max" else " on the ground truth's probability"
+        cells = [
+            percent(crops[i] / max(sketch.crops, 1))
+            + (f", right {100 * right[i] / known[i]:.1f} %" if known[i] else "")
+            for i in range(len(BUCKETS))
+        ]
+        rows.append([name, f"{chosen.low:.3g}, {chosen.mid:.3g}, {chosen.top:.3g}{on}", *cells])
+    caption = "Thresholds to choose from: each bucket's share of the crops, and how often the teachers are right"
+    return Table(caption=caption, columns=columns, rows=rows)
 
 
 def saves_table(labels: LabelSet) -> Table | None:

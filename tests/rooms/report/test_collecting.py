@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 import ferkd_data as fd
 from ferkd_data.buckets import Thresholds, assign_buckets
 from ferkd_data.calibration import Calibration, use_probability
+from ferkd_data.report.charts import percent
 from ferkd_data.report.collect import Collector, collect
 from ferkd_data.report.duplicates import Duplicates
-from ferkd_data.report.findings import ensemble_reliability, findings, suggest
+from ferkd_data.report.findings import ensemble_reliability, findings
 from ferkd_data.report.samples import Smallest
-from ferkd_data.report.sketch import FLOAT16_VALUES, counts_below, counts_between
+from ferkd_data.report.sketch import FLOAT16_VALUES, Sketch, counts_below, counts_between
+from ferkd_data.report.suggestion import suggest
 from ferkd_data.report.suspects import CSV_COLUMNS
+from ferkd_data.report.tables import threshold_table
 from ferkd_data.shards.columns import ShardLabels
 
 
@@ -231,6 +234,41 @@ def test_findings_name_what_was_planted(opened, found):
 def test_suggested_thresholds_are_in_their_order_and_fit(found):
     thresholds = suggest(found.sketch).thresholds
     assert 0 <= thresholds.low <= thresholds.mid <= thresholds.top <= 1
+
+
+def sketch_of(p_max: np.ndarray, right: np.ndarray) -> Sketch:
+    """Crops with a ground truth, of these values of p_max."""
+    sketch = Sketch(num_classes=10, top_k=3, num_crops=1)
+    sketch.crops = sketch.images = len(p_max)
+    patterns = p_max.astype(np.float16).view(np.uint16)
+    for row, mask in enumerate((np.ones(len(p_max), bool), np.ones(len(p_max), bool), right)):
+        sketch.confidence["max"][row] = np.bincount(patterns[mask], minlength=len(FLOAT16_VALUES))
+    return sketch
+
+
+def test_a_suggestion_names_the_clause_that_decided_each_threshold():
+    p_max = np.linspace(0.001, 0.999, 10_000)
+    never = suggest(sketch_of(p_max, np.zeros(len(p_max), bool)))
+    assert [clause.decided_by for clause in never.clauses] == ["cap"] * 3 and never.measured == 0
+    assert [clause.value for clause in never.clauses] == pytest.approx([0.1, 0.3, 0.9], abs=0.011)
+    assert "that fit these teachers" not in never.summary and "not a measurement" in never.summary
+    # Few crops are unsure, so that no cap is reached: wrong below 0.2, right half of the time below 0.5, then always.
+    p_max = np.concatenate([np.linspace(0.01, 0.2, 50), np.linspace(0.2, 0.5, 51)[1:], np.linspace(0.5, 0.97, 900)])
+    right = (p_max > 0.5) | ((p_max > 0.2) & (np.arange(len(p_max)) % 20 < 9))
+    unsure = suggest(sketch_of(p_max, right))
+    assert [clause.decided_by for clause in unsure.clauses] == ["accuracy", "accuracy", "cap"]
+    assert "2 of the 3 by how often the teachers are right" in unsure.summary
+    always = suggest(sketch_of(p_max, p_max > 0.8))
+    assert always.clauses[2].decided_by == "cap" and always.thresholds.top > 0.8
+
+
+def test_thresholds_side_by_side(opened, found):
+    suggestion = suggest(found.sketch)
+    table = threshold_table(opened, found.sketch, suggestion)
+    assert [row[0] for row in table.rows] == ["stored", "suggested", "ferkd-data's defaults"]
+    counts = found.sketch.buckets
+    expected = [f"{percent(a / found.sketch.crops)}, right {percent(r / k)}" if k else "0.0 %" for a, k, r in counts.T]
+    assert list(table.rows[0][2:]) == expected
 
 
 def test_without_ground_truth_everything_still_works(tmp_path, make_photos, tiny_teachers):
