@@ -137,7 +137,7 @@ def suspect_view(labels: LabelSet, suspect: Suspect, pictures: Pictures) -> dict
         "crops": suspect.crops,
         "of": len(suspect.image.bucket),
         "p_max": f"{suspect.mean_p_max:.2f}",
-        "truth_prob": f"{suspect.mean_target_prob:.2f}",
+        "truth_prob": f"{suspect.mean_target_prob:.3f}",
     }
 
 

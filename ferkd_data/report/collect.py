@@ -74,7 +74,7 @@ class Collector:
         self._images = Smallest[SampledImage](IMAGES_SHOWN)
         self._discarded = Smallest[SampledImage](EXAMPLES)
         self._smallest = Smallest[SampledImage](EXAMPLES)
-        self._suspects = SuspectList()
+        self._suspects = SuspectList(labels.num_classes)
         self._duplicates = Duplicates()
         self._rejects: Counter[str] = Counter()
         self._reject_examples: dict[str, list[Reject]] = {}

@@ -16,6 +16,8 @@ from ferkd_data.report.suggestion import suggest
 from ferkd_data.statistics import P_MAX_UNITS, TEACHER_BINS
 
 Level = Literal["warning", "note", "good"]
+ECE_APART, ECE_RATIO = 0.05, 2.0
+"""A teacher stands out whose calibration error is so far from the others', by difference and by ratio."""
 SMALL_PIXELS = 64
 
 
@@ -78,6 +80,7 @@ def findings(labels: LabelSet, found: Collected) -> list[Finding]:
         *_buckets(labels, found),
         *_calibration(found),
         *_teachers(labels),
+        *_calibrated_apart(teacher_reliability(labels)),
         *_suspects(found),
         *_quality(labels, found),
         *_top_k(labels, found),
@@ -184,16 +187,47 @@ def _teachers(labels: LabelSet) -> list[Finding]:
     return said
 
 
+def _calibrated_apart(curves: list[Reliability]) -> list[Finding]:
+    """Name each teacher whose calibration error is far from that of every other."""
+    said = []
+    for i, curve in enumerate(curves):
+        others = sorted(other.ece for j, other in enumerate(curves) if j != i)
+        nearest = min(others, key=lambda ece: abs(ece - curve.ece))
+        low, high = sorted((curve.ece, nearest))
+        if sum(curve.crops) and high - low > ECE_APART and high > ECE_RATIO * low:
+            rest = f"{others[0]:.3f}" + (f" to {others[-1]:.3f}" if len(others) > 1 else "")
+            text = (
+                f"{curve.name} has a calibration error of {curve.ece:.3f}, the other{'s' * (len(others) > 1)} {rest}: "
+                "their probabilities are not on the same scale, and the surest teacher weighs most in the mean. The "
+                "label set does not hold what a temperature for each teacher is fitted on. Try some with ferkd-data "
+                "evaluate (on whole images), each as ?temperature=T behind the teacher, keep the one of the least "
+                "error, and build again."
+            )
+            said.append(Finding(level="note", text=text, section="teachers"))
+        if len(curves) == 2:
+            break  # The second would say the same.
+    return said
+
+
 def _suspects(found: Collected) -> list[Finding]:
-    count = found.suspects.found
+    count, sure = found.suspects.found, found.suspects.sure
     if not count:
         return []
-    worst = found.suspects.worst()[0]
-    text = (
-        f"{_images(count)} a doubtful ground truth: most of the crops are confidently named otherwise. "
-        f"The first to look at is {worst.image.key}."
-    )
-    return [Finding(level="warning", text=text, section="suspects")]
+    first = f" The first to look at is {found.suspects.worst()[0].image.key}."
+    said = []
+    if sure:
+        text = (
+            f"{_images(sure)} a ground truth that is surely wrong: nearly all crops agree on another class, with a "
+            f"high p_max, and give the label almost no probability.{first}"
+        )
+        said.append(Finding(level="warning", text=text, section="suspects"))
+    if count > sure:
+        text = (
+            f"{_images(count - sure)} a ground truth in doubt: more than half of the crops confidently name "
+            f"another class, often a related one, or the image shows several things.{'' if sure else first}"
+        )
+        said.append(Finding(level="note", text=text, section="suspects"))
+    return said
 
 
 def _quality(labels: LabelSet, found: Collected) -> list[Finding]:

@@ -11,7 +11,7 @@ from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.report.cards import extremes
 from ferkd_data.report.collect import Collected, OnImages, collect
-from ferkd_data.report.page import SUSPECTS_SHOWN, page
+from ferkd_data.report.page import page
 from ferkd_data.report.pictures import Pictures, take_pictures
 from ferkd_data.report.render import SECTIONS, render, write_page
 from ferkd_data.report.suspects import write_csv
@@ -93,7 +93,7 @@ def pictures_for(labels: LabelSet, found: Collected, images: str | Path | ImageS
     """All that a report shows of its samples."""
     crops = [crop for sheet in found.sheets for crop in sheet] + found.wrong + found.strata
     crops += [crop for image in found.images for crop in extremes(image)]
-    thumbs = [suspect.image for suspect in found.suspects.worst()[:SUSPECTS_SHOWN]]
+    thumbs = [suspect.image for group in found.suspects.shown() for suspect in group]
     thumbs += [*found.smallest_images, *found.discarded_images]
     return take_pictures(labels, images, images=found.images, thumbs=thumbs, crops=crops)
 

@@ -13,7 +13,7 @@ import numpy as np
 from ferkd_data.label_set import LabelSet
 from ferkd_data.report import figures
 from ferkd_data.report.cards import image_view, sheets, suspect_view, suspects_csv, thumb_view
-from ferkd_data.report.charts import Chart, reliability_chart
+from ferkd_data.report.charts import Chart, percent, reliability_chart
 from ferkd_data.report.collect import Collected
 from ferkd_data.report.findings import (
     SMALL_PIXELS,
@@ -26,6 +26,7 @@ from ferkd_data.report.pictures import Pictures
 from ferkd_data.report.sketch import CONFIDENCES, Sketch, counts_between
 from ferkd_data.report.sliders import BINS, class_name, slider_data
 from ferkd_data.report.suggestion import suggest
+from ferkd_data.report.suspects import SURE_P_MAX, SURE_SHARE, sure_below
 from ferkd_data.report.tables import (
     class_table,
     confusion_table,
@@ -35,8 +36,6 @@ from ferkd_data.report.tables import (
     threshold_table,
 )
 from ferkd_data.report.unfinished import Progress
-
-SUSPECTS_SHOWN = 24
 
 
 def page(
@@ -69,8 +68,10 @@ def page(
         "places": figures.place_charts(found.sketch),
         "images": [image_view(labels, image, pictures) for image in found.images],
         "sheets": sheets(labels, found, pictures),
-        "suspects": [suspect_view(labels, suspect, pictures) for suspect in suspects[:SUSPECTS_SHOWN]],
+        "suspects": suspect_groups(labels, found, pictures),
         "suspects_found": found.suspects.found,
+        "confident_from": labels.manifest.thresholds.mid,
+        "confident_on": "p_max" if labels.manifest.thresholds.confidence == "max" else "ground truth's probability",
         "suspects_csv": suspects_csv(suspects, labels) if suspects else "",
         "suspects_kept": len(suspects),
         "classes": class_table(labels, found.sketch),
@@ -84,6 +85,24 @@ def page(
         "epoch": figures.epoch_table(found.sketch),
         "shades": range(10),
     }
+
+
+def suspect_groups(labels: LabelSet, found: Collected, pictures: Pictures) -> list[dict[str, Any]]:
+    """Doubtful images in two groups, each with its title, its rule, how many there are, and cards of the first."""
+    sure, related = found.suspects.shown()
+    rule = (
+        f"At least {percent(SURE_SHARE, 0)} of the crops name the same other class, with a mean p_max from "
+        f"{SURE_P_MAX:g}, and give the label less than {sure_below(labels.num_classes):.3g} on average. A rule of "
+        "thumb: look before you change a label."
+    )
+    other = "All others: the class is often a related one, or the image shows several things. Both labels may be right."
+    return [
+        {"title": title, "rule": rule, "count": count, "cards": [suspect_view(labels, one, pictures) for one in group]}
+        for title, rule, count, group in (
+            ("Surely wrong", rule, found.suspects.sure, sure),
+            ("Related or ambiguous class", other, found.suspects.found - found.suspects.sure, related),
+        )
+    ]
 
 
 def place_name(labels: LabelSet) -> str:

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 import ferkd_data as fd
 from ferkd_data.buckets import Thresholds, assign_buckets
 from ferkd_data.calibration import Calibration, use_probability
-from ferkd_data.report.charts import percent
+from ferkd_data.report.charts import Reliability, percent
 from ferkd_data.report.collect import Collector, collect
 from ferkd_data.report.duplicates import Duplicates
-from ferkd_data.report.findings import ensemble_reliability, findings
+from ferkd_data.report.findings import _calibrated_apart, ensemble_reliability, findings
 from ferkd_data.report.samples import Smallest
 from ferkd_data.report.sketch import FLOAT16_VALUES, Sketch, counts_below, counts_between
 from ferkd_data.report.suggestion import suggest
-from ferkd_data.report.suspects import CSV_COLUMNS
+from ferkd_data.report.suspects import CSV_COLUMNS, SuspectList
 from ferkd_data.report.tables import threshold_table
 from ferkd_data.shards.columns import ShardLabels
 
@@ -213,6 +213,40 @@ def test_a_wrong_ground_truth_is_suspected(opened):
     (suspect,) = suspects.worst()
     assert (suspect.image.key, suspect.suggested, suspect.crops, suspects.found) == ("image7", 8, 6, 1)
     assert suspect.share == 0.75 and suspect.mean_p_max == pytest.approx(0.9, abs=1e-3)
+
+
+def test_surely_wrong_ones_come_first_and_are_counted_apart(opened):
+    labels = made_up(40, classes=10)
+    labels.target[:] = 3
+    labels.class_index[...] = np.array([8, 4, 5], np.uint16)
+    labels.class_prob[...] = np.array([0.99, 0.005, 0.001], np.float16)
+    labels.target_prob[...] = 0.06
+    labels.bucket[...] = 3
+    labels.target_prob[7] = 0.01
+    labels.class_prob[7, :, 0] = 0.6
+    labels.target_prob[8], labels.class_prob[8, :, 0] = 0.01, 0.45  # not sure enough
+    labels.target_prob[9], labels.class_index[9, :2, 0] = 0.01, 3  # two of the eight crops name the label
+    labels.target_prob[10] = np.nan  # not stored
+    suspects = SuspectList(10)
+    suspects.add(labels, 0)
+    assert (suspects.found, suspects.sure) == (40, 1)
+    assert [one.image.key for one in suspects.worst() if one.sure] == [suspects.worst()[0].image.key] == ["image7"]
+    groups = suspects.shown()
+    assert [len(group) for group in groups] == [1, 24] and not any(one.sure for one in groups[1])
+
+
+def test_a_teacher_whose_calibration_error_stands_out_is_named():
+    def curve(name: str, ece: float) -> Reliability:
+        return Reliability(name=name, crops=(5,), mean_p_max=(0.5,), accuracy=(0.5,), ece=ece, top1=0.5)
+
+    def named(*errors: float) -> list[str]:
+        return [finding.text for finding in _calibrated_apart([curve(f"t{i}", ece) for i, ece in enumerate(errors)])]
+
+    (text,) = named(0.057, 0.208, 0.184)
+    assert text.startswith("t0 has a calibration error of 0.057, the others 0.184 to 0.208")
+    assert "?temperature=T" in text
+    assert len(named(0.02, 0.2)) == 1
+    assert named(0.15, 0.2, 0.18) == named(0.001, 0.02) == named() == []
 
 
 def test_the_list_of_doubtful_images(opened, tmp_path, hostile_labels):
