@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ferkd_data.buckets import BUCKETS
 from ferkd_data.label_set import LabelSet
-from ferkd_data.report.charts import boxes_picture, percent, shade
+from ferkd_data.report.charts import boxes_picture, percent
 from ferkd_data.report.collect import Collected
 from ferkd_data.report.figures import BUCKET_TITLES
 from ferkd_data.report.pictures import Pictures
@@ -38,7 +38,6 @@ def crop_view(labels: LabelSet, crop: Crop, pictures: Pictures) -> dict[str, Any
         "picture": pictures.crops.get((image.key, number), ""),
         "bucket": int(image.bucket[number]),
         "bucket_name": BUCKET_TITLES[BUCKETS[image.bucket[number]]],
-        "shade": shade(crop.p_max),
         "p_max": f"{crop.p_max:.2f}",
         "labels": [(class_name(labels, index), f"{prob:.2f}", prob) for index, prob in list(top)[:5]],
         "truth": class_name(labels, image.target),
@@ -85,10 +84,9 @@ def drawn_boxes(image: Any, picture: str) -> Markup:
     drawn = sorted({*order[::step], order[0], order[-1]})
     boxes = []
     for n in drawn:
-        p_max = float(image.class_prob[n, 0])
-        label = f"{p_max:.2f}" if n in (order[0], order[-1]) else ""
-        boxes.append((image.boxes[n].tolist(), p_max, label))
-    title = f"{image.key}: {len(drawn)} of {len(order)} crops, coloured by p_max"
+        label = f"{float(image.class_prob[n, 0]):.2f}" if n in (order[0], order[-1]) else ""
+        boxes.append((image.boxes[n].tolist(), int(image.bucket[n]), label))
+    title = f"{image.key}: {len(drawn)} of {len(order)} crops, coloured by bucket"
     return boxes_picture(picture, (image.height, image.width), boxes, title)
 
 

@@ -268,18 +268,10 @@ def reliability_chart(curve: Reliability) -> Chart:
     )
 
 
-NUM_SHADES = 10
-
-
-def shade(confidence: float) -> str:
-    """The style sheet's class for a confidence: `c0` (0.0) .. `c9` (1.0)."""
-    return f"c{min(NUM_SHADES - 1, max(0, int(confidence * NUM_SHADES)))}"
-
-
 def boxes_picture(
-    picture: str, size: tuple[int, int], boxes: Sequence[tuple[Sequence[int], float, str]], title: str
+    picture: str, size: tuple[int, int], boxes: Sequence[tuple[Sequence[int], int, str]], title: str
 ) -> Markup:
-    """An image (height, width) with boxes (top, left, height, width), their confidence, and a label.
+    """An image (height, width) with boxes (top, left, height, width), their bucket, and a label.
 
     A box with a label is drawn thick; the others are drawn thin and first.
     """
@@ -288,7 +280,7 @@ def boxes_picture(
     parts = [tag("image", href=picture, x=0, y=0, width=width, height=height)] if picture else []
     if not picture:
         parts.append(tag("rect", x=0, y=0, width=width, height=height, class_="plot"))
-    for (top, left, box_h, box_w), confidence, label in sorted(boxes, key=lambda box: bool(box[2])):
+    for (top, left, box_h, box_w), bucket, label in sorted(boxes, key=lambda box: bool(box[2])):
         inset = thick / 2
         common = {
             "x": left + inset, "y": top + inset, "width": max(box_w - thick, 0.5), "height": max(box_h - thick, 0.5),
@@ -296,12 +288,12 @@ def boxes_picture(
         width_of_line = thick if label else thick / 2.5
         # A dark seam, so that every colour stands out from every photo.
         parts.append(tag("rect", **common, class_="seam", stroke_width=2 * width_of_line))
-        parts.append(tag("rect", **common, class_=f"box {shade(confidence)}", stroke_width=width_of_line))
+        parts.append(tag("rect", **common, class_=f"box b{bucket}", stroke_width=width_of_line))
         if label:
             font = 8 * thick
             x, y = left + thick, top + thick
             wide = font * 0.62 * len(label) + thick
-            parts.append(tag("rect", x=x, y=y, width=wide, height=font * 1.15, class_=f"flag {shade(confidence)}"))
+            parts.append(tag("rect", x=x, y=y, width=wide, height=font * 1.15, class_=f"flag b{bucket}"))
             parts.append(
                 tag("text", label, x=x + thick / 2, y=y + font * 0.9, class_="flagtext",
                     font_size=font)

@@ -83,7 +83,6 @@ def page(
         "quality": quality(labels, found, pictures),
         "in_use": figures.in_use_chart(found.sketch),
         "epoch": figures.epoch_table(found.sketch),
-        "shades": range(10),
     }
 
 

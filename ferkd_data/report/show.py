@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from ferkd_data.buckets import BUCKETS
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
@@ -23,10 +24,8 @@ GAP, LINE = 14, 15
 LABELS_SHOWN = 3
 BOXES_DRAWN = 40
 INK, QUIET, PAPER, GOOD, BAD = "#1b1f24", "#5a636e", "#ffffff", "#00734c", "#b3261e"
-SHADES = (
-    "#4a7fd1", "#6aa0e0", "#8fbfec", "#b5dcf5", "#dff1f7", "#fff0b5", "#fed27a", "#fdab52", "#f57a3a", "#e0432b",
-)  # fmt: skip
-"""From p_max 0 to 1, for people who do not see red and green too; the report's style sheet has the same."""
+BUCKET_COLOURS = ("#c65100", "#e69f00", "#6cc4f5", "#00508f")
+"""By bucket code, for people who do not see red and green too; the report's style sheet has the same."""
 
 
 class Shown:
@@ -59,7 +58,7 @@ def show(
     crops: int = 4,
     class_names: Sequence[str] | None = None,
 ) -> Shown:
-    """An image with its boxes coloured by p_max, and its least and most confident crops with their labels.
+    """An image with its boxes coloured by bucket, and its least and most confident crops with their labels.
 
         fd.show(labels, "n01614925/imagenet_17_22", images="photos")
 
@@ -120,7 +119,7 @@ def boxes_on(image: ImageLabels, pixels: npt.NDArray[np.uint8], numbers: Sequenc
         top, left, height, width = (float(side) * scale for side in image.boxes[number].tolist())
         box = (left, top, max(left, left + width - 1), max(top, top + height - 1))
         wide = 4 if number in (order[0], order[-1]) else 2
-        draw.rectangle(box, outline=SHADES[_shade(image, number)], width=wide)
+        draw.rectangle(box, outline=BUCKET_COLOURS[image.bucket[number]], width=wide)
         # A dark seam, so that every colour stands out from every photo.
         draw.rectangle((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1), outline="#000000")
     return photo
@@ -137,7 +136,7 @@ def _crop(
     x, y = place
     picture.paste(Image.fromarray(cut(pixels, image, number, CROP_SIDE)), place)
     frame = (x - 2, y - 2, x + CROP_SIDE + 1, y + CROP_SIDE + 1)
-    draw.rectangle(frame, outline=SHADES[_shade(image, number)], width=3)
+    draw.rectangle(frame, outline=BUCKET_COLOURS[image.bucket[number]], width=3)
     y += CROP_SIDE + 3
     for index, prob in list(zip(image.class_index[number], image.class_prob[number], strict=True))[:LABELS_SHOWN]:
         colour = INK if image.target < 0 else GOOD if index == image.target else BAD
@@ -148,10 +147,10 @@ def _crop(
 
 
 def _legend(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
-    _write(draw, (x, y), "p_max 0", QUIET)
-    for i, colour in enumerate(SHADES):
-        draw.rectangle((x + 52 + 16 * i, y + 2, x + 67 + 16 * i, y + 12), fill=colour)
-    _write(draw, (x + 58 + 16 * len(SHADES), y), "1", QUIET)
+    for name, colour in zip(BUCKETS, BUCKET_COLOURS, strict=True):
+        draw.rectangle((x, y + 2, x + 10, y + 12), fill=colour)
+        _write(draw, (x + 15, y), name.replace("_", " "), QUIET)
+        x += 112
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: str, size: int = 12) -> None:
@@ -166,10 +165,6 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
     while text and draw.textlength(text + "...", font=font) > width:
         text = text[:-1]
     return text + "..."
-
-
-def _shade(image: ImageLabels, number: int) -> int:
-    return min(len(SHADES) - 1, int(float(image.class_prob[number, 0]) * len(SHADES)))
 
 
 def _name(names: Sequence[str] | None, number: int) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 import ferkd_data as fd
 from ferkd_data.errors import ImageError, UsageError
-from ferkd_data.report.show import SHADES, boxes_on
+from ferkd_data.report.show import BUCKET_COLOURS, boxes_on
 from ferkd_data.targets import SoftTargets
 from ferkd_data_cli.main import run
 
@@ -36,12 +36,12 @@ def test_the_picture_has_the_image_and_the_crops(labels, photos, tmp_path):
     assert f"{float(image.class_prob[order[0], 0]):.2f}" in told[2]
 
 
-def test_boxes_are_where_they_belong_in_the_colour_of_their_confidence(labels, photos):
+def test_boxes_are_where_they_belong_in_the_colour_of_their_bucket(labels, photos):
     image = labels[0]
     black = np.zeros((image.height, image.width, 3), np.uint8)
     number = int(image.class_prob[:, 0].argmax())
     picture = np.asarray(boxes_on(image, black, [number]))
-    shade = SHADES[min(9, int(float(image.class_prob[number, 0]) * len(SHADES)))]
+    shade = BUCKET_COLOURS[image.bucket[number]]
     colour = np.array([int(shade[i : i + 2], 16) for i in (1, 3, 5)])
     rows, columns = np.nonzero((picture == colour).all(axis=2))
     scale = 480 / image.width
