@@ -16,6 +16,8 @@ from markupsafe import Markup, escape
 WIDTH = 400
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 40
 """Margins of the area that is drawn in, for the axes."""
+COLOUR_BAR = 18
+"""Height of a heat map's colour bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,7 @@ def heat_map(
     upwards: bool = False,
     square: bool = True,
     digits: int = 2,
+    note: str = "",
 ) -> Chart:
     """A grid of cells, shaded more where the value (rows, columns) is larger; NaN is left blank.
 
@@ -159,7 +162,7 @@ def heat_map(
     rows, columns = values.shape
     size = WIDTH - LEFT - RIGHT
     plot_h = size if square else 220
-    height = TOP + plot_h + BOTTOM
+    height = TOP + plot_h + BOTTOM + COLOUR_BAR
     cell_w, cell_h = size / columns, plot_h / rows
     largest = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
     parts = [tag("rect", x=LEFT, y=TOP, width=size, height=plot_h, class_="plot")]
@@ -177,15 +180,28 @@ def heat_map(
     for text, y in ((ends[1] if upwards else ends[0], TOP + 10), (ends[0] if upwards else ends[1], bottom)):
         parts.append(tag("text", text, x=LEFT - 4, y=y, class_="tick", text_anchor="end"))
     middle = TOP + plot_h / 2
-    parts.append(tag("text", x_title, x=LEFT + size / 2, y=height - 10, class_="axis", text_anchor="middle"))
+    parts.append(tag("text", x_title, x=LEFT + size / 2, y=bottom + 30, class_="axis", text_anchor="middle"))
     turned = f"rotate(-90 12 {middle:g})"
     parts.append(tag("text", y_title, x=12, y=middle, class_="axis", text_anchor="middle", transform=turned))
+    if largest:
+        parts += _colour_bar(bottom + BOTTOM, f"{largest:.{digits}f} {value_title}")
     return Chart(
         title=title,
         svg=svg(height, [tag("g", Markup("").join(parts), class_="heat")], title),
         table=_coarse_table(values, title, y_title, x_title, value_title, digits),
-        note=f"The strongest shade: {largest:.{digits}f} {value_title}." if largest else "",
+        note=note,
     )
+
+
+def _colour_bar(y: float, most: str) -> list[Markup]:
+    """Ten shades from 0 to the largest value, with both ends named."""
+    width = 12
+    shades = [
+        tag("rect", x=LEFT + 14 + i * width, y=y, width=width + 0.3, height=10, fill_opacity=max(0.03, (i + 1) / 10))
+        for i in range(10)
+    ]
+    ends = (("0", LEFT + 10, "end"), (most, LEFT + 20 + 10 * width, "start"))
+    return shades + [tag("text", text, x=x, y=y + 9, class_="tick", text_anchor=at) for text, x, at in ends]
 
 
 def _coarse_table(

@@ -1,4 +1,4 @@
-"""The charts of a report, out of what was collected."""
+"""Charts of a report, made from the sums that one pass collected."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ferkd_data.buckets import BUCKETS
 from ferkd_data.label_set import LabelSet
@@ -22,6 +23,8 @@ from ferkd_data.report.findings import ranges_of
 from ferkd_data.report.sketch import GRID, Sketch
 from ferkd_data.statistics import PAPER_SHARES, RANGE_EDGES
 
+FEWEST_IN_CELL = 10
+"""Crops that a cell of a map needs to be shaded."""
 RANGES = tuple(f"{low:g}-{high:g}".replace("0.", ".") for low, high in itertools.pairwise(RANGE_EDGES))
 BUCKET_TITLES = {name: name.replace("_", " ") for name in BUCKETS}
 
@@ -91,15 +94,24 @@ def top_k_chart(sketch: Sketch) -> Chart:
 
 
 def place_charts(sketch: Sketch) -> list[Chart]:
-    """FerKD's Fig. 1 as densities: where crops lie and how large they are, by confidence."""
-    counts = sketch.centres.sum(axis=0)
-    mean = np.divide(sketch.centre_p_max, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
-    axes: dict[str, Any] = {"x_title": "centre, left to right", "y_title": "centre, top to bottom"}
-    area = sketch.areas / max(sketch.crops, 1) * 100
+    """FerKD's Fig. 1 as maps: where crops lie and how large they are, by confidence."""
+    cells = _map_cells(sketch.crops)
+    counts = _coarser(sketch.centres.sum(axis=0), cells)
+    enough = counts >= FEWEST_IN_CELL
+    axes: dict[str, Any] = {
+        "x_title": "centre, left to right",
+        "y_title": "centre, top to bottom",
+        "note": f"{cells} x {cells} cells; one with fewer than {FEWEST_IN_CELL} crops is left blank.",
+    }
+
+    def mean(sums: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        means: npt.NDArray[np.float64] = np.full(counts.shape, np.nan)
+        return np.divide(_coarser(sums, cells), counts, out=means, where=enough)
+
     charts = [
-        heat_map(mean, title="Mean p_max by the crop's centre", value_title="mean p_max", **axes),
+        heat_map(mean(sketch.centre_p_max), title="Mean p_max by the crop's centre", value_title="mean p_max", **axes),
         heat_map(
-            area,
+            sketch.areas / max(sketch.crops, 1) * 100,
             title="Crops by area and p_max",
             x_title="share of the image's area",
             y_title="p_max",
@@ -108,17 +120,30 @@ def place_charts(sketch: Sketch) -> list[Chart]:
         ),
     ]
     for code, name in enumerate(BUCKETS):
-        total = int(sketch.centres[code].sum())
-        if total:
+        if sketch.centres[code].any():
             charts.append(
                 heat_map(
-                    100.0 * sketch.centres[code] / total,
-                    title=f"Centres of {BUCKET_TITLES[name]} crops",
-                    value_title=f"% of these {total:,} crops in one of {GRID * GRID} cells",
+                    100 * mean(sketch.centres[code]),
+                    title=f"Share of {BUCKET_TITLES[name]} crops by the crop's centre",
+                    value_title="% of the cell's crops",
+                    digits=1,
                     **axes,
                 )
             )
     return charts
+
+
+def _map_cells(crops: int) -> int:
+    """Choose how many cells a map has along each side: fewer where the crops are few."""
+    fine = (GRID, GRID // 2, GRID // 4)
+    return next((cells for cells in fine if crops >= 2 * FEWEST_IN_CELL * cells * cells), fine[-1])
+
+
+def _coarser(grid: npt.NDArray[Any], cells: int) -> npt.NDArray[Any]:
+    """Sum a (GRID, GRID) map into (cells, cells)."""
+    size = GRID // cells
+    summed: npt.NDArray[Any] = grid.reshape(cells, size, cells, size).sum(axis=(1, 3))
+    return summed
 
 
 def in_use_chart(sketch: Sketch) -> Chart:

@@ -62,6 +62,7 @@ def page(
         "truth": figures.truth_chart(found.sketch),
         "top_k": figures.top_k_chart(found.sketch),
         "bars": histogram_bars(found.sketch),
+        "highest": highest_bars(found.sketch),
         "suggestion": suggestion,
         "choices": threshold_table(labels, found.sketch, suggestion),
         "sliders": slider_data(labels, found.sketch, found.strata, pictures, suggestion),
@@ -145,6 +146,15 @@ def histogram_bars(sketch: Sketch) -> dict[str, list[tuple[float, int]]]:
         largest = max(1, *counts)
         bars[str(which)] = [(100 * count / largest, count) for count in counts]
     return bars
+
+
+def highest_bars(sketch: Sketch) -> dict[str, str]:
+    """The share of the crops that the tallest bar of the sliders' histogram stands for, by kind of confidence."""
+    edges = np.arange(BINS + 1) / BINS
+    return {
+        str(which): f"{100 * max(counts_between(sketch.confidence[which][0], edges)) / max(sketch.crops, 1):.1f} %"
+        for which in CONFIDENCES
+    }
 
 
 def reliability_charts(labels: LabelSet, found: Collected) -> list[Chart]:

@@ -29,6 +29,7 @@
       counts.push(at(i + 1) - at(i));
     }
     const largest = Math.max(1, ...counts);
+    byId("y-top").textContent = `${((100 * largest) / Math.max(1, total)).toFixed(1)} %`;
     const svg = byId("histogram"), space = svg.namespaceURI;
     svg.querySelectorAll("rect").forEach((bar, i) => {
       const height = (100 * counts[i]) / largest;
@@ -108,6 +109,7 @@
     // Where many move, they are shown from all over the range.
     const step = Math.max(1, moved.length / MOVED_SHOWN);
     const shown = moved.filter((_, i) => Math.floor(i / step) !== Math.floor((i - 1) / step)).slice(0, MOVED_SHOWN);
+    byId("changes").hidden = which === stored.confidence && thresholds.every((value, i) => value === stored.values[i]);
     byId("moved").replaceChildren(...shown.map((move) => movedCard(...move)));
     byId("moves").textContent = moved.length
       ? `${moved.length} of ${data.crops.length} sampled crops are in another bucket than in the label set.`

@@ -125,6 +125,29 @@ def test_sliders_push_each_other_and_show_crops_that_move(browser, page):
     assert browser.run(shown) == 0
 
 
+def test_crops_that_change_bucket_are_hidden_until_a_threshold_moves(browser, page):
+    browser.open(page)
+    hidden = "return document.getElementById('changes').hidden"
+    assert browser.run(hidden)
+    browser.set("low", 0.3)
+    assert not browser.run(hidden)
+    browser.run("document.getElementById('use-stored').click()")
+    assert browser.run(hidden)
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_every_column_of_the_main_tables_is_on_the_screen(browser, page, width):
+    browser.open(page, width=width)
+    tables = browser.run(
+        "return ['#glance table', '#buckets', '#thresholds table'].map(s => { const t = document.querySelector(s);"
+        "return [...t.tBodies[0].rows].map(r => { const c = r.cells[r.cells.length - 1].getBoundingClientRect();"
+        "return c.width > 0 && c.left >= 0 && c.right <= window.innerWidth; }); })"
+    )
+    assert all(rows and all(rows) for rows in tables)
+    label = "return getComputedStyle(document.querySelector('#buckets td'), '::before').content"
+    assert (browser.run(label) == '"crops"') is (width == 360)
+
+
 def test_a_slider_moves_by_keyboard(browser, page):
     keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
     browser.open(page)
