@@ -94,7 +94,7 @@ def sheets(labels: LabelSet, found: Collected, pictures: Pictures) -> list[dict[
     """Sampled crops by bucket, then those that are confident but wrong."""
     thresholds = labels.manifest.thresholds
     bounds = (
-        f"below {thresholds.low:g}: background that the teachers cannot name; discarded by ferkd",
+        f"below {thresholds.low:g}: usually background; discarded by ferkd, that is, not drawn in training",
         f"{thresholds.low:g} to {thresholds.mid:g}: context; gets the softened ground truth under ferkd",
         f"{thresholds.mid:g} to {thresholds.top:g}: a part of the object; keeps its soft label",
         f"from {thresholds.top:g}: keeps its soft label, or is thinned out, since it teaches little",

@@ -166,8 +166,10 @@ def heat_map(
     cell_w, cell_h = size / columns, plot_h / rows
     largest = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
     parts = [tag("rect", x=LEFT, y=TOP, width=size, height=plot_h, class_="plot")]
+    # A cell of 0 must not look like one that is left blank.
+    least = 0.0 if np.isnan(values).any() else 1e-9
     for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value) and value > 0 and largest > 0:
+        if np.isfinite(value) and value >= least and largest > 0:
             y = TOP + (rows - 1 - row if upwards else row) * cell_h
             shade = max(0.03, round(float(value) / largest, 2))
             # A little wider than its cell: no seams where pixels are cut.

@@ -106,7 +106,8 @@ def place_charts(sketch: Sketch) -> list[Chart]:
 
     def mean(sums: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         means: npt.NDArray[np.float64] = np.full(counts.shape, np.nan)
-        return np.divide(_coarser(sums, cells), counts, out=means, where=enough)
+        means[enough] = _coarser(sums, cells)[enough] / counts[enough]
+        return means
 
     charts = [
         heat_map(mean(sketch.centre_p_max), title="Mean p_max by the crop's centre", value_title="mean p_max", **axes),

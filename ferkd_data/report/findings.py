@@ -139,8 +139,8 @@ def _buckets(labels: LabelSet, found: Collected) -> list[Finding]:
     none_in_use = int(sketch.in_use[0])
     if none_in_use:
         text = (
-            f"{_images(none_in_use)} no crop in use: all are extreme hard. A training run sees such an image "
-            "with its softened ground truth."
+            f"{_images(none_in_use)} no crop in use: all are extreme hard. ferkd discards crops only where "
+            "others are left, so it draws from these all the same, with the softened ground truth."
         )
         said.append(Finding(level="note", text=text, section="quality"))
     return said

@@ -1,4 +1,4 @@
-"""From a report's content to one HTML file that needs nothing else and may do nothing else.
+"""Render a report's content as one HTML file that needs nothing else and may do nothing else.
 
 The file's Content-Security-Policy allows exactly its own style sheet and script, by their digests, and pictures that it
 carries with it. So nothing is fetched or sent, and a string out of a hostile label set could not run even if it were
@@ -29,6 +29,7 @@ SECTIONS = (
     ("teachers", "Teachers"),
     ("quality", "Data quality"),
     ("student", "What a student sees"),
+    ("words", "Words"),
 )
 
 

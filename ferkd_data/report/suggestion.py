@@ -61,7 +61,11 @@ class Suggestion:
                 f"Suggested thresholds: {values}. {self.measured} of the 3 by how often the teachers are right, the "
                 "others by a cap on the share of crops."
             )
-        why = "by shares of the crops alone" if self.clauses[0].decided_by == "share" else "all by caps on the share"
+        why = (
+            "by shares of the crops alone"
+            if self.clauses[0].decided_by == "share"
+            else "all by caps on the share of crops"
+        )
         return f"Suggested thresholds: {values}, {why}: a place to start, not a measurement of these teachers."
 
 

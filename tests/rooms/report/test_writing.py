@@ -39,6 +39,12 @@ def test_it_is_one_small_file_that_names_nothing_outside(page):
     assert "http" not in asset("report.css") + asset("report.js")
 
 
+def test_every_link_inside_leads_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    links = set(re.findall(r'href="#([^"]+)"', text))
+    assert {"words", "word-p-max", "word-softened"} <= links <= set(re.findall(r' id="([^"]+)"', text))
+
+
 def test_the_same_label_set_gives_the_same_file(hostile_labels, hostile_photos, page, tmp_path):
     fd.write_report(hostile_labels, tmp_path / "again.html", images=hostile_photos)
     assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
