@@ -24,7 +24,7 @@ import ferkd_data as fd
 DOCS = Path(__file__).parent.parent / "docs" / "images"
 MAX_BYTES = 300_000
 SHOTS = (
-    ("report-thresholds", 1120, "light", "thresholds", 860),
+    ("report-thresholds", 1120, "light", "thresholds", 1600),
     ("report-confidence", 1120, "dark", "confidence", 720),
     ("report-phone", 360, "light", "glance", 900),
 )

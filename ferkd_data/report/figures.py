@@ -185,9 +185,9 @@ def epoch_table(sketch: Sketch) -> Table:
     columns = (
         Column(title="bucket", numeric=False),
         Column(title="share under fkd"),
-        Column(title="target", numeric=False),
+        Column(title="target under fkd", numeric=False),
         Column(title="share under ferkd"),
-        Column(title="target", numeric=False),
+        Column(title="target under ferkd", numeric=False),
     )
     return Table(caption="An epoch's mix of buckets, over images with crops in use", columns=columns, rows=rows)
 
