@@ -111,5 +111,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     service = selenium.ChromeService(helper, log_output=os.devnull)
     driver = selenium.Chrome(options=options, service=service)
     driver.set_script_timeout(60)
+    # Leave Chromium's own start page, whose chrome:// requests would be taken for the report's.
+    driver.get("about:blank")
     yield Browser(driver)
     driver.quit()
