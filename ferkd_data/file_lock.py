@@ -29,7 +29,7 @@ def held(
             raise refusal(f"{place}: another {work} works here{who}; wait for it to end") from error
         except OSError as error:
             raise refusal(f"{place}: its file system gives no locks ({error.strerror}); use another folder") from error
-        if not _is_still_there(path, descriptor):
+        if not is_still_there(path, descriptor):
             raise refusal(f"{place}: another {work} has just ended here; run the command again")
         os.ftruncate(descriptor, 0)
         if not shared:
@@ -39,8 +39,11 @@ def held(
         os.close(descriptor)
 
 
-def _is_still_there(path: Path, descriptor: int) -> bool:
-    """The last holder may have removed the file after it was opened here; the next one then makes another."""
+def is_still_there(path: Path, descriptor: int) -> bool:
+    """Whether `path` is still this open file.
+
+    Its last holder may have removed it after it was opened here; the next one then makes another.
+    """
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:

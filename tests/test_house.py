@@ -13,7 +13,7 @@ ROOT = Path(ferkd_data.__file__).parent
 
 FLOORS = [
     {"errors", "html_tables"},
-    {"rng", "extras", "storage", "file_lock", "differences", "threads"},
+    {"rng", "extras", "storage", "file_lock", "scratch", "differences", "threads"},
     {"remote"},
     {"crops", "augment"},
     {"images", "replay", "blending", "normalization"},

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
-import tempfile
 from pathlib import Path
 from types import TracebackType
 
 from ferkd_data import rng
 from ferkd_data.errors import StorageFullError
+from ferkd_data.scratch import Scratch
 
 CACHE_KIB = 64 * 1024
-SCRATCH_PREFIX = "ferkd-data-keys-"
 
 
 def scratch_full(folder: Path, error: Exception) -> StorageFullError:
@@ -25,8 +24,8 @@ class DuplicateFilter:
     """A set of keys, their 128-bit hashes: in a temporary folder, with at most 64 MiB in memory; a context."""
 
     def __enter__(self) -> DuplicateFilter:
-        self._folder = tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX)
-        self._database = sqlite3.connect(f"{self._folder.name}/keys.sqlite", isolation_level=None)
+        self._folder = Scratch("keys")
+        self._database = sqlite3.connect(f"{self._folder.path}/keys.sqlite", isolation_level=None)
         for pragma in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{CACHE_KIB}"):
             self._database.execute(f"PRAGMA {pragma}")
         self._database.execute("CREATE TABLE keys (hash BLOB PRIMARY KEY) WITHOUT ROWID")
@@ -37,12 +36,12 @@ class DuplicateFilter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._database.close()
-        self._folder.cleanup()
+        self._folder.remove()
 
     def seen(self, key: str) -> bool:
         """Whether `key` was asked for before. Raises StorageFullError."""
         try:
             found = self._database.execute("INSERT OR IGNORE INTO keys VALUES (?)", (rng.digest(key),))
         except sqlite3.OperationalError as error:
-            raise scratch_full(Path(self._folder.name), error) from error
+            raise scratch_full(self._folder.path, error) from error
         return found.rowcount == 0

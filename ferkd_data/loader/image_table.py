@@ -7,9 +7,6 @@ the data set. While the table is made, 24 bytes for each image are held, and giv
 from __future__ import annotations
 
 import ctypes
-import shutil
-import tempfile
-import weakref
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,6 +20,7 @@ from ferkd_data.images import ImageRef, ImageSource, in_groups, open_source
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.order import Stage
 from ferkd_data.loader.own_images import OwnImages
+from ferkd_data.scratch import Scratch
 
 SCHEMA = pa.schema([("file", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 FILE_NAME = "images.arrow"
@@ -46,15 +44,15 @@ class Images(Protocol):
 
 
 class ImageTable:
-    """Images of a source. Can be pickled, as long as the original, which removes `folder` with itself, exists."""
+    """The images of a source. Can be pickled, as long as the original, which removes `folder` with itself, exists."""
 
-    def __init__(self, source: ImageSource, folder: Path) -> None:
+    def __init__(self, source: ImageSource, scratch: Scratch) -> None:
         self.source = source
-        self.folder = folder
+        self.folder = scratch.path
+        self._scratch: Scratch | None = scratch
         self._index: npt.NDArray[np.void] | None = None
         self._batches: list[tuple[npt.NDArray[Any], ...]] = []
         self._starts = np.zeros(1, np.int64)
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def stage(self, stage: Stage | None) -> None:
         """Images of a source are read where they lie."""
@@ -94,7 +92,7 @@ class ImageTable:
             self._batches.append((np.frombuffer(bounds, np.int32), text, offset, length))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_index": None, "_batches": []}
+        return {**self.__dict__, "_scratch": None, "_index": None, "_batches": []}
 
 
 def open_images(
@@ -148,7 +146,7 @@ def give_memory_back() -> None:
 
 def _tabulate(source: ImageSource, wanted: npt.NDArray[np.uint64] | None) -> tuple[ImageTable, str]:
     """The images of a source, or those of them whose keys have one of these hashes, which are sorted; its first key."""
-    table = ImageTable(source, Path(tempfile.mkdtemp(prefix="ferkd-data-images-")))
+    table = ImageTable(source, Scratch("images"))
     found, theirs = [np.empty(0, np.uint64)], ""
     with pa.OSFile(str(table.folder / FILE_NAME), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         listed = (item for item in source.list_images() if isinstance(item, ImageRef))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +9,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ferkd_data.label_set import LabelSet
+from ferkd_data.scratch import Scratch
 
 TEXT_NAME = "keys.txt"
 BOUNDS_NAME = "bounds.npy"
@@ -23,8 +20,8 @@ class KeyTable:
 
     def __init__(self, labels: LabelSet) -> None:
         """Raises ShardError as `LabelSet.keys` does."""
-        self.folder = Path(tempfile.mkdtemp(prefix="ferkd-data-keys-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self._scratch = Scratch("keys")
+        self.folder = self._scratch.path
         lengths = [np.zeros(1, np.int64)]
         with (self.folder / TEXT_NAME).open("wb") as text:
             for entry in labels.filled_shards():

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import get_worker_info
 
+from ferkd_data.scratch import Scratch
+
+FILE_NAME = "epoch.bin"
 RUNS = 16
 """Iterations over a stream that may be under way at once."""
 HEADER = np.dtype(
@@ -42,13 +43,12 @@ class SharedEpoch:
     """
 
     def __init__(self, num_rows: int, per_epoch: int = 1) -> None:
-        handle, name = tempfile.mkstemp(prefix="ferkd-data-epoch-")
-        self._path = Path(name)
+        self._scratch = Scratch("epoch")
+        self._path = self._scratch.path / FILE_NAME
         self._num_rows, self._per_epoch = num_rows, per_epoch
         # Sparse: rows that are never read take no space.
-        os.ftruncate(handle, HEADER.itemsize + 8 * max(num_rows, 1))
-        os.close(handle)
-        weakref.finalize(self, _remove, self._path, os.getpid())
+        with self._path.open("xb") as file:
+            file.truncate(HEADER.itemsize + 8 * max(num_rows, 1))
         self._open()
 
     @property
@@ -150,8 +150,3 @@ class RunTokens:
         if worker is None:
             return -process, self._begun
         return (worker.seed - worker.id) % 2**62, self._begun
-
-
-def _remove(path: Path, owner: int) -> None:
-    if os.getpid() == owner:
-        path.unlink(missing_ok=True)

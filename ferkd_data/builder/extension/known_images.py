@@ -6,9 +6,7 @@ its place in the plan, each of which is sorted alone.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -21,7 +19,7 @@ from ferkd_data.builder.extension.piles import PILE_ROWS, Numbers, Piles
 from ferkd_data.builder.plan import SCHEMA as PLAN
 from ferkd_data.builder.plan import table_of
 from ferkd_data.images import ImageRef
-from ferkd_data.images.duplicates import SCRATCH_PREFIX
+from ferkd_data.scratch import Scratch
 
 KNOWN = pa.schema([*map(PLAN.field, ("key", "target", "image_digest")), ("row", pa.int64())])
 REJECTED = pa.schema([("key", pa.string()), ("row", pa.int64())])
@@ -56,8 +54,8 @@ class KnownImages:
         self._num_piles = (num_known + num_rejected) // PILE_ROWS + 1
 
     def __enter__(self) -> KnownImages:
-        self._folder = tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX)
-        folder = Path(self._folder.name)
+        self._folder = Scratch("keys")
+        folder = self._folder.path
         self._known = Piles(folder / "known", KNOWN)
         self._rejected = Piles(folder / "rejected", REJECTED)
         self._listed = Piles(folder / "listed", LISTED)
@@ -67,7 +65,7 @@ class KnownImages:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._folder.cleanup()
+        self._folder.remove()
 
     def add_labelled(self, first_row: int, keys: Sequence[str], targets: Any, digests: Any) -> None:
         """Images of the label set, with anything that Arrow makes columns of."""

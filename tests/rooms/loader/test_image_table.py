@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -49,3 +52,39 @@ class NoLabels:
 def test_labels_of_no_image(photos):
     with pytest.raises(LabelSetError, match="empty: it has labels of no image"):
         join_images(NoLabels(), open_source(photos), missing="later")
+
+
+TRAINING = """
+import sys, time
+import ferkd_data as fd
+
+labels, images, cache = sys.argv[1:]
+labels = fd.open_labels(labels)
+dataset = fd.CropDataset(labels, images=images, cache_dir=cache)
+loader = fd.CropLoader(
+    labels, images=images, batch_size=4, crops_per_image=2, size=32, cache_dir=cache, num_workers=1, keys=True
+)
+next(iter(loader))
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_training_left_goes_when_the_next_loader_opens(label_set, photos, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    command = [sys.executable, "-c", TRAINING, *map(str, (label_set, photos, tmp_path / "cache"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as training:
+        try:
+            assert training.stdout.readline() == "begun\n"
+        finally:
+            training.send_signal(signal.SIGKILL)
+    left = set(temporary.iterdir())
+    assert {path.name.split("-")[2] for path in left} == {"images", "keys", "epoch"}
+    loader = fd.CropLoader(
+        fd.open_labels(label_set), images=photos, batch_size=4, crops_per_image=2, size=32, cache_dir=tmp_path / "cache"
+    )
+    assert len(next(iter(loader))[0]) == 4
+    assert not left & set(temporary.iterdir())
