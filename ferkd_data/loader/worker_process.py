@@ -140,7 +140,11 @@ def _worker(work: Work, place: Fork, descriptor: int) -> NoReturn:
     # It takes what is sent at once, so that neither side ever waits to send while the other one does, and it ends the
     # process together with the training, whatever the main thread is busy with.
     threading.Thread(target=_listen, args=(channel, asked), name="ferkd-listen", daemon=True).start()
-    channel.send(Ready(os.getpid()))
+    try:
+        channel.send(Ready(os.getpid()))
+    except OSError:
+        # The training ended while this worker started.
+        os._exit(0)
     while True:
         do, received = asked.get()
         result: Any

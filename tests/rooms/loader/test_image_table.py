@@ -76,11 +76,12 @@ def test_what_a_killed_training_left_goes_when_the_next_loader_opens(label_set, 
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     command = [sys.executable, "-c", TRAINING, *map(str, (label_set, photos, tmp_path / "cache"))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as training:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as training:
         try:
             assert training.stdout.readline() == "begun\n"
         finally:
             training.send_signal(signal.SIGKILL)
+        assert "Traceback" not in training.stderr.read()
     left = set(temporary.iterdir())
     assert {path.name.split("-")[2] for path in left} == {"images", "keys", "epoch"}
     loader = fd.CropLoader(
