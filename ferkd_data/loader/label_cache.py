@@ -139,20 +139,24 @@ class LabelCache:
         remove_leftovers(self.folder, older_than=0.0 if locked else STALE_SECONDS)
         path, dtype = self._path(block), record_dtype(self.labels, block)
         with write_atomically(path, advice=FREE_CACHE) as aside, explain_full_disk(aside, FREE_CACHE):
-            header, size = _header(dtype, len(self.labels)), len(self.labels) * dtype.itemsize
+            header = _header(dtype, len(self.labels))
             with aside.open("wb") as stream:
                 stream.write(header)
-                stream.truncate(len(header) + size)
-                # A full disk is an error here; later, when memory is written to, it would be a crash.
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(stream.fileno(), 0, len(header) + size)
-            records = np.memmap(aside, dtype, "r+", len(header), (len(self.labels),))
-            for shard in self._fetched_ahead(block):
-                first = int(self.labels.first_row[shard])
-                part = records[first : first + self.labels.manifest.shards[shard].rows]
-                fill(part, self.labels, shard, block)
-            records.flush()
-            del records
+                # A sparse file: it takes no space yet.
+                stream.truncate(len(header) + len(self.labels) * dtype.itemsize)
+                stream.flush()
+                records = np.memmap(aside, dtype, "r+", len(header), (len(self.labels),))
+                for shard in self._fetched_ahead(block):
+                    first = int(self.labels.first_row[shard])
+                    rows = self.labels.block(shard, block)
+                    # A full disk is an error here; later, when memory is written to, it would be a crash. Only for rows
+                    # that were read: a manifest's claims take no disk.
+                    if hasattr(os, "posix_fallocate") and len(rows):
+                        start = len(header) + first * dtype.itemsize
+                        os.posix_fallocate(stream.fileno(), start, len(rows) * dtype.itemsize)
+                    fill(records[first : first + len(rows)], rows, self.labels, shard)
+                records.flush()
+                del records
             # Opened before it has its name, by which others may remove it where there are no locks.
             file = OpenFile(aside)
             lock(file.descriptor, fcntl.LOCK_SH)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ferkd_data import rng
 from ferkd_data.label_set import LabelSet
-from ferkd_data.shards.columns import class_index_dtype
+from ferkd_data.shards.columns import ShardLabels, class_index_dtype
 
 CHECKSUM = "crc32"
 """The last field of a record."""
@@ -44,9 +44,8 @@ def record_dtype(labels: LabelSet, block: int) -> np.dtype[np.void]:
     )
 
 
-def fill(part: Records, labels: LabelSet, shard: int, block: int) -> None:
-    """Write the rows of one shard. Raises ShardError for a damaged one, RemoteError."""
-    rows = labels.block(shard, block)
+def fill(part: Records, rows: ShardLabels, labels: LabelSet, shard: int) -> None:
+    """Write `rows`, a crop block of one shard, into `part` of as many records. Raises ShardError, RemoteError."""
     part["key_hash"] = rng.hashes64(rows.keys)
     if labels.manifest.layout == "webdataset":
         for name, places in zip(PLACE, labels.image_places(shard).T, strict=True):

@@ -74,7 +74,7 @@ class ShardRecords:
 
         def unpack(path: Path) -> None:
             records = np.empty(rows, dtype)
-            fill(records, self.labels, shard, block)
+            fill(records, self.labels.block(shard, block), self.labels, shard)
             # NumPy's tofile would not say that the disk is full.
             with write_atomically(path, sync=False, advice=FREE_CACHE) as aside, aside.open("wb") as stream:
                 stream.write(records.view(np.uint8).data)

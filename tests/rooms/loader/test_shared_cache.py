@@ -249,3 +249,12 @@ def test_a_block_of_another_kind_is_made_again(label_set, tmp_path):
         write()
         assert LabelCache(labels, tmp_path).take(0, np.arange(20)).tobytes() == expected.tobytes()
         assert not block.is_symlink() and block.is_file()
+
+
+def test_disk_is_reserved_shard_by_shard(label_set, tmp_path, monkeypatch):
+    """A manifest's claims take no disk: each shard's rows do, once they were read."""
+    reserved = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda descriptor, start, size: reserved.append(size))
+    labels = fd.open_labels(label_set)
+    records = LabelCache(labels, tmp_path / "cache").block(0)
+    assert reserved == [shard.rows * records.dtype.itemsize for shard in labels.manifest.shards]
