@@ -57,10 +57,10 @@ def test_the_exported_file_says_the_same_and_keeps_its_options(tiny_teachers, ex
 
 
 def test_a_file_that_would_say_something_else_is_not_written(tiny_teachers, tmp_path, monkeypatch):
-    (tmp_path / "odd_teachers.py").write_text(ODD)
+    (tmp_path / "odd_bench_teachers.py").write_text(ODD)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(TeacherError, match=r"odd_teachers:odd: its ONNX form differs by 0\.\d+ in a probability"):
-        fd.export_teacher("python:odd_teachers:odd", tmp_path / "odd.onnx")
+    with pytest.raises(TeacherError, match=r"odd_bench_teachers:odd: its ONNX form differs by 0\.\d+ in a probability"):
+        fd.export_teacher("python:odd_bench_teachers:odd", tmp_path / "odd.onnx")
     assert not list(tmp_path.glob("*.onnx*")) and not list(tmp_path.glob(".*"))
 
 

@@ -175,13 +175,15 @@ def test_torchrun(run, tmp_path):
 
 THREADS = """
 import threading, time
+ended = threading.Event()
 def busy():
-    while True:
+    while not ended.is_set():
         torch.ones(100, 100) @ torch.ones(100, 100)
         time.sleep(0.001)
 
 torch.set_num_threads(2)
-for _ in range(4): threading.Thread(target=busy, daemon=True).start()
+threads = [threading.Thread(target=busy) for _ in range(4)]
+for thread in threads: thread.start()
 torch.ones(1000, 1000) @ torch.ones(1000, 1000)
 if torch.cuda.is_available(): torch.ones(3, device="cuda").sum().item()
 """
@@ -189,7 +191,9 @@ if torch.cuda.is_available(): torch.ones(3, device="cuda").sum().item()
 
 def test_a_process_with_threads(run, expected):
     """Which have used PyTorch, and a GPU where there is one."""
-    assert run("-c", SETUP + THREADS + FUNCTIONS + CLASS + LOADER + DIGEST) == expected
+    # Joined: a thread that is in PyTorch when Python ends may abort the process.
+    end = "\nended.set()\nfor thread in threads: thread.join()\n"
+    assert run("-c", SETUP + THREADS + FUNCTIONS + CLASS + LOADER + DIGEST + end) == expected
 
 
 def test_a_thread_of_its_own(run, expected):

@@ -134,13 +134,14 @@ def test_a_cache_smaller_than_the_set(many_shards, images_of, tmp_path, layout, 
     """Room for two groups: all is delivered, from mapped files that go meanwhile, and the bound holds."""
     settings = SETTINGS | {"images": images_of[layout], "order": "shards", "num_workers": num_workers, "batch_size": 4}
     local = fd.CropLoader(fd.open_labels(many_shards / layout), cache_dir=tmp_path / "a", **settings)
+    epochs = [contents(local), contents(local)]
     with serve(many_shards / layout) as server:
         whole = fd.open_labels(server.url, cache_dir=tmp_path / "b")
         shard = whole.manifest.shards[0]
         one = shard.files[0].bytes + sum(used(tmp_path / "a").values()) // NUM_SHARDS
         labels = fd.open_labels(server.url, cache_dir=tmp_path / "b", cache_bytes=4 * one)
         remote = fd.CropLoader(labels, cache_dir=tmp_path / "b", **settings)
-        for expected in (contents(local), contents(local)):
+        for expected in epochs:
             assert same(contents(remote), expected)
             there = sum(used(tmp_path / "b").values())
             assert 0 < there <= 8 * one < NUM_SHARDS * one

@@ -148,7 +148,7 @@ def test_the_probe_without_a_truth_or_without_images(photos, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("constant", "gives the same answer for all of 20 different images"), ("one_row_for_all", "1 rows for 20 images")],
+    [("constant", "gives the same answer for all of 20 different images"), ("one_row_for_all", "1 rows for 2 images")],
 )
 def test_the_probe_refuses_what_is_no_classifier(photos, name, message):
     with pytest.raises(TeacherError, match=f"{name}.*{message}"):
