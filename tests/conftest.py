@@ -18,6 +18,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 import numpy as np
 import pytest
 from label_sets import SMALL
+from markers import markers_of
 from PIL import Image
 
 from ferkd_data import extras
@@ -93,6 +94,15 @@ def not_there():
 def not_a_module():
     return 3
 '''
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        name = item.path.relative_to(tests).with_suffix("").as_posix()
+        reasons = [str(marker.kwargs.get("reason", "")) for marker in item.iter_markers("skipif")]
+        for marker in markers_of(name, reasons):
+            item.add_marker(marker)
 
 
 @pytest.fixture(scope="session")
