@@ -20,8 +20,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 TEACHER_HELP = (
     "A teacher: timm:NAME[@FILE], torchvision:NAME[@FILE], hf:ORG/NAME[@FOLDER], openclip:ARCH@TAG?names=FILE, "
     "onnx:FILE, torchscript:FILE or python:module:factory, with options after ? (size, mean, std, interpolation, "
-    "classes, output, activation, weight, temperature), such as 'timm:resnet50?weight=2'. Give it once for each "
-    "teacher; docs/teachers.md has the whole of it."
+    "classes, output, activation, weight, temperature, crop_pct), such as 'timm:resnet50?weight=2'. Give it once "
+    "for each teacher; docs/teachers.md has the whole of it."
 )
 
 

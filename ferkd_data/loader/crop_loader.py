@@ -104,6 +104,8 @@ class CropLoader(DataLoaderLike):
         crops_per_image, size: numbers, or functions of the epoch that give one.
         epoch: "images": an epoch is one pass over the images, and so trains on M crops of each. "crops": an epoch is as
             many crops as there are images, so that each image comes in one of M epochs. See docs/epochs.md.
+        interpolation: bilinear is Pillow's within a grey level. bicubic may differ from Pillow's by 7 levels, which
+            moves a teacher's probabilities by up to 0.02 (docs/teachers.md).
         calibration: a Calibration, a function of the epoch that returns one, or the name of a preset.
         selfmix: mixes crops of one image within the batch; needs spread=False and M >= 2.
         spread: decode an image once, but put its M crops into M different batches out of a window of this many
