@@ -123,10 +123,9 @@ def _probe(
     teacher: Teacher, pictures: Sequence[npt.NDArray[np.uint8]], targets: Sequence[int | None], device: str
 ) -> TeacherProbe:
     batch = torch.cat([centre_crop(picture, teacher) for picture in pictures])
-    # Few at a time: any teacher has room for them, whatever batch size it is to be used with. The first two together,
-    # since a model that gives one row for a whole batch cannot be told by single images.
-    parts = [batch[:2], *(batch[number : number + 1] for number in range(2, len(batch)))]
-    logits = torch.cat([teacher.logits(part.to(device)).cpu() for part in parts])
+    # One by one: any teacher has room for one image, whatever batch size it is to be used with. A model that gives one
+    # row for a whole batch is not noticed here, but at the first batch of the build.
+    logits = torch.cat([teacher.logits(image[None].to(device)).cpu() for image in batch])
     check_answers(logits, count_different(batch), teacher)
     prob = (logits / teacher.spec.temperature).softmax(dim=1)
     known = [number for number, target in enumerate(targets) if target is not None]
