@@ -6,7 +6,8 @@ All of them see the same crops of the same label set, in the same order, cut by 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +22,8 @@ TRUTH = fd.Calibration(
 """Every crop gets its ground truth."""
 FKD = fd.Calibration.fkd()
 FERKD = fd.Calibration.ferkd()
+ALL_BLEND = fd.Calibration(extreme_hard="blend", moderate_hard="blend", hard_positive="blend", easy_positive="blend")
+"""Every soft label halved with the softened ground truth, and no crop discarded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class Method:
     selfmix: fd.SelfMix | None = None
     mix: fd.CutMix | fd.Mixup | None = None
     """Mixes different images of a batch."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Fields of `Setup` that differ from the comparison's."""
 
     def mixed(self, images: Tensor, targets: fd.SoftTargets, rng: np.random.Generator) -> Batch:
         return (images, targets) if self.mix is None else self.mix(images, targets, rng=rng)
@@ -50,6 +55,8 @@ MAIN: dict[str, Method] = {
     "ferkd+selfmix": Method(named="FerKD and SelfMix", calibration=FERKD, selfmix=fd.SelfMix(prob=0.5, mode="cutmix")),
     "fkd+mixup": Method(named="FKD and Mixup of strangers", calibration=FKD, mix=fd.Mixup(prob=1.0, alpha=0.2)),
     "fkd+cutmix": Method(named="FKD and CutMix of strangers", calibration=FKD, mix=fd.CutMix(prob=0.5)),
+    # Not from a paper: the quick run of 2026-11-27 pointed at it, before the main comparison began.
+    "all-blend": Method(named="every soft label blended with the ground truth", calibration=ALL_BLEND),
 }
 
 
@@ -62,9 +69,6 @@ def _variants() -> dict[str, Method]:
         "ferkd/thin-easy": replace(FERKD, easy_positive="thin(0.5)"),
         "ferkd/epsilon-0": replace(FERKD, epsilon=0.0),
         "ferkd/epsilon-0.2": replace(FERKD, epsilon=0.2),
-        "all-blend": fd.Calibration(
-            extreme_hard="blend", moderate_hard="blend", hard_positive="blend", easy_positive="blend"
-        ),
         "ferkd/on-target": replace(FERKD, thresholds=fd.Thresholds(confidence="target")),
         "fkd/temperature-0.5": replace(FKD, temperature=0.5),
         "fkd/temperature-2": replace(FKD, temperature=2.0),
@@ -75,6 +79,21 @@ def _variants() -> dict[str, Method]:
     return {name: Method(named=name, calibration=calibration) for name, calibration in changes.items()}
 
 
-METHODS: dict[str, Method] = {**MAIN, **_variants()}
+def _setups() -> dict[str, Method]:
+    """FerKD and FKD with another loader or other classes."""
+    few_crops = {f"ferkd/crops-{n}": {"crops": n} for n in (4, 8)}
+    at_once = {f"ferkd/m-{m}": {"crops_per_image": m} for m in (1, 2, 8)}
+    changes: dict[str, dict[str, Any]] = {**at_once, **few_crops, "ferkd/together": {"spread": False}}
+    same = {name: Method(named=name, calibration=FERKD, changes=change) for name, change in changes.items()}
+    ten = {"photos_classes_only": True}
+    return {
+        **same,
+        "fkd/ten-classes": Method(named="FKD, mass on the ten classes", calibration=FKD, changes=ten),
+        "ferkd/ten-classes": Method(named="FerKD, mass on the ten classes", calibration=FERKD, changes=ten),
+        "all-blend/ten-classes": Method(named="blend, mass on the ten classes", calibration=ALL_BLEND, changes=ten),
+    }
+
+
+METHODS: dict[str, Method] = {**MAIN, **_variants(), **_setups()}
 QUICK = ("hard", "fkd", "ferkd", "all-blend")
 Schedule = Callable[[int], float]

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from methods import MAIN, METHODS, QUICK
-from summary import table
+from summary import every_run, table
 from train import Setup, load_photos, run
 
 
@@ -31,9 +31,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--labels", required=True, help="a label set that `ferkd-data build` made of the train photos")
     parser.add_argument("--train", required=True, help="the photos that it was built from")
     parser.add_argument("--val", required=True, help="class folders named like those of the label set")
+    parser.add_argument("--val-labels", default="", help="a label set of VAL, one crop: the whole photo (README.md)")
     parser.add_argument("--classes", required=True, help="the class file that the build was given")
     parser.add_argument("--runs", default="runs.jsonl", help="where the runs are kept  [default: runs.jsonl]")
     parser.add_argument("--methods", default=",".join(MAIN), help="names out of methods.py  [default: the main ones]")
+    parser.add_argument(
+        "--against", default="hard,fkd", help="methods that the table compares with  [default: hard,fkd]"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=Setup.steps)
     parser.add_argument("--crops-per-image", type=int, default=Setup.crops_per_image)
@@ -64,7 +68,7 @@ def known_runs(path: Path) -> list[dict[str, Any]]:
 
 
 def one(setup: Setup, method: str, seed: int, classes: list[str]) -> dict[str, Any]:
-    photos = load_photos(Path(setup.val), classes, setup.size)
+    photos = load_photos(Path(setup.val), classes, setup.size, setup.val_labels)
     return {**run(setup, method, seed, photos), "setup": asdict(setup)}
 
 
@@ -74,6 +78,7 @@ def main() -> None:
         labels=arguments.labels,
         train=arguments.train,
         val=arguments.val,
+        val_labels=arguments.val_labels,
         steps=400 if arguments.quick else arguments.steps,
         crops_per_image=arguments.crops_per_image,
         device=arguments.device,
@@ -106,7 +111,10 @@ def main() -> None:
                     flush=True,
                 )
     wanted_keys = {key({"method": m, "seed": s, "setup": asdict(setup)}) for m, s in wanted}
-    print(table([line for line in known_runs(path) if key(line) in wanted_keys], methods))
+    runs = [line for line in known_runs(path) if key(line) in wanted_keys]
+    print(table(runs, methods, [base for base in arguments.against.split(",") if base in methods] or None))
+    if len({line["seed"] for line in runs}) > 1:
+        print(f"\n{every_run(runs, methods)}")
 
 
 if __name__ == "__main__":

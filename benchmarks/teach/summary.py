@@ -19,25 +19,46 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     return fmean(differences), T_975.get(freedom, 1.96) * stdev(differences) / math.sqrt(len(differences))
 
 
-def table(runs: list[dict[str, Any]], methods: Sequence[str], base: str | None = None) -> str:
-    """Markdown: one row per method; differences are in points of top-1 against `base` (default: the first method)."""
-    base = base or methods[0]
-    by = {(line["method"], line["seed"]): line for line in runs}
-    rows = [
-        f"| method | seeds | top-1 % | against {base} | NLL | ECE % | s a run |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+COLUMNS = (("top1", ".1f"), ("agreement", ".1f"), ("nll", ".2f"), ("ece", ".1f"), ("cpu_seconds", ".0f"))
+"""What of a run the table shows, as the mean over its seeds."""
+
+
+def difference(runs: Sequence[dict[str, Any]], method: str, base: str) -> str:
+    """Render the paired difference in points of top-1; one inside its 95 % interval is called none."""
+    by = {(line["method"], line["seed"]): line["top1"] for line in runs}
+    seeds = sorted(seed for name, seed in by if name == method and (base, seed) in by)
+    if method == base or not seeds:
+        return ""
+    mean, half = interval([by[method, seed] - by[base, seed] for seed in seeds])
+    if math.isinf(half):
+        return f"{mean:+.1f}"
+    return f"{mean:+.1f} ± {half:.1f}" + (" (none)" if abs(mean) <= half else "")
+
+
+def table(runs: list[dict[str, Any]], methods: Sequence[str], bases: Sequence[str] | None = None) -> str:
+    """Render Markdown: one row per method, with its difference to each of `bases` (default: the first method)."""
+    bases = bases or methods[:1]
+    against = [f"against {base}" for base in bases]
+    heads = ["method", "seeds", "top-1 %", *against, "agrees with teachers %", "NLL", "ECE %", "CPU s a run"]
+    rows = [heads, ["---"] * len(heads)]
     for method in methods:
-        lines = [by[key] for key in sorted(by) if key[0] == method]
+        lines = [line for line in runs if line["method"] == method]
         if not lines:
             continue
-        paired = [line["top1"] - by[base, line["seed"]]["top1"] for line in lines if (base, line["seed"]) in by]
-        mean, half = interval(paired) if paired else (math.nan, math.nan)
-        told = "" if method == base else f"{mean:+.1f}" + (f" ± {half:.1f}" if math.isfinite(half) else "")
-        told += " (none)" if method != base and math.isfinite(half) and abs(mean) <= half else ""
-        average = {name: fmean(line[name] for line in lines) for name in ("top1", "nll", "ece", "seconds")}
-        rows.append(
-            f"| {method} | {len(lines)} | {average['top1']:.1f} | {told} | {average['nll']:.2f} | "
-            f"{average['ece']:.1f} | {average['seconds']:.0f} |"
-        )
-    return "\n".join(rows)
+        means = {
+            name: format(fmean(line[name] for line in lines), form) if all(name in line for line in lines) else ""
+            for name, form in COLUMNS
+        }
+        top1 = means.pop("top1")
+        told = [difference(runs, method, base) for base in bases]
+        rows.append([method, str(len(lines)), top1, *told, *means.values()])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def every_run(runs: list[dict[str, Any]], methods: Sequence[str]) -> str:
+    """Render Markdown: top-1 of every run, one column per seed."""
+    seeds = sorted({line["seed"] for line in runs})
+    by = {(line["method"], line["seed"]): f"{line['top1']:.2f}" for line in runs}
+    rows = [["method", *(f"seed {seed}" for seed in seeds)], ["---"] * (len(seeds) + 1)]
+    rows += [[method, *(by.get((method, seed), "") for seed in seeds)] for method in methods]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

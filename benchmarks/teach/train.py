@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,12 @@ class Setup:
     """The photos that `labels` was built from."""
     val: str
     """Class folders, named as in the label set."""
+    val_labels: str = ""
+    """A label set of one crop, the whole photo, for each photo of `val`. The agreement is measured with it."""
+    crops: int | None = None
+    """Use only the first crops of each photo; None: all."""
+    photos_classes_only: bool = False
+    """Restrict soft labels to the classes that photos have, and rescale them to 1."""
     steps: int = 1500
     batch_size: int = 128
     crops_per_image: int = 4
@@ -49,24 +55,35 @@ class Photos:
 
     images: Tensor
     targets: Tensor
+    teacher: Tensor | None = None
+    """The teachers' most probable class for each photo, int64 (N,)."""
 
 
-def load_photos(folder: Path, classes: list[str], size: int) -> Photos:
-    """All photos of the class folders, the shorter side resized to `size`, cut to the middle square."""
+def load_photos(folder: Path, classes: list[str], size: int, labels: str = "") -> Photos:
+    """Load all photos of the class folders: the shorter side resized to `size`, cut to the middle square."""
     from PIL import Image
     from torchvision.transforms.v2 import functional
 
-    images, targets = [], []
+    images, targets, keys = [], [], []
     for path in sorted(folder.glob("*/*")):
         picture = functional.pil_to_tensor(Image.open(path).convert("RGB"))
         images.append(functional.center_crop(functional.resize(picture, [size], antialias=True), [size, size]))
         targets.append(classes.index(path.parent.name))
-    return Photos(images=torch.stack(images), targets=torch.tensor(targets))
+        keys.append(path.relative_to(folder).with_suffix("").as_posix())
+    teacher = None
+    if labels:
+        told = {image.key: int(image.class_index[0, 0]) for image in fd.open_labels(labels)}
+        teacher = torch.tensor([told[key] for key in keys])
+    return Photos(images=torch.stack(images), targets=torch.tensor(targets), teacher=teacher)
 
 
 @torch.no_grad()
 def evaluate(student: nn.Module, photos: Photos, device: str) -> dict[str, float]:
-    """Top-1 in percent, negative log-likelihood in nats, and expected calibration error (15 bins) in percent."""
+    """Measure top-1 in percent, negative log-likelihood in nats and expected calibration error (15 bins) in percent.
+
+    Where the teachers' classes are known, also the agreement: how often, in percent, student and teachers name the
+    same class.
+    """
     student.eval()
     logits = torch.cat([student(fd.normalize(images.to(device))).float().cpu() for images in photos.images.split(256)])
     student.train()
@@ -76,26 +93,55 @@ def evaluate(student: nn.Module, photos: Photos, device: str) -> dict[str, float
     bins = (confidence * 15).long().clamp(max=14)
     count = torch.zeros(15).index_add_(0, bins, torch.ones_like(right))
     gap = torch.zeros(15).index_add_(0, bins, right - confidence)
-    return {
+    numbers = {
         "top1": 100 * float(right.mean()),
         "nll": float(nn.functional.cross_entropy(logits, photos.targets)),
         "ece": 100 * float(gap.abs().sum() / count.sum()),
     }
+    if photos.teacher is not None:
+        numbers["agreement"] = 100 * float((predicted == photos.teacher).float().mean())
+    return numbers
 
 
 def learning_rate(setup: Setup, step: int) -> float:
+    """Compute the rate of a step: a linear warm-up, then a cosine to 0."""
     rising = max(1, round(setup.warmup * setup.steps))
     if step < rising:
         return setup.lr * (step + 1) / rising
     return setup.lr / 2 * (1 + math.cos(math.pi * (step - rising) / max(1, setup.steps - rising)))
 
 
+def open_setup(setup: Setup) -> fd.LabelSet:
+    """Open the label set of a run, or the view of it that the setup asks for."""
+    labels = fd.open_labels(setup.labels, crops=setup.crops)
+    if setup.photos_classes_only:
+        present = sorted({image.target for image in labels if image.target is not None})
+        labels = labels.map_classes({c: c for c in present}, num_classes=labels.num_classes)
+    return labels
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Wall and CPU seconds of the training, without its evaluations."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    def go(self) -> None:
+        self.wall -= time.perf_counter()
+        self.cpu -= time.process_time()
+
+    def stop(self) -> None:
+        self.wall += time.perf_counter()
+        self.cpu += time.process_time()
+
+
 def run(setup: Setup, method: str, seed: int, photos: Photos) -> dict[str, Any]:
     """Train one student. The seed decides its weights, the order of the images, the crops drawn and the mixing."""
     torch.set_num_threads(setup.threads)
     how = METHODS[method]
-    labels = fd.open_labels(setup.labels)
-    selfmix = how.selfmix is not None
+    setup = replace(setup, **how.changes)
+    labels = open_setup(setup)
     loader = fd.CropLoader(
         labels,
         images=setup.train,
@@ -105,7 +151,7 @@ def run(setup: Setup, method: str, seed: int, photos: Photos) -> dict[str, Any]:
         calibration=how.calibration,
         selfmix=how.selfmix,
         # SelfMix needs an image's crops side by side, so it cannot have what the others have.
-        spread=setup.spread and not selfmix,
+        spread=setup.spread and how.selfmix is None,
         seed=seed,
     )
     student = small_resnet(labels.num_classes, seed).to(setup.device)
@@ -113,7 +159,8 @@ def run(setup: Setup, method: str, seed: int, photos: Photos) -> dict[str, Any]:
     rng = fd.generator("teach", seed)
     curve: list[dict[str, float]] = []
     marks = {round(setup.steps * (i + 1) / setup.evaluations) for i in range(setup.evaluations)}
-    started, step, evaluating = time.perf_counter(), 0, 0.0
+    clock, step = Clock(), 0
+    clock.go()
     while step < setup.steps:
         for images, targets in loader:
             for group in optimizer.param_groups:
@@ -127,15 +174,17 @@ def run(setup: Setup, method: str, seed: int, photos: Photos) -> dict[str, Any]:
             optimizer.step()
             step += 1
             if step in marks:
-                before = time.perf_counter()
-                curve.append({"step": step, "loss": loss.item(), **evaluate(student, photos, setup.device)})
-                evaluating += time.perf_counter() - before
+                clock.stop()
+                point = {"step": step, "cpu_seconds": round(clock.cpu, 1), "loss": loss.item()}
+                curve.append({**point, **evaluate(student, photos, setup.device)})
+                clock.go()
             if step == setup.steps:
                 break
+    clock.stop()
     return {
         "method": method,
         "seed": seed,
-        "seconds": round(time.perf_counter() - started - evaluating, 1),
+        "seconds": round(clock.wall, 1),
         **curve[-1],
         "curve": curve,
         "diverged": not np.isfinite(curve[-1]["loss"]),
