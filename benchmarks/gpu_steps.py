@@ -261,6 +261,7 @@ def loader(step: Step) -> None:
 
 def jpegs(step: Step) -> None:
     """TorchCodec's JPEG decoder beside torchvision's operators, which are to be removed."""
+    from ferkd_data.images import DEFAULT_MAX_PIXELS
     from ferkd_data.loader.device_decode import decode_jpegs
 
     try:
@@ -272,7 +273,7 @@ def jpegs(step: Step) -> None:
     data = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in files]
     device = torch.device(step.device)
     ways: dict[str, Callable[[], Any]] = {
-        "torchvision": lambda: decode_jpegs(data, device),
+        "torchvision": lambda: decode_jpegs(data, device, DEFAULT_MAX_PIXELS),
         "torchcodec": lambda: decode_jpeg(data, mode="RGB", device=step.device),
     }
     rates = in_turn(ways, len(data), step)

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ferkd_data.augment.distribution import num_words, parse_augmentations
 from ferkd_data.buckets import Thresholds
 from ferkd_data.errors import LabelSetError, ManifestError, UsageError
+from ferkd_data.images.decode import DEFAULT_MAX_PIXELS
 from ferkd_data.statistics import Count, Statistics
 from ferkd_data.storage import read_regular
 
@@ -199,6 +200,11 @@ class Manifest(Record):
     def operation_words(self) -> int:
         """W: words of recorded operations of each crop (see `augment.Operations.pack`); 0 where none are recorded."""
         return num_words(parse_augmentations(self.augmentations or ()))
+
+    @property
+    def pixel_limit(self) -> int:
+        """Pixels that a labelled image may have: `max_pixels`, or a build's default where the manifest has none."""
+        return self.max_pixels or DEFAULT_MAX_PIXELS
 
     @property
     def num_blocks(self) -> int:

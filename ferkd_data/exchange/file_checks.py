@@ -72,7 +72,11 @@ class FileCheck:
             return None
         thresholds = self.manifest.thresholds.absolute()
         for fault in row_faults(
-            labels, num_classes=self.manifest.num_classes, thresholds=thresholds, limit=max(self.max_faults, 1)
+            labels,
+            num_classes=self.manifest.num_classes,
+            thresholds=thresholds,
+            pixel_limit=self.manifest.pixel_limit,
+            limit=max(self.max_faults, 1),
         ):
             crop = None if fault.crop is None else fault.crop + file.block * self.manifest.crops_per_block
             found.faults.append(
@@ -91,7 +95,8 @@ class FileCheck:
 def check_as_verify_does(rows: ShardLabels, manifest: Manifest, where: str) -> None:
     """Raises ShardError for the first fault of these rows, so that nobody writes what `verify` would refuse."""
     thresholds = manifest.thresholds.absolute()
-    for found in row_faults(rows, num_classes=manifest.num_classes, thresholds=thresholds, limit=1):
+    classes, pixels = manifest.num_classes, manifest.pixel_limit
+    for found in row_faults(rows, num_classes=classes, thresholds=thresholds, pixel_limit=pixels, limit=1):
         fault = Fault(
             file=where,
             row=found.row,

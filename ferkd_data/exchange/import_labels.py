@@ -22,7 +22,16 @@ from ferkd_data.exchange.dataset_reinforcement import image_folder_ids, listed_i
 from ferkd_data.exchange.fkd import FkdFiles, FkdTeacher
 from ferkd_data.exchange.foreign_labels import LabelFiles, to_row
 from ferkd_data.exchange.relabel_maps import RelabelMaps
-from ferkd_data.images import FolderSource, ImageRef, ImageSource, Reject, image_size, in_groups, open_source
+from ferkd_data.images import (
+    DEFAULT_MAX_PIXELS,
+    FolderSource,
+    ImageRef,
+    ImageSource,
+    Reject,
+    image_size,
+    in_groups,
+    open_source,
+)
 from ferkd_data.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry, SourceEntry, ThresholdsEntry
 from ferkd_data.shards.columns import UNKNOWN_TARGET, ImageLabels, ShardLabels
 from ferkd_data.shards.writers import write_shard
@@ -175,6 +184,8 @@ class _Import:
     shape: tuple[int, int] = (0, 0)
     """(N crops, k classes), as the first image has them."""
     first_reject: Reject | None = None
+    most_pixels: int = 0
+    """Pixels of the largest image so far."""
 
     def __post_init__(self) -> None:
         shapes = {"crops_per_block": self.crops_per_block, "images_per_shard": self.images_per_shard}
@@ -244,6 +255,7 @@ class _Import:
 
     def _row(self, ref: ImageRef, data: bytes) -> ImageLabels:
         size = image_size(data)
+        self.most_pixels = max(self.most_pixels, size[0] * size[1])
         labels = self.files.read(ref.key, size)
         shape = labels.class_index.shape
         if self.shape == (0, 0):
@@ -292,6 +304,7 @@ class _Import:
                 top=self.thresholds.top,
                 confidence=self.thresholds.confidence,
             ),
+            max_pixels=self.most_pixels if self.most_pixels > DEFAULT_MAX_PIXELS else None,
             source=SourceEntry(
                 description=f"imported from {self.files.format}'s files, images: {self.source.description}",
                 images_seen=num_images + rejects.rows,

@@ -158,7 +158,8 @@ class _Merge:
     def __init__(self, sets: Sequence[LabelSet], kind: Kind, weights: Sequence[float] | None) -> None:
         self.sets = sets
         self.kind = kind
-        self.first = sets[0].manifest
+        limit = max_pixels_of([labels.manifest for labels in sets])
+        self.first = sets[0].manifest.model_copy(update={"max_pixels": limit})
         self.where = " + ".join(labels.location for labels in sets)
         self.shares = ensemble_shares(sets, weights) if kind == "teachers" else []
         self.weights = weights
@@ -227,6 +228,13 @@ class _Merge:
         if self.kind == "crops":
             changes["num_crops"] = sum(labels.num_crops for labels in self.sets)
         return first.model_copy(update=changes)
+
+
+def max_pixels_of(manifests: Sequence[Manifest]) -> int | None:
+    """The largest limit of these label sets; None where no manifest has one."""
+    if all(manifest.max_pixels is None for manifest in manifests):
+        return None
+    return max(manifest.pixel_limit for manifest in manifests)
 
 
 def gather(labels: LabelSet, keys: Sequence[str]) -> ShardLabels:

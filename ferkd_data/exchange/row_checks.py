@@ -36,10 +36,12 @@ PLAIN_KEYS = re.compile(r"(?:[\w-]+(?:/[\w-]+)*\n)*")
 """Keys, one a line, that nobody could object to, but for their length and the names that WebDataset keeps."""
 
 
-def row_faults(labels: ShardLabels, *, num_classes: int, thresholds: Thresholds, limit: int) -> Iterator[RowFault]:
+def row_faults(
+    labels: ShardLabels, *, num_classes: int, thresholds: Thresholds, pixel_limit: int, limit: int
+) -> Iterator[RowFault]:
     """Every rule that a row breaks, once for each row and rule; at most `limit` rows for each rule."""
     yield from _key_faults(labels.keys)
-    for field, bad, explain in _image_rules(labels, num_classes):
+    for field, bad, explain in _image_rules(labels, num_classes, pixel_limit):
         yield from _broken(field, bad, explain, labels, limit)
     rows = np.flatnonzero(suspects(labels, num_classes=num_classes, thresholds=thresholds))
     if len(rows) == 0:
@@ -71,9 +73,11 @@ Rule = tuple[str, Any, Explain]
 """A field, where it is wrong as a mask (R,) or (R, N), and what to say."""
 
 
-def _image_rules(labels: ShardLabels, num_classes: int) -> Iterator[Rule]:
+def _image_rules(labels: ShardLabels, num_classes: int, pixel_limit: int) -> Iterator[Rule]:
     yield "height", labels.height == 0, "{value}, must be at least 1"
     yield "width", labels.width == 0, "{value}, must be at least 1"
+    too_large = labels.height.astype(np.int64) * labels.width > pixel_limit
+    yield "height", too_large, f"{{value}}: with its width more than the {pixel_limit} pixels that max_pixels allows"
     unknown = labels.target == UNKNOWN_TARGET
     outside = ~unknown & ((labels.target < 0) | (labels.target >= num_classes))
     yield "target", outside, f"{{value}}, must be a class in 0..{num_classes - 1}"

@@ -255,11 +255,13 @@ class BatchMaker:
         divisor = 1
         if self.settings.decode_scale == "auto" and wanted.any():
             divisor = divisor_for(crops.boxes[wanted], size)
-        pixels = decode_reduced(data, divisor) if divisor > 1 else None
-        if pixels is None:
-            return decode_checked(data, record), crops
-        check_labelled_size(*image_size(data, max_pixels=2**32), record)
-        return pixels, reduced_crops(crops, divisor, *pixels.shape[:2])
+        pixel_limit = self.labels.manifest.pixel_limit
+        if divisor > 1:
+            check_labelled_size(*image_size(data, max_pixels=labelled_pixels(record, pixel_limit)), record)
+            pixels = decode_reduced(data, divisor)
+            if pixels is not None:
+                return pixels, reduced_crops(crops, divisor, *pixels.shape[:2])
+        return decode_checked(data, record, pixel_limit), crops
 
     def _cut_image(
         self, pixels: npt.NDArray[np.uint8], slots: npt.NDArray[np.int64], crops: Crops, together: bool, out: Tensor
@@ -323,16 +325,31 @@ class BatchMaker:
             start += size
 
 
-def decode_checked(data: bytes, record: np.void) -> npt.NDArray[np.uint8]:
-    """The pixels. Raises ImageError when there are none, or not as many as were labelled: more are never decoded."""
+def decode_checked(data: bytes, record: np.void, pixel_limit: int) -> npt.NDArray[np.uint8]:
+    """Decode the image of a record: (H, W, 3) uint8.
+
+    Never decodes more pixels than were labelled, or than `pixel_limit`. Raises ImageError where the image has another
+    size than was labelled, more pixels than `pixel_limit`, or cannot be decoded.
+    """
     try:
-        pixels = decode_rgb(data, max_pixels=int(record["height"]) * int(record["width"]))
+        pixels = decode_rgb(data, max_pixels=labelled_pixels(record, pixel_limit))
     except ImageError as error:
         if error.reason == "pixel_bomb":
             check_labelled_size(*image_size(data), record)
         raise
     check_labelled_size(pixels.shape[0], pixels.shape[1], record)
     return pixels
+
+
+def labelled_pixels(record: np.void, pixel_limit: int) -> int:
+    """Return the pixels of the image that was labelled. Raises ImageError for more than `pixel_limit`."""
+    height, width = int(record["height"]), int(record["width"])
+    if height * width > pixel_limit:
+        raise ImageError(
+            "pixel_bomb",
+            f"it was labelled as {width}x{height} pixels; max_pixels in the manifest, or its default, is {pixel_limit}",
+        )
+    return height * width
 
 
 def check_labelled_size(height: int, width: int, record: np.void) -> None:

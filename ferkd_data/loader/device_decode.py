@@ -1,8 +1,8 @@
-"""Decoding on the training's device: workers read, check and label; the training process decodes and cuts.
+"""Decode on the training's device: workers read, check and label; the training process decodes and cuts.
 
-A window's images travel as one run of bytes with offsets. JPEGs travel as they are and are decoded there in one call;
-anything a device decoder may not take (other formats, CMYK, JPEGs that end too early) travels as the pixels that the
-host decoder made of it. What is drawn at random is the same as in workers.
+The images of a window travel as one run of bytes with offsets. A JPEG travels as it is and is decoded there, all of a
+window in one call. What a device's decoder may not take (other formats, CMYK, JPEGs that end too early) travels as the
+pixels that the host's decoder made of it. Random draws are those of workers.
 
 Legend: I images of a window, M crops per image, B crops of a batch, S output side.
 """
@@ -23,8 +23,16 @@ from torch import Tensor
 
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, UsageError
-from ferkd_data.images.decode import decode_rgb, jpeg_size
-from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Made, Work, check_labelled_size, decode_checked
+from ferkd_data.images.decode import ANY_SIZE, decode_rgb, jpeg_size
+from ferkd_data.loader.batch_maker import (
+    BatchMaker,
+    Labelled,
+    Made,
+    Work,
+    check_labelled_size,
+    decode_checked,
+    labelled_pixels,
+)
 from ferkd_data.loader.channel import anonymous_file, write_all
 from ferkd_data.loader.epochs import EpochSettings
 from ferkd_data.loader.plan import Window
@@ -36,7 +44,6 @@ from ferkd_data.targets import SoftTargets
 JPEG_END = b"\xff\xd9"
 RGB = 3
 """torchvision's number for this way to decode."""
-MAX_PIXELS = 2**32
 
 
 class Encoded(NamedTuple):
@@ -47,7 +54,9 @@ class Encoded(NamedTuple):
     bounds: npt.NDArray[np.int64]
     """(I + 1,) where in `data` each begins and the last ends."""
     sizes: npt.NDArray[np.int64]
-    """(I, 2) height and width of images that are pixels already; 0 for JPEGs."""
+    """(I, 2) height and width as labelled."""
+    is_jpeg: npt.NDArray[np.bool_]
+    """(I,) whether an image's bytes are a JPEG; the others are pixels already, or not used."""
     boxes: npt.NDArray[np.uint16]
     flip: npt.NDArray[np.bool_]
     operations: npt.NDArray[np.uint16]
@@ -138,12 +147,15 @@ class DeviceWorkers:
         jpegs: dict[int, Tensor] = {}
         for i, (start_, stop) in enumerate(zip(encoded.bounds[:-1].tolist(), encoded.bounds[1:].tolist(), strict=True)):
             data = encoded.data[start_:stop]  # type: ignore[index]
-            height, width = encoded.sizes[i].tolist()
-            if height:
-                yield i, data.view(height, width, 3).permute(2, 0, 1).to(self._device, non_blocking=True)
-            elif len(data):
+            if encoded.is_jpeg[i]:
                 jpegs[i] = data
-        yield from zip(jpegs, decode_jpegs(list(jpegs.values()), self._device), strict=True)
+            elif len(data):
+                pixels = data.view(*encoded.sizes[i].tolist(), 3)
+                yield i, pixels.permute(2, 0, 1).to(self._device, non_blocking=True)
+        pixel_limit = self._maker.labels.manifest.pixel_limit
+        decoded = decode_jpegs(list(jpegs.values()), self._device, pixel_limit)
+        for i, found in zip(jpegs, decoded, strict=True):
+            yield i, found if isinstance(found, ImageError) else _of_size(found, encoded.sizes[i].tolist())
 
 
 class EncodeWork:
@@ -163,18 +175,24 @@ class EncodeWork:
 
 def encode(maker: BatchMaker, window: Window) -> tuple[Encoded, list[npt.NDArray[np.uint8]]]:
     """A window without its data, and the data: an array for each image. Raises LoaderError as `BatchMaker.filled`."""
-    count = len(window.positions)
-    parts, sizes = [np.empty(0, np.uint8)] * count, np.zeros((count, 2), np.int64)
+    count, pixel_limit = len(window.positions), maker.labels.manifest.pixel_limit
+    parts, sizes, is_jpeg = [np.empty(0, np.uint8)] * count, np.zeros((count, 2), np.int64), np.zeros(count, np.bool_)
 
     def read(labelled: Labelled, i: int) -> None:
         record = labelled.records[i]
-        parts[i], sizes[i] = _to_send(maker.read(int(labelled.rows[i]), record), record)
+        data = maker.read(int(labelled.rows[i]), record)
+        is_jpeg[i] = _is_plain_jpeg(data, record, pixel_limit)
+        sizes[i] = record["height"], record["width"]
+        parts[i] = (
+            np.frombuffer(data, np.uint8) if is_jpeg[i] else decode_checked(data, record, pixel_limit).reshape(-1)
+        )
 
     labelled, skipped = maker.filled(window, read)
     encoded = Encoded(
         data=None,
         bounds=np.cumsum([0, *map(len, parts)]),
         sizes=sizes,
+        is_jpeg=is_jpeg,
         boxes=labelled.drawn.boxes,
         flip=labelled.drawn.flip,
         operations=labelled.drawn.operations,
@@ -198,30 +216,44 @@ def _mapped(descriptor: int) -> Tensor:
         os.close(descriptor)
 
 
-def _to_send(data: bytes, record: np.void) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
-    """A JPEG's bytes, or the pixels, with their height and width. Raises ImageError."""
-    size = jpeg_size(data, MAX_PIXELS) if data.endswith(JPEG_END) else None
+def _is_plain_jpeg(data: bytes, record: np.void, pixel_limit: int) -> bool:
+    """Whether a device's decoder may take the image. Raises ImageError for more pixels than were labelled, or allowed.
+
+    Nothing is decoded: the size is that of the header.
+    """
+    labelled_pixels(record, pixel_limit)
+    size = jpeg_size(data, ANY_SIZE) if data.endswith(JPEG_END) else None
     if size is None:
-        pixels = decode_checked(data, record)
-        return pixels.reshape(-1), (pixels.shape[0], pixels.shape[1])
+        return False
     check_labelled_size(*size, record)
-    return np.frombuffer(data, np.uint8), (0, 0)
+    return True
 
 
-def decode_jpegs(jpegs: list[Tensor], device: torch.device) -> Sequence[Tensor | ImageError]:
-    """(3, H, W) each, in one call; what the device's decoder refuses, the host's has the last word on."""
+def _of_size(pixels: Tensor, size: list[int]) -> Tensor | ImageError:
+    """The pixels where a device's decoder took the header as the host does; a crafted JPEG may have several."""
+    height, width = size
+    if pixels.shape[1:] == (height, width):
+        return pixels
+    return ImageError("corrupt", f"the device decodes {tuple(pixels.shape[1:])} pixels, its header has {height, width}")
+
+
+def decode_jpegs(jpegs: list[Tensor], device: torch.device, pixel_limit: int) -> Sequence[Tensor | ImageError]:
+    """Decode JPEGs to (3, H, W) each, in one call; the host's decoder tries what the device's refuses.
+
+    An image of more than `pixel_limit` pixels is an ImageError there.
+    """
     try:
         return _decode(jpegs, device)
     except RuntimeError:
-        return [_decode_one(jpeg, device) for jpeg in jpegs]
+        return [_decode_one(jpeg, device, pixel_limit) for jpeg in jpegs]
 
 
-def _decode_one(jpeg: Tensor, device: torch.device) -> Tensor | ImageError:
+def _decode_one(jpeg: Tensor, device: torch.device, pixel_limit: int) -> Tensor | ImageError:
     try:
         return _decode([jpeg], device)[0]
     except RuntimeError:
         try:
-            pixels = decode_rgb(jpeg.numpy().tobytes(), max_pixels=MAX_PIXELS)
+            pixels = decode_rgb(jpeg.numpy().tobytes(), max_pixels=pixel_limit)
         except ImageError as error:
             return error
         return torch.from_numpy(pixels).permute(2, 0, 1).to(device, non_blocking=True)

@@ -74,7 +74,7 @@ def take_pictures(
         found += 1
         image = wanted[key]
         try:
-            pixels = checked_pixels(image, data)
+            pixels = checked_pixels(image, data, labels.manifest.pixel_limit)
         except ImageError as error:
             problems.append(f"{key}: {error.detail}")
             continue
@@ -128,13 +128,16 @@ def own_images(labels: LabelSet, wanted: Iterable[SampledImage]) -> Iterator[tup
                     yield row.key, data
 
 
-def checked_pixels(image: ImageLabels, data: bytes | ImageError) -> npt.NDArray[np.uint8]:
-    """The decoded image (H, W, 3). Raises ImageError where it is another one than was labelled, or cannot be read."""
+def checked_pixels(image: ImageLabels, data: bytes | ImageError, pixel_limit: int) -> npt.NDArray[np.uint8]:
+    """Decode a labelled image: (H, W, 3) uint8.
+
+    Raises ImageError where it is another one than was labelled, has more than `pixel_limit` pixels, or cannot be read.
+    """
     if isinstance(data, ImageError):
         raise data
     if any(image.image_digest) and image_digest(data) != image.image_digest:
         raise ImageError("other_image", "is another image than the one that was labelled")
-    pixels = decode_rgb(data)
+    pixels = decode_rgb(data, max_pixels=pixel_limit)
     if pixels.shape[:2] != (image.height, image.width):
         raise ImageError("other_image", "has another size than the image that was labelled")
     return pixels
@@ -170,5 +173,5 @@ def image_of(labels: LabelSet, key: str, source: str | Path | ImageSource | None
     else:
         found = source_images(source, [key])
     for _, data in found:
-        return checked_pixels(image, data)
+        return checked_pixels(image, data, labels.manifest.pixel_limit)
     raise FerkdError(f"{key!r}: the images have no image of this key")

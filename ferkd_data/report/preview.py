@@ -81,7 +81,7 @@ def _labelled(maker: BatchMaker, window: Window) -> Labelled:
 
     def look(labelled: Labelled, i: int) -> None:
         record = labelled.records[i]
-        decode_checked(maker.read(int(labelled.rows[i]), record), record)
+        decode_checked(maker.read(int(labelled.rows[i]), record), record, maker.labels.manifest.pixel_limit)
 
     return maker.filled(window, look)[0]
 

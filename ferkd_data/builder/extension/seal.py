@@ -47,6 +47,9 @@ def seal_extension(folder: BuildFolder, plan: Plan, settings: BuildSettings, fac
         "statistics": statistics.add([old.statistics, *(record.statistics for record in records)]),
     }
     manifest = old.model_copy(update=changes)
+    if new_images:
+        # Old images may be as large as the old limit, new ones as this build's.
+        manifest = manifest.model_copy(update={"max_pixels": max(old.pixel_limit, settings.max_pixels)})
     if manifest.model_copy(update={"created_by": old.created_by, "source": old.source}) == old:
         return old  # nothing came to it
     with write_atomically(folder.path / "sealed") as aside:

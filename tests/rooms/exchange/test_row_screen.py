@@ -67,7 +67,8 @@ def damaged(generator, labels):
 
 
 def faults(labels, num_classes, thresholds):
-    return list(row_checks.row_faults(labels, num_classes=num_classes, thresholds=thresholds, limit=4))
+    limits = {"pixel_limit": 10**8, "limit": 4}
+    return list(row_checks.row_faults(labels, num_classes=num_classes, thresholds=thresholds, **limits))
 
 
 @pytest.mark.parametrize("num_classes", [10, 65536, 70000])

@@ -47,7 +47,7 @@ def decoder_levels(folder, device):
     worst = 0
     for path in folder.rglob("*.jpg"):
         data = path.read_bytes()
-        (ours,) = device_decode.decode_jpegs([torch.from_numpy(np.frombuffer(data, np.uint8).copy())], device)
+        (ours,) = device_decode.decode_jpegs([torch.from_numpy(np.frombuffer(data, np.uint8).copy())], device, 10**8)
         theirs = torch.from_numpy(decode_rgb(data)).permute(2, 0, 1)
         worst = max(worst, int((ours.cpu().int() - theirs.int()).abs().max()))
     return worst
