@@ -36,7 +36,7 @@ from PIL import Image
 from synthetic import count_statistics, random_labels, write_label_set
 
 import ferkd_data as fd
-from ferkd_data.shards.columns import ImageLabels
+from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.storage import sha256_file
 
 RUNS = 5

@@ -36,9 +36,9 @@ from synthetic import write_label_set
 
 import ferkd_data as fd
 from ferkd_data.label_set import LabelSet
+from ferkd_data.labels.rows import ImageLabels
+from ferkd_data.labels.statistics import Statistics, add, shard_statistics
 from ferkd_data.remote import Remote
-from ferkd_data.shards.columns import ImageLabels
-from ferkd_data.statistics import Statistics, add, shard_statistics
 from ferkd_data.storage import sha256_file
 
 SHARDS, IMAGES, CROPS, TOP_K, CLASSES = 6, 1000, 50, 5, 1000

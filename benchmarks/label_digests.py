@@ -21,9 +21,9 @@ from PIL import Image
 
 import ferkd_data as fd
 from ferkd_data import storage
+from ferkd_data.format import parquet, webdataset
 from ferkd_data.label_set import LabelSet
-from ferkd_data.shards import parquet, webdataset
-from ferkd_data.shards.columns import ShardLabels
+from ferkd_data.labels.rows import ShardLabels
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "version-1"
 CROPS, TOP_K, CLASSES = 50, 5, 1000

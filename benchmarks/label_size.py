@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ferkd_data.shards import parquet
-from ferkd_data.shards.columns import CROP_FIELDS, ShardLabels
+from ferkd_data.format import parquet
+from ferkd_data.labels.rows import CROP_FIELDS, ShardLabels
 
 ALL, NEW = "all", "new ones only"
 ENCODINGS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -35,8 +35,7 @@ import ferkd_data as fd
 from ferkd_data import extras
 from ferkd_data.crops import Crops, draw_crops
 from ferkd_data.images import decode_rgb
-from ferkd_data.images.decode import decode_reduced
-from ferkd_data.loader.reduced import divisor_for, reduced_crops
+from ferkd_data.images.decode import decode_reduced, divisor_for, reduced_crops
 from ferkd_data.replay import replay
 
 SIDES = {"2 MP": (1632, 1224), "8 MP": (3264, 2448), "24 MP": (6000, 4000)}

@@ -26,7 +26,7 @@ from PIL import Image
 from synthetic import write_label_set
 
 import ferkd_data as fd
-from ferkd_data.shards.columns import ImageLabels
+from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.storage import image_digest
 
 CROPS, TOP_K, CLASSES, SHARD, SIDE = 4, 2, 1000, 4096, 32

@@ -44,8 +44,8 @@ import ferkd_data as fd
 from ferkd_data import extras
 from ferkd_data.crops import draw_crops
 from ferkd_data.images import decode_rgb, open_source
+from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.replay import empty_batch, replay
-from ferkd_data.shards.columns import ImageLabels
 from ferkd_data.storage import image_digest
 
 SIZE, CROPS, TOP_K, CLASSES, M = 224, 50, 5, 1000, 4

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from label_size import reshaped
 
 import ferkd_data as fd
-from ferkd_data.shards.columns import ImageLabels, ShardLabels
-from ferkd_data.shards.writers import write_shard
+from ferkd_data.format.writers import write_shard
+from ferkd_data.labels.rows import ImageLabels, ShardLabels
 
 BLOCK = 50
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from synthetic import random_labels, write_label_set
 
-from ferkd_data.shards.columns import ImageLabels
+from ferkd_data.labels.rows import ImageLabels
 
 PER_SHARD = 4096
 DIFFERENT = 256

@@ -24,13 +24,13 @@ from pathlib import Path
 
 from synthetic import NO_TEACHER
 
-from ferkd_data.builder.out.state import BuildFolder, ShardRecord
+from ferkd_data.builder.state import BuildFolder, ShardRecord
 from ferkd_data.builder.stop import Stop
 from ferkd_data.builder.watch.progress import ProgressCounter
-from ferkd_data.builder.workers.crew import Crew
 from ferkd_data.builder.workers.messages import Labelled, Message, Ready
+from ferkd_data.builder.workers.pool import Crew
 from ferkd_data.errors import BuildStoppedError
-from ferkd_data.manifest import (
+from ferkd_data.format.manifest import (
     BlockEntry,
     CreatedBy,
     CropDistributionEntry,
@@ -41,7 +41,7 @@ from ferkd_data.manifest import (
     ThresholdsEntry,
     parse_manifest,
 )
-from ferkd_data.statistics import Statistics
+from ferkd_data.labels.statistics import Statistics
 
 IMAGES, CROPS, BLOCK, BLOCK_BYTES = 4096, 200, 50, 3_860_000
 WORKERS, SECONDS, RECORDS = (10, 100, 1000, 3000), 10.0, 300

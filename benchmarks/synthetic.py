@@ -7,11 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ferkd_data.buckets import Thresholds, assign_buckets
-from ferkd_data.builder.rejects import RejectWriter, rejects_entry
 from ferkd_data.crops import CropDistribution, draw_crops
-from ferkd_data.label_set import open_labels
-from ferkd_data.manifest import (
+from ferkd_data.format.manifest import (
     CreatedBy,
     CropDistributionEntry,
     Layout,
@@ -21,9 +18,12 @@ from ferkd_data.manifest import (
     TeacherEntry,
     ThresholdsEntry,
 )
-from ferkd_data.shards.columns import ImageLabels
-from ferkd_data.shards.writers import write_shard
-from ferkd_data.statistics import Statistics, add, shard_statistics
+from ferkd_data.format.rejects import RejectWriter, rejects_entry
+from ferkd_data.format.writers import write_shard
+from ferkd_data.label_set import open_labels
+from ferkd_data.labels.buckets import Thresholds, assign_buckets
+from ferkd_data.labels.rows import ImageLabels
+from ferkd_data.labels.statistics import Statistics, add, shard_statistics
 from ferkd_data.storage import image_digest
 
 NO_TEACHER = TeacherEntry(

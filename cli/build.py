@@ -12,11 +12,24 @@ import click
 
 from ferkd_data.errors import UsageError
 
-from .groups import CLUSTER, FILES, LABELS, MACHINE, WATCHING, GroupedCommand
-from .options import config_option, given, grouped, json_option, print_json, require_teachers, teacher_options
+from .display import show_progress
+from .options import (
+    CLUSTER,
+    FILES,
+    LABELS,
+    MACHINE,
+    WATCHING,
+    GroupedCommand,
+    config_option,
+    given,
+    grouped,
+    json_option,
+    print_json,
+    require_teachers,
+    teacher_options,
+)
 from .overview import ShowOverview, count, lines
-from .progress import show_progress
-from .say import say
+from .terminal import say
 
 DONE_WITH_REJECTS = 3
 
@@ -224,9 +237,9 @@ def command(
     Run the same command again to resume a build that was interrupted; for one that has ended it does nothing.
     """
     import ferkd_data as fd
-    from ferkd_data.buckets import parse_thresholds
     from ferkd_data.builder import JsonLog, MetricsFile, stop_on_sigterm
     from ferkd_data.builder import dry_run as measure
+    from ferkd_data.labels.buckets import parse_thresholds
 
     changes = given(options)
     if given({"thresholds": thresholds, "confidence": confidence}):

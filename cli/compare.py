@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from .display import show_images
 from .options import json_option, print_json
-from .say import say
-from .transfers import show_images
+from .terminal import say
 
 
 @click.command()
@@ -56,7 +56,7 @@ def _print_labels(result: Any) -> None:
 
 
 def _print_moves(result: Any) -> None:
-    from ferkd_data.buckets import BUCKETS
+    from ferkd_data.labels.buckets import BUCKETS
 
     say("\ncrops by bucket, A's down, B's across (each by its own thresholds)")
     say(f"{'':<16}" + "".join(f"{name:>15}" for name in BUCKETS))

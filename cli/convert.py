@@ -8,10 +8,10 @@ from typing import Literal
 import click
 
 from ferkd_data.errors import UsageError
-from ferkd_data.manifest import FILE_NAME
+from ferkd_data.format.manifest import FILE_NAME
 
-from .say import say
-from .transfers import show_images
+from .display import show_images
+from .terminal import say
 
 
 @click.command()

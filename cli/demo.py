@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .build import print_result
-from .progress import show_progress
+from .display import show_progress
 from .show import describe_crop, print_image
 from .stats import print_statistics
 
@@ -25,7 +25,7 @@ def command(out: Path, crops: int) -> int:
     """
     import ferkd_data as fd
     from ferkd_data.demo import write_demo
-    from ferkd_data.statistics import summarise
+    from ferkd_data.labels.statistics import summarise
 
     click.echo("writing the photos and exporting the teachers to ONNX ...", err=True)
     demo = write_demo(out)

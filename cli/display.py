@@ -2,6 +2,10 @@
 
 A command's own module says what to show, as a `Frame`; here it is laid out. Nothing ever wraps: what does not fit is
 left out, the least important first.
+
+How far a build is: images, rate, time left, rejects, and its workers where there are several.
+
+How far a transfer or a conversion is: bytes or images, rate, time left.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .say import above, printable, say
+from .terminal import above, printable, say
 
 LOG_SECONDS = 30.0
 """How often a plain line is written where there is no terminal."""
@@ -203,3 +207,102 @@ def clock(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     return (f"{days:,} d " if days else "") + f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[Any], None]]:
+    """Yields a function that takes a ferkd_data.builder.Progress. Everything goes to stderr."""
+    with show_frames(Frame(what="build", amount="listing images, loading teachers")) as report:
+        yield lambda progress: report(frame(progress))
+
+
+def frame(progress: Any) -> Frame:
+    """What there is to show of a ferkd_data.builder.Progress."""
+    left = "time left not known yet" if progress.seconds_left is None else f"{clock(progress.seconds_left)} left"
+    rejects = f"{progress.rejects:,} reject{'' if progress.rejects == 1 else 's'}"
+    return Frame(
+        what="build",
+        done=progress.images_done,
+        total=progress.images_total,
+        amount=f"{progress.images_done:,}/{progress.images_total:,} images",
+        details=(
+            f"{progress.crops_per_second:,.1f} crops/s",
+            left,
+            rejects,
+            *_stragglers(progress),
+            f"{progress.shards_done:,} of {progress.shards_total:,} shards",
+            f"{progress.forwards_done:,} of {progress.forwards_total:,} forwards",
+        ),
+        workers=_workers(progress),
+    )
+
+
+def _stragglers(progress: Any) -> tuple[str, ...]:
+    """Where several work: how many, their rates from the slowest to the fastest, and those far behind."""
+    if len(progress.workers) < 2:
+        return ()
+    rates = [worker.crops_per_second for worker in progress.workers]
+    slow = [str(worker.worker) for worker in progress.workers if worker.worker in progress.stragglers]
+    behind = (f"far behind: {', '.join(slow[:8])}{', …' if len(slow) > 8 else ''}",) if slow else ()
+    return (f"{len(rates):,} workers at {min(rates):,.1f} to {max(rates):,.1f} crops/s", *behind)
+
+
+def _workers(progress: Any) -> tuple[str, ...]:
+    """One line for each, those far behind first."""
+    if len(progress.workers) < 2:
+        return ()
+    late = set(progress.stragglers)
+    ordered = sorted(progress.workers, key=lambda worker: (worker.worker not in late, worker.worker))
+    return tuple(
+        f"worker {worker.worker:>4}  shard {worker.shard:>6}  {worker.crops_per_second:>9,.1f} crops/s"
+        + ("  far behind" if worker.worker in late else "")
+        for worker in ordered
+    )
+
+
+OnProgress = Callable[[int, "int | None"], None]
+"""Gets how much is done, and how much there is in all where that is known."""
+
+
+@contextmanager
+def show_bytes(what: str) -> Iterator[OnProgress]:
+    """Yields what takes (bytes done, bytes in all)."""
+
+    def amount(done: int, total: int | None) -> str:
+        return _size(done) if total is None else f"{_size(done)} of {_size(total)}"
+
+    with _show(what, amount, lambda rate: f"{_size(rate)}/s") as report:
+        yield report
+
+
+@contextmanager
+def show_images(what: str) -> Iterator[OnProgress]:
+    """Yields what takes (images done, images in all); without a total where they are not counted beforehand."""
+
+    def amount(done: int, total: int | None) -> str:
+        return f"{done:,} images" if total is None else f"{done:,} of {total:,} images"
+
+    with _show(what, amount, lambda rate: f"{rate:,.1f} images/s") as report:
+        yield report
+
+
+@contextmanager
+def _show(what: str, amount: Callable[[int, int | None], str], speed: Callable[[float], str]) -> Iterator[OnProgress]:
+    rate = Rate()
+    with show_frames(Frame(what=what, amount="starting")) as show:
+
+        def report(done: int, total: int | None) -> None:
+            rate.add(done)
+            left = () if total is None or done >= total else (rate.left(total),)
+            details = (speed(rate.per_second), *left)
+            show(Frame(what=what, done=done, total=total, amount=amount(done, total), details=details))
+
+        yield report
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"

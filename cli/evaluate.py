@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 
-from .groups import GroupedCommand
-from .options import json_option, print_json, require_teachers, teacher_options
+from .options import GroupedCommand, json_option, print_json, require_teachers, teacher_options
 from .overview import count, left_out
-from .say import say
+from .terminal import say
 
 
 @click.command(cls=GroupedCommand)

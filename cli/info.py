@@ -6,8 +6,7 @@ import click
 
 from .options import json_option, print_json
 from .overview import left_out
-from .say import say
-from .table import say_table
+from .terminal import say, say_table
 
 
 @click.command()

@@ -16,9 +16,7 @@ import click
 import ferkd_data
 from ferkd_data.errors import FerkdError
 
-from .say import say, say_what_is_logged
-from .signals import Signalled, orderly_end
-from .streams import forgiving_streams
+from .terminal import Signalled, forgiving_streams, orderly_end, say, say_what_is_logged
 
 COMMANDS = {
     "build": "Label images with a teacher ensemble and write a label set.",

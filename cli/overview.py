@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .say import say
+from .terminal import say
 
 SHOWN = 6
 """Reasons in one line."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from .say import say
-from .transfers import show_bytes
+from .display import show_bytes
+from .terminal import say
 
 
 @click.command()

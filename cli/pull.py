@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from ferkd_data.errors import UsageError
-from ferkd_data.manifest import FILE_NAME
+from ferkd_data.format.manifest import FILE_NAME
 
-from .say import say
-from .transfers import show_bytes
+from .display import show_bytes
+from .terminal import say
 
 
 @click.command()

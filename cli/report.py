@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
+from .display import show_images
 from .options import json_option, print_json
-from .say import say
-from .transfers import show_images
+from .terminal import say
 
 
 @click.command()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .options import json_option, print_json
-from .say import say
+from .terminal import say
 
 
 @click.command()
@@ -84,7 +84,7 @@ def _names(classes: Path | None, labels: Any) -> Sequence[str] | None:
 
 def describe_crop(labels: Any, image: Any, n: int, names: Sequence[str] | None = None) -> dict[str, Any]:
     """One crop as plain values; `names` are by default the label set's."""
-    from ferkd_data.buckets import BUCKETS
+    from ferkd_data.labels.buckets import BUCKETS
 
     names = names or labels.class_names
     top = [

@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from .options import json_option, print_json
-from .say import say
-from .table import say_table
+from .terminal import say, say_table
 
 SHARES = ("share", "aggregate", "paper_share")
 
@@ -20,7 +19,7 @@ SHARES = ("share", "aggregate", "paper_share")
 def command(labels: str, num_worst: int, as_json: bool) -> int:
     """The p_max table, buckets, agreements and worst classes of the label set LABELS."""
     import ferkd_data as fd
-    from ferkd_data.statistics import per_class_agreement, summarise
+    from ferkd_data.labels.statistics import per_class_agreement, summarise
 
     opened = fd.open_labels(labels)
     worst = per_class_agreement(opened.shards())[:num_worst]

@@ -9,9 +9,9 @@ import click
 
 from ferkd_data.errors import UsageError
 
+from .display import show_bytes
 from .options import json_option, print_json
-from .say import say
-from .transfers import show_bytes
+from .terminal import say
 
 
 @click.command()

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     # For type checkers, which cannot follow __getattr__; a test compares this with _EXPORTS.
     from ferkd_data.bench import bench_teachers as bench_teachers
     from ferkd_data.bench import export_teacher as export_teacher
-    from ferkd_data.buckets import QuantileThresholds as QuantileThresholds
-    from ferkd_data.buckets import Thresholds as Thresholds
     from ferkd_data.builder import BuildResult as BuildResult
     from ferkd_data.builder import BuildSettings as BuildSettings
     from ferkd_data.builder import Resources as Resources
@@ -24,21 +22,23 @@ if TYPE_CHECKING:
     from ferkd_data.crops import Crops as Crops
     from ferkd_data.crops import draw_crops as draw_crops
     from ferkd_data.errors import FerkdError as FerkdError
-    from ferkd_data.exchange.card_fields import CardFields as CardFields
+    from ferkd_data.exchange.card_facts import CardFields as CardFields
+    from ferkd_data.exchange.checks import VerifyReport as VerifyReport
     from ferkd_data.exchange.convert import convert as convert
-    from ferkd_data.exchange.faults import VerifyReport as VerifyReport
-    from ferkd_data.exchange.fkd import FkdTeacher as FkdTeacher
     from ferkd_data.exchange.fkd_export import export_fkd as export_fkd
-    from ferkd_data.exchange.import_labels import import_dr as import_dr
-    from ferkd_data.exchange.import_labels import import_fkd as import_fkd
-    from ferkd_data.exchange.import_labels import import_relabel as import_relabel
     from ferkd_data.exchange.merge import merge as merge
     from ferkd_data.exchange.publish import publish as publish
     from ferkd_data.exchange.pull import pull as pull
-    from ferkd_data.exchange.relabel import relabel as relabel
     from ferkd_data.exchange.verify import verify as verify
+    from ferkd_data.importers.fkd import FkdTeacher as FkdTeacher
+    from ferkd_data.importers.import_labels import import_dr as import_dr
+    from ferkd_data.importers.import_labels import import_fkd as import_fkd
+    from ferkd_data.importers.import_labels import import_relabel as import_relabel
+    from ferkd_data.importers.relabel import relabel as relabel
     from ferkd_data.label_set import LabelSet as LabelSet
     from ferkd_data.label_set import open_labels as open_labels
+    from ferkd_data.labels.buckets import QuantileThresholds as QuantileThresholds
+    from ferkd_data.labels.buckets import Thresholds as Thresholds
     from ferkd_data.loader import CropDataset as CropDataset
     from ferkd_data.loader import CropLoader as CropLoader
     from ferkd_data.losses import SoftTargetLoss as SoftTargetLoss
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from ferkd_data.report import write_report as write_report
     from ferkd_data.report.compare import Comparison as Comparison
     from ferkd_data.report.compare import compare as compare
-    from ferkd_data.report.live import LiveReport as LiveReport
+    from ferkd_data.report.make import LiveReport as LiveReport
     from ferkd_data.report.preview import preview as preview
     from ferkd_data.report.show import Shown as Shown
     from ferkd_data.report.show import show as show
@@ -82,34 +82,34 @@ _EXPORTS: dict[str, str] = {
     "Crops": "crops",
     "FerkdError": "errors",
     "LabelSet": "label_set",
-    "QuantileThresholds": "buckets",
+    "QuantileThresholds": "labels.buckets",
     "Resources": "builder",
     "TeacherSpec": "teachers",
-    "Thresholds": "buckets",
+    "Thresholds": "labels.buckets",
     "bench_teachers": "bench",
     "build": "builder",
-    "CardFields": "exchange.card_fields",
-    "FkdTeacher": "exchange.fkd",
+    "CardFields": "exchange.card_facts",
+    "FkdTeacher": "importers.fkd",
     "convert": "exchange.convert",
     "export_fkd": "exchange.fkd_export",
     "export_teacher": "bench",
-    "import_dr": "exchange.import_labels",
-    "import_fkd": "exchange.import_labels",
-    "import_relabel": "exchange.import_labels",
+    "import_dr": "importers.import_labels",
+    "import_fkd": "importers.import_labels",
+    "import_relabel": "importers.import_labels",
     "merge": "exchange.merge",
     "publish": "exchange.publish",
     "pull": "exchange.pull",
-    "relabel": "exchange.relabel",
+    "relabel": "importers.relabel",
     "verify": "exchange.verify",
     "ReportResult": "report",
     "write_report": "report",
-    "LiveReport": "report.live",
+    "LiveReport": "report.make",
     "Comparison": "report.compare",
     "compare": "report.compare",
     "preview": "report.preview",
     "Shown": "report.show",
     "show": "report.show",
-    "VerifyReport": "exchange.faults",
+    "VerifyReport": "exchange.checks",
     "open_labels": "label_set",
     "draw_crops": "crops",
 }

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ferkd_data.buckets import BUCKETS, Thresholds, assign_buckets, confidence
 from ferkd_data.class_map import ClassMap
 from ferkd_data.errors import UsageError
-from ferkd_data.shards.columns import UNKNOWN_TARGET
+from ferkd_data.labels.buckets import BUCKETS, Thresholds, assign_buckets, confidence
+from ferkd_data.labels.rows import UNKNOWN_TARGET
 from ferkd_data.targets import RECOVERIES, Floats, Recovery, SoftTargets, check_positive, recover
 
 Kind: TypeAlias = Literal["discard", "soften", "blend", "keep", "thin"]

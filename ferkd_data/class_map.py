@@ -23,9 +23,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data.buckets import Thresholds, assign_buckets, confidence
 from ferkd_data.errors import UsageError
-from ferkd_data.shards.columns import UNKNOWN_TARGET, class_index_dtype
+from ferkd_data.labels.buckets import Thresholds, assign_buckets, confidence
+from ferkd_data.labels.rows import UNKNOWN_TARGET, class_index_dtype
 from ferkd_data.targets import Floats
 
 Ints: TypeAlias = npt.NDArray[np.int64]

@@ -16,11 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ferkd_data.ensemble import Ensemble, combine
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images import ImageRef, ImageSource, Reject, decode_rgb, open_source
+from ferkd_data.labels.ensemble import Ensemble, combine
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
-from ferkd_data.teachers.classes import check_class_count, check_class_order
+from ferkd_data.teachers.load import check_class_count, check_class_order
 from ferkd_data.teachers.probe import centre_crop, check_answers, count_different, odd_answers
 
 BATCH_IMAGES = 16
@@ -56,7 +56,7 @@ class Evaluation:
     unlabelled: int
     """Images without ground truth, which are not looked at."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """Files that are no images, by reason (see ferkd_data.images.left_out)."""
+    """Files that are no images, by reason (see ferkd_data.images.refs)."""
     notes: tuple[str, ...] = ()
     """What a person should know of how the source was read."""
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from ferkd_data.shards import parquet
-from ferkd_data.shards.columns import ShardLabels
+from ferkd_data.format import parquet
+from ferkd_data.labels.rows import ShardLabels
 
 ROOT = Path(__file__).parent.parent
 READERS = ROOT / "tests" / "clients" / "readers"

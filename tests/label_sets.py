@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ferkd_data as fd
-from ferkd_data.shards.columns import ShardLabels, same_labels
+from ferkd_data.labels.rows import ShardLabels, same_labels
 from ferkd_data.storage import sha256_file
 
 SMALL = {"crops": 10, "crops_per_block": 4, "top_k": 4, "images_per_shard": 8, "device": "cpu"}

@@ -13,16 +13,17 @@ ROOT = Path(ferkd_data.__file__).parent
 
 FLOORS = [
     {"errors", "html_tables"},
-    {"rng", "extras", "storage", "file_lock", "scratch", "differences", "threads"},
+    {"rng", "extras", "storage", "scratch", "differences"},
     {"remote"},
     {"crops", "augment"},
-    {"images", "replay", "blending", "normalization"},
-    {"teachers", "ensemble", "buckets"},
-    {"shards.columns", "statistics", "labels", "targets"},
-    {"shards", "manifest", "demo", "evaluate", "bench", "losses", "class_map", "calibration", "mixing", "selfmix"},
-    {"shard_cache", "merging"},
+    {"images", "replay", "normalization"},
+    {"teachers"},
+    {"labels", "targets"},
+    {"format", "losses", "class_map", "calibration", "mixing", "selfmix", "evaluate", "bench", "demo"},
     {"label_set"},
-    {"builder", "loader", "exchange"},
+    {"builder"},
+    {"loader"},
+    {"exchange", "importers"},
     {"report"},
 ]
 """From the ground up: a module may import what stands on its own floor or below."""

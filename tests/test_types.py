@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import ferkd_data as fd
-from ferkd_data.builder.keywords import SettingsKeywords
+from ferkd_data.builder.settings import SettingsKeywords
 
 ROOT = Path(fd.__file__).parent.parent
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from ferkd_data.builder.estimate.dry_run import Estimate, dry_run
+from ferkd_data.builder.dry_run import Estimate, dry_run
 from ferkd_data.builder.run import BuildResult, PartResult, build, build_part, finish
 from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.builder.stop import Stop, stop_on_sigterm
 from ferkd_data.builder.watch.events import Event, Progress, Watcher
-from ferkd_data.builder.watch.json_log import JsonLog
-from ferkd_data.builder.watch.metrics_file import MetricsFile
+from ferkd_data.builder.watch.logs import JsonLog, MetricsFile
 
 __all__ = [
     "BuildResult",

@@ -1,4 +1,7 @@
-"""Which engine labels the shards, and what it reports to."""
+"""The engine of one process: the shards one after the other.
+
+Which engine labels the shards, and what it reports to.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,52 @@ from dataclasses import asdict
 from typing import Any
 
 from ferkd_data.builder.job import open_tools
-from ferkd_data.builder.local import Reporting, label_here
-from ferkd_data.builder.out.state import BuildFolder
+from ferkd_data.builder.labelling.forwards import Nobody
+from ferkd_data.builder.labelling.label_shard import Tools
+from ferkd_data.builder.labelling.write_behind import WriteBehind
 from ferkd_data.builder.overview import overview_of
 from ferkd_data.builder.plan import Plan
 from ferkd_data.builder.prepare import Prepared
-from ferkd_data.builder.rejects import read_rejects
+from ferkd_data.builder.state import BuildFolder
 from ferkd_data.builder.stop import Stop
 from ferkd_data.builder.watch.events import BuildStarted, ImageRejected, Watcher
 from ferkd_data.builder.watch.progress import ProgressCounter
-from ferkd_data.builder.workers.crew import Crew
+from ferkd_data.builder.workers.messages import Workers
+from ferkd_data.builder.workers.pool import Crew
 from ferkd_data.builder.workers.processes import WorkerProcesses
 from ferkd_data.builder.workers.ray_actors import RayWorkers
-from ferkd_data.builder.workers.worker import Workers
+from ferkd_data.format.rejects import read_rejects
+
+
+def label_here(
+    folder: BuildFolder, plan: Plan, tools: Tools, shards: Sequence[int], counter: ProgressCounter, stop: Stop
+) -> None:
+    counter.worker_started(0, tools.device)
+    with WriteBehind(folder, plan, tools, counter.shard_done) as behind:
+        for shard in shards:
+            if stop.requested:
+                behind.settle()
+                raise stop.error()
+            counter.shard_begun(shard)
+
+            def on_batch(crops: int, rejects: int, shard: int = shard) -> None:
+                counter.batch(shard, crops, rejects)
+                if stop.expired:
+                    raise stop.error()
+
+            behind.label(shard, on_batch)
+            counter.worker_idle(0)
+        behind.settle()
+
+
+class Reporting(Nobody):
+    """Passes on what the teachers of this process are at, as far as anybody wants to know."""
+
+    def __init__(self, counter: ProgressCounter) -> None:
+        self.counter = counter
+
+    def halved(self, teacher: str, crops: int) -> None:
+        self.counter.halved(teacher, crops)
 
 
 def label_shards(

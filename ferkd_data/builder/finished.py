@@ -8,16 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ferkd_data.buckets import QuantileThresholds
-from ferkd_data.builder.out.locks import clean_up_after_end
-from ferkd_data.builder.out.state import FOLDER
-from ferkd_data.builder.out.store_folder import StoreFolder
+from ferkd_data.builder.locks import clean_up_after_end
 from ferkd_data.builder.plan import digest_of_listing
 from ferkd_data.builder.request import Request
+from ferkd_data.builder.state import FOLDER
+from ferkd_data.builder.store_folder import StoreFolder
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import BuildError, RemoteError, SettingsMismatchError
-from ferkd_data.images import ImageSource
-from ferkd_data.manifest import (
+from ferkd_data.format.manifest import (
     FILE_NAME,
     MAX_MANIFEST_BYTES,
     Manifest,
@@ -25,6 +23,8 @@ from ferkd_data.manifest import (
     parse_manifest,
     read_manifest,
 )
+from ferkd_data.images import ImageSource
+from ferkd_data.labels.buckets import QuantileThresholds
 from ferkd_data.remote import open_remote
 from ferkd_data.teachers import TeacherSpec
 

@@ -11,13 +11,12 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from ferkd_data.buckets import QuantileThresholds, Thresholds
-from ferkd_data.builder.labelling.forwards import Forwards, Nobody, Observer
+from ferkd_data.builder.labelling.forwards import Forwards, Nobody, Observer, current_device, open_staging
 from ferkd_data.builder.labelling.label_shard import Tools
-from ferkd_data.builder.labelling.staging import current_device, open_staging
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.errors import TeacherError
 from ferkd_data.images import ClassList, ImageSource, open_source
+from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.compiled import compile_teachers
 

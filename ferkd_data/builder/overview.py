@@ -8,12 +8,12 @@ from threading import Thread
 
 from ferkd_data.builder.plan import Plan
 from ferkd_data.builder.prepare import Prepared, class_names
-from ferkd_data.builder.rejects import read_rejects
 from ferkd_data.builder.watch.events import Overview
 from ferkd_data.errors import TeacherError
+from ferkd_data.format.rejects import read_rejects
 from ferkd_data.images import ImageRef
-from ferkd_data.teachers.memory import is_out_of_memory
 from ferkd_data.teachers.probe import PROBE_IMAGES, TeacherProbe, probe_teachers
+from ferkd_data.teachers.teacher import is_out_of_memory
 
 PROBE_SHARDS = 8
 FEW_IMAGES = 8

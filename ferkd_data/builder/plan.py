@@ -1,11 +1,14 @@
 """The plan: which images a build labels, in which order, in which shard. Made once, then fixed.
 
 One row group of `plan.parquet` is one image shard, so that any shard can be worked on knowing its own rows only.
+
+One part of a build for a batch system: every n-th shard.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,10 +22,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from ferkd_data.builder.rejects import RejectWriter
-from ferkd_data.errors import SourceError
+from ferkd_data.errors import SourceError, UsageError
+from ferkd_data.format.rejects import RejectWriter
 from ferkd_data.images import ImageRef, ImageSource, Reject, describe_left_out, in_groups
-from ferkd_data.shards.columns import DIGEST_BYTES
+from ferkd_data.labels.rows import DIGEST_BYTES
 from ferkd_data.storage import write_atomically
 
 FORMAT: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["target"], "write_statistics": False}
@@ -56,12 +59,12 @@ class PlanSummary(BaseModel):
     shards: int
     """Planned ones."""
     sha256: str
-    """Over every key and target in their order; of an extended label set, see ferkd_data.builder.extension.plan."""
+    """Over every key and target in their order; of an extended label set, see ferkd_data.builder.extension."""
     class_names: tuple[str, ...] | None
     class_folders: tuple[str, ...] | None = None
     """Class folders, or texts of labels, in the order of their numbers."""
     left_out: dict[str, int] = {}
-    """Files met beside the images, by reason (see ferkd_data.images.left_out)."""
+    """Files met beside the images, by reason (see ferkd_data.images.refs)."""
     left_out_examples: dict[str, str] = {}
     notes: tuple[str, ...] = ()
     """Remarks about how the source was read, a sentence each."""
@@ -233,3 +236,34 @@ def _shards(listing: Iterable[ImageRef | Reject], writer: PlanWriter, size: int)
             refs = []
     if refs:
         yield refs
+
+
+PATTERN = re.compile(r"(\d+)/(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    number: int
+    """1 .. of"""
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.of:
+            raise UsageError(f"a part is 1/N .. N/N, got {self}")
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        found = PATTERN.fullmatch(text.strip())
+        if found is None:
+            raise UsageError(f"a part is I/N such as 3/8, got {text!r}")
+        return cls(number=int(found[1]), of=int(found[2]))
+
+    def has(self, shard: int) -> bool:
+        return shard % self.of == self.number - 1
+
+    def shards(self, planned: range) -> list[int]:
+        """Spread over the whole, since a source's images are often sorted by size or class."""
+        return [shard for shard in planned if self.has(shard)]

@@ -11,21 +11,20 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from ferkd_data.buckets import QuantileThresholds
-from ferkd_data.builder.extension.base import Base
-from ferkd_data.builder.extension.plan import load_or_make_extension
+from ferkd_data.builder.extension import Base, load_or_make_extension
 from ferkd_data.builder.finished import digest_of_place
 from ferkd_data.builder.job import Job, same_working_folder
-from ferkd_data.builder.keywords import BuildKeywords
-from ferkd_data.builder.out.state import EXTENDS, BuildFolder, Facts
 from ferkd_data.builder.plan import Plan, load_or_make_plan
 from ferkd_data.builder.request import Request, make_request
+from ferkd_data.builder.settings import BuildKeywords
+from ferkd_data.builder.state import EXTENDS, BuildFolder, Facts
 from ferkd_data.builder.workplace import Workplace, open_workplace
 from ferkd_data.errors import BuildError, FerkdError, UsageError
+from ferkd_data.format.manifest import TeacherEntry, identity_of, read_manifest_bytes
 from ferkd_data.images import ImageSource, describe_left_out
-from ferkd_data.manifest import TeacherEntry, identity_of, read_manifest_bytes
+from ferkd_data.labels.buckets import QuantileThresholds
 from ferkd_data.teachers import Teacher, load_teachers
-from ferkd_data.teachers.classes import check_class_count, check_class_order
+from ferkd_data.teachers.load import check_class_count, check_class_order
 
 
 @dataclass(frozen=True, kw_only=True)

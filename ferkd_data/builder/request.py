@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 from typing_extensions import Unpack
 
-from ferkd_data.builder.extension.base import Base, open_base
-from ferkd_data.builder.keywords import SettingsKeywords
-from ferkd_data.builder.out.store_folder import place_of
-from ferkd_data.builder.settings import BuildSettings, Resources
+from ferkd_data.builder.extension import Base, open_base
+from ferkd_data.builder.settings import BuildSettings, Resources, SettingsKeywords
+from ferkd_data.builder.store_folder import place_of
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ClassList, read_class_list
 from ferkd_data.storage import is_url

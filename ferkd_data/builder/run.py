@@ -10,10 +10,9 @@ from typing_extensions import Unpack
 
 import ferkd_data
 from ferkd_data.builder.engines import label_shards
-from ferkd_data.builder.extension.seal import seal_extension
+from ferkd_data.builder.extension import seal_extension
 from ferkd_data.builder.finished import Finished, find_finished
-from ferkd_data.builder.keywords import BuildKeywords, SettingsKeywords
-from ferkd_data.builder.out.locks import (
+from ferkd_data.builder.locks import (
     check_out,
     check_unfinished,
     clean_up_after_end,
@@ -21,19 +20,18 @@ from ferkd_data.builder.out.locks import (
     open_build_folder,
     open_part_folder,
 )
-from ferkd_data.builder.out.seal import seal
-from ferkd_data.builder.out.state import BuildFolder, Facts
-from ferkd_data.builder.out.store_folder import open_out, place_of
-from ferkd_data.builder.part import Part
-from ferkd_data.builder.plan import Plan, open_plan
+from ferkd_data.builder.plan import Part, Plan, open_plan
 from ferkd_data.builder.prepare import open_request, teacher_entry
 from ferkd_data.builder.request import OnError, Request, make_request
-from ferkd_data.builder.settings import BuildSettings, Resources
+from ferkd_data.builder.seal import seal
+from ferkd_data.builder.settings import BuildKeywords, BuildSettings, Resources, SettingsKeywords
+from ferkd_data.builder.state import BuildFolder, Facts
 from ferkd_data.builder.stop import Stop
+from ferkd_data.builder.store_folder import open_out, place_of
 from ferkd_data.builder.watch.events import BuildFinished, OnProgress, Watcher, Watchers
 from ferkd_data.errors import BuildError, UsageError
+from ferkd_data.format.manifest import FILE_NAME, Manifest, read_manifest
 from ferkd_data.images import open_source
-from ferkd_data.manifest import FILE_NAME, Manifest, read_manifest
 from ferkd_data.storage import remove_leftovers
 from ferkd_data.teachers import TeacherSpec
 

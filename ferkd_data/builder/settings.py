@@ -1,18 +1,27 @@
-"""Settings of a build: what is written (`BuildSettings`) and how it is computed (`Resources`)."""
+"""Settings of a build: what is written (`BuildSettings`) and how it is computed (`Resources`).
+
+Types of the keyword arguments that `build`, `build_part` and `dry_run` pass on: type checkers find a misspelt one.
+
+A test compares the names and types with the fields of `BuildSettings` and `Resources`.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from typing_extensions import TypedDict
+
 from ferkd_data.augment.distribution import Augmentation, parse_augmentations
-from ferkd_data.buckets import QuantileThresholds, Thresholds
 from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import UsageError
+from ferkd_data.format.manifest import Layout
 from ferkd_data.images import DEFAULT_MAX_PIXELS
-from ferkd_data.manifest import Layout
+from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
+from ferkd_data.teachers import TeacherSpec
 
 DEFAULT_IMAGES_PER_SHARD: dict[Layout, int] = {"parquet": 4096, "webdataset": 1024}
 CPU_BATCH = 8
@@ -169,3 +178,49 @@ def _parse_devices(text: str) -> list[str]:
             raise UsageError(f"device {text!r}: names one twice, or cpu beside others; --processes N runs N on each")
         devices.append(device)
     return devices
+
+
+class SettingsKeywords(TypedDict, total=False):
+    """Fields of `BuildSettings` and of `Resources`."""
+
+    crops: int
+    crops_per_block: int
+    top_k: int
+    layout: Layout
+    images_per_shard: int | None
+    seed: int
+    distribution: CropDistribution
+    augment: Sequence[str]
+    ensemble: Literal["mean", "logits", "geometric"]
+    thresholds: Thresholds | QuantileThresholds
+    max_pixels: int
+
+    device: str
+    processes: int | None
+    batch_size: int | None
+    workers: int | None
+    compile: bool
+    teacher_timeout: float | None
+    engine: Literal["local", "ray"]
+    ray_address: str | None
+    gpus_per_teacher: float
+
+
+class BuildKeywords(SettingsKeywords, total=False):
+    """Arguments of `build` that `build_part` passes on."""
+
+    teachers: Sequence[str | TeacherSpec]
+    settings: BuildSettings | None
+    resources: Resources | None
+    classes: str | Path | None
+    precision: str
+    on_error: Literal["reject", "fail"]
+    extend: bool
+
+
+class DryRunKeywords(SettingsKeywords, total=False):
+    """Arguments of `build` that `dry_run` passes on."""
+
+    settings: BuildSettings | None
+    resources: Resources | None
+    on_error: Literal["reject", "fail"]

@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ferkd_data.exchange.card_fields import CardFields, check_fields, mark
-from ferkd_data.exchange.columns_table import columns_table
-from ferkd_data.exchange.contents import Contents, read_contents
-from ferkd_data.exchange.front_matter import front_matter
-from ferkd_data.exchange.snippets import loading
+from ferkd_data.exchange.card_facts import CardFields, Contents, check_fields, columns_table, mark, read_contents
+from ferkd_data.exchange.front_matter import front_matter, loading
+from ferkd_data.format.manifest import Manifest
 from ferkd_data.label_set import LabelSet
-from ferkd_data.manifest import Manifest
-from ferkd_data.statistics import summarise
+from ferkd_data.labels.statistics import summarise
 
 METHOD = (
     "Z. Shen and E. Xing, A Fast Knowledge Distillation Framework for Visual Recognition, ECCV 2022 (FKD), "

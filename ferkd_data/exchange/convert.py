@@ -8,22 +8,17 @@ from pathlib import Path
 from typing import get_args
 
 from ferkd_data import rng
-from ferkd_data.builder.rejects import check_rejects
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.exchange import out_folder
-from ferkd_data.exchange.arguments import check_at_least
-from ferkd_data.exchange.file_checks import check_as_verify_does
+from ferkd_data.exchange.checks import check_as_verify_does
+from ferkd_data.exchange.out_folder import check_at_least
+from ferkd_data.format import webdataset
+from ferkd_data.format.manifest import BlockEntry, Layout, Manifest, ShardEntry
+from ferkd_data.format.rejects import check_rejects
+from ferkd_data.format.writers import Row, write_shard
 from ferkd_data.images import open_source
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.loader.image_table import ImageTable, join_images
-from ferkd_data.manifest import (
-    BlockEntry,
-    Layout,
-    Manifest,
-    ShardEntry,
-)
-from ferkd_data.shards import webdataset
-from ferkd_data.shards.writers import Row, write_shard
 from ferkd_data.storage import image_digest
 
 OnProgress = Callable[[int, int | None], None]

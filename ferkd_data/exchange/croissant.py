@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ferkd_data.exchange.card_fields import CardFields
-from ferkd_data.exchange.columns_table import COLUMNS
+from ferkd_data.exchange.card_facts import COLUMNS, CardFields
+from ferkd_data.format.parquet import schema
 from ferkd_data.label_set import LabelSet
-from ferkd_data.shards.parquet import schema
 
 CONTEXT = {
     "@language": "en",

@@ -1,4 +1,6 @@
-"""Publishing to the Hugging Face hub, by its own client library: many files in few commits.
+"""A file on its way.
+
+Publishing to the Hugging Face hub, by its own client library: many files in few commits.
 
 Files are sent first and then committed together, so a kill loses no file that arrived: the next run finds it in the
 hub's storage. The hub states the digest of everything it holds, which is compared without reading anything back.
@@ -9,13 +11,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ferkd_data import extras
 from ferkd_data.errors import RemoteError
-from ferkd_data.exchange.sending import FileToSend
 from ferkd_data.remote import LOG_IN, hub_endpoint, parse_hub_url
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileToSend:
+    name: str
+    file: Path
+    bytes: int
+    sha256: str
+
 
 COMMIT_FILES = 500
 MAX_COMMITS = 40

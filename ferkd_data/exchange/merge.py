@@ -12,20 +12,20 @@ import numpy as np
 import numpy.typing as npt
 
 import ferkd_data
-from ferkd_data import statistics
-from ferkd_data.builder.out.state import REJECTS_NAME
-from ferkd_data.builder.rejects import LONGEST_TEXT, RejectWriter, rejects_entry
+from ferkd_data.builder.state import REJECTS_NAME
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.exchange import out_folder
-from ferkd_data.exchange.file_checks import check_as_verify_does
+from ferkd_data.exchange.checks import check_as_verify_does
+from ferkd_data.format import parquet
+from ferkd_data.format.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry
+from ferkd_data.format.rejects import LONGEST_TEXT, RejectWriter, rejects_entry
+from ferkd_data.format.writers import write_shard
 from ferkd_data.images import Reject
 from ferkd_data.label_set import LabelSet, check_same_classes, combined_teachers, ensemble_shares, open_labels
-from ferkd_data.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry
-from ferkd_data.merging import check_same_crops, merge_labels
-from ferkd_data.shards import parquet
-from ferkd_data.shards.columns import ShardLabels, concat_crops
-from ferkd_data.shards.writers import write_shard
-from ferkd_data.statistics import shard_statistics
+from ferkd_data.label_set.ensemble import check_same_crops, merge_labels
+from ferkd_data.labels import statistics
+from ferkd_data.labels.rows import ShardLabels, concat_crops
+from ferkd_data.labels.statistics import shard_statistics
 from ferkd_data.storage import write_atomically
 
 Kind = Literal["teachers", "crops", "images"]
@@ -56,7 +56,7 @@ def merge(
     """Merge label sets into a new one of layout parquet; what they add to each other is seen from them.
 
     - The same crops of the same images by other teachers: their ensemble, weighted by `weights` (default: the teachers'
-      own weights). Exact for classes that all kept; see ferkd_data.merging for the rest.
+      own weights). Exact for classes that all kept; see ferkd_data.label_set.ensemble for the rest.
     - Other crops of the same images (another seed or distribution) by the same teachers: all crops.
     - Other images: all images.
 

@@ -2,18 +2,21 @@
 
 A file `.ferkd-data-work.json` says what is written there. It is made in an empty folder before anything else, and
 removed when the manifest is there, so nothing that was not written by the same command is ever overwritten.
+
+Numbers that a caller gives, whatever their type hints say.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from ferkd_data.builder.out.state import REJECTS_FILE, SHARD_FILE
+from ferkd_data.builder.state import REJECTS_FILE, SHARD_FILE
 from ferkd_data.errors import ManifestError, UsageError
-from ferkd_data.manifest import FILE_NAME, Manifest, parse_manifest, read_manifest
+from ferkd_data.format.manifest import FILE_NAME, Manifest, parse_manifest, read_manifest
 from ferkd_data.storage import remove_leftovers, write_atomically
 
 WORK = ".ferkd-data-work.json"
@@ -104,3 +107,10 @@ def _read(out: Path) -> Settings | None:
 
 def _told(settings: Settings) -> str:
     return ", ".join(f"{name} {value}" for name, value in sorted(settings.items()))
+
+
+def check_at_least(least: int, **numbers: Any) -> None:
+    """None is an argument that was not given. Raises UsageError that names the first one that cannot be right."""
+    for name, number in numbers.items():
+        if number is not None and (not isinstance(number, Integral) or number < least):
+            raise UsageError(f"{name} must be a whole number, at least {least}; got {number!r}")

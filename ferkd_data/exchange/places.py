@@ -1,21 +1,37 @@
-"""Where label sets are published to: what is there already, and sending what is not."""
+"""Thread pools that Ctrl-C ends.
+
+Where label sets are published to: what is there already, and sending what is not.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from ferkd_data.errors import UsageError
-from ferkd_data.exchange.hub import Hub
-from ferkd_data.exchange.sending import FileToSend
+from ferkd_data.exchange.hub import FileToSend, Hub
 from ferkd_data.remote import Remote, Retries, open_remote
 from ferkd_data.storage import default_cache_dir, remove_leftovers
-from ferkd_data.threads import Threads
+
+
+class Threads(ThreadPoolExecutor):
+    """A thread pool whose `with` block Ctrl-C leaves at once, and an error as soon as nothing is under way.
+
+    The standard pool would do all that was asked of it first. No thread can be stopped from outside: what is under way
+    when Ctrl-C comes ends by itself.
+    """
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.shutdown(wait=not interrupted, cancel_futures=kind is not None)
 
 
 class Place(Protocol):

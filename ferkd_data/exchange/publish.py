@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError
-from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.exchange.card import render_card
-from ferkd_data.exchange.card_fields import CardFields, check_fields, completed, is_generated
+from ferkd_data.exchange.card_facts import CardFields, check_fields, completed, is_generated
 from ferkd_data.exchange.croissant import render_croissant
+from ferkd_data.exchange.hub import FileToSend
+from ferkd_data.exchange.out_folder import check_at_least
 from ferkd_data.exchange.places import open_place, open_target
-from ferkd_data.exchange.sending import FileToSend
 from ferkd_data.exchange.signing import SIGNATURE, sign
 from ferkd_data.exchange.verify import verify
+from ferkd_data.format.manifest import FILE_NAME, Manifest, identity_of
 from ferkd_data.label_set import LabelSet, open_labels, read_remote_manifest
-from ferkd_data.manifest import FILE_NAME, Manifest, identity_of
 from ferkd_data.remote import Remote, Retries, is_remote
 from ferkd_data.storage import inside, read_regular, sha256_file
 

@@ -7,16 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ferkd_data import statistics
-from ferkd_data.builder.rejects import check_rejects
 from ferkd_data.errors import PublishError, RemoteError, UsageError
-from ferkd_data.exchange.arguments import check_at_least
 from ferkd_data.exchange.card import render_card
-from ferkd_data.exchange.card_fields import recalled
+from ferkd_data.exchange.card_facts import recalled
+from ferkd_data.exchange.out_folder import check_at_least
+from ferkd_data.exchange.places import Threads
 from ferkd_data.exchange.signing import SIGNATURE, check_signed, read_remote_signature, require_signers
-from ferkd_data.file_lock import held
-from ferkd_data.label_set import LabelSet, LocalFiles, read_remote_manifest
-from ferkd_data.manifest import (
+from ferkd_data.format.manifest import (
     FILE_NAME,
     FileEntry,
     Manifest,
@@ -25,10 +22,12 @@ from ferkd_data.manifest import (
     parse_manifest,
     read_manifest,
 )
+from ferkd_data.format.rejects import check_rejects
+from ferkd_data.label_set import LabelSet, LocalFiles, read_remote_manifest
+from ferkd_data.labels import statistics
+from ferkd_data.labels.statistics import Statistics, shard_statistics
 from ferkd_data.remote import Remote, Retries, is_remote, open_remote
-from ferkd_data.statistics import Statistics, shard_statistics
-from ferkd_data.storage import inside, sha256_file, write_atomically
-from ferkd_data.threads import Threads
+from ferkd_data.storage import held, inside, sha256_file, write_atomically
 
 README = "README.md"
 BESIDE = (README, "LICENSE")

@@ -13,21 +13,21 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data import rng, statistics
+from ferkd_data import rng
 from ferkd_data.errors import LabelSetError, RemoteError
-from ferkd_data.exchange.arguments import check_at_least
-from ferkd_data.exchange.faults import Fault, VerifyReport
-from ferkd_data.exchange.file_checks import Block, FileCheck, differing, without_path
+from ferkd_data.exchange.checks import Block, Fault, FileCheck, VerifyReport, differing, without_path
+from ferkd_data.exchange.out_folder import check_at_least
+from ferkd_data.exchange.places import Threads
 from ferkd_data.exchange.signing import SIGNATURE, check_signature, require_signers
+from ferkd_data.format import parquet
+from ferkd_data.format.manifest import FILE_NAME, ShardEntry
 from ferkd_data.images import REASONS, ImageError, ImageRef, in_groups, open_source
 from ferkd_data.label_set import LabelSet, open_labels
-from ferkd_data.manifest import FILE_NAME, ShardEntry
+from ferkd_data.labels import statistics
+from ferkd_data.labels.rows import ShardLabels
+from ferkd_data.labels.statistics import Statistics
 from ferkd_data.remote import is_remote
-from ferkd_data.shards import parquet
-from ferkd_data.shards.columns import ShardLabels
-from ferkd_data.statistics import Statistics
 from ferkd_data.storage import image_digest
-from ferkd_data.threads import Threads
 
 MAX_FAULTS = 20
 COMPANIONS = ("README.md", "croissant.json", "LICENSE", SIGNATURE)

@@ -7,10 +7,18 @@ from ferkd_data.images.class_list import ClassList, read_class_list
 from ferkd_data.images.decode import DEFAULT_MAX_PIXELS, decode_rgb, image_extension, image_size
 from ferkd_data.images.folder import FolderSource
 from ferkd_data.images.hf_parquet import ParquetSource
-from ferkd_data.images.left_out import LeftOut, describe_left_out
 from ferkd_data.images.opening import open_source
 from ferkd_data.images.patience import while_it_answers
-from ferkd_data.images.refs import REASONS, ImageRef, ImageSource, Reject, check_key, in_groups
+from ferkd_data.images.refs import (
+    REASONS,
+    ImageRef,
+    ImageSource,
+    LeftOut,
+    Reject,
+    check_key,
+    describe_left_out,
+    in_groups,
+)
 from ferkd_data.images.tars import TarSource
 
 __all__ = [

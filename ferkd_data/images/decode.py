@@ -1,7 +1,21 @@
-"""Encoded bytes to RGB pixels, exactly as Pillow's `convert("RGB")` gives them.
+"""Animations cut down to their first picture, before Pillow sees them.
+
+Pillow checks the frames of a GIF against a pixel limit of its own, and warns where the frame list of an animated PNG
+is broken. Neither says anything about the one picture we take, so both are kept from it.
+
+Pillow's switches, held at known values while an image is decoded.
+
+Code that shares the process, such as a teacher's module, may set `ImageFile.LOAD_TRUNCATED_IMAGES` or
+`Image.MAX_IMAGE_PIXELS`. Half a picture would then be labelled as a whole one.
+
+Encoded bytes to RGB pixels, exactly as Pillow's `convert("RGB")` gives them.
 
 simplejpeg (libjpeg-turbo without Pillow's overhead) decodes the JPEGs that it can take. Pillow decodes the rest and
 decides what is broken. Nothing that is set elsewhere in the process changes the pixels. EXIF orientation is ignored.
+
+Decoding large JPEGs at 1/2, 1/4 or 1/8 of their sides, where all crops that are drawn remain larger than the output.
+
+The pixels differ from those of the whole image: see docs/loader.md for how much.
 """
 
 from __future__ import annotations
@@ -9,23 +23,116 @@ from __future__ import annotations
 import io
 import re
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image
+from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
-from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from ferkd_data.crops import check_size
+from ferkd_data.crops import Crops, check_size
 from ferkd_data.errors import ImageError
-from ferkd_data.images.animation import first_gif_frame, still_png
 from ferkd_data.images.formats import HEAD_BYTES, other_kind
-from ferkd_data.images.pillow_globals import hold_pillow_globals
+
+GIF_HEADER_BYTES = 13
+PNG_SIGNATURE_BYTES = 8
+ANIMATION_CHUNKS = (b"acTL", b"fcTL", b"fdAT")
+
+
+def first_gif_frame(data: bytes) -> bytes:
+    """The same GIF with a screen that holds its first frame, and with no rule for what follows that frame.
+
+    Bytes that make no sense are left for the decoder to refuse. Raises ImageError for a size of 0 or beyond 65,535.
+    """
+    if len(data) < GIF_HEADER_BYTES:
+        return data
+    patched = bytearray(data)
+    flags = data[10]
+    at = GIF_HEADER_BYTES + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    while at < len(data):
+        if data[at] == ord("!"):
+            if data[at + 1 : at + 2] == b"\xf9" and len(data) > at + 3:
+                patched[at + 3] &= ~0x1C & 0xFF  # the disposal method
+            at = _after_blocks(data, at + 2)
+        elif data[at] == ord(",") and len(data) >= at + 9:
+            left, top, width, height = struct.unpack_from("<4H", data, at + 1)
+            screen_width, screen_height = struct.unpack_from("<2H", data, 6)
+            width, height = max(screen_width, left + width), max(screen_height, top + height)
+            check_size(height, width)
+            struct.pack_into("<2H", patched, 6, width, height)
+            break
+        elif data[at] == ord(";"):
+            break
+        else:
+            at += 1
+    return bytes(patched)
+
+
+def _after_blocks(data: bytes, at: int) -> int:
+    """The offset behind a chain of sub-blocks: each its length in one byte and its bytes, the last one empty."""
+    while at < len(data) and data[at]:
+        at += 1 + data[at]
+    return at + 1
+
+
+def still_png(data: bytes) -> bytes:
+    """The same PNG without its animation chunks; the picture that is left is the first frame or the one for all."""
+    if b"acTL" not in data:
+        return data
+    kept, at = [data[:PNG_SIGNATURE_BYTES]], PNG_SIGNATURE_BYTES
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in ANIMATION_CHUNKS:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+HELD: tuple[tuple[Any, str, Any], ...] = (
+    (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
+    # `decode` has limits of its own, which come first.
+    (Image, "MAX_IMAGE_PIXELS", None),
+    (PngImagePlugin, "MAX_TEXT_CHUNK", 2**20),
+    (PngImagePlugin, "MAX_TEXT_MEMORY", 2**26),
+    (GifImagePlugin, "LOADING_STRATEGY", GifImagePlugin.LoadingStrategy.RGB_AFTER_FIRST),
+)
+"""(module, name, value)."""
+
+# Guards _users and _saved. Threads that decode share the held values: the first one sets them, the last one restores
+# what it found, so that the rest of the process keeps its own.
+_lock = threading.Lock()
+_users = 0
+_saved: tuple[Any, ...] = ()
+
+
+@contextmanager
+def hold_pillow_globals() -> Iterator[None]:
+    """Hold the values in HELD until the context ends; any number of threads may be inside."""
+    global _users, _saved
+    with _lock:
+        if not _users:
+            _saved = tuple(getattr(module, name) for module, name, _ in HELD)
+        for module, name, value in HELD:
+            setattr(module, name, value)
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                for (module, name, _), value in zip(HELD, _saved, strict=True):
+                    setattr(module, name, value)
+
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """Pillow's own threshold for a decompression bomb: 256 MiB of RGB."""
@@ -52,7 +159,7 @@ class _PlainJpeg(JpegImageFile):
 
 
 # Not from Pillow's registry, where any module may put a reader of its own in the place of these.
-READERS: dict[str, tuple[bytes, type[ImageFile]]] = {
+READERS: dict[str, tuple[bytes, type[ImageFile.ImageFile]]] = {
     "JPEG": (JPEG_START, _PlainJpeg),
     "PNG": (b"\x89PNG\r\n\x1a\n", PngImageFile),
     "WEBP": (b"RIFF", WebPImageFile),
@@ -204,3 +311,26 @@ def _check(height: int, width: int, max_pixels: int | None) -> None:
     check_size(height, width)
     if max_pixels is not None and height * width > max_pixels:
         raise ImageError("pixel_bomb", f"{width}x{height} pixels is more than the limit of {max_pixels}")
+
+
+DIVISORS = (8, 4, 2)
+MARGIN = 2
+"""A reduced crop has at least so many times the pixels of the output along each side."""
+
+
+def divisor_for(boxes_N4: npt.NDArray[np.uint16], size: int) -> int:
+    """The largest divisor by which every box still has MARGIN * `size` pixels along each side; 1 for none.
+
+    >>> divisor_for(np.array([[0, 0, 900, 1800]], np.uint16), 224)
+    2
+    """
+    smallest = int(boxes_N4[:, 2:].min())
+    return next((divisor for divisor in DIVISORS if smallest >= divisor * MARGIN * size), 1)
+
+
+def reduced_crops(crops: Crops, divisor: int, height: int, width: int) -> Crops:
+    """The crops within an image of `height` x `width` that was reduced by `divisor`; edges to the nearest pixel."""
+    boxes = crops.boxes.astype(np.int64)
+    start = np.rint(boxes[:, :2] / divisor).astype(np.int64)
+    end = np.minimum(np.rint((boxes[:, :2] + boxes[:, 2:]) / divisor).astype(np.int64), [height, width])
+    return replace(crops, boxes=np.concatenate([start, end - start], axis=1).astype(np.uint16))

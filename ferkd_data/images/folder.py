@@ -9,10 +9,9 @@ from pathlib import Path
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images.class_list import ClassList
 from ferkd_data.images.formats import EXTENSIONS, HEAD_BYTES, NO_IMAGES, UNSUPPORTED, decoded_kind, other_kind
-from ferkd_data.images.left_out import LeftOut
-from ferkd_data.images.names import skip_reason, split_of_folder
+from ferkd_data.images.keys import skip_reason, split_of_folder
 from ferkd_data.images.patience import patiently, unreadable
-from ferkd_data.images.refs import ImageRef, Reject, check_key
+from ferkd_data.images.refs import ImageRef, LeftOut, Reject, check_key
 
 SHOWN = 4
 """Folders named in a message."""

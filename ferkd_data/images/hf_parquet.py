@@ -13,13 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ferkd_data.errors import ImageError, SourceError
-from ferkd_data.images.class_list import ClassList
-from ferkd_data.images.duplicates import DuplicateFilter
-from ferkd_data.images.label_texts import LabelCounts
-from ferkd_data.images.left_out import LeftOut
+from ferkd_data.images.class_list import ClassList, LabelCounts
+from ferkd_data.images.keys import DuplicateFilter
 from ferkd_data.images.parquet_columns import describe_differing, find_columns
 from ferkd_data.images.patience import patiently, unreadable
-from ferkd_data.images.refs import ImageRef, Reject, check_key
+from ferkd_data.images.refs import ImageRef, LeftOut, Reject, check_key
 
 OWN_KEYS = ("key", "__key__")
 """Columns whose values are keys whatever they are: the second image of a key is a reject."""

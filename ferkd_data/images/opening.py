@@ -10,9 +10,9 @@ from ferkd_data.errors import SourceError
 from ferkd_data.images.class_list import ClassList, read_class_list
 from ferkd_data.images.folder import FolderSource, folder_holds_images, open_folder
 from ferkd_data.images.hf_parquet import ParquetSource
-from ferkd_data.images.left_out import LeftOut
-from ferkd_data.images.names import skip_reason, splits_of_files
+from ferkd_data.images.keys import skip_reason, splits_of_files
 from ferkd_data.images.parquet_columns import holds_images
+from ferkd_data.images.refs import LeftOut
 from ferkd_data.images.tars import TarSource
 from ferkd_data.storage import expand, is_url
 

@@ -10,14 +10,11 @@ from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
 from ferkd_data.errors import ImageError, SourceError
-from ferkd_data.images.class_list import ClassList
-from ferkd_data.images.duplicates import DuplicateFilter
+from ferkd_data.images.class_list import ClassList, LabelCounts
 from ferkd_data.images.formats import EXTENSIONS, HEAD_BYTES, NO_IMAGES, UNSUPPORTED, decoded_kind, other_kind
-from ferkd_data.images.label_texts import LabelCounts
-from ferkd_data.images.left_out import LeftOut
-from ferkd_data.images.names import skip_reason_of_path
+from ferkd_data.images.keys import DuplicateFilter, skip_reason_of_path
 from ferkd_data.images.patience import PatientFile, unreadable
-from ferkd_data.images.refs import ImageRef, Reject, check_key
+from ferkd_data.images.refs import ImageRef, LeftOut, Reject, check_key
 from ferkd_data.storage import CHUNK_BYTES
 
 TARGET_SUFFIXES = ("cls", "class", "label", "target")

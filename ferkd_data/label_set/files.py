@@ -1,16 +1,175 @@
-"""Where a label set's files lie: in a folder, or on a server and in a cache."""
+"""Shards of label sets on this host: made once, checked once, bounded in size, shared by all processes.
+
+A fetched file is named by its SHA-256, so label sets that share files share them here, and a name is a promise kept at
+arrival. The least recently used files go first. A file that any process has open stays: whoever opens one holds a
+shared lock on it, which ends with the process however that ends.
+
+Where a label set's files lie: in a folder, or on a server and in a cache.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from ferkd_data.errors import RemoteError, ShardError
-from ferkd_data.manifest import FileEntry
+from ferkd_data.errors import LabelSetError, LoaderError, RemoteError, ShardError, StorageFullError
+from ferkd_data.format.manifest import FileEntry
 from ferkd_data.remote import Remote
-from ferkd_data.shard_cache import ShardCache
-from ferkd_data.storage import OpenFile, inside, sha256_once
+from ferkd_data.storage import OpenFile, inside, lock, locked_for_cache, sha256_once
+
+DEFAULT_BYTES = 50 * 10**9
+LEFTOVER_SECONDS = 3600.0
+"""A half-written file untouched for so long is nobody's any more."""
+LOCKS = "locks"
+MIN_ROOM = 2**24
+"""Bytes that are freed at once, at least, when the disk is full."""
+ATTEMPTS = 3
+"""To make a file that somebody else removes at once."""
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    folder: Path
+    limit: int = DEFAULT_BYTES
+    """Bytes that may be kept; what is open at once may exceed it."""
+
+    def fetch(self, remote: Remote, entry: FileEntry) -> OpenFile:
+        """A file of a label set. Raises RemoteError, StorageFullError when the disk is full, LoaderError as `open`."""
+
+        def download(path: Path) -> None:
+            remote.download(entry.path, path, size=entry.bytes, sha256=entry.sha256)
+
+        return self.open(entry.sha256 + PurePosixPath(entry.path).suffix, entry.bytes, download)
+
+    def path(self, name: str) -> Path:
+        return self.folder / name[:2] / name
+
+    def open(self, name: str, size: int, make: Callable[[Path], None]) -> OpenFile:
+        """The file of this name, which says all about its content; `make` writes it where it is not there in this size.
+
+        Making one kind of file (by its ending) may open files of another kind, as long as that goes one way only.
+        A size is a claim until the file is there, so nothing is removed for it before. Where the disk fills up
+        meanwhile, files are removed for what has been written, and `make` is called again: it must go on from there or
+        begin anew.
+
+        Raises LoaderError where the folder cannot be written to, StorageFullError when there is no room.
+        """
+        path = self.path(name)
+        found = _open(path, size)
+        if found is None:
+            with locked_for_cache(self.folder / LOCKS / (name[:3] + path.suffix)):
+                for _ in range(ATTEMPTS):
+                    if (found := _open(path, size)) is not None:
+                        return found
+                    self._check_room(size)
+                    self._make(path, make)
+                    if (found := _open(path, size)) is not None:
+                        # It is open, so that neither this process nor another one removes it for being too much.
+                        self._keep_limit()
+                        return found
+                raise LoaderError(f"{path}: cannot be kept in the cache; does something else remove its files?")
+        return found
+
+    def _check_room(self, wanted: int) -> None:
+        """Raises StorageFullError where `wanted` bytes would find no place even if all other files went."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < wanted and free + sum(size for _, _, size in self._files()) < wanted:
+            raise self._no_room(wanted, free)
+
+    def _make(self, path: Path, make: Callable[[Path], None]) -> None:
+        """Call `make`, and again after each time that the disk was full and files could be removed."""
+        while True:
+            try:
+                return make(path)
+            except StorageFullError:
+                # As much again as has arrived: files go for real bytes only.
+                written = sum(file.stat().st_size for file in _unfinished(path))
+                if not self._remove_oldest(max(written, MIN_ROOM)):
+                    raise
+
+    def _keep_limit(self) -> None:
+        over = sum(size for _, _, size in self._files()) - self.limit
+        if over > 0:
+            self._remove_oldest(over)
+
+    def _remove_oldest(self, wanted: int) -> int:
+        """Remove `wanted` bytes of the files that nobody has open, the least recently used first; returns the bytes."""
+        freed = 0
+        with locked_for_cache(self.folder / LOCKS / "all"):
+            for path, used, size in sorted(self._files(), key=lambda file: file[1]):
+                if freed >= wanted:
+                    break
+                if _remove(path, used):
+                    freed += size
+        return freed
+
+    def _no_room(self, wanted: int, free: int) -> StorageFullError:
+        return StorageFullError(
+            f"{self.folder}: {wanted} bytes are needed for a shard, {free} are free; make room, or choose another "
+            "place with cache_dir or FERKD_DATA_CACHE"
+        )
+
+    def _files(self) -> Iterator[tuple[Path, float, int]]:
+        """(path, time of last use, bytes) of all files, half-written ones too."""
+        for folder in self.folder.glob("??"):
+            for path in folder.iterdir():
+                try:
+                    stat = path.stat()
+                except FileNotFoundError:
+                    continue
+                yield path, stat.st_mtime, stat.st_size
+
+
+def _open(path: Path, size: int) -> OpenFile | None:
+    """Open a file, mark it as used now, and see to it that it stays; None where it is not there, or damaged."""
+    try:
+        file = OpenFile(path)
+        os.utime(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except LabelSetError:
+        # No regular file, and none that we wrote.
+        path.unlink(missing_ok=True)
+        return None
+    lock(file.descriptor, fcntl.LOCK_SH)
+    found = os.fstat(file.descriptor)
+    if found.st_nlink and found.st_size == size:
+        return file
+    if found.st_nlink:
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _unfinished(path: Path) -> Iterator[Path]:
+    """What was written so far of a file that is being made; see `part_of` and `write_atomically`."""
+    return path.parent.glob(f".{path.name}.*")
+
+
+def _remove(path: Path, used: float) -> bool:
+    """Remove a file that nobody has open; False where somebody has, or is writing it."""
+    if path.name.startswith("."):
+        if used > time.time() - LEFTOVER_SECONDS:
+            return False
+        path.unlink(missing_ok=True)
+        return True
+    try:
+        with OpenFile(path) as file:
+            if not lock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) and used > time.time() - LEFTOVER_SECONDS:
+                # Nobody can tell whether it is open.
+                return False
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Files(Protocol):

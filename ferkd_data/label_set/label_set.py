@@ -17,20 +17,13 @@ from typing_extensions import Self
 
 from ferkd_data import rng
 from ferkd_data.errors import ShardError, UsageError
+from ferkd_data.format import parquet, plain_tar, webdataset
+from ferkd_data.format.manifest import FileEntry, Manifest, ShardEntry
 from ferkd_data.html_tables import html_table
-from ferkd_data.label_set.files import CachedFiles, Files, LocalFiles
-from ferkd_data.manifest import FileEntry, Manifest, ShardEntry
-from ferkd_data.shard_cache import DEFAULT_BYTES
-from ferkd_data.shards import parquet, plain_tar, webdataset
-from ferkd_data.shards.checks import check_rows, check_targets
-from ferkd_data.shards.columns import (
-    ImageLabels,
-    ShardLabels,
-    class_index_dtype,
-    concat_crops,
-    identity_of_images,
-)
-from ferkd_data.statistics import Statistics
+from ferkd_data.label_set.files import DEFAULT_BYTES, CachedFiles, Files, LocalFiles
+from ferkd_data.labels.checks import check_rows, check_targets
+from ferkd_data.labels.rows import ImageLabels, ShardLabels, class_index_dtype, concat_crops, identity_of_images
+from ferkd_data.labels.statistics import Statistics
 from ferkd_data.storage import OpenFile
 
 VerifyLabels = Literal["first_read", "never"]

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ferkd_data.errors import ManifestError, RemoteError, UsageError
+from ferkd_data.format.manifest import FILE_NAME, MAX_MANIFEST_BYTES, identity_of, parse_manifest, read_manifest_bytes
 from ferkd_data.label_set.ensemble import EnsembleLabels
-from ferkd_data.label_set.files import CachedFiles, Files, LocalFiles
+from ferkd_data.label_set.files import DEFAULT_BYTES, CachedFiles, Files, LocalFiles, ShardCache
 from ferkd_data.label_set.label_set import VerifyLabels
 from ferkd_data.label_set.views import LabelSet
-from ferkd_data.manifest import FILE_NAME, MAX_MANIFEST_BYTES, identity_of, parse_manifest, read_manifest_bytes
 from ferkd_data.remote import Remote, is_remote, open_remote
-from ferkd_data.shard_cache import DEFAULT_BYTES, ShardCache
 from ferkd_data.storage import default_cache_dir
 
 
@@ -36,7 +35,7 @@ def open_labels(
     trusts the disks and saves the time that hashing takes (see docs/loader.md).
 
     Several label sets of the same crops by different teachers are opened as their ensemble, with `weights` (default:
-    the teachers' own): nothing is written, and each training run may choose its teachers. See ferkd_data.merging.
+    the teachers' own): nothing is written, and each training run may choose its teachers.
 
     Raises ManifestError when there is no finished label set, RemoteError when it cannot be fetched, UsageError when it
     has fewer crops, LabelSetError when several do not hold the same crops.

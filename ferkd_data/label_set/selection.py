@@ -16,8 +16,8 @@ import numpy.typing as npt
 from ferkd_data import rng
 from ferkd_data.class_map import NAMES_SHOWN, class_numbers
 from ferkd_data.errors import UsageError
-from ferkd_data.manifest import ShardEntry
-from ferkd_data.shards.columns import ShardLabels
+from ferkd_data.format.manifest import ShardEntry
+from ferkd_data.labels.rows import ShardLabels
 
 Rows: TypeAlias = npt.NDArray[np.int64]
 Mask: TypeAlias = npt.NDArray[np.bool_]

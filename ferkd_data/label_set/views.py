@@ -15,11 +15,11 @@ import numpy.typing as npt
 from typing_extensions import Self
 
 from ferkd_data.class_map import ClassMap, NewClasses, make_class_map, map_columns
+from ferkd_data.format.manifest import Manifest
 from ferkd_data.label_set.label_set import StoredLabels, VerifyLabels
 from ferkd_data.label_set.selection import Rows, Where, chosen_rows, in_classes, rows_by_target, split_rows
-from ferkd_data.manifest import Manifest
-from ferkd_data.shards.columns import ShardLabels
-from ferkd_data.statistics import Statistics, add, shard_statistics
+from ferkd_data.labels.rows import ShardLabels
+from ferkd_data.labels.statistics import Statistics, add, shard_statistics
 
 MAPPED_COLUMNS = ("class_index", "class_prob", "target", "target_prob", "bucket")
 

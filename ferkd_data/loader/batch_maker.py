@@ -1,4 +1,6 @@
-"""From a window of the plan to batches: read, decode, draw, cut, calibrate. Runs in any process.
+"""Which images have been compared with those labelled, so that each is hashed once and not in every epoch.
+
+From a window of the plan to batches: read, decode, draw, cut, calibrate. Runs in any process.
 
 Legend: I images of a window, M crops per image, B crops of a batch, S output side.
 """
@@ -6,6 +8,7 @@ Legend: I images of a window, M crops per image, B crops of a batch, S output si
 from __future__ import annotations
 
 import copy
+import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,26 +22,48 @@ from ferkd_data import rng
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, LoaderError, UsageError
 from ferkd_data.images import decode_rgb, image_size
-from ferkd_data.images.decode import decode_reduced
+from ferkd_data.images.decode import decode_reduced, divisor_for, reduced_crops
 from ferkd_data.images.patience import IMAGES_IN_A_ROW, UnansweredImageError
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.checked_images import CheckedImages
-from ferkd_data.loader.draw import BlockDraws, epoch_draws
 from ferkd_data.loader.epochs import Epochs
-from ferkd_data.loader.image_table import Images, give_memory_back
-from ferkd_data.loader.key_table import KeyTable
+from ferkd_data.loader.image_table import Images, KeyTable, give_memory_back
 from ferkd_data.loader.label_cache import LabelCache
-from ferkd_data.loader.labelling import Drawn, draw_crops, window_targets
+from ferkd_data.loader.labelling import BlockDraws, Drawn, draw_crops, epoch_draws, window_targets
 from ferkd_data.loader.one_core import one_thread
 from ferkd_data.loader.order import InChunks, Part, epoch_order
 from ferkd_data.loader.plan import Window, stand_in
-from ferkd_data.loader.reduced import divisor_for, reduced_crops
 from ferkd_data.loader.settings import LoaderSettings, without_functions
-from ferkd_data.loader.shard_records import ShardRecords
+from ferkd_data.loader.shard_files import ShardRecords
 from ferkd_data.loader.transform import Transform, crop_seed, lent_generators, transformed
 from ferkd_data.replay import replay
 from ferkd_data.storage import image_digest
 from ferkd_data.targets import TENSORS, SoftTargets
+
+
+class CheckedImages:
+    """A bit for each row of a label set: its image was found to be the one that was labelled.
+
+    Only good images have theirs set, so a wrong one is found again in every epoch, by whichever process reads it, and
+    after a resume. The bits are shared with processes that are forked; a copy that travels by pickle begins anew. Two
+    processes that set bits of one byte at once may lose one, and that image is hashed once more.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._bits: npt.NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, num_rows // 8 + 1), np.uint8)
+
+    def __contains__(self, row: int) -> bool:
+        return bool(self._bits[row >> 3] >> (row & 7) & 1)
+
+    def add(self, row: int) -> None:
+        self._bits[row >> 3] |= np.uint8(1 << (row & 7))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"num_rows": self._num_rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
 
 MAX_SKIPPED = 1000
 """Images in a row that may be unusable; more are a source that is gone, or labels of other images."""

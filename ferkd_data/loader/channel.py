@@ -1,15 +1,32 @@
-"""Messages between the processes of a loader, each with the file descriptors that go with it, over a Unix socket."""
+"""Messages between the processes of a loader, each with the file descriptors that go with it, over a Unix socket.
+
+Memory for batches, used again as soon as nobody looks at the batch any more.
+
+Fresh memory costs a page fault for every 4 KiB: for uint8 crops, a tenth of the time that cutting them takes. A slot
+that workers fill is an anonymous file, mapped in the training as long as it exists. Mapping it in a worker costs a
+twentieth of the time again, so a worker gets the same slots again and keeps a few megabytes of them mapped; beyond
+that it maps a slot for as long as it works on it, and its memory does not grow with the batches made ahead.
+"""
 
 from __future__ import annotations
 
+import itertools
+import mmap
 import os
 import pickle
 import socket
 import struct
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ferkd_data.errors import LoaderError
 
 HEADER = struct.Struct("!QI")
 """Bytes of the message that follows, and the number of its descriptors."""
@@ -100,3 +117,130 @@ def write_all(descriptor: int, content: memoryview | bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+POPULATE = getattr(mmap, "MAP_POPULATE", 0)
+MAPPED_BYTES = 40 * 10**6
+"""Of slots that a worker keeps mapped, at most."""
+NOT_KEPT = -1
+
+
+class Slot:
+    """Memory for the crops of a window, uint8 (num_crops, S, S, 3)."""
+
+    def __init__(self, num_crops: int, size: int, *, shared: bool, number: int) -> None:
+        self.shape = (num_crops, size)
+        self.number = number
+        """NOT_KEPT for one that is used once."""
+        self.user: int | None = None
+        """The worker that had it last, and may have it mapped."""
+        self.descriptor = -1
+        num_bytes = _num_bytes(num_crops, size)
+        if shared:
+            self.descriptor = anonymous_file(num_bytes)
+            self.close = weakref.finalize(self, os.close, self.descriptor)
+            # Python's mmap would hold another descriptor for as long as the map exists.
+            flat = torch.from_file(f"/dev/fd/{self.descriptor}", shared=True, size=num_bytes, dtype=torch.uint8)
+        else:
+            flat = torch.empty(num_bytes, dtype=torch.uint8)
+        self.pixels = flat.view(num_crops, size, size, 3)
+
+    def images(self) -> Tensor:
+        """(num_crops, 3, S, S) in the memory format that the cutter writes fastest (channels last)."""
+        return self.pixels.permute(0, 3, 1, 2)
+
+
+class MappedSlots:
+    """The slots that a worker works in."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+
+    def images(self, number: int, descriptor: int, num_crops: int, size: int) -> Tensor:
+        """A slot's images, as `Slot.images`."""
+        shape = (num_crops, 3, size, size)
+        found = self._kept.get(number)
+        if found is not None and found.shape == shape:
+            return found
+        self._kept = {number: images for number, images in self._kept.items() if images.shape == shape}
+        num_bytes = _num_bytes(num_crops, size)
+        # Without MAP_POPULATE, touching the pages one by one takes three times as long.
+        mapped = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | POPULATE)
+        pixels = np.frombuffer(mapped, np.uint8).reshape(num_crops, size, size, 3)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        if number != NOT_KEPT and (len(self._kept) + 1) * num_bytes <= MAPPED_BYTES:
+            self._kept[number] = images
+        return images
+
+
+class BatchBuffers:
+    """Slots for windows of one shape, of which at most `keep` are kept while nobody uses them."""
+
+    def __init__(self, *, keep: int, shared: bool) -> None:
+        self._keep = keep
+        self._shared = shared
+        self._shape = (0, 0)
+        self._numbers = itertools.count()
+        self._kept: weakref.WeakSet[Slot] = weakref.WeakSet()
+        self._free: list[Slot] = []
+
+    def take(self, num_crops: int, size: int, user: int | None = None) -> Slot:
+        """A slot that nobody uses, for so many crops of this size; if possible one that this worker had before.
+
+        Slots of the shape that was asked for before are not kept any longer.
+        Raises LoaderError when the machine has less memory than `keep` slots take.
+        """
+        if (num_crops, size) != self._shape:
+            self._shape, self._kept, self._free = (num_crops, size), weakref.WeakSet(), []
+            self._check_memory()
+        slot = self._take_free(user)
+        slot.user = user
+        return slot
+
+    def _take_free(self, user: int | None) -> Slot:
+        # From the end: the slot used last is the most likely to be in a core's cache.
+        for place in range(len(self._free) - 1, -1, -1):
+            if self._free[place].user == user:
+                return self._free.pop(place)
+        if len(self._kept) < self._keep:
+            slot = self._new(next(self._numbers))
+            self._kept.add(slot)
+            return slot
+        return self._free.pop() if self._free else self._new(NOT_KEPT)
+
+    def _new(self, number: int) -> Slot:
+        try:
+            return Slot(*self._shape, shared=self._shared, number=number)
+        except (OSError, RuntimeError) as error:
+            raise self._no_memory(1, str(error).splitlines()[0]) from error
+
+    def give_back(self, slot: Slot) -> None:
+        # The garbage collector calls this too, in any thread: an append is atomic, and others only take from the end.
+        if slot.number != NOT_KEPT and slot.shape == self._shape:
+            self._free.append(slot)
+
+    def lend(self, slot: Slot, num_crops: int) -> Tensor:
+        """A slot's first crops as a tensor of their own. The slot is free again when it and its views are gone."""
+        if slot.number == NOT_KEPT and self._shared:
+            # Users may hold thousands of batches, but not as many open files.
+            slot.close()
+        array = slot.pixels[:num_crops].numpy()
+        weakref.finalize(array, self.give_back, slot).atexit = False
+        return torch.from_numpy(array).permute(0, 3, 1, 2)
+
+    def _check_memory(self) -> None:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if self._keep * _num_bytes(*self._shape) > there:
+            raise self._no_memory(self._keep, f"this machine has {there / 1e6:,.0f} MB")
+
+    def _no_memory(self, slots: int, why: str) -> LoaderError:
+        num_crops, size = self._shape
+        megabytes = slots * _num_bytes(num_crops, size) / 1e6
+        return LoaderError(
+            f"{slots} windows of {num_crops} crops of {size} pixels take {megabytes:,.0f} MB of memory, which are not "
+            f"there ({why}); lower num_workers, prefetch_factor, batch_size or spread"
+        )
+
+
+def _num_bytes(num_crops: int, size: int) -> int:
+    return num_crops * size * size * 3

@@ -20,15 +20,18 @@ from ferkd_data.loader.like_dataloader import class_names, class_numbers, refuse
 from ferkd_data.loader.opening import open_maker
 from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
 from ferkd_data.loader.plan import Place, Window
-from ferkd_data.loader.ranks import Ranks, check_ranks, ranks_now, warn_if_alone
 from ferkd_data.loader.settings import (
     ImagesMissing,
     LoaderSettings,
     OfEpoch,
+    Ranks,
     TargetsKind,
     Verify,
+    check_ranks,
     counted,
     epoch_number,
+    ranks_now,
+    warn_if_alone,
 )
 from ferkd_data.loader.shared_epoch import RunTokens, SharedEpoch
 from ferkd_data.loader.transform import Transform

@@ -23,7 +23,7 @@ from ferkd_data.loader.like_dataloader import DataLoaderLike
 from ferkd_data.loader.opening import open_maker
 from ferkd_data.loader.order import OrderKind
 from ferkd_data.loader.plan import Layout, Place, Window, count_batches, read_place, saved_epoch, settled, windows
-from ferkd_data.loader.ranks import Ranks, ranks_now, warn_if_alone
+from ferkd_data.loader.pool import Workers
 from ferkd_data.loader.settings import (
     DecodeScale,
     EpochKind,
@@ -31,12 +31,14 @@ from ferkd_data.loader.settings import (
     LoaderSettings,
     OfEpoch,
     OnError,
+    Ranks,
     TargetsKind,
     Verify,
     epoch_number,
+    ranks_now,
+    warn_if_alone,
 )
 from ferkd_data.loader.transform import Transform
-from ferkd_data.loader.workers import Workers
 from ferkd_data.replay import Interpolation
 from ferkd_data.selfmix import SelfMix
 from ferkd_data.storage import default_cache_dir

@@ -1,26 +1,77 @@
-"""Where each image's bytes lie: an image source's references by the hash of their key, in flat memory.
+"""The images inside a label set of layout `webdataset`, read where their records say.
+
+Where each image's bytes lie: an image source's references by the hash of their key, in flat memory.
 
 The table is a few files of a temporary folder, memory-mapped by every worker: a worker's own memory does not grow with
 the data set. While the table is made, 24 bytes for each image are held, and given back.
+
+Every image's key by its row, in files that are memory-mapped: for batches that carry keys.
 """
 
 from __future__ import annotations
 
 import ctypes
+import resource
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from torch import Tensor
 
 from ferkd_data import rng
 from ferkd_data.errors import ImageError, LabelSetError, UsageError
 from ferkd_data.images import ImageRef, ImageSource, in_groups, open_source
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.order import Stage
-from ferkd_data.loader.own_images import OwnImages
+from ferkd_data.loader.shard_files import HeldFiles
 from ferkd_data.scratch import Scratch
+from ferkd_data.storage import OpenFile
+
+MAX_OPEN = 256
+"""Tars that a process keeps open where any may be needed next, if it may open four times as many files."""
+
+
+class OwnImages:
+    """Can be pickled."""
+
+    def __init__(self, labels: LabelSet) -> None:
+        self.labels = labels
+        self._held = HeldFiles(self._open)
+        self._at_random = HeldFiles(self._open, max_open())
+        self._staged = False
+
+    def stage(self, stage: Stage | None) -> None:
+        """Fetch the tars of this stage, in the background, and let go of all others."""
+        self._staged = stage is not None
+        if stage is not None:
+            self._held.stage(stage.now, stage.coming)
+
+    def read(self, row: int, record: np.void) -> bytes:
+        """The encoded bytes. Raises ImageError where the tar ends within the image; ShardError, RemoteError."""
+        tar = (self._held if self._staged else self._at_random).get(self.labels.position(row)[0])
+        length = int(record["image_bytes"])
+        data = tar.read(int(record["image_offset"]), length)
+        if len(data) != length:
+            raise ImageError("unreadable", f"{tar.path}: ends within the image; did the tar change?")
+        return data
+
+    def _open(self, shard: int) -> OpenFile:
+        # The digest of each image is compared where it is read (verify_images); hashing whole tars would add nothing.
+        return self.labels.open(self.labels.manifest.shards[shard].files[0], check=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"labels": self.labels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def max_open() -> int:
+    """Tars that this process may keep open: a quarter of its files, the rest of which is the training's."""
+    return max(8, min(MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+
 
 SCHEMA = pa.schema([("file", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 FILE_NAME = "images.arrow"
@@ -189,3 +240,41 @@ def _check_missing(
             f"{labels.location}: {len(missing)} of {len(labels)} labelled images are missing from "
             f"{source.description}, the first is {key!r}; add them, or train without them with images_missing='drop'"
         )
+
+
+TEXT_NAME = "keys.txt"
+BOUNDS_NAME = "bounds.npy"
+
+
+class KeyTable:
+    """Keys of a label set. Can be pickled as long as the original exists, which removes `folder` with itself."""
+
+    def __init__(self, labels: LabelSet) -> None:
+        """Raises ShardError as `LabelSet.keys` does."""
+        self._scratch = Scratch("keys")
+        self.folder = self._scratch.path
+        lengths = [np.zeros(1, np.int64)]
+        with (self.folder / TEXT_NAME).open("wb") as text:
+            for entry in labels.filled_shards():
+                keys = [key.encode() for key in labels.keys_of(entry.index)]
+                text.write(b"".join(keys))
+                lengths.append(np.fromiter(map(len, keys), np.int64, len(keys)))
+        np.save(self.folder / BOUNDS_NAME, np.cumsum(np.concatenate(lengths)))
+        self._open()
+
+    def take(self, rows: Tensor) -> tuple[str, ...]:
+        """The keys of these rows, int64 (B,)."""
+        at = rows.cpu().numpy()
+        bounds = zip(self._bounds[at].tolist(), self._bounds[at + 1].tolist(), strict=True)
+        return tuple(self._text[start:stop].tobytes().decode() for start, stop in bounds)
+
+    def _open(self) -> None:
+        self._bounds: npt.NDArray[np.int64] = np.load(self.folder / BOUNDS_NAME, mmap_mode="r", allow_pickle=False)
+        self._text: npt.NDArray[np.uint8] = np.memmap(self.folder / TEXT_NAME, np.uint8, mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()

@@ -8,11 +8,10 @@ from pathlib import Path
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import BatchMaker
-from ferkd_data.loader.image_table import Missing, open_images
-from ferkd_data.loader.key_table import KeyTable
+from ferkd_data.loader.image_table import KeyTable, Missing, open_images
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.settings import LoaderSettings
-from ferkd_data.loader.shard_records import ShardRecords
+from ferkd_data.loader.shard_files import ShardRecords
 from ferkd_data.loader.transform import draws_elsewhere
 
 

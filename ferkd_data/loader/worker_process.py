@@ -33,7 +33,7 @@ import torch
 
 from ferkd_data.loader import batch_maker as _preloaded  # noqa: F401
 from ferkd_data.loader.channel import Channel
-from ferkd_data.loader.held_files import set_share
+from ferkd_data.loader.shard_files import set_share
 
 LOOK_SECONDS = 1.0
 """Between two looks at whether the parent is still there."""

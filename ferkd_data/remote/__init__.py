@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from ferkd_data.remote.hub import HubPlace, hub_address, hub_endpoint, hub_headers, parse_hub_url
-from ferkd_data.remote.remote import SCHEMES, Remote, Retries, is_remote, open_remote, part_of
+from ferkd_data.remote.remote import (
+    SCHEMES,
+    HubPlace,
+    Remote,
+    Retries,
+    hub_address,
+    hub_endpoint,
+    hub_headers,
+    is_remote,
+    open_remote,
+    parse_hub_url,
+    part_of,
+)
 from ferkd_data.remote.transport import LOG_IN, Transient, Transport
 
 __all__ = [

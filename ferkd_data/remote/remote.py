@@ -1,4 +1,6 @@
-"""A folder on any server: resumed, retried reads and checked writes.
+"""Where the Hugging Face hub keeps the files of a data set.
+
+A folder on any server: resumed, retried reads and checked writes.
 
 A name is a path relative to the label set's URL, which the manifest's checks have let pass.
 """
@@ -7,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import random
+import re
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -18,10 +22,49 @@ from typing import Any, TypeVar
 
 from ferkd_data.errors import RemoteError, UsageError
 from ferkd_data.remote.http import HttpTransport
-from ferkd_data.remote.hub import hub_address, hub_headers
 from ferkd_data.remote.store import StoreTransport
 from ferkd_data.remote.transport import LOG_IN, Transient, Transport
 from ferkd_data.storage import explain_full_disk, is_url, sha256_file
+
+
+@dataclass(frozen=True)
+class HubPlace:
+    """`hf://datasets/ORG/NAME[@REVISION][/FOLDER]`"""
+
+    repository: str
+    revision: str
+    folder: str
+    """With a slash at its end, or empty."""
+
+
+def parse_hub_url(url: str) -> HubPlace:
+    """Raises UsageError."""
+    match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[\w.-]+)*)/?", url)
+    if match is None or ".." in url:
+        raise UsageError(f"{url}: is not of the form hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
+    repository, revision, folder = match.groups()
+    return HubPlace(repository, revision or "main", f"{folder[1:]}/" if folder else "")
+
+
+def hub_endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def hub_address(url: str) -> str:
+    """Where the hub serves the files. Raises UsageError."""
+    place = parse_hub_url(url)
+    folder = f"/{place.folder}".rstrip("/")
+    return f"{hub_endpoint()}/datasets/{place.repository}/resolve/{place.revision}{folder}"
+
+
+def hub_headers() -> dict[str, str]:
+    """The user's token, where there is one: the hub's own variable or login file."""
+    token = os.environ.get("HF_TOKEN")
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    if token is None and (home / "token").is_file():
+        token = (home / "token").read_text(encoding="utf-8").strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
 
 SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
 """What label sets are read from; everything else (pipe:, ftp:, chains with ::) is refused."""

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from ferkd_data import rng
 from ferkd_data.errors import LabelSetError
 from ferkd_data.label_set import LabelSet, check_same_classes, open_labels
+from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels
 from ferkd_data.report.collect import OnImages
 from ferkd_data.report.samples import Smallest
-from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels
 from ferkd_data.targets import recover
 
 CROPS_AT_ONCE = 16384

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data.buckets import BUCKETS
 from ferkd_data.label_set import LabelSet
+from ferkd_data.labels.buckets import BUCKETS
+from ferkd_data.labels.statistics import PAPER_SHARES, RANGE_EDGES
 from ferkd_data.report.charts import (
     Cell,
     Chart,
@@ -21,7 +22,6 @@ from ferkd_data.report.charts import (
 )
 from ferkd_data.report.findings import ranges_of
 from ferkd_data.report.sketch import GRID, Sketch
-from ferkd_data.statistics import PAPER_SHARES, RANGE_EDGES
 
 FEWEST_IN_CELL = 10
 """Crops that a cell of a map needs to be shaded."""

@@ -12,7 +12,19 @@ import numpy as np
 
 from ferkd_data.label_set import LabelSet
 from ferkd_data.report import figures
-from ferkd_data.report.cards import image_view, sheets, suspect_view, suspects_csv, thumb_view
+from ferkd_data.report.cards import (
+    class_table,
+    confusion_table,
+    image_view,
+    saves_table,
+    sheets,
+    side_table,
+    suspect_view,
+    suspects_csv,
+    teacher_table,
+    threshold_table,
+    thumb_view,
+)
 from ferkd_data.report.charts import Chart, percent, reliability_chart
 from ferkd_data.report.collect import Collected
 from ferkd_data.report.findings import (
@@ -23,18 +35,9 @@ from ferkd_data.report.findings import (
     teacher_reliability,
 )
 from ferkd_data.report.pictures import Pictures
+from ferkd_data.report.samples import SURE_P_MAX, SURE_SHARE, sure_below
 from ferkd_data.report.sketch import CONFIDENCES, Sketch, counts_between
-from ferkd_data.report.sliders import BINS, class_name, slider_data
-from ferkd_data.report.suggestion import suggest
-from ferkd_data.report.suspects import SURE_P_MAX, SURE_SHARE, sure_below
-from ferkd_data.report.tables import (
-    class_table,
-    confusion_table,
-    saves_table,
-    side_table,
-    teacher_table,
-    threshold_table,
-)
+from ferkd_data.report.thresholds import BINS, class_name, slider_data, suggest
 from ferkd_data.report.unfinished import Progress
 
 

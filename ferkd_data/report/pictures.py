@@ -17,12 +17,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from ferkd_data.errors import FerkdError, ImageError, UsageError
+from ferkd_data.format import webdataset
 from ferkd_data.images import ImageRef, ImageSource, decode_rgb, open_source
 from ferkd_data.label_set import LabelSet
+from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.replay import replay
 from ferkd_data.report.samples import Crop, SampledImage
-from ferkd_data.shards import webdataset
-from ferkd_data.shards.columns import ImageLabels
 from ferkd_data.storage import image_digest
 
 CROP_PIXELS = 112

@@ -15,18 +15,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ferkd_data.buckets import BUCKETS
 from ferkd_data.calibration import Action, Calibration, action_table
 from ferkd_data.errors import UsageError
+from ferkd_data.labels.buckets import BUCKETS
 from ferkd_data.loader import CropLoader
 from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Work, decode_checked
 from ferkd_data.loader.plan import Window
 from ferkd_data.replay import empty_batch
 from ferkd_data.report.charts import percent
 from ferkd_data.report.figures import BUCKET_TITLES
+from ferkd_data.report.make import render, write_page
 from ferkd_data.report.pictures import data_uri
-from ferkd_data.report.render import render, write_page
-from ferkd_data.report.sliders import class_name
+from ferkd_data.report.thresholds import class_name
 from ferkd_data.targets import SoftTargets
 
 BARS = 4

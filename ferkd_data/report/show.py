@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from ferkd_data.buckets import BUCKETS
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
+from ferkd_data.labels.buckets import BUCKETS
+from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.report.cards import box_text, ranked
 from ferkd_data.report.pictures import cut, image_of
-from ferkd_data.shards.columns import ImageLabels
 from ferkd_data.storage import write_atomically
 
 IMAGE_SIDE, CROP_SIDE = 480, 132

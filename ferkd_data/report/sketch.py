@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data.buckets import BUCKETS, NUM_FLOAT16, Confidence, confidence
-from ferkd_data.shards.columns import UNKNOWN_TARGET, ShardLabels
+from ferkd_data.labels.buckets import BUCKETS, NUM_FLOAT16, Confidence, confidence
+from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels
 
 Counts = npt.NDArray[np.int64]
 

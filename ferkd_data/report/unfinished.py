@@ -6,14 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ferkd_data
-from ferkd_data import statistics
-from ferkd_data.buckets import Thresholds
-from ferkd_data.builder.out.state import FOLDER, REJECTS_NAME, BuildFolder, ShardRecord
 from ferkd_data.builder.plan import open_plan
+from ferkd_data.builder.state import FOLDER, REJECTS_NAME, BuildFolder, ShardRecord
 from ferkd_data.errors import BuildError
-from ferkd_data.images import Reject
-from ferkd_data.label_set import LabelSet, LocalFiles
-from ferkd_data.manifest import (
+from ferkd_data.format.manifest import (
     FILE_NAME,
     RECORDED_OPERATIONS,
     CreatedBy,
@@ -24,9 +20,13 @@ from ferkd_data.manifest import (
     SourceEntry,
     ThresholdsEntry,
 )
+from ferkd_data.images import Reject
+from ferkd_data.label_set import LabelSet, LocalFiles
+from ferkd_data.labels import statistics
+from ferkd_data.labels.buckets import Thresholds
+from ferkd_data.labels.statistics import Statistics
 from ferkd_data.remote import is_remote
 from ferkd_data.report.collect import Collected, Collector
-from ferkd_data.statistics import Statistics
 
 NO_DIGEST = "0" * 64
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ferkd_data.errors import TeacherError, UsageError
-from ferkd_data.teachers.memory import is_out_of_memory
-from ferkd_data.teachers.teacher import ModuleTeacher, Teacher
+from ferkd_data.teachers.teacher import ModuleTeacher, Teacher, is_out_of_memory
 
 BACKEND: Any = "inductor"
 """Compiler back end: a name, or a function as torch.compile takes it."""

@@ -24,10 +24,9 @@ from ferkd_data import extras
 from ferkd_data.errors import TeacherError
 from ferkd_data.storage import write_atomically
 from ferkd_data.teachers.digest import onnx_digest, with_choices
-from ferkd_data.teachers.memory import is_out_of_memory
 from ferkd_data.teachers.outputs import check_activation, check_shape, to_logits
 from ferkd_data.teachers.spec import Preprocessing, TeacherSpec, Triple
-from ferkd_data.teachers.teacher import Precision, normalisation, preprocessing_of, two_pictures
+from ferkd_data.teachers.teacher import Precision, is_out_of_memory, normalisation, preprocessing_of, two_pictures
 
 PREPROCESSING_FIELD = "ferkd_data.preprocessing"
 """Key in the model's metadata under which `export_onnx` keeps the preprocessing as JSON."""

@@ -1,4 +1,8 @@
-"""The protocol of all teachers, and the one implementation for teachers that are an `nn.Module`.
+"""Recognise out-of-memory errors of PyTorch, CUDA's libraries and ONNX Runtime.
+
+Restrict a GPU to kernels of the stated precision, chosen the same way every time.
+
+The protocol of all teachers, and the one implementation for teachers that are an `nn.Module`.
 
 Legend: B crops, C classes, S input size.
 """
@@ -6,8 +10,8 @@ Legend: B crops, C classes, S input size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -18,10 +22,78 @@ from ferkd_data.errors import FerkdError, TeacherError
 from ferkd_data.normalization import scaled
 from ferkd_data.replay import INTERPOLATIONS
 from ferkd_data.teachers.digest import with_choices
-from ferkd_data.teachers.kernels import check_precision, faithful_kernels
-from ferkd_data.teachers.memory import is_out_of_memory
 from ferkd_data.teachers.outputs import LogitsOnly, check_activation, check_shape, pick_output
 from ferkd_data.teachers.spec import CENTRE_SHARE, Preprocessing, TeacherSpec, Triple
+
+SAYINGS = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Failed to allocate memory",
+)
+"""Texts of PyTorch (within a compiler's error), the driver, cuBLAS, cuDNN and ONNX Runtime."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, so that a smaller batch may fit; such errors do not share a class."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(saying in str(error) for saying in SAYINGS)
+
+
+BF16_SINCE = (8, 0)
+"""NVIDIA's compute capability with bfloat16 in hardware; before that PyTorch imitates it, slowly."""
+
+
+@contextmanager
+def faithful_kernels(precision: str) -> Iterator[None]:
+    """Use kernels that give the same labels on the same kind of machine, whatever the process has set.
+
+    cuDNN does not try out which kernel is the fastest today, and float32 is not rounded to TF32, which has the 10 bits
+    of float16 and is PyTorch's default in convolutions.
+    """
+    with ExitStack() as kept:
+        _set(kept, torch.backends.cudnn, "benchmark", False)
+        if precision == "fp32":
+            _whole_float32(kept)
+        yield
+
+
+def check_precision(teacher: str, device: torch.device, precision: str) -> None:
+    """Raises TeacherError for a precision that the device has not got."""
+    if device.type != "cuda" or precision != "bf16" or torch.version.hip:
+        return
+    if torch.cuda.get_device_capability(device) < BF16_SINCE:
+        name = torch.cuda.get_device_name(device)
+        raise TeacherError(f"teacher {teacher}: {name} has no bfloat16; use --precision fp16 or fp32")
+
+
+def _whole_float32(kept: ExitStack) -> None:
+    """Set float32 by both of PyTorch's ways: the newer (2.9) decides, the older cannot be read while the two differ."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    places: list[Any] = [getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None), matmul]
+    newer = [place for place in places if hasattr(place, "fp32_precision")]
+    # Last in, first out: what the older way writes back is written over by the newer.
+    for place in newer:
+        kept.callback(setattr, place, "fp32_precision", place.fp32_precision)
+    _set(kept, cudnn, "allow_tf32", False)
+    _change(kept, torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
+    for place in newer:
+        place.fp32_precision = "ieee"
+
+
+def _set(kept: ExitStack, place: Any, name: str, value: Any) -> None:
+    _change(kept, lambda: getattr(place, name), lambda value: setattr(place, name, value), value)
+
+
+def _change(kept: ExitStack, read: Callable[[], Any], write: Callable[[Any], None], value: Any) -> None:
+    """Set a value until `kept` is left. A value that cannot be read is left alone."""
+    try:
+        before = read()
+    except RuntimeError:
+        return
+    kept.callback(write, before)
+    write(value)
+
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,7 +14,7 @@ from label_sets import relist
 
 import ferkd_data as fd
 from ferkd_data.errors import ShardError
-from ferkd_data.shards import pages
+from ferkd_data.format import parquet_guard
 
 I32, I64, BINARY, LIST, STRUCT = 5, 6, 8, 9, 12
 """Kinds of fields in Thrift's compact protocol."""
@@ -120,9 +120,9 @@ SLOW = {
 @pytest.mark.parametrize("name", SLOW)
 def test_footers_that_keep_a_reader_busy(copy, name, monkeypatch):
     """Counted, not timed: structs that are read in all."""
-    read, limit = [], pages.FREE_PARTS + 2 * len(BODY) // pages.BYTES_PER_PART
-    whole = pages.read_struct
-    monkeypatch.setattr(pages, "read_struct", lambda data, at: read.append(at) or whole(data, at))
+    read, limit = [], parquet_guard.FREE_PARTS + 2 * len(BODY) // parquet_guard.BYTES_PER_PART
+    whole = parquet_guard.read_struct
+    monkeypatch.setattr(parquet_guard, "read_struct", lambda data, at: read.append(at) or whole(data, at))
     footer, message = SLOW[name]
     write_with(copy / "labels/00000-000.parquet", BODY, footer)
     relist(copy)
@@ -134,13 +134,13 @@ def test_footers_that_keep_a_reader_busy(copy, name, monkeypatch):
 def test_chunks_that_lie_over_each_other(tmp_path):
     write_with(tmp_path / "x", page(0) * 200, footer_of(KEY, [group(4, len(page(0)) * 150)] * 2))
     with pytest.raises(ValueError, match="column chunks that lie over each other"):
-        pages.read_claims(tmp_path / "x", ["key"])
+        parquet_guard.read_claims(tmp_path / "x", ["key"])
 
 
 def test_what_the_guard_lets_pass(tmp_path):
     """A file of many row groups and pages, in proportion to its size."""
     table = pa.table({"key": [f"{number:0900d}" for number in range(20_000)]})
     pq.write_table(table, tmp_path / "x", row_group_size=100, data_page_size=20_000, compression="none")
-    claims = pages.read_claims(tmp_path / "x", ["key"])
+    claims = parquet_guard.read_claims(tmp_path / "x", ["key"])
     assert claims.rows == 20_000 and claims.row_groups == 200
     shutil.rmtree(tmp_path)

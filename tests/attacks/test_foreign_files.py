@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ferkd_data.errors import ForeignFileError
-from ferkd_data.exchange import foreign_arrays
-from ferkd_data.exchange.foreign_arrays import load_arrays
+from ferkd_data.importers import foreign_arrays
+from ferkd_data.importers.foreign_arrays import load_arrays
 
 
 def archive(path, pickled, **members):
@@ -130,5 +130,5 @@ def test_every_kind_of_numbers_and_view(tmp_path):
 
 
 def test_foreign_files_are_read_without_torch():
-    code = "import sys, ferkd_data.exchange.foreign_arrays; assert 'torch' not in sys.modules"
+    code = "import sys, ferkd_data.importers.foreign_arrays; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

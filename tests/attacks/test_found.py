@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from ferkd_data.errors import FerkdError, ForeignFileError, ManifestError, ShardError
-from ferkd_data.exchange.foreign_arrays import load_arrays
-from ferkd_data.manifest import parse_manifest
-from ferkd_data.shards import crop_arrays, parquet, webdataset
+from ferkd_data.format import crop_arrays, parquet, webdataset
+from ferkd_data.format.manifest import parse_manifest
+from ferkd_data.importers.foreign_arrays import load_arrays
 
 FOUND = Path(__file__).parent / "found"
 READERS = {

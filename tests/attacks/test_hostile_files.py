@@ -21,9 +21,9 @@ from label_sets import edit_manifest, relist
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, ManifestError, ShardError
 from ferkd_data.exchange.card import render_card
-from ferkd_data.shards import parquet
+from ferkd_data.format import parquet
 from ferkd_data_cli.main import run
-from ferkd_data_cli.say import printable
+from ferkd_data_cli.terminal import printable
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "version-1"
 HARMLESS = {("reason_bomb", use) for use in ("open", "keys", "convert", "export", "pull")} | {("npy_bomb", "keys")}

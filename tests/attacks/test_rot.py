@@ -12,7 +12,7 @@ from servers import serve
 
 import ferkd_data as fd
 from ferkd_data.errors import FerkdError, RemoteError, ShardError, UsageError
-from ferkd_data.shard_cache import ShardCache
+from ferkd_data.label_set.files import ShardCache
 
 FLIPS = 60
 LAYOUTS = ("parquet", "webdataset")

@@ -16,8 +16,8 @@ from servers import serve
 
 import ferkd_data as fd
 from ferkd_data.errors import FerkdError, ForeignFileError
-from ferkd_data.exchange.foreign_arrays import load_arrays
-from ferkd_data.shard_cache import ShardCache
+from ferkd_data.importers.foreign_arrays import load_arrays
+from ferkd_data.label_set.files import ShardCache
 from ferkd_data.storage import open_regular_stream, read_regular, sha256_file
 
 HUNG_SECONDS = 60

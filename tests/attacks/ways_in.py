@@ -28,8 +28,8 @@ import ferkd_data as fd
 import ferkd_data.builder
 import ferkd_data.loader
 from ferkd_data.errors import FerkdError
-from ferkd_data.shards import parquet, webdataset
-from ferkd_data.shards.columns import ShardLabels
+from ferkd_data.format import parquet, webdataset
+from ferkd_data.labels.rows import ShardLabels
 from ferkd_data_cli.main import run
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

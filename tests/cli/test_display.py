@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 
 import ferkd_data as fd
 from ferkd_data.builder.watch.events import Progress, WorkerProgress
-from ferkd_data_cli.display import Frame, Rate, _cells, clock, layout, plain_line
-from ferkd_data_cli.progress import frame
-from ferkd_data_cli.say import UNPRINTABLE
-from ferkd_data_cli.transfers import show_bytes
+from ferkd_data_cli.display import Frame, Rate, _cells, clock, frame, layout, plain_line, show_bytes
+from ferkd_data_cli.terminal import UNPRINTABLE
 
 TEXT = st.text(max_size=30)
 FRAMES = st.builds(

@@ -13,10 +13,10 @@ from label_sets import edit_manifest
 
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
-from ferkd_data.exchange.card_fields import check_fields, completed, mark, recalled
+from ferkd_data.exchange.card_facts import check_fields, completed, mark, recalled
 from ferkd_data.exchange.front_matter import distinct, quoted, size_category
 from ferkd_data.exchange.publish import check_number_of_files
-from ferkd_data.manifest import BlockEntry, ShardEntry, read_manifest
+from ferkd_data.format.manifest import BlockEntry, ShardEntry, read_manifest
 
 CARD = fd.CardFields(
     name="tiny labels",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ferkd_data.shards import parquet
+from ferkd_data.format import parquet
 
 ROOT = Path(__file__).parent.parent.parent
 MATRIX = runpy.run_path(str(ROOT / "scripts/readers_matrix.py"), run_name="matrix")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import ferkd_data as fd
-from ferkd_data.shards.columns import same_labels
+from ferkd_data.labels.rows import same_labels
 from ferkd_data.storage import sha256_file
 
 HERE = Path(__file__).parent

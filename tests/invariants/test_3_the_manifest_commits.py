@@ -12,7 +12,7 @@ import pytest
 from label_sets import SMALL, files_below, same_label_sets, same_rows
 
 import ferkd_data as fd
-from ferkd_data.builder.out.locks import open_build_folder
+from ferkd_data.builder.locks import open_build_folder
 from ferkd_data.errors import BuildError, BuildLockedError, FerkdError, ManifestError, SettingsMismatchError
 
 KILLS_PER_LAYOUT = 10

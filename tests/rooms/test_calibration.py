@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from ferkd_data.buckets import QuantileThresholds
 from ferkd_data.calibration import Calibration
 from ferkd_data.errors import UsageError
+from ferkd_data.labels.buckets import QuantileThresholds
 from ferkd_data.targets import recover
 
 

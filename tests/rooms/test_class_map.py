@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ferkd_data as fd
-from ferkd_data.buckets import Thresholds
 from ferkd_data.calibration import calibrate
 from ferkd_data.class_map import ClassMap, make_class_map, map_columns
 from ferkd_data.errors import UsageError
+from ferkd_data.labels.buckets import Thresholds
+from ferkd_data.labels.rows import ShardLabels
 from ferkd_data.losses import entropy, soft_cross_entropy
-from ferkd_data.shards.columns import ShardLabels
 from ferkd_data.targets import RECOVERIES, recover
 
 NAMES = ("tabby", "tiger cat", "beagle", "poodle", "lorry")

@@ -7,7 +7,7 @@ import pytest
 
 import ferkd_data as fd
 from ferkd_data.errors import ManifestError, ShardError, UsageError
-from ferkd_data.statistics import RANGE_EDGES, add, histogram, p_max_table, per_class_agreement, summarise
+from ferkd_data.labels.statistics import RANGE_EDGES, add, histogram, p_max_table, per_class_agreement, summarise
 
 
 def test_length_keys_rows_and_shards_agree(label_set):

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ferkd_data.buckets import (
+from ferkd_data.errors import UsageError
+from ferkd_data.labels.buckets import (
     QuantileThresholds,
     Thresholds,
     assign_buckets,
@@ -15,8 +16,7 @@ from ferkd_data.buckets import (
     confidence_counts,
     parse_thresholds,
 )
-from ferkd_data.errors import UsageError
-from ferkd_data.labels import soft_labels
+from ferkd_data.labels.rows import soft_labels
 
 FLOAT16 = hnp.arrays(np.float16, st.integers(1, 300), elements=st.floats(0, 1, width=16))
 

@@ -8,12 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferkd_data.buckets import Thresholds
 from ferkd_data.errors import LabelSetError
-from ferkd_data.exchange.row_checks import row_faults
-from ferkd_data.labels import soft_labels
-from ferkd_data.merging import merge_labels
-from ferkd_data.shards.columns import ShardLabels
+from ferkd_data.exchange.checks import row_faults
+from ferkd_data.label_set.ensemble import merge_labels
+from ferkd_data.labels.buckets import Thresholds
+from ferkd_data.labels.rows import ShardLabels, soft_labels
 
 CROPS = 6
 HALF = 2.0**-10

@@ -15,8 +15,8 @@ from fake_gpu import open_fake_gpu, pretend_cuda
 
 import ferkd_data as fd
 from ferkd_data.builder.labelling.crop_batches import DecodedImage, Slice, View, _cut
+from ferkd_data.builder.labelling.forwards import CudaStaging
 from ferkd_data.builder.labelling.label_shard import Tools, _ask, view_of
-from ferkd_data.builder.labelling.staging import CudaStaging
 from ferkd_data.images import ImageRef
 from ferkd_data.loader.device_decode import DeviceWorkers
 from ferkd_data.targets import SoftTargets

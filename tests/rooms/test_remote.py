@@ -15,11 +15,11 @@ import pytest
 from servers import serve
 
 import ferkd_data as fd
-from ferkd_data import shard_cache
 from ferkd_data.errors import ManifestError, RemoteError, StorageFullError, UsageError
-from ferkd_data.manifest import FileEntry
+from ferkd_data.format.manifest import FileEntry
+from ferkd_data.label_set import files as shard_cache
+from ferkd_data.label_set.files import ShardCache
 from ferkd_data.remote import Remote, Retries, open_remote, part_of
-from ferkd_data.shard_cache import ShardCache
 
 QUICK = Retries(attempts=3, first_wait=0.001, timeout=5)
 DATA = np.random.default_rng(0).bytes(3_000_000)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.label_set import selection
-from ferkd_data.shards.columns import ShardLabels, same_labels
+from ferkd_data.labels.rows import ShardLabels, same_labels
 
 
 def rows_of(labels):

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 import ferkd_data as fd
-from ferkd_data.builder.out.state import FOLDER
-from ferkd_data.shards import crop_arrays, parquet, webdataset
-from ferkd_data.shards.columns import CROP_FIELDS
+from ferkd_data.builder.state import FOLDER
+from ferkd_data.format import crop_arrays, parquet, webdataset
+from ferkd_data.labels.rows import CROP_FIELDS
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferkd_data.buckets import Thresholds
 from ferkd_data.calibration import Calibration, calibrate, calibration_at, crop_actions, crop_buckets, use_probability
 from ferkd_data.errors import UsageError
+from ferkd_data.labels.buckets import Thresholds
 from ferkd_data.losses import entropy, kl_div, soft_cross_entropy
 from ferkd_data.mixing import CutMix, Mixup
 from ferkd_data.normalization import normalize

@@ -1,14 +1,18 @@
-"""Images to batches of crops: decoded once, cut once for each teacher input size, while the teacher is busy.
+"""Bounded look-ahead: work done in threads while the consumer is busy, results in order.
+
+Images to batches of crops: decoded once, cut once for each teacher input size, while the teacher is busy.
 
 Legend: B crops of a batch, N crops per image, S output side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +20,55 @@ import torch
 from torch import Tensor
 
 from ferkd_data.augment import draw_operations
-from ferkd_data.builder.labelling.pipeline import in_background, look_ahead
-from ferkd_data.builder.labelling.staging import Staging
+from ferkd_data.builder.labelling.forwards import Staging
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.crops import Crops, draw_crops
 from ferkd_data.errors import BuildError, ImageError
 from ferkd_data.images import ImageRef, Reject, decode_rgb, while_it_answers
+from ferkd_data.labels.rows import UNKNOWN_TARGET
 from ferkd_data.replay import CUT_BYTES, Interpolation, empty_batch, replay, replay_on_device
-from ferkd_data.shards.columns import UNKNOWN_TARGET
 from ferkd_data.storage import image_digest
-from ferkd_data.teachers.memory import is_out_of_memory
+from ferkd_data.teachers.teacher import is_out_of_memory
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def look_ahead(
+    executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], *, depth: int
+) -> Iterator[Result]:
+    """`map(function, items)` with at most `depth` results computed or under way beyond the one in use.
+
+    An exception of `function` or of `items` is raised where its result is due; what is under way is then waited for.
+    """
+    under_way: deque[Future[Result]] = deque()
+    source = iter(items)
+    try:
+        while True:
+            while len(under_way) < depth:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+                under_way.append(executor.submit(function, item))
+            if not under_way:
+                return
+            yield under_way.popleft().result()
+    finally:
+        for future in under_way:
+            future.cancel()
+
+
+def in_background(items: Iterable[Item], *, depth: int) -> Iterator[Item]:
+    """The same items, taken out of their iterator in a thread of its own, up to `depth` before they are asked for."""
+    source = iter(items)
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ferkd-data-read") as executor:
+        for item in look_ahead(executor, lambda _: next(source, end), itertools.repeat(None), depth=depth):
+            if item is end:
+                return
+            yield item  # type: ignore[misc]
+
 
 BATCHES_AHEAD = 2
 CUT_SHARES = (1, 8, 64)

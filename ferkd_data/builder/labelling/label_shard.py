@@ -13,17 +13,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from ferkd_data.buckets import Thresholds, assign_buckets, confidence
+from ferkd_data.builder.labelling.counts import TeacherCounts, count_batch
 from ferkd_data.builder.labelling.crop_batches import CropBatch, DecodedImage, Rejected, View, crop_batches
-from ferkd_data.builder.labelling.forwards import Forwards
-from ferkd_data.builder.labelling.staging import Fetched, Staging
-from ferkd_data.builder.labelling.teacher_counts import TeacherCounts, count_batch
+from ferkd_data.builder.labelling.forwards import Fetched, Forwards, Staging
 from ferkd_data.builder.settings import BuildSettings
-from ferkd_data.ensemble import check_logits, combine, raise_if_wrong
 from ferkd_data.errors import BuildError
 from ferkd_data.images import ImageRef, ImageSource
-from ferkd_data.labels import DeviceLabels, SoftLabels, soft_labels
-from ferkd_data.shards.columns import NO_OPERATIONS, ImageLabels
+from ferkd_data.labels.buckets import Thresholds, assign_buckets, confidence
+from ferkd_data.labels.ensemble import check_logits, combine, raise_if_wrong
+from ferkd_data.labels.rows import NO_OPERATIONS, DeviceLabels, ImageLabels, SoftLabels, soft_labels
 from ferkd_data.teachers import Teacher
 
 

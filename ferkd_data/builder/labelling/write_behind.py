@@ -1,26 +1,78 @@
-"""Shards labelled one after the other, each written and saved while the next one is labelled.
+"""Rows on their way from the thread that labels a shard to the thread that writes it.
+
+Shards labelled one after the other, each written and saved while the next one is labelled.
 
 What is written costs the teachers nothing: not the compression, not the disk, not the store that it is sent to.
 """
 
 from __future__ import annotations
 
+import contextlib
+import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
+from ferkd_data.builder.labelling.counts import Tally, TeacherCounts
 from ferkd_data.builder.labelling.crop_batches import Rejected
-from ferkd_data.builder.labelling.handover import Handover
 from ferkd_data.builder.labelling.label_shard import OnBatch, Tools, label_shard
-from ferkd_data.builder.labelling.tally import Tally
-from ferkd_data.builder.labelling.teacher_counts import TeacherCounts
-from ferkd_data.builder.out.locks import explain_unwritable
-from ferkd_data.builder.out.state import BuildFolder, RejectRecord, ShardRecord
+from ferkd_data.builder.locks import explain_unwritable
 from ferkd_data.builder.plan import Plan
+from ferkd_data.builder.state import BuildFolder, RejectRecord, ShardRecord
 from ferkd_data.errors import BuildError
-from ferkd_data.shards.columns import ImageLabels
-from ferkd_data.shards.writers import Row, write_shard
+from ferkd_data.format.writers import Row, write_shard
+from ferkd_data.labels.rows import ImageLabels
+
+ROWS_AHEAD = 64
+"""Rows that wait to be written: a disk that is slow then slows the teachers down, and does not fill the memory."""
+LOOK_SECONDS = 0.5
+"""How soon whoever waits for room notices that the writer has failed."""
+
+
+class Handover:
+    """Filled by one thread, iterated by another."""
+
+    def __init__(self) -> None:
+        self._rows: queue.Queue[Row | None] = queue.Queue(ROWS_AHEAD)
+        """None is the end."""
+        self._broken_off = False
+
+    def put(self, row: Row, writer: Future[Any]) -> None:
+        """Waits for room. Raises what `writer` raised."""
+        self._put(row, writer)
+        if writer.done():
+            writer.result()
+
+    def end(self, writer: Future[Any]) -> None:
+        """There are no more rows."""
+        self._put(None, writer)
+
+    def break_off(self) -> None:
+        """There will be no more rows, and those that there were are of no use: the writer raises BrokenOffError."""
+        self._broken_off = True
+        with contextlib.suppress(queue.Full):  # a writer that has rows to take sees it with the next one
+            self._rows.put_nowait(None)
+
+    def __iter__(self) -> Iterator[Row]:
+        while (row := self._rows.get()) is not None and not self._broken_off:
+            yield row
+        if self._broken_off:
+            raise BrokenOffError
+
+    def _put(self, row: Row | None, writer: Future[Any]) -> None:
+        while not writer.done():
+            try:
+                self._rows.put(row, timeout=LOOK_SECONDS)
+                return
+            except queue.Full:
+                continue
+
+
+class BrokenOffError(Exception):
+    """The shard is not labelled to its end."""
+
 
 OnSaved = Callable[[ShardRecord], None]
 

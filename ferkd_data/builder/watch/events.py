@@ -21,7 +21,7 @@ class Overview:
     rejects: dict[str, int]
     """By the listing: reason -> images."""
     left_out: dict[str, int]
-    """Files that are no images, by reason (see ferkd_data.images.left_out)."""
+    """Files that are no images, by reason (see ferkd_data.images.refs)."""
     left_out_examples: dict[str, str]
     notes: tuple[str, ...]
     """What a person should know of how the source was read."""

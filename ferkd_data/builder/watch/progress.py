@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ferkd_data.builder.out.state import ShardRecord
+from ferkd_data.builder.state import ShardRecord
 from ferkd_data.builder.watch.events import (
     BatchHalved,
     ImageRejected,

@@ -18,9 +18,9 @@ import torch
 
 from ferkd_data.builder.job import Job, open_tools
 from ferkd_data.builder.labelling.write_behind import WriteBehind
-from ferkd_data.builder.out.state import ShardRecord
-from ferkd_data.builder.out.store_folder import folder_of
 from ferkd_data.builder.plan import open_plan
+from ferkd_data.builder.state import ShardRecord
+from ferkd_data.builder.store_folder import folder_of
 from ferkd_data.builder.workers.messages import (
     Computed,
     Failed,

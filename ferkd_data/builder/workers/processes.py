@@ -15,8 +15,7 @@ from typing import Any
 
 from ferkd_data.builder.job import Job
 from ferkd_data.builder.workers.labeller import Labeller
-from ferkd_data.builder.workers.messages import Message, Ready
-from ferkd_data.builder.workers.worker import WorkerLostError
+from ferkd_data.builder.workers.messages import Message, Ready, WorkerLostError
 
 
 class WorkerProcess:

@@ -14,11 +14,10 @@ from typing import Any
 
 import ferkd_data
 from ferkd_data.builder.job import Job
-from ferkd_data.builder.out.store_folder import folder_of
+from ferkd_data.builder.store_folder import folder_of
 from ferkd_data.builder.workers.labeller import Labeller
-from ferkd_data.builder.workers.messages import Computed, Message, Ready, Settled
+from ferkd_data.builder.workers.messages import Computed, Message, Ready, Settled, WorkerLostError
 from ferkd_data.builder.workers.ray_cluster import Fleet, log
-from ferkd_data.builder.workers.worker import WorkerLostError
 from ferkd_data.errors import BuildError
 
 PATIENCE_SECONDS = 60.0

@@ -9,7 +9,7 @@ from label_sets import SMALL
 
 import ferkd_data as fd
 from ferkd_data.builder.job import open_tools
-from ferkd_data.builder.labelling.pipeline import look_ahead
+from ferkd_data.builder.labelling.crop_batches import look_ahead
 from ferkd_data.builder.prepare import prepare
 from ferkd_data.crops import Crops
 from ferkd_data.differences import describe_differences

@@ -20,9 +20,8 @@ import ferkd_data as fd
 from ferkd_data.builder import Resources
 from ferkd_data.builder.watch.events import WorkerStarted
 from ferkd_data.builder.workers.labeller import Labeller
-from ferkd_data.builder.workers.messages import Computed, Failed, Labelled
+from ferkd_data.builder.workers.messages import Computed, Failed, Labelled, WorkerLostError
 from ferkd_data.builder.workers.processes import WorkerProcess, WorkerProcesses
-from ferkd_data.builder.workers.worker import WorkerLostError
 from ferkd_data.errors import BuildError, TeacherError, UsageError
 from ferkd_data.teachers import load_teachers
 
@@ -234,7 +233,7 @@ def test_a_teacher_that_hangs_is_named_with_its_shard(photos, deadly, tmp_path):
 
 
 def test_a_teacher_that_stops_its_whole_process(photos, deadly, tmp_path, monkeypatch):
-    monkeypatch.setattr("ferkd_data.builder.workers.crew.SILENT_SECONDS", 2)
+    monkeypatch.setattr("ferkd_data.builder.workers.pool.SILENT_SECONDS", 2)
     with pytest.raises(TeacherError, match=r"shard 0: a teacher hangs, and worker 0 .* longer than 1 seconds"):
         fd.build(photos, tmp_path / "out", teachers=[deadly + "frozen"], teacher_timeout=1, **SMALL)
 

@@ -8,10 +8,9 @@ from unittest import mock
 import pytest
 
 from ferkd_data.builder import Stop
-from ferkd_data.builder.workers import crew
-from ferkd_data.builder.workers.crew import Crew
-from ferkd_data.builder.workers.messages import Computed, Failed, Finished, Labelled, Ready, Settled
-from ferkd_data.builder.workers.worker import WorkerLostError
+from ferkd_data.builder.workers import pool
+from ferkd_data.builder.workers.messages import Computed, Failed, Finished, Labelled, Ready, Settled, WorkerLostError
+from ferkd_data.builder.workers.pool import Crew
 from ferkd_data.errors import BuildError, TeacherError
 
 LOST = WorkerLostError("killed by SIGKILL")
@@ -87,7 +86,7 @@ class Scripts:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(crew, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.01)
 
 
 def crew_of(scripts, teacher_timeout=None, stop=None):
@@ -151,7 +150,7 @@ def test_a_record_that_is_seen_late_and_one_that_never_is(monkeypatch):
     made.folder.record.side_effect = lambda shard: next(seen)
     made.label([0])
     assert done(made) == [0] and made.folder.look_again.call_count == 2
-    monkeypatch.setattr(crew, "VISIBLE_SECONDS", 0.05)
+    monkeypatch.setattr(pool, "VISIBLE_SECONDS", 0.05)
     made = crew_of(Scripts())
     made.folder.record.side_effect = lambda shard: None
     with pytest.raises(BuildError, match="shard 0: worker 0 finished it; its files are not in out"):
@@ -171,7 +170,7 @@ def test_others_work_on_while_a_record_is_waited_for():
 
 def test_a_worker_that_says_nothing_at_all(monkeypatch):
     """Its process is stuck, and cannot even tell that its teacher hangs."""
-    monkeypatch.setattr(crew, "SILENT_SECONDS", 0.02)
+    monkeypatch.setattr(pool, "SILENT_SECONDS", 0.02)
     scripts = Scripts({("label", 0): []})
     scripts.with_news = _slowly(scripts.with_news)
     with pytest.raises(TeacherError, match=r"shard 0: a teacher hangs, and worker 0 with it, .* than 0.05 seconds"):
@@ -189,7 +188,7 @@ def _slowly(with_news):
 
 
 def test_signs_of_life_are_enough(monkeypatch):
-    monkeypatch.setattr(crew, "SILENT_SECONDS", 0.02)
+    monkeypatch.setattr(pool, "SILENT_SECONDS", 0.02)
     scripts = Scripts({("label", 0): [*[Labelled(0, 0)] * 50, Computed()]})
     scripts.with_news = _slowly(scripts.with_news)
     made = crew_of(scripts, teacher_timeout=0.05)
@@ -206,7 +205,7 @@ def test_a_worker_that_was_idle_for_long_is_not_silent():
     made.listened_seconds = 1000.0
     assert made._give(made.members[0])
     made._check_alive(1)
-    made.listened_seconds += 1 + crew.SILENT_SECONDS + 1
+    made.listened_seconds += 1 + pool.SILENT_SECONDS + 1
     with pytest.raises(TeacherError, match="shard 0: a teacher hangs"):
         made._check_alive(1)
 

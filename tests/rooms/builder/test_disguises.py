@@ -14,7 +14,7 @@ import pytest
 
 import ferkd_data as fd
 from ferkd_data.errors import SourceError
-from ferkd_data.shards.columns import ShardLabels, same_labels
+from ferkd_data.labels.rows import ShardLabels, same_labels
 from ferkd_data_cli.main import run
 
 SETTINGS = {"crops": 4, "crops_per_block": 4, "top_k": 3, "images_per_shard": 8, "device": "cpu", "workers": 1}

@@ -10,8 +10,8 @@ import pytest
 from label_sets import SMALL
 
 from ferkd_data.builder import dry_run
-from ferkd_data.builder.estimate import measuring as module
-from ferkd_data.builder.estimate.measuring import Sample
+from ferkd_data.builder import measuring as module
+from ferkd_data.builder.measuring import Sample
 from ferkd_data.errors import BuildError, TeacherError, UsageError
 from ferkd_data_cli.main import run
 
@@ -110,7 +110,7 @@ def together(monkeypatch):
         return [sample for _ in devices]
 
     # The room's attribute of this name is the function.
-    monkeypatch.setattr(sys.modules["ferkd_data.builder.estimate.dry_run"], "measure_together", measure)
+    monkeypatch.setattr(sys.modules["ferkd_data.builder.dry_run"], "measure_together", measure)
     return asked
 
 

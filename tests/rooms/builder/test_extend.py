@@ -12,8 +12,8 @@ from label_sets import SMALL, files_below, same_files, same_label_sets, same_row
 
 import ferkd_data as fd
 from ferkd_data.builder import build_part, finish
-from ferkd_data.builder.extension import seal as seal_extension
-from ferkd_data.builder.out.state import BuildFolder
+from ferkd_data.builder import extension as seal_extension
+from ferkd_data.builder.state import BuildFolder
 from ferkd_data.errors import BuildError, ManifestError, SettingsMismatchError, SourceError, UsageError
 from ferkd_data_cli.main import run
 

@@ -12,7 +12,7 @@ from label_sets import SMALL, same_files, same_label_sets
 from servers import serve
 
 import ferkd_data as fd
-from ferkd_data.builder.labelling.pipeline import in_background
+from ferkd_data.builder.labelling.crop_batches import in_background
 from ferkd_data.errors import ImageError, SourceError, StorageFullError, TeacherError
 from ferkd_data.images import open_source
 from ferkd_data.images.patience import PatientFile, patiently

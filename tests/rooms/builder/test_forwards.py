@@ -8,8 +8,8 @@ from label_sets import SMALL, same_label_sets
 
 import ferkd_data as fd
 from ferkd_data.builder.labelling.forwards import Forwards
-from ferkd_data.ensemble import check_logits
 from ferkd_data.errors import TeacherError
+from ferkd_data.labels.ensemble import check_logits
 from ferkd_data.teachers import TeacherSpec, load_teachers
 
 GREEDY = """

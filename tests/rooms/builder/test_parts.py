@@ -12,7 +12,7 @@ from label_sets import SMALL, same_files, wait_until
 
 import ferkd_data as fd
 from ferkd_data.builder import build_part, finish
-from ferkd_data.builder.part import Part
+from ferkd_data.builder.plan import Part
 from ferkd_data.errors import BuildError, BuildLockedError, SettingsMismatchError, UsageError
 from ferkd_data_cli.main import run
 

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferkd_data.builder.extension.known_images import KnownImages
-from ferkd_data.builder.extension.piles import Piles
+from ferkd_data.builder.known_images import KnownImages, Piles
 from ferkd_data.builder.plan import load_or_make_plan, open_plan
 from ferkd_data.errors import SourceError, StorageFullError
 from ferkd_data.images import ImageRef, LeftOut, Reject

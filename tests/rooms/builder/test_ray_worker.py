@@ -11,8 +11,8 @@ import pytest
 
 import ferkd_data
 from ferkd_data.builder import Stop
-from ferkd_data.builder.workers.crew import Crew
 from ferkd_data.builder.workers.messages import Failed
+from ferkd_data.builder.workers.pool import Crew
 from ferkd_data.builder.workers.ray_actors import Actor, RayWorkers
 from ferkd_data.builder.workers.ray_cluster import Fleet
 from ferkd_data.errors import BuildError, BuildStoppedError

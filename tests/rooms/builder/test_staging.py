@@ -13,7 +13,7 @@ from label_sets import SMALL
 import ferkd_data as fd
 from ferkd_data import replay
 from ferkd_data.builder.labelling import crop_batches
-from ferkd_data.builder.labelling.staging import CudaStaging, Fetched
+from ferkd_data.builder.labelling.forwards import CudaStaging, Fetched
 from ferkd_data.errors import BuildError
 
 

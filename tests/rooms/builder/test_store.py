@@ -13,7 +13,7 @@ from servers import s3_store
 
 import ferkd_data as fd
 from ferkd_data.builder import build_part, finish
-from ferkd_data.builder.out.store_folder import StoreFolder
+from ferkd_data.builder.store_folder import StoreFolder
 from ferkd_data.builder.watch.events import ShardDone
 from ferkd_data.errors import BuildError, BuildLockedError, UsageError
 from ferkd_data.remote import open_remote

@@ -11,8 +11,8 @@ from label_sets import SMALL
 
 import ferkd_data as fd
 from ferkd_data.builder import JsonLog, MetricsFile, build_part
-from ferkd_data.builder.local import Reporting
-from ferkd_data.builder.out.state import ShardRecord
+from ferkd_data.builder.engines import Reporting
+from ferkd_data.builder.state import ShardRecord
 from ferkd_data.builder.watch import progress as counting
 from ferkd_data.builder.watch.events import (
     BatchHalved,
@@ -25,10 +25,9 @@ from ferkd_data.builder.watch.events import (
 )
 from ferkd_data.builder.watch.progress import ProgressCounter
 from ferkd_data.errors import TeacherError, UsageError
-from ferkd_data.statistics import Statistics
-from ferkd_data_cli.display import plain_line
+from ferkd_data.labels.statistics import Statistics
+from ferkd_data_cli.display import frame, plain_line
 from ferkd_data_cli.main import run
-from ferkd_data_cli.progress import frame
 
 DEADLY = '''
 import os, signal

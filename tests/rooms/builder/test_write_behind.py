@@ -11,10 +11,9 @@ import pytest
 from label_sets import SMALL, same_files
 
 import ferkd_data as fd
-from ferkd_data.builder.labelling import handover
-from ferkd_data.builder.labelling.handover import ROWS_AHEAD, BrokenOffError, Handover
-from ferkd_data.builder.labelling.write_behind import WriteBehind
-from ferkd_data.builder.out.state import BuildFolder
+from ferkd_data.builder.labelling import write_behind
+from ferkd_data.builder.labelling.write_behind import ROWS_AHEAD, BrokenOffError, Handover, WriteBehind
+from ferkd_data.builder.state import BuildFolder
 from ferkd_data.errors import BuildError
 
 SECONDS = 30
@@ -135,7 +134,7 @@ def test_rows_are_handed_over_in_order_and_not_too_many(thread):
 
 
 def test_a_writer_that_fails_is_noticed_also_without_room(thread, monkeypatch):
-    monkeypatch.setattr(handover, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(write_behind, "LOOK_SECONDS", 0.05)
     rows, fail = Handover(), threading.Event()
 
     def write():

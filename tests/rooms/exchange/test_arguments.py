@@ -6,7 +6,7 @@ import pytest
 
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
-from ferkd_data.exchange.arguments import check_at_least
+from ferkd_data.exchange.out_folder import check_at_least
 
 CARD = fd.CardFields(name="x", license="mit")
 

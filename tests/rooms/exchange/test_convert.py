@@ -19,11 +19,11 @@ from label_sets import SMALL, same_label_sets
 
 import ferkd_data as fd
 from ferkd_data.errors import ForeignFileError, LabelSetError, UsageError
-from ferkd_data.exchange import import_labels
-from ferkd_data.exchange.fkd import boxes_of
-from ferkd_data.exchange.foreign_arrays import load_arrays
 from ferkd_data.exchange.out_folder import WORK
 from ferkd_data.images import Reject, open_source
+from ferkd_data.importers import import_labels
+from ferkd_data.importers.fkd import boxes_of
+from ferkd_data.importers.foreign_arrays import load_arrays
 from ferkd_data_cli.main import run
 
 TEACHER = fd.FkdTeacher(name="someone", size=32)

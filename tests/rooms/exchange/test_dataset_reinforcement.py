@@ -11,7 +11,7 @@ from torchvision.datasets import ImageFolder
 
 import ferkd_data as fd
 from ferkd_data.errors import ForeignFileError, UsageError
-from ferkd_data.exchange.dataset_reinforcement import image_folder_ids
+from ferkd_data.importers.dataset_reinforcement import image_folder_ids
 from ferkd_data_cli.main import run
 
 CONFIG = {

@@ -10,7 +10,7 @@ from label_sets import SMALL
 
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, UsageError
-from ferkd_data.shards.columns import same_labels
+from ferkd_data.labels.rows import same_labels
 from ferkd_data_cli.main import run
 
 WHOLE = {**SMALL, "top_k": 10}

@@ -17,9 +17,9 @@ from servers import s3_store, serve
 import ferkd_data as fd
 from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError
 from ferkd_data.exchange.places import Store
-from ferkd_data.manifest import read_manifest
+from ferkd_data.format.manifest import read_manifest
+from ferkd_data.labels import rows
 from ferkd_data.remote import Remote, Retries, part_of
-from ferkd_data.shards import columns
 from ferkd_data.storage import sha256_file
 from ferkd_data_cli.main import run
 
@@ -268,7 +268,7 @@ def test_of_two_pulls_into_one_folder_the_second_is_told(label_set, tmp_path, qu
 
 def test_more_shards_than_a_folder_takes(photos, tiny_teachers, tmp_path, monkeypatch):
     """Built, extended, verified, published, pulled and converted with files in several folders."""
-    monkeypatch.setattr(columns, "SHARDS_PER_FOLDER", 2)
+    monkeypatch.setattr(rows, "SHARDS_PER_FOLDER", 2)
     settings = {"teachers": [tiny_teachers], "images_per_shard": 4, "device": "cpu", "top_k": 4}
     fd.build(photos, tmp_path / "set", crops=2, crops_per_block=2, **settings)
     fd.build(photos, tmp_path / "set", crops=4, extend=True, **settings)

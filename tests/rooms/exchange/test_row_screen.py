@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import ferkd_data as fd
-from ferkd_data.buckets import Thresholds, assign_buckets, confidence
 from ferkd_data.errors import ImageError
-from ferkd_data.exchange import row_checks
-from ferkd_data.shards.columns import ShardLabels
-from ferkd_data.shards.row_screen import suspects
+from ferkd_data.exchange import checks
+from ferkd_data.labels.buckets import Thresholds, assign_buckets, confidence
+from ferkd_data.labels.checks import suspects
+from ferkd_data.labels.rows import ShardLabels
 
 R, N, K = 6, 4, 3
 ODD_PROBS = np.array(
@@ -68,7 +68,7 @@ def damaged(generator, labels):
 
 def faults(labels, num_classes, thresholds):
     limits = {"pixel_limit": 10**8, "limit": 4}
-    return list(row_checks.row_faults(labels, num_classes=num_classes, thresholds=thresholds, **limits))
+    return list(checks.row_faults(labels, num_classes=num_classes, thresholds=thresholds, **limits))
 
 
 @pytest.mark.parametrize("num_classes", [10, 65536, 70000])
@@ -84,7 +84,7 @@ def test_what_is_found_is_found_without_the_screen_too(num_classes, which, monke
         labels = damaged(generator, whole)
         screened = faults(labels, num_classes, thresholds)
         with monkeypatch.context() as patch:
-            patch.setattr(row_checks, "suspects", lambda labels, **_: np.ones(len(labels), np.bool_))
+            patch.setattr(checks, "suspects", lambda labels, **_: np.ones(len(labels), np.bool_))
             assert list(map(str, screened)) == list(map(str, faults(labels, num_classes, thresholds)))
         found += len(screened)
     assert found > 100
@@ -100,7 +100,7 @@ def test_good_rows_pass(layout, request):
 
 
 def test_a_row_is_found_wherever_it_lies(monkeypatch):
-    monkeypatch.setattr("ferkd_data.shards.row_screen.CROPS_AT_ONCE", 2 * N)
+    monkeypatch.setattr("ferkd_data.labels.checks.CROPS_AT_ONCE", 2 * N)
     thresholds = Thresholds()
     labels = good_labels(np.random.default_rng(0), 10, thresholds)
     for row in range(R):
@@ -121,7 +121,7 @@ def test_keys_are_judged_one_by_one_as_together():
         expected = []
         for row, key in enumerate(keys):
             try:
-                row_checks.check_key(key)
+                checks.check_key(key)
             except ImageError as error:
                 expected.append((row, error.detail))
-        assert [(fault.row, fault.message) for fault in row_checks._key_faults(keys)] == expected, keys
+        assert [(fault.row, fault.message) for fault in checks._key_faults(keys)] == expected, keys

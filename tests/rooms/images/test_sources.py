@@ -19,7 +19,7 @@ from PIL import Image
 
 from ferkd_data.errors import ImageError, SourceError, StorageFullError
 from ferkd_data.images import ImageRef, Reject, check_key, open_source
-from ferkd_data.images.duplicates import DuplicateFilter
+from ferkd_data.images.keys import DuplicateFilter
 
 
 def jpeg(color="red"):

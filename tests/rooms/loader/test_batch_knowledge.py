@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import ferkd_data as fd
-from ferkd_data.buckets import assign_buckets, confidence
-from ferkd_data.loader.key_table import KeyTable
+from ferkd_data.labels.buckets import assign_buckets, confidence
+from ferkd_data.loader.image_table import KeyTable
 
 
 @pytest.fixture(params=["parquet", "webdataset"])

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
 from ferkd_data.loader.crop_dataset import Turns
-from ferkd_data.loader.ranks import Ranks
+from ferkd_data.loader.settings import Ranks
 
 
 @pytest.fixture

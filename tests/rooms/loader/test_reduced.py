@@ -14,8 +14,7 @@ from PIL import Image
 import ferkd_data as fd
 from ferkd_data.crops import CropDistribution, Crops, draw_crops
 from ferkd_data.errors import StateMismatchError, UsageError
-from ferkd_data.images.decode import decode_reduced, decode_rgb
-from ferkd_data.loader.reduced import MARGIN, divisor_for, reduced_crops
+from ferkd_data.images.decode import MARGIN, decode_reduced, decode_rgb, divisor_for, reduced_crops
 
 
 def photo(height, width, seed=0, mode="RGB"):

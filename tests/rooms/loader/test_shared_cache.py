@@ -18,7 +18,7 @@ import pytest
 import ferkd_data as fd
 from ferkd_data.errors import LoaderError, StorageFullError
 from ferkd_data.loader.label_cache import STALE_SECONDS, LabelCache
-from ferkd_data.loader.shard_records import ShardRecords
+from ferkd_data.loader.shard_files import ShardRecords
 
 TRAINING = """
 import hashlib, itertools, sys
@@ -229,7 +229,7 @@ def test_a_bit_that_flips_while_a_worker_has_the_block_open(label_set, photos, t
 
 def test_a_disk_that_damages_whatever_is_written(label_set, tmp_path, monkeypatch):
     monkeypatch.setattr("ferkd_data.loader.label_cache.are_intact", lambda records: False)
-    monkeypatch.setattr("ferkd_data.loader.shard_records.are_intact", lambda records: False)
+    monkeypatch.setattr("ferkd_data.loader.shard_files.are_intact", lambda records: False)
     for kind in (LabelCache, ShardRecords):
         with pytest.raises(LoaderError, match="damaged again right after it was written"):
             kind(fd.open_labels(label_set), tmp_path).take(0, np.arange(3))

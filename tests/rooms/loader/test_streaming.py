@@ -16,11 +16,10 @@ from servers import serve
 
 import ferkd_data as fd
 from ferkd_data.errors import LoaderError, RemoteError, StorageFullError
-from ferkd_data.loader.held_files import HeldFiles
+from ferkd_data.loader.image_table import max_open
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import epoch_order
-from ferkd_data.loader.own_images import max_open
-from ferkd_data.loader.shard_records import ShardRecords
+from ferkd_data.loader.shard_files import HeldFiles, ShardRecords
 from ferkd_data.remote import Retries
 from ferkd_data.storage import explain_full_disk
 
@@ -72,7 +71,7 @@ def test_a_cache_on_a_full_disk(many_shards, tmp_path, monkeypatch):
         with explain_full_disk(path, advice):
             yield Path("/dev/full")
 
-    monkeypatch.setattr("ferkd_data.loader.shard_records.write_atomically", on_a_full_disk)
+    monkeypatch.setattr("ferkd_data.loader.shard_files.write_atomically", on_a_full_disk)
     with pytest.raises(StorageFullError, match="no space left"):
         ShardRecords(fd.open_labels(many_shards / "parquet"), tmp_path).take(0, np.arange(3))
 
@@ -261,7 +260,7 @@ def test_more_tars_than_a_process_may_open(many_shards, tmp_path, monkeypatch):
     most, settings = 0, {"batch_size": 8, "crops_per_image": 2, "size": 32, "calibration": "fkd", "spread": True}
     expected = contents(fd.CropLoader(labels, cache_dir=tmp_path, **settings))
     gc.collect()
-    monkeypatch.setattr("ferkd_data.loader.own_images.max_open", lambda: 3)
+    monkeypatch.setattr("ferkd_data.loader.image_table.max_open", lambda: 3)
     loader = fd.CropLoader(labels, cache_dir=tmp_path, **settings)
     read = loader._maker.images.read
 
@@ -278,5 +277,5 @@ def test_more_tars_than_a_process_may_open(many_shards, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("limit", "expected"), [(1024, 256), (256, 64), (16, 8), (10**6, 256)])
 def test_a_quarter_of_the_files_is_for_tars(monkeypatch, limit, expected):
-    monkeypatch.setattr("ferkd_data.loader.own_images.resource.getrlimit", lambda _: (limit, limit))
+    monkeypatch.setattr("ferkd_data.loader.image_table.resource.getrlimit", lambda _: (limit, limit))
     assert max_open() == expected

@@ -11,7 +11,7 @@ import torch
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, StateMismatchError, UsageError
 from ferkd_data.loader.label_cache import LabelCache
-from ferkd_data.loader.shard_records import ShardRecords
+from ferkd_data.loader.shard_files import ShardRecords
 
 ROWS = [1, 2, 3, 5, 8, 9, 11, 12, 16, 17, 19]
 

@@ -22,7 +22,7 @@ from label_sets import wait_until
 import ferkd_data as fd
 from ferkd_data.errors import LoaderError, UsageError
 from ferkd_data.images import open_source
-from ferkd_data.loader.buffers import MAPPED_BYTES, NOT_KEPT, BatchBuffers, MappedSlots
+from ferkd_data.loader.channel import MAPPED_BYTES, NOT_KEPT, BatchBuffers, MappedSlots
 from ferkd_data.loader.crew import MAX_DEATHS, Crew
 from ferkd_data.loader.one_core import one_thread
 

@@ -12,18 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ferkd_data as fd
-from ferkd_data.buckets import Thresholds, assign_buckets
 from ferkd_data.calibration import Calibration, use_probability
+from ferkd_data.labels.buckets import Thresholds, assign_buckets
+from ferkd_data.labels.rows import ShardLabels
+from ferkd_data.report.cards import threshold_table
 from ferkd_data.report.charts import Reliability, percent
-from ferkd_data.report.collect import Collector, collect
-from ferkd_data.report.duplicates import Duplicates
+from ferkd_data.report.collect import Collector, Duplicates, collect
 from ferkd_data.report.findings import _calibrated_apart, ensemble_reliability, findings
-from ferkd_data.report.samples import Smallest
+from ferkd_data.report.samples import CSV_COLUMNS, Smallest, SuspectList
 from ferkd_data.report.sketch import FLOAT16_VALUES, Sketch, counts_below, counts_between
-from ferkd_data.report.suggestion import suggest
-from ferkd_data.report.suspects import CSV_COLUMNS, SuspectList
-from ferkd_data.report.tables import threshold_table
-from ferkd_data.shards.columns import ShardLabels
+from ferkd_data.report.thresholds import suggest
 
 
 def made_up(num_images: int, *, seed: int = 0, num_crops: int = 8, classes: int = 6, start: int = 0) -> ShardLabels:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import ferkd_data as fd
-from ferkd_data.buckets import BUCKETS
 from ferkd_data.calibration import crop_buckets
+from ferkd_data.labels.buckets import BUCKETS
 
 ARTEFACTS = os.environ.get("FERKD_DATA_SCREENSHOTS")
 

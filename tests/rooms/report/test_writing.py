@@ -14,8 +14,7 @@ import pytest
 
 import ferkd_data as fd
 from ferkd_data.errors import BuildError, MissingExtraError, UsageError
-from ferkd_data.report.make import hours_of
-from ferkd_data.report.render import asset, inert_json, policy
+from ferkd_data.report.make import asset, hours_of, inert_json, policy
 from ferkd_data_cli.main import run
 
 
@@ -196,7 +195,7 @@ class ReportReader:
 
 @pytest.mark.parametrize("layout", ["parquet", "webdataset"])
 def test_a_build_keeps_its_report_up_to_date(tmp_path, photos, tiny_teachers, layout, monkeypatch):
-    monkeypatch.setattr("ferkd_data.report.live.LARGEST_SHARE", 1e9)
+    monkeypatch.setattr("ferkd_data.report.make.LARGEST_SHARE", 1e9)
     file, out = tmp_path / "report.html", tmp_path / "out"
     live, reader = fd.LiveReport(file, images=photos), ReportReader(file)
 

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ferkd_data.builder.labelling.staging import current_device
+from ferkd_data.builder.labelling.forwards import current_device
 from ferkd_data.errors import TeacherError
 from ferkd_data.teachers import Preprocessing, TeacherSpec, onnx_models
-from ferkd_data.teachers.kernels import check_precision, faithful_kernels
-from ferkd_data.teachers.teacher import ModuleTeacher
+from ferkd_data.teachers.teacher import ModuleTeacher, check_precision, faithful_kernels
 
 CUDNN, MATMUL = torch.backends.cudnn, torch.backends.cuda.matmul
 

@@ -1,0 +1,172 @@
+"""Printing what strangers wrote: their keys, names and paths must not control the terminal.
+
+Aligned tables for a terminal.
+
+Standard output and error whose reader may be gone: `2>&1 | head -1`, a closed terminal, a full disk below a log.
+
+Signals that end a command, the same for all of them.
+
+SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) end a command in order at the first signal, with one line and
+status 128 + the signal's number. A second signal ends the process at once. Nothing that was finished is lost either
+way. A build first gives the shards in work some time (`--grace`) at SIGTERM and SIGHUP.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, TextIO
+
+import click
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tab and newline, marks that reverse the order of what is shown, lone surrogates."""
+
+
+def printable(text: str) -> str:
+    r"""The same text with each such character as its escape, such as \u001b (which is also JSON's)."""
+    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
+_above: Callable[[str], None] | None = None
+"""Where lines for stderr go while a live display has the end of the terminal."""
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a text that strangers may have written; to stderr above a live display, where there is one."""
+    if err and _above is not None:
+        _above(printable(text))
+    else:
+        click.echo(printable(text), err=err)
+
+
+@contextmanager
+def above(write: Callable[[str], None]) -> Iterator[None]:
+    """Meanwhile, lines for stderr go through `write`: click itself would write across the display."""
+    global _above
+    _above = write
+    try:
+        yield
+    finally:
+        _above = None
+
+
+class _OnStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"ferkd-data: {record.getMessage()}", err=True)
+
+
+def say_what_is_logged() -> None:
+    """From now on, the library's warnings (what is tried again, and why) are lines on stderr."""
+    logger = logging.getLogger("ferkd_data")
+    if not any(isinstance(handler, _OnStderr) for handler in logger.handlers):
+        logger.addHandler(_OnStderr())
+
+
+def say_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, indent: int = 0) -> None:
+    """Print rows below the titles of their columns. A column whose cells begin with digits is aligned to the right.
+
+    The last column is not padded, and may be as long as it likes.
+    """
+    lines = [[printable(cell) for cell in row] for row in (head, *rows)]
+    numeric = [bool(rows) and all(row[i][:1].isdigit() for row in lines[1:] if row[i]) for i in range(len(head))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        cells = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ]
+        say(" " * indent + "  ".join(cells).rstrip())
+
+
+class Forgiving:
+    """A text stream that goes on into nothing once nobody can read it; all else is the stream's own."""
+
+    def __init__(self, stream: TextIO, *, forgives: tuple[type[OSError], ...]) -> None:
+        self._stream = stream
+        self._forgives = forgives
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except self._forgives:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except self._forgives:
+            self._give_up()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _give_up(self) -> None:
+        """Lead the descriptor to nowhere: for what is in the buffer, and for worker processes that inherit it."""
+        with suppress(OSError, ValueError):  # a stream without a descriptor, as tests have
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextmanager
+def forgiving_streams() -> Iterator[None]:
+    """A build must not end because nobody reads what it says. Results on a full disk are still an error."""
+    before = sys.stdout, sys.stderr
+    # Python sets these to None where the descriptor is closed (`2>&-`).
+    out, err = (stream or open(os.devnull, "w") for stream in before)  # noqa: PTH123
+    sys.stdout = Forgiving(out, forgives=(BrokenPipeError,))
+    sys.stderr = Forgiving(err, forgives=(OSError,))
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Signalled(KeyboardInterrupt):
+    """Raised in the main thread at the first signal; libraries treat it as they treat Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def orderly_end() -> Iterator[None]:
+    """Handle ENDING until the context ends. Does nothing outside the main thread, and for signals that are ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if seen:
+            with suppress(OSError):
+                os.write(2, b"\nferkd-data: ended at once; run the same command again to go on\n")
+            os._exit(128 + number)
+        seen = True
+        raise Signalled(number)
+
+    # `nohup` and `&` in scripts leave signals ignored, and mean it.
+    taken = {number: before for number in ENDING if (before := signal.getsignal(number)) is not signal.SIG_IGN}
+    for number in taken:
+        signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for number, before in taken.items():
+            signal.signal(number, before)

@@ -1,1 +1,0 @@
-"""What a build will take, measured before it is begun."""

@@ -1,0 +1,381 @@
+"""The finished label set that a build extends: what it fixes, and whether it can be extended at all.
+
+The plan of an extension: the images of a label set that get more crops, in its own shards; then the new images.
+
+Its digest is that of the label set's plan where no image is new, else over that digest and the new keys and targets.
+
+The end of an extension: new files beside the old ones, and a manifest that takes the old one's place at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice, repeat, takewhile
+from operator import attrgetter
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from ferkd_data.builder.known_images import KnownImages
+from ferkd_data.builder.plan import Plan, PlanWriter, open_plan, save_plan
+from ferkd_data.builder.seal import write_manifest, write_rejects
+from ferkd_data.builder.settings import DEFAULT_IMAGES_PER_SHARD, BuildSettings
+from ferkd_data.builder.state import BuildFolder, Facts
+from ferkd_data.crops import CropDistribution
+from ferkd_data.differences import describe_differences
+from ferkd_data.errors import BuildError, SettingsMismatchError, SourceError, UsageError
+from ferkd_data.format.manifest import (
+    FILE_NAME,
+    CreatedBy,
+    Manifest,
+    RejectsEntry,
+    ShardEntry,
+    TeacherEntry,
+    identity_of,
+    parse_manifest,
+    read_manifest_bytes,
+)
+from ferkd_data.format.rejects import check_rejects, read_rejects, readable
+from ferkd_data.images import ClassList, ImageRef, ImageSource, Reject, in_groups
+from ferkd_data.label_set import LabelSet, open_labels
+from ferkd_data.labels import statistics
+from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
+from ferkd_data.labels.rows import DIGEST_BYTES, UNKNOWN_TARGET
+from ferkd_data.storage import write_atomically
+
+NOT_COMPARED = {"spec", "name"}
+"""Of a teacher: how it was called."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    out: Path
+    manifest: Manifest
+    identity: str
+    """SHA-256 of the manifest."""
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        return tuple(teacher.spec for teacher in self.manifest.teachers)
+
+    @property
+    def precision(self) -> str:
+        """Of all teachers; auto where they differ."""
+        found = {teacher.precision for teacher in self.manifest.teachers}
+        return found.pop() if len(found) == 1 else "auto"
+
+    @property
+    def classes(self) -> ClassList | None:
+        """The classes as they were numbered, where the label set says by which folders or texts."""
+        folders, names = self.manifest.source.class_folders, self.manifest.class_names
+        if folders is None:
+            return None
+        return ClassList(str(self.out / FILE_NAME), folders, names if names and len(names) == len(folders) else folders)
+
+    def settings(self, given: Mapping[str, Any]) -> BuildSettings:
+        """Those of the extended label set. Only `crops`, `images_per_shard` and `max_pixels` are free.
+
+        Raises SettingsMismatchError that names both values where one that is given contradicts the manifest,
+        UsageError where the number of crops cannot be reached.
+        """
+        crops = int(given.get("crops", self.manifest.num_crops))
+        fixed = {**self._stored(), "crops_per_block": self._crops_per_block(crops)}
+        lines = [
+            line
+            for name in fixed
+            if name in given
+            for line in describe_differences(_plain(fixed[name]), _plain(self._comparable(given[name])), name)
+        ]
+        if lines:
+            raise SettingsMismatchError(
+                f"{self.out}: an extended label set keeps its settings: {'; '.join(lines)}. Leave these out, or build "
+                "into another folder"
+            )
+        free = {"images_per_shard": self._images_per_shard()}
+        if self.manifest.max_pixels is not None:
+            free["max_pixels"] = self.manifest.max_pixels
+        return BuildSettings(**{**free, **given, **fixed, "crops": crops})
+
+    def check_teachers(self, entries: Sequence[TeacherEntry]) -> None:
+        """Raises SettingsMismatchError that names both values where these would say something else."""
+        saved, present = ([_compared(entry) for entry in each] for each in (self.manifest.teachers, entries))
+        lines = describe_differences({"teachers": saved}, {"teachers": present})
+        if lines:
+            raise SettingsMismatchError(
+                f"{self.out}: was labelled by other teachers than those given: {'; '.join(lines)}. Another teacher's "
+                "labels go into a label set of their own; ferkd-data merge makes the ensemble"
+            )
+
+    def check_class_names(self, names: tuple[str, ...] | None) -> None:
+        """Raises SettingsMismatchError where the source's class numbers mean something else."""
+        saved = self.manifest.class_names
+        if saved is None or names is None or saved == names:
+            return
+        lines = describe_differences({"class_names": list(saved)}, {"class_names": list(names)})
+        raise SettingsMismatchError(f"{self.out}: the source has other classes than the label set: {lines[0]}")
+
+    def _stored(self) -> dict[str, Any]:
+        """Settings that the manifest decides."""
+        manifest = self.manifest
+        drawn = manifest.crop_distribution
+        return {
+            "top_k": manifest.top_k,
+            "layout": manifest.layout,
+            "seed": manifest.seed,
+            "distribution": CropDistribution(scale=drawn.scale, ratio=drawn.ratio, hflip=drawn.hflip),
+            "augment": manifest.augmentations or (),
+            "ensemble": manifest.ensemble,
+            "thresholds": manifest.thresholds.absolute(),
+        }
+
+    def _comparable(self, value: Any) -> Any:
+        """Quantiles that are those of the manifest stand for the thresholds that were found with them."""
+        stored = self.manifest.thresholds
+        if isinstance(value, QuantileThresholds) and stored.quantile == (value.low, value.mid, value.top):
+            return replace(stored.absolute(), confidence=value.confidence)
+        return value
+
+    def _crops_per_block(self, crops: int) -> int:
+        """Raises UsageError where more crops would mean to write a file anew."""
+        has, block = self.manifest.num_crops, self.manifest.crops_per_block
+        if crops < has:
+            raise UsageError(f"{self.out}: has {has} crops per image already, asked for {crops}; give {has} or more")
+        if crops == has:
+            return block
+        if self.manifest.layout == "webdataset":
+            raise UsageError(
+                f"{self.out}: layout webdataset keeps all crops of an image in one file, so it cannot get more; turn "
+                f"it into layout parquet first: ferkd-data convert {self.out} NEW --layout parquet"
+            )
+        if has < block:
+            return has  # one short block for each shard: they are whole blocks of that size
+        if has % block:
+            raise UsageError(
+                f"{self.out}: its {has} crops end within a crop block of {block}, whose files would have to be written "
+                f"anew; cut it into blocks that divide {has} first, as with: ferkd-data convert {self.out} NEW "
+                f"--layout parquet --crops-per-block {_largest_divisor(has, block)}"
+            )
+        return block
+
+    def _images_per_shard(self) -> int:
+        if self.manifest.images_per_shard is not None:
+            return self.manifest.images_per_shard
+        rows = [shard.rows for shard in self.manifest.shards]
+        return max(rows) if len(rows) > 1 else max(rows[0], DEFAULT_IMAGES_PER_SHARD[self.manifest.layout])
+
+
+def open_base(out: Path) -> Base:
+    """Raises ManifestError where there is no finished label set, UsageError for one that no single build wrote."""
+    text = read_manifest_bytes(out)
+    manifest = parse_manifest(text, str(out / FILE_NAME))
+    for mark, how in (("imported_from", "imported"), ("merged_from", "merged")):
+        if mark in (manifest.model_extra or {}):
+            raise UsageError(
+                f"{out}: was {how}, so no seed and teachers give its crops again; only a label set as a build wrote it "
+                "can be extended. Build the further crops or images into a folder of their own, and merge"
+            )
+    return Base(out=out, manifest=manifest, identity=identity_of(text))
+
+
+def _compared(entry: TeacherEntry) -> dict[str, Any]:
+    return {name: value for name, value in entry.model_dump(mode="json").items() if name in _COMPARED}
+
+
+_COMPARED = set(TeacherEntry.model_fields) - NOT_COMPARED
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if isinstance(value, (CropDistribution, Thresholds, QuantileThresholds)) else value
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return max(divisor for divisor in range(1, at_most + 1) if number % divisor == 0)
+
+
+CHUNK = 4096
+"""Items that are dealt with together."""
+
+
+def load_or_make_extension(source: ImageSource, folder: Path, base: Base, settings: BuildSettings) -> Plan:
+    """The plan that an earlier run of this extension made, or a new one.
+
+    Raises SourceError for a labelled image that is to get more crops and is not in the source any more,
+    SettingsMismatchError for one that has another target there.
+    """
+    if (folder / "plan.json").exists():
+        return open_plan(folder)
+    return _Extension(source, folder, base, settings).plan()
+
+
+class _Extension:
+    def __init__(self, source: ImageSource, folder: Path, base: Base, settings: BuildSettings) -> None:
+        self.source = source
+        self.folder = folder
+        self.base = base
+        self.labels: LabelSet = open_labels(base.out)
+        self.images_per_shard = settings.shard_images
+        self.more_crops = settings.crops > base.manifest.num_crops
+        self.rejects_path = base.out / base.manifest.rejects.path
+
+    def plan(self) -> Plan:
+        manifest = self.base.manifest
+        plan_sha256 = manifest.source.plan_sha256
+        with self.labels.open(manifest.rejects) as rejects:
+            check_rejects(rejects.path, manifest.rejects.rows)
+        num_known, num_rejected = manifest.num_images, manifest.rejects.rows
+        with KnownImages(num_known, num_rejected) as known, PlanWriter(self.folder, digest_of=plan_sha256) as writer:
+            self._learn(known)
+            self._list(known, writer)
+            known.join(place_known=self.more_crops)
+            self._check(known)
+            for reject, is_gone in zip(read_rejects(self.rejects_path), known.is_gone, strict=True):
+                if is_gone:
+                    writer.add_reject(reject)
+            known_sizes = [entry.rows for entry in manifest.shards] if self.more_crops else []
+            shards = known.placed(chain(known_sizes, repeat(self.images_per_shard)))
+            for rows in islice(shards, len(known_sizes)):
+                writer.add_shard(rows, are_known=True)
+            for rows in takewhile(len, shards):
+                writer.add_shard(rows)
+        num_shards = len(manifest.shards)
+        summary = writer.summary(self.source)
+        changes = {
+            "max_target": known.max_target,
+            "sha256": plan_sha256 if known.num_found == known.num_listed else summary.sha256,
+            "first_shard": 0 if self.more_crops else num_shards,
+            "known_shards": num_shards if self.more_crops else 0,
+            "known_images": num_known if self.more_crops else 0,
+            "known_crops": manifest.num_crops,
+            "all_listed": known.num_found == num_known,
+        }
+        return save_plan(self.folder, summary.model_copy(update=changes))
+
+    def _learn(self, known: KnownImages) -> None:
+        row = 0
+        for keys, targets, digests in self._identities():
+            known.add_labelled(row, keys, targets, digests)
+            row += len(keys)
+        for rejects in in_groups(enumerate(read_rejects(self.rejects_path)), CHUNK):
+            known.add_rejected(rejects[0][0], [reject.key for _, reject in rejects])
+
+    def _list(self, known: KnownImages, writer: PlanWriter) -> None:
+        for items in in_groups(self.source.list_images(), CHUNK):
+            known.add_listed([item for item in items if isinstance(item, ImageRef)])
+            rejects = [item for item in items if isinstance(item, Reject)]
+            known.add_named([readable(reject.key) for reject in rejects])
+            for reject in rejects:
+                writer.add_reject(reject)
+
+    def _check(self, known: KnownImages) -> None:
+        if known.mismatch is not None:
+            _, key, saved, now = known.mismatch
+            raise SettingsMismatchError(
+                f"{self.base.out}: image {key!r} has another target in {self.source.description}: saved "
+                f"{saved}, now {now}; give the --classes that the label set was built with"
+            )
+        if known.missing is not None and self.more_crops:
+            raise SourceError(
+                f"image {known.missing.key!r} has labels in {self.base.out}, and is not in {self.source.description}: "
+                "it cannot get more crops. Put it back, or leave out --crops to add new images alone"
+            )
+
+    def _identities(self) -> Iterator[tuple[Sequence[str], pa.Array, Any]]:
+        """(keys, targets, digests) of each shard of the label set; digests in layout parquet alone.
+
+        Every file of the label set is read and checked, since the extended set vouches for the old files too. Raises
+        ShardError for one that was damaged, or that says what no label set may say.
+        """
+        for entry in filter(attrgetter("rows"), self.base.manifest.shards):
+            first = self.labels.block(entry.index, 0)
+            for block in range(1, self.labels.num_blocks):
+                self.labels.block(entry.index, block)
+            targets = pa.array(first.target, mask=first.target == UNKNOWN_TARGET)
+            if self.base.manifest.layout == "parquet":
+                digests = pa.array(map(bytes, first.image_digest), pa.binary(DIGEST_BYTES))
+                yield first.keys, targets, digests
+            else:
+                yield first.keys, targets, [None] * len(first)
+
+
+def seal_extension(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts, version: str) -> Manifest:
+    """The manifest of the old and the new labels together; the old one where nothing came to it.
+
+    Until the manifest is written, and whatever was killed before, OUT is the old label set. Can be run again.
+    """
+    old = open_base(folder.out).manifest
+    shards = tuple(_shards(folder, plan, old))
+    images = sum(shard.rows for shard in shards)
+    rejects = _rejects(folder, plan, old)
+    records = (folder.existing_record(shard) for shard in plan.shards)
+    new_images = images > old.num_images
+    changes = {
+        "created_by": CreatedBy(name="ferkd-data", version=version),
+        "num_images": images,
+        "num_crops": settings.crops,
+        "crops_per_block": settings.crops_per_block,
+        "source": old.source.model_copy(
+            update={
+                "description": _description(old, plan, facts),
+                "images_seen": images + rejects.rows,
+                "plan_sha256": plan.summary.sha256 if new_images else old.source.plan_sha256,
+                "place_sha256": facts.place_sha256 if plan.summary.all_listed else None,
+                "left_out": facts.left_out,
+            }
+        ),
+        "shards": shards,
+        "rejects": rejects,
+        "statistics": statistics.add([old.statistics, *(record.statistics for record in records)]),
+    }
+    manifest = old.model_copy(update=changes)
+    if new_images:
+        # Old images may be as large as the old limit, new ones as this build's.
+        manifest = manifest.model_copy(update={"max_pixels": max(old.pixel_limit, settings.max_pixels)})
+    if manifest.model_copy(update={"created_by": old.created_by, "source": old.source}) == old:
+        return old  # nothing came to it
+    with write_atomically(folder.path / "sealed") as aside:
+        aside.write_text(identity_of(manifest.to_json().encode()))
+    write_manifest(folder.out, manifest)
+    if rejects.path != old.rejects.path:
+        (folder.out / old.rejects.path).unlink(missing_ok=True)
+    return manifest
+
+
+def _shards(folder: BuildFolder, plan: Plan, old: Manifest) -> Iterator[ShardEntry]:
+    """Those of the old label set, with their new blocks; then the new ones, but for empty ones at the end."""
+    for entry in old.shards:
+        if entry.index not in plan.shards:
+            yield entry
+            continue
+        record = folder.existing_record(entry.index)
+        if record.rows != entry.rows:
+            raise BuildError(f"{folder.out}: shard {entry.index} has {entry.rows} rows, its new blocks {record.rows}")
+        yield entry.model_copy(update={"files": (*entry.files, *record.files)})
+    new = [folder.existing_record(shard) for shard in plan.shards if shard >= len(old.shards)]
+    while new and not new[-1].rows:
+        new.pop()
+    for record in new:
+        yield ShardEntry(index=record.index, rows=record.rows, files=record.files)
+
+
+def _rejects(folder: BuildFolder, plan: Plan, old: Manifest) -> RejectsEntry:
+    """A file of another name, since the old manifest is in force; the old one where it would be the same."""
+    new = write_rejects(folder, plan, _next_name(old.rejects.path))
+    if new.sha256 != old.rejects.sha256:
+        return new
+    (folder.out / new.path).unlink()
+    return old.rejects
+
+
+def _next_name(path: str) -> str:
+    """rejects.parquet, rejects-2.parquet, rejects-3.parquet, ..."""
+    found = re.fullmatch(r"rejects-(\d+)", PurePosixPath(path).stem)
+    return f"rejects-{int(found[1]) + 1 if found else 2}.parquet"
+
+
+def _description(old: Manifest, plan: Plan, facts: Facts) -> str:
+    """Of the new source, or of both where the old images are not in it."""
+    before = old.source.description
+    return facts.source if plan.summary.all_listed or facts.source in before else f"{before}; {facts.source}"

@@ -1,1 +1,0 @@
-"""More crops or images for a finished label set."""

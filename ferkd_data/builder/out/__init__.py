@@ -1,1 +1,0 @@
-"""OUT while a build works on it: its state, its locks, its end."""

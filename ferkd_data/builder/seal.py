@@ -1,0 +1,199 @@
+"""The end of a build: thresholds by quantile where asked for, rejects, and last of all the manifest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ferkd_data.augment.distribution import num_words
+from ferkd_data.builder.plan import Plan
+from ferkd_data.builder.settings import BuildSettings
+from ferkd_data.builder.state import REJECTS_NAME, BuildFolder, Facts, ShardRecord
+from ferkd_data.errors import BuildError
+from ferkd_data.format import parquet, webdataset
+from ferkd_data.format.manifest import (
+    FILE_NAME,
+    RECORDED_OPERATIONS,
+    CreatedBy,
+    CropDistributionEntry,
+    Manifest,
+    RejectsEntry,
+    ShardEntry,
+    SourceEntry,
+    ThresholdsEntry,
+)
+from ferkd_data.format.rejects import RejectWriter, read_rejects, rejects_entry
+from ferkd_data.format.writers import write_shard
+from ferkd_data.images import Reject
+from ferkd_data.labels import statistics
+from ferkd_data.labels.buckets import (
+    NUM_FLOAT16,
+    QuantileThresholds,
+    Thresholds,
+    assign_buckets,
+    confidence,
+    confidence_counts,
+)
+from ferkd_data.labels.rows import ImageLabels, ShardLabels, concat_crops
+from ferkd_data.storage import write_atomically
+
+
+def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts, version: str) -> Manifest:
+    """Write rejects.parquet and manifest.json; every shard must have its record. Can be run again after a kill.
+
+    Raises BuildError where every image was rejected: nothing is written then, and the build begins anew.
+    """
+    _check_any_labelled(folder, plan)
+    thresholds = _final_thresholds(folder, plan, settings, facts.num_classes)
+    records = [_with_thresholds(folder, shard, settings, thresholds, facts.num_classes) for shard in plan.shards]
+    rejects = write_rejects(folder, plan, REJECTS_NAME)
+    asked = settings.thresholds
+    manifest = Manifest(
+        created_by=CreatedBy(name="ferkd-data", version=version),
+        layout=settings.layout,
+        num_images=sum(record.rows for record in records),
+        num_crops=settings.crops,
+        crops_per_block=settings.crops_per_block,
+        top_k=settings.top_k,
+        num_classes=facts.num_classes,
+        class_names=facts.class_names,
+        seed=settings.seed,
+        crop_distribution=CropDistributionEntry(
+            scale=settings.distribution.scale,
+            ratio=settings.distribution.ratio,
+            hflip=settings.distribution.hflip,
+        ),
+        augmentations=tuple(settings.augment) or None,
+        requires=(RECORDED_OPERATIONS,) if settings.augment else None,
+        teachers=facts.teachers,
+        ensemble=settings.ensemble,
+        thresholds=ThresholdsEntry(
+            low=thresholds.low,
+            mid=thresholds.mid,
+            top=thresholds.top,
+            confidence=thresholds.confidence,
+            quantile=(asked.low, asked.mid, asked.top) if isinstance(asked, QuantileThresholds) else None,
+        ),
+        max_pixels=settings.max_pixels,
+        images_per_shard=settings.shard_images,
+        source=SourceEntry(
+            description=facts.source,
+            images_seen=plan.summary.images + plan.summary.rejects,
+            plan_sha256=plan.summary.sha256,
+            place_sha256=facts.place_sha256,
+            class_folders=facts.class_folders,
+            left_out=facts.left_out,
+        ),
+        shards=tuple(ShardEntry(index=r.index, rows=r.rows, files=r.files) for r in records),
+        rejects=rejects,
+        statistics=statistics.add(record.statistics for record in records),
+    )
+    write_manifest(folder.out, manifest)
+    return manifest
+
+
+def _check_any_labelled(folder: BuildFolder, plan: Plan) -> None:
+    reasons: Counter[str] = Counter()
+    for shard in plan.shards:
+        record = folder.existing_record(shard)
+        if record.rows:
+            return
+        reasons.update(reject.reason for reject in record.rejects)
+    reasons.update(reject.reason for reject in read_rejects(plan.folder / "plan-rejects.parquet"))
+    written = write_rejects(folder, plan, REJECTS_NAME)
+    kept = folder.start_over(folder.out / REJECTS_NAME)
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    raise BuildError(
+        f"{folder.place}: no label set was written, since every one of the {written.rows} images was rejected "
+        f"({counts}); {kept} says why for each. Mend the images and run the same command again"
+    )
+
+
+def write_manifest(out: Path, manifest: Manifest) -> None:
+    with write_atomically(out / FILE_NAME) as aside:
+        aside.write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _final_thresholds(folder: BuildFolder, plan: Plan, settings: BuildSettings, num_classes: int) -> Thresholds:
+    if isinstance(settings.thresholds, Thresholds):
+        return settings.thresholds
+    counts = np.zeros(NUM_FLOAT16, np.int64)
+    for shard in plan.shards:
+        record = folder.existing_record(shard)
+        if record.rows:
+            with folder.at_hand(record):
+                labels = _read(folder.out, record, settings, num_classes)
+            counts += confidence_counts(
+                confidence(labels.class_prob, labels.target_prob, settings.thresholds.confidence)
+            )
+    return settings.thresholds.resolve(counts)
+
+
+def _with_thresholds(
+    folder: BuildFolder, shard: int, settings: BuildSettings, thresholds: Thresholds, num_classes: int
+) -> ShardRecord:
+    """The shard's record, its buckets assigned anew where they were provisional."""
+    record = folder.existing_record(shard)
+    final = (thresholds.low, thresholds.mid, thresholds.top)
+    if record.thresholds == final or not record.rows:
+        return record
+    counts = np.zeros(4, np.int64)
+
+    def rows() -> Iterator[tuple[ImageLabels, bytes]]:
+        for labels, image in _rows(folder.out, record, settings, num_classes):
+            confidences = confidence(labels.class_prob, labels.target_prob, thresholds.confidence)
+            bucket = assign_buckets(confidences, thresholds)
+            counts[:] += np.bincount(bucket, minlength=4)
+            yield _with_bucket(labels, bucket), image
+
+    with folder.at_hand(record):
+        _, files = write_shard(folder.out, shard, rows(), layout=settings.layout, block_starts=settings.block_starts)
+        changed = record.statistics.model_copy(update={"bucket_counts": tuple(counts.tolist())})
+        final_record = record.model_copy(update={"files": files, "statistics": changed, "thresholds": final})
+        folder.save(final_record)
+    return final_record
+
+
+def _with_bucket(labels: ImageLabels, bucket: object) -> ImageLabels:
+    return ImageLabels(**{**labels.__dict__, "bucket": bucket})
+
+
+def _rows(
+    out: Path, record: ShardRecord, settings: BuildSettings, num_classes: int
+) -> Iterator[tuple[ImageLabels, bytes]]:
+    if settings.layout == "webdataset":
+        yield from webdataset.read_rows(out / record.files[0].path)
+    else:
+        for labels in _read(out, record, settings, num_classes):
+            yield labels, b""
+
+
+def _read(out: Path, record: ShardRecord, settings: BuildSettings, num_classes: int) -> ShardLabels:
+    if settings.layout == "webdataset":
+        return ShardLabels.from_rows([labels for labels, _ in webdataset.read_rows(out / record.files[0].path)])
+    blocks = []
+    for file in record.files:
+        start = file.block * settings.crops_per_block
+        blocks.append(
+            parquet.read_labels(
+                out / file.path,
+                rows=record.rows,
+                num_crops=min(settings.crops_per_block, settings.crops - start),
+                top_k=settings.top_k,
+                num_classes=num_classes,
+                operation_words=num_words(settings.augmentations),
+            )
+        )
+    return concat_crops(blocks)
+
+
+def write_rejects(folder: BuildFolder, plan: Plan, name: str) -> RejectsEntry:
+    path = folder.out / name
+    with write_atomically(path) as aside, RejectWriter(aside) as writer:
+        writer.copy_from(plan.folder / "plan-rejects.parquet")
+        for shard in plan.shards:
+            writer.extend(Reject(**reject.model_dump()) for reject in folder.existing_record(shard).rejects)
+    return rejects_entry(path, writer.rows)

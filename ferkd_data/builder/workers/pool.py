@@ -1,0 +1,308 @@
+"""The shards that wait for a worker, and those that were with workers when these died.
+
+What a worker could not do, as the error that the build raises.
+
+The driver of a build: hands shards to workers, hears what becomes of them, and sees to workers that die.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Generic
+
+from ferkd_data import errors
+from ferkd_data.builder.state import BuildFolder
+from ferkd_data.builder.stop import Stop
+from ferkd_data.builder.watch.progress import ProgressCounter
+from ferkd_data.builder.workers.messages import (
+    AnyWorker,
+    Computed,
+    Failed,
+    Finished,
+    Halved,
+    Labelled,
+    Ready,
+    Settled,
+    Slow,
+    WorkerLostError,
+    Workers,
+)
+from ferkd_data.errors import BuildError, FerkdError, TeacherError
+
+DEATHS_PER_SHARD = 3
+"""A shard that was with so many workers when they died is not given to another."""
+
+
+class Backlog:
+    def __init__(self) -> None:
+        self.shards: deque[int] = deque()
+        self.deaths: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def add(self, shards: Sequence[int]) -> None:
+        self.shards.extend(shards)
+
+    def take(self) -> int:
+        return self.shards.popleft()
+
+    def give_back(self, shard: int, how: str) -> None:
+        """Its worker died, `how`. Raises BuildError where that happened too often."""
+        self.deaths[shard] += 1
+        if self.deaths[shard] >= DEATHS_PER_SHARD:
+            raise BuildError(
+                f"shard {shard}: {self.deaths[shard]} workers died while they labelled it, the last was {how}; if the "
+                "system ran out of memory, use fewer --processes or a smaller --batch-size"
+            )
+        self.shards.appendleft(shard)
+
+
+class WorkerTraceback(Exception):
+    """Where a worker raised, as text: the cause of what the driver raises."""
+
+
+def failure(failed: Failed, worker: str, shards: Sequence[int] = ()) -> FerkdError:
+    """An error of ours as it was raised; any other as a BuildError that says where.
+
+    Of two `shards`, one was being written while the other was labelled, and either may be the one that failed.
+    """
+    place = f"shard {' or '.join(map(str, shards))}: {worker}" if shards else worker
+    kind = getattr(errors, failed.kind, None)
+    if isinstance(kind, type) and issubclass(kind, FerkdError) and kind is not errors.ImageError:
+        error: FerkdError = kind(failed.text)
+    else:
+        error = BuildError(f"{place} failed: {failed.kind}: {failed.text} (--debug shows where)")
+    error.__cause__ = WorkerTraceback(f"in {place}\n{failed.trace}")
+    return error
+
+
+def silent(shard: int, limit_seconds: float, worker: str) -> TeacherError:
+    """Its process cannot even say which teacher."""
+    return TeacherError(
+        f"shard {shard}: a teacher hangs, and {worker} with it, for longer than {limit_seconds:g} seconds; the worker "
+        "was ended. Run the same command again, with a larger --teacher-timeout if the teacher is slow"
+    )
+
+
+def too_slow(teacher: str, shard: int | None, limit_seconds: float, worker: str) -> TeacherError:
+    return TeacherError(
+        f"teacher {teacher}: no answer for a batch of shard {shard} within {limit_seconds:g} seconds, "
+        f"{worker} was ended; run the same command again, with a larger --teacher-timeout if it is slow"
+    )
+
+
+DEATHS_AT_START = 3
+"""So many deaths of one worker in a row before it was ready mean that it never will be."""
+POLL_SECONDS = 0.5
+LEAVE_SECONDS = 30.0
+"""How long a worker may take to leave when there is no more to do."""
+ROOM_SECONDS = 10.0
+"""How often is asked what there is room for."""
+VISIBLE_SECONDS = 90.0
+"""A network file system may show a file that another node wrote so much later."""
+SILENT_SECONDS = 10.0
+"""A worker that may wait for a teacher for a limited time says every second that it lives."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Member(Generic[AnyWorker]):
+    number: int
+    worker: AnyWorker
+    shard: int | None = None
+    """That it labels."""
+    writing: set[int] = field(default_factory=set)
+    """Labelled, and not saved yet, as far as is known."""
+    ready: bool = False
+    deaths_at_start: int = 0
+    heard_at: float = 0.0
+    """By the driver's own clock of how long it has listened."""
+
+    @property
+    def held(self) -> list[int]:
+        return [*sorted(self.writing), *([] if self.shard is None else [self.shard])]
+
+    def __str__(self) -> str:
+        return str(self.worker)
+
+
+@dataclass(kw_only=True)
+class _Unseen:
+    """A finished shard whose record is not to be seen here yet."""
+
+    worker: int
+    name: str
+    deadline: float
+    look_at: float = 0.0
+
+
+class Crew(Generic[AnyWorker]):
+    """A context that ends all workers when it is left."""
+
+    def __init__(
+        self,
+        workers: Workers[AnyWorker],
+        folder: BuildFolder,
+        counter: ProgressCounter,
+        stop: Stop,
+        teacher_timeout: float | None = None,
+    ) -> None:
+        self.workers = workers
+        self.folder = folder
+        self.counter = counter
+        self.stop = stop
+        self.teacher_timeout = teacher_timeout
+        self.todo = Backlog()
+        self.members: list[Member[AnyWorker]] = []
+        self.free: list[Member[AnyWorker]] = []
+        """Those that have done what they were asked to."""
+        self.held: set[int] = set()
+        """Shards that members label or write. Kept beside what they say, since there may be a thousand of them."""
+        self.unseen: dict[int, _Unseen] = {}
+        self.listened_seconds = 0.0
+        self.room = 0
+        self.room_from = 0.0
+
+    def __enter__(self) -> Crew[AnyWorker]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for member in self.members:
+            member.worker.leave()
+        for member in self.members:
+            member.worker.end(LEAVE_SECONDS if kind is None else 0)
+
+    def label(self, shards: Sequence[int]) -> None:
+        """Returns when each of `shards` has its record. Raises what a worker raised, or BuildError."""
+        self.todo.add(shards)
+        while self.todo or self._in_work():
+            if self.stop.expired or (self.stop.requested and not self._in_work()):
+                raise self.stop.error()
+            self._grow()
+            self.free = [member for member in self.free if not self._give(member)]
+            self._listen()
+            self._look_for_records()
+            self.counter.tick()
+
+    def _in_work(self) -> int:
+        """Shards that somebody has begun."""
+        return len(self.held) + len(self.unseen)
+
+    def _grow(self) -> None:
+        now = time.monotonic()
+        if now - self.room_from > ROOM_SECONDS or not self.members:
+            self.room, self.room_from = self.workers.room(), now
+        while len(self.members) < min(self.room, len(self.todo) + self._in_work()):
+            number = len(self.members)
+            self.members.append(Member(number=number, worker=self.workers.start(number)))
+
+    def _give(self, member: Member[AnyWorker]) -> bool:
+        """Whether there was something for it to do."""
+        if self.todo and not self.stop.requested:
+            member.shard, member.heard_at = self.todo.take(), self.listened_seconds
+            self.held.add(member.shard)
+            self.counter.shard_begun(member.shard, member.number)
+            member.worker.label(member.shard)
+        elif member.writing:
+            member.worker.settle()
+        else:
+            return False
+        return True
+
+    def _listen(self) -> None:
+        began = time.monotonic()
+        spoke = self.workers.with_news([member.worker for member in self.members], POLL_SECONDS)
+        # Not by the clock: a driver that is stopped for a while, and its workers with it, has heard nothing either.
+        self.listened_seconds += min(time.monotonic() - began, 2 * POLL_SECONDS)
+        for member in [self.members[worker.number] for worker in spoke]:
+            member.heard_at = self.listened_seconds
+            self._hear(member)
+        if self.teacher_timeout is not None:
+            self._check_alive(self.teacher_timeout)
+
+    def _hear(self, member: Member[AnyWorker]) -> None:
+        try:
+            message = member.worker.hear()
+        except WorkerLostError as lost:
+            self._bury(member, lost)
+            return
+        match message:
+            case Ready():
+                member.deaths_at_start, member.ready = 0, True
+                self.free.append(member)
+                self.counter.worker_started(member.number, member.worker.place(message))
+            case Labelled(crops, rejects):
+                if member.shard is not None:
+                    self.counter.batch(member.shard, crops, rejects, member.number)
+            case Halved(teacher, crops):
+                self.counter.halved(teacher, crops, member.number)
+            case Computed():
+                if member.shard is not None:
+                    member.writing.add(member.shard)
+                member.shard = None
+                self.free.append(member)
+                self.counter.worker_idle(member.number)
+            case Finished(shard):
+                member.writing.discard(shard)
+                self.held.discard(shard)
+                self._expect_record(shard, member)
+            case Settled():
+                self.free.append(member)
+            case Slow(teacher):
+                raise too_slow(teacher, member.shard, self.teacher_timeout or 0, str(member))
+            case Failed():
+                raise failure(message, str(member), member.held)
+
+    def _check_alive(self, limit_seconds: float) -> None:
+        for member in self.members:
+            silent_seconds = self.listened_seconds - member.heard_at
+            if member.shard is not None and silent_seconds > limit_seconds + SILENT_SECONDS:
+                raise silent(member.shard, limit_seconds, str(member))
+
+    def _expect_record(self, shard: int, member: Member[AnyWorker]) -> None:
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        self.unseen[shard] = _Unseen(worker=member.number, name=str(member), deadline=deadline)
+
+    def _look_for_records(self) -> None:
+        now, in_vain = time.monotonic(), False
+        for shard, unseen in [(shard, unseen) for shard, unseen in self.unseen.items() if unseen.look_at <= now]:
+            record = self.folder.record(shard)
+            if record is not None:
+                del self.unseen[shard]
+                self.counter.shard_done(record, unseen.worker)
+            elif now > unseen.deadline:
+                raise BuildError(f"shard {shard}: {unseen.name} finished it; its files are not in {self.folder.place}")
+            else:
+                unseen.look_at, in_vain = now + POLL_SECONDS, True
+        if in_vain:
+            self.folder.look_again()
+
+    def _bury(self, member: Member[AnyWorker], lost: WorkerLostError) -> None:
+        """Give its shards to others, and its place to a new worker. Raises BuildError when that has no prospect."""
+        if self.stop.requested:  # who stops a batch job often signals all its processes
+            raise self.stop.error()
+        member.worker.end(LEAVE_SECONDS)
+        held = member.held
+        self.counter.worker_died(member.number, str(lost), held)
+        self.held.difference_update(held)
+        for shard in held:
+            if self.folder.record(shard) is not None:
+                self._expect_record(shard, member)
+            else:
+                self.todo.give_back(shard, f"{member} {lost}")
+        if not member.ready:
+            member.deaths_at_start += 1
+            if member.deaths_at_start >= DEATHS_AT_START:
+                raise BuildError(
+                    f"{member}: died {DEATHS_AT_START} times in a row before it was ready, the last time {lost}; "
+                    f"{self.workers.when_none_gets_ready}"
+                ) from lost
+        self.free = [other for other in self.free if other is not member]
+        member.shard, member.ready, member.writing = None, False, set()
+        member.worker, member.heard_at = self.workers.start(member.number), self.listened_seconds

@@ -1,0 +1,1 @@
+"""Label sets on disk: the manifest, rejects, and shards in both layouts."""

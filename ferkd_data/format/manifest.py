@@ -1,0 +1,399 @@
+"""`manifest.json`: what a label set is, from what, by whom, with which settings. Written last: the commit point.
+
+The models here are the published schema (docs/format.md is generated from them). An unknown version is an error;
+an unknown field is kept and written back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from ferkd_data.augment.distribution import num_words, parse_augmentations
+from ferkd_data.errors import LabelSetError, ManifestError, UsageError
+from ferkd_data.images.decode import DEFAULT_MAX_PIXELS
+from ferkd_data.labels.buckets import Thresholds
+from ferkd_data.labels.statistics import Count, Statistics
+from ferkd_data.storage import read_regular
+
+FILE_NAME = "manifest.json"
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 200 * 2**20
+"""A manifest above this is refused unread: 1 billion images with 200 crops in 4 blocks need 188 MB."""
+FREE_MANIFEST_BYTES, BYTES_PER_FILE = 2**25, 256
+"""A manifest may have so many bytes, and so many for each file with a digest that it lists: ours has 193. So what a
+manifest costs to parse is what its label files cost, not its padding."""
+LISTED_FILE = re.compile(rb'"sha256"\s*:\s*"[0-9a-f]{64}"')
+MAX_CROPS, MAX_TOP_K = 10**6, 1000
+"""So that the lists of one image stay within what Parquet and memory can hold."""
+MAX_CLASSES = 2**24
+"""Ranking keeps 24 bits for the class."""
+FREE_TOKENS, BYTES_PER_TOKEN, BYTES_PER_BRACKET = 250_000, 8, 40
+"""JSON of brackets, commas and colons alone takes 30 times its size in memory. In a manifest without any white space
+they are one byte in 10, opening brackets one in 60."""
+FREE_BYTES, MAX_EXPANSION = 2**26, 100
+"""What the labels of a set may take in memory: so much, and so many times the bytes of their files. Builds give 2 to
+20 times."""
+IMAGE_BYTES, CROP_BYTES = 32, 12
+"""In memory: digest, sizes, target and a short key of an image; box, flip, bucket and target_prob of a crop."""
+REJECT_BYTES = 32
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
+"""Bytes of a file's name, and of a path, that every file system and object store takes."""
+PIXELS = "decoded raster, converted to RGB; EXIF orientation ignored"
+
+RECORDED_OPERATIONS = "recorded-operations-1"
+"""In `requires`: crops have recorded operations, after the list of docs/format.md as it is in version 1 of it."""
+KNOWN_REQUIREMENTS = (RECORDED_OPERATIONS,)
+
+Layout = Literal["parquet", "webdataset"]
+
+
+def _inside(path: str) -> str:
+    # Not through pathlib, which took half of the time to open a manifest of 25,000 shards.
+    names = path.split("/")
+    if not {"", ".", ".."}.isdisjoint(names) or not {"\\", "\0", ":"}.isdisjoint(path):
+        raise ValueError(f"{path!r} is not a path inside the label set")
+    # A character takes at most 4 bytes.
+    if 4 * len(path) > MAX_NAME_BYTES:
+        sizes = [len(name.encode("utf-8", "replace")) for name in names]
+        if max(sizes) > MAX_NAME_BYTES or sum(sizes) + len(sizes) > MAX_PATH_BYTES:
+            raise ValueError(f"a path of {len(path)} characters is longer than file systems take ({path[:40]!r}...)")
+    return path
+
+
+def _not_hidden(path: str) -> str:
+    if path.startswith(".") or "/." in path:
+        raise ValueError(f"{path!r} has a name that begins with a dot, as unfinished and hidden files have")
+    return path
+
+
+def _is_shard(path: str) -> str:
+    if not path.startswith(("labels/", "shards/")) or not path.endswith((".parquet", ".tar")):
+        raise ValueError(f"{path!r} is not where shard files lie (labels/*.parquet, shards/*.tar)")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_inside)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class FileEntry(Record):
+    path: RelativePath
+    """Relative to the manifest's folder, with forward slashes."""
+    bytes: Count
+    sha256: Sha256
+
+
+class BlockEntry(FileEntry):
+    path: Annotated[RelativePath, AfterValidator(_is_shard), AfterValidator(_not_hidden)]
+    block: Count
+    """Crop block: crops block * crops_per_block and up (always 0 in layout webdataset)."""
+
+
+class ShardEntry(Record):
+    index: Count
+    rows: Count
+    """Images in this shard; the same in each of its blocks. A shard of 0 rows has no files."""
+    files: tuple[BlockEntry, ...]
+
+
+class TeacherEntry(Record):
+    spec: str
+    name: str
+    digest: Sha256
+    """SHA-256 over the weights, buffers and hyperparameters of the model, or over its files."""
+    num_classes: Annotated[int, Field(ge=1)]
+    size: Annotated[int, Field(ge=1)]
+    interpolation: Literal["bilinear", "bicubic"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    weight: Annotated[float, Field(gt=0)]
+    temperature: Annotated[float, Field(gt=0)]
+    precision: Literal["fp32", "bf16", "fp16"]
+
+
+class CropDistributionEntry(Record):
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    hflip: Probability
+
+
+class ThresholdsEntry(Record):
+    low: Probability
+    mid: Probability
+    top: Probability
+    confidence: Literal["max", "target"]
+    quantile: tuple[float, float, float] | None = None
+    """The shares asked for, where low, mid and top were derived from them."""
+
+    def absolute(self) -> Thresholds:
+        """Those that the stored buckets follow. Raises UsageError where they are not in their order."""
+        return Thresholds(low=self.low, mid=self.mid, top=self.top, confidence=self.confidence)
+
+
+class SourceEntry(Record):
+    description: str
+    images_seen: Count
+    """Labelled and rejected images together."""
+    plan_sha256: Sha256
+    """Digest of the keys and targets in their order; after an extension, of the digest before and what was added."""
+    place_sha256: Sha256 | None = None
+    """Digest of where the images were, so that a build that is run again knows its source without saying where."""
+    class_folders: tuple[str, ...] | None = None
+    """The class folder, or the text of a label, of each class, where the build numbered the classes by these."""
+    left_out: dict[str, Count] | None = None
+    """Files met beside the images, by the reason why they are none; a reason with a dot is a file name extension."""
+
+
+class RejectsEntry(FileEntry):
+    path: Annotated[RelativePath, Field(pattern=r"\.parquet$"), AfterValidator(_not_hidden)]
+    rows: Count
+
+
+class CreatedBy(Record):
+    name: str
+    version: str
+
+
+class Manifest(Record):
+    format: Literal["ferkd-data"] = "ferkd-data"
+    version: Literal[1] = 1
+    created_by: CreatedBy
+    layout: Layout
+    num_images: Count
+    num_crops: Annotated[int, Field(ge=1, le=MAX_CROPS)]
+    """Crops per image, N."""
+    crops_per_block: Annotated[int, Field(ge=1, le=MAX_CROPS)]
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)]
+    num_classes: Annotated[int, Field(ge=1, le=MAX_CLASSES)]
+    class_names: tuple[str, ...] | None = None
+    seed: int
+    crop_distribution: CropDistributionEntry
+    augmentations: Annotated[tuple[str, ...], Field(min_length=1, max_length=16)] | None = None
+    """Augmentations that were drawn and recorded with each crop, in order; absent where there are none."""
+    requires: tuple[str, ...] | None = None
+    """What a reader must know to read this label set rightly; it must refuse a name that it does not know."""
+    pixels: str = PIXELS
+    teachers: Annotated[tuple[TeacherEntry, ...], Field(min_length=1)]
+    ensemble: Literal["mean", "logits", "geometric"]
+    thresholds: ThresholdsEntry
+    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Images with more pixels were rejected."""
+    images_per_shard: Annotated[int, Field(ge=1)] | None = None
+    """As the build was asked for; the last shard may have fewer."""
+    source: SourceEntry
+    shards: tuple[ShardEntry, ...]
+    rejects: RejectsEntry
+    statistics: Statistics
+
+    @property
+    def operation_words(self) -> int:
+        """W: words of recorded operations of each crop (see `augment.Operations.pack`); 0 where none are recorded."""
+        return num_words(parse_augmentations(self.augmentations or ()))
+
+    @property
+    def pixel_limit(self) -> int:
+        """Pixels that a labelled image may have: `max_pixels`, or a build's default where the manifest has none."""
+        return self.max_pixels or DEFAULT_MAX_PIXELS
+
+    @property
+    def num_blocks(self) -> int:
+        """Crop blocks of a shard."""
+        return 1 if self.layout == "webdataset" else -(-self.num_crops // self.crops_per_block)
+
+    def block_crops(self, block: int) -> int:
+        """Crops in a block: the last one may be short."""
+        if self.layout == "webdataset":
+            return self.num_crops
+        return min(self.crops_per_block, self.num_crops - block * self.crops_per_block)
+
+    @property
+    def row_bytes(self) -> int:
+        """What the labels of one image take in memory, all its crops together."""
+        per_class = 2 + (2 if self.num_classes <= 65536 else 4)
+        per_crop = CROP_BYTES + self.top_k * per_class + 2 * self.operation_words
+        return IMAGE_BYTES + self.num_crops * per_crop
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1, exclude_none=True) + "\n"
+
+
+def parse_manifest(text: str | bytes, where: str) -> Manifest:
+    """Validate a manifest. Raises ManifestError that names the first field at fault."""
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"{where}: {len(text)} bytes is more than a manifest may have ({MAX_MANIFEST_BYTES})")
+    data = text.encode() if isinstance(text, str) else text
+    _check_cost(data, where)
+    _check_version(data, where)
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ManifestError(f"{where}: field {field or '(top)'}: {first['msg']}") from error
+    _check_whole(manifest, where)
+    _check_proportions(manifest, where)
+    return manifest
+
+
+class _Head(BaseModel):
+    """What says whether a JSON file is a manifest at all; everything else is passed over."""
+
+    format: Any = None
+    version: Any = None
+    requires: Any = None
+
+
+def _check_cost(data: bytes, where: str) -> None:
+    """Raises ManifestError for JSON that would take far more memory than a manifest of its size."""
+    brackets = data.count(b"[") + data.count(b"{")
+    tokens = brackets + data.count(b",") + data.count(b":")
+    tokens_allowed, brackets_allowed = (
+        FREE_TOKENS + len(data) // each for each in (BYTES_PER_TOKEN, BYTES_PER_BRACKET)
+    )
+    if len(data) > FREE_MANIFEST_BYTES:
+        files = sum(1 for _ in LISTED_FILE.finditer(data))
+        if len(data) > FREE_MANIFEST_BYTES + BYTES_PER_FILE * files:
+            raise ManifestError(f"{where}: {len(data)} bytes are out of proportion for a manifest of {files} files")
+    if tokens > tokens_allowed or brackets > brackets_allowed:
+        raise ManifestError(f"{where}: {tokens} brackets, commas and colons in {len(data)} bytes are no manifest")
+
+
+def _check_version(data: bytes, where: str) -> None:
+    try:
+        head = _Head.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] != "json_invalid":
+            raise ManifestError(f"{where}: not the manifest of a ferkd-data label set") from error
+        raise ManifestError(f"{where}: not JSON ({first['msg']}); was the file cut short?") from error
+    if head.format != "ferkd-data":
+        raise ManifestError(f"{where}: not the manifest of a ferkd-data label set")
+    if isinstance(head.version, bool) or head.version != FORMAT_VERSION:
+        raise ManifestError(
+            f"{where}: format version {str(head.version)[:40]!s} is not known to this ferkd-data, which reads version "
+            f"{FORMAT_VERSION}; upgrade with: pip install -U ferkd-data"
+        )
+    required = head.requires if isinstance(head.requires, list) else []
+    unknown = [name for name in required if name not in KNOWN_REQUIREMENTS]
+    if unknown:
+        raise ManifestError(
+            f"{where}: this label set requires {str(unknown[0])[:40]!r}, which this ferkd-data does not know; upgrade "
+            "with: pip install -U ferkd-data"
+        )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ManifestError when the folder holds no finished label set."""
+    return parse_manifest(read_manifest_bytes(folder), str(folder / FILE_NAME))
+
+
+def read_manifest_bytes(folder: Path) -> bytes:
+    """The manifest as it lies there, unparsed. Raises ManifestError when there is none."""
+    path = folder / FILE_NAME
+    try:
+        return read_regular(path, MAX_MANIFEST_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ManifestError(f"{folder}: no {FILE_NAME}; {_why_none(folder)}") from error
+    except LabelSetError as error:
+        raise ManifestError(str(error)) from error
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _why_none(folder: Path) -> str:
+    if (folder / ".build").is_dir():
+        return "its build has not finished: run the same build command to resume it"
+    if (folder / "labels").is_dir() or (folder / "shards").is_dir():
+        return (
+            "was a publish, pull, convert or merge interrupted here? They write it last: run the same command again to "
+            "finish"
+        )
+    return "is this the folder that a build wrote?"
+
+
+def _check_paths(paths: list[str], where: str) -> None:
+    """Raises ManifestError for files that would lie over each other, also where upper case is lower case."""
+    folded = [path if path.islower() else path.lower() for path in paths]
+    if len(set(folded)) < len(folded):
+        twice = next(path for path, count in Counter(folded).items() if count > 1)
+        raise ManifestError(f"{where}: lists the file {twice!r} twice")
+    folders = {path.rpartition("/")[0] for path in folded}
+    folders |= {"/".join(folder.split("/")[:depth]) for folder in folders for depth in range(1, folder.count("/") + 1)}
+    both = folders.intersection(folded)
+    if both:
+        raise ManifestError(f"{where}: {min(both)!r} is a file and a folder")
+
+
+def identity_of(manifest: bytes) -> str:
+    """Of the label set that has this manifest.json: its SHA-256, 64 hex digits."""
+    return hashlib.sha256(manifest).hexdigest()
+
+
+def _check_proportions(manifest: Manifest, where: str) -> None:
+    """Raises ManifestError for labels that cannot be in files of the sizes that the manifest itself lists.
+
+    Readers reserve memory and disk by these claims before they have read a byte.
+    """
+    listed = sum(file.bytes for shard in manifest.shards for file in shard.files)
+    decoded = manifest.num_images * manifest.row_bytes
+    if decoded > FREE_BYTES + MAX_EXPANSION * listed:
+        raise ManifestError(
+            f"{where}: {manifest.num_images} images with {manifest.num_crops} crops and {manifest.top_k} classes each "
+            f"take {decoded} bytes, which cannot be in label files of {listed} bytes"
+        )
+    rejects = manifest.rejects
+    if rejects.rows * REJECT_BYTES > FREE_BYTES + MAX_EXPANSION * rejects.bytes:
+        raise ManifestError(f"{where}: {rejects.rows} rejects cannot be in a file of {rejects.bytes} bytes")
+    if manifest.top_k > manifest.num_classes:
+        raise ManifestError(f"{where}: top_k is {manifest.top_k}, and there are {manifest.num_classes} classes")
+
+
+def _check_augmentations(manifest: Manifest, where: str) -> None:
+    try:
+        parse_augmentations(manifest.augmentations or ())
+    except UsageError as error:
+        raise ManifestError(f"{where}: {error}") from error
+    if (manifest.augmentations is not None) != (RECORDED_OPERATIONS in (manifest.requires or ())):
+        raise ManifestError(f"{where}: augmentations and requires contradict each other")
+
+
+def _check_whole(manifest: Manifest, where: str) -> None:
+    _check_augmentations(manifest, where)
+    rows = sum(shard.rows for shard in manifest.shards)
+    if rows != manifest.num_images:
+        raise ManifestError(f"{where}: the shards hold {rows} rows, num_images says {manifest.num_images}")
+    for position, shard in enumerate(manifest.shards):
+        if shard.index != position:
+            raise ManifestError(f"{where}: shard {shard.index} stands where shard {position} belongs")
+        blocks = [file.block for file in shard.files]
+        expected = range(manifest.num_blocks if shard.rows else 0)
+        if len(blocks) != len(expected) or blocks != list(expected):
+            raise ManifestError(
+                f"{where}: shard {shard.index} has crop blocks {blocks[:10]}, expected {len(expected)}, numbered from 0"
+            )
+    _check_paths([manifest.rejects.path, *(file.path for shard in manifest.shards for file in shard.files)], where)
+    low, mid, top = manifest.thresholds.low, manifest.thresholds.mid, manifest.thresholds.top
+    if not low <= mid <= top:
+        raise ManifestError(f"{where}: the thresholds {low} {mid} {top} are not in their order")
+    seen = manifest.num_images + manifest.rejects.rows
+    if seen != manifest.source.images_seen:
+        raise ManifestError(
+            f"{where}: {manifest.num_images} labelled and {manifest.rejects.rows} rejected images do not add up "
+            f"to the {manifest.source.images_seen} seen"
+        )
+    teachers, counted = len(manifest.teachers), manifest.statistics
+    if not counted.fits(teachers):
+        raise ManifestError(f"{where}: statistics of other teachers than the {teachers} that are listed")
+    if manifest.class_names is not None and len(manifest.class_names) != manifest.num_classes:
+        raise ManifestError(f"{where}: {len(manifest.class_names)} class names for {manifest.num_classes} classes")

@@ -1,0 +1,235 @@
+"""Thrift's compact protocol, as far as Parquet's footers and page headers need it: numbers, bytes, lists and structs.
+
+A byte may become 100 in memory, so callers hand in no more than they can afford.
+
+Read what a Parquet file's footer and page headers claim, before Arrow believes them.
+
+Arrow takes memory for each page as its header says, whatever the footer's totals are: a file of 12 kB made it take 800
+MB. Some footers end the whole process when PyArrow is asked about a column (found by fuzzing), and so do schemas that
+are nested thousands of levels deep with PyArrow before 23. So all of this is read here first, in a time that the file's
+size bounds: a page may be small, and many chunks may claim the same pages.
+"""
+
+from __future__ import annotations
+
+import mmap
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TRUE, FALSE, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = 1, 2, 3, (4, 5, 6), 7, 8, (9, 10), 12
+MAX_DEPTH = 16
+DOUBLE_BYTES = 8
+LONG_LIST = 15
+"""Stands where a list's length is, when a number with the length follows."""
+
+
+def read_struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+    """(fields by their numbers, where the next byte is). Raises ValueError."""
+    if depth > MAX_DEPTH:
+        raise ValueError("structs nested too deep")
+    fields: dict[int, Any] = {}
+    number = 0
+    while True:
+        head, at = _byte(data, at)
+        if head == 0:
+            return fields, at
+        if head >> 4:
+            number += head >> 4
+        else:
+            number, at = _zigzag(data, at)
+        kind = head & 15
+        if kind in (TRUE, FALSE):
+            fields[number] = kind == TRUE
+        else:
+            fields[number], at = _value(data, at, kind, depth)
+
+
+def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
+    if kind in INTEGERS:
+        return _zigzag(data, at)
+    if kind in (TRUE, FALSE, BYTE):
+        return _byte(data, at)
+    if kind == STRUCT:
+        return read_struct(data, at, depth + 1)
+    if kind == BINARY:
+        size, at = _varint(data, at)
+        return _bytes(data, at, size)
+    if kind == DOUBLE:
+        return _bytes(data, at, DOUBLE_BYTES)
+    if kind in LISTS:
+        return _list(data, at, depth + 1)
+    raise ValueError(f"a field of kind {kind}")
+
+
+def _list(data: bytes, at: int, depth: int) -> tuple[list[Any], int]:
+    if depth > MAX_DEPTH:
+        raise ValueError("lists nested too deep")
+    head, at = _byte(data, at)
+    count = head >> 4
+    if count == LONG_LIST:
+        count, at = _varint(data, at)
+    items = []
+    for _ in range(count):
+        item, at = _value(data, at, head & 15, depth)
+        items.append(item)
+    return items, at
+
+
+def _zigzag(data: bytes, at: int) -> tuple[int, int]:
+    value, at = _varint(data, at)
+    return (value >> 1) ^ -(value & 1), at
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte, at = _byte(data, at)
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError("a number without end")
+
+
+def _bytes(data: bytes, at: int, size: int) -> tuple[bytes, int]:
+    if size > len(data) - at:
+        raise ValueError(f"{size} bytes where {len(data) - at} are")
+    return data[at : at + size], at + size
+
+
+def _byte(data: bytes, at: int) -> tuple[int, int]:
+    if not 0 <= at < len(data):
+        raise ValueError("bytes behind the end")
+    return data[at], at + 1
+
+
+MAGIC = b"PAR1"
+TAIL_BYTES = 8
+MAX_FOOTER_BYTES, MAX_PAGE_HEADER_BYTES = 2**20, 2**16
+"""A block file of a build has a footer of 5 kB, and page headers below 3 kB."""
+FREE_PARTS, BYTES_PER_PART = 1000, 1024
+"""A file may have so many pages and column chunks, and one more for so many of its bytes. Our pages have up to 1 MB."""
+MAX_SCHEMA_DEPTH, MAX_SCHEMA_FIELDS = 16, 1000
+"""Ours are nested 3 levels deep and have 35 fields."""
+SCHEMA, NUM_ROWS, ROW_GROUPS = 2, 3, 4
+NUM_CHILDREN = 5
+USUAL_HEADER_BYTES = 512
+"""Copied and read first; a header with long statistics is read again as a whole."""
+GROUP_COLUMNS, GROUP_ROWS = 1, 3
+CHUNK_METADATA = 3
+PATH, NUM_VALUES, UNCOMPRESSED, COMPRESSED, DATA_PAGE, DICTIONARY_PAGE = 3, 5, 6, 7, 9, 11
+PAGE_UNCOMPRESSED, PAGE_COMPRESSED = 2, 3
+"""Numbers of fields in Parquet's Thrift definition."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One column of one row group."""
+
+    column: str
+    rows: int
+    values: int
+    bytes: int
+    """In memory: what the footer claims, or all its page headers together where that is more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    rows: int
+    row_groups: int
+    chunks: tuple[Chunk, ...]
+
+
+def read_claims(path: Path, columns: list[str]) -> Claims:
+    """What the file claims of these columns. Raises ValueError for a footer or page headers that cannot be."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        footer = _footer(data)
+        groups = footer[ROW_GROUPS]
+        try:
+            _check_schema(footer[SCHEMA])
+            walk = _Walk(data)
+            chunks = tuple(chunk for group in groups for chunk in walk.chunks(group, columns))
+        except (TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(f"its footer lacks what every footer has ({error})") from error
+        return Claims(rows=footer[NUM_ROWS], row_groups=len(groups), chunks=chunks)
+
+
+def _footer(data: mmap.mmap) -> dict[int, Any]:
+    size = int.from_bytes(data[-TAIL_BYTES:-4], "little")
+    if data[-4:] != MAGIC or not 0 < size <= min(MAX_FOOTER_BYTES, len(data) - TAIL_BYTES):
+        raise ValueError(f"a footer of {size} bytes in {len(data)}")
+    footer, _ = read_struct(data[-TAIL_BYTES - size : -TAIL_BYTES], 0)
+    if not isinstance(footer.get(NUM_ROWS), int) or not isinstance(footer.get(ROW_GROUPS), list):
+        raise ValueError("its footer has no rows or row groups")
+    return footer
+
+
+def _check_schema(fields: list[dict[int, Any]]) -> None:
+    """Raises ValueError for a schema that is nested deep or has very many fields; they come as a tree, depth first."""
+    if len(fields) > MAX_SCHEMA_FIELDS:
+        raise ValueError(f"a schema of {len(fields)} fields")
+    open_children: list[int] = []
+    for field in fields:
+        while open_children and open_children[-1] == 0:
+            open_children.pop()
+        if open_children:
+            open_children[-1] -= 1
+        children = operator.index(field.get(NUM_CHILDREN) or 0)
+        if children:
+            open_children.append(children)
+        if len(open_children) > MAX_SCHEMA_DEPTH:
+            raise ValueError(f"a schema nested more than {MAX_SCHEMA_DEPTH} levels deep")
+
+
+class _Walk:
+    """A walk over the pages of a file, which ends with a ValueError where it would be out of proportion."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._parts_left = FREE_PARTS + len(data) // BYTES_PER_PART
+        self._bytes_left = len(data)
+        """Each byte of the file is in one chunk at most."""
+
+    def chunks(self, group: dict[int, Any], columns: list[str]) -> Iterator[Chunk]:
+        for column in group[GROUP_COLUMNS]:
+            self._count()
+            metadata = column[CHUNK_METADATA]
+            name = metadata[PATH][0].decode("utf-8", "replace")
+            if name in columns:
+                size = max(metadata[UNCOMPRESSED], self._page_bytes(metadata))
+                rows, values = operator.index(group[GROUP_ROWS]), operator.index(metadata[NUM_VALUES])
+                yield Chunk(column=name, rows=rows, values=values, bytes=operator.index(size))
+
+    def _page_bytes(self, metadata: dict[int, Any]) -> int:
+        if not metadata[NUM_VALUES]:
+            # Arrow reads no page then, and there may be none.
+            return 0
+        at = min(metadata[DATA_PAGE], metadata.get(DICTIONARY_PAGE) or metadata[DATA_PAGE])
+        stop, total = at + metadata[COMPRESSED], 0
+        if not 0 <= at <= stop <= len(self._data):
+            raise ValueError(f"pages at {at}..{stop} of a file of {len(self._data)} bytes")
+        self._bytes_left -= stop - at
+        if self._bytes_left < 0:
+            raise ValueError("column chunks that lie over each other")
+        while at < stop:
+            self._count()
+            header, size = self._page_header(at)
+            uncompressed, compressed = header[PAGE_UNCOMPRESSED], header[PAGE_COMPRESSED]
+            if uncompressed < 0 or compressed < 0:
+                raise ValueError(f"a page of {compressed} bytes that become {uncompressed}")
+            total += uncompressed
+            at += size + compressed
+        return total
+
+    def _page_header(self, at: int) -> tuple[dict[int, Any], int]:
+        try:
+            return read_struct(self._data[at : at + USUAL_HEADER_BYTES], 0)
+        except ValueError:
+            return read_struct(self._data[at : at + MAX_PAGE_HEADER_BYTES], 0)
+
+    def _count(self) -> None:
+        self._parts_left -= 1
+        if self._parts_left < 0:
+            raise ValueError(f"more pages and column chunks than a file of {len(self._data)} bytes has")

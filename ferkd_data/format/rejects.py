@@ -1,0 +1,88 @@
+"""`rejects.parquet`: every image that could not be used, with its key and the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ferkd_data.format import parquet
+from ferkd_data.format.manifest import RejectsEntry
+from ferkd_data.images import Reject
+from ferkd_data.storage import sha256_file
+
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+BUFFERED = 4096
+LONGEST_TEXT = 16384
+"""Bytes: a path may have 4,096, and is shown with escapes."""
+
+
+class RejectWriter:
+    """Appends rejects to a Parquet file with bounded memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+        self._pending: list[Reject] = []
+        self.rows = 0
+
+    def __enter__(self) -> RejectWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            self._writer.close()
+
+    def add(self, reject: Reject) -> None:
+        self.rows += 1
+        self._pending.append(reject)
+        if len(self._pending) == BUFFERED:
+            self._flush()
+
+    def extend(self, rejects: Iterable[Reject]) -> None:
+        for reject in rejects:
+            self.add(reject)
+
+    def copy_from(self, path: Path) -> None:
+        self.extend(read_rejects(path))
+
+    def _flush(self) -> None:
+        columns = {name: [readable(getattr(reject, name)) for reject in self._pending] for name in SCHEMA.names}
+        self._writer.write_table(pa.table(columns, schema=SCHEMA))
+        self._pending = []
+
+
+def read_rejects(path: Path) -> Iterator[Reject]:
+    """With bounded memory."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(BUFFERED, columns=SCHEMA.names):
+            yield from (Reject(**row) for row in batch.to_pylist())
+
+
+def rejects_entry(path: Path, rows: int) -> RejectsEntry:
+    """The manifest's entry for a rejects file that was written beside it."""
+    return RejectsEntry(path=path.name, rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def check_rejects(path: Path, rows: int) -> None:
+    """Raises ShardError for a file that does not hold `rows` rejects, or that would take memory out of proportion."""
+    for name in SCHEMA.names:
+        parquet.read_texts(path, name, rows=rows, longest=LONGEST_TEXT)
+
+
+def readable(value: str) -> str:
+    """File names that are not UTF-8 are kept readable, with their bytes as escapes."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

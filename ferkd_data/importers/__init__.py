@@ -1,0 +1,1 @@
+"""Label files of other projects, read without running their code."""

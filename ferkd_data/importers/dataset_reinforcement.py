@@ -1,0 +1,198 @@
+"""Dataset Reinforcement's files (ICCV 2023, "ImageNet+"): `ID.pth.tar` per image, `config.pth.tar` for all of them.
+
+A file is `torch.save((ID, [{"params": ..., "prob": (probabilities, classes)}, ...]))`, one entry per crop. Its params
+are those of the image transforms that the configuration enables, by name or, compressed, as a list in their order of
+application. Only crops and flips can be replayed here; every other transform is refused by name.
+
+Legend: N crops, k kept classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ferkd_data.errors import ForeignFileError, UsageError
+from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
+from ferkd_data.importers.foreign_arrays import load_arrays
+from ferkd_data.importers.foreign_labels import UNKNOWN_DIGEST, ForeignLabels, check_boxes, check_labels
+
+CONFIG = "config.pth.tar"
+CROP, FLIP = "random_resized_crop", "random_horizontal_flip"
+WITHOUT_PARAMS = ("uint8", "to_tensor", "normalize")
+"""Change how pixels are kept, not which they are."""
+NOT_REPLAYED = {
+    "mixup": "a label of two images mixed is no label of a crop",
+    "cutmix": "a label of two images mixed is no label of a crop",
+    "rand_augment": "the teacher saw other colours and shapes than the crop's",
+    "random_erase": "the teacher saw the crop with a hole in it",
+    "resize": "boxes count pixels of the resized image",
+    "center_crop": "boxes count pixels of the cut image",
+    "random_crop": "its crops may reach over the image's edge",
+}
+ADVICE = "take the variant of this set that was made with crops and flips alone (RRC)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcedFiles:
+    """A folder of Dataset Reinforcement's files."""
+
+    folder: Path
+    config: dict[str, Any]
+    """The content of config.pth.tar."""
+    ids: dict[str, int]
+    """Key -> ID."""
+    num_classes: int
+    teacher: str | None = None
+    """In place of the names in the configuration."""
+
+    format: ClassVar[str] = "Dataset Reinforcement"
+    seed: ClassVar[None] = None
+    expected: ClassVar[str] = "FOLDER/ID.pth.tar"
+
+    @cached_property
+    def transforms(self) -> dict[str, dict[str, Any]]:
+        """Name -> settings of each transform that the configuration enables."""
+        return _transforms(self.folder / CONFIG, self.config)
+
+    @property
+    def distribution(self) -> CropDistributionEntry:
+        crop, flip = self.transforms[CROP], self.transforms.get(FLIP)
+        return CropDistributionEntry(
+            scale=tuple(crop.get("scale", (0.08, 1.0))),
+            ratio=tuple(crop.get("ratio", (3 / 4, 4 / 3))),
+            hflip=0 if flip is None else flip.get("p", 0.5),
+        )
+
+    @property
+    def teachers(self) -> tuple[TeacherEntry, ...]:
+        """As the configuration names them; the probabilities of several are averaged."""
+        said = self.config.get("teacher", {})
+        named = self.teacher or said.get("name") or said.get("arch") or "unknown"
+        names = named.split(",") if isinstance(named, str) else [str(name) for name in named]
+        size = self.transforms[CROP]["size"]
+        normalize = self.transforms.get("normalize", {})
+        return tuple(
+            TeacherEntry(
+                spec=f"dr:{name}",
+                name=name,
+                digest=UNKNOWN_DIGEST,
+                num_classes=self.num_classes,
+                size=size if isinstance(size, int) else size[0],
+                interpolation="bilinear",
+                mean=tuple(normalize.get("mean", (0, 0, 0))),
+                std=tuple(normalize.get("std", (1, 1, 1))),
+                weight=1,
+                temperature=1,
+                precision="fp32",
+            )
+            for name in names
+        )
+
+    def read(self, key: str, size: tuple[int, int]) -> ForeignLabels:
+        """Raises ForeignFileError for a file that is none or cannot be replayed, ValueError for impossible crops."""
+        if key not in self.ids:
+            raise ForeignFileError(f"image {key!r} has no ID")
+        number = self.ids[key]
+        path = self.folder / f"{number}.pth.tar"
+        content = load_arrays(path)
+        try:
+            found, samples = content
+            boxes, flips = zip(*(self._place(sample["params"]) for sample in samples), strict=True)
+            probs, classes = zip(*(sample["prob"] for sample in samples), strict=True)
+            box, flip = np.array(boxes, np.int64).reshape(-1, 4), np.array(flips, np.bool_)
+            index, prob = np.array(classes, np.int64), np.array(probs, np.float32)
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            raise ForeignFileError(f"{path}: is not Dataset Reinforcement's (ID, crops) ({error})") from error
+        if index.ndim != 2 or index.shape != prob.shape or len(box) != len(index) or not index.size:
+            raise ForeignFileError(f"{path}: boxes {box.shape}, classes {index.shape}, probabilities {prob.shape}")
+        if found != number:
+            raise ForeignFileError(f"{path}: says that it belongs to ID {found!r}")
+        check_labels(path, index, prob, self.num_classes)
+        return ForeignLabels(boxes=check_boxes(box, *size), flip=flip, class_index=index, class_prob=prob)
+
+    def _place(self, params: Any) -> tuple[Any, bool]:
+        """(box, flip) of a crop. Raises ValueError for params that hold more than these."""
+        if isinstance(params, dict):
+            more = sorted(set(params) - {CROP, FLIP, *WITHOUT_PARAMS})
+            if more:
+                raise ValueError(f"params of {more[0]!r}, which cannot be replayed")
+            # Each is a pair: of the image, and of one that it might have been mixed with.
+            return params[CROP][0], bool(params[FLIP][0]) if FLIP in params else False
+        box, *flip = params
+        if len(flip) != (FLIP in self.transforms):
+            raise ValueError(f"{len(params)} params where crop and flip are expected")
+        return box, bool(flip[0]) if flip else False
+
+
+def open_reinforced(
+    folder: Path, ids: dict[str, int], *, num_classes: int | None = None, teacher: str | None = None
+) -> ReinforcedFiles:
+    """Raises UsageError where there is no configuration, or one that enables what cannot be replayed."""
+    path = folder / CONFIG
+    if not path.is_file():
+        joblib = next(folder.glob("*.jb"), None) if folder.is_dir() else None
+        other = f"; {joblib.name} is of joblib, which only unpickling could read" if joblib else ""
+        raise UsageError(f"{folder}: no {CONFIG}, which says what the parameters of each crop mean{other}")
+    config = load_arrays(path)
+    if not isinstance(config, dict):
+        raise ForeignFileError(f"{path}: is not a configuration")
+    classes = num_classes or config.get("num_classes")
+    if not isinstance(classes, int):
+        raise UsageError(f"{path}: does not say how many classes there are; give their number (--num-classes)")
+    files = ReinforcedFiles(folder=folder, config=config, ids=ids, num_classes=classes, teacher=teacher)
+    try:
+        _ = files.distribution, files.teachers
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise ForeignFileError(f"{path}: settings of crops or teachers that cannot be ({error})") from error
+    return files
+
+
+def _transforms(path: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    try:
+        listed: dict[str, dict[str, Any]] = config["reinforce"]["image_augmentation"]
+        enabled = {name: dict(settings) for name, settings in listed.items() if settings.get("enable", True)}
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ForeignFileError(f"{path}: has no reinforce.image_augmentation ({error})") from error
+    for name in enabled:
+        if name not in (CROP, FLIP, *WITHOUT_PARAMS):
+            why = NOT_REPLAYED.get(name, "it is not known here")
+            raise UsageError(f"{path.parent}: its crops went through {name!r}: {why}; {ADVICE}")
+    if "size" not in enabled.get(CROP, {}):
+        raise UsageError(f"{path.parent}: was made without {CROP!r}, so it holds no crops to replay")
+    return enabled
+
+
+def image_folder_ids(root: Path, folder: Path) -> dict[str, int]:
+    """Key -> ID, which is an image's number in torchvision's ImageFolder. Raises UsageError for another data set."""
+    from torchvision.datasets import ImageFolder
+
+    ids: dict[str, int] = {}
+    samples = ImageFolder(str(root), allow_empty=True).samples
+    for number, (file, _) in enumerate(samples):
+        ids.setdefault(Path(file).relative_to(root).with_suffix("").as_posix(), number)
+    there = sum(path.name != CONFIG for path in folder.glob("*.pth.tar"))
+    if there != len(samples):
+        raise UsageError(
+            f"{folder}: has files for {there} images, {root} has {len(samples)}; an ID is an image's number in the "
+            "whole training set, so give all of it, or a file with the keys in the order of their IDs (--ids)"
+        )
+    return ids
+
+
+def listed_ids(path: Path) -> dict[str, int]:
+    """Key -> ID from a text file, line n for ID n. Raises UsageError."""
+    try:
+        keys = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as a list of keys ({error})") from error
+    ids = {key: number for number, key in enumerate(keys)}
+    if len(ids) != len(keys):
+        raise UsageError(f"{path}: names a key twice")
+    return ids

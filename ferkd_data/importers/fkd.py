@@ -1,0 +1,153 @@
+"""FKD's own files (ECCV 2022): one `torch.save([coords, flips, labels])` per image, in a tree of class folders.
+
+`coords` are (N, 4) fractions of the image's height and width: top, left, height, width. `labels` are of one of FKD's
+types.
+
+Legend: N crops, C classes, k kept classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ferkd_data.errors import ForeignFileError
+from ferkd_data.exchange.out_folder import check_at_least
+from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
+from ferkd_data.importers.foreign_arrays import load_arrays
+from ferkd_data.importers.foreign_labels import UNKNOWN_DIGEST, ForeignLabels, check_boxes, check_labels
+from ferkd_data.labels.rows import ImageLabels
+from ferkd_data.storage import inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class FkdTeacher:
+    """What FKD's files do not say of the teacher."""
+
+    name: str
+    size: int = 224
+    """Pixels."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, size=self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FkdFiles:
+    """A folder of FKD's files."""
+
+    folder: Path
+    num_classes: int
+    top_k: int
+    """Kept of full distributions; the other label types keep what they have."""
+    teacher: FkdTeacher
+
+    format: ClassVar[str] = "FKD"
+    seed: ClassVar[None] = None
+    expected: ClassVar[str] = "FOLDER/KEY.tar"
+    distribution: ClassVar[CropDistributionEntry] = CropDistributionEntry(
+        scale=(0.08, 0.936), ratio=(3 / 4, 4 / 3), hflip=0.5
+    )
+    """The defaults of FKD's generator; its files do not say."""
+
+    @property
+    def teachers(self) -> tuple[TeacherEntry, ...]:
+        entry = TeacherEntry(
+            spec=f"fkd:{self.teacher.name}",
+            name=self.teacher.name,
+            digest=UNKNOWN_DIGEST,
+            num_classes=self.num_classes,
+            size=self.teacher.size,
+            interpolation="bicubic",
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            weight=1,
+            temperature=1,
+            precision="fp32",
+        )
+        return (entry,)
+
+    def read(self, key: str, size: tuple[int, int]) -> ForeignLabels:
+        """Labels of any of FKD's types: `hard`, `smoothing`, `marginal_*`, or the full distribution, cut to its top-k.
+
+        Raises ForeignFileError for a file that is none, or holds classes or probabilities that cannot be; ValueError
+        for a crop that is not inside the image.
+        """
+        path = file_of(self.folder, key)
+        content = load_arrays(path)
+        if not isinstance(content, (list, tuple)) or len(content) != 3:
+            raise ForeignFileError(f"{path}: is not FKD's [coords, flips, labels]")
+        coords, flip, labels = (np.asarray(part) for part in content)
+        num_crops = len(labels)
+        if coords.shape != (num_crops, 4) or flip.shape != (num_crops,) or not num_crops:
+            raise ForeignFileError(
+                f"{path}: coords {coords.shape}, flips {flip.shape} and labels {labels.shape} do not fit"
+            )
+        if not np.isfinite(coords).all():
+            raise ForeignFileError(f"{path}: holds numbers that are not finite")
+        index, prob = _labels(path, labels, self.num_classes, self.top_k)
+        check_labels(path, index, prob, self.num_classes)
+        boxes = boxes_of(coords.astype(np.float64), *size)
+        return ForeignLabels(boxes=boxes, flip=flip.astype(np.bool_), class_index=index, class_prob=prob)
+
+
+def file_of(folder: Path, key: str) -> Path:
+    """Where FKD keeps the labels of an image."""
+    return inside(folder, f"{key}.tar")
+
+
+def _labels(
+    path: Path, labels: npt.NDArray[Any], num_classes: int, top_k: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """(N, k) classes and probabilities from any label type; told apart by their shapes."""
+    if labels.ndim == 3 and labels.shape[1] == 2:
+        return np.rint(labels[:, 0]).astype(np.int64), labels[:, 1].astype(np.float32)
+    if labels.ndim == 2 and labels.shape[1] == num_classes and num_classes > 2:
+        full = labels.astype(np.float32)
+        best = np.argsort(-full, axis=1, kind="stable")[:, :top_k]
+        return best, np.take_along_axis(full, best, axis=1)
+    if labels.ndim == 2 and labels.shape[1] == 2:
+        return np.rint(labels[:, :1]).astype(np.int64), labels[:, 1:].astype(np.float32)
+    if labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 1):
+        classes = labels.reshape(-1, 1).astype(np.int64)
+        return classes, np.ones(classes.shape, np.float32)
+    raise ForeignFileError(f"{path}: labels of shape {labels.shape} are of none of FKD's types")
+
+
+def boxes_of(coords: npt.NDArray[np.float64], height: int, width: int) -> npt.NDArray[np.uint16]:
+    """(N, 4) integer boxes: corners rounded as Pillow does when FKD's loader hands it fractions of pixels.
+
+    Raises ValueError for a box that is not inside the image.
+    """
+    top, left = coords[:, 0] * height, coords[:, 1] * width
+    bottom, right = top + coords[:, 2] * height, left + coords[:, 3] * width
+    corners = np.rint(np.stack([top, left, bottom, right], axis=1)).astype(np.int64)
+    boxes = np.stack([corners[:, 0], corners[:, 1], *(corners[:, 2:] - corners[:, :2]).T], axis=1)
+    return check_boxes(boxes, height, width)
+
+
+def write_file(path: Path, labels: ImageLabels) -> None:
+    """Write FKD's type `marginal_smoothing_kK`, which its training script reads: labels (N, 2, k) float32."""
+    soft = np.stack([labels.class_index.astype(np.float32), labels.class_prob.astype(np.float32)], axis=1)
+    write_arrays(path, coords_of(labels), np.ascontiguousarray(labels.flip), soft)
+
+
+def coords_of(labels: ImageLabels) -> npt.NDArray[np.float64]:
+    """(N, 4): boxes as fractions of the image's height and width."""
+    return labels.boxes.astype(np.float64) / np.array([labels.height, labels.width] * 2, np.float64)
+
+
+def write_arrays(
+    path: Path, coords: npt.NDArray[np.float64], flip: npt.NDArray[np.bool_], soft: npt.NDArray[np.float32]
+) -> None:
+    """Write one of FKD's files.
+
+    All parts are tensors, which `torch.load` takes by itself; FKD's own NumPy arrays it refuses since PyTorch 2.6.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save([torch.from_numpy(part) for part in (coords, flip, soft)], path)

@@ -1,0 +1,121 @@
+"""Labels out of other people's files, checked, and turned into rows of a label set.
+
+Legend: N crops, k kept classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data.errors import ForeignFileError
+from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
+from ferkd_data.labels.buckets import Thresholds, assign_buckets, confidence
+from ferkd_data.labels.rows import CLASS_BITS, UNKNOWN_TARGET, ImageLabels, class_index_dtype
+
+HIGHEST_TOTAL = 1 + 1e-3
+"""Of a crop's probabilities: what rounding can do."""
+UNKNOWN_DIGEST = "0" * 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignLabels:
+    """What a foreign file says of one image."""
+
+    boxes: npt.NDArray[np.uint16]
+    """(N, 4): top, left, height, width."""
+    flip: npt.NDArray[np.bool_]
+    """(N,)"""
+    class_index: npt.NDArray[np.int64]
+    """(N, k), in no order."""
+    class_prob: npt.NDArray[np.float32]
+    """(N, k)"""
+
+
+class LabelFiles(Protocol):
+    """One kind of foreign files."""
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def expected(self) -> str:
+        """Where an image's labels are looked for, in words."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def distribution(self) -> CropDistributionEntry: ...
+
+    @property
+    def teachers(self) -> tuple[TeacherEntry, ...]: ...
+
+    @property
+    def seed(self) -> int | None:
+        """The seed that the crops were drawn with; None where somebody else drew them."""
+
+    def read(self, key: str, size: tuple[int, int]) -> ForeignLabels:
+        """The labels of an image of (height, width). Raises ForeignFileError, or ValueError for impossible crops."""
+
+
+def check_labels(path: Path, index: npt.NDArray[np.int64], prob: npt.NDArray[np.float32], num_classes: int) -> None:
+    """Raises ForeignFileError for classes (N, k) or probabilities (N, k) that cannot be."""
+    if not np.isfinite(prob).all():
+        raise ForeignFileError(f"{path}: holds numbers that are not finite")
+    if index.min() < 0 or index.max() >= num_classes:
+        raise ForeignFileError(f"{path}: class {int(index.max())} of {num_classes} classes")
+    if prob.min() < 0 or prob.sum(axis=1).max() > HIGHEST_TOTAL:
+        raise ForeignFileError(
+            f"{path}: probabilities {prob.min():.4g} to {prob.sum(axis=1).max():.4g} in sum; not 0..1"
+        )
+
+
+def check_boxes(boxes: npt.NDArray[np.int64], height: int, width: int) -> npt.NDArray[np.uint16]:
+    """(N, 4) boxes as they are stored. Raises ValueError for one that is not inside the image."""
+    fits = (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all()
+    if not fits or (boxes[:, :2] + boxes[:, 2:] > (height, width)).any():
+        raise ValueError("a crop is not inside the image; are these the images that were labelled?")
+    return boxes.astype(np.uint16)
+
+
+def to_row(
+    labels: ForeignLabels,
+    *,
+    key: str,
+    digest: bytes,
+    size: tuple[int, int],
+    target: int,
+    num_classes: int,
+    thresholds: Thresholds,
+) -> ImageLabels:
+    """A row of a label set. The ground truth's probability is unknown where it was cut off."""
+    stored = labels.class_prob.clip(0, 1).astype(np.float16)
+    rank = stored.view(np.int16).astype(np.int64) << CLASS_BITS
+    order = np.argsort(-(rank - labels.class_index), axis=1, kind="stable")
+    index = np.take_along_axis(labels.class_index, order, axis=1)
+    prob = np.take_along_axis(stored, order, axis=1)
+    is_target = index == target
+    known = is_target.any(axis=1) & (target != UNKNOWN_TARGET)
+    target_prob = np.where(known, np.where(is_target, prob, 0).max(axis=1), np.float16(np.nan)).astype(np.float16)
+    height, width = size
+    return ImageLabels(
+        key=key,
+        image_digest=digest,
+        height=height,
+        width=width,
+        target=target,
+        boxes=labels.boxes,
+        flip=labels.flip,
+        class_index=index.astype(class_index_dtype(num_classes)),
+        class_prob=prob,
+        target_prob=target_prob,
+        bucket=assign_buckets(confidence(prob, target_prob, thresholds.confidence), thresholds),
+    )

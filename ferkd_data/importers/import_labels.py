@@ -1,0 +1,317 @@
+"""`convert --from`: other people's label files into a label set of layout parquet, given the images they belong to."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ferkd_data
+from ferkd_data.builder.state import REJECTS_NAME
+from ferkd_data.crops import CropDistribution
+from ferkd_data.errors import ForeignFileError, ImageError, UsageError
+from ferkd_data.exchange import out_folder
+from ferkd_data.exchange.out_folder import check_at_least
+from ferkd_data.format.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry, SourceEntry, ThresholdsEntry
+from ferkd_data.format.rejects import RejectWriter, rejects_entry
+from ferkd_data.format.writers import write_shard
+from ferkd_data.images import (
+    DEFAULT_MAX_PIXELS,
+    FolderSource,
+    ImageRef,
+    ImageSource,
+    Reject,
+    image_size,
+    in_groups,
+    open_source,
+)
+from ferkd_data.importers.dataset_reinforcement import image_folder_ids, listed_ids, open_reinforced
+from ferkd_data.importers.fkd import FkdFiles, FkdTeacher
+from ferkd_data.importers.foreign_labels import LabelFiles, to_row
+from ferkd_data.importers.relabel import RelabelMaps
+from ferkd_data.labels import statistics
+from ferkd_data.labels.buckets import Thresholds
+from ferkd_data.labels.rows import UNKNOWN_TARGET, ImageLabels, ShardLabels
+from ferkd_data.labels.statistics import Statistics, shard_statistics
+from ferkd_data.storage import image_digest, write_atomically
+
+OnImages = Callable[[int], None]
+"""Receives the images done."""
+
+
+def import_fkd(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    images: str | Path,
+    num_classes: int,
+    teacher: FkdTeacher,
+    top_k: int = 5,
+    crops_per_block: int = 50,
+    images_per_shard: int = 4096,
+    classes: str | Path | None = None,
+    on_progress: OnImages | None = None,
+) -> Manifest:
+    """A label set of layout parquet from FKD's files: FOLDER/KEY.tar for each image of `images`, such as
+    FOLDER/n01440764/n01440764_10026.tar.
+
+    `top_k` applies to full distributions; FKD's other label types keep the k they have. An image without labels or with
+    labels that cannot be read becomes a reject.
+
+    Raises SourceError; UsageError for numbers that cannot be right, and when nothing can be imported.
+    """
+    check_at_least(1, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
+    check_at_least(2, num_classes=num_classes)
+    files = FkdFiles(folder=Path(folder), num_classes=num_classes, top_k=top_k, teacher=teacher)
+    settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
+    settings |= {"teacher": f"{teacher.name} {teacher.size}", "classes": str(classes)}
+    settings |= {"num_classes": num_classes, "top_k": top_k}
+    source = open_source(images, classes=None if classes is None else Path(classes))
+    work = _Import(
+        files=files,
+        source=source,
+        crops_per_block=crops_per_block,
+        images_per_shard=images_per_shard,
+        settings=settings,
+    )
+    return work.run(Path(out), on_progress)
+
+
+def import_dr(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    images: str | Path,
+    ids: str | Path | None = None,
+    num_classes: int | None = None,
+    teacher: str | None = None,
+    crops_per_block: int = 50,
+    images_per_shard: int = 4096,
+    classes: str | Path | None = None,
+    on_progress: OnImages | None = None,
+) -> Manifest:
+    """A label set of layout parquet from Dataset Reinforcement's files: FOLDER/ID.pth.tar and FOLDER/config.pth.tar.
+
+    An ID is an image's number in torchvision's ImageFolder of the training set; with `ids`, the line of that text file
+    that holds the image's key. The configuration tells the teachers and the classes' number unless you do.
+
+    Raises SourceError; UsageError for crops that cannot be replayed (RandAugment, erasing, mixing) and when nothing can
+    be imported.
+    """
+    check_at_least(1, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
+    check_at_least(2, num_classes=num_classes)
+    source = open_source(images, classes=None if classes is None else Path(classes))
+    folder = Path(folder)
+    if ids is not None:
+        known = listed_ids(Path(ids))
+    elif isinstance(source, FolderSource) and source.class_folders is not None:
+        known = image_folder_ids(source.root, folder)
+    else:
+        raise UsageError(f"{images}: only a folder of class folders numbers its images; give a file of keys with --ids")
+    files = open_reinforced(folder, known, num_classes=num_classes, teacher=teacher)
+    settings = {"folder": str(folder.absolute()), "images": str(images), "ids": str(ids), "teacher": teacher}
+    work = _Import(
+        files=files,
+        source=source,
+        crops_per_block=crops_per_block,
+        images_per_shard=images_per_shard,
+        settings=settings | {"num_classes": num_classes, "classes": str(classes)},
+    )
+    return work.run(Path(out), on_progress)
+
+
+def import_relabel(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    images: str | Path,
+    crops: int = 200,
+    seed: int = 0,
+    distribution: CropDistribution | None = None,
+    num_classes: int = 1000,
+    top_k: int = 5,
+    crops_per_block: int = 50,
+    images_per_shard: int = 4096,
+    classes: str | Path | None = None,
+    on_progress: OnImages | None = None,
+) -> Manifest:
+    """Make a label set of layout parquet from ReLabel's label maps, FOLDER/KEY.pt for each image, without a teacher.
+
+    `crops` crops of each image are drawn as `build` draws them, and labelled by pooling the map under each.
+
+    Raises SourceError; UsageError for numbers that cannot be right, and when nothing can be imported.
+
+    Example: `fd.import_relabel("relabel_imagenet", "labels", images="imagenet/train", crops=100)`
+    """
+    check_at_least(1, crops=crops, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
+    check_at_least(2, num_classes=num_classes)
+    check_at_least(0, seed=seed)
+    if top_k > num_classes:
+        raise UsageError(f"top_k {top_k} is more than the {num_classes} classes")
+    files = RelabelMaps(
+        folder=Path(folder),
+        num_classes=num_classes,
+        top_k=top_k,
+        crops=crops,
+        seed=seed,
+        drawn=distribution or CropDistribution(),
+    )
+    source = open_source(images, classes=None if classes is None else Path(classes))
+    settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
+    settings |= {"crops": crops, "seed": seed, "distribution": repr(files.drawn), "classes": str(classes)}
+    work = _Import(
+        files=files,
+        source=source,
+        crops_per_block=crops_per_block,
+        images_per_shard=images_per_shard,
+        settings=settings | {"num_classes": num_classes, "top_k": top_k},
+    )
+    return work.run(Path(out), on_progress)
+
+
+@dataclass(kw_only=True)
+class _Import:
+    files: LabelFiles
+    source: ImageSource
+    crops_per_block: int
+    images_per_shard: int
+    settings: out_folder.Settings
+    """What a finished or interrupted import must have had in common with this one, besides the format and shapes."""
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    shape: tuple[int, int] = (0, 0)
+    """(N crops, k classes), as the first image has them."""
+    first_reject: Reject | None = None
+    most_pixels: int = 0
+    """Pixels of the largest image so far."""
+
+    def __post_init__(self) -> None:
+        shapes = {"crops_per_block": self.crops_per_block, "images_per_shard": self.images_per_shard}
+        self.settings = {"command": f"import of {self.files.format}'s files", **self.settings, **shapes}
+
+    def run(self, out: Path, on_progress: OnImages | None) -> Manifest:
+        there = out_folder.finished(out)
+        if there is not None and self._is_of(there):
+            out_folder.clean(out)
+            return there
+        out = out_folder.begin(out, self.settings)
+        path = out / REJECTS_NAME
+        # Elsewhere until the end, so that a kill leaves nothing in OUT that is in the way of the next attempt.
+        with tempfile.TemporaryDirectory(prefix="ferkd-data-import-") as scratch:
+            written = Path(scratch) / REJECTS_NAME
+            with RejectWriter(written) as rejects:
+                shards, counted = self._write_shards(out, rejects, on_progress)
+            with write_atomically(path) as aside:
+                shutil.copyfile(written, aside)
+        return out_folder.finish(out, self._manifest(shards, rejects_entry(path, rejects.rows), counted))
+
+    def _is_of(self, there: Manifest) -> bool:
+        origin = (there.model_extra or {}).get("imported_from")
+        return isinstance(origin, dict) and origin.get("settings") == out_folder.settings_digest(self.settings)
+
+    def _write_shards(
+        self, out: Path, rejects: RejectWriter, on_progress: OnImages | None
+    ) -> tuple[tuple[ShardEntry, ...], Statistics]:
+        """Raises UsageError where no image has labels."""
+        entries: list[ShardEntry] = []
+        counted = []
+        for group in in_groups(self.source.list_images(), self.images_per_shard):
+            rows = list(self._rows(group, rejects))
+            if rows:
+                starts = range(0, self.shape[0], self.crops_per_block)
+                count, files = write_shard(
+                    out, len(entries), ((row, b"") for row in rows), layout="parquet", block_starts=starts
+                )
+                entries.append(ShardEntry(index=len(entries), rows=count, files=files))
+                counted.append(shard_statistics(ShardLabels.from_rows(rows)))
+            if on_progress:
+                on_progress(sum(entry.rows for entry in entries))
+        if not entries:
+            raise UsageError(self._nothing())
+        return tuple(entries), statistics.add(counted)
+
+    def _rows(self, items: Iterable[ImageRef | Reject], rejects: RejectWriter) -> Iterator[ImageLabels]:
+        refs = []
+        for item in items:
+            if isinstance(item, ImageRef):
+                refs.append(item)
+            else:
+                self._reject(item, rejects)
+        for ref, data in zip(refs, self.source.read(refs), strict=True):
+            try:
+                if isinstance(data, ImageError):
+                    raise data
+                yield self._row(ref, data)
+            except ImageError as error:
+                self._reject(Reject(key=ref.key, reason=error.reason, detail=error.detail), rejects)
+            except (ForeignFileError, ValueError) as error:
+                self._reject(Reject(key=ref.key, reason="unreadable_labels", detail=str(error)), rejects)
+
+    def _reject(self, reject: Reject, rejects: RejectWriter) -> None:
+        self.first_reject = self.first_reject or reject
+        rejects.add(reject)
+
+    def _row(self, ref: ImageRef, data: bytes) -> ImageLabels:
+        size = image_size(data)
+        self.most_pixels = max(self.most_pixels, size[0] * size[1])
+        labels = self.files.read(ref.key, size)
+        shape = labels.class_index.shape
+        if self.shape == (0, 0):
+            self.shape = shape
+        if shape != self.shape:
+            raise ForeignFileError(f"{shape} crops and classes, the first image has {self.shape}")
+        return to_row(
+            labels,
+            key=ref.key,
+            digest=image_digest(data),
+            size=size,
+            target=UNKNOWN_TARGET if ref.target is None else ref.target,
+            num_classes=self.files.num_classes,
+            thresholds=self.thresholds,
+        )
+
+    def _nothing(self) -> str:
+        first = self.first_reject
+        why = f"; the first: {first.key}: {first.detail}" if first else ""
+        here = f"{self.files.folder}: no image of {self.source.description} has labels here"
+        return f"{here}; {self.files.expected} is expected{why}"
+
+    def _manifest(self, shards: tuple[ShardEntry, ...], rejects: RejectsEntry, counted: Statistics) -> Manifest:
+        num_crops, top_k = self.shape
+        num_images = sum(shard.rows for shard in shards)
+        origin: dict[str, Any] = {
+            "format": self.files.format,
+            "crops_follow_seed": self.files.seed is not None,
+            "settings": out_folder.settings_digest(self.settings),
+        }
+        manifest = Manifest(
+            created_by=CreatedBy(name="ferkd-data", version=ferkd_data.__version__),
+            layout="parquet",
+            num_images=num_images,
+            num_crops=num_crops,
+            crops_per_block=self.crops_per_block,
+            top_k=top_k,
+            num_classes=self.files.num_classes,
+            seed=self.files.seed or 0,
+            crop_distribution=self.files.distribution,
+            teachers=self.files.teachers,
+            ensemble="mean",
+            thresholds=ThresholdsEntry(
+                low=self.thresholds.low,
+                mid=self.thresholds.mid,
+                top=self.thresholds.top,
+                confidence=self.thresholds.confidence,
+            ),
+            max_pixels=self.most_pixels if self.most_pixels > DEFAULT_MAX_PIXELS else None,
+            source=SourceEntry(
+                description=f"imported from {self.files.format}'s files, images: {self.source.description}",
+                images_seen=num_images + rejects.rows,
+                plan_sha256="0" * 64,
+            ),
+            shards=shards,
+            rejects=rejects,
+            statistics=counted,
+        )
+        return manifest.model_copy(update={"imported_from": origin})

@@ -1,0 +1,228 @@
+"""What can be said of a label set as a whole, as sums that add up shard by shard.
+
+The p_max histogram has bins of 0.005, so that FerKD's ranges (multiples of 0.05) are sums of whole bins.
+Legend: R images, N crops, T teachers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from ferkd_data.labels.buckets import BUCKETS, NUM_FLOAT16, from_patterns
+from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels
+
+NUM_BINS = 200
+NUM_PATTERNS = 2**16
+"""Of a float16."""
+VALUES_AT_ONCE = 2**16
+"""So that they stay in a core's cache."""
+RANGE_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
+"""FerKD's p_max ranges: each holds its lower edge, the last one both."""
+PAPER_SHARES = (0.43, 0.89, 1.29, 2.03, 3.66, 4.35, 5.04, 7.76, 8.14, 28.73, 37.34, 0.33)
+"""Percent of ImageNet crops in each range, as FerKD (ICCV 2023) reports them."""
+
+TEACHER_BINS = 15
+"""Equal bins of a teacher's own p_max, for its calibration error."""
+P_MAX_UNITS = 2**16
+"""Sums of p_max are counted in units of 1 / P_MAX_UNITS: whole numbers add up alike in every order."""
+
+MAX_COUNT = 2**53
+"""Counts are exact in every reader's numbers."""
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+
+
+class Statistics(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    crops: Count = 0
+    p_max_histogram: Annotated[tuple[Count, ...], Field(min_length=NUM_BINS, max_length=NUM_BINS)] = (0,) * NUM_BINS
+    """Crops by p_max in 200 bins of 0.005; 1.0 falls into the last."""
+    bucket_counts: Annotated[tuple[Count, ...], Field(min_length=4, max_length=4)] = (0, 0, 0, 0)
+    """Crops by bucket: extreme_hard, moderate_hard, hard_positive, easy_positive."""
+    crops_with_target: Count = 0
+    top1_matches_target: Count = 0
+    """Crops whose most probable class is the ground truth."""
+    target_prob_sum: Annotated[float, Field(ge=0)] = 0.0
+    """Sum over crops of the ensemble's probability of the ground truth, where it is stored."""
+    kept_prob_sum: Annotated[float, Field(ge=0)] = 0.0
+    """Sum over crops of the top-k probabilities."""
+    teacher_top1_matches_target: tuple[Count, ...] = ()
+    """Per teacher: crops whose most probable class, for this teacher alone, is the ground truth."""
+    teacher_agreement: tuple[tuple[Count, ...], ...] = ()
+    """Entry [a][b]: crops on which teachers a and b name the same most probable class."""
+
+    teacher_right_together: tuple[tuple[Count, ...], ...] = ()
+    """Entry [a][b]: crops whose ground truth both teachers a and b name as the most probable class."""
+    teacher_bin_crops: tuple[tuple[Count, ...], ...] = ()
+    """Per teacher: crops with a ground truth in 15 equal bins of the teacher's own largest probability."""
+    teacher_bin_right: tuple[tuple[Count, ...], ...] = ()
+    """Per teacher and bin: those whose most probable class, for this teacher alone, is the ground truth."""
+    teacher_bin_p_max: tuple[tuple[Count, ...], ...] = ()
+    """Per teacher and bin: the sum of the teacher's largest probability over its crops, in units of 1/65536."""
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return add([self, other])
+
+    def fits(self, num_teachers: int) -> bool:
+        """Whether what is counted per teacher is of so many teachers, or not counted."""
+        squares = (self.teacher_agreement, self.teacher_right_together)
+        binned = (self.teacher_bin_crops, self.teacher_bin_right, self.teacher_bin_p_max)
+        lists = (self.teacher_top1_matches_target, *squares, *binned)
+        return (
+            all(len(entries) in (0, num_teachers) for entries in lists)
+            and all(len(row) == num_teachers for square in squares for row in square)
+            and all(len(row) == TEACHER_BINS for table in binned for row in table)
+        )
+
+
+def add(parts: Iterable[Statistics]) -> Statistics:
+    """The statistics of the union of disjoint crops."""
+    filled = [part for part in parts if part.crops]
+    if not filled:
+        return Statistics()
+    names = Statistics.model_fields
+    sums = {name: _sum([getattr(part, name) for part in filled]) for name in names}
+    return Statistics.model_validate(sums)
+
+
+def _sum(values: list[object]) -> object:
+    if () in values:
+        # Counted in some parts only, such as those that an older version wrote: nothing can be said of the whole.
+        return ()
+    if isinstance(values[0], (int, float)):
+        return sum(values)  # type: ignore[arg-type]
+    total = np.sum([np.asarray(value, dtype=np.int64) for value in values], axis=0)
+    return tuple(tuple(row) for row in total.tolist()) if total.ndim == 2 else tuple(total.tolist())
+
+
+def crop_statistics(
+    *,
+    class_index: npt.NDArray[np.generic],
+    class_prob: npt.NDArray[np.float16],
+    target_prob: npt.NDArray[np.float16],
+    bucket: npt.NDArray[np.uint8],
+    target: npt.NDArray[np.integer],
+) -> Statistics:
+    """Statistics of stored columns: class_index, class_prob (R, N, k); target_prob, bucket (R, N); target (R,)."""
+    known = target != UNKNOWN_TARGET
+    said = target_prob if known.all() else target_prob[known]
+    num_crops = target_prob.shape[1]
+    return Statistics(
+        crops=target_prob.size,
+        p_max_histogram=tuple(histogram(*_counts(class_prob[..., 0])).tolist()),
+        bucket_counts=tuple(np.bincount(bucket.reshape(-1), minlength=4).tolist()),
+        crops_with_target=int(known.sum()) * num_crops,
+        # No class is numbered -1, so crops without a target never match.
+        top1_matches_target=int((class_index[..., 0] == target[:, None]).sum()),
+        target_prob_sum=_total(np.where(np.isnan(said), np.float16(0), said)),
+        kept_prob_sum=_total(class_prob),
+    )
+
+
+def _counts(values: npt.NDArray[np.float16]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """The distinct values and how often each occurs: there are few, and converting all takes longer than counting."""
+    counts = np.bincount(np.ascontiguousarray(values).reshape(-1).view(np.uint16), minlength=NUM_PATTERNS)
+    patterns = np.flatnonzero(counts)
+    return patterns.astype(np.uint16).view(np.float16).astype(np.float64), counts[patterns]
+
+
+def _total(values: npt.NDArray[np.float16]) -> float:
+    """Their sum; float64 adds float16 up without rounding."""
+    total = 0.0
+    step = max(1, VALUES_AT_ONCE * len(values) // max(values.size, 1))
+    for at in range(0, len(values), step):
+        part = values[at : at + step]
+        patterns = np.ascontiguousarray(part).view(np.uint16)
+        usual = patterns.max(initial=0) < NUM_FLOAT16
+        total += float(from_patterns(patterns).sum(dtype=np.float64) if usual else part.astype(np.float64).sum())
+    return total
+
+
+def shard_statistics(labels: ShardLabels) -> Statistics:
+    """Statistics of a shard's rows; without those per teacher, which only a build can know."""
+    return crop_statistics(
+        class_index=labels.class_index,
+        class_prob=labels.class_prob,
+        target_prob=labels.target_prob,
+        bucket=labels.bucket,
+        target=labels.target,
+    )
+
+
+def histogram(p_max: npt.NDArray[np.float64], counts: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
+    """Crops in NUM_BINS equal bins of [0, 1], each once or as often as `counts` says.
+
+    Exact at the edges, because an edge times 200 is compared as a whole.
+    """
+    bins = np.clip(np.floor(p_max.reshape(-1) * NUM_BINS + 1e-9), 0, NUM_BINS - 1).astype(np.int64)
+    return np.bincount(bins, counts, minlength=NUM_BINS).astype(np.int64)
+
+
+class Range(NamedTuple):
+    low: float
+    high: float
+    crops: int
+    share: float
+    """Percent of all crops."""
+    aggregate: float
+    """Percent of all crops up to and including this range."""
+    paper_share: float
+
+
+def p_max_table(statistics: Statistics) -> list[Range]:
+    """FerKD's table for this label set."""
+    counts = np.asarray(statistics.p_max_histogram, dtype=np.int64)
+    total = max(int(counts.sum()), 1)
+    rows = []
+    seen = 0
+    for low, high, paper in zip(RANGE_EDGES[:-1], RANGE_EDGES[1:], PAPER_SHARES, strict=True):
+        crops = int(counts[round(low * NUM_BINS) : round(high * NUM_BINS)].sum())
+        seen += crops
+        rows.append(Range(low, high, crops, 100 * crops / total, 100 * seen / total, paper))
+    return rows
+
+
+def summarise(statistics: Statistics) -> dict[str, Any]:
+    """What `ferkd-data stats` prints: shares in percent in the tables, agreements in 0..1.
+
+    What is said of the ground truth is None, or an empty list, where no crop has one.
+    """
+    crops = max(statistics.crops, 1)
+    known = statistics.crops_with_target > 0
+    with_target = max(statistics.crops_with_target, 1)
+    return {
+        "crops": statistics.crops,
+        "p_max": [row._asdict() for row in p_max_table(statistics)],
+        "buckets": {
+            name: {"crops": count, "share": 100 * count / crops}
+            for name, count in zip(BUCKETS, statistics.bucket_counts, strict=True)
+        },
+        "crops_with_target": statistics.crops_with_target,
+        "agreement_with_target": statistics.top1_matches_target / with_target if known else None,
+        "mean_target_prob": statistics.target_prob_sum / with_target if known else None,
+        "mean_kept_prob": statistics.kept_prob_sum / crops,
+        "teacher_agreement": [[count / crops for count in row] for row in statistics.teacher_agreement],
+        "teacher_agreement_with_target": [count / with_target for count in statistics.teacher_top1_matches_target]
+        if known
+        else [],
+    }
+
+
+def per_class_agreement(shards: Iterable[ShardLabels]) -> list[tuple[int, int, float]]:
+    """(class, crops, share of them whose most probable class it is) for every class seen, the worst first."""
+    crops: Counter[int] = Counter()
+    matches: Counter[int] = Counter()
+    for shard in shards:
+        for target in np.unique(shard.target[shard.target != UNKNOWN_TARGET]).tolist():
+            rows = shard.target == target
+            top1 = shard.class_index[rows, :, 0]
+            crops[target] += top1.size
+            matches[target] += int((top1 == target).sum())
+    table = [(target, crops[target], matches[target] / crops[target]) for target in crops]
+    return sorted(table, key=lambda row: (row[2], row[0]))

@@ -1,0 +1,223 @@
+"""Files of the shards in work, kept open by one process; those of the next shards are fetched in the background.
+
+The workers of a loader deal the fetching out among themselves: what one has fetched, the others find in the cache.
+
+Labels that are read shard by shard: each (shard, crop block) is unpacked when it is needed, or a little before.
+
+The unpacked records lie in the cache beside the shards, as files named by what they hold; all processes of a host map
+the same file. Shards already passed go when the cache is full.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import logging
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data.errors import FerkdError, LoaderError
+from ferkd_data.label_set import LabelSet
+from ferkd_data.label_set.files import ShardCache
+from ferkd_data.loader.label_cache import Records, are_intact, fill, record_dtype
+from ferkd_data.loader.order import Stage
+from ferkd_data.storage import FREE_CACHE, write_atomically
+
+K = TypeVar("K")
+T = TypeVar("T")
+THREADS = 4
+"""Files that all workers of a loader together have on their way, at least one each."""
+LAST_SECONDS = 5.0
+"""That a process waits at its end for what is being fetched, all in all."""
+
+_share = (0, 1)
+"""This process's number among a loader's workers, and how many they are."""
+
+
+def set_share(number: int, of: int) -> None:
+    """Say which of a loader's workers this process is."""
+    global _share
+    _share = (number, of)
+
+
+class HeldFiles(Generic[K, T]):
+    """`held.get(key)` is what `open_one(key)` gave; closed with its last reference. To be used by one thread."""
+
+    def __init__(self, open_one: Callable[[K], T], limit: int | None = None) -> None:
+        """`limit` is how many files may be open that no stage has named."""
+        self._open_one = open_one
+        self._limit = limit
+        self._open: dict[K, T] = {}
+        self._wanted: dict[K, None] = {}
+        self._fetcher: _Fetcher | None = None
+
+    def get(self, key: K) -> T:
+        found = self._open.get(key)
+        if found is None:
+            if self._limit is not None:
+                self.forget(self._limit - 1)
+            self._wanted[key] = None
+            found = self._open.setdefault(key, self._open_one(key))
+        return found
+
+    def drop(self, key: K) -> None:
+        """Open this file anew when it is asked for next."""
+        self._open.pop(key, None)
+
+    def forget(self, limit: int) -> None:
+        """Keep the `limit` files that were opened last."""
+        for key in list(self._open)[: max(len(self._open) - limit, 0)]:
+            del self._open[key], self._wanted[key]
+
+    def stage(self, now: Iterable[K], coming: Iterable[K]) -> None:
+        """Let go of all others, and fetch this worker's share of these, in the background."""
+        wanted = dict.fromkeys((*now, *coming))
+        fresh = [key for key in wanted if key not in self._wanted]
+        self._wanted = wanted
+        for key in list(self._open):
+            if key not in wanted:
+                del self._open[key]
+        first, step = _share
+        for key in fresh[first::step]:
+            if self._fetcher is None:
+                self._fetcher = _Fetcher(weakref.WeakMethod(self.fetch), max(1, THREADS // step))
+                weakref.finalize(self, self._fetcher.end).atexit = False
+            self._fetcher.asked.put(key)
+
+    def fetch(self, key: K) -> None:
+        """Open a file if it is still wanted; called in the background."""
+        if key not in self._wanted or key in self._open:
+            return
+        try:
+            found = self._open_one(key)
+        except (FerkdError, OSError):
+            # Whoever needs the file asks for it again, and says what is wrong with it.
+            return
+        if key in self._wanted:
+            self._open.setdefault(key, found)
+
+
+class _Fetcher:
+    """A few threads that do not keep what they work for alive."""
+
+    living: ClassVar[weakref.WeakSet[_Fetcher]] = weakref.WeakSet()
+
+    def __init__(self, fetch: weakref.WeakMethod[Any], num_threads: int) -> None:
+        self.asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._fetch = fetch
+        self._ended = False
+        # Daemons, since a server may keep a thread waiting for minutes.
+        self._threads = [
+            threading.Thread(target=self._work, name="ferkd-fetch", daemon=True) for _ in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self.living.add(self)
+
+    def end(self) -> None:
+        self._ended = True
+        for _ in self._threads:
+            self.asked.put(None)
+
+    def join(self, deadline: float) -> None:
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+
+    def _work(self) -> None:
+        while True:
+            key = self.asked.get()
+            fetch = self._fetch()
+            if self._ended or fetch is None:
+                return
+            fetch(key)
+            del fetch
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that comes back from a library's code when Python is gone already would crash the process."""
+    fetchers, deadline = list(_Fetcher.living), time.monotonic() + LAST_SECONDS
+    for fetcher in fetchers:
+        fetcher.end()
+    for fetcher in fetchers:
+        fetcher.join(deadline)
+
+
+SUFFIX = ".records"
+log = logging.getLogger("ferkd_data.loader")
+
+
+class ShardRecords:
+    """The same rows as a `LabelCache` gives, for orders that go from shard to shard. Can be pickled."""
+
+    def __init__(self, labels: LabelSet, cache_dir: Path) -> None:
+        self.labels = labels
+        self._cache = ShardCache(cache_dir / "shards", labels.cache_bytes)
+        self._held = HeldFiles(self._open)
+
+    def prepare(self, blocks: set[int]) -> None:
+        """Nothing needs to be there before the first batch is asked for."""
+
+    def forget_except(self, blocks: set[int]) -> None:
+        """`stage` says what is no longer needed."""
+
+    def stage(self, stage: Stage | None, blocks: set[int]) -> None:
+        """Fetch the shards of this stage, in the background, and let go of all others."""
+        if stage is not None:
+            now, coming = ([(shard, block) for shard in shards for block in sorted(blocks)] for shards in stage)
+            self._held.stage(now, coming)
+
+    def take(self, block: int, rows: npt.NDArray[np.int64]) -> Records:
+        """The records of these rows. Raises ShardError, RemoteError, StorageFullError."""
+        first = self.labels.first_row
+        shards = np.searchsorted(first, rows, side="right") - 1
+        found = np.empty(len(rows), record_dtype(self.labels, block))
+        for shard in np.unique(shards).tolist():
+            inside = shards == shard
+            found[inside] = self._take_of(shard, block, rows[inside] - first[shard])
+        return found
+
+    def _take_of(self, shard: int, block: int, rows: npt.NDArray[np.int64]) -> Records:
+        found: Records = self._held.get((shard, block))[rows]
+        if not are_intact(found):
+            path = self._path(shard, block)
+            log.warning("%s: damaged on its disk; made again", path)
+            path.unlink(missing_ok=True)
+            self._held.drop((shard, block))
+            found = self._held.get((shard, block))[rows]
+            if not are_intact(found):
+                raise LoaderError(f"{path}: damaged again right after it was written; is the disk at its end?")
+        return found
+
+    def _open(self, key: tuple[int, int]) -> Records:
+        shard, block = key
+        dtype, rows = record_dtype(self.labels, block), self.labels.manifest.shards[shard].rows
+
+        def unpack(path: Path) -> None:
+            records = np.empty(rows, dtype)
+            fill(records, self.labels.block(shard, block), self.labels, shard)
+            # NumPy's tofile would not say that the disk is full.
+            with write_atomically(path, sync=False, advice=FREE_CACHE) as aside, aside.open("wb") as stream:
+                stream.write(records.view(np.uint8).data)
+
+        with self._cache.open(self._path(shard, block).name, rows * dtype.itemsize, unpack) as file:
+            return np.frombuffer(file.map(), dtype)
+
+    def _path(self, shard: int, block: int) -> Path:
+        told = f"{self.labels.identity} {shard} {block} {record_dtype(self.labels, block).descr}"
+        return self._cache.path(hashlib.sha256(told.encode()).hexdigest() + SUFFIX)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"labels": self.labels, "_cache": self._cache}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._held = HeldFiles(self._open)

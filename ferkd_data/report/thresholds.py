@@ -1,0 +1,224 @@
+"""Thresholds suggested for a label set, and which clause of the rule decided each of them.
+
+The rule is a rule of thumb of this project. Every threshold has an accuracy test (how often the teachers are right near
+it or above it) and a cap (the share of all crops that its bucket may hold); whichever ends first decides.
+
+What the page's three sliders need: exact counts below each threshold, and crops that change bucket.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data.label_set import LabelSet
+from ferkd_data.labels.buckets import BUCKETS, QuantileThresholds, Thresholds
+from ferkd_data.report.charts import percent
+from ferkd_data.report.pictures import Pictures
+from ferkd_data.report.samples import Crop
+from ferkd_data.report.sketch import CONFIDENCES, Counts, Sketch, counts_below
+
+Decider = Literal["accuracy", "cap", "share"]
+SUGGESTION_STEPS = 100
+"""Thresholds are suggested in steps of 1 / STEPS."""
+DISCARD_BELOW, SOFTEN_BELOW, EASY_FROM = 1 / 3, 1 / 2, 0.98
+"""Accuracy tests of the three thresholds."""
+WINDOW = 10
+"""Steps below a threshold over which accuracy is counted."""
+MOST_DISCARDED, MOST_SOFTENED, MOST_EASY, SUREST = 0.1, 0.2, 0.25, 0.1
+"""Caps on the shares of all crops. SUREST is the share taken as easy where the accuracy test never holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clause:
+    """One suggested threshold: its rule in words, and the clause that decided its value."""
+
+    value: float
+    rule: str
+    decided_by: Decider
+    decided: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """Three suggested thresholds on p_max, and why."""
+
+    thresholds: Thresholds
+    clauses: tuple[Clause, Clause, Clause]
+
+    @property
+    def measured(self) -> int:
+        """How many of the thresholds the accuracy test decided."""
+        return sum(clause.decided_by == "accuracy" for clause in self.clauses)
+
+    @property
+    def summary(self) -> str:
+        """One sentence that claims no more than was measured."""
+        low, mid, top = (clause.value for clause in self.clauses)
+        values = f"{low:g}, {mid:g} and {top:g} on p_max"
+        if self.measured == 3:
+            return f"Thresholds that fit these teachers, by how often they are right: {values}."
+        if self.measured:
+            return (
+                f"Suggested thresholds: {values}. {self.measured} of the 3 by how often the teachers are right, the "
+                "others by a cap on the share of crops."
+            )
+        why = (
+            "by shares of the crops alone"
+            if self.clauses[0].decided_by == "share"
+            else "all by caps on the share of crops"
+        )
+        return f"Suggested thresholds: {values}, {why}: a place to start, not a measurement of these teachers."
+
+
+def suggest(sketch: Sketch) -> Suggestion:
+    """Suggest thresholds on p_max: by accuracy and caps, or by shares of the crops without a ground truth."""
+    total, known, right = sketch.confidence["max"]
+    if not known.sum():
+        return _by_shares(total)
+    edges = np.arange(SUGGESTION_STEPS + 1) / SUGGESTION_STEPS
+    below, known_below, right_below = (counts_below(counts, edges) for counts in (total, known, right))
+    near = [row - np.concatenate([np.zeros(WINDOW, np.int64), row[:-WINDOW]]) for row in (known_below, right_below)]
+    low, low_by = _lower(edges, near[1] <= DISCARD_BELOW * near[0], below <= MOST_DISCARDED * sketch.crops)
+    softened = below - below[round(low * SUGGESTION_STEPS)]
+    mid, mid_by = _lower(edges, near[1] <= SOFTEN_BELOW * near[0], softened <= MOST_SOFTENED * sketch.crops)
+    mid = max(low, mid)
+    accurate = (right.sum() - right_below >= EASY_FROM * (known.sum() - known_below)) & (known_below < known.sum())
+    above = (sketch.crops - below) / max(sketch.crops, 1)
+    top, top_by, top_cap = _upper(edges, accurate, above)
+    if top < mid:
+        top, top_by, top_cap = mid, "cap", "not below the second threshold"
+    return Suggestion(
+        thresholds=Thresholds(low=low, mid=mid, top=top),
+        clauses=(
+            _clause(
+                low, low_by, "accuracy test: right on more than a third of the crops just beyond it", MOST_DISCARDED,
+                f"extreme hard below it: teachers right on at most a third of the crops just below it, at most "
+                f"{percent(MOST_DISCARDED, 0)} of all crops",
+            ),
+            _clause(
+                mid, mid_by, "accuracy test: right on more than half of the crops just beyond it", MOST_SOFTENED,
+                f"moderate hard below it: teachers right on at most half of the crops just below it, at most "
+                f"{percent(MOST_SOFTENED, 0)} of all crops",
+            ),
+            Clause(
+                value=top,
+                rule=f"easy from it: teachers right on {percent(EASY_FROM, 0)} of the crops above it, at most "
+                f"{percent(MOST_EASY, 0)} of all crops; else the surest {percent(SUREST, 0)}",
+                decided_by=top_by,
+                decided=top_cap or f"accuracy test: right on {percent(EASY_FROM, 0)} of the crops above it",
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _clause(value: float, by: Decider, accuracy: str, cap: float, rule: str) -> Clause:
+    decided = accuracy if by == "accuracy" else f"cap of {percent(cap, 0)}; the accuracy test would allow more"
+    return Clause(value=value, rule=rule, decided_by=by, decided=decided)
+
+
+def _lower(
+    edges: npt.NDArray[Any], accurate: npt.NDArray[np.bool_], few: npt.NDArray[np.bool_]
+) -> tuple[float, Decider]:
+    """Give the largest edge up to which the teachers are seldom right and the bucket is small enough."""
+    by_accuracy = _last(edges, np.logical_and.accumulate(accurate))
+    by_cap = _last(edges, few)
+    return (by_cap, "cap") if by_cap < by_accuracy else (by_accuracy, "accuracy")
+
+
+def _upper(
+    edges: npt.NDArray[Any], accurate: npt.NDArray[np.bool_], above: npt.NDArray[np.float64]
+) -> tuple[float, Decider, str]:
+    """Give the smallest edge above which the teachers are nearly always right and the bucket is small enough."""
+    sure = np.flatnonzero(accurate)
+    allowed = sure[above[sure] <= MOST_EASY]
+    if len(allowed):
+        by_cap = allowed[0] != sure[0]
+        said = f"cap of {percent(MOST_EASY, 0)}; the accuracy test would allow more" if by_cap else ""
+        return float(edges[allowed[0]]), "cap" if by_cap else "accuracy", said
+    why = f"surest {percent(SUREST, 0)} of the crops; no value passes the accuracy test and its cap"
+    fits = np.flatnonzero(above <= SUREST)
+    return float(edges[fits[0]]) if len(fits) else 1.0, "cap", why
+
+
+def _last(edges: npt.NDArray[Any], fits: npt.NDArray[np.bool_]) -> float:
+    """Give the largest edge that fits; 0 where none does."""
+    good = np.flatnonzero(fits)
+    return float(edges[good[-1]]) if len(good) else 0.0
+
+
+def _by_shares(total: Counts) -> Suggestion:
+    shares = QuantileThresholds()
+    found = shares.resolve(total)
+    low, mid, top = (round(value, 3) for value in (found.low, found.mid, found.top))
+    decided = "by shares of the crops, since no ground truth is known"
+    clauses = [
+        Clause(value=value, rule=f"{percent(share, 0)} of the crops lie below it", decided_by="share", decided=decided)
+        for value, share in ((low, shares.low), (mid, shares.mid), (top, shares.top))
+    ]
+    first, second, third = clauses
+    return Suggestion(thresholds=Thresholds(low=low, mid=mid, top=top), clauses=(first, second, third))
+
+
+SLIDER_STEPS = 1000
+"""Thresholds go in steps of 1 / STEPS. JavaScript and Python divide alike, so both compare with the same number."""
+BINS = 100
+"""Bars of the histogram."""
+
+
+def slider_data(
+    labels: LabelSet, sketch: Sketch, strata: list[Crop], pictures: Pictures, suggestion: Suggestion
+) -> dict[str, Any]:
+    """Plain numbers and texts for the page's script.
+
+    For each kind of confidence, `below` says for each threshold how many crops have a smaller one, as
+    `assign_buckets` compares; `known` and `right` say so of the crops with a ground truth and of those named right.
+    """
+    edges = np.arange(SLIDER_STEPS + 1) / SLIDER_STEPS
+    stored = labels.manifest.thresholds
+    quantiles = {}
+    confidence: dict[str, Any] = {}
+    for which in CONFIDENCES:
+        counts = sketch.confidence[which]
+        below = [counts_below(row, edges).tolist() for row in counts]
+        confidence[which] = {"below": below[0], "known": below[1], "right": below[2]}
+        quantiles[which] = counts.sum(axis=1).tolist()
+    return {
+        "steps": SLIDER_STEPS,
+        "bins": BINS,
+        "totals": quantiles,
+        "confidence": confidence,
+        "buckets": list(BUCKETS),
+        "stored": _thresholds(stored.absolute()),
+        "suggested": _thresholds(suggestion.thresholds),
+        "defaults": _thresholds(Thresholds()),
+        "crops": [_crop(labels, crop, pictures) for crop in strata],
+    }
+
+
+def _thresholds(thresholds: Thresholds) -> dict[str, Any]:
+    return {"values": [thresholds.low, thresholds.mid, thresholds.top], "confidence": thresholds.confidence}
+
+
+def _crop(labels: LabelSet, crop: Crop, pictures: Pictures) -> dict[str, Any]:
+    said = float(crop.image.target_prob[crop.number])
+    return {
+        "key": crop.image.key,
+        "crop": crop.number,
+        "max": crop.p_max,
+        "target": crop.p_max if np.isnan(said) else said,
+        "named": class_name(labels, crop.top1),
+        "truth": class_name(labels, crop.image.target),
+        "right": crop.top1 == crop.image.target,
+        "picture": pictures.crops.get((crop.image.key, crop.number), ""),
+    }
+
+
+def class_name(labels: LabelSet, number: int) -> str:
+    """The class as people read it: the first of its names, or its number."""
+    if number < 0:
+        return "unlabelled"
+    return labels.class_names[number].split(",")[0] if labels.class_names else f"class {number}"
