@@ -10,7 +10,8 @@ SLOW = frozenset(
     """
     attacks/test_every_way_in attacks/test_footers attacks/test_hostile_servers attacks/test_rot
     attacks/test_waits cli/test_display cli/test_ending end_to_end/test_a_student_learns end_to_end/test_examples
-    end_to_end/test_gpu_check end_to_end/test_real_teachers invariants/test_3_the_manifest_commits
+    end_to_end/test_gpu_check end_to_end/test_real_teachers end_to_end/test_teach
+    invariants/test_3_the_manifest_commits
     rooms/builder/test_clocks rooms/builder/test_crew rooms/builder/test_ends rooms/builder/test_extend
     rooms/builder/test_parts rooms/builder/test_plan rooms/builder/test_ray rooms/builder/test_stop
     rooms/builder/test_store rooms/builder/test_watching rooms/exchange/test_again rooms/exchange/test_hub

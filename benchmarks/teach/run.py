@@ -40,6 +40,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=Setup.steps)
+    parser.add_argument("--batch-size", type=int, default=Setup.batch_size)
     parser.add_argument("--crops-per-image", type=int, default=Setup.crops_per_image)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each on a CPU")
@@ -55,16 +56,15 @@ def key(line: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def known_runs(path: Path) -> list[dict[str, Any]]:
-    """The finished runs; a last line that a kill cut off is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    runs = []
-    for number, line in enumerate(lines, 1):
-        try:
-            runs.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise
-    return runs
+    """Read the finished runs."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def drop_half_a_line(path: Path) -> None:
+    """Cut off what a killed command left of its last line."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def one(setup: Setup, method: str, seed: int, classes: list[str]) -> dict[str, Any]:
@@ -80,6 +80,7 @@ def main() -> None:
         val=arguments.val,
         val_labels=arguments.val_labels,
         steps=400 if arguments.quick else arguments.steps,
+        batch_size=arguments.batch_size,
         crops_per_image=arguments.crops_per_image,
         device=arguments.device,
         bf16=not arguments.fp32,
@@ -92,6 +93,7 @@ def main() -> None:
         sys.exit(f"no method {unknown[0]!r}; there are {', '.join(METHODS)}")
     classes = [line.split("\t")[0] for line in Path(arguments.classes).read_text(encoding="utf-8").splitlines()]
     path = Path(arguments.runs)
+    drop_half_a_line(path)
     done = {key(line) for line in known_runs(path)}
     # Seeds outermost: a comparison that is stopped early is still paired.
     wanted = [(m, seed) for seed in range(1 if arguments.quick else arguments.seeds) for m in methods]

@@ -27,7 +27,7 @@ class Setup:
     val: str
     """Class folders, named as in the label set."""
     val_labels: str = ""
-    """A label set of one crop, the whole photo, for each photo of `val`. The agreement is measured with it."""
+    """A label set of one crop, the whole photo, for photos of `val`. The agreement is measured with it."""
     crops: int | None = None
     """Use only the first crops of each photo; None: all."""
     photos_classes_only: bool = False
@@ -56,7 +56,7 @@ class Photos:
     images: Tensor
     targets: Tensor
     teacher: Tensor | None = None
-    """The teachers' most probable class for each photo, int64 (N,)."""
+    """The teachers' most probable class for each photo, int64 (N,); -1 where they were not asked."""
 
 
 def load_photos(folder: Path, classes: list[str], size: int, labels: str = "") -> Photos:
@@ -73,7 +73,7 @@ def load_photos(folder: Path, classes: list[str], size: int, labels: str = "") -
     teacher = None
     if labels:
         told = {image.key: int(image.class_index[0, 0]) for image in fd.open_labels(labels)}
-        teacher = torch.tensor([told[key] for key in keys])
+        teacher = torch.tensor([told.get(key, -1) for key in keys])
     return Photos(images=torch.stack(images), targets=torch.tensor(targets), teacher=teacher)
 
 
@@ -99,7 +99,8 @@ def evaluate(student: nn.Module, photos: Photos, device: str) -> dict[str, float
         "ece": 100 * float(gap.abs().sum() / count.sum()),
     }
     if photos.teacher is not None:
-        numbers["agreement"] = 100 * float((predicted == photos.teacher).float().mean())
+        asked = photos.teacher >= 0
+        numbers["agreement"] = 100 * float((predicted == photos.teacher)[asked].float().mean())
     return numbers
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 import ferkd_data as fd
 
@@ -138,6 +141,57 @@ def test_hf_trainer_on_two_processes_resumes_after_the_last_batch(label_set, pho
     assert whole == crops_of_epochs(label_set, photos, tmp_path, [0, 1])
     rest = trained_on(tmp_path, "second")
     assert rest <= whole and rest.total() == 6 * 16
+
+
+@pytest.mark.parametrize("options", [
+    ["--model", "mobilenetv3_small_050", "--mix", "self"],
+    ["--model", "vit_tiny_patch16_224", "--mix", "strangers"],
+    ["--model", "mobilenetv3_small_050", "--crops-per-image", "8"],
+], ids=["cnn", "vit", "small data set"])  # fmt: skip
+def test_student_from_scratch(label_set, photos, tmp_path, options):
+    command = [EXAMPLES / "student.py", label_set, photos, "--val", photos, *TINY, "--workers", "0", *options]
+    assert re.search(r"epoch 1: \d+ steps, loss \d\.\d+, top-1 \d+\.\d %", start(command, tmp_path))
+
+
+def test_student_counts_with_the_class_numbers_of_the_label_set(label_set, tmp_path, make_photos, monkeypatch):
+    """A folder with some of the classes only, whose own numbers are others."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    student = importlib.import_module("student")
+    some = make_photos(tmp_path / "photos")
+    for name in ("class0", "class3"):
+        shutil.rmtree(some / name)
+
+    class AlwaysSeven(torch.nn.Module):
+        def forward(self, images):
+            return torch.nn.functional.one_hot(torch.full((len(images),), 7), 10).float()
+
+    right = student.top1(AlwaysSeven(), some, fd.open_labels(label_set), 32, "cpu")
+    assert right == pytest.approx(100 / 8)
+
+
+def test_many_students_of_one_pass(label_set, photos, tmp_path):
+    models = ["mobilenetv3_small_050", "resnet10t"]
+    printed = start(
+        [EXAMPLES / "many_students.py", label_set, photos, *TINY, "--workers", "0", "--models", *models], tmp_path
+    )
+    assert re.search(r"epoch 1: loss mobilenetv3_small_050 \d\.\d+, resnet10t \d\.\d+", printed)
+    assert sorted(path.stem for path in (tmp_path / "students").iterdir()) == sorted(models)
+
+
+def test_own_teacher_labels_and_a_pretrained_model_is_fine_tuned(photos, tmp_path):
+    """Your own classes from photos to a student: the teacher, its label set, and a model that learns from it."""
+    pytest.importorskip("efficientnet_lite_pytorch"), pytest.importorskip("onnxscript")
+    printed = start([EXAMPLES / "own_teacher.py", photos, "--views", "3", "--epochs", "30", "--workers", "0"], tmp_path)
+    assert "classes: class0, class1" in printed and "teacher: onnx:own_teacher.onnx" in printed
+    teacher = f"onnx:{tmp_path / 'own_teacher.onnx'}"
+    fd.build(photos, tmp_path / "labels", teachers=[teacher], crops=4, device="cpu")
+    labels = fd.open_labels(tmp_path / "labels")
+    assert labels.class_names == tuple(f"class{number}" for number in range(10))
+    assert labels.statistics.top1_matches_target > 16, "twice what chance would give, of photos of noise"
+    weights = tmp_path / "fine_tuned.pt"
+    command = [EXAMPLES / "fine_tune.py", tmp_path / "labels", photos, *TINY, "--workers", "0", "--out", weights]
+    assert "epoch 1: 10 steps, loss" in start(command, tmp_path)
+    assert torch.load(weights, weights_only=True)["_fc.weight"].shape == (10, 1280)
 
 
 HELP = """

@@ -1,0 +1,107 @@
+"""benchmarks/teach: its arithmetic, and a whole comparison on tiny photos that is interrupted and goes on."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import ferkd_data as fd
+
+TEACH = Path(__file__).parent.parent.parent / "benchmarks/teach"
+
+
+@pytest.fixture
+def teach(monkeypatch):
+    """Import a module of the benchmark."""
+    monkeypatch.syspath_prepend(TEACH)
+    return importlib.import_module
+
+
+def test_the_interval_of_paired_differences_is_students_t(teach):
+    """1, 2, 3, 4, 5: mean 3, standard deviation sqrt(2.5), t(4) = 2.776."""
+    mean, half = teach("summary").interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
+    assert teach("summary").interval([7.0]) == (7.0, math.inf)
+
+
+def test_differences_are_paired_by_seed_and_small_ones_are_called_none(teach):
+    """Seed 2 of the base is missing, so seed 2 does not count."""
+    rows = [
+        ("a", 0, 50.0),
+        ("a", 1, 60.0),
+        ("b", 0, 51.0),
+        ("b", 1, 61.2),
+        ("b", 2, 99.0),
+        ("c", 0, 52.0),
+        ("c", 1, 59.0),
+    ]
+    runs = [{"method": method, "seed": seed, "top1": top1} for method, seed, top1 in rows]
+    assert teach("summary").difference(runs, "b", "a") == "+1.1 ± 1.3 (none)"
+    assert teach("summary").difference(runs, "c", "a").endswith("(none)")
+    assert teach("summary").difference(runs, "a", "a") == ""
+    runs[3]["top1"] = 61.01
+    assert teach("summary").difference(runs, "b", "a") == "+1.0 ± 0.1"
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing(teach):
+    train = teach("train")
+    setup = train.Setup(labels="", train="", val="", steps=100, lr=1.0, warmup=0.1)
+    rates = [train.learning_rate(setup, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(rates[10:])) and 0 < rates[-1] < 0.001
+
+
+def test_a_comparison_goes_on_where_it_was_cut_off(label_set, photos, tmp_path):
+    """Two methods, two seeds, four steps; then with half a line at the end of the file, as a kill leaves it."""
+    classes = tmp_path / "classes.txt"
+    classes.write_text("".join(f"class{number}\n" for number in range(10)))
+    whole = fd.CropDistribution(scale=(1, 1), ratio=(1, 1), hflip=0)
+    teachers = ["python:ferkd_tiny_teachers:first"]
+    fd.build(photos, tmp_path / "val", teachers=teachers, crops=1, distribution=whole, device="cpu")
+    runs = tmp_path / "runs.jsonl"
+    options = ["--labels", label_set, "--train", photos, "--val", photos, "--val-labels", tmp_path / "val"]
+    options += ["--classes", classes, "--runs", runs, "--steps", "4", "--seeds", "2", "--jobs", "1", "--fp32"]
+    options += ["--batch-size", "16", "--methods", "hard,ferkd+selfmix,ferkd/ten-classes"]
+
+    def compare() -> str:
+        command = [sys.executable, TEACH / "run.py", *options]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result.stdout
+
+    first = compare()
+    lines = runs.read_text().splitlines(keepends=True)
+    assert len(lines) == 6
+    for line in map(json.loads, lines):
+        assert [point["step"] for point in line["curve"]] == [1, 2, 3, 4]
+        assert 0 <= line["top1"] <= 100 and 0 <= line["agreement"] <= 100 and line["cpu_seconds"] > 0
+    runs.write_text("".join(lines[:-1]) + lines[-1][:40])
+    again = compare()
+    assert again.count("top-1") == 2 and again.startswith("1/1 "), "one run anew, and the head of the table"
+    table = [row for row in again.splitlines() if row.startswith("| ") and "seed 0" not in row]
+    assert len(list(map(json.loads, runs.read_text().splitlines()))) == 6, "the half line is gone"
+    assert any(row.startswith("| hard | 2 |") for row in table) and "| hard | 2 |" in first
+
+    figure = tmp_path / "figure.svg"
+    subprocess.run(
+        [sys.executable, TEACH / "figure.py", runs, figure, "--curves", "hard,ferkd+selfmix"], check=True, timeout=60
+    )
+    drawn = ElementTree.fromstring(figure.read_text())
+    assert len(drawn.findall("{*}polyline")) == 2 and len(drawn.findall("{*}g")) == 2
+
+
+def test_buckets_count_what_the_label_set_stores(label_set, teach, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["buckets.py", str(label_set)])
+    teach("buckets").main()
+    rows = [row.strip("|").split("|") for row in capsys.readouterr().out.splitlines() if row.startswith("| all")]
+    assert [row[1].strip() for row in rows] == ["200", "200"]
+    statistics = fd.open_labels(label_set).statistics
+    assert float(rows[0][3]) == pytest.approx(100 * statistics.top1_matches_target / 200, abs=0.06)
