@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from ferkd_data.errors import FerkdError, TeacherError, UsageError
 from ferkd_data.replay import empty_batch
+from ferkd_data.scratch import Scratch
 from ferkd_data.storage import write_atomically
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.compiled import compile_teacher, is_plain_module
@@ -95,9 +95,9 @@ def bench_teachers(
     if min(*batch_sizes, *threads, 1) < 1 or seconds <= 0:
         raise UsageError("batch sizes and threads must be at least 1, and seconds above 0")
     loaded = load_teachers(teachers, device=device, precision=precision)
-    with tempfile.TemporaryDirectory(prefix="ferkd-data-bench-") as folder:
+    with Scratch("bench") as folder:
         timed = [
-            _Bench(teacher, device, batch_sizes, threads, seconds, Path(folder) / f"{number}.onnx").run(compiled, cores)
+            _Bench(teacher, device, batch_sizes, threads, seconds, folder / f"{number}.onnx").run(compiled, cores)
             for number, teacher in enumerate(loaded)
         ]
     return TeacherBench(device=device, cores=cores, teachers=tuple(timed))

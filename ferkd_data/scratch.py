@@ -25,10 +25,11 @@ PREFIX = "ferkd-data-"
 class Scratch:
     """A new folder, `path`, which is removed with this object, at the end of its process, or by the next process.
 
-    A forked copy of the object removes nothing. Cannot be pickled: give other processes the path.
+    As a context, it gives the path and is removed at the end. The file `lock` in it is in use. A forked copy of the
+    object removes nothing. Cannot be pickled: give other processes the path.
 
-        scratch = Scratch("keys")
-        (scratch.path / "keys.txt").write_text("...")
+        with Scratch("keys") as folder:
+            (folder / "keys.txt").write_text("...")
     """
 
     def __init__(self, kind: str) -> None:
@@ -40,6 +41,12 @@ class Scratch:
     def remove(self) -> None:
         """Remove the folder now."""
         self._finalizer()
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *details: object) -> None:
+        self.remove()
 
     def __reduce__(self) -> str:
         raise TypeError("a scratch folder belongs to one process; pickle its path")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +18,7 @@ from ferkd_data.builder.prepare import Prepared, check_targets, prepare
 from ferkd_data.builder.settings import DryRunKeywords
 from ferkd_data.builder.watch.events import Overview
 from ferkd_data.errors import BuildError, UsageError
+from ferkd_data.scratch import Scratch
 from ferkd_data.teachers import TeacherSpec
 
 
@@ -80,10 +80,10 @@ def dry_run(
         raise UsageError("a dry run (--dry-run) measures a build from the start; leave out extend (--extend)")
     mine = None if part is None else Part.parse(part)
     with (
-        tempfile.TemporaryDirectory(prefix="ferkd-data-dry-run-") as name,
-        prepare(source, name, teachers=teachers, classes=classes, precision=precision, **changes) as prepared,
+        Scratch("dry-run") as folder,
+        prepare(source, folder, teachers=teachers, classes=classes, precision=precision, **changes) as prepared,
     ):
-        plan = load_or_make_plan(prepared.images, Path(name), images_per_shard=prepared.job.settings.shard_images)
+        plan = load_or_make_plan(prepared.images, folder, images_per_shard=prepared.job.settings.shard_images)
         check_targets(plan, prepared.ensemble[0].num_classes, classes_given=classes is not None)
         shards = list(plan.shards) if mine is None else mine.shards(plan.shards)
         if plan.summary.shards and not shards:

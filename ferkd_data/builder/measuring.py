@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import platform
 import signal
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -37,6 +36,7 @@ from ferkd_data.errors import BuildError
 from ferkd_data.format.writers import Row, write_shard
 from ferkd_data.images import ImageRef
 from ferkd_data.replay import empty_batch
+from ferkd_data.scratch import Scratch
 from ferkd_data.teachers import Teacher
 
 MEASURE_SECONDS = 15.0
@@ -67,8 +67,8 @@ def measure(tools: Tools, refs: Sequence[ImageRef]) -> Sample:
     copied = sum(len(image) for _, image in rows) if settings.layout == "webdataset" else 0
     written = 0
     if rows:
-        with tempfile.TemporaryDirectory(prefix="ferkd-data-dry-run-") as name:
-            _, files = write_shard(Path(name), 0, rows, layout=settings.layout, block_starts=settings.block_starts)
+        with Scratch("dry-run") as folder:
+            _, files = write_shard(folder, 0, rows, layout=settings.layout, block_starts=settings.block_starts)
             written = sum(file.bytes for file in files)
     return Sample(
         place=tools.device,

@@ -17,6 +17,7 @@ from ferkd_data.format import parquet, webdataset
 from ferkd_data.format.manifest import (
     FILE_NAME,
     RECORDED_OPERATIONS,
+    BlockEntry,
     CreatedBy,
     CropDistributionEntry,
     Manifest,
@@ -149,10 +150,23 @@ def _with_thresholds(
             counts[:] += np.bincount(bucket, minlength=4)
             yield _with_bucket(labels, bucket), image
 
+    def announce(files: tuple[BlockEntry, ...]) -> None:
+        # A kill while files get their names must leave no shard that looks damaged.
+        folder.announce(record.model_copy(update={"successors": files}))
+
     with folder.at_hand(record):
-        _, files = write_shard(folder.out, shard, rows(), layout=settings.layout, block_starts=settings.block_starts)
+        _, files = write_shard(
+            folder.out,
+            shard,
+            rows(),
+            layout=settings.layout,
+            block_starts=settings.block_starts,
+            announce=announce,
+        )
         changed = record.statistics.model_copy(update={"bucket_counts": tuple(counts.tolist())})
-        final_record = record.model_copy(update={"files": files, "statistics": changed, "thresholds": final})
+        final_record = record.model_copy(
+            update={"files": files, "statistics": changed, "thresholds": final, "successors": ()}
+        )
         folder.save(final_record)
     return final_record
 

@@ -47,7 +47,7 @@ from ferkd_data.format.manifest import (
 )
 from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 from ferkd_data.labels.statistics import Statistics
-from ferkd_data.storage import write_atomically
+from ferkd_data.storage import sha256_file, write_atomically
 
 STATE_VERSION = 1
 FOLDER = ".build"
@@ -79,6 +79,13 @@ class ShardRecord(BaseModel):
     statistics: Statistics
     thresholds: tuple[float, float, float]
     """Thresholds (low, mid, top) of the stored buckets."""
+    successors: tuple[BlockEntry, ...] = ()
+    """While the shard is written anew: the files that take the place of `files`, one for each of them. A kill leaves
+    either under the same name; both hold the same probabilities."""
+
+    def either(self) -> Iterator[tuple[BlockEntry, BlockEntry]]:
+        """For each file, the entries one of which is true of what lies there."""
+        return zip(self.files, self.successors or self.files, strict=True)
 
 
 class Facts(BaseModel):
@@ -250,7 +257,7 @@ class BuildFolder:
         if not path.exists():
             return None
         record = ShardRecord.model_validate_json(path.read_bytes())
-        whole = all(_size(self.out / file.path) == file.bytes for file in record.files)
+        whole = all(_size(self.out / old.path) in (old.bytes, new.bytes) for old, new in record.either())
         return record if whole else None
 
     def records(self, shards: Iterable[int]) -> Iterator[tuple[int, ShardRecord | None]]:
@@ -264,13 +271,38 @@ class BuildFolder:
         return record
 
     def save(self, record: ShardRecord) -> None:
+        """Save the record of a shard whose files are written."""
+        with write_atomically(self._record_path(record.index)) as aside:
+            aside.write_text(record.model_dump_json())
+
+    def announce(self, record: ShardRecord) -> None:
+        """Save the record of a shard whose files are about to be replaced by their successors."""
         with write_atomically(self._record_path(record.index)) as aside:
             aside.write_text(record.model_dump_json())
 
     @contextmanager
     def at_hand(self, record: ShardRecord) -> Iterator[None]:
-        """The files of a shard lie below `out` meanwhile."""
+        """The files of a shard lie below `out` meanwhile, as they were written.
+
+        Raises BuildError for a file that was damaged since: what is read here is written on under new digests.
+        """
+        self.files_now(record)
         yield
+
+    def files_now(self, record: ShardRecord) -> tuple[BlockEntry, ...]:
+        """The entries that are true of a shard's files as they lie there. Raises BuildError for a damaged file."""
+        return tuple(self._entry_now(old, new) for old, new in record.either())
+
+    def _entry_now(self, old: BlockEntry, new: BlockEntry) -> BlockEntry:
+        path = self.out / old.path
+        digest = sha256_file(path)
+        for entry in (old, new):
+            if entry.sha256 == digest:
+                return entry
+        raise BuildError(
+            f"{path}: was damaged or changed since it was written (its SHA-256 differs); remove it and run the build "
+            "command again, which labels this shard anew"
+        )
 
     def look_again(self) -> None:
         """A network file system looks again for a name that it knows as missing when its folder is listed."""

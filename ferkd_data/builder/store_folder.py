@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +88,7 @@ class StoreFolder(BuildFolder):
         if here.exists():
             return ShardRecord.model_validate_json(here.read_bytes())
         record = self._stored_record(shard)
-        if record is None or any(self.remote.size(file.path) != file.bytes for file in record.files):
+        if record is None or not _is_whole(record, self.remote.size):
             return None
         super().save(record)
         return record
@@ -98,7 +98,7 @@ class StoreFolder(BuildFolder):
 
         def find(shard: int) -> ShardRecord | None:
             record = self._stored_record(shard) if self._record_name(shard) in sizes else None
-            if record is None or any(sizes.get(file.path) != file.bytes for file in record.files):
+            if record is None or not _is_whole(record, sizes.get):
                 return None
             super(StoreFolder, self).save(record)
             return record
@@ -114,13 +114,19 @@ class StoreFolder(BuildFolder):
         self._send(self._record_path(record.index), self._record_name(record.index))
         self._drop(record)
 
+    def announce(self, record: ShardRecord) -> None:
+        super().announce(record)
+        self._send(self._record_path(record.index), self._record_name(record.index))
+
     def look_again(self) -> None:
         pass
 
     @contextmanager
     def at_hand(self, record: ShardRecord) -> Iterator[None]:
-        for file in record.files:
-            self.remote.download(file.path, self.out / file.path, size=file.bytes, sha256=file.sha256)
+        for old, new in record.either():
+            is_new = old != new and self.remote.holds(new.path, size=new.bytes, sha256=new.sha256)
+            there = new if is_new else old
+            self.remote.download(there.path, self.out / there.path, size=there.bytes, sha256=there.sha256)
         yield
         self._drop(record)
 
@@ -166,6 +172,10 @@ class StoreFolder(BuildFolder):
         self.clear()
         for name in ("labels", "shards"):
             shutil.rmtree(self.out / name, ignore_errors=True)
+
+
+def _is_whole(record: ShardRecord, size_of: Callable[[str], int | None]) -> bool:
+    return all(size_of(old.path) in (old.bytes, new.bytes) for old, new in record.either())
 
 
 def place_of(out: str | Path) -> Path | str:

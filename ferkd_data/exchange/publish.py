@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ferkd_data.exchange.verify import verify
 from ferkd_data.format.manifest import FILE_NAME, Manifest, identity_of
 from ferkd_data.label_set import LabelSet, open_labels, read_remote_manifest
 from ferkd_data.remote import Remote, Retries, is_remote
+from ferkd_data.scratch import Scratch
 from ferkd_data.storage import inside, read_regular, sha256_file
 
 README, CROISSANT, LICENSE = "README.md", "croissant.json", "LICENSE"
@@ -86,9 +86,9 @@ def publish(
     if target.url.startswith("hf://"):
         check_number_of_files(labels.manifest)
     _check(labels)
-    with tempfile.TemporaryDirectory(prefix="ferkd-data-publish-") as scratch:
-        files, manifest = _files(labels, url, fields, Path(scratch))
-        files += _signature(labels, sign_with, Path(scratch))
+    with Scratch("publish") as scratch:
+        files, manifest = _files(labels, url, fields, scratch)
+        files += _signature(labels, sign_with, scratch)
         missing = place.missing(files)
         skipped = len(files) - len(missing)
         last = () if same and not place.missing([manifest]) else (manifest,)

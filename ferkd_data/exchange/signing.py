@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from ferkd_data.errors import RemoteError, SignatureError, UsageError
 from ferkd_data.format.manifest import FILE_NAME, identity_of, read_manifest_bytes
 from ferkd_data.label_set import LabelSet, read_remote_manifest
 from ferkd_data.remote import Remote, is_remote, open_remote
+from ferkd_data.scratch import Scratch
 from ferkd_data.storage import inside
 
 SIGNATURE = f"{FILE_NAME}.sig"
@@ -57,8 +57,8 @@ def check_signed(manifest: bytes, signature: bytes, where: str, allowed_signers:
     """
     if not allowed_signers.is_file():
         raise SignatureError(f"{allowed_signers}: no such file of allowed signers")
-    with tempfile.TemporaryDirectory(prefix="ferkd-data-signature-") as folder:
-        file = Path(folder) / SIGNATURE
+    with Scratch("signature") as folder:
+        file = folder / SIGNATURE
         file.write_bytes(signature)
         known = ["-f", str(allowed_signers.absolute()), "-s", str(file)]
         for name in [signer] if signer else _names(known, where, allowed_signers):

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 
 from ferkd_data.augment.operations import BOX_WORDS, Operations, check_operations
 from ferkd_data.errors import ShardError, UsageError
-from ferkd_data.format.parquet_guard import read_claims
 from ferkd_data.labels.rows import (
     DIGEST_BYTES,
     UNKNOWN_TARGET,
@@ -30,6 +29,7 @@ from ferkd_data.labels.rows import (
     shard_folder,
     to_float16,
 )
+from ferkd_data.parquet_guard import read_claims
 
 BOX_COLUMNS = ("box_top", "box_left", "box_height", "box_width")
 ERASE_COLUMNS = ("erase_top", "erase_left", "erase_height", "erase_width")

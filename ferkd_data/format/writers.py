@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ferkd_data.format import parquet, webdataset
@@ -13,6 +13,7 @@ from ferkd_data.storage import sha256_file, write_atomically
 
 Row = tuple[ImageLabels, bytes]
 """Labels of an image, and its encoded bytes (used by layout webdataset alone)."""
+Announce = Callable[[tuple[BlockEntry, ...]], None]
 
 
 def write_shard(
@@ -23,47 +24,53 @@ def write_shard(
     layout: Layout,
     block_starts: Iterable[int],
     first_block: int = 0,
+    announce: Announce = lambda files: None,
 ) -> tuple[int, tuple[BlockEntry, ...]]:
     """Write the files of shard `index`; returns (rows, files), no files when there are no rows.
+
+    `announce(files)` is called when all files are written and none has its final name yet.
 
     Raises StorageFullError when the disk is full; nothing half-written stays under a final name.
     """
     if layout == "webdataset":
-        return _write_tar(folder, index, rows)
-    return _write_blocks(folder, index, rows, list(block_starts), first_block)
+        return _write_tar(folder, index, rows, announce)
+    return _write_blocks(folder, index, rows, list(block_starts), first_block, announce)
 
 
 def _write_blocks(
-    folder: Path, index: int, rows: Iterable[Row], starts: list[int], first_block: int
+    folder: Path, index: int, rows: Iterable[Row], starts: list[int], first_block: int, announce: Announce
 ) -> tuple[int, tuple[BlockEntry, ...]]:
     collected = [labels for labels, _ in rows]
     if not collected:
         return 0, ()
     labels = ShardLabels.from_rows(collected)
     files = []
-    for number, (start, stop) in enumerate(zip(starts, [*starts[1:], labels.num_crops], strict=True)):
-        name = parquet.file_name(index, first_block + number)
-        with write_atomically(folder / name) as aside:
+    with contextlib.ExitStack() as stack:
+        for number, (start, stop) in enumerate(zip(starts, [*starts[1:], labels.num_crops], strict=True)):
+            name = parquet.file_name(index, first_block + number)
+            aside = stack.enter_context(write_atomically(folder / name))
             parquet.write(aside, labels.crop_range(start, stop))
-        files.append(_entry(folder, name, first_block + number))
+            files.append(_entry(aside, name, first_block + number))
+        announce(tuple(files))
     return len(labels), tuple(files)
 
 
-def _write_tar(folder: Path, index: int, rows: Iterable[Row]) -> tuple[int, tuple[BlockEntry, ...]]:
+def _write_tar(folder: Path, index: int, rows: Iterable[Row], announce: Announce) -> tuple[int, tuple[BlockEntry, ...]]:
     name = webdataset.file_name(index)
     count = 0
-    with contextlib.ExitStack() as stack:
-        aside = stack.enter_context(write_atomically(folder / name))
+    with write_atomically(folder / name) as aside:
         with webdataset.Writer(aside) as writer:
             for labels, image in rows:
                 writer.add(labels, image)
                 count += 1
+        files = (_entry(aside, name, 0),)
+        announce(files)
     if count == 0:
         (folder / name).unlink()
         return 0, ()
-    return count, (_entry(folder, name, 0),)
+    return count, files
 
 
-def _entry(folder: Path, name: str, block: int) -> BlockEntry:
-    path = folder / name
+def _entry(path: Path, name: str, block: int) -> BlockEntry:
+    """The entry of a file that will be called `name`."""
     return BlockEntry(path=name, block=block, bytes=path.stat().st_size, sha256=sha256_file(path))

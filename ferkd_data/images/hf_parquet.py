@@ -10,12 +10,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images.class_list import ClassList, LabelCounts
 from ferkd_data.images.keys import DuplicateFilter
-from ferkd_data.images.parquet_columns import describe_differing, find_columns
+from ferkd_data.images.parquet_columns import describe_differing, find_columns, open_table
 from ferkd_data.images.patience import patiently, unreadable
 from ferkd_data.images.refs import ImageRef, LeftOut, Reject, check_key
 
@@ -256,10 +255,7 @@ class _Cursor:
     def __init__(self, root: Path, file: str, row: int, column: str) -> None:
         self.file = file
         self._column = column
-        try:
-            self._opened = pq.ParquetFile(root / file)
-        except (OSError, pa.ArrowException) as error:
-            raise SourceError(f"{root / file}: cannot be read as Parquet ({error})") from error
+        self._opened = open_table(root / file)
         metadata = self._opened.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._ends = list(itertools.accumulate(sizes))
@@ -319,7 +315,7 @@ def _bytes_of(image: Any, where: str) -> bytes | ImageError:
 
 
 def _read_records(path: Path, columns: list[str]) -> Iterator[Record]:
-    with pq.ParquetFile(path) as file:
+    with open_table(path) as file:
         if not columns:
             yield from ({} for _ in range(file.metadata.num_rows))
             return

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ferkd_data.errors import SourceError
+from ferkd_data.errors import LabelSetError, SourceError
 from ferkd_data.images.formats import HEAD_BYTES, decoded_kind, other_kind
+from ferkd_data.parquet_guard import check_footer
 
 KEY_COLUMNS = ("key", "__key__", "id")
 FIRST_ROWS = 64
@@ -82,12 +83,24 @@ def find_columns(path: Path) -> ParquetColumns:
     )
 
 
+def open_table(path: Path) -> pq.ParquetFile:
+    """Open a Parquet file whose footer Arrow may see. Raises SourceError, also for what is no regular file."""
+    try:
+        check_footer(path)
+        return pq.ParquetFile(path)
+    except LabelSetError as error:
+        raise SourceError(str(error)) from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise SourceError(f"{path}: cannot be read as Parquet ({error})") from error
+
+
 def read_schema(path: Path) -> pa.Schema:
     """Raises SourceError."""
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"{path}: cannot be read as Parquet ({error})") from error
+    with open_table(path) as file:
+        try:
+            return file.schema_arrow
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise SourceError(f"{path}: cannot be read as Parquet ({error})") from error
 
 
 def holds_images(path: Path) -> bool:
@@ -135,7 +148,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 def _begins_with_an_image(path: Path, column: str) -> bool:
     """Whether the first value that is not null begins like an image; also where all of the first rows are null."""
-    with pq.ParquetFile(path) as file:
+    with open_table(path) as file:
         batch = next(file.iter_batches(FIRST_ROWS, columns=[column], use_threads=False), None)
     values = [] if batch is None else batch.column(0).drop_null().to_pylist()
     head = values[0][:HEAD_BYTES] if values else b""

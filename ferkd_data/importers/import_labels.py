@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,7 @@ from ferkd_data.labels import statistics
 from ferkd_data.labels.buckets import Thresholds
 from ferkd_data.labels.rows import UNKNOWN_TARGET, ImageLabels, ShardLabels
 from ferkd_data.labels.statistics import Statistics, shard_statistics
+from ferkd_data.scratch import Scratch
 from ferkd_data.storage import image_digest, write_atomically
 
 OnImages = Callable[[int], None]
@@ -199,8 +199,8 @@ class _Import:
         out = out_folder.begin(out, self.settings)
         path = out / REJECTS_NAME
         # Elsewhere until the end, so that a kill leaves nothing in OUT that is in the way of the next attempt.
-        with tempfile.TemporaryDirectory(prefix="ferkd-data-import-") as scratch:
-            written = Path(scratch) / REJECTS_NAME
+        with Scratch("import") as scratch:
+            written = scratch / REJECTS_NAME
             with RejectWriter(written) as rejects:
                 shards, counted = self._write_shards(out, rejects, on_progress)
             with write_atomically(path) as aside:

@@ -86,7 +86,8 @@ class Unfinished:
     def _add(self, record: ShardRecord) -> None:
         self._left.discard(record.index)
         # Numbered as they come: a label set's shards have no gaps.
-        self._entries.append(ShardEntry(index=len(self._entries), rows=record.rows, files=record.files))
+        files = self._folder.files_now(record) if record.successors else record.files
+        self._entries.append(ShardEntry(index=len(self._entries), rows=record.rows, files=files))
         self._statistics = statistics.add([self._statistics, record.statistics])
         self._rejects += len(record.rejects)
         self._thresholds = record.thresholds

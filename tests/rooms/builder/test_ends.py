@@ -85,8 +85,9 @@ QUANTILES = fd.QuantileThresholds(low=0.1, mid=0.3, top=0.8)
         (build, {"thresholds": QUANTILES, "layout": "webdataset"}),
         (extend, {}),
         (finish_by_hand, {}),
+        (finish_by_hand, {"thresholds": QUANTILES}),
     ],
-    ids=["build", "quantiles in tars", "extend", "finish"],
+    ids=["build", "quantiles in tars", "extend", "finish", "finish quantiles"],
 )
 def test_a_kill_before_any_step_of_the_end(few, tiny_teachers, tmp_path, monkeypatch, quick_process, work, settings):
     """Each of them, with a real process and SIGKILL: the next run ends well, with the bytes of an undisturbed build."""
@@ -124,6 +125,32 @@ def test_a_kill_before_any_step_of_the_end(few, tiny_teachers, tmp_path, monkeyp
         shutil.rmtree(out)
     assert same_files(out, whole)
     assert killed >= 10, "the steps were not seen"
+
+
+def flip_a_probability(path):
+    """A bit of a stored probability, so that the file stays one that can be read."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_labels_that_rot_before_the_end_get_no_new_digest(few, tiny_teachers, tmp_path, monkeypatch, layout):
+    """Thresholds by quantile write every shard anew: what was damaged meanwhile must not come out as whole."""
+    settings = TINY | {"thresholds": QUANTILES, "layout": layout}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    build(few, whole, tiny_teachers, settings)
+    label_all(monkeypatch, build, few, out, tiny_teachers, settings)
+    damaged = sorted(path for name in ("labels", "shards") for path in (out / name).rglob("*.*"))[1]
+    flip_a_probability(damaged)
+    with pytest.raises(BuildError, match=rf"{damaged.name}: was damaged or changed since .* remove it and run"):
+        build(few, out, tiny_teachers, settings)
+    assert not (out / "manifest.json").exists()
+    with pytest.raises(BuildError, match="was damaged or changed"):
+        finish(out)
+    damaged.unlink()
+    build(few, out, tiny_teachers, settings)
+    assert same_files(out, whole)
 
 
 def arguments_of(few, out, teacher):

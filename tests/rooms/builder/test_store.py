@@ -13,10 +13,11 @@ from servers import s3_store
 
 import ferkd_data as fd
 from ferkd_data.builder import build_part, finish
+from ferkd_data.builder import run as run_module
 from ferkd_data.builder.store_folder import StoreFolder
 from ferkd_data.builder.watch.events import ShardDone
 from ferkd_data.errors import BuildError, BuildLockedError, UsageError
-from ferkd_data.remote import open_remote
+from ferkd_data.remote import Remote, open_remote
 
 OUT = "s3://bucket/sets/new"
 
@@ -67,6 +68,51 @@ def test_images_go_along_and_buckets_are_assigned_at_the_end(store, photos, teac
     fd.build(photos, tmp_path / "local", teachers=teachers, **settings)
     fd.build(photos, OUT, teachers=teachers, **settings)
     assert same_files(fetched(tmp_path / "copy"), tmp_path / "local")
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_another_host_goes_on_after_a_kill_at_any_request_of_the_end(store, photos, teachers, tmp_path, layout):
+    """Buckets are assigned anew in the store: whatever was sent last, the rest follows from it."""
+    settings = {**SMALL, "layout": layout, "crops": 4, "crops_per_block": 2}
+    settings["thresholds"] = fd.QuantileThresholds(low=0.1, mid=0.4, top=0.9)
+    fd.build(photos, tmp_path / "whole", teachers=teachers, **settings)
+    step = ended = 0
+    while not ended:
+        step += 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FERKD_DATA_CACHE", str(tmp_path / f"host-{step}"))
+            die_before_request(patch, step)
+            try:
+                fd.build(photos, OUT, teachers=teachers, **settings)
+                ended = step
+            except KeyboardInterrupt:
+                pass
+        assert not ended or same_files(fetched(tmp_path / "copy"), tmp_path / "whole")
+        fd.build(photos, OUT, teachers=teachers, **settings)
+        assert same_files(fetched(tmp_path / f"copy-{step}"), tmp_path / "whole"), step
+        store.remove("")
+        for name in list(store.sizes()):
+            store.remove(name)
+    assert ended > 8
+
+
+def die_before_request(patch, step):
+    """Raise at the `step`-th file that the end of a build sends."""
+    count = 0
+    seal, upload = run_module._seal, Remote.upload
+
+    def counted(*arguments, **options):
+        nonlocal count
+        count += 1
+        if count == step:
+            raise KeyboardInterrupt
+        return upload(*arguments, **options)
+
+    def watched(*arguments):
+        patch.setattr(Remote, "upload", counted)
+        return seal(*arguments)
+
+    patch.setattr(run_module, "_seal", watched)
 
 
 def test_another_host_goes_on_after_a_kill(store, photos, teachers, label_set, tmp_path, monkeypatch, quick_process):

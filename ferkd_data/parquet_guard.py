@@ -1,0 +1,197 @@
+"""Read what a Parquet file's footer and page headers claim, before Arrow believes them.
+
+Arrow takes memory for each page as its header says, whatever the footer's totals are: a file of 12 kB made it take 800
+MB. Some footers end the whole process when PyArrow is asked about a column (found by fuzzing), and so do schemas that
+are nested thousands of levels deep with PyArrow before 23. So all of this is read here first, in a time that the file's
+size bounds: a page may be small, and many chunks may claim the same pages.
+"""
+
+from __future__ import annotations
+
+import mmap
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ferkd_data.storage import open_regular_stream
+from ferkd_data.thrift import read_struct
+
+MAGIC = b"PAR1"
+TAIL_BYTES = 8
+MAX_FOOTER_BYTES, MAX_PAGE_HEADER_BYTES = 2**20, 2**16
+"""A block file of a build has a footer of 5 kB, and page headers below 3 kB."""
+BYTES_PER_FOOTER_BYTE = 256
+"""A file of images may have one more byte of footer for so many of its own, since it may have many row groups."""
+FREE_PARTS, BYTES_PER_PART = 1000, 1024
+"""A file may have so many pages and column chunks, and one more for so many of its bytes. Our pages have up to 1 MB."""
+MAX_SCHEMA_DEPTH, MAX_SCHEMA_FIELDS = 16, 1000
+"""Ours are nested 3 levels deep and have 35 fields."""
+MAX_SOURCE_DEPTH, MAX_SOURCE_FIELDS = 64, 10_000
+"""Of other people's tables of images. Arrow 16 to 22 ends the process at some thousands of levels."""
+SCHEMA, NUM_ROWS, ROW_GROUPS = 2, 3, 4
+NUM_CHILDREN = 5
+USUAL_HEADER_BYTES = 512
+"""Copied and read first; a header with long statistics is read again as a whole."""
+GROUP_COLUMNS, GROUP_ROWS = 1, 3
+CHUNK_METADATA = 3
+PATH, NUM_VALUES, UNCOMPRESSED, COMPRESSED, DATA_PAGE, DICTIONARY_PAGE = 3, 5, 6, 7, 9, 11
+PAGE_UNCOMPRESSED, PAGE_COMPRESSED = 2, 3
+"""Numbers of fields in Parquet's Thrift definition."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One column of one row group."""
+
+    column: str
+    rows: int
+    values: int
+    bytes: int
+    """In memory: what the footer claims, or all its page headers together where that is more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    rows: int
+    row_groups: int
+    chunks: tuple[Chunk, ...]
+
+
+def read_claims(path: Path, columns: list[str]) -> Claims:
+    """What the file claims of these columns. Raises ValueError for a footer or page headers that cannot be."""
+    with _mapped(path) as data, _complete():
+        footer = _footer(data, MAX_FOOTER_BYTES)
+        groups = footer[ROW_GROUPS]
+        _check_schema(footer[SCHEMA], MAX_SCHEMA_DEPTH, MAX_SCHEMA_FIELDS)
+        walk = _Walk(data)
+        chunks = tuple(chunk for group in groups for chunk in walk.chunks(group, columns))
+        return Claims(rows=footer[NUM_ROWS], row_groups=len(groups), chunks=chunks)
+
+
+def check_footer(path: Path) -> None:
+    """Refuse a footer that Arrow should not see: of a file that others wrote, and that holds more than labels.
+
+    The schema must be of a moderate depth, and column chunks must lie in the file, each at a place of its own. Raises
+    ValueError; LabelSetError and OSError as `open_regular` does.
+    """
+    with _mapped(path) as data, _complete():
+        footer = _footer(data, MAX_FOOTER_BYTES + len(data) // BYTES_PER_FOOTER_BYTE)
+        _check_schema(footer[SCHEMA], MAX_SOURCE_DEPTH, MAX_SOURCE_FIELDS)
+        walk = _Walk(data)
+        for group in footer[ROW_GROUPS]:
+            walk.check_places(group)
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    with (
+        open_regular_stream(path) as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        yield data
+
+
+@contextmanager
+def _complete() -> Iterator[None]:
+    """Turn what a missing or mistyped field of a footer raises into a ValueError."""
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(f"its footer lacks what every footer has ({error})") from error
+
+
+def _footer(data: mmap.mmap, max_bytes: int) -> dict[int, Any]:
+    size = int.from_bytes(data[-TAIL_BYTES:-4], "little")
+    if data[-4:] != MAGIC or not 0 < size <= min(max_bytes, len(data) - TAIL_BYTES):
+        raise ValueError(f"a footer of {size} bytes in {len(data)}")
+    footer, _ = read_struct(data[-TAIL_BYTES - size : -TAIL_BYTES], 0)
+    if not isinstance(footer.get(NUM_ROWS), int) or not isinstance(footer.get(ROW_GROUPS), list):
+        raise ValueError("its footer has no rows or row groups")
+    return footer
+
+
+def _check_schema(fields: list[dict[int, Any]], max_depth: int, max_fields: int) -> None:
+    """Raises ValueError for a schema that is nested deep or has very many fields; they come as a tree, depth first."""
+    if len(fields) > max_fields:
+        raise ValueError(f"a schema of {len(fields)} fields")
+    open_children: list[int] = []
+    for field in fields:
+        while open_children and open_children[-1] == 0:
+            open_children.pop()
+        if open_children:
+            open_children[-1] -= 1
+        children = operator.index(field.get(NUM_CHILDREN) or 0)
+        if children:
+            open_children.append(children)
+        if len(open_children) > max_depth:
+            raise ValueError(f"a schema nested more than {max_depth} levels deep")
+
+
+class _Walk:
+    """A walk over the pages of a file, which ends with a ValueError where it would be out of proportion."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._parts_left = FREE_PARTS + len(data) // BYTES_PER_PART
+        self._bytes_left = len(data)
+        """Each byte of the file is in one chunk at most."""
+
+    def chunks(self, group: dict[int, Any], columns: list[str]) -> Iterator[Chunk]:
+        for column in group[GROUP_COLUMNS]:
+            self._count()
+            metadata = column[CHUNK_METADATA]
+            name = metadata[PATH][0].decode("utf-8", "replace")
+            if name in columns:
+                size = max(metadata[UNCOMPRESSED], self._page_bytes(metadata))
+                rows, values = operator.index(group[GROUP_ROWS]), operator.index(metadata[NUM_VALUES])
+                yield Chunk(column=name, rows=rows, values=values, bytes=operator.index(size))
+
+    def check_places(self, group: dict[int, Any]) -> None:
+        """Raises ValueError for chunks of a row group that cannot lie where they claim to."""
+        operator.index(group[GROUP_ROWS])
+        for column in group[GROUP_COLUMNS]:
+            self._count()
+            metadata = column[CHUNK_METADATA]
+            metadata[PATH][0].decode("utf-8", "replace")
+            operator.index(metadata[UNCOMPRESSED])
+            self._place(metadata)
+
+    def _place(self, metadata: dict[int, Any]) -> tuple[int, int]:
+        """Where a chunk's pages begin and end; nowhere without values, since Arrow reads no page then."""
+        if not metadata[NUM_VALUES]:
+            return 0, 0
+        at = min(metadata[DATA_PAGE], metadata.get(DICTIONARY_PAGE) or metadata[DATA_PAGE])
+        stop = at + metadata[COMPRESSED]
+        if not 0 <= at <= stop <= len(self._data):
+            raise ValueError(f"pages at {at}..{stop} of a file of {len(self._data)} bytes")
+        self._bytes_left -= stop - at
+        if self._bytes_left < 0:
+            raise ValueError("column chunks that lie over each other")
+        return at, stop
+
+    def _page_bytes(self, metadata: dict[int, Any]) -> int:
+        at, stop = self._place(metadata)
+        total = 0
+        while at < stop:
+            self._count()
+            header, size = self._page_header(at)
+            uncompressed, compressed = header[PAGE_UNCOMPRESSED], header[PAGE_COMPRESSED]
+            if uncompressed < 0 or compressed < 0:
+                raise ValueError(f"a page of {compressed} bytes that become {uncompressed}")
+            total += uncompressed
+            at += size + compressed
+        return total
+
+    def _page_header(self, at: int) -> tuple[dict[int, Any], int]:
+        try:
+            return read_struct(self._data[at : at + USUAL_HEADER_BYTES], 0)
+        except ValueError:
+            return read_struct(self._data[at : at + MAX_PAGE_HEADER_BYTES], 0)
+
+    def _count(self) -> None:
+        self._parts_left -= 1
+        if self._parts_left < 0:
+            raise ValueError(f"more pages and column chunks than a file of {len(self._data)} bytes has")
