@@ -25,16 +25,15 @@ if TYPE_CHECKING:
     from ferkd_data.exchange.card_facts import CardFields as CardFields
     from ferkd_data.exchange.checks import VerifyReport as VerifyReport
     from ferkd_data.exchange.convert import convert as convert
-    from ferkd_data.exchange.fkd_export import export_fkd as export_fkd
     from ferkd_data.exchange.merge import merge as merge
     from ferkd_data.exchange.publish import publish as publish
     from ferkd_data.exchange.pull import pull as pull
     from ferkd_data.exchange.verify import verify as verify
     from ferkd_data.importers.fkd import FkdTeacher as FkdTeacher
+    from ferkd_data.importers.fkd_export import export_fkd as export_fkd
     from ferkd_data.importers.import_labels import import_dr as import_dr
     from ferkd_data.importers.import_labels import import_fkd as import_fkd
     from ferkd_data.importers.import_labels import import_relabel as import_relabel
-    from ferkd_data.importers.relabel import relabel as relabel
     from ferkd_data.label_set import LabelSet as LabelSet
     from ferkd_data.label_set import open_labels as open_labels
     from ferkd_data.labels.buckets import QuantileThresholds as QuantileThresholds
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from ferkd_data.mixing import CutMix as CutMix
     from ferkd_data.mixing import Mixup as Mixup
     from ferkd_data.normalization import normalize as normalize
+    from ferkd_data.relabelling import relabel as relabel
     from ferkd_data.report import ReportResult as ReportResult
     from ferkd_data.report import write_report as write_report
     from ferkd_data.report.compare import Comparison as Comparison
@@ -91,7 +91,7 @@ _EXPORTS: dict[str, str] = {
     "CardFields": "exchange.card_facts",
     "FkdTeacher": "importers.fkd",
     "convert": "exchange.convert",
-    "export_fkd": "exchange.fkd_export",
+    "export_fkd": "importers.fkd_export",
     "export_teacher": "bench",
     "import_dr": "importers.import_labels",
     "import_fkd": "importers.import_labels",
@@ -99,7 +99,7 @@ _EXPORTS: dict[str, str] = {
     "merge": "exchange.merge",
     "publish": "exchange.publish",
     "pull": "exchange.pull",
-    "relabel": "importers.relabel",
+    "relabel": "relabelling",
     "verify": "exchange.verify",
     "ReportResult": "report",
     "write_report": "report",

@@ -26,6 +26,9 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+from typing import Any
+
 
 class FerkdError(Exception):
     exit_code = 1
@@ -114,3 +117,15 @@ class ManifestError(LabelSetError):
 
 class ShardError(LabelSetError):
     pass
+
+
+def check_at_least(least: int, **numbers: Any) -> None:
+    """Raise UsageError that names the first of these arguments that is no whole number of at least `least`.
+
+    None stands for an argument that was not given. Types are checked too: callers need not follow the hints.
+
+    >>> check_at_least(1, threads=4, crops=None)
+    """
+    for name, number in numbers.items():
+        if number is not None and (not isinstance(number, Integral) or number < least):
+            raise UsageError(f"{name} must be a whole number, at least {least}; got {number!r}")

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from ferkd_data.builder.known_images import KnownImages
 from ferkd_data.builder.plan import Plan, PlanWriter, open_plan, save_plan
-from ferkd_data.builder.seal import write_manifest, write_rejects
+from ferkd_data.builder.seal import write_rejects
 from ferkd_data.builder.settings import DEFAULT_IMAGES_PER_SHARD, BuildSettings
 from ferkd_data.builder.state import BuildFolder, Facts
 from ferkd_data.crops import CropDistribution
@@ -37,6 +37,7 @@ from ferkd_data.format.manifest import (
     identity_of,
     parse_manifest,
     read_manifest_bytes,
+    write_manifest,
 )
 from ferkd_data.format.rejects import check_rejects, read_rejects, readable
 from ferkd_data.images import ClassList, ImageRef, ImageSource, Reject, in_groups

@@ -10,9 +10,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 
 from ferkd_data.builder.plan import Part
-from ferkd_data.builder.state import FOLDER, PART_LOCK, REJECTS_FILE, SHARD_FILE, BuildFolder, is_lock
+from ferkd_data.builder.state import FOLDER, PART_LOCK, BuildFolder, is_lock
 from ferkd_data.errors import BuildError, BuildLockedError
 from ferkd_data.format.manifest import FILE_NAME
+from ferkd_data.format.rejects import REJECTS_FILE
+from ferkd_data.format.writers import SHARD_FILE
 from ferkd_data.storage import held, remove_leftovers
 
 

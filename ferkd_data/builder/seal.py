@@ -11,11 +11,10 @@ import numpy as np
 from ferkd_data.augment.distribution import num_words
 from ferkd_data.builder.plan import Plan
 from ferkd_data.builder.settings import BuildSettings
-from ferkd_data.builder.state import REJECTS_NAME, BuildFolder, Facts, ShardRecord
+from ferkd_data.builder.state import BuildFolder, Facts, ShardRecord
 from ferkd_data.errors import BuildError
 from ferkd_data.format import parquet, webdataset
 from ferkd_data.format.manifest import (
-    FILE_NAME,
     RECORDED_OPERATIONS,
     BlockEntry,
     CreatedBy,
@@ -25,8 +24,9 @@ from ferkd_data.format.manifest import (
     ShardEntry,
     SourceEntry,
     ThresholdsEntry,
+    write_manifest,
 )
-from ferkd_data.format.rejects import RejectWriter, read_rejects, rejects_entry
+from ferkd_data.format.rejects import REJECTS_NAME, RejectWriter, read_rejects, rejects_entry
 from ferkd_data.format.writers import write_shard
 from ferkd_data.images import Reject
 from ferkd_data.labels import statistics
@@ -111,11 +111,6 @@ def _check_any_labelled(folder: BuildFolder, plan: Plan) -> None:
         f"{folder.place}: no label set was written, since every one of the {written.rows} images was rejected "
         f"({counts}); {kept} says why for each. Mend the images and run the same command again"
     )
-
-
-def write_manifest(out: Path, manifest: Manifest) -> None:
-    with write_atomically(out / FILE_NAME) as aside:
-        aside.write_text(manifest.to_json(), encoding="utf-8")
 
 
 def _final_thresholds(folder: BuildFolder, plan: Plan, settings: BuildSettings, num_classes: int) -> Thresholds:

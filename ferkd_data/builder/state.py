@@ -45,17 +45,15 @@ from ferkd_data.format.manifest import (
     read_manifest,
     read_manifest_bytes,
 )
+from ferkd_data.format.rejects import REJECTS_FILE, REJECTS_NAME
+from ferkd_data.format.writers import SHARD_FILE
 from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 from ferkd_data.labels.statistics import Statistics
 from ferkd_data.storage import sha256_file, write_atomically
 
 STATE_VERSION = 1
 FOLDER = ".build"
-REJECTS_NAME = "rejects.parquet"
-REJECTS_FILE = re.compile(r"rejects(-\d+)?\.parquet")
-"""Also those of an extended label set: its manifest names a new file, so that the old manifest stays true."""
 PART_LOCK = re.compile(r"part-(\d+)-of-(\d+)")
-SHARD_FILE = re.compile(r"\d{5,}(-\d{3,})?\.(parquet|tar)")
 EXTENDS = "extends"
 """The setting in state.json that names the label set by its manifest's SHA-256."""
 

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import get_args
 
 from ferkd_data import rng
-from ferkd_data.errors import LabelSetError, UsageError
-from ferkd_data.exchange import out_folder
+from ferkd_data.errors import LabelSetError, UsageError, check_at_least
 from ferkd_data.exchange.checks import check_as_verify_does
-from ferkd_data.exchange.out_folder import check_at_least
-from ferkd_data.format import webdataset
+from ferkd_data.format import out_folder, webdataset
 from ferkd_data.format.manifest import BlockEntry, Layout, Manifest, ShardEntry
 from ferkd_data.format.rejects import check_rejects
 from ferkd_data.format.writers import Row, write_shard

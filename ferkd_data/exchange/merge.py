@@ -12,13 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 import ferkd_data
-from ferkd_data.builder.state import REJECTS_NAME
 from ferkd_data.errors import LabelSetError, UsageError
-from ferkd_data.exchange import out_folder
 from ferkd_data.exchange.checks import check_as_verify_does
-from ferkd_data.format import parquet
+from ferkd_data.format import out_folder, parquet
 from ferkd_data.format.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry
-from ferkd_data.format.rejects import LONGEST_TEXT, RejectWriter, rejects_entry
+from ferkd_data.format.rejects import LONGEST_TEXT, REJECTS_NAME, RejectWriter, rejects_entry
 from ferkd_data.format.writers import write_shard
 from ferkd_data.images import Reject
 from ferkd_data.label_set import LabelSet, check_same_classes, combined_teachers, ensemble_shares, open_labels

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError
+from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError, check_at_least
 from ferkd_data.exchange.card import render_card
 from ferkd_data.exchange.card_facts import CardFields, check_fields, completed, is_generated
 from ferkd_data.exchange.croissant import render_croissant
+from ferkd_data.exchange.destinations import open_destination, open_target
 from ferkd_data.exchange.hub import FileToSend
-from ferkd_data.exchange.out_folder import check_at_least
-from ferkd_data.exchange.places import open_place, open_target
 from ferkd_data.exchange.signing import SIGNATURE, sign
 from ferkd_data.exchange.verify import verify
 from ferkd_data.format.manifest import FILE_NAME, Manifest, identity_of
@@ -80,7 +79,7 @@ def publish(
     if is_remote(labels.location):
         raise UsageError(f"{path}: publish takes a folder; fetch the label set first: ferkd-data pull {path} DIR")
     target = open_target(url, retries)
-    place = open_place(target, labels.identity, workers)
+    place = open_destination(target, labels.identity, workers)
     same = _is_there(target, labels, overwrite)
     fields = _fields(labels, target, card or CardFields())
     if target.url.startswith("hf://"):

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ferkd_data.errors import PublishError, RemoteError, UsageError
+from ferkd_data.errors import PublishError, RemoteError, UsageError, check_at_least
 from ferkd_data.exchange.card import render_card
 from ferkd_data.exchange.card_facts import recalled
-from ferkd_data.exchange.out_folder import check_at_least
-from ferkd_data.exchange.places import Threads
+from ferkd_data.exchange.destinations import Threads
 from ferkd_data.exchange.signing import SIGNATURE, check_signed, read_remote_signature, require_signers
 from ferkd_data.format.manifest import (
     FILE_NAME,
@@ -21,6 +20,7 @@ from ferkd_data.format.manifest import (
     identity_of,
     parse_manifest,
     read_manifest,
+    write_manifest,
 )
 from ferkd_data.format.rejects import check_rejects
 from ferkd_data.label_set import LabelSet, LocalFiles, read_remote_manifest
@@ -97,7 +97,7 @@ def pull(
             _write(out / SIGNATURE, signature)
         else:
             _fetch_beside(remote, out, (SIGNATURE,), folder)
-        _write(out / FILE_NAME, text)
+        write_manifest(out, text)
     return PullResult(out=out, manifest=part, fetched=fetched, signer=name)
 
 

@@ -19,7 +19,7 @@ from ferkd_data.errors import LabelSetError, ManifestError, UsageError
 from ferkd_data.images.decode import DEFAULT_MAX_PIXELS
 from ferkd_data.labels.buckets import Thresholds
 from ferkd_data.labels.statistics import Count, Statistics
-from ferkd_data.storage import read_regular
+from ferkd_data.storage import read_regular, write_atomically
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -309,6 +309,15 @@ def read_manifest_bytes(folder: Path) -> bytes:
         raise ManifestError(str(error)) from error
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest | bytes) -> None:
+    """Write manifest.json, as a whole or not at all: from then on, `folder` is this label set.
+
+    Bytes are written as they are, so that a copy has the identity and the signature of the original.
+    """
+    with write_atomically(folder / FILE_NAME) as aside:
+        aside.write_bytes(manifest if isinstance(manifest, bytes) else manifest.to_json().encode())
 
 
 def _why_none(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,9 @@ from ferkd_data.format.manifest import RejectsEntry
 from ferkd_data.images import Reject
 from ferkd_data.storage import sha256_file
 
+REJECTS_NAME = "rejects.parquet"
+REJECTS_FILE = re.compile(r"rejects(-\d+)?\.parquet")
+"""Names of rejects files: an extension writes a new one, so that the old manifest stays true until its end."""
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),

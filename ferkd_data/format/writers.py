@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from ferkd_data.format import parquet, webdataset
 from ferkd_data.format.manifest import BlockEntry, Layout
 from ferkd_data.labels.rows import ImageLabels, ShardLabels
 from ferkd_data.storage import sha256_file, write_atomically
+
+SHARD_FILE = re.compile(r"\d{5,}(-\d{3,})?\.(parquet|tar)")
+"""Names of the files that `write_shard` writes, in their folders."""
 
 Row = tuple[ImageLabels, bytes]
 """Labels of an image, and its encoded bytes (used by layout webdataset alone)."""

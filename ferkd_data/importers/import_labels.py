@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import ferkd_data
-from ferkd_data.builder.state import REJECTS_NAME
 from ferkd_data.crops import CropDistribution
-from ferkd_data.errors import ForeignFileError, ImageError, UsageError
-from ferkd_data.exchange import out_folder
-from ferkd_data.exchange.out_folder import check_at_least
+from ferkd_data.errors import ForeignFileError, ImageError, UsageError, check_at_least
+from ferkd_data.format import out_folder
 from ferkd_data.format.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry, SourceEntry, ThresholdsEntry
-from ferkd_data.format.rejects import RejectWriter, rejects_entry
+from ferkd_data.format.rejects import REJECTS_NAME, RejectWriter, rejects_entry
 from ferkd_data.format.writers import write_shard
 from ferkd_data.images import (
     DEFAULT_MAX_PIXELS,
@@ -30,7 +28,7 @@ from ferkd_data.images import (
 from ferkd_data.importers.dataset_reinforcement import image_folder_ids, listed_ids, open_reinforced
 from ferkd_data.importers.fkd import FkdFiles, FkdTeacher
 from ferkd_data.importers.foreign_labels import LabelFiles, to_row
-from ferkd_data.importers.relabel import RelabelMaps
+from ferkd_data.importers.relabel_maps import RelabelMaps
 from ferkd_data.labels import statistics
 from ferkd_data.labels.buckets import Thresholds
 from ferkd_data.labels.rows import UNKNOWN_TARGET, ImageLabels, ShardLabels

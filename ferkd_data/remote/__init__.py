@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ferkd_data.remote.remote import (
     SCHEMES,
-    HubPlace,
+    HubLocation,
     Remote,
     Retries,
     hub_address,
@@ -20,7 +20,7 @@ from ferkd_data.remote.transport import LOG_IN, Transient, Transport
 __all__ = [
     "LOG_IN",
     "SCHEMES",
-    "HubPlace",
+    "HubLocation",
     "Remote",
     "Retries",
     "Transient",

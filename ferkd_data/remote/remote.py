@@ -28,7 +28,7 @@ from ferkd_data.storage import explain_full_disk, is_url, sha256_file
 
 
 @dataclass(frozen=True)
-class HubPlace:
+class HubLocation:
     """`hf://datasets/ORG/NAME[@REVISION][/FOLDER]`"""
 
     repository: str
@@ -37,13 +37,13 @@ class HubPlace:
     """With a slash at its end, or empty."""
 
 
-def parse_hub_url(url: str) -> HubPlace:
+def parse_hub_url(url: str) -> HubLocation:
     """Raises UsageError."""
     match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[\w.-]+)*)/?", url)
     if match is None or ".." in url:
         raise UsageError(f"{url}: is not of the form hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
     repository, revision, folder = match.groups()
-    return HubPlace(repository, revision or "main", f"{folder[1:]}/" if folder else "")
+    return HubLocation(repository, revision or "main", f"{folder[1:]}/" if folder else "")
 
 
 def hub_endpoint() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ferkd_data
 from ferkd_data.builder.plan import open_plan
-from ferkd_data.builder.state import FOLDER, REJECTS_NAME, BuildFolder, ShardRecord
+from ferkd_data.builder.state import FOLDER, BuildFolder, ShardRecord
 from ferkd_data.errors import BuildError
 from ferkd_data.format.manifest import (
     FILE_NAME,
@@ -20,6 +20,7 @@ from ferkd_data.format.manifest import (
     SourceEntry,
     ThresholdsEntry,
 )
+from ferkd_data.format.rejects import REJECTS_NAME
 from ferkd_data.images import Reject
 from ferkd_data.label_set import LabelSet, LocalFiles
 from ferkd_data.labels import statistics

@@ -99,8 +99,8 @@ def test_an_interrupted_conversion_of_other_settings_is_named(label_set, tmp_pat
 
 KILLED = (
     "exchange/publish.py",
-    "exchange/places.py",
-    "exchange/out_folder.py",
+    "exchange/destinations.py",
+    "format/out_folder.py",
     "exchange/convert.py",
     "exchange/merge.py",
 )

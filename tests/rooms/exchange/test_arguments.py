@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 import ferkd_data as fd
-from ferkd_data.errors import UsageError
-from ferkd_data.exchange.out_folder import check_at_least
+from ferkd_data.errors import UsageError, check_at_least
 
 CARD = fd.CardFields(name="x", license="mit")
 

@@ -19,7 +19,7 @@ from label_sets import SMALL, same_label_sets
 
 import ferkd_data as fd
 from ferkd_data.errors import ForeignFileError, LabelSetError, UsageError
-from ferkd_data.exchange.out_folder import WORK
+from ferkd_data.format.out_folder import WORK
 from ferkd_data.images import Reject, open_source
 from ferkd_data.importers import import_labels
 from ferkd_data.importers.fkd import boxes_of

@@ -10,7 +10,7 @@ from torchvision.ops import roi_align
 import ferkd_data as fd
 from ferkd_data.crops import CropDistribution, draw_crops
 from ferkd_data.errors import ForeignFileError, UsageError
-from ferkd_data.importers.relabel import RelabelMaps, pooled
+from ferkd_data.importers.relabel_maps import RelabelMaps, pooled
 from ferkd_data_cli.main import run
 
 CLASSES = 10

@@ -14,9 +14,8 @@ import numpy.typing as npt
 
 from ferkd_data import rng
 from ferkd_data.calibration import Calibration, action_table, calibrate, crop_actions, crop_buckets, use_probability
-from ferkd_data.errors import UsageError
-from ferkd_data.exchange import out_folder
-from ferkd_data.exchange.out_folder import check_at_least
+from ferkd_data.errors import UsageError, check_at_least
+from ferkd_data.format import out_folder
 from ferkd_data.importers import fkd
 from ferkd_data.label_set import open_labels
 from ferkd_data.labels.rows import UNKNOWN_TARGET, ImageLabels

@@ -2,21 +2,19 @@
 
 A file `.ferkd-data-work.json` says what is written there. It is made in an empty folder before anything else, and
 removed when the manifest is there, so nothing that was not written by the same command is ever overwritten.
-
-Numbers that a caller gives, whatever their type hints say.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from ferkd_data.builder.state import REJECTS_FILE, SHARD_FILE
 from ferkd_data.errors import ManifestError, UsageError
-from ferkd_data.format.manifest import FILE_NAME, Manifest, parse_manifest, read_manifest
+from ferkd_data.format.manifest import FILE_NAME, Manifest, parse_manifest, read_manifest, write_manifest
+from ferkd_data.format.rejects import REJECTS_FILE
+from ferkd_data.format.writers import SHARD_FILE
 from ferkd_data.storage import remove_leftovers, write_atomically
 
 WORK = ".ferkd-data-work.json"
@@ -57,15 +55,13 @@ def finish(out: Path, manifest: Manifest) -> Manifest:
 
     Raises ManifestError for a manifest that no reader would accept.
     """
-    text = manifest.to_json()
-    parse_manifest(text, str(out / FILE_NAME))
+    parse_manifest(manifest.to_json(), str(out / FILE_NAME))
     listed = {file.path for shard in manifest.shards for file in shard.files} | {manifest.rejects.path}
     for path in [*(out / "labels").rglob("*"), *(out / "shards").rglob("*"), *out.glob("rejects*")]:
         ours = SHARD_FILE.fullmatch(path.name) or REJECTS_FILE.fullmatch(path.name)
         if ours and path.relative_to(out).as_posix() not in listed:
             path.unlink()
-    with write_atomically(out / FILE_NAME) as aside:
-        aside.write_text(text, encoding="utf-8")
+    write_manifest(out, manifest)
     (out / WORK).unlink(missing_ok=True)
     return manifest
 
@@ -107,10 +103,3 @@ def _read(out: Path) -> Settings | None:
 
 def _told(settings: Settings) -> str:
     return ", ".join(f"{name} {value}" for name, value in sorted(settings.items()))
-
-
-def check_at_least(least: int, **numbers: Any) -> None:
-    """None is an argument that was not given. Raises UsageError that names the first one that cannot be right."""
-    for name, number in numbers.items():
-        if number is not None and (not isinstance(number, Integral) or number < least):
-            raise UsageError(f"{name} must be a whole number, at least {least}; got {number!r}")

@@ -55,7 +55,7 @@ def open_target(url: str, retries: Retries | None = None) -> Remote:
     return open_remote(url if "://" in url else Path(url).absolute().as_uri(), retries)
 
 
-def open_place(target: Remote, identity: str, workers: int) -> Place:
+def open_destination(target: Remote, identity: str, workers: int) -> Place:
     """`identity` is that of the label set to be sent. Raises UsageError, MissingExtraError."""
     if target.url.startswith("hf://"):
         return Hub(target.url, workers)

@@ -1,14 +1,8 @@
-"""`verify --deep`: label a random sample of images again, and compare with what is stored.
+"""`verify --deep`: label a random sample of images again with the teachers, and compare with the stored labels.
+
+This is the one reader of label sets that needs the builder's labelling, so it stands above both.
 
 Legend: S images of the sample, N crops per image, k kept classes.
-
-ReLabel's label maps (CVPR 2021): for each image the five best classes at each of 15 x 15 places, FOLDER/KEY.pt.
-
-A file is the `torch.save` of one tensor (2, 5, 15, 15): scores, then class numbers. It holds no crops: these are drawn
-here. The scores under a crop are pooled by RoIAlign and put through a softmax over all classes, as the authors' loader
-does.
-
-Legend: N crops, C classes, k kept classes, P best classes of a place, S side of the map, U classes that the map names.
 """
 
 from __future__ import annotations
@@ -16,27 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from ferkd_data.builder.job import Job, open_tools
 from ferkd_data.builder.labelling.counts import TeacherCounts
 from ferkd_data.builder.labelling.crop_batches import Rejected
 from ferkd_data.builder.labelling.label_shard import label_shard
 from ferkd_data.builder.settings import BuildSettings, Resources
-from ferkd_data.crops import CropDistribution, draw_crops
-from ferkd_data.errors import ForeignFileError, UsageError
-from ferkd_data.exchange.out_folder import check_at_least
-from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
+from ferkd_data.crops import CropDistribution
+from ferkd_data.errors import UsageError, check_at_least
 from ferkd_data.images import ImageRef, Reject, read_class_list
-from ferkd_data.importers.foreign_arrays import load_arrays
-from ferkd_data.importers.foreign_labels import UNKNOWN_DIGEST, ForeignLabels
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.labels.rows import ImageLabels
-from ferkd_data.storage import inside
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 
 SAMPLE = 100
@@ -174,100 +160,3 @@ def _sample(labels: LabelSet, items: Iterable[ImageRef | Reject], sample: int, s
 def _other_weights(labels: LabelSet, loaded: Sequence[Teacher]) -> tuple[str, ...]:
     known = {teacher.digest for teacher in labels.manifest.teachers}
     return tuple(str(teacher.spec) for teacher in loaded if teacher.digest not in known)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelabelMaps:
-    """A folder of ReLabel's files, and the crops that are drawn for them."""
-
-    folder: Path
-    num_classes: int
-    top_k: int
-    crops: int
-    seed: int
-    drawn: CropDistribution
-
-    format: ClassVar[str] = "ReLabel"
-    expected: ClassVar[str] = "FOLDER/KEY.pt"
-
-    @property
-    def distribution(self) -> CropDistributionEntry:
-        return CropDistributionEntry(scale=self.drawn.scale, ratio=self.drawn.ratio, hflip=self.drawn.hflip)
-
-    @property
-    def teachers(self) -> tuple[TeacherEntry, ...]:
-        """EfficientNet-L2 at 475 px, as the paper says; the files say nothing."""
-        entry = TeacherEntry(
-            spec="relabel:efficientnet_l2",
-            name="efficientnet_l2 (ReLabel's label maps)",
-            digest=UNKNOWN_DIGEST,
-            num_classes=self.num_classes,
-            size=475,
-            interpolation="bicubic",
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-            weight=1,
-            temperature=1,
-            precision="fp32",
-        )
-        return (entry,)
-
-    def read(self, key: str, size: tuple[int, int]) -> ForeignLabels:
-        """Draw the crops of an image of (height, width) and pool their labels. Raises ForeignFileError."""
-        path = inside(self.folder, f"{key}.pt")
-        score, index = _label_map(path, load_arrays(path), self.num_classes)
-        drawn = draw_crops(key, *size, seed=self.seed, count=self.crops, distribution=self.drawn)
-        prob = pooled(score, index, drawn.boxes, *size, num_classes=self.num_classes)
-        best = torch.from_numpy(prob).topk(self.top_k, dim=1)
-        return ForeignLabels(
-            boxes=drawn.boxes, flip=drawn.flip, class_index=best.indices.numpy(), class_prob=best.values.numpy()
-        )
-
-
-def _label_map(path: Path, content: Any, num_classes: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Scores and class numbers, each (P, S, S). Raises ForeignFileError for anything else."""
-    if not isinstance(content, np.ndarray) or content.ndim != 4 or content.shape[0] != 2 or not content.size:
-        told = f"an array of shape {content.shape}" if isinstance(content, np.ndarray) else type(content).__name__
-        raise ForeignFileError(f"{path}: is {told}; ReLabel's label maps are arrays of shape (2, 5, 15, 15)")
-    if content.shape[2] != content.shape[3]:
-        raise ForeignFileError(f"{path}: a label map of {content.shape[2]} x {content.shape[3]} places is not square")
-    whole = content.astype(np.float32)
-    if not np.isfinite(whole).all():
-        raise ForeignFileError(f"{path}: holds numbers that are not finite")
-    index = whole[1].astype(np.int64)
-    if index.min() < 0 or index.max() >= num_classes or (index != whole[1]).any():
-        raise ForeignFileError(f"{path}: classes {whole[1].min():g} to {whole[1].max():g} of {num_classes} classes")
-    return whole[0], index
-
-
-def pooled(
-    score: npt.NDArray[np.float32],
-    index: npt.NDArray[np.int64],
-    boxes: npt.NDArray[np.uint16],
-    height: int,
-    width: int,
-    *,
-    num_classes: int,
-) -> npt.NDArray[np.float32]:
-    """The distribution (N, C) of each box: softmax of the RoIAlign of the scores; a class not named has the score 0.
-
-    The authors' loader hands RoIAlign a box as (top, left, bottom, right) where it takes (x, y, x, y), so a box's rows
-    run along the map's last axis. Their published maps are made for that loader, so the same is done here.
-    """
-    from torchvision.ops import roi_align
-
-    # Pooling only the classes that the map names: a few dozen in place of a thousand.
-    named, place = np.unique(index, return_inverse=True)
-    side = score.shape[-1]
-    maps_US = torch.zeros(len(named), side, side)
-    maps_US.scatter_(0, torch.from_numpy(place.reshape(index.shape)), torch.from_numpy(score))
-    corners = boxes.astype(np.float64)
-    corners[:, 2:] += corners[:, :2]
-    fractions = (corners / (height, width, height, width)).astype(np.float32)
-    regions = torch.from_numpy(fractions) * side - 0.5
-    numbered = torch.cat([torch.zeros(len(boxes), 1), regions], dim=1)
-    pooled_NU = roi_align(maps_US[None], numbered, output_size=(1, 1))[:, :, 0, 0]
-    logits_NC = torch.zeros(len(boxes), num_classes)
-    logits_NC[:, torch.from_numpy(named)] = pooled_NU
-    prob: npt.NDArray[np.float32] = logits_NC.softmax(dim=1).numpy()
-    return prob
