@@ -118,7 +118,7 @@ class QuietServer(http.server.ThreadingHTTPServer):
 
 def pull(began: Event, url: str, out: Path) -> None:
     began.set()
-    fd.pull(url, out, workers=1)
+    fd.pull(url, out, threads=1)
 
 
 def publish(began: Event, labels: Path, place: Path, cache: Path) -> None:
@@ -132,7 +132,7 @@ def publish(began: Event, labels: Path, place: Path, cache: Path) -> None:
 
     Remote.upload = slow  # type: ignore[method-assign]
     began.set()
-    fd.publish(labels, str(place), card=CARD, workers=1)
+    fd.publish(labels, str(place), card=CARD, threads=1)
 
 
 class Kills:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
+import ferkd_data as fd
 from ferkd_data.errors import UsageError
-from ferkd_data.format.manifest import FILE_NAME
+from ferkd_data.format.manifest import FILE_NAME, Manifest
 
 from .display import show_images
+from .options import default_of
 from .terminal import say
+
+DONE_WITH_REJECTS = 3
+IMAGENET_CLASSES = 1000
+FOR_EVERY_IMPORT = ("images", "classes", "crops_per_block")
+IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
+    "fkd": (fd.import_fkd, ("num_classes", "top_k")),
+    "dr": (fd.import_dr, ("num_classes", "ids", "teacher")),
+    "relabel": (fd.import_relabel, ("num_classes", "top_k", "crops", "seed")),
+}
+"""By the value of --from: the function, and the options that it takes besides those of every import."""
 
 
 @click.command()
@@ -36,7 +49,7 @@ from .terminal import say
 @click.option(
     "--min-crops",
     type=click.IntRange(min=1),
-    default=4,
+    default=default_of(fd.export_fkd, "min_crops"),
     show_default=True,
     help="With --calibration: crops that a file holds at least, the --num_crops of FKD's script.",
 )
@@ -51,111 +64,101 @@ from .terminal import say
 @click.option(
     "--top-k",
     type=click.IntRange(min=1),
-    default=5,
+    default=default_of(fd.import_fkd, "top_k"),
     show_default=True,
     help="With --from fkd: classes kept of full labels. With --from relabel: classes kept.",
 )
 @click.option(
     "--crops",
     type=click.IntRange(min=1),
-    default=200,
+    default=default_of(fd.import_relabel, "crops"),
     show_default=True,
     help="With --from relabel: crops of each image.",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="With --from relabel: decides the crops."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=default_of(fd.import_relabel, "seed"),
+    show_default=True,
+    help="With --from relabel: decides the crops.",
 )
 @click.option("--teacher", help="With --from: the teacher's name.  [default: dr as it says]")
-@click.option("--teacher-size", type=int, default=224, show_default=True, help="With --from fkd: its input size.")
+@click.option(
+    "--teacher-size",
+    type=int,
+    default=default_of(fd.FkdTeacher, "size"),
+    show_default=True,
+    help="With --from fkd: its input size.",
+)
 def command(
     labels: Path,
     out: Path,
     layout: Literal["parquet", "webdataset"] | None,
-    crops_per_block: int | None,
     source: str | None,
     target: str | None,
     calibration: str | None,
     min_crops: int,
     images: str | None,
-    classes: Path | None,
-    ids: Path | None,
-    num_classes: int | None,
-    top_k: int,
-    crops: int,
-    seed: int,
-    teacher: str | None,
-    teacher_size: int,
+    **options: Any,
 ) -> int:
     """Write the label set LABELS anew into the folder OUT: in another layout, from others' files, or as FKD's."""
-    import ferkd_data as fd
-    from ferkd_data.calibration import calibration_at
-
     if [layout, source, target].count(None) != 2:
         raise UsageError("give one of --layout LAYOUT, --from fkd, --from dr, --from relabel, --to fkd")
     if calibration is not None and target is None:
         raise UsageError("--calibration is for --to fkd; a loader calibrates what it reads: CropLoader(calibration=…)")
     if source is not None and images is None:
         raise UsageError(f"--from {source} needs --images (the labelled images)")
-    if source == "fkd" and teacher is None:
+    if source == "fkd" and options["teacher"] is None:
         raise UsageError("--from fkd needs --teacher (its name)")
     if target is not None:
-        with show_images("convert") as show:
-            chosen = None if calibration is None else calibration_at(calibration, 0)
-            label_type = fd.export_fkd(labels, out, calibration=chosen, min_crops=min_crops, on_progress=show)
-        say(f"{out}: written for FKD's training script; its --soft_label_type is {label_type}")
-        return 0
+        return _export(labels, out, calibration, min_crops)
     finished = (out / FILE_NAME).exists()
     with show_images("convert") as show:
-        if source == "fkd":
-            manifest = fd.import_fkd(
-                labels,
-                out,
-                images=str(images),
-                num_classes=num_classes or 1000,
-                teacher=fd.FkdTeacher(name=str(teacher), size=teacher_size),
-                top_k=top_k,
-                crops_per_block=crops_per_block or 50,
-                classes=classes,
-                on_progress=lambda done: show(done, None),
-            )
-        elif source == "dr":
-            manifest = fd.import_dr(
-                labels,
-                out,
-                images=str(images),
-                ids=ids,
-                num_classes=num_classes,
-                teacher=teacher,
-                crops_per_block=crops_per_block or 50,
-                classes=classes,
-                on_progress=lambda done: show(done, None),
-            )
-        elif source == "relabel":
-            manifest = fd.import_relabel(
-                labels,
-                out,
-                images=str(images),
-                crops=crops,
-                seed=seed,
-                num_classes=num_classes or 1000,
-                top_k=top_k,
-                crops_per_block=crops_per_block or 50,
-                classes=classes,
-                on_progress=lambda done: show(done, None),
-            )
+        if source is not None:
+            manifest = _import(source, labels, out, {**options, "images": images}, lambda done: show(done, None))
         elif layout is not None:
             manifest = fd.convert(
-                labels, out, layout=layout, images=images, crops_per_block=crops_per_block, on_progress=show
+                labels,
+                out,
+                layout=layout,
+                images=images,
+                crops_per_block=options["crops_per_block"],
+                on_progress=show,
             )
-    size = sum(file.bytes for shard in manifest.shards for file in shard.files)
     if finished:
         say(f"{out}: was finished already; nothing was written")
+    _report(out, manifest, imported=source is not None)
+    return DONE_WITH_REJECTS if source is not None and manifest.rejects.rows else 0
+
+
+def _import(
+    source: str, labels: Path, out: Path, options: dict[str, Any], on_progress: Callable[[int], None]
+) -> Manifest:
+    """Import the files of `source`, with the options that are for it; the library knows the defaults of the others."""
+    function, names = IMPORTS[source]
+    chosen = {name: options[name] for name in (*FOR_EVERY_IMPORT, *names) if options[name] is not None}
+    if source == "fkd":
+        chosen.setdefault("num_classes", IMAGENET_CLASSES)
+        chosen["teacher"] = fd.FkdTeacher(name=options["teacher"], size=options["teacher_size"])
+    return function(labels, out, **chosen, on_progress=on_progress)
+
+
+def _export(labels: Path, out: Path, calibration: str | None, min_crops: int) -> int:
+    presets = {"fkd": fd.Calibration.fkd, "ferkd": fd.Calibration.ferkd}
+    chosen = None if calibration is None else presets[calibration]()
+    with show_images("convert") as show:
+        label_type = fd.export_fkd(labels, out, calibration=chosen, min_crops=min_crops, on_progress=show)
+    say(f"{out}: written for FKD's training script; its --soft_label_type is {label_type}")
+    return 0
+
+
+def _report(out: Path, manifest: Manifest, *, imported: bool) -> None:
+    size = sum(file.bytes for shard in manifest.shards for file in shard.files)
     say(
         f"{out}: layout {manifest.layout}, {manifest.num_images:,} images with {manifest.num_crops} crops, "
         f"{size / 1e6:,.2f} MB, {manifest.rejects.rows:,} rejected"
     )
     counted = manifest.statistics
-    if source is not None and counted.crops_with_target:
+    if imported and counted.crops_with_target:
         share = counted.top1_matches_target / counted.crops_with_target
         say(f"the ground truth is the most probable class of {share:.1%} of the crops")
-    return 3 if source is not None and manifest.rejects.rows else 0

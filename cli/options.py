@@ -1,13 +1,11 @@
-"""A command whose `--help` shows its options in groups, and that knows when a shell has expanded a pattern.
-
-Options that several commands share, and the settings they make.
-"""
+"""Options that several commands share, and commands that group their options in `--help`."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +35,15 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
+    """A command with option groups, which still takes the old names of options that were renamed."""
+
+    def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **settings: Any) -> None:
+        """`renamed` maps old option names to new ones, such as {"--workers": "--threads"}."""
+        super().__init__(*args, **settings)
+        self.renamed = dict(renamed or {})
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        args = [self._new_name(arg) for arg in args]
         given = list(args)  # click takes them out of the list
         try:
             return super().parse_args(ctx, args)
@@ -50,6 +56,13 @@ class GroupedCommand(click.Command):
                 f"'{_pattern(files)}'",
                 ctx,
             ) from error
+
+    def _new_name(self, argument: str) -> str:
+        old, equals, value = argument.partition("=")
+        if old not in self.renamed:
+            return argument
+        say(f"ferkd-data: {old} is now called {self.renamed[old]}; the old name will be removed", err=True)
+        return f"{self.renamed[old]}{equals}{value}"
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -136,6 +149,11 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
     context = click.get_current_context()
     default = click.core.ParameterSource.DEFAULT
     return {name: value for name, value in values.items() if context.get_parameter_source(name) is not default}
+
+
+def default_of(function: Callable[..., Any], name: str) -> Any:
+    """The default of an argument of the library, so that it is written once."""
+    return inspect.signature(function).parameters[name].default
 
 
 json_option = grouped("--json", "as_json", group=WATCHING, is_flag=True, help="Print JSON instead of a table.")

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import click
 
+import ferkd_data as fd
+
 from .display import show_bytes
+from .options import GroupedCommand, default_of
 from .terminal import say
 
 
-@click.command()
+@click.command(cls=GroupedCommand, renamed={"--workers": "--threads"})
 @click.argument("labels", type=click.Path(path_type=Path))
 @click.argument("url")
 @click.option("--name", help="Title of the label set.  [default: as published before, or the folder's name]")
@@ -29,14 +32,20 @@ from .terminal import say
     help="Name on the hub of a data set that the images come from, such as imagenet-1k. Can be repeated.",
 )
 @click.option("--sign", "sign_with", type=click.Path(path_type=Path), help="An OpenSSH key to sign the manifest with.")
-@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Files sent at once.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=default_of(fd.publish, "threads"),
+    show_default=True,
+    help="Files sent at once.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace another label set that lies at URL.")
 @click.option("--dry-run", is_flag=True, help="Print what would be sent.")
 def command(
     labels: Path,
     url: str,
     sign_with: Path | None,
-    workers: int,
+    threads: int,
     overwrite: bool,
     dry_run: bool,
     source_datasets: tuple[str, ...],
@@ -49,8 +58,6 @@ def command(
     same command again after an interruption: what arrived is not sent again. Options of the card that are left out keep
     what the published card says.
     """
-    import ferkd_data as fd
-
     card = fd.CardFields(source_datasets=source_datasets or None, **fields)
     with show_bytes("publish") as on_progress:
         result = fd.publish(
@@ -58,7 +65,7 @@ def command(
             url,
             card=card,
             sign_with=sign_with,
-            workers=workers,
+            threads=threads,
             overwrite=overwrite,
             dry_run=dry_run,
             on_progress=on_progress,

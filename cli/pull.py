@@ -6,21 +6,29 @@ from pathlib import Path
 
 import click
 
+import ferkd_data as fd
 from ferkd_data.errors import UsageError
 from ferkd_data.format.manifest import FILE_NAME
 
 from .display import show_bytes
+from .options import GroupedCommand, default_of
 from .terminal import say
 
 
-@click.command()
+@click.command(cls=GroupedCommand, renamed={"--workers": "--threads"})
 @click.argument("url")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--crops", type=click.IntRange(min=1), help="Only the crop blocks that hold the first so many crops.")
 @click.option("--shards", metavar="LIST", help="Only these image shards, such as 0-9,12.")
 @click.option("--signed-by", type=click.Path(path_type=Path), help="A file of allowed signers, as OpenSSH has it.")
 @click.option("--signer", help="With --signed-by: which of them.")
-@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Files fetched at once.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=default_of(fd.pull, "threads"),
+    show_default=True,
+    help="Files fetched at once.",
+)
 def command(
     url: str,
     out: Path,
@@ -28,15 +36,13 @@ def command(
     shards: str | None,
     signed_by: Path | None,
     signer: str | None,
-    workers: int,
+    threads: int,
 ) -> int:
     """Copy the label set at URL (http(s)://, s3://, gs://, hf:// or a folder) into the folder OUT, all or a part.
 
     Each file is checked against the manifest; with --signed-by, the manifest against its signature before any of them
     is fetched. Run the same command again after an interruption: it goes on.
     """
-    import ferkd_data as fd
-
     wanted = None if shards is None else parse_shards(shards)
     finished = (out / FILE_NAME).exists()
     with show_bytes("pull") as on_progress:
@@ -47,7 +53,7 @@ def command(
             shards=wanted,
             signed_by=signed_by,
             signer=signer,
-            workers=workers,
+            threads=threads,
             on_progress=on_progress,
         )
     size = sum(file.bytes for shard in result.manifest.shards for file in shard.files)

@@ -7,31 +7,44 @@ from pathlib import Path
 
 import click
 
+import ferkd_data as fd
 from ferkd_data.errors import UsageError
 
 from .display import show_bytes
-from .options import json_option, print_json
+from .options import GroupedCommand, default_of, json_option, print_json
 from .terminal import say
 
 
-@click.command()
+@click.command(cls=GroupedCommand, renamed={"--workers": "--threads"})
 @click.argument("labels")
 @click.option("--images", help="The images that were labelled: each must be there, with the digest that was labelled.")
 @click.option("--signed-by", type=click.Path(path_type=Path), help="A file of allowed signers, as OpenSSH has it.")
 @click.option("--signer", help="With --signed-by: which of them.")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one for each core]")
-@click.option("--max-faults", type=click.IntRange(min=1), default=20, show_default=True, help="Faults printed.")
+@click.option("--threads", type=click.IntRange(min=1), help="Files checked at a time.  [default: one for each core]")
+@click.option(
+    "--max-faults",
+    type=click.IntRange(min=1),
+    default=default_of(fd.verify, "max_faults"),
+    show_default=True,
+    help="Faults printed.",
+)
 @click.option("--deep", is_flag=True, help="Also label a sample again; needs --images and --teacher.")
 @click.option("--teacher", "teachers", multiple=True, metavar="SPEC", help="With --deep: a teacher, as for build.")
 @click.option("--classes", type=click.Path(path_type=Path), help="With --deep: one line per class, as for build.")
-@click.option("--sample", type=click.IntRange(min=1), default=100, show_default=True, help="With --deep: images.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    default=default_of(fd.relabel, "sample"),
+    show_default=True,
+    help="With --deep: images.",
+)
 @json_option
 def command(
     labels: str,
     images: str | None,
     signed_by: Path | None,
     signer: str | None,
-    workers: int | None,
+    threads: int | None,
     max_faults: int,
     deep: bool,
     teachers: tuple[str, ...],
@@ -43,8 +56,6 @@ def command(
 
     One line for each fault: file, row, image, crop, field and what is wrong. Exit status 1 when there is any.
     """
-    import ferkd_data as fd
-
     if deep and (images is None or not teachers):
         raise UsageError("--deep needs --images (what was labelled) and --teacher (who labelled it)")
     with show_bytes("verify") as on_progress:
@@ -53,7 +64,7 @@ def command(
             images=images,
             signed_by=signed_by,
             signer=signer,
-            workers=workers,
+            threads=threads,
             max_faults=max_faults,
             on_progress=on_progress,
         )

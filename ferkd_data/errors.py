@@ -26,8 +26,11 @@
 
 from __future__ import annotations
 
+import warnings
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class FerkdError(Exception):
@@ -129,3 +132,9 @@ def check_at_least(least: int, **numbers: Any) -> None:
     for name, number in numbers.items():
         if number is not None and (not isinstance(number, Integral) or number < least):
             raise UsageError(f"{name} must be a whole number, at least {least}; got {number!r}")
+
+
+def renamed(old: str, new: str, value: T) -> T:
+    """Return `value`, given under the old name of an argument, with a DeprecationWarning at the caller's caller."""
+    warnings.warn(f"{old}= is now called {new}=; the old name will be removed", DeprecationWarning, stacklevel=3)
+    return value

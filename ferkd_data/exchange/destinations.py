@@ -55,18 +55,18 @@ def open_target(url: str, retries: Retries | None = None) -> Remote:
     return open_remote(url if "://" in url else Path(url).absolute().as_uri(), retries)
 
 
-def open_destination(target: Remote, identity: str, workers: int) -> Place:
+def open_destination(target: Remote, identity: str, threads: int) -> Place:
     """`identity` is that of the label set to be sent. Raises UsageError, MissingExtraError."""
     if target.url.startswith("hf://"):
-        return Hub(target.url, workers)
-    return Store(target, identity, workers)
+        return Hub(target.url, threads)
+    return Store(target, identity, threads)
 
 
 class Store:
     """A folder or an object store: every file is read back and its digest compared."""
 
-    def __init__(self, target: Remote, identity: str, workers: int) -> None:
-        self._target, self._workers = target, workers
+    def __init__(self, target: Remote, identity: str, threads: int) -> None:
+        self._target, self._threads = target, threads
         self._journal = _Journal(identity, target.url)
 
     def missing(self, files: Sequence[FileToSend]) -> list[FileToSend]:
@@ -83,10 +83,10 @@ class Store:
 
         self._journal.begin()
         pending: set[Future[FileToSend]] = set()
-        with Threads(self._workers, thread_name_prefix="ferkd-publish") as executor:
+        with Threads(self._threads, thread_name_prefix="ferkd-publish") as executor:
             for file in files:
                 pending.add(executor.submit(send, file))
-                if len(pending) >= 2 * self._workers:
+                if len(pending) >= 2 * self._threads:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from self._noted(done)
             while pending:

@@ -39,9 +39,9 @@ TOGETHER = 4
 class Hub:
     """A data set repository, made (public) when the first file is sent to one that does not exist."""
 
-    def __init__(self, url: str, workers: int) -> None:
+    def __init__(self, url: str, threads: int) -> None:
         """Raises MissingExtraError, UsageError."""
-        self._url, self._place, self._workers = url, parse_hub_url(url), workers
+        self._url, self._place, self._threads = url, parse_hub_url(url), threads
         self._hub, self._errors, self._utils = (
             extras.require(f"huggingface_hub{part}", extra="hub", what_for="publishing to the hub")
             for part in ("", ".errors", ".utils")
@@ -78,12 +78,12 @@ class Hub:
             self._hub.CommitOperationAdd(path_in_repo=self._place.folder + file.name, path_or_fileobj=str(file.file))
             for file in batch
         ]
-        revision = {"revision": self._place.revision, "num_threads": self._workers}
+        revision = {"revision": self._place.revision, "num_threads": self._threads}
         with self._explained():
             self._utils.disable_progress_bars()
             if not self._api.repo_exists(**self._where):
                 self._api.create_repo(**self._where, exist_ok=True)
-        together = TOGETHER * self._workers
+        together = TOGETHER * self._threads
         for start in range(0, len(batch), together):
             some = slice(start, start + together)
             with self._explained():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError, check_at_least
+from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError, check_at_least, renamed
 from ferkd_data.exchange.card import render_card
 from ferkd_data.exchange.card_facts import CardFields, check_fields, completed, is_generated
 from ferkd_data.exchange.croissant import render_croissant
@@ -52,9 +52,10 @@ def publish(
     sign_with: str | Path | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
-    workers: int = 4,
+    threads: int = 4,
     retries: Retries | None = None,
     on_progress: OnSent | None = None,
+    workers: int | None = None,
 ) -> PublishResult:
     """Send the label set in `path` to `url`: a folder, s3://, gs:// or hf://datasets/ORG/NAME.
 
@@ -64,7 +65,8 @@ def publish(
 
     The digest of every file that arrived is compared; the manifest goes last, so nobody ever opens half a label set.
     After an interruption, what arrived is not sent again; after success, nothing is. With `overwrite`, the manifest of
-    another label set is removed before anything of this one is sent.
+    another label set is removed before anything of this one is sent. `threads` files are sent at a time; `workers` is
+    the old name of `threads`.
 
     With `sign_with`, an OpenSSH key, the manifest is signed and the signature sent; one that lies in `path` is sent as
     it is.
@@ -74,12 +76,13 @@ def publish(
 
     Example: `publish("out", "hf://datasets/ORG/NAME", card=CardFields(license="cc-by-4.0", author="Vision Lab"))`
     """
-    check_at_least(1, workers=workers)
+    threads = threads if workers is None else renamed("workers", "threads", workers)
+    check_at_least(1, threads=threads)
     labels = open_labels(path)
     if is_remote(labels.location):
         raise UsageError(f"{path}: publish takes a folder; fetch the label set first: ferkd-data pull {path} DIR")
     target = open_target(url, retries)
-    place = open_destination(target, labels.identity, workers)
+    place = open_destination(target, labels.identity, threads)
     same = _is_there(target, labels, overwrite)
     fields = _fields(labels, target, card or CardFields())
     if target.url.startswith("hf://"):

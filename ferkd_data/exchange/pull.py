@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ferkd_data.errors import PublishError, RemoteError, UsageError, check_at_least
+from ferkd_data.errors import PublishError, RemoteError, UsageError, check_at_least, renamed
 from ferkd_data.exchange.card import render_card
 from ferkd_data.exchange.card_facts import recalled
 from ferkd_data.exchange.destinations import Threads
@@ -56,9 +56,10 @@ def pull(
     shards: Sequence[int] | None = None,
     signed_by: str | Path | None = None,
     signer: str | None = None,
-    workers: int = 4,
+    threads: int = 4,
     retries: Retries | None = None,
     on_progress: OnFetched | None = None,
+    workers: int | None = None,
 ) -> PullResult:
     """Copy a label set from a URL or a folder into `out`, checked file by file; resumes after an interruption.
 
@@ -67,12 +68,14 @@ def pull(
     of what it holds (without those per teacher, which only a build can know), and `pulled_from`.
 
     With `signed_by`, a file of allowed signers as OpenSSH has it, nothing is fetched unless one of them (`signer`,
-    where given) signed the manifest, which names the SHA-256 of every file, also of a part.
+    where given) signed the manifest, which names the SHA-256 of every file, also of a part. `threads` files are fetched
+    at a time; `workers` is the old name of `threads`.
 
     Raises UsageError for crops or shards that are not there, SignatureError, PublishError when `out` holds another
     label set or another pull works there, RemoteError, LabelSetError.
     """
-    check_at_least(1, workers=workers)
+    threads = threads if workers is None else renamed("workers", "threads", workers)
+    check_at_least(1, threads=threads)
     require_signers(signed_by, signer)
     out = Path(out)
     folder = None if is_remote(url) else Path(str(url).removeprefix("file://")).absolute()
@@ -86,7 +89,7 @@ def pull(
     part = _selected(whole, url, crops, shards)
     with _alone(out):
         _check_place(out, part)
-        fetched = _fetch_files(remote, out, part, workers, on_progress)
+        fetched = _fetch_files(remote, out, part, threads, on_progress)
         _fetch_beside(remote, out, BESIDE[1:] if part is not whole else BESIDE, folder)
         if part is not whole:
             # It has a manifest of its own, which nobody signed, and so it needs a card of its own.
@@ -115,7 +118,7 @@ def _alone(out: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _fetch_files(remote: Remote, out: Path, part: Manifest, workers: int, on_progress: OnFetched | None) -> int:
+def _fetch_files(remote: Remote, out: Path, part: Manifest, threads: int, on_progress: OnFetched | None) -> int:
     """All that the manifest lists; how many of them came over the line."""
     labels = LabelSet(LocalFiles(out), part, part.num_crops, "", "never")
     files = [(shard.index, file) for shard in part.shards for file in shard.files]
@@ -139,7 +142,7 @@ def _fetch_files(remote: Remote, out: Path, part: Manifest, workers: int, on_pro
         remote.download(entry.path, path, size=entry.bytes, sha256=entry.sha256)
         return True
 
-    with Threads(workers, thread_name_prefix="ferkd-pull") as executor:
+    with Threads(threads, thread_name_prefix="ferkd-pull") as executor:
         try:
             for entry, came in zip(entries, executor.map(fetch, entries), strict=True):
                 done, fetched = done + entry.bytes, fetched + came

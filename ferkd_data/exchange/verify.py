@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
-from ferkd_data.errors import LabelSetError, RemoteError, check_at_least
+from ferkd_data.errors import LabelSetError, RemoteError, check_at_least, renamed
 from ferkd_data.exchange.checks import Block, Fault, FileCheck, VerifyReport, differing, without_path
 from ferkd_data.exchange.destinations import Threads
 from ferkd_data.exchange.signing import SIGNATURE, check_signature, require_signers
@@ -40,14 +40,16 @@ def verify(
     images: str | Path | None = None,
     signed_by: str | Path | None = None,
     signer: str | None = None,
-    workers: int | None = None,
+    threads: int | None = None,
     max_faults: int = MAX_FAULTS,
     on_progress: Callable[[int, int], None] | None = None,
+    workers: int | None = None,
 ) -> VerifyReport:
     """Check sizes, digests, the schema, every row, and that all counts and statistics add up.
 
     With `images`, every labelled image must be in that source with the digest that was labelled. Faults are collected,
     not raised; `on_progress` gets (bytes checked, bytes in all). Takes 24 bytes of memory for each image.
+    `threads` files are checked at a time (default: one for each core); `workers` is the old name of `threads`.
 
     With `signed_by`, a file of allowed signers as OpenSSH has it, the manifest must be signed by one of them (by
     `signer`, where given).
@@ -55,14 +57,15 @@ def verify(
     Raises UsageError, SignatureError, ManifestError when there is no manifest that can be read, SourceError for
     `images` that cannot be listed.
     """
-    check_at_least(1, workers=workers)
+    threads = threads if workers is None else renamed("workers", "threads", workers)
+    check_at_least(1, threads=threads)
     check_at_least(0, max_faults=max_faults)
     require_signers(signed_by, signer)
     labels = open_labels(path)
     name = None if signed_by is None else check_signature(labels, Path(signed_by), signer)
     files, check = FileCheck(labels, max_faults, digests=images is not None), _Check(labels, max_faults)
     done, total = 0, sum(file.bytes for shard in labels.manifest.shards for file in shard.files)
-    with Threads(workers or os.cpu_count() or 1, thread_name_prefix="ferkd-verify") as executor:
+    with Threads(threads or os.cpu_count() or 1, thread_name_prefix="ferkd-verify") as executor:
         pairs = [(entry, file) for entry in labels.manifest.shards for file in entry.files]
         blocks = executor.map(files.file, *zip(*pairs, strict=True)) if pairs else iter(())
         for entry in labels.manifest.shards:

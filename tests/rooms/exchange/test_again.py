@@ -136,7 +136,7 @@ def killed_at(command: tuple[str, str, str], boundary: int) -> int:
 
     kind, source, out = command
     if kind == "publish":
-        fd.publish(source, out, card=CARD, workers=1, on_progress=on_progress)
+        fd.publish(source, out, card=CARD, threads=1, on_progress=on_progress)
     else:
         fd.convert(source, out, layout="parquet", crops_per_block=2, on_progress=on_progress)
     sys.settrace(None)

@@ -6,6 +6,7 @@ import pytest
 
 import ferkd_data as fd
 from ferkd_data.errors import UsageError, check_at_least
+from ferkd_data_cli.main import run
 
 CARD = fd.CardFields(name="x", license="mit")
 
@@ -26,10 +27,10 @@ WRONG = {
     "convert crops_per_block": (lambda a, b, **c: fd.convert(a, b, layout="parquet", **c), "crops_per_block", 0),
     "convert half a block": (lambda a, b, **c: fd.convert(a, b, layout="parquet", **c), "crops_per_block", 2.5),
     "convert layout": (fd.convert, "layout", "zip"),
-    "pull workers": (fd.pull, "workers", 0),
+    "pull threads": (fd.pull, "threads", 0),
     "pull shards": (fd.pull, "shards", []),
-    "publish workers": (lambda a, b, **c: fd.publish(a, str(b), card=CARD, **c), "workers", 0),
-    "verify workers": (lambda a, _, **c: fd.verify(a, **c), "workers", -1),
+    "publish threads": (lambda a, b, **c: fd.publish(a, str(b), card=CARD, **c), "threads", 0),
+    "verify threads": (lambda a, _, **c: fd.verify(a, **c), "threads", -1),
     "verify max_faults": (lambda a, _, **c: fd.verify(a, **c), "max_faults", -1),
     "relabel sample": (lambda a, _, **c: fd.relabel(a, images=a, teachers=["x"], **c), "sample", 0),
     "relabel seed": (lambda a, _, **c: fd.relabel(a, images=a, teachers=["x"], **c), "seed", -1),
@@ -51,6 +52,23 @@ def test_one_path_is_not_several(label_set, tmp_path):
 
 
 def test_what_was_not_given_is_not_checked():
-    check_at_least(1, workers=None, sample=1)
+    check_at_least(1, threads=None, sample=1)
     with pytest.raises(UsageError, match=r"^sample must be a whole number, at least 1; got 'many'$"):
-        check_at_least(1, workers=None, sample="many")
+        check_at_least(1, threads=None, sample="many")
+
+
+def test_the_old_name_of_threads_goes_on_working_with_a_warning(label_set, tmp_path):
+    with pytest.warns(DeprecationWarning, match="workers= is now called threads="):
+        assert fd.verify(label_set, workers=1).ok
+    with pytest.warns(DeprecationWarning, match="workers= is now called threads="):
+        fd.pull(str(label_set), tmp_path / "out", workers=1)
+    with pytest.warns(DeprecationWarning, match="threads="), pytest.raises(fd.FerkdError, match="threads must be"):
+        fd.publish(label_set, str(tmp_path / "public"), workers=0)
+
+
+@pytest.mark.parametrize("option", [("--workers", "1"), ("--workers=1",), ("--threads", "1")])
+def test_the_old_option_goes_on_working_with_a_line_on_stderr(label_set, capsys, option):
+    assert run(["verify", str(label_set), *option]) == 0
+    assert ("--workers is now called --threads" in capsys.readouterr().err) == option[0].startswith("--workers")
+    assert run(["verify", "--help"]) == 0
+    assert "--workers" not in capsys.readouterr().out

@@ -69,7 +69,7 @@ def test_many_files_are_few_commits(label_set, hub, monkeypatch):
 def test_what_arrived_before_an_interruption_is_not_sent_again(label_set, hub):
     hub.objects_left = 4
     with pytest.raises(RemoteError, match=r"hf://datasets/org/name: .*run the same command again"):
-        fd.publish(label_set, URL, card=CARD, workers=1)
+        fd.publish(label_set, URL, card=CARD, threads=1)
     assert not hub.files and len(hub.objects) == 4
     hub.objects_left = 10 - 4
     fd.publish(label_set, URL, card=CARD)

@@ -83,7 +83,7 @@ def test_what_arrived_before_an_interruption_is_not_sent_again(label_set, tmp_pa
 
     monkeypatch.setattr(Remote, "upload", cut)
     with pytest.raises(Cut):
-        fd.publish(label_set, place, card=CARD, workers=1)
+        fd.publish(label_set, place, card=CARD, threads=1)
     assert not (tmp_path / "public/manifest.json").exists()
     monkeypatch.setattr(Remote, "upload", upload)
     (tmp_path / "public" / sent[0]).write_bytes(b"damaged since")
@@ -113,7 +113,7 @@ def test_an_overwriting_that_is_killed_leaves_no_manifest_over_new_files(
         with monkeypatch.context() as patch:
             patch.setattr(Remote, "upload", cut)
             with pytest.raises(Cut):
-                fd.publish(label_set, place, card=CARD, overwrite=True, workers=1)
+                fd.publish(label_set, place, card=CARD, overwrite=True, threads=1)
         assert set(seen) == {None}
         message = "it comes last" if kind == "s3" else "interrupted here.* run the same command again"
         for read in (fd.open_labels, fd.verify):
@@ -221,7 +221,7 @@ def test_a_pull_goes_on_after_dropped_connections_and_a_kill(label_set, tmp_path
         server.drop_after = 1000
         server.refuse["labels/00002-002.parquet"] = 403
         with pytest.raises(RemoteError, match="access denied"):
-            fd.pull(server.url, tmp_path / "mine", retries=QUICK, workers=1)
+            fd.pull(server.url, tmp_path / "mine", retries=QUICK, threads=1)
         assert not (tmp_path / "mine/manifest.json").exists()
         server.refuse.clear()
         before = sum(server.sent.values())
@@ -233,7 +233,7 @@ def test_a_pull_goes_on_after_dropped_connections_and_a_kill(label_set, tmp_path
 
 
 def pull_until_killed(url, out):
-    fd.pull(url, out, workers=1, retries=QUICK)
+    fd.pull(url, out, threads=1, retries=QUICK)
 
 
 def test_of_two_pulls_into_one_folder_the_second_is_told(label_set, tmp_path, quick_process):

@@ -111,7 +111,7 @@ def test_the_signature_arrives_before_the_manifest(label_set, key, tmp_path, mon
         "ferkd_data.remote.Remote.upload",
         lambda self, file, name, **more: (sent.append(name), upload(self, file, name, **more))[1],
     )
-    fd.publish(label_set, str(tmp_path / "public"), card=CARD, sign_with=key, workers=1)
+    fd.publish(label_set, str(tmp_path / "public"), card=CARD, sign_with=key, threads=1)
     assert sent[-2:] == ["manifest.json.sig", "manifest.json"]
 
 
