@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from ferkd_data.errors import UsageError
+from ferkd_data.storage import read_text
 
 from .terminal import say
 
@@ -192,7 +193,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = tomllib.loads(read_text(path))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not TOML: {error}") from error
     return content

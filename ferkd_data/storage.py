@@ -9,6 +9,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import io
 import mmap
 import os
 import secrets
@@ -127,7 +128,7 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ferkd-data"
 
 
-def open_regular(path: Path) -> int:
+def open_regular(path: Path | str) -> int:
     """Open a regular file for reading and return its descriptor.
 
     Raises LabelSetError at once for a FIFO, a device, a socket or a folder; OSError as `os.open` does.
@@ -148,6 +149,15 @@ def open_regular(path: Path) -> int:
 def open_regular_stream(path: Path) -> IO[bytes]:
     """Open a regular file as a binary stream. Raises as `open_regular` does."""
     return open(open_regular(path), "rb")
+
+
+def read_text(path: Path) -> str:
+    """Read a regular file as UTF-8 text, with or without a byte order mark.
+
+    Raises as `open_regular` does, and UnicodeDecodeError.
+    """
+    with open_regular_stream(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
+        return text.read()
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:
@@ -289,10 +299,12 @@ def open_binary(path: str) -> IO[bytes]:
     """A local file, or a URL through fsspec, opened for reading with seek. Raises SourceError."""
     try:
         if not is_url(path):
-            return Path(path).open("rb")
+            return open_regular_stream(Path(path))
         import fsspec
 
         return cast(IO[bytes], fsspec.open(path, "rb").open())
+    except LabelSetError as error:
+        raise SourceError(str(error)) from error
     except (OSError, ImportError, ValueError) as error:
         raise SourceError(f"{path}: cannot be opened ({error})") from error
 

@@ -17,8 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ferkd_data.errors import SourceError
+from ferkd_data.errors import LabelSetError, SourceError
 from ferkd_data.images.refs import MAX_TARGET
+from ferkd_data.storage import read_text
 
 WORDNET_LINE = re.compile(r"(n\d{8})[ ,]+(\S.*)")
 NUMBERED_NAME = re.compile(r"\d+(\s|$)")
@@ -75,7 +76,9 @@ def _read_text(path: Path) -> str:
     if path.suffix.lower() in (".pkl", ".pickle"):
         raise SourceError(f"{path}: pickles can run code and are not read; write one class in a line")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
+    except LabelSetError as error:
+        raise SourceError(f"{error}; write the classes to a file first") from error
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: is not UTF-8 ({error}); save it as UTF-8 text") from error
     except OSError as error:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from ferkd_data.errors import ImageError, SourceError
+from ferkd_data.errors import ImageError, LabelSetError, SourceError
 from ferkd_data.images.class_list import ClassList
 from ferkd_data.images.formats import EXTENSIONS, HEAD_BYTES, NO_IMAGES, UNSUPPORTED, decoded_kind, other_kind
 from ferkd_data.images.keys import skip_reason, split_of_folder
 from ferkd_data.images.patience import patiently, unreadable
 from ferkd_data.images.refs import ImageRef, LeftOut, Reject, check_key
+from ferkd_data.storage import open_regular
 
 SHOWN = 4
 """Folders named in a message."""
@@ -76,8 +78,10 @@ class FolderSource:
     def _read_file(self, file: str) -> bytes:
         try:
             # Without pathlib and buffering, which cost as much as the read itself.
-            with open(f"{self.root}/{file}", "rb", buffering=0) as stream:  # noqa: PTH123
+            with open(open_regular(f"{self.root}/{file}"), "rb", buffering=0) as stream:  # noqa: PTH123
                 return stream.read()
+        except LabelSetError as error:
+            raise ImageError("unreadable", f"{file}: is not a regular file") from error
         except FileNotFoundError as error:
             if not self.root.is_dir():
                 raise TimeoutError(f"{self.root} is gone; is it a file system that was mounted?") from error
@@ -111,11 +115,11 @@ class FolderSource:
                 self.left_out.add(reason, file)
                 continue
             try:
+                if kinds[name] != "file":
+                    raise ImageError("unreadable", f"{file}: not a file, or a link that leads to none")
                 if not is_named_as_image:
                     self._check_format(file)
                 check_key(key)
-                if kinds[name] != "file":
-                    raise ImageError("unreadable", f"{file}: not a file, or a link that leads to none")
                 if stem == previous:
                     raise ImageError("duplicate_key", f"{file}: another file of this folder has the same key")
             except ImageError as error:
@@ -287,8 +291,12 @@ def _extension(name: str) -> str:
 
 
 def _head(path: Path) -> bytes:
-    with path.open("rb", buffering=0) as stream:
-        return stream.read(HEAD_BYTES)
+    """The first bytes of a file. Raises OSError, also for what was replaced by no regular file since it was listed."""
+    try:
+        with open(open_regular(path), "rb", buffering=0) as stream:  # noqa: PTH123
+            return stream.read(HEAD_BYTES)
+    except LabelSetError as error:
+        raise OSError(errno.EINVAL, "is not a regular file") from error
 
 
 def _count_files(folder: Path) -> int:

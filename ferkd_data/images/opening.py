@@ -47,13 +47,15 @@ def open_source(
         return _open_files([text], listed)
     if any(mark in text for mark in "*?[{"):
         return _open_files(expand(text), listed)
+    if path.exists():
+        raise SourceError(f"{text}: is not a regular file")
     if ".tar" in path.name or _is_parquet(text):
         raise SourceError(f"{text}: no such file")
     raise SourceError(f"{text}: no such folder or file; SOURCE is a folder of images, tars, or Parquet files")
 
 
 def _open_folder(path: Path, classes: ClassList | None) -> TarSource | FolderSource | ParquetSource:
-    tars = sorted(str(tar) for tar in path.glob("*.tar") if not skip_reason(tar.name))
+    tars = sorted(str(tar) for tar in path.glob("*.tar") if tar.is_file() and not skip_reason(tar.name))
     tables = _find_parquet(path)
     tables_hold_images = bool(tables) and holds_images(path / tables[0])
     if tars and tables_hold_images:
@@ -79,7 +81,7 @@ def _open_files(files: list[str], classes: ClassList | None) -> TarSource | Parq
         name = file.lower()
         if name.endswith(ARCHIVES):
             raise SourceError(f"{file}: unpack it first, or write an uncompressed tar; archives are not read in place")
-        if not Path(file).is_file():
+        if Path(file).is_dir():
             raise SourceError(f"{file}: is a folder; give one folder, or a pattern of tars or Parquet files")
         if ".tar" not in PurePosixPath(name).name:
             raise SourceError(f"{file}: is neither a folder, nor a tar, nor a Parquet file")

@@ -20,6 +20,7 @@ from ferkd_data.errors import ForeignFileError, UsageError
 from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
 from ferkd_data.importers.foreign_arrays import load_arrays
 from ferkd_data.importers.foreign_labels import UNKNOWN_DIGEST, ForeignLabels, check_boxes, check_labels
+from ferkd_data.storage import read_text
 
 CONFIG = "config.pth.tar"
 CROP, FLIP = "random_resized_crop", "random_horizontal_flip"
@@ -189,7 +190,7 @@ def image_folder_ids(root: Path, folder: Path) -> dict[str, int]:
 def listed_ids(path: Path) -> dict[str, int]:
     """Key -> ID from a text file, line n for ID n. Raises UsageError."""
     try:
-        keys = path.read_text(encoding="utf-8").splitlines()
+        keys = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as a list of keys ({error})") from error
     ids = {key: number for number, key in enumerate(keys)}

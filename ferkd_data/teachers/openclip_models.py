@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ferkd_data import extras
 from ferkd_data.errors import TeacherError
+from ferkd_data.storage import read_text
 from ferkd_data.teachers.digest import module_digest
 from ferkd_data.teachers.spec import TeacherSpec
 from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_of, reason
@@ -113,7 +114,7 @@ def _filled(template: str, name: str) -> str:
 
 def _lines(spec: TeacherSpec, file: str) -> list[str]:
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(Path(file).expanduser()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TeacherError(f"teacher {spec}: {file} cannot be read: {error}") from error
     while lines and not lines[-1].strip():
