@@ -10,12 +10,15 @@ from __future__ import annotations
 import http.client
 import socket
 import ssl
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from ferkd_data.errors import RemoteError, UsageError
-from ferkd_data.remote.transport import NOT_FOUND, TRANSIENT, Chunks, Transient, refused
+from ferkd_data.remote.transport import NOT_FOUND, TRANSIENT, Chunks, Stalled, Transient, refused
 from ferkd_data.storage import CHUNK_BYTES
 
 
@@ -86,6 +89,8 @@ def _short(error: Any) -> str:
 
 
 CONNECT_SECONDS = 15.0
+LEAST_BYTES = 1024
+"""A server that sends fewer of a file within the time limit stalls: 17 bytes a second at 60 s."""
 MAX_REDIRECTS = 3
 NEVER_SERVED = (501, 505)
 """What is not implemented now will not be so in a minute."""
@@ -99,9 +104,11 @@ class HttpTransport:
         # Compressed transfers would make byte positions meaningless.
         self._headers = {"Accept-Encoding": "identity", **(headers or {})}
         connect = min(timeout, CONNECT_SECONDS)
+        self._timeout = timeout
         self._pool = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=connect, read=timeout), retries=False, maxsize=16
         )
+        self._pool.pool_classes_by_scheme = _pools(timeout)
         self._versions: dict[str, str] = {}
         """The ETag of each file under way, so that halves of two versions are not joined."""
         self.reached = False
@@ -193,14 +200,75 @@ class HttpTransport:
     def _chunks(self, response: Any, name: str) -> Chunks:
         import urllib3
 
+        waited, arrived = 0.0, 0
         try:
-            # read1 gives what has arrived, so that nothing is lost when the connection breaks.
-            while chunk := response.read1(CHUNK_BYTES, decode_content=False):
+            while True:
+                before = time.monotonic()
+                # read1 gives what has arrived, so that nothing is lost when the connection breaks.
+                chunk = response.read1(CHUNK_BYTES, decode_content=False)
+                if not chunk:
+                    return
+                # Time that the taker of the chunks needs is not the server's.
+                waited += time.monotonic() - before
+                arrived += len(chunk)
+                if waited >= self._timeout:
+                    if arrived < LEAST_BYTES:
+                        raise Stalled(f"the server sent {arrived} bytes in {waited:.0f} s")
+                    waited, arrived = 0.0, 0
                 yield chunk
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise failure(error, f"{self._url}/{name}", reached=True) from error
         finally:
             response.close()
+
+
+def _pools(seconds: float) -> dict[str, Any]:
+    """The pools of urllib3 by scheme, whose connections wait `seconds` for the whole head of an answer.
+
+    Its own time limit begins anew with each byte.
+    """
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+    kinds: dict[str, tuple[Any, Any]] = {
+        "http": (HTTPConnectionPool, HTTPConnection),
+        "https": (HTTPSConnectionPool, HTTPSConnection),
+    }
+    return {
+        scheme: type(pool.__name__, (pool,), {"ConnectionCls": _bounded(connection, seconds)})
+        for scheme, (pool, connection) in kinds.items()
+    }
+
+
+def _bounded(kind: Any, seconds: float) -> Any:
+    class Bounded(kind):  # type: ignore[misc]
+        def getresponse(self) -> Any:
+            ended = threading.Event()
+
+            def end() -> None:
+                ended.set()
+                if self.sock is not None:
+                    with suppress(OSError):
+                        # The thread that reads sees the end of the connection. Not TLS's own way, which would wait.
+                        socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+            timer = threading.Timer(seconds, end)
+            timer.daemon = True
+            timer.start()
+            try:
+                response = super().getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                if ended.is_set():
+                    raise TimeoutError("timed out") from error
+                raise
+            finally:
+                timer.cancel()
+            if ended.is_set():
+                # A head that was cut may look whole.
+                raise TimeoutError("timed out")
+            return response
+
+    return Bounded
 
 
 def _server(url: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from ferkd_data.errors import RemoteError, UsageError
 from ferkd_data.remote.http import HttpTransport
 from ferkd_data.remote.store import StoreTransport
-from ferkd_data.remote.transport import LOG_IN, Transient, Transport
+from ferkd_data.remote.transport import LOG_IN, Stalled, Transient, Transport
 from ferkd_data.storage import explain_full_disk, is_url, sha256_file
 
 
@@ -78,14 +78,14 @@ LOG = logging.getLogger("ferkd_data.remote")
 
 @dataclass(frozen=True, kw_only=True)
 class Retries:
-    """What fails for a while is tried again; an attempt that got any bytes further starts the count anew."""
+    """What fails for a while is tried again; an attempt that got further starts the count anew, unless it stalled."""
 
     attempts: int = 8
     first_wait: float = 0.5
     """Seconds; doubled after each attempt, with jitter."""
     longest_wait: float = 30.0
     timeout: float = 60.0
-    """Seconds without a byte."""
+    """Seconds without a byte, for the head of an answer, and for LEAST_BYTES of a file."""
 
     def wait(self, attempt: int) -> None:
         time.sleep(min(self.first_wait * 2**attempt, self.longest_wait) * random.uniform(0.5, 1.0))
@@ -248,7 +248,8 @@ class Remote:
             try:
                 return action()
             except Transient as error:
-                failures = 1 if progress() > before else failures + 1
+                goes_on = progress() > before and not isinstance(error, Stalled)
+                failures = 1 if goes_on else failures + 1
                 if failures >= attempts:
                     raise RemoteError(
                         f"{self.url}/{name}: {error}, also after {failures} attempts; what arrived is kept: try again "

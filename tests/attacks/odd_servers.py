@@ -6,6 +6,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,3 +116,15 @@ def self_signed(folder: Path) -> Path:
     subprocess.run([*made, *alternative, "-keyout", folder / "key.pem", "-out", both], check=True, capture_output=True)
     both.write_text(both.read_text() + (folder / "key.pem").read_text())
     return both
+
+
+def trickles(head: bytes, seconds: float) -> Answer:
+    """The head of an answer at once, and then a byte now and then, without end."""
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(head)
+        while True:
+            time.sleep(seconds)
+            connection.sendall(b"x")
+
+    return answer

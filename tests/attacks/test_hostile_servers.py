@@ -7,9 +7,11 @@ import pickle
 import resource
 import shutil
 import threading
+import time
+import warnings
 
 import pytest
-from attacks.odd_servers import ODD, odd_server, says, self_signed
+from attacks.odd_servers import ODD, odd_server, says, self_signed, trickles
 from label_sets import edit_manifest
 from servers import serve
 
@@ -142,6 +144,46 @@ def test_a_server_that_does_not_answer_as_it_should_is_asked_once(name, tmp_path
             read_remote_manifest(open_remote(f"http://{server.place}/x", PATIENT))
         assert server.connections <= (4 if "redirect" in name else 1)
     assert peak_mb() < before + 50
+
+
+TRICKLES = {
+    "in its file": b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n",
+    "in a file without a length": b"HTTP/1.1 200 OK\r\n\r\n",
+    "in its headers": b"HTTP/1.1 200 OK\r\nX: ",
+    "in its first line": b"HTT",
+}
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("name", TRICKLES)
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(name, tls, tmp_path):
+    """The time limit of users is 60 s; a byte comes ten times within this one, so that it alone never ends the wait."""
+    quick = Retries(attempts=2, first_wait=0.001, timeout=2)
+    with odd_server(trickles(TRICKLES[name], 0.2), self_signed(tmp_path) if tls else None) as server:
+        remote = open_remote(f"{'https' if tls else 'http'}://{server.place}/x", quick)
+        if tls:
+            remote.transport._pool.connection_pool_kw["cert_reqs"] = "CERT_NONE"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(RemoteError, match=r"also after 2 attempts|does not answer in HTTP"):
+                read_remote_manifest(remote)
+        assert server.connections <= 2
+
+
+def test_what_trickled_is_kept_and_a_slow_taker_is_no_stall(label_set, tmp_path):
+    with odd_server(trickles(TRICKLES["in its file"], 0.05)) as server:
+        remote = open_remote(f"http://{server.place}", Retries(attempts=2, first_wait=0.001, timeout=1))
+        with pytest.raises(RemoteError, match=r"the server sent \d+ bytes in \d+ s, also after 2 attempts"):
+            remote.fetch("x", tmp_path / "x", size=1_000_000)
+    assert (tmp_path / ".x.part").stat().st_size > 0
+    with serve(label_set) as server:
+        remote = open_remote(server.url, Retries(attempts=1, timeout=0.5))
+        _, chunks = remote.transport.read("manifest.json", 0)
+        got = b""
+        for chunk in chunks:
+            got += chunk
+            time.sleep(0.7)
+        assert got == (label_set / "manifest.json").read_bytes()
 
 
 def test_a_certificate_that_nobody_vouches_for(tmp_path):
