@@ -33,7 +33,8 @@ HUB_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 class CardFields:
     """The publisher's part of a card. What is None is taken from the card that is published already, if there is one.
 
-    Example: `CardFields(name="Labels of ImageNet", license="cc-by-4.0", author="Vision Lab")`
+    >>> fd.CardFields(name="Labels of ImageNet", license="cc-by-4.0", author="Vision Lab").title
+    'Labels of ImageNet'
     """
 
     name: str | None = None

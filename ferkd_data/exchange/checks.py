@@ -24,6 +24,7 @@ from ferkd_data.format.manifest import BlockEntry, Manifest, ShardEntry
 from ferkd_data.images import check_key
 from ferkd_data.images.refs import MAX_KEY_BYTES
 from ferkd_data.label_set import LabelSet
+from ferkd_data.label_set.reader import read_plain_tar
 from ferkd_data.labels.buckets import BUCKETS, NUM_FLOAT16, Thresholds, assign_buckets, confidence
 from ferkd_data.labels.checks import MAX_TOTAL, suspects
 from ferkd_data.labels.rows import CROP_FIELDS, UNKNOWN_TARGET, ShardLabels
@@ -238,7 +239,7 @@ class FileCheck:
                 hashed = HashedFile(opened)
                 plain = None
                 if self.manifest.layout == "webdataset":
-                    plain = self.labels.plain_rows(entry.index, hashed.read, digests=self.digests)
+                    plain = read_plain_tar(self.manifest, entry.index, hashed.read, digests=self.digests)
                 if hashed.sha256() != file.sha256:
                     raise ShardError(f"{opened.path}: the bytes are not those of the manifest (SHA-256 differs)")
                 # Other libraries see only bytes that are those of the manifest.

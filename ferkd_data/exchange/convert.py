@@ -39,7 +39,9 @@ def convert(
 
     Raises UsageError where `out` holds anything else, LabelSetError for an image that is missing or another.
 
-    Example: `convert("labels", "tars", layout="webdataset", images="imagenet/train")`
+    >>> fd.convert(LABELS, "out", layout="parquet", crops_per_block=5).num_blocks
+    1
+    >>> fd.convert("out", "tars", layout="webdataset", images="imagenet/train")  # doctest: +SKIP
     """
     check_at_least(1, crops_per_block=crops_per_block)
     if layout not in get_args(Layout):

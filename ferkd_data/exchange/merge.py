@@ -62,7 +62,8 @@ def merge(
 
     Raises UsageError where `out` holds anything else, LabelSetError that names the first setting or key that conflicts.
 
-    Example: `merge(["labels-a", "labels-b"], "both", weights=[2, 1])`
+    >>> fd.merge([LABELS, LABELS], "both", weights=[2, 1]).kind
+    'teachers'
     """
     if isinstance(paths, (str, Path)) or len(paths) < 2:
         raise UsageError("merge takes two label sets or more")

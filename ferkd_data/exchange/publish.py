@@ -74,7 +74,10 @@ def publish(
     Raises UsageError for a card without a licence, and for more files than the hub takes; SignatureError; PublishError
     when the label set has faults or the place holds another label set; RemoteError; MissingExtraError for the hub.
 
-    Example: `publish("out", "hf://datasets/ORG/NAME", card=CardFields(license="cc-by-4.0", author="Vision Lab"))`
+    >>> card = fd.CardFields(license="cc-by-4.0", author="Vision Lab")
+    >>> fd.publish(LABELS, "public", card=card).url
+    'public'
+    >>> fd.publish(LABELS, "hf://datasets/ORG/NAME", card=card)  # doctest: +SKIP
     """
     threads = threads if workers is None else renamed("workers", "threads", workers)
     check_at_least(1, threads=threads)

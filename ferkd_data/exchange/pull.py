@@ -23,7 +23,7 @@ from ferkd_data.format.manifest import (
     write_manifest,
 )
 from ferkd_data.format.rejects import check_rejects
-from ferkd_data.label_set import LabelSet, LocalFiles, read_remote_manifest
+from ferkd_data.label_set import LabelSet, LocalFiles, StoredReader, VerifyLabels, read_remote_manifest
 from ferkd_data.labels import statistics
 from ferkd_data.labels.statistics import Statistics, shard_statistics
 from ferkd_data.remote import Remote, Retries, is_remote, open_remote
@@ -70,6 +70,9 @@ def pull(
     With `signed_by`, a file of allowed signers as OpenSSH has it, nothing is fetched unless one of them (`signer`,
     where given) signed the manifest, which names the SHA-256 of every file, also of a part. `threads` files are fetched
     at a time; `workers` is the old name of `threads`.
+
+    >>> fd.pull(LABELS, "part", crops=2).manifest.num_crops  # a whole crop block
+    3
 
     Raises UsageError for crops or shards that are not there, SignatureError, PublishError when `out` holds another
     label set or another pull works there, RemoteError, LabelSetError.
@@ -120,7 +123,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 def _fetch_files(remote: Remote, out: Path, part: Manifest, threads: int, on_progress: OnFetched | None) -> int:
     """All that the manifest lists; how many of them came over the line."""
-    labels = LabelSet(LocalFiles(out), part, part.num_crops, "", "never")
+    labels = _labels_in(out, part, verify_labels="never")
     files = [(shard.index, file) for shard in part.shards for file in shard.files]
     entries: list[FileEntry] = [*(file for _, file in files), part.rejects]
     shard_of = {file.path: (shard, file.block) for shard, file in files}
@@ -153,6 +156,20 @@ def _fetch_files(remote: Remote, out: Path, part: Manifest, threads: int, on_pro
             remote.stop()
             raise
     return fetched
+
+
+def _labels_in(
+    out: Path, part: Manifest, identity: str = "", *, verify_labels: VerifyLabels = "first_read"
+) -> LabelSet:
+    """Open a label set whose manifest is not written yet."""
+    reader = StoredReader(
+        files=LocalFiles(out),
+        manifest=part,
+        num_crops=part.num_crops,
+        identity=identity,
+        verify_labels=verify_labels,
+    )
+    return LabelSet(reader)
 
 
 def _selected(whole: Manifest, url: str, crops: int | None, shards: Sequence[int] | None) -> Manifest:
@@ -204,7 +221,7 @@ def _check_place(out: Path, part: Manifest) -> None:
 
 def _with_statistics(out: Path, part: Manifest) -> Manifest:
     part = part.model_copy(update={"statistics": Statistics()})
-    labels = LabelSet(LocalFiles(out), part, part.num_crops, "")
+    labels = _labels_in(out, part)
     counted = statistics.add(map(shard_statistics, labels.shards()))
     return part.model_copy(update={"statistics": counted})
 
@@ -217,7 +234,7 @@ def _write_card(remote: Remote, out: Path, part: Manifest, url: str, identity: s
         if error.status != 404:
             raise
         return
-    labels = LabelSet(LocalFiles(out), part, part.num_crops, identity)
+    labels = _labels_in(out, part, identity)
     fields, _ = recalled(published)
     unknown = f"see the card of {url}"
     fields = replace(

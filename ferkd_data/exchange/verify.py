@@ -54,6 +54,9 @@ def verify(
     With `signed_by`, a file of allowed signers as OpenSSH has it, the manifest must be signed by one of them (by
     `signer`, where given).
 
+    >>> fd.verify(LABELS).ok
+    True
+
     Raises UsageError, SignatureError, ManifestError when there is no manifest that can be read, SourceError for
     `images` that cannot be listed.
     """

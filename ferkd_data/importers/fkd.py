@@ -26,7 +26,11 @@ from ferkd_data.storage import inside
 
 @dataclass(frozen=True, kw_only=True)
 class FkdTeacher:
-    """What FKD's files do not say of the teacher."""
+    """The teacher of FKD's label files, which do not name it.
+
+    >>> fd.FkdTeacher(name="efficientnet_l2", size=475).size
+    475
+    """
 
     name: str
     size: int = 224

@@ -50,7 +50,8 @@ def export_fkd(
     Raises UsageError where `out` holds anything else, for a calibration that FKD's files cannot hold, and for crops
     with recorded augmentations.
 
-    Example: `export_fkd("labels", "soft_labels/train", calibration=Calibration.ferkd())`
+    >>> fd.export_fkd(LABELS, "soft_labels/train")
+    'marginal_renorm'
     """
     check_at_least(1, min_crops=min_crops)
     source = open_labels(labels)

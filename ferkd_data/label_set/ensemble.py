@@ -1,12 +1,10 @@
-"""Soft labels of the same crops by different teachers, combined into those of the ensemble, from their top-k alone.
+"""Label sets of the same crops by different teachers, combined into their ensemble as they are read.
 
 Each label set knows its kept classes and the probability of the ground truth exactly; what it cut off is spread evenly
 over its other classes, as recovery `smooth` does. So the mean is exact for classes that all kept, and for the
 ground truth.
 
 Legend: M crops, S label sets, k kept classes, m candidates (all kept classes and the ground truth), C classes.
-
-Label sets of the same crops by different teachers, combined as they are read.
 """
 
 from __future__ import annotations
@@ -18,15 +16,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Self
 
 from ferkd_data.errors import LabelSetError, UsageError
-from ferkd_data.format.manifest import TeacherEntry
-from ferkd_data.label_set.label_set import VerifyLabels
-from ferkd_data.label_set.views import LabelSet
+from ferkd_data.format.manifest import FileEntry, TeacherEntry
+from ferkd_data.label_set.reader import RowReader, VerifyLabels
 from ferkd_data.labels.buckets import Thresholds, assign_buckets, confidence
 from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels, class_index_dtype
 from ferkd_data.labels.statistics import Statistics
+from ferkd_data.storage import OpenFile
 
 CLASS_BITS = 24
 CROPS_AT_ONCE = 16384
@@ -35,9 +32,11 @@ SAME_FIELDS = ("image_digest", "height", "width", "target", "boxes", "flip", "op
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Merged:
+    """Labels of an ensemble."""
+
     labels: ShardLabels
     uncertain: npt.NDArray[np.float32]
-    """(R, N): how far any probability can be from that of a build with all teachers at once, at most."""
+    """(R, N): bound on how far any probability is from that of a build with all teachers at once."""
 
 
 def merge_labels(
@@ -48,7 +47,7 @@ def merge_labels(
     thresholds: Thresholds,
     where: str,
 ) -> Merged:
-    """The weighted mean of what S label sets say of the same crops; keeps the largest k among them.
+    """Compute the weighted mean of the distributions of S label sets for the same crops; keep the largest k.
 
     A probability differs from the joint build's by at most the weighted mass that was cut off (`uncertain`), besides
     the rounding to float16. Raises LabelSetError where the rows are not the same crops.
@@ -86,7 +85,7 @@ def merge_labels(
 
 
 def check_same_crops(a: ShardLabels, b: ShardLabels, where: str) -> None:
-    """Raises LabelSetError that names the first image and field that differ."""
+    """Raise LabelSetError that names the first image and field that differ."""
     if list(a.keys) != list(b.keys):
         pairs = zip(a.keys, b.keys, strict=False)
         x, y = next(((x, y) for x, y in pairs if x != y), (len(a), len(b)))
@@ -101,7 +100,7 @@ def check_same_crops(a: ShardLabels, b: ShardLabels, where: str) -> None:
 
 @dataclass(frozen=True)
 class _Told:
-    """What one label set says of M crops: `prob` of `index` (M, k + 1), and `rest` (M,) for any other class.
+    """The distributions of one label set for M crops: `prob` of `index` (M, k + 1), and `rest` (M,) of any other class.
 
     The last column is the ground truth where it was not kept, else class -1.
     """
@@ -156,27 +155,42 @@ def _mean(
     )
 
 
-class EnsembleLabels(LabelSet):
-    """Several label sets of the same crops, read as one: blocks are merged as they are read."""
+class EnsembleReader:
+    """Several label sets of the same crops, read as one: blocks are merged as they are read.
 
-    def __init__(self, sets: Sequence[LabelSet], weights: Sequence[float] | None) -> None:
+    The files of the first are those of the images and of everything else that the label sets have in common.
+    """
+
+    def __init__(self, sets: Sequence[RowReader], weights: Sequence[float] | None) -> None:
+        """Raises UsageError for wrong weights, LabelSetError where the label sets do not hold the same crops."""
         first = sets[0]
         self.sets = tuple(sets)
+        self.weights = weights
         self.shares = ensemble_shares(sets, weights)
         for labels in sets[1:]:
             check_same_classes(first, labels)
             _check_same_shards(first, labels)
-        manifest = first.manifest.model_copy(
+        self.manifest = first.manifest.model_copy(
             update={
                 "teachers": combined_teachers(sets, weights),
                 "ensemble": "mean",
-                "top_k": max(labels.top_k for labels in sets),
+                "top_k": max(labels.manifest.top_k for labels in sets),
                 "statistics": Statistics(),
             }
         )
+        self.num_crops = first.num_crops
         told = "".join(f"{labels.identity}{share!r}" for labels, share in zip(sets, self.shares, strict=True))
-        identity = hashlib.sha256(told.encode()).hexdigest()
-        super().__init__(first.files, manifest, first.num_crops, identity, first.verify_labels)
+        self.identity = hashlib.sha256(told.encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        return (
+            f"LabelSet({self.location!r}, images={manifest.num_images}, crops={self.num_crops}, top_k={manifest.top_k})"
+        )
+
+    @property
+    def statistics(self) -> None:
+        return None
 
     @property
     def location(self) -> str:
@@ -190,20 +204,11 @@ class EnsembleLabels(LabelSet):
     def cache_bytes(self) -> int:
         return min(labels.cache_bytes for labels in self.sets)
 
-    def check_sizes(self) -> None:
-        for labels in self.sets:
-            labels.check_sizes()
-
-    def verified(self, verify_labels: VerifyLabels) -> Self:
-        other = super().verified(verify_labels)
-        other.sets = tuple(labels.verified(verify_labels) for labels in self.sets)
-        return other
-
     def block(self, shard: int, block: int) -> ShardLabels:
         return merge_labels(
             [labels.block(shard, block) for labels in self.sets],
             self.shares,
-            num_classes=self.num_classes,
+            num_classes=self.manifest.num_classes,
             thresholds=self.manifest.thresholds.absolute(),
             where=f"{self.location}: shard {shard}, crop block {block}",
         ).labels
@@ -211,21 +216,34 @@ class EnsembleLabels(LabelSet):
     def raw_block(self, shard: int, block: int) -> ShardLabels:
         return self.block(shard, block)
 
-    def fetch(self, shard: int, block: int) -> None:
-        for labels in self.sets:
-            labels.fetch(shard, block)
-
     def keys_of(self, shard: int) -> list[str]:
         return self.sets[0].keys_of(shard)
 
     def targets_of(self, shard: int) -> npt.NDArray[np.int32]:
         return self.sets[0].targets_of(shard)
 
+    def image_locations(self, shard: int) -> npt.NDArray[np.int64]:
+        return self.sets[0].image_locations(shard)
 
-def ensemble_shares(sets: Sequence[LabelSet], weights: Sequence[float] | None) -> list[float]:
-    """The weight of each label set: as given, or the sum of its teachers'.
+    def fetch(self, shard: int, block: int) -> None:
+        for labels in self.sets:
+            labels.fetch(shard, block)
 
-    Raises UsageError for weights that are none, or a set whose teachers were combined otherwise than by the mean.
+    def check_size(self, shard: int, block: int) -> None:
+        for labels in self.sets:
+            labels.check_size(shard, block)
+
+    def open(self, entry: FileEntry, *, check: bool = True) -> OpenFile:
+        return self.sets[0].open(entry, check=check)
+
+    def verified(self, verify_labels: VerifyLabels) -> EnsembleReader:
+        return EnsembleReader([labels.verified(verify_labels) for labels in self.sets], self.weights)
+
+
+def ensemble_shares(sets: Sequence[RowReader], weights: Sequence[float] | None) -> list[float]:
+    """Return the weight of each label set: as given, or the sum of its teachers' weights.
+
+    Raises UsageError for impossible weights, or a set whose teachers were combined otherwise than by the mean.
     """
     for labels in sets:
         if len(labels.manifest.teachers) > 1 and labels.manifest.ensemble != "mean":
@@ -240,8 +258,8 @@ def ensemble_shares(sets: Sequence[LabelSet], weights: Sequence[float] | None) -
     return [float(weight) for weight in weights]
 
 
-def combined_teachers(sets: Sequence[LabelSet], weights: Sequence[float] | None) -> tuple[TeacherEntry, ...]:
-    """All teachers, their weights such that the ensemble of all is the one of the sets."""
+def combined_teachers(sets: Sequence[RowReader], weights: Sequence[float] | None) -> tuple[TeacherEntry, ...]:
+    """Return all teachers, weighted so that their ensemble is that of the label sets."""
     entries = []
     for labels, share in zip(sets, ensemble_shares(sets, weights), strict=True):
         own = sum(teacher.weight for teacher in labels.manifest.teachers)
@@ -250,19 +268,19 @@ def combined_teachers(sets: Sequence[LabelSet], weights: Sequence[float] | None)
     return tuple(entries)
 
 
-def check_same_classes(a: LabelSet, b: LabelSet) -> None:
-    """Raises LabelSetError where class numbers cannot mean the same."""
+def check_same_classes(a: RowReader, b: RowReader) -> None:
+    """Raise LabelSetError where class numbers cannot mean the same."""
     where = f"{a.location} and {b.location}"
-    if a.num_classes != b.num_classes:
-        raise LabelSetError(f"{where}: num_classes differs: {a.num_classes} and {b.num_classes}")
-    if a.class_names and b.class_names and a.class_names != b.class_names:
-        number = next(i for i, (x, y) in enumerate(zip(a.class_names, b.class_names, strict=True)) if x != y)
-        raise LabelSetError(
-            f"{where}: class {number} is {a.class_names[number]!r} in one and {b.class_names[number]!r} in the other"
-        )
+    ours, theirs = a.manifest, b.manifest
+    if ours.num_classes != theirs.num_classes:
+        raise LabelSetError(f"{where}: num_classes differs: {ours.num_classes} and {theirs.num_classes}")
+    if ours.class_names and theirs.class_names and ours.class_names != theirs.class_names:
+        pairs = enumerate(zip(ours.class_names, theirs.class_names, strict=True))
+        number, (x, y) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+        raise LabelSetError(f"{where}: class {number} is {x!r} in one and {y!r} in the other")
 
 
-def _check_same_shards(a: LabelSet, b: LabelSet) -> None:
+def _check_same_shards(a: RowReader, b: RowReader) -> None:
     for name in ("seed", "crop_distribution", "augmentations", "num_crops", "crops_per_block", "layout"):
         ours, theirs = getattr(a.manifest, name), getattr(b.manifest, name)
         if ours != theirs:

@@ -1,10 +1,8 @@
-"""Shards of label sets on this host: made once, checked once, bounded in size, shared by all processes.
+"""The files of label sets on this host: in a folder, or fetched from a server into a bounded cache.
 
-A fetched file is named by its SHA-256, so label sets that share files share them here, and a name is a promise kept at
-arrival. The least recently used files go first. A file that any process has open stays: whoever opens one holds a
-shared lock on it, which ends with the process however that ends.
-
-Where a label set's files lie: in a folder, or on a server and in a cache.
+A fetched file is named by its SHA-256 and checked when it arrives, so label sets that share files share them here. The
+least recently used files go first. A file that any process has open stays: whoever opens one holds a shared lock on
+it, which ends with the process however that ends.
 """
 
 from __future__ import annotations
@@ -25,22 +23,24 @@ from ferkd_data.storage import OpenFile, inside, lock, locked_for_cache, sha256_
 
 DEFAULT_BYTES = 50 * 10**9
 LEFTOVER_SECONDS = 3600.0
-"""A half-written file untouched for so long is nobody's any more."""
+"""Age at which a half-written file counts as abandoned."""
 LOCKS = "locks"
 MIN_ROOM = 2**24
-"""Bytes that are freed at once, at least, when the disk is full."""
+"""Least number of bytes to free when the disk is full."""
 ATTEMPTS = 3
-"""To make a file that somebody else removes at once."""
+"""Tries to make a file that somebody else removes each time."""
 
 
 @dataclass(frozen=True)
 class ShardCache:
+    """A folder of files by name, shared by all processes of this host, that holds about `limit` bytes."""
+
     folder: Path
     limit: int = DEFAULT_BYTES
-    """Bytes that may be kept; what is open at once may exceed it."""
+    """Bytes to keep; files that are open at the same time may exceed it."""
 
     def fetch(self, remote: Remote, entry: FileEntry) -> OpenFile:
-        """A file of a label set. Raises RemoteError, StorageFullError when the disk is full, LoaderError as `open`."""
+        """Open a file of a label set, fetched if need be. Raises RemoteError, and what `open` raises."""
 
         def download(path: Path) -> None:
             remote.download(entry.path, path, size=entry.bytes, sha256=entry.sha256)
@@ -51,12 +51,14 @@ class ShardCache:
         return self.folder / name[:2] / name
 
     def open(self, name: str, size: int, make: Callable[[Path], None]) -> OpenFile:
-        """The file of this name, which says all about its content; `make` writes it where it is not there in this size.
+        """Open the file of this name; `make` writes it where there is none of this size.
 
-        Making one kind of file (by its ending) may open files of another kind, as long as that goes one way only.
-        A size is a claim until the file is there, so nothing is removed for it before. Where the disk fills up
-        meanwhile, files are removed for what has been written, and `make` is called again: it must go on from there or
-        begin anew.
+        A name determines the content. One lock for each name's first digits and suffix keeps processes from making a
+        file twice. While it makes a file, `make` may open files of another suffix, as long as the order of suffixes
+        has no cycle (otherwise two processes could wait for each other).
+
+        `size` is a claim until the file is there, so no other file is removed for it before. When the disk fills up,
+        files are removed for the bytes that were written, and `make` is called again: it must continue or begin anew.
 
         Raises LoaderError where the folder cannot be written to, StorageFullError when there is no room.
         """
@@ -70,26 +72,26 @@ class ShardCache:
                     self._check_room(size)
                     self._make(path, make)
                     if (found := _open(path, size)) is not None:
-                        # It is open, so that neither this process nor another one removes it for being too much.
+                        # Open, and so locked: neither this process nor another one removes it to keep the limit.
                         self._keep_limit()
                         return found
                 raise LoaderError(f"{path}: cannot be kept in the cache; does something else remove its files?")
         return found
 
     def _check_room(self, wanted: int) -> None:
-        """Raises StorageFullError where `wanted` bytes would find no place even if all other files went."""
+        """Raise StorageFullError where `wanted` bytes would not fit even if all other files were removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < wanted and free + sum(size for _, _, size in self._files()) < wanted:
             raise self._no_room(wanted, free)
 
     def _make(self, path: Path, make: Callable[[Path], None]) -> None:
-        """Call `make`, and again after each time that the disk was full and files could be removed."""
+        """Call `make`, and again each time that the disk was full and files could be removed."""
         while True:
             try:
                 return make(path)
             except StorageFullError:
-                # As much again as has arrived: files go for real bytes only.
+                # Free as much as has arrived: files go for bytes that exist, not for a claimed size.
                 written = sum(file.stat().st_size for file in _unfinished(path))
                 if not self._remove_oldest(max(written, MIN_ROOM)):
                     raise
@@ -100,7 +102,7 @@ class ShardCache:
             self._remove_oldest(over)
 
     def _remove_oldest(self, wanted: int) -> int:
-        """Remove `wanted` bytes of the files that nobody has open, the least recently used first; returns the bytes."""
+        """Remove `wanted` bytes of files that nobody has open, least recently used first; return the bytes freed."""
         freed = 0
         with locked_for_cache(self.folder / LOCKS / "all"):
             for path, used, size in sorted(self._files(), key=lambda file: file[1]):
@@ -117,7 +119,7 @@ class ShardCache:
         )
 
     def _files(self) -> Iterator[tuple[Path, float, int]]:
-        """(path, time of last use, bytes) of all files, half-written ones too."""
+        """Yield (path, time of last use, bytes) of all files, half-written ones too."""
         for folder in self.folder.glob("??"):
             for path in folder.iterdir():
                 try:
@@ -128,14 +130,14 @@ class ShardCache:
 
 
 def _open(path: Path, size: int) -> OpenFile | None:
-    """Open a file, mark it as used now, and see to it that it stays; None where it is not there, or damaged."""
+    """Open a file, mark it as used now and lock it; None where it is missing or has another size."""
     try:
         file = OpenFile(path)
         os.utime(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except LabelSetError:
-        # No regular file, and none that we wrote.
+        # Not a regular file, so not one of ours.
         path.unlink(missing_ok=True)
         return None
     lock(file.descriptor, fcntl.LOCK_SH)
@@ -148,12 +150,12 @@ def _open(path: Path, size: int) -> OpenFile | None:
 
 
 def _unfinished(path: Path) -> Iterator[Path]:
-    """What was written so far of a file that is being made; see `part_of` and `write_atomically`."""
+    """Return the unfinished files beside a file that is being made; see `part_of` and `write_atomically`."""
     return path.parent.glob(f".{path.name}.*")
 
 
 def _remove(path: Path, used: float) -> bool:
-    """Remove a file that nobody has open; False where somebody has, or is writing it."""
+    """Remove a file that nobody has open; False where somebody has it open or is writing it."""
     if path.name.startswith("."):
         if used > time.time() - LEFTOVER_SECONDS:
             return False
@@ -162,7 +164,7 @@ def _remove(path: Path, used: float) -> bool:
     try:
         with OpenFile(path) as file:
             if not lock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) and used > time.time() - LEFTOVER_SECONDS:
-                # Nobody can tell whether it is open.
+                # Without locks, whether it is open cannot be known: only an old file goes.
                 return False
             path.unlink(missing_ok=True)
     except FileNotFoundError:
@@ -173,13 +175,13 @@ def _remove(path: Path, used: float) -> bool:
 
 
 class Files(Protocol):
-    """Where a label set's files lie. Can be pickled."""
+    """Access to a label set's files. Can be pickled."""
 
     @property
     def location(self) -> str: ...
 
     def open(self, entry: FileEntry, *, check: bool) -> OpenFile:
-        """Open a file on this host that has the size of the manifest and, with `check`, its SHA-256.
+        """Open a file on this host: it has the size of the manifest and, with `check`, its SHA-256.
 
         A process hashes a file once, and again only after the file changed. Raises LabelSetError, RemoteError.
         """
@@ -187,6 +189,8 @@ class Files(Protocol):
 
 @dataclass(frozen=True)
 class LocalFiles:
+    """The files of a label set in a folder."""
+
     folder: Path
 
     @property
@@ -194,7 +198,7 @@ class LocalFiles:
         return str(self.folder)
 
     def check_size(self, entry: FileEntry) -> None:
-        """Raises ShardError where the file is missing, or has another size than the manifest says."""
+        """Raise ShardError where the file is missing, or has another size than the manifest says."""
         path = self.folder / entry.path
         try:
             size = path.stat().st_size
@@ -231,6 +235,8 @@ def _of_another_size(path: Path, size: int, entry: FileEntry) -> ShardError:
 
 @dataclass(frozen=True)
 class CachedFiles:
+    """The files of a label set on a server, through a cache."""
+
     remote: Remote
     cache: ShardCache
 
@@ -239,11 +245,11 @@ class CachedFiles:
         return self.remote.url
 
     def open(self, entry: FileEntry, *, check: bool = True) -> OpenFile:
-        """A file that was damaged in the cache is fetched again."""
+        """Open a file; one that was damaged in the cache is fetched again."""
         file = self.cache.fetch(self.remote, entry)
         if not check or sha256_once(file) == entry.sha256:
             return file
-        # Whoever has the damaged file open or mapped keeps it; nobody finds it any more.
+        # Processes that have the damaged file open or mapped keep it; later ones find a new file.
         file.path.unlink(missing_ok=True)
         file.close()
         file = self.cache.fetch(self.remote, entry)

@@ -1,85 +1,66 @@
-"""The rows of a finished label set, read from its files.
+"""`LabelSet`: a finished label set as users hold it, or a view of one.
 
 Legend: R images of a shard, N crops per image, k kept classes.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Self
 
 from ferkd_data import rng
+from ferkd_data.class_map import ClassMap, NewClasses, make_class_map
 from ferkd_data.errors import ShardError, UsageError
-from ferkd_data.format import parquet, plain_tar, webdataset
 from ferkd_data.format.manifest import FileEntry, Manifest, ShardEntry
 from ferkd_data.html_tables import html_table
-from ferkd_data.label_set.files import DEFAULT_BYTES, CachedFiles, Files, LocalFiles
-from ferkd_data.labels.checks import check_rows, check_targets
-from ferkd_data.labels.rows import ImageLabels, ShardLabels, class_index_dtype, concat_crops, identity_of_images
-from ferkd_data.labels.statistics import Statistics
+from ferkd_data.label_set.reader import RowReader, VerifyLabels
+from ferkd_data.label_set.selection import Rows, Where, chosen_rows, in_classes, rows_by_target, split_rows
+from ferkd_data.label_set.views import MappedReader, first_rows, map_reader, select_rows
+from ferkd_data.labels.rows import ImageLabels, ShardLabels, concat_crops
+from ferkd_data.labels.statistics import Statistics, add, shard_statistics
 from ferkd_data.storage import OpenFile
 
-VerifyLabels = Literal["first_read", "never"]
-"""When a file's SHA-256 is compared with the manifest: when a process first reads the file, or never."""
 SHARDS_KEPT = 2
 """Shards that `labels[key]` keeps in memory."""
 
 
-class StoredLabels:
-    """Rows are numbered 0 .. len - 1 in the order of the shards. `LabelSet` is what users get."""
+class LabelSet:
+    """Soft labels of images, one row each. Made by `open_labels`.
 
-    def __init__(
-        self,
-        files: Files,
-        manifest: Manifest,
-        num_crops: int,
-        identity: str,
-        verify_labels: VerifyLabels = "first_read",
-    ) -> None:
-        self.files = files
-        _check_word(verify_labels)
-        self.verify_labels = verify_labels
-        self.manifest = manifest
-        self.num_crops = num_crops
-        """N: crops per image that this view shows."""
-        self.identity = identity
-        """64 hex digits: two label sets are the same where these are. SHA-256 of the manifest; of a view, also of what
-        it shows."""
-        self.first_row = np.cumsum([0, *(shard.rows for shard in manifest.shards)], dtype=np.int64)
+    Rows are numbered 0 .. len - 1 in the order of the shards. `select`, `split` and `map_classes` give views: label
+    sets themselves, which everything takes that takes a label set.
+
+    >>> len(labels), labels.num_crops, labels.top_k
+    (4, 5, 2)
+    >>> row = labels["class0/photo0"]  # or labels[0]
+    >>> row.boxes.shape, row.class_prob.shape
+    ((5, 4), (5, 2))
+    >>> labels.select(classes=["name 1"])
+    <2 of LabelSet(..., images=4, crops=5, top_k=2)>
+    """
+
+    def __init__(self, reader: RowReader) -> None:
+        self.reader = reader
+        """Reads the rows; the label set adds numbering, look-up by key, views and what is kept in memory."""
+        self.first_row = first_rows(reader.manifest)
         """(shards + 1,): the number of each shard's first row."""
-        self._thresholds = manifest.thresholds.absolute()
         self._recent: OrderedDict[int, ShardLabels] = OrderedDict()
-        self._images: dict[int, tuple[int, bytes]] = {}
-        """By shard: the block that was read first, and the digest of what it says of its images."""
         self._key_index: tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]] | None = None
+        self._counted: Statistics | None = None
+        self._unmapped: LabelSet | None = None
 
-    @property
-    def location(self) -> str:
-        """The folder or the URL."""
-        return self.files.location
-
-    @property
-    def is_local(self) -> bool:
-        """Whether all files lie on this host, so that reading every key costs little."""
-        return isinstance(self.files, LocalFiles)
-
-    @property
-    def cache_bytes(self) -> int:
-        """What a cache may hold of this set."""
-        return self.files.cache.limit if isinstance(self.files, CachedFiles) else DEFAULT_BYTES
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recent": OrderedDict(), "_key_index": None}
 
     def __repr__(self) -> str:
-        return f"LabelSet({self.location!r}, images={len(self)}, crops={self.num_crops}, top_k={self.top_k})"
+        return repr(self.reader)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the set in a few lines."""
+        """The set in a few lines, for notebooks."""
         manifest = self.manifest
         thresholds = manifest.thresholds
         rows = [
@@ -93,11 +74,45 @@ class StoredLabels:
         ]
         return html_table(repr(self), rows)
 
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest; of a view, with the rows and classes of the view."""
+        return self.reader.manifest
+
+    @property
+    def num_crops(self) -> int:
+        """N: crops per image that this label set shows."""
+        return self.reader.num_crops
+
+    @property
+    def identity(self) -> str:
+        """64 hex digits: two label sets are the same where these are.
+
+        It is the SHA-256 of the manifest; that of a view also depends on what the view shows.
+        """
+        return self.reader.identity
+
+    @property
+    def location(self) -> str:
+        """The folder or the URL."""
+        return self.reader.location
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all files lie on this host, so that reading every key costs little."""
+        return self.reader.is_local
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that a cache may hold of this label set."""
+        return self.reader.cache_bytes
+
     def __len__(self) -> int:
         return self.manifest.num_images
 
     @property
     def top_k(self) -> int:
+        """k: classes kept for each crop."""
         return self.manifest.top_k
 
     @property
@@ -110,27 +125,50 @@ class StoredLabels:
 
     @property
     def statistics(self) -> Statistics:
-        """Statistics of all crops that were labelled, also where this view shows fewer crops of each image."""
-        return self.manifest.statistics
+        """Statistics of all crops that were labelled, also where fewer crops of each image are shown.
+
+        A view or an ensemble counts its crops when first asked, which reads every shard; it has no statistics per
+        teacher.
+        """
+        known = self.reader.statistics
+        if known is not None:
+            return known
+        if self._counted is None:
+            self._counted = add(map(shard_statistics, self.shards()))
+        return self._counted
 
     @property
     def num_blocks(self) -> int:
-        """Crop blocks that this view touches."""
+        """Crop blocks that hold the N crops of each image."""
         if self.manifest.layout == "webdataset":
             return 1
         return -(-self.num_crops // self.manifest.crops_per_block)
 
+    @property
+    def class_map(self) -> ClassMap | None:
+        """The class map of `map_classes`; None where the classes are the teacher's."""
+        return self.reader.class_map if isinstance(self.reader, MappedReader) else None
+
+    @property
+    def unmapped(self) -> LabelSet:
+        """The same images in terms of the teacher's classes; `self` where there is no class map."""
+        if not isinstance(self.reader, MappedReader):
+            return self
+        if self._unmapped is None:
+            self._unmapped = LabelSet(self.reader.base)
+        return self._unmapped
+
     def keys(self) -> Iterator[str]:
-        """Every image's key, in row order, one shard in memory at a time."""
+        """Yield every image's key, in row order, with one shard in memory at a time."""
         for entry in self.filled_shards():
             yield from self.keys_of(entry.index)
 
     def filled_shards(self) -> Iterator[ShardEntry]:
-        """The shards that have rows."""
+        """Yield the shards that have rows."""
         return (entry for entry in self.manifest.shards if entry.rows)
 
     def key_hashes(self) -> npt.NDArray[np.uint64]:
-        """(images,): a hash of each key, in row order. Raises ShardError."""
+        """Return (images,): a hash of each key, in row order. Raises ShardError."""
         # Without `count`, which would take memory for as many keys as a manifest claims.
         hashes = np.fromiter((rng.hash64(key) for key in self.keys()), np.uint64)
         if len(hashes) != len(self):
@@ -142,11 +180,11 @@ class StoredLabels:
             yield from labels
 
     def shards(self) -> Iterator[ShardLabels]:
-        """The shards one after the other, empty ones left out; arrays (R, N, ...)."""
+        """Yield the shards one after the other, empty ones left out; arrays (R, N, ...)."""
         return (self.shard(entry.index) for entry in self.filled_shards())
 
     def shard(self, index: int) -> ShardLabels:
-        """All rows of one image shard with the N crops of this view.
+        """Read all rows of one image shard with N crops each.
 
         Raises ShardError when a file is missing, truncated, or does not hold what the manifest says.
         """
@@ -157,58 +195,28 @@ class StoredLabels:
         return whole if whole.num_crops == self.num_crops else whole.crop_range(0, self.num_crops)
 
     def block(self, shard: int, block: int) -> ShardLabels:
-        """One crop block of one shard, whole (also the crops beyond this view). Raises ShardError as `shard`."""
-        labels = self.raw_block(shard, block)
-        path = f"{self.location}/{self.manifest.shards[shard].files[block].path}"
-        check_rows(path, labels, self.num_classes, self._thresholds)
-        self._check_same_images(shard, block, labels)
-        return labels
-
-    def _check_same_images(self, shard: int, block: int, labels: ShardLabels) -> None:
-        """Raises ShardError where a block speaks of other images than the first block of the shard that was read."""
-        entry = self.manifest.shards[shard]
-        if len(entry.files) == 1:
-            return
-        said = identity_of_images(labels)
-        first, known = self._images.setdefault(shard, (block, said))
-        if said != known:
-            raise ShardError(
-                f"{self.location}/{entry.files[block].path}: the keys, digests, sizes or targets of its images are not "
-                f"those of {entry.files[first].path}; do not train on this label set"
-            )
+        """Read one crop block of one shard, whole (also the crops beyond N). Raises ShardError as `shard` does."""
+        return self.reader.block(shard, block)
 
     def raw_block(self, shard: int, block: int) -> ShardLabels:
-        """As `block`, with the right shape and types but whatever values the file holds."""
-        entry = self.manifest.shards[shard]
-        with self.open(entry.files[block]) as file:
-            if self.manifest.layout == "parquet":
-                return parquet.read_labels(
-                    file.path,
-                    rows=entry.rows,
-                    num_crops=self.manifest.block_crops(block),
-                    top_k=self.top_k,
-                    num_classes=self.num_classes,
-                    operation_words=self.manifest.operation_words,
-                )
-            # The table reader knows no operations: a set that has them, or claims to, is read sample by sample.
-            plain = None if self.manifest.operation_words else self.plain_rows(shard, file.read)
-            if plain is not None:
-                return plain
-            return self._checked(file.path, entry, [row for row, _ in webdataset.read_rows(file.path)])
+        """Read a block as `block` does, with the right shapes and types but whatever values the file holds."""
+        return self.reader.raw_block(shard, block)
 
-    def plain_rows(self, shard: int, read: plain_tar.Read, *, digests: bool = True) -> ShardLabels | None:
-        """As `raw_block`, for a tar without anything unusual, through a function that reads it; None for others.
+    def keys_of(self, shard: int) -> list[str]:
+        """Read the keys of one shard's rows. Raises ShardError as `shard` does."""
+        return self.reader.keys_of(shard)
 
-        Without `digests`, those of its images are left 0.
-        """
-        rows = plain_tar.read_labels(
-            read,
-            num_crops=self.manifest.num_crops,
-            top_k=self.top_k,
-            index_dtype=class_index_dtype(self.num_classes),
-            digests=digests,
-        )
-        return rows if rows is not None and len(rows) == self.manifest.shards[shard].rows else None
+    def targets_of(self, shard: int) -> npt.NDArray[np.int32]:
+        """Read the ground truths (R,) of one shard's rows, -1 where unknown. Raises ShardError as `shard` does."""
+        return self.reader.targets_of(shard)
+
+    def image_locations(self, shard: int) -> npt.NDArray[np.int64]:
+        """Read (R, 2): offset and length in bytes of each image within its shard's tar, in layout webdataset."""
+        return self.reader.image_locations(shard)
+
+    def fetch(self, shard: int, block: int) -> None:
+        """Make sure that `block(shard, block)` finds its files on this host. Raises ShardError, RemoteError."""
+        self.reader.fetch(shard, block)
 
     def open(self, entry: FileEntry, *, check: bool = True) -> OpenFile:
         """Open a file of this set on this host, with the size and the SHA-256 of the manifest.
@@ -218,37 +226,37 @@ class StoredLabels:
 
         Raises ShardError for a local file that is missing or another, RemoteError for one that cannot be fetched.
         """
-        return self.files.open(entry, check=check and self.verify_labels != "never")
+        return self.reader.open(entry, check=check)
+
+    def check_size(self, shard: int, block: int) -> None:
+        """Raise ShardError where a local file of the block is missing, or not as large as the manifest says."""
+        self.reader.check_size(shard, block)
 
     def check_sizes(self) -> None:
-        """Raises ShardError where a local file of this view is missing, or is not as large as the manifest says.
+        """Raise ShardError where a local file is missing, or is not as large as the manifest says.
 
-        For whoever is about to reserve memory or disk for all rows, before a file is read. What lies on a server is
-        checked as it arrives.
+        Call it before memory or disk is reserved for all rows. What lies on a server is checked as it arrives.
         """
-        if isinstance(self.files, LocalFiles):
-            for entry in self.filled_shards():
-                for file in entry.files[: self.num_blocks]:
-                    self.files.check_size(file)
+        for entry in self.filled_shards():
+            for block in range(self.num_blocks):
+                self.check_size(entry.index, block)
 
-    def verified(self, verify_labels: VerifyLabels) -> Self:
-        """The same label set, its files compared with the manifest's digests when they are first read, or never.
+    def verified(self, verify_labels: VerifyLabels) -> LabelSet:
+        """Return the same label set with its files' digests compared when they are first read, or never.
 
         Raises UsageError for another word.
         """
-        _check_word(verify_labels)
-        other = copy.copy(self)
-        other.verify_labels = verify_labels
-        return other
+        return LabelSet(self.reader.verified(verify_labels))
 
     def locate(self, key: str) -> tuple[int, int]:
-        """(shard, row in the shard) of an image. Raises KeyError.
+        """Find (shard, row in the shard) of an image. Raises KeyError.
 
         The first call reads the keys of all shards and keeps 16 bytes for each image.
         """
         hashes, rows = self._load_key_index()
         wanted = np.uint64(rng.hash64(key))
         at = int(np.searchsorted(hashes, wanted))
+        # Keys may share a hash: every row with this one is compared by its key.
         while at < len(hashes) and hashes[at] == wanted:
             shard, row = self.position(int(rows[at]))
             if self._shard_cached(shard).keys[row] == key:
@@ -257,14 +265,14 @@ class StoredLabels:
         raise KeyError(key)
 
     def position(self, row: int) -> tuple[int, int]:
-        """(shard, row in the shard) of row number `row`."""
+        """Find (shard, row in the shard) of row number `row`. Raises IndexError."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
         return shard, row - int(self.first_row[shard])
 
     def __getitem__(self, key: str | int) -> ImageLabels:
-        """The labels of an image by its key or its row number. Raises KeyError or IndexError."""
+        """Return the labels of an image by its key or its row number. Raises KeyError or IndexError."""
         shard, row = self.locate(key) if isinstance(key, str) else self.position(key)
         return self._shard_cached(shard)[row]
 
@@ -292,59 +300,81 @@ class StoredLabels:
             self._key_index = hashes[order], order
         return self._key_index
 
-    def keys_of(self, shard: int) -> list[str]:
-        """The keys of one shard's rows. Raises ShardError as `shard` does."""
-        entry = self.manifest.shards[shard]
-        # A tar is not hashed for its keys: they are in its headers, which have checksums; its images would be read too.
-        with self.open(entry.files[0], check=self.manifest.layout == "parquet") as file:
-            if self.manifest.layout == "parquet":
-                return parquet.read_keys(file.path, rows=entry.rows)
-            return [sample.key for sample in webdataset.scan(file.path)]
+    def select(
+        self,
+        *,
+        keys: Iterable[str] | None = None,
+        classes: int | str | Iterable[int | str] | None = None,
+        rows: Iterable[int] | slice | npt.NDArray[Any] | None = None,
+        where: Where | None = None,
+    ) -> LabelSet:
+        """Select the images that meet every criterion given, as a view in this label set's order.
 
-    def targets_of(self, shard: int) -> npt.NDArray[np.int32]:
-        """The ground truths (R,) of one shard's rows, -1 where unknown. Raises ShardError as `shard` does."""
-        if self.manifest.layout == "webdataset":
-            return self.block(shard, 0).target
-        entry = self.manifest.shards[shard]
-        with self.open(entry.files[0]) as file:
-            targets = parquet.read_targets(file.path, rows=entry.rows)
-            check_targets(str(file.path), targets, self.num_classes)
-        return targets
+        keys: image keys.
+        classes: ground-truth classes, by number or name. Images of unknown ground truth have none of them.
+        rows: row numbers of this label set, a slice, or a bool mask of shape (len(self),).
+        where: a function of a shard's labels (`ShardLabels`: arrays with a leading axis R) that returns a bool mask
+            (R,), such as `lambda s: s.class_prob[..., 0].max(axis=1) > 0.5`. It is called shard by shard.
 
-    def image_places(self, shard: int) -> npt.NDArray[np.int64]:
-        """(R, 2): offset and length in bytes of each image within its shard's tar, in layout webdataset."""
-        with self.open(self.manifest.shards[shard].files[0]) as tar:
-            places = [(sample.image_offset, sample.image_bytes) for sample in webdataset.scan(tar.path)]
-        return np.array(places, np.int64).reshape(-1, 2)
+        Views can be selected from again. A view holds 8 bytes for each of its images. Its `identity` depends on the
+        rows alone, so that the same selection always fits a saved loader state and another one never does.
 
-    def fetch(self, shard: int, block: int) -> None:
-        """See to it that `block(shard, block)` finds its files on this host. Raises ShardError, RemoteError."""
-        self.open(self.manifest.shards[shard].files[block]).close()
+        Raises UsageError when nothing is selected, or for a key, class or row that does not exist.
+        """
+        return self._with_rows(chosen_rows(self, keys=keys, classes=classes, rows=rows, where=where))
 
-    def _checked(self, path: Path, entry: ShardEntry, rows: list[ImageLabels]) -> ShardLabels:
-        expected = (self.manifest.num_crops, self.top_k)
-        if len(rows) != entry.rows:
-            raise ShardError(f"{path}: holds {len(rows)} rows, the manifest says {entry.rows}")
-        dtype = class_index_dtype(self.num_classes)
-        for row in rows:
-            if row.class_index.shape != expected or row.class_index.dtype != dtype:
-                raise ShardError(
-                    f"{path}: image {row.key!r} has (crops, k) = {row.class_index.shape} of {row.class_index.dtype}, "
-                    f"the manifest says {expected} of {np.dtype(dtype)}"
-                )
-            if row.operations.shape[1] != self.manifest.operation_words:
-                told = ", ".join(self.manifest.augmentations or ()) or "none"
-                raise ShardError(
-                    f"{path}: image {row.key!r} has {row.operations.shape[1]} words of recorded operations, the "
-                    f"manifest's augmentations ({told}) take {self.manifest.operation_words}"
-                )
-        return ShardLabels.from_rows(rows)
+    def split(self, share: float, *, seed: int = 0) -> tuple[LabelSet, LabelSet]:
+        """Split into two disjoint views: all images but about `share` of them, and these.
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recent": OrderedDict(), "_key_index": None}
+        The side of an image depends on (seed, key) alone: it stays where it is when images are added or left out.
 
+        >>> train, held_out = labels.split(0.3, seed=1)
+        >>> len(train) + len(held_out) == len(labels)
+        True
 
-def _check_word(verify_labels: str) -> None:
-    known = get_args(VerifyLabels)
-    if verify_labels not in known:
-        raise UsageError(f"verify_labels must be one of {', '.join(known)}, got {verify_labels!r}")
+        Raises UsageError for a share that is not between 0 and 1, or where one side has no image.
+        """
+        most, rest = split_rows(self, share, seed)
+        return self._with_rows(most), self._with_rows(rest)
+
+    def map_classes(
+        self,
+        classes: NewClasses,
+        *,
+        num_classes: int | None = None,
+        names: Sequence[str] | None = None,
+        keep_images: bool = False,
+    ) -> LabelSet:
+        """Express this label set in other classes, as a view: fewer of them, merged ones, or other numbers.
+
+        classes: one of
+            a dict {old: new}: old classes by number or name, new ones by number, by name, or None where dropped.
+                Old classes that it leaves out are dropped.
+            a list of the new class of every old one: a number, a name, or None (or -1) where dropped.
+            a list of names of old classes: these are kept, in this order.
+        num_classes: classes of the new numbering, where there are more than the map uses.
+        names: names of the new classes. Otherwise as the map gives them, or after the old ones.
+        keep_images: where classes are dropped, keep the images of those classes too, with unknown ground truth.
+            Otherwise they are left out. Images of unknown ground truth always stay.
+
+        Training targets are recovered over the old classes, mapped, and rescaled to sum to 1. The labels that this
+        view shows have the probabilities that the teacher gave to the new classes, not rescaled; buckets follow these,
+        so that a crop of something that was dropped counts as hard. See docs/selection.md.
+
+        >>> labels.map_classes({0: "cat", 1: "cat", 2: "dog"}).class_names
+        ('cat', 'dog')
+
+        Raises UsageError for classes that do not exist, or when no class or no image is left.
+        """
+        class_map = make_class_map(
+            classes, num_old=self.num_classes, old_names=self.class_names, num_classes=num_classes, names=names
+        )
+        kept: LabelSet = self
+        if class_map.drops and not keep_images:
+            stays = class_map.new >= 0
+            kept = self._with_rows(rows_by_target(self, lambda target: (target < 0) | in_classes(target, stays)))
+        return LabelSet(map_reader(kept.reader, class_map))
+
+    def _with_rows(self, rows: Rows) -> LabelSet:
+        """Return these rows of this label set, ascending."""
+        return self if len(rows) == len(self) else LabelSet(select_rows(self.reader, rows))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ferkd_data.errors import ManifestError, RemoteError, UsageError
 from ferkd_data.format.manifest import FILE_NAME, MAX_MANIFEST_BYTES, identity_of, parse_manifest, read_manifest_bytes
-from ferkd_data.label_set.ensemble import EnsembleLabels
+from ferkd_data.label_set.ensemble import EnsembleReader
 from ferkd_data.label_set.files import DEFAULT_BYTES, CachedFiles, Files, LocalFiles, ShardCache
-from ferkd_data.label_set.label_set import VerifyLabels
-from ferkd_data.label_set.views import LabelSet
+from ferkd_data.label_set.label_set import LabelSet
+from ferkd_data.label_set.reader import StoredReader, VerifyLabels
 from ferkd_data.remote import Remote, is_remote, open_remote
 from ferkd_data.storage import default_cache_dir
 
@@ -26,8 +26,8 @@ def open_labels(
 ) -> LabelSet:
     """Open the label set in a folder, or at an http(s)://, s3://, gs:// or hf://datasets/ORG/NAME URL.
 
-    With `crops`, only the first so many crops of each image are shown, and only the crop blocks that hold them are ever
-    touched. Files of a remote set are fetched when first needed, checked, and kept in `cache_dir` (default:
+    With `crops`, only the first `crops` crops of each image are shown, and only the crop blocks that hold them are
+    read. Files of a remote set are fetched when first needed, checked, and kept in `cache_dir` (default:
     $FERKD_DATA_CACHE or the user's cache folder), which holds at most `cache_bytes`.
 
     With `verify_labels="first_read"`, the SHA-256 of each file is compared with the manifest when a process first
@@ -37,6 +37,11 @@ def open_labels(
     Several label sets of the same crops by different teachers are opened as their ensemble, with `weights` (default:
     the teachers' own): nothing is written, and each training run may choose its teachers.
 
+    >>> fd.open_labels(LABELS, crops=2)
+    LabelSet(..., images=4, crops=2, top_k=2)
+    >>> fd.open_labels([LABELS, LABELS], weights=[2, 1]).num_crops
+    5
+
     Raises ManifestError when there is no finished label set, RemoteError when it cannot be fetched, UsageError when it
     has fewer crops, LabelSetError when several do not hold the same crops.
     """
@@ -45,7 +50,9 @@ def open_labels(
             open_labels(one, crops=crops, cache_dir=cache_dir, cache_bytes=cache_bytes, verify_labels=verify_labels)
             for one in path
         ]
-        return sets[0] if len(sets) == 1 and weights is None else EnsembleLabels(sets, weights)
+        if len(sets) == 1 and weights is None:
+            return sets[0]
+        return LabelSet(EnsembleReader([labels.reader for labels in sets], weights))
     if weights is not None:
         raise UsageError("weights are for several label sets: open_labels([A, B], weights=[2, 1])")
     files: Files
@@ -62,11 +69,16 @@ def open_labels(
     if crops is not None and not 1 <= crops <= manifest.num_crops:
         raise UsageError(f"{files.location}: crops must be 1..{manifest.num_crops} (what was labelled), got {crops}")
     num_crops = manifest.num_crops if crops is None else crops
-    return LabelSet(files, manifest, num_crops, identity_of(text), verify_labels)
+    identity = identity_of(text)
+    return LabelSet(
+        StoredReader(
+            files=files, manifest=manifest, num_crops=num_crops, identity=identity, verify_labels=verify_labels
+        )
+    )
 
 
 def read_remote_manifest(remote: Remote) -> bytes:
-    """Raises ManifestError where there is none, RemoteError."""
+    """Read a published manifest. Raises ManifestError where there is none, RemoteError."""
     try:
         return remote.read(FILE_NAME, max_bytes=MAX_MANIFEST_BYTES)
     except RemoteError as error:

@@ -1,4 +1,4 @@
-"""Which rows of a label set a selection keeps: pure functions of the label set and what the user asks for.
+"""Rows that a selection keeps: pure functions of the label set and the criteria.
 
 Rows are int64 numbers of the label set that is selected from, ascending. Only the keys or the targets of one shard
 are in memory at a time, besides the row numbers and the set of keys or classes asked for.
@@ -52,7 +52,7 @@ class Selectable(Protocol):
 
 
 def chosen_rows(labels: Selectable, *, keys: Any, classes: Any, rows: Any, where: Where | None) -> Rows:
-    """The rows that all of the given criteria keep. Raises UsageError as `LabelSet.select` says."""
+    """Return the rows that all given criteria keep. Raises UsageError as `LabelSet.select` does."""
     given = {"keys": keys, "classes": classes, "rows": rows, "where": where}
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
@@ -75,7 +75,7 @@ def chosen_rows(labels: Selectable, *, keys: Any, classes: Any, rows: Any, where
 
 
 def rows_by_target(labels: Selectable, wanted: Callable[[npt.NDArray[np.int32]], Mask]) -> Rows:
-    """The rows whose ground truths `wanted` keeps. Raises UsageError where there are none."""
+    """Return the rows whose ground truths `wanted` keeps. Raises UsageError where there are none."""
     kept = _by_shard(labels, np.ones(len(labels), np.bool_), lambda shard: wanted(labels.targets_of(shard)))
     if not kept.any():
         raise UsageError(f"{labels.location}: no image of {len(labels)} is of a class that is kept")
@@ -83,7 +83,7 @@ def rows_by_target(labels: Selectable, wanted: Callable[[npt.NDArray[np.int32]],
 
 
 def split_rows(labels: Selectable, share: Any, seed: Any) -> tuple[Rows, Rows]:
-    """Rows outside and inside a random `share` of the keys, each key's side a pure function of (seed, key)."""
+    """Return the rows outside and inside a random `share` of the keys; a key's side depends on (seed, key) alone."""
     if not isinstance(share, Real) or not 0 < float(share) < 1:
         raise UsageError(f"the share of a split must be a number between 0 and 1, got {share!r}")
     if isinstance(seed, bool) or not isinstance(seed, Integral):
@@ -147,7 +147,7 @@ def _class_mask(labels: Selectable, classes: Any, kept: Mask) -> Mask:
 
 
 def in_classes(target: npt.NDArray[np.integer[Any]], wanted: Mask) -> Mask:
-    """Whether each ground truth is among the wanted classes, never where it is unknown."""
+    """Return a mask of the ground truths that are among the wanted classes; unknown ones never are."""
     known = target >= 0
     return known & wanted[np.where(known, target, 0)]
 
@@ -172,7 +172,7 @@ def _where_mask(labels: Selectable, where: Where, kept: Mask) -> Mask:
 
 
 def _by_shard(labels: Selectable, kept: Mask, rows_of: Callable[[int], Mask]) -> Mask:
-    """A mask of all rows, from one for each shard that has rows in `kept`."""
+    """Join the masks of all shards; shards without rows in `kept` are not read."""
     mask = np.zeros(len(labels), np.bool_)
     for entry in labels.filled_shards():
         part = slice(int(labels.first_row[entry.index]), int(labels.first_row[entry.index + 1]))

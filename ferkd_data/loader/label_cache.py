@@ -78,7 +78,7 @@ def fill(part: Records, rows: ShardLabels, labels: LabelSet, shard: int) -> None
     """Write `rows`, a crop block of one shard, into `part` of as many records. Raises ShardError, RemoteError."""
     part["key_hash"] = rng.hashes64(rows.keys)
     if labels.manifest.layout == "webdataset":
-        for name, places in zip(PLACE, labels.image_places(shard).T, strict=True):
+        for name, places in zip(PLACE, labels.image_locations(shard).T, strict=True):
             part[name] = places
     for name in part.dtype.names or ():
         if name not in ("key_hash", CHECKSUM, *PLACE):

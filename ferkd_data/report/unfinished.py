@@ -22,7 +22,7 @@ from ferkd_data.format.manifest import (
 )
 from ferkd_data.format.rejects import REJECTS_NAME
 from ferkd_data.images import Reject
-from ferkd_data.label_set import LabelSet, LocalFiles
+from ferkd_data.label_set import LabelSet, LocalFiles, StoredReader
 from ferkd_data.labels import statistics
 from ferkd_data.labels.buckets import Thresholds
 from ferkd_data.labels.statistics import Statistics
@@ -135,4 +135,11 @@ class Unfinished:
             rejects=RejectsEntry(path=REJECTS_NAME, rows=self._rejects, bytes=0, sha256=NO_DIGEST),
             statistics=self._statistics,
         )
-        return LabelSet(LocalFiles(self._folder.out), manifest, settings.crops, "unfinished")
+        return LabelSet(
+            StoredReader(
+                files=LocalFiles(self._folder.out),
+                manifest=manifest,
+                num_crops=settings.crops,
+                identity="unfinished",
+            )
+        )

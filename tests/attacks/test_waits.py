@@ -105,7 +105,7 @@ def test_a_special_file_in_the_cache_is_replaced(label_set, tmp_path):
         fifo(path)
         labels.shard(0)
         assert path.is_file()
-    assert isinstance(labels.files.cache, ShardCache)
+    assert isinstance(labels.reader.files.cache, ShardCache)
 
 
 def test_special_files_among_foreign_labels(photos, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.label_set import selection
+from ferkd_data.label_set.views import SelectionReader
 from ferkd_data.labels.rows import ShardLabels, same_labels
 
 
@@ -149,9 +151,7 @@ def test_what_cannot_be_selected(label_set, criteria, match):
 def test_a_name_that_two_classes_have(label_set):
     labels = fd.open_labels(label_set)
     names = ("crane", "crane", *labels.class_names[2:])
-    twice = type(labels)(
-        labels.files, labels.manifest.model_copy(update={"class_names": names}), labels.num_crops, labels.identity
-    )
+    twice = fd.LabelSet(replace(labels.reader, manifest=labels.manifest.model_copy(update={"class_names": names})))
     with pytest.raises(UsageError, match="'crane' is the name of classes 0, 1; give their numbers"):
         twice.select(classes="crane")
     assert {row.target for row in twice.select(classes=[1])} == {1}
@@ -227,18 +227,15 @@ def test_a_split_has_the_share_that_was_asked_for(share):
 def test_a_view_takes_eight_bytes_an_image(label_set):
     """Besides the manifest."""
     labels = fd.open_labels(label_set)
-
-    class Large(type(labels)):
-        def __len__(self):
-            return 10**6
-
-    large = Large(labels.files, labels.manifest, labels.num_crops, labels.identity)
-    large.first_row = np.array([0, 400_000, 800_000, 10**6])
-    from ferkd_data.label_set.views import Selection
-
+    shards = [
+        entry.model_copy(update={"rows": rows})
+        for entry, rows in zip(labels.manifest.shards, (400_000, 400_000, 200_000), strict=True)
+    ]
+    manifest = labels.manifest.model_copy(update={"num_images": 10**6, "shards": tuple(shards)})
+    large = replace(labels.reader, manifest=manifest)
     rows = np.arange(0, 10**6, 2)
     tracemalloc.start()
-    view = Selection(large, rows)
+    view = fd.LabelSet(SelectionReader(large, rows))
     used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(view) == 500_000 and used < rows.nbytes / 4

@@ -186,7 +186,8 @@ def test_a_shard_that_cannot_be_had_is_an_error_that_names_it(many_shards, photo
         for status, message in ((403, r"00004-000\.parquet: access denied \(403\)"), (503, "also after 2 attempts")):
             server.refuse["labels/00004-000.parquet"] = status
             labels = fd.open_labels(server.url, cache_dir=tmp_path)
-            labels.files = replace(labels.files, remote=replace(labels.files.remote, retries=QUICK))
+            remote = replace(labels.reader.files.remote, retries=QUICK)
+            labels = fd.LabelSet(replace(labels.reader, files=replace(labels.reader.files, remote=remote)))
             settings = SETTINGS | {"images": photos, "order": "shards", "num_workers": num_workers}
             loader = fd.CropLoader(labels, cache_dir=tmp_path, on_error="skip", **settings)
             with pytest.raises(RemoteError, match=message) as caught:
