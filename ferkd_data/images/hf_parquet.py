@@ -15,6 +15,7 @@ from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images.class_list import ClassList, LabelCounts
 from ferkd_data.images.keys import DuplicateFilter
 from ferkd_data.images.parquet_columns import describe_differing, find_columns, open_table
+from ferkd_data.images.parquet_pages import NotPlain, PagedColumn
 from ferkd_data.images.patience import patiently, unreadable
 from ferkd_data.images.refs import ImageRef, LeftOut, Reject, check_key
 
@@ -61,6 +62,7 @@ class ParquetSource:
         self._numbers = self._renumbered()
         self._stems = _stems(files)
         self._kept = _Kept()
+        self._paged = _Paged()
         for file in files[1:]:
             differing = describe_differing(self.columns, find_columns(root / file))
             if differing:
@@ -131,6 +133,14 @@ class ParquetSource:
             return unreadable(f"{ref.file}, row {ref.offset}", error), None
 
     def read_one(self, ref: ImageRef) -> bytes:
+        paged = self._paged.column(self.root, ref.file, self.columns.image)
+        if paged is not None:
+            try:
+                return patiently(lambda: paged.read(ref.offset), f"{ref.file}, row {ref.offset}")
+            except NotPlain:
+                pass  # PyArrow reads every way to store it
+            except OSError as error:
+                raise unreadable(f"{ref.file}, row {ref.offset}", error) from error
         kept = self._kept.files
         # One that another thread goes on with is not in the list meanwhile.
         place = next((i for i, cursor in enumerate(kept) if cursor.can_reach(ref)), None)
@@ -244,6 +254,29 @@ class _Kept(threading.local):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Kept, ())
+
+
+class _Paged:
+    """Tables of the files' pages, made when a file is first asked for and shared by all threads; never pickled.
+
+    Two threads may make the same table at once: both are right, and one stays.
+    """
+
+    def __init__(self) -> None:
+        self._columns: dict[str, PagedColumn | None] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Paged, ())
+
+    def column(self, root: Path, file: str, column: str) -> PagedColumn | None:
+        """Return None where PyArrow has to read the file. Raises SourceError."""
+        if file not in self._columns:
+            try:
+                with open_table(root / file) as opened:
+                    self._columns[file] = PagedColumn(root / file, opened, column)
+            except NotPlain:
+                self._columns[file] = None
+        return self._columns[file]
 
 
 class _Cursor:

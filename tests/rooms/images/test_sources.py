@@ -342,7 +342,7 @@ def test_control_characters_beyond_ascii_are_no_keys():
         check_key("a\x85b")
 
 
-def test_single_rows_of_parquet_in_any_order_open_each_file_once(tmp_path, monkeypatch):
+def test_single_rows_of_parquet_in_any_order_open_each_file_twice_at_most(tmp_path, monkeypatch):
     for file in range(3):
         images = [{"bytes": f"{file} {row}".encode() * 40_000, "path": None} for row in range(90)]
         table = pa.table({"key": [f"{file}-{row}" for row in range(90)], "image": images})
@@ -355,7 +355,8 @@ def test_single_rows_of_parquet_in_any_order_open_each_file_once(tmp_path, monke
     order = np.random.default_rng(0).permutation(sorted(refs)).tolist()
     for key in (*sorted(refs), *order, *sorted(refs, reverse=True)):
         assert source.read_one(refs[key]) == key.replace("-", " ").encode() * 40_000
-    assert len(opened) == 3
+    # Once for the table of its pages, and once for PyArrow where the pages are not plain, as here.
+    assert len(opened) == 6
     assert pickle.loads(pickle.dumps(source)).read_one(refs["1-7"]) == b"1 7" * 40_000
     with pytest.raises(ImageError, match=r"1\.parquet has no row 90; did it change"):
         source.read_one(dataclasses.replace(refs["1-7"], offset=90))
