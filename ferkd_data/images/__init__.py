@@ -8,7 +8,6 @@ from ferkd_data.images.decode import DEFAULT_MAX_PIXELS, decode_rgb, image_exten
 from ferkd_data.images.folder import FolderSource
 from ferkd_data.images.hf_parquet import ParquetSource
 from ferkd_data.images.opening import open_source
-from ferkd_data.images.patience import while_it_answers
 from ferkd_data.images.refs import (
     REASONS,
     ImageRef,
@@ -19,6 +18,7 @@ from ferkd_data.images.refs import (
     describe_left_out,
     in_groups,
 )
+from ferkd_data.images.retrying import while_it_answers
 from ferkd_data.images.tars import TarSource
 
 __all__ = [

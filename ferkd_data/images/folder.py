@@ -11,8 +11,8 @@ from ferkd_data.errors import ImageError, LabelSetError, SourceError
 from ferkd_data.images.class_list import ClassList
 from ferkd_data.images.formats import EXTENSIONS, HEAD_BYTES, NO_IMAGES, UNSUPPORTED, decoded_kind, other_kind
 from ferkd_data.images.keys import skip_reason, split_of_folder
-from ferkd_data.images.patience import patiently, unreadable
 from ferkd_data.images.refs import ImageRef, LeftOut, Reject, check_key
+from ferkd_data.images.retrying import retried, unreadable
 from ferkd_data.storage import open_regular
 
 SHOWN = 4
@@ -71,7 +71,7 @@ class FolderSource:
 
     def read_one(self, ref: ImageRef) -> bytes:
         try:
-            return patiently(lambda: self._read_file(ref.file), ref.file)
+            return retried(lambda: self._read_file(ref.file), ref.file)
         except OSError as error:
             raise unreadable(ref.file, error) from error
 

@@ -16,8 +16,8 @@ from ferkd_data.images.class_list import ClassList, LabelCounts
 from ferkd_data.images.keys import DuplicateFilter
 from ferkd_data.images.parquet_columns import describe_differing, find_columns, open_table
 from ferkd_data.images.parquet_pages import NotPlain, PagedColumn
-from ferkd_data.images.patience import patiently, unreadable
 from ferkd_data.images.refs import ImageRef, LeftOut, Reject, check_key
+from ferkd_data.images.retrying import retried, unreadable
 
 OWN_KEYS = ("key", "__key__")
 """Columns whose values are keys whatever they are: the second image of a key is a reject."""
@@ -128,7 +128,7 @@ class ParquetSource:
             return mine.advance_to(ref.offset), mine
 
         try:
-            return patiently(action, f"{ref.file}, row {ref.offset}")
+            return retried(action, f"{ref.file}, row {ref.offset}")
         except OSError as error:
             return unreadable(f"{ref.file}, row {ref.offset}", error), None
 
@@ -136,7 +136,7 @@ class ParquetSource:
         paged = self._paged.column(self.root, ref.file, self.columns.image)
         if paged is not None:
             try:
-                return patiently(lambda: paged.read(ref.offset), f"{ref.file}, row {ref.offset}")
+                return retried(lambda: paged.read(ref.offset), f"{ref.file}, row {ref.offset}")
             except NotPlain:
                 pass  # PyArrow reads every way to store it
             except OSError as error:

@@ -13,8 +13,8 @@ from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images.class_list import ClassList, LabelCounts
 from ferkd_data.images.formats import EXTENSIONS, HEAD_BYTES, NO_IMAGES, UNSUPPORTED, decoded_kind, other_kind
 from ferkd_data.images.keys import DuplicateFilter, skip_reason_of_path
-from ferkd_data.images.patience import PatientFile, unreadable
 from ferkd_data.images.refs import ImageRef, LeftOut, Reject, check_key
+from ferkd_data.images.retrying import ReopeningFile, unreadable
 from ferkd_data.storage import CHUNK_BYTES
 
 TARGET_SUFFIXES = ("cls", "class", "label", "target")
@@ -84,20 +84,20 @@ class TarSource:
 
     def read(self, refs: Iterable[ImageRef]) -> Iterator[bytes | ImageError]:
         name = ""
-        stream: PatientFile | None = None
+        stream: ReopeningFile | None = None
         try:
             for ref in refs:
                 if stream is None or ref.file != name:
                     if stream is not None:
                         stream.close()
-                    name, stream = ref.file, PatientFile(ref.file)
+                    name, stream = ref.file, ReopeningFile(ref.file)
                 yield _read_at(stream, ref)
         finally:
             if stream is not None:
                 stream.close()
 
     def read_one(self, ref: ImageRef) -> bytes:
-        with PatientFile(ref.file) as stream:
+        with ReopeningFile(ref.file) as stream:
             data = _read_at(stream, ref)
         if isinstance(data, ImageError):
             raise data
@@ -105,7 +105,7 @@ class TarSource:
 
     def _list_tar(self, name: str) -> Iterator[ImageRef | Reject]:
         try:
-            with PatientFile(name) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as tar:
+            with ReopeningFile(name) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as tar:
                 parts: list[tuple[str, tarfile.TarInfo]] = []
                 key = None
                 for member in _headers(tar, stream):
@@ -124,7 +124,7 @@ class TarSource:
         except DAMAGE as error:
             raise SourceError(f"{name}: cannot be read as a tar ({str(error) or type(error).__name__})") from error
 
-    def _belongs_to_a_sample(self, tar: str, member: tarfile.TarInfo, suffix: str, stream: PatientFile) -> bool:
+    def _belongs_to_a_sample(self, tar: str, member: tarfile.TarInfo, suffix: str, stream: ReopeningFile) -> bool:
         """Whether WebDataset would take it; what systems add to a tar must not come between a sample's members."""
         if member.isdir():
             return False
@@ -142,7 +142,7 @@ class TarSource:
         return True
 
     def _sample(
-        self, tar: str, key: str | None, parts: list[tuple[str, tarfile.TarInfo]], stream: PatientFile
+        self, tar: str, key: str | None, parts: list[tuple[str, tarfile.TarInfo]], stream: ReopeningFile
     ) -> Iterator[ImageRef | Reject]:
         if key is None or not parts:
             return
@@ -157,7 +157,7 @@ class TarSource:
         yield ImageRef(key=key, target=target, file=tar, offset=member.offset_data, length=member.size)
 
 
-def _read_at(stream: PatientFile, ref: ImageRef) -> bytes | ImageError:
+def _read_at(stream: ReopeningFile, ref: ImageRef) -> bytes | ImageError:
     try:
         stream.seek(ref.offset)
         data = stream.read(ref.length)
@@ -168,7 +168,7 @@ def _read_at(stream: PatientFile, ref: ImageRef) -> bytes | ImageError:
     return data
 
 
-def _headers(tar: tarfile.TarFile, stream: PatientFile) -> Iterator[tarfile.TarInfo]:
+def _headers(tar: tarfile.TarFile, stream: ReopeningFile) -> Iterator[tarfile.TarInfo]:
     """Every header, to the end of the file. Raises tarfile.ReadError where tarfile would stop early or turn back."""
     last = -1
     for member in tar:
@@ -197,7 +197,7 @@ def split_member(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix
 
 
-def _image_of(tar: str, parts: list[tuple[str, tarfile.TarInfo]], stream: PatientFile) -> tarfile.TarInfo:
+def _image_of(tar: str, parts: list[tuple[str, tarfile.TarInfo]], stream: ReopeningFile) -> tarfile.TarInfo:
     """The one image of a sample. Raises ImageError."""
     images = [member for suffix, member in parts if _extension(suffix) in EXTENSIONS]
     if not images:
@@ -217,7 +217,7 @@ def _image_of(tar: str, parts: list[tuple[str, tarfile.TarInfo]], stream: Patien
     return images[0]
 
 
-def _head(member: tarfile.TarInfo, stream: PatientFile) -> bytes:
+def _head(member: tarfile.TarInfo, stream: ReopeningFile) -> bytes:
     """The first bytes of a member whose bytes lie in the tar. Leaves the stream where it was."""
     if not _is_plain(member):
         return b""
@@ -228,11 +228,11 @@ def _head(member: tarfile.TarInfo, stream: PatientFile) -> bytes:
     return head
 
 
-def _is_decoded(member: tarfile.TarInfo, stream: PatientFile) -> bool:
+def _is_decoded(member: tarfile.TarInfo, stream: ReopeningFile) -> bool:
     return decoded_kind(_head(member, stream)) is not None
 
 
-def _looks_like_an_image(member: tarfile.TarInfo, stream: PatientFile) -> bool:
+def _looks_like_an_image(member: tarfile.TarInfo, stream: ReopeningFile) -> bool:
     head = _head(member, stream)
     return bool(decoded_kind(head) or other_kind(head))
 
@@ -241,7 +241,7 @@ def _extension(suffix: str) -> str:
     return "." + suffix.rpartition(".")[2].lower()
 
 
-def _label(parts: list[tuple[str, tarfile.TarInfo]], stream: PatientFile) -> Any:
+def _label(parts: list[tuple[str, tarfile.TarInfo]], stream: ReopeningFile) -> Any:
     """The class that a sample's members name: a number, a text, or None; anything else makes no sense.
 
     Raises ImageError.
@@ -262,7 +262,7 @@ def _label(parts: list[tuple[str, tarfile.TarInfo]], stream: PatientFile) -> Any
     return None
 
 
-def _read_member(member: tarfile.TarInfo, stream: PatientFile) -> bytes:
+def _read_member(member: tarfile.TarInfo, stream: ReopeningFile) -> bytes:
     """Raises ImageError."""
     if not _is_plain(member):
         raise ImageError("corrupt", f"{member.name} is a sparse file; store its bytes")

@@ -23,7 +23,7 @@ from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, LoaderError, UsageError
 from ferkd_data.images import decode_rgb, image_size
 from ferkd_data.images.decode import decode_reduced, divisor_for, reduced_crops
-from ferkd_data.images.patience import IMAGES_IN_A_ROW, UnansweredImageError
+from ferkd_data.images.retrying import IMAGES_IN_A_ROW, UnansweredImageError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.epochs import Epochs
 from ferkd_data.loader.image_table import Images, KeyTable, give_memory_back

@@ -6,7 +6,6 @@ from ferkd_data.remote.remote import (
     SCHEMES,
     HubLocation,
     Remote,
-    Retries,
     hub_address,
     hub_endpoint,
     hub_headers,
@@ -15,7 +14,8 @@ from ferkd_data.remote.remote import (
     parse_hub_url,
     part_of,
 )
-from ferkd_data.remote.transport import LOG_IN, Transient, Transport
+from ferkd_data.remote.retries import Retries, Transient
+from ferkd_data.remote.transport import LOG_IN, Transport
 
 __all__ = [
     "LOG_IN",

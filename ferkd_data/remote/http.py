@@ -18,7 +18,8 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from ferkd_data.errors import RemoteError, UsageError
-from ferkd_data.remote.transport import NOT_FOUND, TRANSIENT, Chunks, Stalled, Transient, refused
+from ferkd_data.remote.retries import Stalled, Transient
+from ferkd_data.remote.transport import NOT_FOUND, TRANSIENT, Chunks, refused
 from ferkd_data.storage import CHUNK_BYTES
 
 

@@ -1,18 +1,14 @@
-"""Where the Hugging Face hub keeps the files of a data set.
+"""A folder on any server: reads that are resumed and tried again, and writes that are read back.
 
-A folder on any server: resumed, retried reads and checked writes.
-
-A name is a path relative to the label set's URL, which the manifest's checks have let pass.
+Names are paths relative to the label set's URL, which the manifest's checks have let pass. Addresses of data sets on
+the Hugging Face hub are made here too.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
-import random
 import re
-import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -22,8 +18,9 @@ from typing import Any, TypeVar
 
 from ferkd_data.errors import RemoteError, UsageError
 from ferkd_data.remote.http import HttpTransport
+from ferkd_data.remote.retries import GivenUpError, Retries, Transient
 from ferkd_data.remote.store import StoreTransport
-from ferkd_data.remote.transport import LOG_IN, Stalled, Transient, Transport
+from ferkd_data.remote.transport import LOG_IN, Transport
 from ferkd_data.storage import explain_full_disk, is_url, sha256_file
 
 
@@ -72,23 +69,6 @@ SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
 RANGE_BEHIND_THE_END = 416
 
 T = TypeVar("T")
-LOG = logging.getLogger("ferkd_data.remote")
-"""Says what is tried again, as warnings: Python prints these on stderr where nobody has asked for anything else."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retries:
-    """What fails for a while is tried again; an attempt that got further starts the count anew, unless it stalled."""
-
-    attempts: int = 8
-    first_wait: float = 0.5
-    """Seconds; doubled after each attempt, with jitter."""
-    longest_wait: float = 30.0
-    timeout: float = 60.0
-    """Seconds without a byte, for the head of an answer, and for LEAST_BYTES of a file."""
-
-    def wait(self, attempt: int) -> None:
-        time.sleep(min(self.first_wait * 2**attempt, self.longest_wait) * random.uniform(0.5, 1.0))
 
 
 @dataclass(frozen=True)
@@ -240,23 +220,12 @@ class Remote:
         )
 
     def _persist(self, name: str, action: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
-        """Try again while it may pass; as long as `progress` grows, without end."""
-        failures, attempts = 0, self.retries.attempts
-        while True:
-            self._check_stopped()
-            before = progress()
-            try:
-                return action()
-            except Transient as error:
-                goes_on = progress() > before and not isinstance(error, Stalled)
-                failures = 1 if goes_on else failures + 1
-                if failures >= attempts:
-                    raise RemoteError(
-                        f"{self.url}/{name}: {error}, also after {failures} attempts; what arrived is kept: try again "
-                        "later"
-                    ) from error
-                LOG.warning("%s/%s: %s; trying again (%d of %d)", self.url, name, error, failures + 1, attempts)
-                self.retries.wait(failures)
+        """Try again while it may pass; as long as `progress` grows, without end. Raises RemoteError."""
+        what = f"{self.url}/{name}"
+        try:
+            return self.retries.run(action, what, progress=progress, before_attempt=self._check_stopped)
+        except GivenUpError as error:
+            raise RemoteError(f"{error}; what arrived is kept: try again later") from error.__cause__
 
     def __getstate__(self) -> dict[str, Any]:
         reached = "transport" in self.__dict__ and self.transport.reached

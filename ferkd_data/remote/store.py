@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 from ferkd_data.errors import RemoteError
-from ferkd_data.remote.transport import TRANSIENT, Chunks, Transient, log_in_to, refused
+from ferkd_data.remote.retries import Transient
+from ferkd_data.remote.transport import TRANSIENT, Chunks, log_in_to, refused
 from ferkd_data.storage import CHUNK_BYTES, NO_SPACE, open_regular_stream, write_atomically
 
 STORE_CHUNK_BYTES = 8 * CHUNK_BYTES

@@ -21,14 +21,6 @@ Chunks = Generator[bytes, None, None]
 """Must be closed: only then is the connection free, or the file."""
 
 
-class Transient(Exception):
-    """May work when tried again."""
-
-
-class Stalled(Transient):
-    """A server sends next to nothing: attempts that get a few bytes further count like those that get none."""
-
-
 class Transport(Protocol):
     """One kind of server. Raises Transient for what may pass, RemoteError for what will not."""
 

@@ -15,7 +15,7 @@ import ferkd_data as fd
 from ferkd_data.builder.labelling.crop_batches import in_background
 from ferkd_data.errors import ImageError, SourceError, StorageFullError, TeacherError
 from ferkd_data.images import open_source
-from ferkd_data.images.patience import PatientFile, patiently
+from ferkd_data.images.retrying import ReopeningFile, retried
 from ferkd_data.remote import Retries
 
 MOODY = '''
@@ -65,7 +65,7 @@ def nan():
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr("ferkd_data.images.patience.RETRIES", Retries(attempts=5, first_wait=0.01, longest_wait=0.2))
+    monkeypatch.setattr("ferkd_data.images.retrying.RETRIES", Retries(attempts=5, first_wait=0.01, longest_wait=0.2))
 
 
 @pytest.mark.usefixtures("quick_workers")
@@ -117,7 +117,7 @@ def test_a_source_that_is_gone_for_a_moment(movable, tiny_teachers, tmp_path, la
             if attempt == 2:
                 away.rename(movable)
 
-    monkeypatch.setattr("ferkd_data.images.patience.RETRIES", Waiting())
+    monkeypatch.setattr("ferkd_data.images.retrying.RETRIES", Waiting())
     teachers = [tiny_teachers, "python:ferkd_tiny_teachers:second"]
     fd.build(
         movable,
@@ -161,7 +161,7 @@ def test_a_file_that_is_not_there_is_not_waited_for(movable, monkeypatch):
         def wait(self, attempt):
             pytest.fail("it will not come")
 
-    monkeypatch.setattr("ferkd_data.images.patience.RETRIES", Never())
+    monkeypatch.setattr("ferkd_data.images.retrying.RETRIES", Never())
     source = open_source(movable)
     ref = next(iter(source.list_images()))
     (movable / ref.file).unlink()
@@ -228,7 +228,7 @@ def test_a_damaged_parquet_row_is_a_reject_and_a_failing_one_is_read_again(monke
 
 def test_a_read_goes_on_where_it_was(tmp_path):
     (tmp_path / "file").write_bytes(bytes(range(100)))
-    with PatientFile(str(tmp_path / "file")) as file:
+    with ReopeningFile(str(tmp_path / "file")) as file:
         assert file.read(10) == bytes(range(10))
         file._stream.close()
         file._stream = Breaking()
@@ -254,7 +254,7 @@ def test_what_will_not_pass_is_raised_at_once():
         raise KeyError("a mistake of ours")
 
     with pytest.raises(KeyError):
-        patiently(action, "x")
+        retried(action, "x")
     assert len(tries) == 1
 
 

@@ -11,7 +11,7 @@ import torch
 
 import ferkd_data as fd
 from ferkd_data.errors import LoaderError
-from ferkd_data.images import patience
+from ferkd_data.images import retrying
 from ferkd_data.remote import Retries
 
 LAYOUTS = {
@@ -124,7 +124,7 @@ def test_images_of_which_none_is_left_are_an_error(make, photos, tmp_path, decod
 
 def test_a_source_that_is_gone_is_an_error_after_a_few_images(make, photos, tmp_path, monkeypatch):
     """Each image is tried for about 20 seconds: a thousand of them would be hours."""
-    monkeypatch.setattr(patience, "RETRIES", Retries(attempts=2, first_wait=0.01, longest_wait=0.01))
+    monkeypatch.setattr(retrying, "RETRIES", Retries(attempts=2, first_wait=0.01, longest_wait=0.01))
     images = shutil.copytree(photos, tmp_path / "photos")
     loader = make(images=images)
     shutil.rmtree(images)

@@ -1,22 +1,25 @@
-"""A source that fails for a while, or answers late, is asked again before an image is given up."""
+"""Reading images from a source that fails for a while: tried again before an image is given up.
+
+The loop is that of `ferkd_data.remote.retries`; here is which failures of file systems and servers may pass.
+"""
 
 from __future__ import annotations
 
 import errno
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, TypeVar
 
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.remote import Retries
+from ferkd_data.remote.retries import GivenUpError, Transient
 from ferkd_data.storage import open_binary
 
 RETRIES = Retries(attempts=6, first_wait=0.5, longest_wait=10.0)
-"""About 20 seconds for one image."""
+"""About 20 seconds for each image."""
 IMAGES_IN_A_ROW = 3
-"""So many images without an answer are no bad sectors, but a source that is down."""
+"""Images without an answer in a row that mean that the source is down, not that sectors are bad."""
 FOREIGN = ("aiohttp", "fsspec", "botocore", "aiobotocore", "gcsfs", "requests", "urllib3")
-"""Clients of servers whose errors are no OSError."""
+"""Packages of server clients whose errors are no OSError."""
 WILL_NOT_PASS = (
     errno.ENOENT,
     errno.EACCES,
@@ -32,28 +35,30 @@ T = TypeVar("T")
 
 
 class NoAnswerError(OSError):
-    """It failed, in a way that may pass, as often as it was tried."""
+    """An action failed as often as it was tried, in a way that may pass."""
 
 
 class UnansweredImageError(ImageError):
     """An image that was given up although nothing says that it is bad."""
 
 
-def patiently(action: Callable[[], T], what: str) -> T:
-    """Try again while the failure may pass. Raises NoAnswerError in the end; what will not pass, at once."""
-    for attempt in itertools.count(1):
+def retried(action: Callable[[], T], what: str) -> T:
+    """Call `action`, again while its failure may pass. Raises NoAnswerError in the end; other errors at once."""
+
+    def attempt() -> T:
         try:
             return action()
         except Exception as error:
-            # Clients of servers raise what they like; what is not theirs goes on as it is.
+            # Clients of servers raise errors of any kind; what is not theirs goes on as it is.
             cause = _origin(error)
             if not _may_pass(cause):
                 raise
-            if attempt == RETRIES.attempts:
-                reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-                raise NoAnswerError(f"{what}: {reason}, also after {attempt} attempts") from error
-        RETRIES.wait(attempt)
-    raise AssertionError("a count ends never")
+            raise Transient(getattr(cause, "strerror", None) or str(cause) or type(cause).__name__) from error
+
+    try:
+        return RETRIES.run(attempt, what)
+    except GivenUpError as error:
+        raise NoAnswerError(str(error)) from error.__cause__
 
 
 def unreadable(file: str, error: OSError) -> ImageError:
@@ -64,7 +69,7 @@ def unreadable(file: str, error: OSError) -> ImageError:
 
 
 def while_it_answers(contents: Iterable[bytes | ImageError]) -> Iterator[bytes | ImageError]:
-    """The same contents. Raises SourceError when the source is down, before everything becomes a reject."""
+    """Yield the same contents. Raises SourceError when the source is down, before everything becomes a reject."""
     in_a_row = 0
     for content in contents:
         in_a_row = in_a_row + 1 if isinstance(content, UnansweredImageError) else 0
@@ -76,16 +81,16 @@ def while_it_answers(contents: Iterable[bytes | ImageError]) -> Iterator[bytes |
         yield content
 
 
-class PatientFile:
-    """A file for reading that is opened again where it was, when a read fails in a way that may pass."""
+class ReopeningFile:
+    """A file for reading that is opened again at its position when a read fails in a way that may pass."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._position = 0
-        self._stream: IO[bytes] | None = patiently(lambda: open_binary(path), path)
+        self._stream: IO[bytes] | None = retried(lambda: open_binary(path), path)
 
     def read(self, size: int = -1) -> bytes:
-        data = patiently(lambda: self._read(size), self._path)
+        data = retried(lambda: self._read(size), self._path)
         self._position += len(data)
         return data
 
@@ -103,7 +108,7 @@ class PatientFile:
             self._stream.close()
         self._stream = None
 
-    def __enter__(self) -> PatientFile:
+    def __enter__(self) -> ReopeningFile:
         return self
 
     def __exit__(self, *details: object) -> None:
@@ -121,7 +126,7 @@ class PatientFile:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """The first cause, below our own errors and those of fsspec, for which a server that is down has no such file."""
+    """Return the first cause below our own errors and those of fsspec, which calls a file of a dead server missing."""
     told: BaseException | None = error
     while told is not None:
         if _is_foreign(told):
