@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ferkd_data.labels.buckets import Thresholds as Thresholds
     from ferkd_data.loader import CropDataset as CropDataset
     from ferkd_data.loader import CropLoader as CropLoader
+    from ferkd_data.loader import LoaderStats as LoaderStats
     from ferkd_data.losses import SoftTargetLoss as SoftTargetLoss
     from ferkd_data.losses import kl_div as kl_div
     from ferkd_data.losses import soft_cross_entropy as soft_cross_entropy
@@ -66,6 +67,7 @@ _EXPORTS: dict[str, str] = {
     "Calibration": "calibration",
     "CropDataset": "loader",
     "CropLoader": "loader",
+    "LoaderStats": "loader",
     "CutMix": "mixing",
     "Mixup": "mixing",
     "SelfMix": "selfmix",

@@ -34,6 +34,7 @@ from ferkd_data.loader.order import InChunks, Part, epoch_order
 from ferkd_data.loader.plan import Window, stand_in
 from ferkd_data.loader.settings import LoaderSettings, without_functions
 from ferkd_data.loader.shard_files import ShardRecords
+from ferkd_data.loader.stage_clock import NOTHING, Spent, StageClock
 from ferkd_data.loader.transform import Transform, crop_seed, lent_generators, transformed
 from ferkd_data.replay import replay
 from ferkd_data.storage import image_digest
@@ -87,6 +88,10 @@ class Made(NamedTuple):
     """Crops in each batch."""
     skipped: list[str]
     """Key and reason of each image of the window that could not be used, and whose place another one took."""
+    spent: Spent = NOTHING
+    """The time that making it took."""
+    by_worker: bool = False
+    """Whether a worker made it, and not the training process."""
 
     @classmethod
     def of(cls, targets: SoftTargets, window: Window, skipped: list[str]) -> Made:
@@ -110,7 +115,10 @@ class Labelled(NamedTuple):
 
 
 class BatchMaker:
-    """`maker.make(work)` is a pure function of the window and the settings, whichever process calls it."""
+    """`maker.make(work)` is a pure function of the window and the settings, whichever process calls it.
+
+    Only `Made.spent`, the time that it took, differs from call to call.
+    """
 
     def __init__(
         self,
@@ -126,6 +134,7 @@ class BatchMaker:
         self.cache = cache
         self.images = images
         self.settings = settings
+        self.clock = StageClock()
         self._checked = CheckedImages(len(labels))
         self._newest = -1
         """The latest epoch so far."""
@@ -142,17 +151,21 @@ class BatchMaker:
             record, drawn = labelled.records[i], labelled.drawn
             crops = Crops(boxes=drawn.boxes[i], flip=drawn.flip[i], operations=drawn.operations[i])
             data = self.read(int(labelled.rows[i]), record)
-            pixels, crops = self._decoded(data, record, crops, window.slots[i] >= 0, images.shape[-1])
+            with self.clock.decode:
+                pixels, crops = self._decoded(data, record, crops, window.slots[i] >= 0, images.shape[-1])
             try:
-                self._cut_image(pixels, window.slots[i], crops, bool(together[i]), images)
+                with self.clock.cut:
+                    self._cut_image(pixels, window.slots[i], crops, bool(together[i]), images)
             except UsageError as error:  # a box outside the image: what replay takes for a mistake of its caller
                 raise LoaderError(f"{self._describe(int(labelled.rows[i]))}: {error}") from error
             if self.settings.transform is not None:
-                self._transform(self.settings.transform, window, labelled, i, images)
+                with self.clock.transform:
+                    self._transform(self.settings.transform, window, labelled, i, images)
 
         with one_thread():
             labelled, skipped = self.filled(window, cut)
-            return self.finish(window, images, labelled.targets, skipped)
+            made = self.finish(window, images, labelled.targets, skipped)
+        return made._replace(spent=self.clock.take())
 
     def for_workers(self) -> BatchMaker:
         """A copy that can be sent to processes which are told the settings of each epoch by `epochs.learn`.
@@ -163,6 +176,7 @@ class BatchMaker:
         maker.settings = without_functions(self.settings)
         maker.epochs = Epochs(maker.settings, len(self.labels))
         maker._order = maker.keys = None
+        maker.clock = StageClock()
         return maker
 
     def filled(self, window: Window, use: Callable[[Labelled, int], None]) -> tuple[Labelled, list[str]]:
@@ -208,27 +222,38 @@ class BatchMaker:
 
     def labelled(self, window: Window) -> Labelled:
         """Which crops the window has, with the targets they have before any mixing."""
-        order = self._order_of(window.epoch)
-        rows = order.rows(window.positions)
-        draws = self._draws(window.epoch)
+        with self.clock.label:
+            order = self._order_of(window.epoch)
+            rows = order.rows(window.positions)
+            draws = self._draws(window.epoch)
+        with self.clock.read:
+            records = self._records(window, order, rows, draws)
+        with self.clock.label:
+            calibration = self.epochs.at(window.epoch).calibration
+            drawn = draw_crops(self.labels, records, draws, calibration=calibration, seed=self.settings.seed)
+            target = records[0]["target"]
+            targets = window_targets(self.labels, window, drawn, rows=rows, target=target, calibration=calibration)
+        return Labelled(rows, records[0], drawn, targets)
+
+    def _records(
+        self, window: Window, order: Part, rows: npt.NDArray[np.int64], draws: tuple[BlockDraws, ...]
+    ) -> list[npt.NDArray[np.void]]:
+        """The stored labels of these rows in each block that is drawn from."""
+        blocks = {part.block for part in draws}
         if window.epoch > self._newest:
             self._newest = window.epoch
-            self.cache.forget_except({part.block for part in draws})
+            self.cache.forget_except(blocks)
         stage = None
         if isinstance(self.cache, ShardRecords):
             stage = order.stage(window.positions)
-            self.cache.stage(stage, {part.block for part in draws})
+            self.cache.stage(stage, blocks)
         self.images.stage(stage)
-        records = [self.cache.take(part.block, rows) for part in draws]
-        calibration = self.epochs.at(window.epoch).calibration
-        drawn = draw_crops(self.labels, records, draws, calibration=calibration, seed=self.settings.seed)
-        target = records[0]["target"]
-        targets = window_targets(self.labels, window, drawn, rows=rows, target=target, calibration=calibration)
-        return Labelled(rows, records[0], drawn, targets)
+        return [self.cache.take(part.block, rows) for part in draws]
 
     def finish(self, window: Window, images: Tensor, targets: list[SoftTargets], skipped: list[str]) -> Made:
         """Mix `images` in place, on any device, and join the targets."""
-        self._mix(window, images, targets)
+        with self.clock.mix:
+            self._mix(window, images, targets)
         return Made.of(targets[0] if len(targets) == 1 else SoftTargets.cat(targets), window, skipped)
 
     def targets(self, made: Made) -> SoftTargets:
@@ -314,13 +339,14 @@ class BatchMaker:
 
     def read(self, row: int, record: np.void) -> bytes:
         """An image's encoded bytes. Raises ImageError when it is missing, or another one than was labelled."""
-        data = self.images.read(row, record)
-        verify = self.settings.verify_images
-        if verify == "always" or (verify == "first_epoch" and row not in self._checked):
-            if image_digest(data) != record["image_digest"].tobytes():
-                raise ImageError("other_image", "its bytes are not those that were labelled (digest differs)")
-            self._checked.add(row)
-        return data
+        with self.clock.read:
+            data = self.images.read(row, record)
+            verify = self.settings.verify_images
+            if verify == "always" or (verify == "first_epoch" and row not in self._checked):
+                if image_digest(data) != record["image_digest"].tobytes():
+                    raise ImageError("other_image", "its bytes are not those that were labelled (digest differs)")
+                self._checked.add(row)
+            return data
 
     def _describe(self, row: int) -> str:
         labels = self.labels

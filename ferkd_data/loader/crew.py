@@ -97,6 +97,8 @@ class Outcome(NamedTuple):
     """How the worker ended that had the task."""
     in_work: bool = False
     """With `died`: whether it was this task that the worker was at."""
+    send_seconds: float = 0.0
+    """CPU time that the worker took to send the result before this one."""
 
 
 @dataclass(eq=False)
@@ -204,7 +206,8 @@ class Crew:
         assert isinstance(message, Done)
         self._deaths = 0
         worker.tasks.popleft()
-        return [Outcome(message.number, message.result, tuple(descriptors))]
+        sent = message.send_seconds
+        return [Outcome(message.number, message.result, tuple(descriptors), send_seconds=sent)]
 
     def _hear_template(self) -> list[Outcome]:
         try:

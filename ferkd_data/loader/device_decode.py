@@ -37,6 +37,8 @@ from ferkd_data.loader.channel import anonymous_file, write_all
 from ferkd_data.loader.epochs import EpochSettings
 from ferkd_data.loader.plan import Window
 from ferkd_data.loader.pool import Job, Pool, WindowTask, pickled
+from ferkd_data.loader.stage_clock import added
+from ferkd_data.loader.workers import timed
 from ferkd_data.replay import empty_batch, replay_on_device
 from ferkd_data.targets import SoftTargets
 
@@ -86,6 +88,7 @@ class DeviceWorkers:
         jobs = (EncodedJob(window=window, settings=self._maker.epochs.at(window.epoch)) for window in windows)
         for job in self._pool.run(jobs, lambda job: _joined(*encode(self._maker, job.window))):
             encoded: Encoded = job.result
+            encoded = encoded._replace(made=timed(job, encoded.made))
             if job.received:
                 encoded = encoded._replace(data=_mapped(*job.received))
             try:
@@ -103,10 +106,14 @@ class DeviceWorkers:
         self._pool.end()
 
     def _cut(self, window: Window, encoded: Encoded) -> tuple[Tensor, Made]:
+        """Decode, cut and mix. The clock has the time of this process alone, which a GPU may work on after."""
         decoded: list[Tensor] = []
         crops: list[Crops] = []
         slots: list[npt.NDArray[np.int64]] = []
-        for i, pixels in self._decoded(encoded):
+        clock = self._maker.clock
+        with clock.decode:
+            found = list(self._decoded(encoded))
+        for i, pixels in found:
             if isinstance(pixels, ImageError):
                 return self._on_host(window)
             wanted = window.slots[i] >= 0
@@ -114,11 +121,13 @@ class DeviceWorkers:
             drawn = Crops(boxes=encoded.boxes[i], flip=encoded.flip[i], operations=encoded.operations[i])
             crops.append(drawn[wanted])
             slots.append(window.slots[i][wanted])
-        images = self._placed(window, decoded, crops, slots)
+        with clock.cut:
+            images = self._placed(window, decoded, crops, slots)
         whole = encoded.made.targets(self._maker.labels.num_classes)
         bounds = np.cumsum([0, *window.batches]).tolist()
         targets = [whole[slice(a, b)] for a, b in itertools.pairwise(bounds)]
-        return images, self._maker.finish(window, images, targets, encoded.made.skipped)
+        made = self._maker.finish(window, images, targets, encoded.made.skipped)
+        return images, made._replace(spent=added(encoded.made.spent, clock.take()), by_worker=encoded.made.by_worker)
 
     def _on_host(self, window: Window) -> tuple[Tensor, Made]:
         """For an image whose damage only shows when it is decoded: it is an error, or another one takes its place."""
@@ -166,10 +175,12 @@ class EncodeWork:
     def __call__(self, task: WindowTask, descriptors: list[int]) -> tuple[Encoded, list[int]]:
         self.maker.epochs.learn(task.window.epoch, task.settings)
         encoded, parts = encode(self.maker, task.window)
-        data = anonymous_file(0)
-        for part in parts:
-            write_all(data, part.data)
-        return encoded, [data]
+        with self.maker.clock.send:
+            data = anonymous_file(0)
+            for part in parts:
+                write_all(data, part.data)
+        made = encoded.made._replace(spent=added(encoded.made.spent, self.maker.clock.take()))
+        return encoded._replace(made=made), [data]
 
 
 def encode(maker: BatchMaker, window: Window) -> tuple[Encoded, list[npt.NDArray[np.uint8]]]:
@@ -180,11 +191,12 @@ def encode(maker: BatchMaker, window: Window) -> tuple[Encoded, list[npt.NDArray
     def read(labelled: Labelled, i: int) -> None:
         record = labelled.records[i]
         data = maker.read(int(labelled.rows[i]), record)
-        is_jpeg[i] = _is_plain_jpeg(data, record, pixel_limit)
         sizes[i] = record["height"], record["width"]
-        parts[i] = (
-            np.frombuffer(data, np.uint8) if is_jpeg[i] else decode_checked(data, record, pixel_limit).reshape(-1)
-        )
+        with maker.clock.decode:
+            is_jpeg[i] = _is_plain_jpeg(data, record, pixel_limit)
+            parts[i] = (
+                np.frombuffer(data, np.uint8) if is_jpeg[i] else decode_checked(data, record, pixel_limit).reshape(-1)
+            )
 
     labelled, skipped = maker.filled(window, read)
     encoded = Encoded(
@@ -195,7 +207,7 @@ def encode(maker: BatchMaker, window: Window) -> tuple[Encoded, list[npt.NDArray
         boxes=labelled.drawn.boxes,
         flip=labelled.drawn.flip,
         operations=labelled.drawn.operations,
-        made=Made.of(SoftTargets.cat(labelled.targets), window, skipped),
+        made=Made.of(SoftTargets.cat(labelled.targets), window, skipped)._replace(spent=maker.clock.take()),
     )
     return encoded, parts
 

@@ -43,6 +43,10 @@ class Job:
     result: Any = None
     received: tuple[int, ...] = ()
     """Descriptors that came with the result; whoever takes the job closes them."""
+    by_worker: bool = False
+    """Whether a worker did it."""
+    send_seconds: float = 0.0
+    """CPU time that its worker took to send a result, measured at the worker's job before this one."""
     asked: bool = False
     """Whether a worker has it, which goes for jobs that are done too."""
     done: bool = False
@@ -139,6 +143,7 @@ class Pool(Generic[J]):
                 self._lost(job, outcome)
             elif job.wanted:
                 job.result, job.received, job.done = outcome.result, outcome.descriptors, True
+                job.by_worker, job.send_seconds = True, outcome.send_seconds
             else:
                 _close(outcome.descriptors)
                 self._drop(job)

@@ -101,7 +101,7 @@ AT_LEAST = {
 }
 """The smallest value of each setting that counts something."""
 WHOLE_NUMBERS = (*AT_LEAST, "size", "seed")
-SWITCHES = ("drop_last", "pin_memory", "keys")
+SWITCHES = ("drop_last", "pin_memory", "keys", "log_stats")
 MAX_SIZE = 8192
 
 
@@ -149,6 +149,8 @@ class LoaderSettings:
     """The user's own augmentation of each crop."""
     targets: TargetsKind = "soft"
     """Whether a batch has SoftTargets or plain tensors (B, C)."""
+    log_stats: bool = False
+    """Whether the end of each epoch logs a line of where its time went."""
 
     def __post_init__(self) -> None:
         for name in WHOLE_NUMBERS:

@@ -24,6 +24,7 @@ import select
 import signal
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -77,6 +78,8 @@ class Done(NamedTuple):
     number: int
     result: Any
     """What the work gave, or `Raised`."""
+    send_seconds: float = 0.0
+    """CPU time that sending this worker's result before this one took, which is only known afterwards."""
 
 
 class Raised(NamedTuple):
@@ -145,6 +148,7 @@ def _worker(work: Work, place: Fork, descriptor: int) -> NoReturn:
     except OSError:
         # The training ended while this worker started.
         os._exit(0)
+    send_seconds = 0.0
     while True:
         do, received = asked.get()
         result: Any
@@ -152,10 +156,13 @@ def _worker(work: Work, place: Fork, descriptor: int) -> NoReturn:
             result, sent = work(do.task, received)
         except BaseException as error:
             result, sent = _raised(error), []
+        # CPU time, because a full socket makes this wait until the training asks for a batch, which costs nothing.
+        begun = time.thread_time()
         try:
-            channel.send(Done(do.number, result), sent)
+            channel.send(Done(do.number, result, send_seconds), sent)
         except OSError:
             os._exit(0)
+        send_seconds = time.thread_time() - begun
         for open_file in (*received, *sent):
             os.close(open_file)
         del result
