@@ -36,9 +36,8 @@ from ferkd_data.loader.batch_maker import (
 from ferkd_data.loader.channel import anonymous_file, write_all
 from ferkd_data.loader.epochs import EpochSettings
 from ferkd_data.loader.plan import Window
-from ferkd_data.loader.pool import Job, Pool, WindowTask, pickled
+from ferkd_data.loader.pool import Job, Pool, WindowTask, pickled, timed
 from ferkd_data.loader.stage_clock import added
-from ferkd_data.loader.workers import timed
 from ferkd_data.replay import empty_batch, replay_on_device
 from ferkd_data.targets import SoftTargets
 

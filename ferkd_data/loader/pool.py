@@ -26,6 +26,7 @@ from ferkd_data.loader.channel import NOT_KEPT, BatchBuffers, MappedSlots, Slot
 from ferkd_data.loader.crew import Crew, Outcome
 from ferkd_data.loader.epochs import EpochSettings
 from ferkd_data.loader.plan import Window
+from ferkd_data.loader.stage_clock import added, spent_on
 from ferkd_data.loader.worker_process import Raised
 
 ATTEMPTS = 2
@@ -223,7 +224,8 @@ class CropWork:
 
     def __call__(self, task: WindowTask, descriptors: list[int]) -> tuple[Made, list[int]]:
         self.maker.epochs.learn(task.window.epoch, task.settings)
-        out = self.memory.images(task.slot, descriptors[0], *window_shape(self.maker, task.settings))
+        with self.maker.clock.send:
+            out = self.memory.images(task.slot, descriptors[0], *window_shape(self.maker, task.settings))
         return self.maker.make(Work(task.window, out)), []
 
 
@@ -244,6 +246,12 @@ class CropJob(Job):
         return WindowTask(self.window, self.settings, self.slot.number), (self.slot.descriptor,)
 
 
+def timed(job: Job, made: Made) -> Made:
+    """What a job gave, with what is known of its time in the training process only."""
+    spent = added(made.spent, spent_on(send=job.send_seconds))
+    return made._replace(spent=spent, by_worker=job.by_worker)
+
+
 class Workers:
     """The worker processes of a loader, alive for many epochs, and the memory they share with it."""
 
@@ -262,7 +270,7 @@ class Workers:
     def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:
         """The windows with their crops and targets, in order. Raises what making them raises."""
         for job in self._pool.run(map(self._job, windows), self._here):
-            made: Made = job.result
+            made = timed(job, job.result)
             assert job.slot is not None
             yield job.window, self._buffers.lend(job.slot, sum(made.batches)), made
 

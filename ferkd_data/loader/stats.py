@@ -15,8 +15,7 @@ from ferkd_data.html_tables import html_table
 from ferkd_data.loader.batch_maker import Made
 from ferkd_data.loader.bottleneck import Setup, cores_of_rank, judge
 from ferkd_data.loader.plan import Window
-from ferkd_data.loader.ranks import Ranks
-from ferkd_data.loader.settings import LoaderSettings
+from ferkd_data.loader.settings import LoaderSettings, Ranks
 from ferkd_data.loader.stage_clock import NOTHING, STAGES, added
 
 log = logging.getLogger("ferkd_data.loader")
