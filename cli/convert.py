@@ -12,7 +12,7 @@ import ferkd_data as fd
 from ferkd_data.errors import UsageError
 from ferkd_data.format.manifest import FILE_NAME, Manifest
 
-from .display import show_images
+from .display import show_transfer
 from .options import default_of
 from .terminal import say
 
@@ -113,9 +113,9 @@ def command(
     if target is not None:
         return _export(labels, out, calibration, min_crops)
     finished = (out / FILE_NAME).exists()
-    with show_images("convert") as show:
+    with show_transfer("convert") as show:
         if source is not None:
-            manifest = _import(source, labels, out, {**options, "images": images}, lambda done: show(done, None))
+            manifest = _import(source, labels, out, {**options, "images": images}, show)
         elif layout is not None:
             manifest = fd.convert(
                 labels,
@@ -132,7 +132,7 @@ def command(
 
 
 def _import(
-    source: str, labels: Path, out: Path, options: dict[str, Any], on_progress: Callable[[int], None]
+    source: str, labels: Path, out: Path, options: dict[str, Any], on_progress: Callable[[fd.TransferProgress], None]
 ) -> Manifest:
     """Import the files of `source`, with the options that are for it; the library knows the defaults of the others."""
     function, names = IMPORTS[source]
@@ -146,7 +146,7 @@ def _import(
 def _export(labels: Path, out: Path, calibration: str | None, min_crops: int) -> int:
     presets = {"fkd": fd.Calibration.fkd, "ferkd": fd.Calibration.ferkd}
     chosen = None if calibration is None else presets[calibration]()
-    with show_images("convert") as show:
+    with show_transfer("convert") as show:
         label_type = fd.export_fkd(labels, out, calibration=chosen, min_crops=min_crops, on_progress=show)
     say(f"{out}: written for FKD's training script; its --soft_label_type is {label_type}")
     return 0

@@ -18,9 +18,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .terminal import above, printable, say
+
+if TYPE_CHECKING:
+    from ferkd_data.format.progress import TransferProgress
 
 LOG_SECONDS = 30.0
 """How often a plain line is written where there is no terminal."""
@@ -260,44 +263,51 @@ def _workers(progress: Any) -> tuple[str, ...]:
     )
 
 
-OnProgress = Callable[[int, "int | None"], None]
-"""Gets how much is done, and how much there is in all where that is known."""
-
-
 @contextmanager
-def show_bytes(what: str) -> Iterator[OnProgress]:
-    """Yields what takes (bytes done, bytes in all)."""
+def show_transfer(what: str) -> Iterator[Callable[[TransferProgress], None]]:
+    """Yields what takes the progress of a transfer (files and bytes) or of a conversion (images, files and bytes)."""
+    rate = Rate()
+    with show_frames(Frame(what=what, amount="starting")) as show:
 
-    def amount(done: int, total: int | None) -> str:
-        return _size(done) if total is None else f"{_size(done)} of {_size(total)}"
+        def report(progress: TransferProgress) -> None:
+            files = _of(progress.files, progress.files_total, "files")
+            size = _size(progress.bytes)
+            if progress.images is None:
+                done, total = progress.bytes, progress.bytes_total
+                amount = size if total is None else f"{size} of {_size(total)}"
+                details, speed = [files], lambda: f"{_size(rate.per_second)}/s"
+            else:
+                done, total = progress.images, progress.images_total
+                amount = _of(done, total, "images")
+                details, speed = [files, size], lambda: f"{rate.per_second:,.1f} images/s"
+            rate.add(done)
+            details += _speed_and_time(rate, speed, done, total)
+            show(Frame(what=what, done=done, total=total, amount=amount, details=tuple(details)))
 
-    with _show(what, amount, lambda rate: f"{_size(rate)}/s") as report:
         yield report
 
 
 @contextmanager
-def show_images(what: str) -> Iterator[OnProgress]:
+def show_images(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """Yields what takes (images done, images in all); without a total where they are not counted beforehand."""
-
-    def amount(done: int, total: int | None) -> str:
-        return f"{done:,} images" if total is None else f"{done:,} of {total:,} images"
-
-    with _show(what, amount, lambda rate: f"{rate:,.1f} images/s") as report:
-        yield report
-
-
-@contextmanager
-def _show(what: str, amount: Callable[[int, int | None], str], speed: Callable[[float], str]) -> Iterator[OnProgress]:
     rate = Rate()
     with show_frames(Frame(what=what, amount="starting")) as show:
 
         def report(done: int, total: int | None) -> None:
             rate.add(done)
-            left = () if total is None or done >= total else (rate.left(total),)
-            details = (speed(rate.per_second), *left)
-            show(Frame(what=what, done=done, total=total, amount=amount(done, total), details=details))
+            details = _speed_and_time(rate, lambda: f"{rate.per_second:,.1f} images/s", done, total)
+            show(Frame(what=what, done=done, total=total, amount=_of(done, total, "images"), details=tuple(details)))
 
         yield report
+
+
+def _of(done: int, total: int | None, what: str) -> str:
+    return f"{done:,} {what}" if total is None else f"{done:,} of {total:,} {what}"
+
+
+def _speed_and_time(rate: Rate, speed: Callable[[], str], done: int, total: int | None) -> list[str]:
+    left = [] if total is None or done >= total else [rate.left(total)]
+    return [speed(), *left]
 
 
 def _size(num_bytes: float) -> str:

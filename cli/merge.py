@@ -9,7 +9,7 @@ import click
 from ferkd_data.errors import UsageError
 from ferkd_data.format.manifest import FILE_NAME
 
-from .display import show_images
+from .display import show_transfer
 from .terminal import say
 
 ADDED = {"teachers": "the same crops by all teachers", "crops": "all crops", "images": "all images"}
@@ -29,7 +29,7 @@ def command(labels: tuple[str, ...], out: Path, weights: str | None) -> int:
 
     finished = (out / FILE_NAME).exists()
     numbers = None if weights is None else _numbers(weights)
-    with show_images("merge") as on_progress:
+    with show_transfer("merge") as on_progress:
         result = fd.merge(labels, out, weights=numbers, on_progress=on_progress)
     manifest = result.manifest
     if finished:

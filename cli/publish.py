@@ -8,7 +8,7 @@ import click
 
 import ferkd_data as fd
 
-from .display import show_bytes
+from .display import show_transfer
 from .options import GroupedCommand, default_of
 from .terminal import say
 
@@ -59,7 +59,7 @@ def command(
     what the published card says.
     """
     card = fd.CardFields(source_datasets=source_datasets or None, **fields)
-    with show_bytes("publish") as on_progress:
+    with show_transfer("publish") as on_progress:
         result = fd.publish(
             labels,
             url,

@@ -10,7 +10,7 @@ import ferkd_data as fd
 from ferkd_data.errors import UsageError
 from ferkd_data.format.manifest import FILE_NAME
 
-from .display import show_bytes
+from .display import show_transfer
 from .options import GroupedCommand, default_of
 from .terminal import say
 
@@ -45,7 +45,7 @@ def command(
     """
     wanted = None if shards is None else parse_shards(shards)
     finished = (out / FILE_NAME).exists()
-    with show_bytes("pull") as on_progress:
+    with show_transfer("pull") as on_progress:
         result = fd.pull(
             url,
             out,

@@ -10,7 +10,7 @@ import click
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
 
-from .display import show_bytes
+from .display import show_transfer
 from .options import GroupedCommand, default_of, json_option, print_json
 from .terminal import say
 
@@ -58,7 +58,7 @@ def command(
     """
     if deep and (images is None or not teachers):
         raise UsageError("--deep needs --images (what was labelled) and --teacher (who labelled it)")
-    with show_bytes("verify") as on_progress:
+    with show_transfer("verify") as on_progress:
         report = fd.verify(
             labels,
             images=images,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ferkd_data.exchange.publish import publish as publish
     from ferkd_data.exchange.pull import pull as pull
     from ferkd_data.exchange.verify import verify as verify
+    from ferkd_data.format.progress import TransferProgress as TransferProgress
     from ferkd_data.importers.fkd import FkdTeacher as FkdTeacher
     from ferkd_data.importers.fkd_export import export_fkd as export_fkd
     from ferkd_data.importers.import_labels import import_dr as import_dr
@@ -99,6 +100,7 @@ _EXPORTS: dict[str, str] = {
     "import_fkd": "importers.import_labels",
     "import_relabel": "importers.import_labels",
     "merge": "exchange.merge",
+    "TransferProgress": "format.progress",
     "publish": "exchange.publish",
     "pull": "exchange.pull",
     "relabel": "relabelling",

@@ -40,6 +40,8 @@ class FolderServer(http.server.ThreadingHTTPServer):
         """Answer this status to everything."""
         self.before_body: Any = None
         """Called with the path before a body is sent."""
+        self.in_the_middle: Any = None
+        """Called with the path when half of a body is sent."""
         self.requests: list[tuple[str, str, str | None]] = []
         """(method, path, range)"""
         self.authorizations: set[str | None] = set()
@@ -100,6 +102,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         short = self.server.drop_after is not None and len(data) > self.server.drop_after
         data = data[: self.server.drop_after] if short else data
         self.server.sent[name] += len(data)
+        if self.server.in_the_middle:
+            half = len(data) // 2
+            self.wfile.write(data[:half])
+            self.wfile.flush()
+            self.server.in_the_middle(name)
+            data = data[half:]
         self.wfile.write(data)
         if short:
             self.close_connection = True

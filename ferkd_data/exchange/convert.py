@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -12,15 +12,13 @@ from ferkd_data.errors import LabelSetError, UsageError, check_at_least
 from ferkd_data.exchange.checks import check_as_verify_does
 from ferkd_data.format import out_folder, webdataset
 from ferkd_data.format.manifest import BlockEntry, Layout, Manifest, ShardEntry
+from ferkd_data.format.progress import OnProgress, TransferProgress, with_files
 from ferkd_data.format.rejects import check_rejects
 from ferkd_data.format.writers import Row, write_shard
 from ferkd_data.images import open_source
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.loader.image_table import ImageTable, join_images
 from ferkd_data.storage import image_digest
-
-OnProgress = Callable[[int, int | None], None]
-"""Receives (images done, images in all)."""
 
 
 def convert(
@@ -62,6 +60,12 @@ def convert(
         out = out_folder.begin(out, settings | {"layout": layout, "crops_per_block": block})
         entries: list[ShardEntry] = []
         done = 0
+        starts = range(0, source.num_crops, block)
+        files_of_shard = len(starts) if layout == "parquet" else 1
+        num_files = files_of_shard * sum(shard.rows > 0 for shard in source.manifest.shards)
+        progress = TransferProgress(files_total=num_files, images=0, images_total=len(source))
+        report = on_progress or (lambda progress: None)
+        report(progress)
         for shard in source.manifest.shards:
             rows = 0
             files: tuple[BlockEntry, ...] = ()
@@ -71,12 +75,12 @@ def convert(
                     shard.index,
                     _rows(source, shard, layout, table),
                     layout=layout,
-                    block_starts=range(0, source.num_crops, block),
+                    block_starts=starts,
                 )
             entries.append(ShardEntry(index=shard.index, rows=rows, files=files))
             done += rows
-            if on_progress:
-                on_progress(done, len(source))
+            progress = with_files(progress, files, done)
+            report(progress)
     finally:
         if table is not None:
             shutil.rmtree(table.folder)

@@ -6,11 +6,12 @@ Where label sets are published to: what is there already, and sending what is no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -18,6 +19,9 @@ from ferkd_data.errors import UsageError
 from ferkd_data.exchange.hub import FileToSend, Hub
 from ferkd_data.remote import Remote, Retries, open_remote
 from ferkd_data.storage import default_cache_dir, remove_leftovers
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Threads(ThreadPoolExecutor):
@@ -32,6 +36,26 @@ class Threads(ThreadPoolExecutor):
     ) -> None:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         self.shutdown(wait=not interrupted, cancel_futures=kind is not None)
+
+
+def as_they_end(
+    executor: Executor, action: Callable[[T], R], items: Iterable[T], *, ahead: int, seconds: float | None = None
+) -> Iterator[tuple[list[tuple[T, R]], list[T]]]:
+    """Do `action` to each item in an executor, up to `ahead` of them asked for at once.
+
+    Yields the items that have ended with their results, in the order of their ends, and the items that have not. Where
+    none ends for so many seconds, it yields an empty list, for callers that look how far those under way are.
+    Raises what an action raises.
+    """
+    pending: dict[Future[R], T] = {}
+    waiting = iter(items)
+    while True:
+        for item in itertools.islice(waiting, ahead - len(pending)):
+            pending[executor.submit(action, item)] = item
+        if not pending:
+            return
+        ended, _ = wait(pending, timeout=seconds, return_when=FIRST_COMPLETED)
+        yield [(pending.pop(future), future.result()) for future in ended], list(pending.values())
 
 
 class Place(Protocol):
@@ -77,21 +101,15 @@ class Store:
         for name in instead_of:
             self._target.remove(name)
 
-        def send(file: FileToSend) -> FileToSend:
+        def send(file: FileToSend) -> None:
             self._target.upload(file.file, file.name, size=file.bytes, sha256=file.sha256)
-            return file
 
         self._journal.begin()
-        pending: set[Future[FileToSend]] = set()
         with Threads(self._threads, thread_name_prefix="ferkd-publish") as executor:
-            for file in files:
-                pending.add(executor.submit(send, file))
-                if len(pending) >= 2 * self._threads:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from self._noted(done)
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from self._noted(done)
+            for sent, _ in as_they_end(executor, send, files, ahead=2 * self._threads):
+                for file, _ in sent:
+                    self._journal.add(file)
+                    yield file
 
     def finish(self) -> None:
         if self._target.url.startswith("file://"):
@@ -103,12 +121,6 @@ class Store:
         if self._journal.holds(file) and self._target.size(file.name) == file.bytes:
             return True
         return self._target.holds(file.name, size=file.bytes, sha256=file.sha256)
-
-    def _noted(self, done: set[Future[FileToSend]]) -> Iterator[FileToSend]:
-        for future in done:
-            file = future.result()
-            self._journal.add(file)
-            yield file
 
 
 class _Journal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.exchange.checks import check_as_verify_does
 from ferkd_data.format import out_folder, parquet
 from ferkd_data.format.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry
+from ferkd_data.format.progress import OnProgress, TransferProgress, with_files
 from ferkd_data.format.rejects import LONGEST_TEXT, REJECTS_NAME, RejectWriter, rejects_entry
 from ferkd_data.format.writers import write_shard
 from ferkd_data.images import Reject
@@ -49,7 +50,7 @@ def merge(
     out: str | Path,
     *,
     weights: Sequence[float] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> MergeResult:
     """Merge label sets into a new one of layout parquet; what they add to each other is seen from them.
 
@@ -81,6 +82,9 @@ def merge(
     identities = [labels.identity for labels in sets]
     out = out_folder.begin(out, {"command": "merge", "labels": identities, "weights": work.given_weights})
     entries, counted = [], []
+    progress = TransferProgress(files_total=work.num_files, images=0, images_total=work.images)
+    report = on_progress or (lambda progress: None)
+    report(progress)
     for index, labels in enumerate(work.shards()):
         check_as_verify_does(labels, work.first, f"{work.where}: shard {index}")
         starts = range(0, labels.num_crops, work.crops_per_block)
@@ -88,8 +92,8 @@ def merge(
         count, files = write_shard(out, index, rows, layout="parquet", block_starts=starts)
         entries.append(ShardEntry(index=index, rows=count, files=files))
         counted.append(shard_statistics(labels))
-        if on_progress:
-            on_progress(sum(entry.rows for entry in entries), work.images)
+        progress = with_files(progress, files, sum(entry.rows for entry in entries))
+        report(progress)
     manifest = work.manifest(entries, statistics.add(counted), _write_rejects(out, sets, kind))
     return _result(out, kind, out_folder.finish(out, manifest))
 
@@ -167,6 +171,9 @@ class _Merge:
         if self.first.layout == "webdataset":
             self.crops_per_block = min(self.first.num_crops, 50)
         self.images = sum(map(len, sets)) if kind == "images" else len(sets[0])
+        shards = sum(len(labels.manifest.shards) for labels in (sets if kind == "images" else sets[:1]))
+        num_crops = sum(labels.num_crops for labels in sets) if kind == "crops" else self.first.num_crops
+        self.num_files = shards * -(-num_crops // self.crops_per_block)
         self.uncertain_sum = 0.0
         self.uncertain_max = 0.0
         self.thresholds = self.first.thresholds.absolute()

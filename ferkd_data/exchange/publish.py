@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError, check_at_least, renamed
@@ -16,6 +15,7 @@ from ferkd_data.exchange.hub import FileToSend
 from ferkd_data.exchange.signing import SIGNATURE, sign
 from ferkd_data.exchange.verify import verify
 from ferkd_data.format.manifest import FILE_NAME, Manifest, identity_of
+from ferkd_data.format.progress import OnProgress, TransferProgress
 from ferkd_data.label_set import LabelSet, open_labels, read_remote_manifest
 from ferkd_data.remote import Remote, Retries, is_remote
 from ferkd_data.scratch import Scratch
@@ -40,10 +40,6 @@ class PublishResult:
         return sum(item.bytes for item in self.sent)
 
 
-OnSent = Callable[[int, int], None]
-"""Receives (bytes sent, bytes to send)."""
-
-
 def publish(
     path: str | Path,
     url: str,
@@ -54,7 +50,7 @@ def publish(
     overwrite: bool = False,
     threads: int = 4,
     retries: Retries | None = None,
-    on_progress: OnSent | None = None,
+    on_progress: OnProgress | None = None,
     workers: int | None = None,
 ) -> PublishResult:
     """Send the label set in `path` to `url`: a folder, s3://, gs:// or hf://datasets/ORG/NAME.
@@ -100,14 +96,14 @@ def publish(
         skipped += not last
         if dry_run:
             return PublishResult(url=url, sent=(*missing, *last), skipped=skipped)
-        total = sum(file.bytes for file in missing)
-        done = 0
+        progress = TransferProgress(files_total=len(missing), bytes_total=sum(file.bytes for file in missing))
+        report = on_progress or (lambda progress: None)
+        report(progress)
         # Leftovers of another label set; a signature among them would stay beside an unsigned one.
         stale = [] if same else sorted({FILE_NAME, SIGNATURE} - {file.name for file in files})
         for file in place.send(missing, instead_of=stale):
-            done += file.bytes
-            if on_progress:
-                on_progress(done, total)
+            progress = replace(progress, files=progress.files + 1, bytes=progress.bytes + file.bytes)
+            report(progress)
         list(place.send(place.missing([manifest])))
         place.finish()
     return PublishResult(url=url, sent=(*missing, *last), skipped=skipped)

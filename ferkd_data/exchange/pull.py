@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ferkd_data.errors import PublishError, RemoteError, UsageError, check_at_least, renamed
 from ferkd_data.exchange.card import render_card
 from ferkd_data.exchange.card_facts import recalled
-from ferkd_data.exchange.destinations import Threads
+from ferkd_data.exchange.destinations import Threads, as_they_end
 from ferkd_data.exchange.signing import SIGNATURE, check_signed, read_remote_signature, require_signers
 from ferkd_data.format.manifest import (
     FILE_NAME,
@@ -22,11 +22,12 @@ from ferkd_data.format.manifest import (
     read_manifest,
     write_manifest,
 )
+from ferkd_data.format.progress import OnProgress, TransferProgress
 from ferkd_data.format.rejects import check_rejects
 from ferkd_data.label_set import LabelSet, LocalFiles, StoredReader, VerifyLabels, read_remote_manifest
 from ferkd_data.labels import statistics
 from ferkd_data.labels.statistics import Statistics, shard_statistics
-from ferkd_data.remote import Remote, Retries, is_remote, open_remote
+from ferkd_data.remote import Remote, Retries, is_remote, open_remote, part_of
 from ferkd_data.storage import held, inside, sha256_file, write_atomically
 
 README = "README.md"
@@ -34,8 +35,8 @@ BESIDE = (README, "LICENSE")
 MAX_BESIDE_BYTES = 2**20
 LOCK = ".pull.lock"
 
-OnFetched = Callable[[int, int], None]
-"""Receives (bytes that lie there, bytes in all)."""
+LOOK_SECONDS = 0.5
+"""Between two looks at what has arrived of the files under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def pull(
     signer: str | None = None,
     threads: int = 4,
     retries: Retries | None = None,
-    on_progress: OnFetched | None = None,
+    on_progress: OnProgress | None = None,
     workers: int | None = None,
 ) -> PullResult:
     """Copy a label set from a URL or a folder into `out`, checked file by file; resumes after an interruption.
@@ -121,13 +122,16 @@ def _alone(out: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _fetch_files(remote: Remote, out: Path, part: Manifest, threads: int, on_progress: OnFetched | None) -> int:
+def _fetch_files(remote: Remote, out: Path, part: Manifest, threads: int, on_progress: OnProgress | None) -> int:
     """All that the manifest lists; how many of them came over the line."""
     labels = _labels_in(out, part, verify_labels="never")
     files = [(shard.index, file) for shard in part.shards for file in shard.files]
     entries: list[FileEntry] = [*(file for _, file in files), part.rejects]
     shard_of = {file.path: (shard, file.block) for shard, file in files}
-    total, done, fetched = sum(entry.bytes for entry in entries), 0, 0
+    progress = TransferProgress(files_total=len(entries), bytes_total=sum(entry.bytes for entry in entries))
+    report = on_progress or (lambda progress: None)
+    report(progress)
+    fetched = shown = 0
 
     def fetch(entry: FileEntry) -> bool:
         came = bring(entry)
@@ -147,10 +151,13 @@ def _fetch_files(remote: Remote, out: Path, part: Manifest, threads: int, on_pro
 
     with Threads(threads, thread_name_prefix="ferkd-pull") as executor:
         try:
-            for entry, came in zip(entries, executor.map(fetch, entries), strict=True):
-                done, fetched = done + entry.bytes, fetched + came
-                if on_progress:
-                    on_progress(done, total)
+            for came, under_way in as_they_end(executor, fetch, entries, ahead=2 * threads, seconds=LOOK_SECONDS):
+                for entry, was_fetched in came:
+                    fetched += was_fetched
+                    progress = replace(progress, files=progress.files + 1, bytes=progress.bytes + entry.bytes)
+                # A file that arrived damaged is fetched again: until then, the number stands still.
+                shown = max(shown, progress.bytes + sum(_arrived(out, entry) for entry in under_way))
+                report(replace(progress, bytes=shown))
         except BaseException:
             # The threads stop at their next bytes, so that none writes where the next pull does.
             remote.stop()
@@ -170,6 +177,15 @@ def _labels_in(
         verify_labels=verify_labels,
     )
     return LabelSet(reader)
+
+
+def _arrived(out: Path, entry: FileEntry) -> int:
+    """Bytes of a file that is under way: those beside it or, once it has its name, all."""
+    path = inside(out, entry.path)
+    for place in (part_of(path), path):
+        with suppress(FileNotFoundError):
+            return min(place.stat().st_size, entry.bytes)
+    return 0
 
 
 def _selected(whole: Manifest, url: str, crops: int | None, shards: Sequence[int] | None) -> Manifest:

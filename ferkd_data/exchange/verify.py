@@ -6,7 +6,7 @@ Legend: R images of a shard, N crops per image, k kept classes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ferkd_data.exchange.destinations import Threads
 from ferkd_data.exchange.signing import SIGNATURE, check_signature, require_signers
 from ferkd_data.format import parquet
 from ferkd_data.format.manifest import FILE_NAME, ShardEntry
+from ferkd_data.format.progress import OnProgress, TransferProgress
 from ferkd_data.images import REASONS, ImageError, ImageRef, in_groups, open_source
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.labels import statistics
@@ -42,13 +43,13 @@ def verify(
     signer: str | None = None,
     threads: int | None = None,
     max_faults: int = MAX_FAULTS,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
     workers: int | None = None,
 ) -> VerifyReport:
     """Check sizes, digests, the schema, every row, and that all counts and statistics add up.
 
     With `images`, every labelled image must be in that source with the digest that was labelled. Faults are collected,
-    not raised; `on_progress` gets (bytes checked, bytes in all). Takes 24 bytes of memory for each image.
+    not raised; `on_progress` hears of each file that was checked. Takes 24 bytes of memory for each image.
     `threads` files are checked at a time (default: one for each core); `workers` is the old name of `threads`.
 
     With `signed_by`, a file of allowed signers as OpenSSH has it, the manifest must be signed by one of them (by
@@ -67,15 +68,20 @@ def verify(
     labels = open_labels(path)
     name = None if signed_by is None else check_signature(labels, Path(signed_by), signer)
     files, check = FileCheck(labels, max_faults, digests=images is not None), _Check(labels, max_faults)
-    done, total = 0, sum(file.bytes for shard in labels.manifest.shards for file in shard.files)
+    pairs = [(entry, file) for entry in labels.manifest.shards for file in entry.files]
+    total = sum(file.bytes for _, file in pairs)
+    progress = TransferProgress(files_total=len(pairs), bytes_total=total)
+    report = on_progress or (lambda progress: None)
+    report(progress)
     with Threads(threads or os.cpu_count() or 1, thread_name_prefix="ferkd-verify") as executor:
-        pairs = [(entry, file) for entry in labels.manifest.shards for file in entry.files]
         blocks = executor.map(files.file, *zip(*pairs, strict=True)) if pairs else iter(())
         for entry in labels.manifest.shards:
-            check.take(check.shard(entry, [next(blocks) for _ in entry.files]))
-            done += sum(file.bytes for file in entry.files)
-            if on_progress:
-                on_progress(done, total)
+            checked = []
+            for file in entry.files:
+                checked.append(next(blocks))
+                progress = replace(progress, files=progress.files + 1, bytes=progress.bytes + file.bytes)
+                report(progress)
+            check.take(check.shard(entry, checked))
     check.whole()
     if images is not None:
         check.images(str(images))

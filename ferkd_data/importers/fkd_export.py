@@ -5,8 +5,7 @@ Legend: N crops, k kept classes, K entries of a label in FKD's file, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from ferkd_data import rng
 from ferkd_data.calibration import Calibration, action_table, calibrate, crop_actions, crop_buckets, use_probability
 from ferkd_data.errors import UsageError, check_at_least
 from ferkd_data.format import out_folder
+from ferkd_data.format.progress import OnProgress, TransferProgress
 from ferkd_data.importers import fkd
 from ferkd_data.label_set import open_labels
 from ferkd_data.labels.rows import UNKNOWN_TARGET, ImageLabels
@@ -25,9 +25,6 @@ ENTRIES = (5, 10)
 """The numbers K that FKD's script knows, as its label types marginal_smoothing_k5 and marginal_smoothing_k10."""
 MIN_CROPS = 4
 """FKD's script draws so many different crops of an image in its default settings."""
-
-OnProgress = Callable[[int, int | None], None]
-"""Receives (images done, images in all)."""
 
 
 def export_fkd(
@@ -67,6 +64,9 @@ def export_fkd(
         kind = f"marginal_smoothing_k{entries}"
         settings |= {"calibration": repr(asdict(calibration)), "min_crops": min_crops}
     out = out_folder.begin(out, settings)
+    progress = TransferProgress(files_total=len(source), images=0, images_total=len(source))
+    report = on_progress or (lambda progress: None)
+    report(progress)
     for done, row in enumerate(source, start=1):
         path = fkd.file_of(out, row.key)
         if not path.exists():
@@ -75,8 +75,9 @@ def export_fkd(
                     fkd.write_file(aside, row)
                 else:
                     fkd.write_arrays(aside, *calibrated(row, calibration, source.num_classes, min_crops))
-        if on_progress and (done % 1000 == 0 or done == len(source)):
-            on_progress(done, len(source))
+        progress = replace(progress, files=done, bytes=progress.bytes + path.stat().st_size, images=done)
+        if done % 1000 == 0 or done == len(source):
+            report(progress)
     return kind
 
 

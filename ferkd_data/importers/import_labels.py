@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import ForeignFileError, ImageError, UsageError, check_at_least
 from ferkd_data.format import out_folder
 from ferkd_data.format.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry, SourceEntry, ThresholdsEntry
+from ferkd_data.format.progress import OnProgress, TransferProgress, with_files
 from ferkd_data.format.rejects import REJECTS_NAME, RejectWriter, rejects_entry
 from ferkd_data.format.writers import write_shard
 from ferkd_data.images import (
@@ -36,9 +37,6 @@ from ferkd_data.labels.statistics import Statistics, shard_statistics
 from ferkd_data.scratch import Scratch
 from ferkd_data.storage import image_digest, write_atomically
 
-OnImages = Callable[[int], None]
-"""Receives the images done."""
-
 
 def import_fkd(
     folder: str | Path,
@@ -51,7 +49,7 @@ def import_fkd(
     crops_per_block: int = 50,
     images_per_shard: int = 4096,
     classes: str | Path | None = None,
-    on_progress: OnImages | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Manifest:
     """A label set of layout parquet from FKD's files: FOLDER/KEY.tar for each image of `images`, such as
     FOLDER/n01440764/n01440764_10026.tar.
@@ -89,7 +87,7 @@ def import_dr(
     crops_per_block: int = 50,
     images_per_shard: int = 4096,
     classes: str | Path | None = None,
-    on_progress: OnImages | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Manifest:
     """A label set of layout parquet from Dataset Reinforcement's files: FOLDER/ID.pth.tar and FOLDER/config.pth.tar.
 
@@ -134,7 +132,7 @@ def import_relabel(
     crops_per_block: int = 50,
     images_per_shard: int = 4096,
     classes: str | Path | None = None,
-    on_progress: OnImages | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Manifest:
     """Make a label set of layout parquet from ReLabel's label maps, FOLDER/KEY.pt for each image, without a teacher.
 
@@ -189,7 +187,7 @@ class _Import:
         shapes = {"crops_per_block": self.crops_per_block, "images_per_shard": self.images_per_shard}
         self.settings = {"command": f"import of {self.files.format}'s files", **self.settings, **shapes}
 
-    def run(self, out: Path, on_progress: OnImages | None) -> Manifest:
+    def run(self, out: Path, on_progress: OnProgress | None) -> Manifest:
         there = out_folder.finished(out)
         if there is not None and self._is_of(there):
             out_folder.clean(out)
@@ -210,11 +208,14 @@ class _Import:
         return isinstance(origin, dict) and origin.get("settings") == out_folder.settings_digest(self.settings)
 
     def _write_shards(
-        self, out: Path, rejects: RejectWriter, on_progress: OnImages | None
+        self, out: Path, rejects: RejectWriter, on_progress: OnProgress | None
     ) -> tuple[tuple[ShardEntry, ...], Statistics]:
         """Raises UsageError where no image has labels."""
         entries: list[ShardEntry] = []
         counted = []
+        progress = TransferProgress(images=0)
+        report = on_progress or (lambda progress: None)
+        report(progress)
         for group in in_groups(self.source.list_images(), self.images_per_shard):
             rows = list(self._rows(group, rejects))
             if rows:
@@ -224,8 +225,8 @@ class _Import:
                 )
                 entries.append(ShardEntry(index=len(entries), rows=count, files=files))
                 counted.append(shard_statistics(ShardLabels.from_rows(rows)))
-            if on_progress:
-                on_progress(sum(entry.rows for entry in entries))
+                progress = with_files(progress, files, sum(entry.rows for entry in entries))
+            report(progress)
         if not entries:
             raise UsageError(self._nothing())
         return tuple(entries), statistics.add(counted)

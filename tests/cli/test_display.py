@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from servers import serve
 
 import ferkd_data as fd
 from ferkd_data.builder.watch.events import Progress, WorkerProgress
-from ferkd_data_cli.display import Frame, Rate, _cells, clock, frame, layout, plain_line, show_bytes
+from ferkd_data_cli.display import Frame, Rate, _cells, clock, frame, layout, plain_line, show_transfer
 from ferkd_data_cli.terminal import UNPRINTABLE
 
 TEXT = st.text(max_size=30)
@@ -98,14 +100,17 @@ def test_rates_are_those_of_the_last_while(monkeypatch):
 
 
 def test_without_a_terminal_there_are_lines_now_and_then(capsys):
-    with show_bytes("pull") as report:
+    def at(files, megabytes):
+        return fd.TransferProgress(files=files, files_total=4, bytes=megabytes * 10**6, bytes_total=10**7)
+
+    with show_transfer("pull") as report:
         assert capsys.readouterr().err == ""
-        report(5_000_000, 10_000_000)
-        assert capsys.readouterr().err.startswith("pull: 5.0 MB of 10.0 MB, ")
-        report(6_000_000, 10_000_000)
+        report(at(0, 0))
+        assert capsys.readouterr().err.startswith("pull: 0 bytes of 10.0 MB, 0 of 4 files, 0 bytes/s, ")
+        report(at(2, 6))
         assert capsys.readouterr().err == ""
-        report(10_000_000, 10_000_000)
-    assert capsys.readouterr().err.startswith("pull: 10.0 MB of 10.0 MB, ")
+        report(at(4, 10))
+    assert re.fullmatch(r"pull: 10\.0 MB of 10\.0 MB, 4 of 4 files, [\d.]+ [kMGT]?B/s\n", capsys.readouterr().err)
     assert plain_line(Frame(what="pull", amount="starting")) == "pull: starting"
 
 
@@ -187,4 +192,30 @@ def test_other_commands_show_the_same_display(label_set, photos, tmp_path, comma
         arguments = (label_set, tmp_path / "other", tmp_path / "out")
     screens, status = on_a_terminal(ferkd_data(command, *arguments), 80)
     assert status == 0, screens[-1]
-    assert any(line.startswith(f"{command} ") and "100 %" in line for line in screens[-1]), screens[-1]
+    head = next(line for line in screens[-1] if line.startswith(f"{command} "))
+    below = screens[-1][screens[-1].index(head) + 1]
+    assert "100 %" in head
+    assert re.search(r"(\d+) of \1 files", below) and re.search(r"(B|bytes|images)/s", below), below
+    # Files, bytes and rate of each of them in the same place, on 80 columns, whatever the amounts are.
+    assert ("images" in head and "B · " in below) or re.search(r"B of [\d.]+ .?B", head)
+
+
+@pytest.mark.parametrize("columns", [80, 48])
+def test_a_transfer_says_all_from_its_start(label_set, tmp_path, columns):
+    """Of a slow server: the second screen of numbers has files, bytes and time, long before the first file is whole."""
+
+    def pause(name):
+        if name.endswith(".parquet"):
+            server.in_the_middle = None
+            time.sleep(3)
+
+    with serve(label_set) as server:
+        server.in_the_middle = pause
+        screens, status = on_a_terminal(ferkd_data("pull", server.url, tmp_path / "out", "--workers", 1), columns)
+    assert status == 0, screens[-1]
+    texts = ["\n".join(screen) for screen in screens]
+    started = [text for text in texts if re.search(r"\b0 of \d+ files", text)]
+    assert started and re.search(r"0 bytes of [\d.]+ kB", started[0])
+    assert any(re.search(r"[1-9][\d.]* (bytes|kB) of ", text) and "/s" in text and "left" in text for text in started)
+    for screen in screens:
+        assert sum(" files · " in line for line in screen) <= 1

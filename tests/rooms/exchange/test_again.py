@@ -85,8 +85,9 @@ def test_a_folder_of_somebody_elses_is_left_alone(commands, tmp_path, name):
 
 
 def test_an_interrupted_conversion_of_other_settings_is_named(label_set, tmp_path):
-    def cut(*_):
-        raise KeyboardInterrupt
+    def cut(progress):
+        if progress.images:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fd.convert(label_set, tmp_path / "out", layout="parquet", crops_per_block=2, on_progress=cut)
@@ -125,9 +126,9 @@ def killed_at(command: tuple[str, str, str], boundary: int) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
         return trace
 
-    def on_progress(done, total):
+    def on_progress(progress):
         """From the end on, every line of these files is counted: tracing all before would take minutes."""
-        if done == total:
+        if progress.files == progress.files_total:
             sys.settrace(trace)
             frame = sys._getframe(1)
             while frame is not None:

@@ -36,10 +36,11 @@ def hub(monkeypatch):
 def test_to_the_hub_and_back(layout, request, hub, tmp_path):
     folder = request.getfixturevalue(layout)
     told = []
-    result = fd.publish(folder, URL, card=CARD, on_progress=lambda *bytes_: told.append(bytes_))
+    result = fd.publish(folder, URL, card=CARD, on_progress=told.append)
     assert [len(names) for names in hub.commits] == [len(result.sent) - 1, 1]
     assert hub.commits[-1] == ["manifest.json"]
-    assert told[-1] == (told[-1][1],) * 2 and len(told) == len(result.sent) - 1
+    assert [progress.files for progress in told] == list(range(len(result.sent)))
+    assert (told[-1].files, told[-1].bytes) == (told[-1].files_total, told[-1].bytes_total)
     labels = fd.open_labels(URL)
     assert labels.identity == fd.open_labels(folder).identity
     assert np.array_equal(labels.shard(1).class_prob, fd.open_labels(folder).shard(1).class_prob)
