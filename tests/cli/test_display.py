@@ -211,7 +211,7 @@ def test_a_transfer_says_all_from_its_start(label_set, tmp_path, columns):
 
     with serve(label_set) as server:
         server.in_the_middle = pause
-        screens, status = on_a_terminal(ferkd_data("pull", server.url, tmp_path / "out", "--workers", 1), columns)
+        screens, status = on_a_terminal(ferkd_data("pull", server.url, tmp_path / "out", "--threads", 1), columns)
     assert status == 0, screens[-1]
     texts = ["\n".join(screen) for screen in screens]
     started = [text for text in texts if re.search(r"\b0 of \d+ files", text)]

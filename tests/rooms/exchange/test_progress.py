@@ -68,7 +68,7 @@ def test_bytes_of_a_file_that_is_under_way_count(label_set, tmp_path):
 
     with serve(label_set) as server:
         server.in_the_middle = pause
-        fd.pull(server.url, tmp_path / "out", workers=1, on_progress=on_progress)
+        fd.pull(server.url, tmp_path / "out", threads=1, on_progress=on_progress)
     assert heard.is_set()
     check(told)
 
