@@ -194,7 +194,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         import tomli as tomllib
     try:
         content: dict[str, Any] = tomllib.loads(read_text(path))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not TOML: {error}") from error
     return content
 

@@ -111,8 +111,9 @@ MAGIC = b"PAR1"
 TAIL_BYTES = 8
 MAX_FOOTER_BYTES, MAX_PAGE_HEADER_BYTES = 2**20, 2**16
 """A block file of a build has a footer of 5 kB, and page headers below 3 kB."""
-BYTES_PER_FOOTER_BYTE = 256
-"""A file of images may have one more byte of footer for so many of its own, since it may have many row groups."""
+SOURCE_FOOTER_BYTES, BYTES_PER_FOOTER_BYTE = 2**23, 256
+"""A table of images may have a footer of so many bytes, and one more for so many of its own: 20,000 names of classes take
+2 MB there, and many row groups as much."""
 FREE_PARTS, BYTES_PER_PART = 1000, 1024
 """A file may have so many pages and column chunks, and one more for so many of its bytes. Our pages have up to 1 MB."""
 MAX_SCHEMA_DEPTH, MAX_SCHEMA_FIELDS = 16, 1000
@@ -166,7 +167,7 @@ def check_footer(path: Path) -> None:
     ValueError; LabelSetError and OSError as `open_regular` does.
     """
     with _mapped(path) as data, _complete():
-        footer = _footer(data, MAX_FOOTER_BYTES + len(data) // BYTES_PER_FOOTER_BYTE)
+        footer = _footer(data, SOURCE_FOOTER_BYTES + len(data) // BYTES_PER_FOOTER_BYTE)
         _check_schema(footer[SCHEMA], MAX_SOURCE_DEPTH, MAX_SOURCE_FIELDS)
         walk = _Walk(data)
         for group in footer[ROW_GROUPS]:

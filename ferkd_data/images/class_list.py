@@ -115,7 +115,7 @@ def _from_wordnet_lines(path: Path, lines: list[str]) -> list[tuple[str, str]]:
 def _from_json(path: Path, text: str) -> list[tuple[str, str]]:
     try:
         content: Any = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: is not JSON ({error})") from error
     if isinstance(content, dict) and content and all(type(value) is int for value in content.values()):
         content = {str(number): name for name, number in content.items()}

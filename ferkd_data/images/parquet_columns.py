@@ -185,7 +185,7 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
         content = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = content["info"]["features"]
         return {str(name): feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -106,7 +106,7 @@ for source in ({str(tmp_path)!r}, {str(tmp_path / "x.parquet")!r}, {str(tmp_path
 
 
 def test_a_footer_that_is_too_large_for_its_table(tmp_path):
-    write_with(tmp_path / "x.parquet", b"", b"\0" * (parquet_guard.MAX_FOOTER_BYTES + 10_000))
+    write_with(tmp_path / "x.parquet", b"", b"\0" * (parquet_guard.SOURCE_FOOTER_BYTES + 100_000))
     with pytest.raises(SourceError, match=r"cannot be read as Parquet \(a footer of \d+ bytes in \d+\)"):
         open_source(tmp_path)
 
