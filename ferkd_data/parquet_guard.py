@@ -112,8 +112,7 @@ TAIL_BYTES = 8
 MAX_FOOTER_BYTES, MAX_PAGE_HEADER_BYTES = 2**20, 2**16
 """A block file of a build has a footer of 5 kB, and page headers below 3 kB."""
 SOURCE_FOOTER_BYTES, BYTES_PER_FOOTER_BYTE = 2**23, 256
-"""A table of images may have a footer of so many bytes, and one more for so many of its own: 20,000 names of classes take
-2 MB there, and many row groups as much."""
+"""Of a table of images: so many bytes, and one more for so many of the file. 20,000 class names take 2 MB."""
 FREE_PARTS, BYTES_PER_PART = 1000, 1024
 """A file may have so many pages and column chunks, and one more for so many of its bytes. Our pages have up to 1 MB."""
 MAX_SCHEMA_DEPTH, MAX_SCHEMA_FIELDS = 16, 1000

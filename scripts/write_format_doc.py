@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
+from ferkd_data import parquet_guard
 from ferkd_data.augment import OPERATIONS
 from ferkd_data.format import crop_arrays, manifest, parquet
 from ferkd_data.images import REASONS
 from ferkd_data.images.refs import MAX_KEY_BYTES
 from ferkd_data.labels import statistics
-from ferkd_data.shards import pages
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
 
@@ -129,8 +129,8 @@ def limits_table() -> str:
         "any count": statistics.MAX_COUNT,
         "pixels of an image's side": 65535,
         "bytes of a sample's label members": crop_arrays.MAX_ARRAYS_BYTES,
-        "bytes of a Parquet footer": pages.MAX_FOOTER_BYTES,
-        "bytes of a Parquet page header": pages.MAX_PAGE_HEADER_BYTES,
+        "bytes of a Parquet footer": parquet_guard.MAX_FOOTER_BYTES,
+        "bytes of a Parquet page header": parquet_guard.MAX_PAGE_HEADER_BYTES,
         f"bytes of a block in memory (or {parquet.MAX_EXPANSION} times its file)": parquet.MAX_DECODED_BYTES,
     }
     return "\n".join(
