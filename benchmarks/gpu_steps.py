@@ -260,7 +260,7 @@ def loader(step: Step) -> None:
 
 
 def jpegs(step: Step) -> None:
-    """TorchCodec's JPEG decoder beside torchvision's operators, which are to be removed."""
+    """TorchCodec's JPEG decoder beside torchvision's operators, which are to be removed; on CUDA it has never run."""
     from ferkd_data.images import DEFAULT_MAX_PIXELS
     from ferkd_data.loader.device_decode import decode_jpegs
 

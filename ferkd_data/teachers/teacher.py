@@ -60,7 +60,7 @@ def faithful_kernels(precision: str) -> Iterator[None]:
 
 def check_precision(teacher: str, device: torch.device, precision: str) -> None:
     """Raises TeacherError for a precision that the device has not got."""
-    if device.type != "cuda" or precision != "bf16" or torch.version.hip:
+    if device.type != "cuda" or precision != "bf16":
         return
     if torch.cuda.get_device_capability(device) < BF16_SINCE:
         name = torch.cuda.get_device_name(device)

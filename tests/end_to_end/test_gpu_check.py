@@ -29,7 +29,7 @@ def check(monkeypatch):
 
 
 def test_every_step_runs(check, tmp_path):
-    """But for the tests, which run by themselves."""
+    """But for the tests, which run by themselves. JPEGs need TorchCodec, which a PyTorch of another version refuses."""
     from gpu_steps import STEPS
 
     steps = [name for name in STEPS if name != "tests"]

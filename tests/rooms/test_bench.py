@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ferkd_data as fd
-from ferkd_data.bench import TeacherTimings, Timing, advice
+from ferkd_data.bench import ASKED_AT_ONCE, TeacherTimings, Timing, _measure, advice
 from ferkd_data.builder.labelling.forwards import Forwards
 from ferkd_data.errors import TeacherError, UsageError
 from ferkd_data.teachers import load_teacher
@@ -223,3 +223,26 @@ def test_a_compiled_teacher_that_runs_out_of_memory_is_compiled_for_half(tiny_te
     batch = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     torch.testing.assert_close(Forwards().logits(compiled, batch), teacher.logits(batch))
     assert compilations == [8, 4]
+
+
+class OnAGpu:
+    """A batch that only says where it lies."""
+
+    device = torch.device("cuda")
+
+    def __len__(self):
+        return 3
+
+
+def test_a_gpu_is_asked_for_several_batches_before_it_is_waited_for():
+    asked = []
+
+    class Teacher:
+        def logits(self, batch):
+            asked.append(len(asked))
+            return torch.zeros(len(batch), 10)
+
+    assert _measure(Teacher(), OnAGpu(), 1e-9) > 0
+    assert len(asked) == ASKED_AT_ONCE
+    assert _measure(Teacher(), torch.zeros(3, 3, 8, 8), 1e-9) > 0
+    assert len(asked) == ASKED_AT_ONCE + 1
