@@ -72,7 +72,7 @@ def teacher_reliability(labels: LabelSet) -> list[Reliability]:
 
 
 def findings(labels: LabelSet, found: Collected) -> list[Finding]:
-    """What is worth knowing first: warnings, then notes, then what is fine."""
+    """What is worth knowing first: warnings, then what is fine, such as the teachers' accuracy, then notes."""
     if not found.sketch.crops:
         return [Finding(level="note", text="No image has been labelled yet.", section="glance")]
     said = [
@@ -85,7 +85,7 @@ def findings(labels: LabelSet, found: Collected) -> list[Finding]:
         *_quality(labels, found),
         *_top_k(labels, found),
     ]
-    order = ("warning", "note", "good")
+    order = ("warning", "good", "note")
     return sorted(said, key=lambda finding: order.index(finding.level))
 
 

@@ -67,6 +67,7 @@ def page(
         "bars": histogram_bars(found.sketch),
         "highest": highest_bars(found.sketch),
         "suggestion": suggestion,
+        "subject": subject(labels, found.sketch),
         "choices": threshold_table(labels, found.sketch, suggestion),
         "sliders": slider_data(labels, found.sketch, found.strata, pictures, suggestion),
         "places": figures.place_charts(found.sketch),
@@ -111,6 +112,20 @@ def suspect_groups(labels: LabelSet, found: Collected, pictures: Pictures) -> li
 def place_name(labels: LabelSet) -> str:
     """The label set's folder or URL; of a local folder the name alone, since a report is passed on."""
     return Path(labels.location).resolve().name if labels.is_local else labels.location
+
+
+NAMED_CLASSES = 5
+
+
+def subject(labels: LabelSet, sketch: Sketch) -> str:
+    """Say which images the label set is about: how many, and of which classes."""
+    images = f"{sketch.images:,} image{'' if sketch.images == 1 else 's'}"
+    classes = np.flatnonzero(sketch.class_images)
+    if not len(classes):
+        return f"{images} without a ground truth"
+    named = ", ".join(class_name(labels, int(number)) for number in classes[:NAMED_CLASSES])
+    more = ", …" if len(classes) > NAMED_CLASSES else ""
+    return f"{images} of {len(classes):,} class{'' if len(classes) == 1 else 'es'} ({named}{more})"
 
 
 def facts(labels: LabelSet, found: Collected, hours: float | None) -> list[tuple[str, str]]:

@@ -56,22 +56,26 @@ class Suggestion:
 
     @property
     def summary(self) -> str:
-        """One sentence that claims no more than was measured."""
+        """The thresholds and what decided them; claims no more than was measured."""
         low, mid, top = (clause.value for clause in self.clauses)
-        values = f"{low:g}, {mid:g} and {top:g} on p_max"
-        if self.measured == 3:
-            return f"Thresholds that fit these teachers, by how often they are right: {values}."
-        if self.measured:
-            return (
-                f"Suggested thresholds: {values}. {self.measured} of the 3 by how often the teachers are right, the "
-                "others by a cap on the share of crops."
-            )
-        why = (
-            "by shares of the crops alone"
-            if self.clauses[0].decided_by == "share"
-            else "all by caps on the share of crops"
+        values = f"Suggested thresholds: {low:g}, {mid:g} and {top:g} on p_max."
+        start = "a place to start, not a measurement of these teachers"
+        if self.clauses[0].decided_by == "share":
+            return f"{values} They are fixed shares of the crops: {start}."
+        if not self.measured:
+            return f"{values} Limits on the size of the buckets decided all three: {start}."
+        by_accuracy = " and the ".join(
+            place
+            for place, clause in zip(("first", "second", "third"), self.clauses, strict=True)
+            if clause.decided_by == "accuracy"
         )
-        return f"Suggested thresholds: {values}, {why}: a place to start, not a measurement of these teachers."
+        if self.measured == 3:
+            return f"{values} How often the teachers are right decided all three."
+        others = "the other" if self.measured == 2 else "the others"
+        return (
+            f"{values} How often the teachers are right decided the {by_accuracy}; a limit on the size of the bucket "
+            f"decided {others}."
+        )
 
 
 def suggest(sketch: Sketch) -> Suggestion:
@@ -90,34 +94,34 @@ def suggest(sketch: Sketch) -> Suggestion:
     above = (sketch.crops - below) / max(sketch.crops, 1)
     top, top_by, top_cap = _upper(edges, accurate, above)
     if top < mid:
-        top, top_by, top_cap = mid, "cap", "not below the second threshold"
+        top, top_by, top_cap = mid, "cap", "it cannot lie below the second threshold"
     return Suggestion(
         thresholds=Thresholds(low=low, mid=mid, top=top),
         clauses=(
-            _clause(
-                low, low_by, "accuracy test: right on more than a third of the crops just beyond it", MOST_DISCARDED,
-                f"extreme hard below it: teachers right on at most a third of the crops just below it, at most "
-                f"{percent(MOST_DISCARDED, 0)} of all crops",
-            ),
-            _clause(
-                mid, mid_by, "accuracy test: right on more than half of the crops just beyond it", MOST_SOFTENED,
-                f"moderate hard below it: teachers right on at most half of the crops just below it, at most "
-                f"{percent(MOST_SOFTENED, 0)} of all crops",
-            ),
+            _clause(low, low_by, MOST_DISCARDED, "extreme hard", "crops below it", "a third"),
+            _clause(mid, mid_by, MOST_SOFTENED, "moderate hard", "crops between the first one and it", "half"),
             Clause(
                 value=top,
-                rule=f"easy from it: teachers right on {percent(EASY_FROM, 0)} of the crops above it, at most "
-                f"{percent(MOST_EASY, 0)} of all crops; else the surest {percent(SUREST, 0)}",
+                rule=f"crops from it on are easy. The teachers are right on at least {percent(EASY_FROM, 0)} of them, "
+                f"and at most {percent(MOST_EASY, 0)} of all crops are easy; where no value does both, the surest "
+                f"{percent(SUREST, 0)} are",
                 decided_by=top_by,
-                decided=top_cap or f"accuracy test: right on {percent(EASY_FROM, 0)} of the crops above it",
+                decided=top_cap or "accuracy: from a lower one on, the teachers would be right less often",
             ),
         ),
-    )  # fmt: skip
+    )
 
 
-def _clause(value: float, by: Decider, accuracy: str, cap: float, rule: str) -> Clause:
-    decided = accuracy if by == "accuracy" else f"cap of {percent(cap, 0)}; the accuracy test would allow more"
-    return Clause(value=value, rule=rule, decided_by=by, decided=decided)
+def _clause(value: float, by: Decider, cap: float, bucket: str, crops: str, right: str) -> Clause:
+    """Describe a threshold that ends a bucket; `right` is the share of its accuracy test in words."""
+    limit = f"the limit of {percent(cap, 0)}; by accuracy alone, the threshold could be higher"
+    return Clause(
+        value=value,
+        rule=f"{crops} are {bucket}. Just below it, the teachers are right on at most {right} of the crops, and "
+        f"at most {percent(cap, 0)} of all crops are {bucket}",
+        decided_by=by,
+        decided="accuracy: beyond it, the teachers are right more often" if by == "accuracy" else limit,
+    )
 
 
 def _lower(
@@ -137,9 +141,10 @@ def _upper(
     allowed = sure[above[sure] <= MOST_EASY]
     if len(allowed):
         by_cap = allowed[0] != sure[0]
-        said = f"cap of {percent(MOST_EASY, 0)}; the accuracy test would allow more" if by_cap else ""
+        limit = f"the limit of {percent(MOST_EASY, 0)}; by accuracy alone, the threshold could be lower"
+        said = limit if by_cap else ""
         return float(edges[allowed[0]]), "cap" if by_cap else "accuracy", said
-    why = f"surest {percent(SUREST, 0)} of the crops; no value passes the accuracy test and its cap"
+    why = f"the surest {percent(SUREST, 0)} of the crops, since no value does both"
     fits = np.flatnonzero(above <= SUREST)
     return float(edges[fits[0]]) if len(fits) else 1.0, "cap", why
 

@@ -283,13 +283,13 @@ def test_a_suggestion_names_the_clause_that_decided_each_threshold():
     never = suggest(sketch_of(p_max, np.zeros(len(p_max), bool)))
     assert [clause.decided_by for clause in never.clauses] == ["cap"] * 3 and never.measured == 0
     assert [clause.value for clause in never.clauses] == pytest.approx([0.1, 0.3, 0.9], abs=0.011)
-    assert "that fit these teachers" not in never.summary and "not a measurement" in never.summary
+    assert "how often" not in never.summary and "not a measurement" in never.summary
     # Few crops are unsure, so that no cap is reached: wrong below 0.2, right half of the time below 0.5, then always.
     p_max = np.concatenate([np.linspace(0.01, 0.2, 50), np.linspace(0.2, 0.5, 51)[1:], np.linspace(0.5, 0.97, 900)])
     right = (p_max > 0.5) | ((p_max > 0.2) & (np.arange(len(p_max)) % 20 < 9))
     unsure = suggest(sketch_of(p_max, right))
     assert [clause.decided_by for clause in unsure.clauses] == ["accuracy", "accuracy", "cap"]
-    assert "2 of the 3 by how often the teachers are right" in unsure.summary
+    assert "How often the teachers are right decided the first and the second; a limit" in unsure.summary
     always = suggest(sketch_of(p_max, p_max > 0.8))
     assert always.clauses[2].decided_by == "cap" and always.thresholds.top > 0.8
 
