@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from ferkd_data.labels.buckets import (
     confidence_counts,
 )
 from ferkd_data.labels.rows import ImageLabels, ShardLabels, concat_crops
+from ferkd_data.labels.statistics import Statistics
 from ferkd_data.storage import write_atomically
 
 
@@ -50,12 +52,43 @@ def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts,
     _check_any_labelled(folder, plan)
     thresholds = _final_thresholds(folder, plan, settings, facts.num_classes)
     records = [_with_thresholds(folder, shard, settings, thresholds, facts.num_classes) for shard in plan.shards]
-    rejects = write_rejects(folder, plan, REJECTS_NAME)
-    asked = settings.thresholds
-    manifest = Manifest(
+    manifest = manifest_of(
+        settings,
+        facts,
+        plan,
+        Contents(
+            shards=tuple(ShardEntry(index=r.index, rows=r.rows, files=r.files) for r in records),
+            rejects=write_rejects(folder, plan, REJECTS_NAME),
+            images_seen=plan.summary.images + plan.summary.rejects,
+            statistics=statistics.add(record.statistics for record in records),
+            thresholds=thresholds,
+        ),
+        version,
+    )
+    write_manifest(folder.out, manifest)
+    return manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a build has labelled, as its manifest counts it."""
+
+    shards: tuple[ShardEntry, ...]
+    rejects: RejectsEntry
+    images_seen: int
+    """Images of the source that were labelled or rejected."""
+    statistics: Statistics
+    thresholds: Thresholds
+    """Those of the stored buckets: numbers also where quantiles were asked for."""
+
+
+def manifest_of(settings: BuildSettings, facts: Facts, plan: Plan, contents: Contents, version: str) -> Manifest:
+    """The manifest of a build with these contents; `version` is that of ferkd-data. Nothing is read or written."""
+    asked, thresholds = settings.thresholds, contents.thresholds
+    return Manifest(
         created_by=CreatedBy(name="ferkd-data", version=version),
         layout=settings.layout,
-        num_images=sum(record.rows for record in records),
+        num_images=sum(shard.rows for shard in contents.shards),
         num_crops=settings.crops,
         crops_per_block=settings.crops_per_block,
         top_k=settings.top_k,
@@ -82,18 +115,16 @@ def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts,
         images_per_shard=settings.shard_images,
         source=SourceEntry(
             description=facts.source,
-            images_seen=plan.summary.images + plan.summary.rejects,
+            images_seen=contents.images_seen,
             plan_sha256=plan.summary.sha256,
             place_sha256=facts.place_sha256,
             class_folders=facts.class_folders,
             left_out=facts.left_out,
         ),
-        shards=tuple(ShardEntry(index=r.index, rows=r.rows, files=r.files) for r in records),
-        rejects=rejects,
-        statistics=statistics.add(record.statistics for record in records),
+        shards=contents.shards,
+        rejects=contents.rejects,
+        statistics=contents.statistics,
     )
-    write_manifest(folder.out, manifest)
-    return manifest
 
 
 def _check_any_labelled(folder: BuildFolder, plan: Plan) -> None:

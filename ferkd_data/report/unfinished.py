@@ -7,18 +7,13 @@ from pathlib import Path
 
 import ferkd_data
 from ferkd_data.builder.plan import open_plan
+from ferkd_data.builder.seal import Contents, manifest_of
 from ferkd_data.builder.state import FOLDER, BuildFolder, ShardRecord
 from ferkd_data.errors import BuildError
 from ferkd_data.format.manifest import (
     FILE_NAME,
-    RECORDED_OPERATIONS,
-    CreatedBy,
-    CropDistributionEntry,
-    Manifest,
     RejectsEntry,
     ShardEntry,
-    SourceEntry,
-    ThresholdsEntry,
 )
 from ferkd_data.format.rejects import REJECTS_NAME
 from ferkd_data.images import Reject
@@ -103,38 +98,19 @@ class Unfinished:
 
     def labels(self) -> LabelSet:
         """The shards so far as a label set, with the manifest that the build would write if it ended now."""
-        settings, facts = self._settings, self._facts
-        asked = settings.thresholds
+        settings, asked = self._settings, self._settings.thresholds
         # Quantiles are resolved at the end of a build; until then shards have provisional buckets.
         low, mid, top = self._thresholds or (
             (asked.low, asked.mid, asked.top) if isinstance(asked, Thresholds) else (0.0, 0.0, 1.0)
         )
-        images = sum(entry.rows for entry in self._entries)
-        manifest = Manifest(
-            created_by=CreatedBy(name="ferkd-data", version=ferkd_data.__version__),
-            layout=settings.layout,
-            num_images=images,
-            num_crops=settings.crops,
-            crops_per_block=settings.crops_per_block,
-            top_k=settings.top_k,
-            num_classes=facts.num_classes,
-            class_names=facts.class_names,
-            seed=settings.seed,
-            crop_distribution=CropDistributionEntry(
-                scale=settings.distribution.scale, ratio=settings.distribution.ratio, hflip=settings.distribution.hflip
-            ),
-            augmentations=tuple(settings.augment) or None,
-            requires=(RECORDED_OPERATIONS,) if settings.augment else None,
-            teachers=facts.teachers,
-            ensemble=settings.ensemble,
-            thresholds=ThresholdsEntry(low=low, mid=mid, top=top, confidence=asked.confidence),
-            source=SourceEntry(
-                description=facts.source, images_seen=images + self._rejects, plan_sha256=self._plan.summary.sha256
-            ),
+        contents = Contents(
             shards=tuple(self._entries),
             rejects=RejectsEntry(path=REJECTS_NAME, rows=self._rejects, bytes=0, sha256=NO_DIGEST),
+            images_seen=sum(entry.rows for entry in self._entries) + self._rejects,
             statistics=self._statistics,
+            thresholds=Thresholds(low=low, mid=mid, top=top, confidence=asked.confidence),
         )
+        manifest = manifest_of(settings, self._facts, self._plan, contents, ferkd_data.__version__)
         return LabelSet(
             StoredReader(
                 files=LocalFiles(self._folder.out),
