@@ -69,6 +69,8 @@ def _variants() -> dict[str, Method]:
         "ferkd/thin-easy": replace(FERKD, easy_positive="thin(0.5)"),
         "ferkd/epsilon-0": replace(FERKD, epsilon=0.0),
         "ferkd/epsilon-0.2": replace(FERKD, epsilon=0.2),
+        "ferkd/mid-0.5": replace(FERKD, thresholds=fd.Thresholds(mid=0.5)),
+        "ferkd/mid-0.7": replace(FERKD, thresholds=fd.Thresholds(mid=0.7)),
         "ferkd/on-target": replace(FERKD, thresholds=fd.Thresholds(confidence="target")),
         "fkd/temperature-0.5": replace(FKD, temperature=0.5),
         "fkd/temperature-2": replace(FKD, temperature=2.0),

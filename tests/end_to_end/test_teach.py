@@ -101,7 +101,12 @@ def test_a_comparison_goes_on_where_it_was_cut_off(label_set, photos, tmp_path):
 def test_buckets_count_what_the_label_set_stores(label_set, teach, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["buckets.py", str(label_set)])
     teach("buckets").main()
-    rows = [row.strip("|").split("|") for row in capsys.readouterr().out.splitlines() if row.startswith("| all")]
+    printed = capsys.readouterr().out.splitlines()
+    rows = [row.strip("|").split("|") for row in printed if row.startswith("| all |")]
     assert [row[1].strip() for row in rows] == ["200", "200"]
     statistics = fd.open_labels(label_set).statistics
     assert float(rows[0][3]) == pytest.approx(100 * statistics.top1_matches_target / 200, abs=0.06)
+    ways = {row.split("|")[1].strip(): [float(cell) for cell in row.split("|")[2:5]] for row in printed[-12:]}
+    assert ways["hard"] == [100, 100, 100]
+    assert ways["fkd"][:2] == pytest.approx([100, float(rows[0][3])], abs=0.06)
+    assert ways["ferkd"][0] == pytest.approx(100 * (1 - statistics.bucket_counts[0] / 200), abs=0.06)
