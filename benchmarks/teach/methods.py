@@ -36,6 +36,8 @@ class Method:
     selfmix: fd.SelfMix | None = None
     mix: fd.CutMix | fd.Mixup | None = None
     """Mixes different images of a batch."""
+    online: bool = False
+    """Whether the teacher runs in every step; there are no labels then."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Fields of `Setup` that differ from the comparison's."""
 
@@ -90,6 +92,7 @@ def _setups() -> dict[str, Method]:
     ten = {"photos_classes_only": True}
     return {
         **same,
+        "online": Method(named="vanilla KD: the teacher in every step, fresh crops", calibration=FKD, online=True),
         "fkd/ten-classes": Method(named="FKD, mass on the ten classes", calibration=FKD, changes=ten),
         "ferkd/ten-classes": Method(named="FerKD, mass on the ten classes", calibration=FERKD, changes=ten),
         "all-blend/ten-classes": Method(named="blend, mass on the ten classes", calibration=ALL_BLEND, changes=ten),

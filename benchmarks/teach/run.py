@@ -32,6 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train", required=True, help="the photos that it was built from")
     parser.add_argument("--val", required=True, help="class folders named like those of the label set")
     parser.add_argument("--val-labels", default="", help="a label set of VAL, one crop: the whole photo (README.md)")
+    parser.add_argument("--teacher", default="", help="an ONNX teacher, for the method online")
     parser.add_argument("--classes", required=True, help="the class file that the build was given")
     parser.add_argument("--runs", default="runs.jsonl", help="where the runs are kept  [default: runs.jsonl]")
     parser.add_argument("--methods", default=",".join(MAIN), help="names out of methods.py  [default: the main ones]")
@@ -79,6 +80,7 @@ def main() -> None:
         train=arguments.train,
         val=arguments.val,
         val_labels=arguments.val_labels,
+        teacher=arguments.teacher,
         steps=400 if arguments.quick else arguments.steps,
         batch_size=arguments.batch_size,
         crops_per_image=arguments.crops_per_image,

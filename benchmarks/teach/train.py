@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import online
 import torch
-from methods import METHODS
+from methods import METHODS, Method
 from students import small_resnet
 from torch import Tensor, nn
 
@@ -30,6 +33,8 @@ class Setup:
     """A label set of one crop, the whole photo, for photos of `val`. The agreement is measured with it."""
     crops: int | None = None
     """Use only the first crops of each photo; None: all."""
+    teacher: str = ""
+    """An ONNX file: the teacher of the method that asks it in every step."""
     photos_classes_only: bool = False
     """Restrict soft labels to the classes that photos have, and rescale them to 1."""
     steps: int = 1500
@@ -137,12 +142,15 @@ class Clock:
         self.cpu += time.process_time()
 
 
-def run(setup: Setup, method: str, seed: int, photos: Photos) -> dict[str, Any]:
-    """Train one student. The seed decides its weights, the order of the images, the crops drawn and the mixing."""
-    torch.set_num_threads(setup.threads)
-    how = METHODS[method]
-    setup = replace(setup, **how.changes)
-    labels = open_setup(setup)
+def batches(
+    setup: Setup, how: Method, labels: fd.LabelSet, seed: int
+) -> Iterator[tuple[Tensor, fd.SoftTargets | Tensor]]:
+    """Yield batches for ever, mixed as the method says."""
+    if how.online:
+        teacher = online.Teacher(setup.teacher, setup.threads)
+        size = {"batch_size": setup.batch_size, "size": setup.size, "steps": setup.steps}
+        yield from online.batches(setup.train, teacher, **size, seed=seed)
+        return
     loader = fd.CropLoader(
         labels,
         images=setup.train,
@@ -151,36 +159,42 @@ def run(setup: Setup, method: str, seed: int, photos: Photos) -> dict[str, Any]:
         size=setup.size,
         calibration=how.calibration,
         selfmix=how.selfmix,
-        # SelfMix needs an image's crops side by side, so it cannot have what the others have.
-        spread=setup.spread and how.selfmix is None,
+        # SelfMix needs an image's crops side by side, and one crop of an image has nothing to be spread.
+        spread=setup.spread and how.selfmix is None and setup.crops_per_image > 1,
         seed=seed,
     )
+    rng = fd.generator("teach", seed)
+    while True:
+        for images, targets in loader:
+            yield how.mixed(images.to(setup.device), targets.to(setup.device), rng)
+
+
+def run(setup: Setup, method: str, seed: int, photos: Photos) -> dict[str, Any]:
+    """Train one student. The seed decides its weights, the order of the images, the crops drawn and the mixing."""
+    torch.set_num_threads(setup.threads)
+    how = METHODS[method]
+    setup = replace(setup, **how.changes)
+    labels = open_setup(setup)
     student = small_resnet(labels.num_classes, seed).to(setup.device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=setup.lr, weight_decay=setup.weight_decay)
-    rng = fd.generator("teach", seed)
     curve: list[dict[str, float]] = []
     marks = {round(setup.steps * (i + 1) / setup.evaluations) for i in range(setup.evaluations)}
-    clock, step = Clock(), 0
+    clock = Clock()
     clock.go()
-    while step < setup.steps:
-        for images, targets in loader:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(setup, step)
-            images, targets = how.mixed(images.to(setup.device), targets.to(setup.device), rng)
-            with torch.autocast(setup.device, dtype=torch.bfloat16, enabled=setup.bf16):
-                logits = student(fd.normalize(images))
-            loss = fd.soft_cross_entropy(logits, targets)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            step += 1
-            if step in marks:
-                clock.stop()
-                point = {"step": step, "cpu_seconds": round(clock.cpu, 1), "loss": loss.item()}
-                curve.append({**point, **evaluate(student, photos, setup.device)})
-                clock.go()
-            if step == setup.steps:
-                break
+    for step, (images, targets) in enumerate(itertools.islice(batches(setup, how, labels, seed), setup.steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(setup, step)
+        with torch.autocast(setup.device, dtype=torch.bfloat16, enabled=setup.bf16):
+            logits = student(fd.normalize(images))
+        loss = fd.soft_cross_entropy(logits, targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step + 1 in marks:
+            clock.stop()
+            point = {"step": step + 1, "cpu_seconds": round(clock.cpu, 1), "loss": loss.item()}
+            curve.append({**point, **evaluate(student, photos, setup.device)})
+            clock.go()
     clock.stop()
     return {
         "method": method,
