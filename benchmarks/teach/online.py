@@ -1,7 +1,7 @@
 """Vanilla knowledge distillation, to compare with: the teacher runs in every step, on fresh crops.
 
-The crops are drawn as a label set's are, from another seed, and none comes twice. An image comes once in every pass, so a
-batch has as many images as crops, as with `spread=True`.
+The crops are drawn as a label set's are, from another seed, and none comes twice. An image comes once in every pass, so
+a batch has as many images as crops, as with `spread=True`.
 """
 
 from __future__ import annotations
