@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=Setup.steps)
     parser.add_argument("--batch-size", type=int, default=Setup.batch_size)
+    parser.add_argument("--evaluations", type=int, default=Setup.evaluations, help="points of a run's curve")
     parser.add_argument("--crops-per-image", type=int, default=Setup.crops_per_image)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each on a CPU")
@@ -83,12 +84,11 @@ def main() -> None:
         teacher=arguments.teacher,
         steps=400 if arguments.quick else arguments.steps,
         batch_size=arguments.batch_size,
+        evaluations=4 if arguments.quick else arguments.evaluations,
         crops_per_image=arguments.crops_per_image,
         device=arguments.device,
         bf16=not arguments.fp32,
     )
-    if arguments.quick:
-        setup = replace(setup, evaluations=4)
     methods = QUICK if arguments.quick else arguments.methods.split(",")
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
