@@ -43,7 +43,7 @@ IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
 @click.option("--to", "target", type=click.Choice(["fkd"]), help="Write FKD's files, for its own training script.")
 @click.option(
     "--calibration",
-    type=click.Choice(["fkd", "ferkd"]),
+    type=click.Choice(["fkd", "ferkd", "blend"]),
     help="With --to fkd: write calibrated targets, as FerKD trains on.  [default: the labels as they are]",
 )
 @click.option(

@@ -93,6 +93,14 @@ class Calibration:
         """FerKD: extreme hard crops are discarded, moderate hard ones get the softened ground truth."""
         return cls()
 
+    @classmethod
+    def blend(cls) -> Calibration:
+        """Halve every soft label with the softened ground truth and discard no crop: for teachers that are often wrong.
+
+        The ground truth is then the largest class of a target unless the soft label puts more than 0.9 on another one.
+        """
+        return cls(extreme_hard="blend", moderate_hard="blend", hard_positive="blend", easy_positive="blend")
+
     @property
     def actions(self) -> tuple[Action, ...]:
         """By bucket code."""
@@ -118,9 +126,11 @@ def calibration_at(schedule: Schedule, epoch: int) -> Calibration:
         if not isinstance(given, Calibration):
             raise UsageError(f"calibration must return a Calibration for every epoch; for {epoch} it gave {given!r}")
         return given
-    presets = {"fkd": Calibration.fkd, "ferkd": Calibration.ferkd}
+    presets = {"fkd": Calibration.fkd, "ferkd": Calibration.ferkd, "blend": Calibration.blend}
     if schedule not in presets:
-        raise UsageError(f"calibration must be a Calibration, a function of the epoch, fkd or ferkd; got {schedule!r}")
+        raise UsageError(
+            f"calibration must be a Calibration, a function of the epoch, fkd, ferkd or blend; got {schedule!r}"
+        )
     return presets[schedule]()
 
 

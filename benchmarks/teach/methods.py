@@ -22,7 +22,7 @@ TRUTH = fd.Calibration(
 """Every crop gets its ground truth."""
 FKD = fd.Calibration.fkd()
 FERKD = fd.Calibration.ferkd()
-ALL_BLEND = fd.Calibration(extreme_hard="blend", moderate_hard="blend", hard_positive="blend", easy_positive="blend")
+ALL_BLEND = fd.Calibration.blend()
 """Every soft label halved with the softened ground truth, and no crop discarded."""
 
 
