@@ -1,12 +1,6 @@
-"""What `verify` found.
-
-What every row of a label set must obey, as array operations over a whole shard.
+"""The faults of a label set, file by file and row by row: the pieces of `verify`.
 
 Legend: R images, N crops per image, k kept classes.
-
-What one file of a label set can show, and the blocks of one shard beside each other.
-
-Legend: R images of a shard, N crops per image, k kept classes.
 """
 
 from __future__ import annotations
@@ -25,9 +19,9 @@ from ferkd_data.images import check_key
 from ferkd_data.images.refs import MAX_KEY_BYTES
 from ferkd_data.label_set import LabelSet
 from ferkd_data.label_set.reader import read_plain_tar
-from ferkd_data.labels.buckets import BUCKETS, NUM_FLOAT16, Thresholds, assign_buckets, confidence
-from ferkd_data.labels.checks import MAX_TOTAL, suspects
-from ferkd_data.labels.rows import CROP_FIELDS, UNKNOWN_TARGET, ShardLabels
+from ferkd_data.labels.buckets import NUM_FLOAT16, Thresholds
+from ferkd_data.labels.checks import Rule, agreement_rules, broken_rows, crop_rules, image_rules, refusing_rules
+from ferkd_data.labels.rows import CROP_FIELDS, ShardLabels
 from ferkd_data.labels.statistics import Statistics, shard_statistics
 from ferkd_data.storage import HashedFile
 
@@ -71,9 +65,6 @@ class VerifyReport:
         return {"ok": self.ok, **asdict(self)}
 
 
-Mask = npt.NDArray[np.bool_]
-
-
 @dataclass(frozen=True, kw_only=True)
 class RowFault:
     row: int
@@ -84,24 +75,23 @@ class RowFault:
 
 
 PLAIN_KEYS = re.compile(r"(?:[\w-]+(?:/[\w-]+)*\n)*")
-"""Keys, one a line, that nobody could object to, but for their length and the names that WebDataset keeps."""
+"""Keys, one a line, that keep every rule, but for their length and the names that WebDataset reserves."""
 
 
 def row_faults(
     labels: ShardLabels, *, num_classes: int, thresholds: Thresholds, pixel_limit: int, limit: int
 ) -> Iterator[RowFault]:
-    """Every rule that a row breaks, once for each row and rule; at most `limit` rows for each rule."""
+    """Yield every rule that a row breaks, once for each row and rule; at most `limit` rows for each rule."""
     yield from _key_faults(labels.keys)
-    for column, bad, explain in _image_rules(labels, num_classes, pixel_limit):
-        yield from _broken(column, bad, explain, labels, limit)
-    rows = np.flatnonzero(suspects(labels, num_classes=num_classes, thresholds=thresholds))
+    for rule in image_rules(labels, num_classes, pixel_limit):
+        yield from _broken(rule, labels, limit)
+    kinds = refusing_rules(num_classes), agreement_rules(num_classes, thresholds)
+    rows = broken_rows(labels, *kinds)
     if len(rows) == 0:
         return
     some = labels.take(rows)
-    rules = [*_box_rules(some), *_class_rules(some, num_classes)]
-    rules += [*_target_prob_rules(some), *_bucket_rules(some, thresholds)]
-    for column, bad, explain in rules:
-        for fault in _broken(column, bad, explain, some, limit):
+    for rule in crop_rules(some, *kinds):
+        for fault in _broken(rule, some, limit):
             yield replace(fault, row=int(rows[fault.row]))
 
 
@@ -118,84 +108,16 @@ def _key_faults(keys: Sequence[str]) -> Iterator[RowFault]:
             yield RowFault(row=row, crop=None, field="key", message=error.detail)
 
 
-Explain = str
-"""A message; `{value}` in it stands for the field's value at the fault."""
-Rule = tuple[str, Any, Explain]
-"""A field, where it is wrong as a mask (R,) or (R, N), and what to say."""
-
-
-def _image_rules(labels: ShardLabels, num_classes: int, pixel_limit: int) -> Iterator[Rule]:
-    yield "height", labels.height == 0, "{value}, must be at least 1"
-    yield "width", labels.width == 0, "{value}, must be at least 1"
-    too_large = labels.height.astype(np.int64) * labels.width > pixel_limit
-    yield "height", too_large, f"{{value}}: with its width more than the {pixel_limit} pixels that max_pixels allows"
-    unknown = labels.target == UNKNOWN_TARGET
-    outside = ~unknown & ((labels.target < 0) | (labels.target >= num_classes))
-    yield "target", outside, f"{{value}}, must be a class in 0..{num_classes - 1}"
-
-
-def _box_rules(labels: ShardLabels) -> Iterator[Rule]:
-    top, left, height, width = np.moveaxis(labels.boxes.astype(np.int32), 2, 0)
-    yield "boxes", (height == 0) | (width == 0), "{value} (top, left, height, width) is empty"
-    below = top + height > labels.height[:, None]
-    right = left + width > labels.width[:, None]
-    yield "boxes", below | right, "{value} (top, left, height, width) is not inside the image"
-
-
-def _class_rules(labels: ShardLabels, num_classes: int) -> Iterator[Rule]:
-    index = labels.class_index
-    prob = labels.class_prob.astype(np.float32)
-    yield "class_index", (index >= num_classes).any(axis=2), f"{{value}}, classes are 0..{num_classes - 1}"
-    ranked = np.sort(index, axis=2)
-    yield "class_index", (ranked[:, :, 1:] == ranked[:, :, :-1]).any(axis=2), "{value} names a class twice"
-    finite = np.isfinite(prob.sum(axis=2))
-    yield "class_prob", ~finite, "{value} is not finite"
-    prob = np.where(finite[:, :, None], prob, 0)
-    yield "class_prob", ((prob < 0) | (prob > 1)).any(axis=2), "{value} is not in 0..1"
-    yield "class_prob", finite & (prob[:, :, 0] <= 0), "{value}: no class has a probability"
-    rising: Mask = prob[:, :, 1:] > prob[:, :, :-1]
-    yield "class_prob", rising.any(axis=2), "{value} is not descending"
-    tied: Mask = (prob[:, :, 1:] == prob[:, :, :-1]) & (index[:, :, 1:] < index[:, :, :-1])
-    yield "class_index", tied.any(axis=2), "{value}: equal probabilities are not in the order of their classes"
-    yield "class_prob", prob.sum(axis=2) > MAX_TOTAL, "{value} sums to more than 1"
-
-
-def _target_prob_rules(labels: ShardLabels) -> Iterator[Rule]:
-    prob = labels.target_prob.astype(np.float32)
-    known = (labels.target != UNKNOWN_TARGET)[:, None]
-    absent = np.isnan(prob)
-    yield "target_prob", ~known & ~absent, "{value}, though the ground truth is unknown"
-    yield "target_prob", (prob < 0) | (prob > 1), "{value} is not in 0..1"
-    is_target = labels.class_index == labels.target[:, None, None]
-    kept = is_target.any(axis=2)
-    said = np.where(is_target, labels.class_prob, 0).sum(axis=2, dtype=np.float32)
-    # Labels imported from elsewhere do not know it where the ground truth was cut off.
-    yield "target_prob", known & kept & absent, "is null, though the ground truth is among the classes kept"
-    yield (
-        "target_prob",
-        known & kept & ~absent & (prob != said),
-        "{value} is not the probability of this class in class_prob",
-    )
-    above = prob > labels.class_prob[:, :, -1].astype(np.float32)
-    yield "target_prob", known & ~kept & above, "{value} is more than the least probability that was kept"
-
-
-def _bucket_rules(labels: ShardLabels, thresholds: Thresholds) -> Iterator[Rule]:
-    expected = assign_buckets(confidence(labels.class_prob, labels.target_prob, thresholds.confidence), thresholds)
-    wrong = labels.bucket != expected
-    names = ", ".join(f"{code} {name}" for code, name in enumerate(BUCKETS))
-    yield "bucket", wrong, f"{{value}} is not what the manifest's thresholds say ({names})"
-
-
-def _broken(field: str, bad: Mask, explain: str, labels: ShardLabels, limit: int) -> Iterator[RowFault]:
-    rows = np.flatnonzero(bad if bad.ndim == 1 else bad.any(axis=1))[:limit].tolist()
-    for row in rows:
-        crop = None if bad.ndim == 1 else int(bad[row].argmax())
-        values = getattr(labels, field)[row]
+def _broken(rule: Rule, labels: ShardLabels, limit: int) -> Iterator[RowFault]:
+    of_crops = rule.broken.ndim == 2
+    for row in np.flatnonzero(rule.broken.any(axis=1) if of_crops else rule.broken)[:limit].tolist():
+        crop = int(rule.broken[row].argmax()) if of_crops else None
+        values = getattr(labels, rule.field)[row]
         value = values if crop is None else values[crop]
-        more = 0 if crop is None else int(bad[row].sum()) - 1
+        more = int(rule.broken[row].sum()) - 1 if of_crops else 0
         also = f" (and {more} more crops of this image)" if more else ""
-        yield RowFault(row=row, crop=crop, field=field, message=explain.format(value=value.tolist()) + also)
+        message = rule.explain.format(value=value.tolist()) + also
+        yield RowFault(row=row, crop=crop, field=rule.field, message=message)
 
 
 SAME_IN_BLOCKS = ("image_digest", "height", "width", "target")
@@ -203,7 +125,7 @@ SAME_IN_BLOCKS = ("image_digest", "height", "width", "target")
 
 @dataclass(kw_only=True)
 class Block:
-    """What one file showed."""
+    """The faults, statistics and images of one file."""
 
     faults: list[Fault] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
@@ -212,17 +134,17 @@ class Block:
 
 
 class FileCheck:
-    """Can be used by several threads at once."""
+    """Checks the files of a label set one by one. It holds no state of a file, so threads may share it."""
 
     def __init__(self, labels: LabelSet, max_faults: int, *, digests: bool) -> None:
         self.labels = labels
         self.manifest = labels.manifest
         self.max_faults = max_faults
         self.digests = digests
-        """Whether those of the images in tars are needed: nothing in a label set says what they should be."""
+        """Whether digests of the images in tars are needed: no part of a label set says what they should be."""
 
     def file(self, entry: ShardEntry, file: BlockEntry) -> Block:
-        """Everything that can be said of one file alone."""
+        """Find every fault that one file alone can show."""
         found = Block()
         labels = self._read(entry, file, found)
         if labels is None:
@@ -270,7 +192,7 @@ class FileCheck:
 
 
 def check_as_verify_does(rows: ShardLabels, manifest: Manifest, where: str) -> None:
-    """Raises ShardError for the first fault of these rows, so that nobody writes what `verify` would refuse."""
+    """Raise ShardError for the first fault of these rows, so that no command writes what `verify` would refuse."""
     thresholds = manifest.thresholds.absolute()
     classes, pixels = manifest.num_classes, manifest.pixel_limit
     for found in row_faults(rows, num_classes=classes, thresholds=thresholds, pixel_limit=pixels, limit=1):
@@ -286,7 +208,7 @@ def check_as_verify_does(rows: ShardLabels, manifest: Manifest, where: str) -> N
 
 
 def differing(first: ShardLabels, other: ShardLabels, a: BlockEntry, b: BlockEntry) -> Iterator[Fault]:
-    """The columns of the image must be the same in all its blocks."""
+    """Yield the differences between the image columns of two blocks of a shard, which must be the same."""
     if list(first.keys) != list(other.keys):
         row = next(i for i, (x, y) in enumerate(zip(first.keys, other.keys, strict=True)) if x != y)
         yield Fault(
@@ -306,7 +228,7 @@ def without_path(error: Exception, location: str, name: str) -> str:
 
 
 def _statistics(labels: ShardLabels) -> Statistics:
-    """Of rows that may be rubbish: what cannot be counted counts as 0 or as the last."""
+    """Count rows that may hold impossible values: these count as 0, as 1 or as the last bucket."""
     return shard_statistics(
         replace(
             labels,

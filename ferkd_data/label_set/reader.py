@@ -136,7 +136,7 @@ class StoredReader:
         """Read one crop block of one shard and check its values, so that no impossible label reaches a training."""
         labels = self.raw_block(shard, block)
         path = f"{self.location}/{self.manifest.shards[shard].files[block].path}"
-        check_rows(path, labels, self.manifest.num_classes, self.manifest.thresholds.absolute())
+        check_rows(path, labels, self.manifest.num_classes)
         self._check_same_images(shard, block, labels)
         return labels
 
