@@ -140,10 +140,15 @@ def test_every_column_of_the_main_tables_is_on_the_screen(browser, page, width):
     browser.open(page, width=width)
     tables = browser.run(
         "return ['#glance table', '#buckets', '#thresholds table'].map(s => { const t = document.querySelector(s);"
-        "return [...t.tBodies[0].rows].map(r => { const c = r.cells[r.cells.length - 1].getBoundingClientRect();"
+        "return [...t.tBodies[0].rows].map(r => { const full = [...r.cells].filter(c => c.textContent.trim());"
+        "const c = full[full.length - 1].getBoundingClientRect();"
         "return c.width > 0 && c.left >= 0 && c.right <= window.innerWidth; }); })"
     )
     assert all(rows and all(rows) for rows in tables)
+    empty = (
+        "return [...document.querySelectorAll('#glance td')].filter(c => !c.textContent.trim()).map(c => c.offsetWidth)"
+    )
+    assert {bool(cell) for cell in browser.run(empty)} == {width != 360}, "cards leave out empty cells"
     label = "return getComputedStyle(document.querySelector('#buckets td'), '::before').content"
     assert (browser.run(label) == '"crops"') is (width == 360)
 
