@@ -18,7 +18,6 @@ from ferkd_data.builder.labelling.counts import TeacherCounts
 from ferkd_data.builder.labelling.crop_batches import Rejected
 from ferkd_data.builder.labelling.label_shard import label_shard
 from ferkd_data.builder.settings import BuildSettings, Resources
-from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import UsageError, check_at_least
 from ferkd_data.images import ImageRef, Reject, read_class_list
 from ferkd_data.label_set import LabelSet, open_labels
@@ -123,7 +122,6 @@ def _job(
     resources: Resources,
 ) -> Job:
     manifest = labels.manifest
-    crops = manifest.crop_distribution
     return Job(
         source=str(images),
         classes=None if classes is None else read_class_list(Path(classes)),
@@ -134,7 +132,7 @@ def _job(
             crops=manifest.num_crops,
             top_k=manifest.top_k,
             seed=manifest.seed,
-            distribution=CropDistribution(scale=crops.scale, ratio=crops.ratio, hflip=crops.hflip),
+            distribution=manifest.crop_distribution.settings(),
             augment=manifest.augmentations or (),
             ensemble=manifest.ensemble,
             thresholds=manifest.thresholds.absolute(),

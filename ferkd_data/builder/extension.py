@@ -121,12 +121,11 @@ class Base:
     def _stored(self) -> dict[str, Any]:
         """Settings that the manifest decides."""
         manifest = self.manifest
-        drawn = manifest.crop_distribution
         return {
             "top_k": manifest.top_k,
             "layout": manifest.layout,
             "seed": manifest.seed,
-            "distribution": CropDistribution(scale=drawn.scale, ratio=drawn.ratio, hflip=drawn.hflip),
+            "distribution": manifest.crop_distribution.settings(),
             "augment": manifest.augmentations or (),
             "ensemble": manifest.ensemble,
             "thresholds": manifest.thresholds.absolute(),

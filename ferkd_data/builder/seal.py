@@ -33,7 +33,6 @@ from ferkd_data.images import Reject
 from ferkd_data.labels import statistics
 from ferkd_data.labels.buckets import (
     NUM_FLOAT16,
-    QuantileThresholds,
     Thresholds,
     assign_buckets,
     confidence,
@@ -84,7 +83,6 @@ class Contents:
 
 def manifest_of(settings: BuildSettings, facts: Facts, plan: Plan, contents: Contents, version: str) -> Manifest:
     """The manifest of a build with these contents; `version` is that of ferkd-data. Nothing is read or written."""
-    asked, thresholds = settings.thresholds, contents.thresholds
     return Manifest(
         created_by=CreatedBy(name="ferkd-data", version=version),
         layout=settings.layout,
@@ -95,22 +93,12 @@ def manifest_of(settings: BuildSettings, facts: Facts, plan: Plan, contents: Con
         num_classes=facts.num_classes,
         class_names=facts.class_names,
         seed=settings.seed,
-        crop_distribution=CropDistributionEntry(
-            scale=settings.distribution.scale,
-            ratio=settings.distribution.ratio,
-            hflip=settings.distribution.hflip,
-        ),
+        crop_distribution=CropDistributionEntry.of(settings.distribution),
         augmentations=tuple(settings.augment) or None,
         requires=(RECORDED_OPERATIONS,) if settings.augment else None,
         teachers=facts.teachers,
         ensemble=settings.ensemble,
-        thresholds=ThresholdsEntry(
-            low=thresholds.low,
-            mid=thresholds.mid,
-            top=thresholds.top,
-            confidence=thresholds.confidence,
-            quantile=(asked.low, asked.mid, asked.top) if isinstance(asked, QuantileThresholds) else None,
-        ),
+        thresholds=ThresholdsEntry.of(contents.thresholds, settings.thresholds),
         max_pixels=settings.max_pixels,
         images_per_shard=settings.shard_images,
         source=SourceEntry(

@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ferkd_data.augment.distribution import num_words, parse_augmentations
+from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import LabelSetError, ManifestError, UsageError
 from ferkd_data.images.decode import DEFAULT_MAX_PIXELS
-from ferkd_data.labels.buckets import Thresholds
+from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 from ferkd_data.labels.statistics import Count, Statistics
 from ferkd_data.storage import read_regular, write_atomically
 
@@ -127,6 +129,14 @@ class CropDistributionEntry(Record):
     ratio: tuple[float, float]
     hflip: Probability
 
+    @classmethod
+    def of(cls, distribution: CropDistribution) -> CropDistributionEntry:
+        return cls(**asdict(distribution))
+
+    def settings(self) -> CropDistribution:
+        """Return the settings that crops are drawn with. Raises UsageError for impossible ones."""
+        return CropDistribution(scale=self.scale, ratio=self.ratio, hflip=self.hflip)
+
 
 class ThresholdsEntry(Record):
     low: Probability
@@ -136,8 +146,14 @@ class ThresholdsEntry(Record):
     quantile: tuple[float, float, float] | None = None
     """The shares asked for, where low, mid and top were derived from them."""
 
+    @classmethod
+    def of(cls, thresholds: Thresholds, asked: Thresholds | QuantileThresholds | None = None) -> ThresholdsEntry:
+        """Record the thresholds of the buckets, and the shares `asked` for where they were derived from shares."""
+        quantile = (asked.low, asked.mid, asked.top) if isinstance(asked, QuantileThresholds) else None
+        return cls(**asdict(thresholds), quantile=quantile)
+
     def absolute(self) -> Thresholds:
-        """Those that the stored buckets follow. Raises UsageError where they are not in their order."""
+        """Return the thresholds that the stored buckets follow. Raises UsageError where they are not in order."""
         return Thresholds(low=self.low, mid=self.mid, top=self.top, confidence=self.confidence)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from ferkd_data.errors import ForeignFileError, UsageError
 from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
 from ferkd_data.importers.foreign_arrays import load_arrays
-from ferkd_data.importers.foreign_labels import UNKNOWN_DIGEST, ForeignLabels, check_boxes, check_labels
+from ferkd_data.importers.foreign_labels import ForeignLabels, check_boxes, check_labels, foreign_teacher
 from ferkd_data.storage import read_text
 
 CONFIG = "config.pth.tar"
@@ -78,18 +78,14 @@ class ReinforcedFiles:
         size = self.transforms[CROP]["size"]
         normalize = self.transforms.get("normalize", {})
         return tuple(
-            TeacherEntry(
-                spec=f"dr:{name}",
-                name=name,
-                digest=UNKNOWN_DIGEST,
+            foreign_teacher(
+                f"dr:{name}",
+                name,
                 num_classes=self.num_classes,
                 size=size if isinstance(size, int) else size[0],
                 interpolation="bilinear",
                 mean=tuple(normalize.get("mean", (0, 0, 0))),
                 std=tuple(normalize.get("std", (1, 1, 1))),
-                weight=1,
-                temperature=1,
-                precision="fp32",
             )
             for name in names
         )

@@ -19,7 +19,7 @@ import torch
 from ferkd_data.errors import ForeignFileError, check_at_least
 from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
 from ferkd_data.importers.foreign_arrays import load_arrays
-from ferkd_data.importers.foreign_labels import UNKNOWN_DIGEST, ForeignLabels, check_boxes, check_labels
+from ferkd_data.importers.foreign_labels import ForeignLabels, check_boxes, check_labels, foreign_teacher
 from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.storage import inside
 
@@ -60,20 +60,8 @@ class FkdFiles:
 
     @property
     def teachers(self) -> tuple[TeacherEntry, ...]:
-        entry = TeacherEntry(
-            spec=f"fkd:{self.teacher.name}",
-            name=self.teacher.name,
-            digest=UNKNOWN_DIGEST,
-            num_classes=self.num_classes,
-            size=self.teacher.size,
-            interpolation="bicubic",
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-            weight=1,
-            temperature=1,
-            precision="fp32",
-        )
-        return (entry,)
+        name, size = self.teacher.name, self.teacher.size
+        return (foreign_teacher(f"fkd:{name}", name, num_classes=self.num_classes, size=size),)
 
     def read(self, key: str, size: tuple[int, int]) -> ForeignLabels:
         """Labels of any of FKD's types: `hard`, `smoothing`, `marginal_*`, or the full distribution, cut to its top-k.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,14 @@ from ferkd_data.labels.buckets import Thresholds, assign_buckets, confidence
 from ferkd_data.labels.rows import CLASS_BITS, UNKNOWN_TARGET, ImageLabels, class_index_dtype
 
 HIGHEST_TOTAL = 1 + 1e-3
-"""Of a crop's probabilities: what rounding can do."""
+"""Largest sum of a crop's probabilities that rounding explains."""
 UNKNOWN_DIGEST = "0" * 64
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignLabels:
-    """What a foreign file says of one image."""
+    """The labels of one image in a foreign file."""
 
     boxes: npt.NDArray[np.uint16]
     """(N, 4): top, left, height, width."""
@@ -37,7 +38,7 @@ class ForeignLabels:
 
 
 class LabelFiles(Protocol):
-    """One kind of foreign files."""
+    """A folder of label files of one foreign format."""
 
     @property
     def format(self) -> str: ...
@@ -64,6 +65,32 @@ class LabelFiles(Protocol):
 
     def read(self, key: str, size: tuple[int, int]) -> ForeignLabels:
         """The labels of an image of (height, width). Raises ForeignFileError, or ValueError for impossible crops."""
+
+
+def foreign_teacher(
+    spec: str,
+    name: str,
+    *,
+    num_classes: int,
+    size: int,
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic",
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> TeacherEntry:
+    """Record a teacher that is known by name only; its weights, and so their digest, are not."""
+    return TeacherEntry(
+        spec=spec,
+        name=name,
+        digest=UNKNOWN_DIGEST,
+        num_classes=num_classes,
+        size=size,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
+        weight=1,
+        temperature=1,
+        precision="fp32",
+    )
 
 
 def check_labels(path: Path, index: npt.NDArray[np.int64], prob: npt.NDArray[np.float32], num_classes: int) -> None:

@@ -297,12 +297,7 @@ class _Import:
             crop_distribution=self.files.distribution,
             teachers=self.files.teachers,
             ensemble="mean",
-            thresholds=ThresholdsEntry(
-                low=self.thresholds.low,
-                mid=self.thresholds.mid,
-                top=self.thresholds.top,
-                confidence=self.thresholds.confidence,
-            ),
+            thresholds=ThresholdsEntry.of(self.thresholds),
             max_pixels=self.most_pixels if self.most_pixels > DEFAULT_MAX_PIXELS else None,
             source=SourceEntry(
                 description=f"imported from {self.files.format}'s files, images: {self.source.description}",

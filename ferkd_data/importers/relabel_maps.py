@@ -21,7 +21,7 @@ from ferkd_data.crops import CropDistribution, draw_crops
 from ferkd_data.errors import ForeignFileError
 from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
 from ferkd_data.importers.foreign_arrays import load_arrays
-from ferkd_data.importers.foreign_labels import UNKNOWN_DIGEST, ForeignLabels
+from ferkd_data.importers.foreign_labels import ForeignLabels, foreign_teacher
 from ferkd_data.storage import inside
 
 
@@ -41,25 +41,13 @@ class RelabelMaps:
 
     @property
     def distribution(self) -> CropDistributionEntry:
-        return CropDistributionEntry(scale=self.drawn.scale, ratio=self.drawn.ratio, hflip=self.drawn.hflip)
+        return CropDistributionEntry.of(self.drawn)
 
     @property
     def teachers(self) -> tuple[TeacherEntry, ...]:
         """EfficientNet-L2 at 475 px, as the paper says; the files say nothing."""
-        entry = TeacherEntry(
-            spec="relabel:efficientnet_l2",
-            name="efficientnet_l2 (ReLabel's label maps)",
-            digest=UNKNOWN_DIGEST,
-            num_classes=self.num_classes,
-            size=475,
-            interpolation="bicubic",
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-            weight=1,
-            temperature=1,
-            precision="fp32",
-        )
-        return (entry,)
+        name = "efficientnet_l2 (ReLabel's label maps)"
+        return (foreign_teacher("relabel:efficientnet_l2", name, num_classes=self.num_classes, size=475),)
 
     def read(self, key: str, size: tuple[int, int]) -> ForeignLabels:
         """Draw the crops of an image of (height, width) and pool their labels. Raises ForeignFileError."""

@@ -27,6 +27,7 @@ from ferkd_data import rng
 from ferkd_data.calibration import Calibration, calibrate, crop_actions, crop_buckets, use_probability
 from ferkd_data.class_map import map_columns
 from ferkd_data.label_set import LabelSet
+from ferkd_data.labels.rows import CROP_FIELDS
 from ferkd_data.loader.plan import Window
 from ferkd_data.targets import SoftTargets
 
@@ -83,7 +84,6 @@ def draw(
 
 
 DRAWN_FIELDS = ("boxes", "flip", "operations", "class_index", "class_prob")
-CROP_FIELDS = (*DRAWN_FIELDS, "target_prob", "bucket")
 
 
 class Drawn(NamedTuple):

@@ -8,7 +8,7 @@ docs/teachers.md lists the kinds and the options.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -155,13 +155,15 @@ def _word(text: str) -> str:
     return text
 
 
-def _triple(text: str) -> tuple[float, ...]:
-    values = [_number(piece) for piece in text.split(",")]
-    if len(values) == 1:
-        values *= 3
-    if len(values) != 3:
+def triple(values: Sequence[float]) -> Triple:
+    """Return three values, one for each channel, from three or from one. Raises ValueError for another number."""
+    if len(values) not in (1, 3):
         raise ValueError("takes one value, or three separated by commas")
-    return tuple(values)
+    return values[0], values[len(values) // 2], values[-1]
+
+
+def _triple(text: str) -> Triple:
+    return triple([_number(piece) for piece in text.split(",")])
 
 
 def _number(text: str) -> float:

@@ -23,7 +23,7 @@ from ferkd_data.normalization import scaled
 from ferkd_data.replay import INTERPOLATIONS
 from ferkd_data.teachers.digest import with_choices
 from ferkd_data.teachers.outputs import LogitsOnly, check_activation, check_shape, pick_output
-from ferkd_data.teachers.spec import CENTRE_SHARE, Preprocessing, TeacherSpec, Triple
+from ferkd_data.teachers.spec import CENTRE_SHARE, Preprocessing, TeacherSpec, Triple, triple
 
 SAYINGS = (
     "CUDA out of memory",
@@ -281,7 +281,7 @@ def preprocessing_of(
         if chosen is None:
             raise TeacherError(f"teacher {spec}: its {name} is not known; add the option, such as ?{name}={example}")
         try:
-            values[name] = _side(chosen) if name == "size" else _triple(chosen)
+            values[name] = _side(chosen) if name == "size" else triple(_numbers(chosen))
         except (TypeError, ValueError) as error:
             raise TeacherError(f"teacher {spec}: its {name} cannot be {chosen!r}: {error}") from error
     chosen_filter = spec.interpolation or interpolation or "bilinear"
@@ -302,8 +302,5 @@ def _side(value: Any) -> int:
     return sides.pop()
 
 
-def _triple(value: Any) -> tuple[float, ...]:
-    numbers = [float(x) for x in (value if isinstance(value, Iterable) else [value])]
-    if len(numbers) not in (1, 3):
-        raise ValueError("takes one number, or three")
-    return tuple(numbers * 3 if len(numbers) == 1 else numbers)
+def _numbers(value: Any) -> list[float]:
+    return [float(x) for x in (value if isinstance(value, Iterable) else [value])]
