@@ -1,6 +1,6 @@
 """What several worker processes on one machine's CPU bring: crops/s of the same build by one worker and by N.
 
-    python benchmarks/build_processes.py --teacher SPEC --images FOLDER --classes FILE [--processes 2] [--crops 50]
+    python benchmarks/build_processes.py --teacher SPEC --images FOLDER --classes FILE [--workers 2] [--crops 50]
 
 A worker is what runs on one core: the single one is kept on the first core, where it decodes, cuts and computes with
 one thread, as each of N does on N cores. One process on all those cores, the default of `build`, is shown as well.
@@ -103,7 +103,7 @@ def build_rate(cores: list[int], processes: int, photos: Path, arguments: argpar
             "classes": arguments.classes,
             "crops": arguments.crops,
             "images_per_shard": 5,
-            "processes": processes,
+            "workers": processes,
             "device": "cpu",
         }
         done = subprocess.run(
@@ -153,16 +153,16 @@ def main() -> None:
     parser.add_argument("--teacher", action="append", required=True)
     parser.add_argument("--images", required=True, type=Path)
     parser.add_argument("--classes")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--crops", type=int, default=50)
     parser.add_argument("--copies", type=int, default=4, help="Of each image, for enough shards of 5.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=CONTROL_SECONDS, help="Of each control.")
     arguments = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0))[: arguments.processes]
-    if len(cores) < arguments.processes:
-        sys.exit(f"{arguments.processes} workers need as many cores; this process may use {len(cores)}")
-    many = arguments.processes
+    cores = sorted(os.sched_getaffinity(0))[: arguments.workers]
+    if len(cores) < arguments.workers:
+        sys.exit(f"{arguments.workers} workers need as many cores; this process may use {len(cores)}")
+    many = arguments.workers
     with tempfile.TemporaryDirectory() as folder:
         photos = copied(arguments.images, Path(folder), arguments.copies)
         kinds: dict[str, Callable[[], Rate]] = {

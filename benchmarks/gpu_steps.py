@@ -182,7 +182,7 @@ def threads(step: Step) -> None:
     photos = step.photos(step.choose(120, 4))
     teacher = timm_teacher(step, step.choose("resnet50", "mobilenetv3_small_050"))
     for workers in step.choose((4, 8, 16), (1, 2)):
-        print(f"  {workers:>3} threads: {build_rate(step, photos, teacher, workers=workers):>9,.0f} crops/s")
+        print(f"  {workers:>3} threads: {build_rate(step, photos, teacher, threads=workers):>9,.0f} crops/s")
 
 
 def batch_sizes(step: Step) -> None:
@@ -322,8 +322,7 @@ def two_workers(step: Step) -> None:
     photos = step.photos(step.choose(160, 8))
     teacher = timm_teacher(step, step.choose("mobilenetv3_large_100", "mobilenetv3_small_050"))
     rates = {
-        count: build_rate(step, photos, teacher, processes=count, images_per_shard=step.choose(40, 4))
-        for count in (1, 2)
+        count: build_rate(step, photos, teacher, workers=count, images_per_shard=step.choose(40, 4)) for count in (1, 2)
     }
     for count, rate in rates.items():
         print(f"  {count} workers: {rate:>9,.0f} crops/s")

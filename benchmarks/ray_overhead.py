@@ -1,6 +1,6 @@
 """What Ray costs: crops/s of the same build by N actors of a Ray on this machine, and by N worker processes without it.
 
-    python benchmarks/ray_overhead.py [--processes 2] [--crops 200] [--rounds 5]
+    python benchmarks/ray_overhead.py [--workers 2] [--crops 200] [--rounds 5]
 
 The teacher is the demo's EfficientNet-Lite0 (ONNX), the images its 20 photos, two in a shard. The two engines take
 turns, each build is a process of its own. A rate is taken from the moment that every worker has answered
@@ -32,7 +32,7 @@ settings = json.loads(sys.argv[1])
 marks = []
 
 def report(progress):
-    if sum(worker.crops_per_second > 0 for worker in progress.workers) == settings["processes"]:
+    if sum(worker.crops_per_second > 0 for worker in progress.workers) == settings["workers"]:
         marks.append((perf_counter(), progress.crops_done))
 
 if __name__ == "__main__":
@@ -54,11 +54,10 @@ def rate(engine: str, demo: Demo, arguments: argparse.Namespace) -> tuple[float,
             "classes": str(demo.classes),
             "crops": arguments.crops,
             "images_per_shard": 2,
-            "processes": arguments.processes,
+            "workers": arguments.workers,
             "device": "cpu",
             "engine": engine,
-            # One thread for each: all processes together on this machine, each one on Ray.
-            "workers": arguments.processes if engine == "local" else 1,
+            "threads": 1,
         }
         done = subprocess.run(
             [sys.executable, str(script), json.dumps(settings)], capture_output=True, text=True, check=True
@@ -69,7 +68,7 @@ def rate(engine: str, demo: Demo, arguments: argparse.Namespace) -> tuple[float,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--crops", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--demo", type=Path, help="A folder that `ferkd-data demo` wrote.")
@@ -82,9 +81,7 @@ def main() -> None:
                 per_second, seconds = rate(engine, demo, arguments)
                 rates[engine].append(per_second)
                 print(f"round {number + 1}, {engine:<5} {per_second:>8.1f} crops/s over {seconds:.0f} s", flush=True)
-    print(
-        f"\n{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {arguments.processes} workers of one thread, medians:"
-    )
+    print(f"\n{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {arguments.workers} workers of one thread, medians:")
     for engine, values in rates.items():
         print(f"  {engine:<6} {statistics.median(values):>8.1f} crops/s")
     ratio = statistics.median(ray / local for local, ray in zip(rates["local"], rates["ray"], strict=True))

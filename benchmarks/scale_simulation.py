@@ -28,7 +28,7 @@ from ferkd_data.builder.state import BuildFolder, ShardRecord
 from ferkd_data.builder.stop import Stop
 from ferkd_data.builder.watch.progress import ProgressCounter
 from ferkd_data.builder.workers.messages import Labelled, Message, Ready
-from ferkd_data.builder.workers.pool import Crew
+from ferkd_data.builder.workers.pool import WorkerPool
 from ferkd_data.errors import BuildStoppedError
 from ferkd_data.format.manifest import (
     BlockEntry,
@@ -54,7 +54,7 @@ def files(shard: int) -> tuple[BlockEntry, ...]:
     )
 
 
-class Nobody:
+class NullObserver:
     def see(self, event: object) -> None:
         pass
 
@@ -67,7 +67,7 @@ class Teller:
         self.due = time.monotonic() + number % 1000 / 1000
         self.message: Message = Ready("node", number)
 
-    def place(self, ready: Ready) -> str:
+    def location(self, ready: Ready) -> str:
         return "cuda of node"
 
     def label(self, shard: int) -> None:
@@ -83,7 +83,7 @@ class Teller:
     def leave(self) -> None:
         pass
 
-    def end(self, patience_seconds: float) -> None:
+    def end(self, wait_seconds: float) -> None:
         pass
 
 
@@ -109,7 +109,7 @@ class Tellers:
 def driver_share(workers: int) -> float:
     """Of a core."""
     counter = ProgressCounter(
-        watcher=Nobody(),
+        watcher=NullObserver(),
         crops_of=lambda shard: CROPS,
         shards_total=workers,
         images_total=workers * IMAGES,
@@ -118,11 +118,11 @@ def driver_share(workers: int) -> float:
     )
     stop = Stop(grace_seconds=0)
     with tempfile.TemporaryDirectory() as name, stop.labelling(), contextlib.suppress(BuildStoppedError):
-        crew = Crew(Tellers(workers), BuildFolder(Path(name)), counter, stop)
+        pool = WorkerPool(Tellers(workers), BuildFolder(Path(name)), counter, stop)
         threading.Timer(3, lambda: marks.append((time.monotonic(), time.process_time()))).start()
         threading.Timer(3 + SECONDS, stop.request).start()
         marks: list[tuple[float, float]] = []
-        crew.label(range(workers))
+        pool.label(range(workers))
     (wall, cpu) = marks[0]
     return (time.process_time() - cpu) / (time.monotonic() - wall)
 

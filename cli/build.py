@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+import ferkd_data as fd
+import ferkd_data.builder
 from ferkd_data.errors import UsageError
 
 from .display import show_progress
@@ -18,9 +22,11 @@ from .options import (
     FILES,
     LABELS,
     MACHINE,
+    NUMBER_OR_AUTO,
     WATCHING,
     GroupedCommand,
     config_option,
+    default_of,
     given,
     grouped,
     json_option,
@@ -34,29 +40,50 @@ from .terminal import say
 DONE_WITH_REJECTS = 3
 
 
-@click.command(cls=GroupedCommand)
+SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
+"""The defaults of the options, written once: in the library."""
+
+
+@click.command(cls=GroupedCommand, renamed={"--processes": "--workers"})
 @click.argument("source")
 @click.argument("out")
 @teacher_options
-@grouped("--crops", group=LABELS, type=int, default=200, show_default=True, help="Crops per image.")
-@grouped("--crops-per-block", group=FILES, type=int, default=50, show_default=True, help="Crops in one block file.")
-@grouped("--top-k", group=LABELS, type=int, default=5, show_default=True, help="Classes kept for each crop.")
+@grouped("--crops", group=LABELS, type=int, default=SETTINGS.crops, show_default=True, help="Crops per image.")
+@grouped(
+    "--crops-per-block",
+    group=FILES,
+    type=int,
+    default=SETTINGS.crops_per_block,
+    show_default=True,
+    help="Crops in one block file.",
+)
+@grouped(
+    "--top-k", group=LABELS, type=int, default=SETTINGS.top_k, show_default=True, help="Classes kept for each crop."
+)
 @grouped(
     "--layout",
     group=FILES,
     type=click.Choice(["parquet", "webdataset"]),
-    default="parquet",
+    default=SETTINGS.layout,
     show_default=True,
-    help="Labels alone in Parquet files, or images and labels together in tars.",
+    help="parquet: labels alone. webdataset: images and labels together in tars.",
 )
-@grouped("--images-per-shard", group=FILES, type=int, default=None, help="4096 for parquet, 1024 for webdataset.")
-@grouped("--seed", group=LABELS, type=int, default=0, show_default=True, help="Of the crops' boxes and flips.")
+@grouped(
+    "--images-per-shard",
+    group=FILES,
+    type=int,
+    default=SETTINGS.images_per_shard,
+    help="Images in one shard.  [default: 4096 for parquet, 1024 for webdataset]",
+)
+@grouped(
+    "--seed", group=LABELS, type=int, default=SETTINGS.seed, show_default=True, help="Seed of the boxes and flips."
+)
 @grouped(
     "--scale",
     group=LABELS,
     type=float,
     nargs=2,
-    default=(0.08, 1.0),
+    default=SETTINGS.distribution.scale,
     show_default=True,
     help="Smallest and largest share of the image's area in a crop.",
 )
@@ -65,10 +92,17 @@ DONE_WITH_REJECTS = 3
     group=LABELS,
     type=float,
     nargs=2,
-    default=(3 / 4, 4 / 3),
+    default=SETTINGS.distribution.ratio,
     help="Smallest and largest width / height of a crop.  [default: 3/4 4/3]",
 )
-@grouped("--hflip", group=LABELS, type=float, default=0.5, show_default=True, help="Probability of a flip.")
+@grouped(
+    "--hflip",
+    group=LABELS,
+    type=float,
+    default=SETTINGS.distribution.hflip,
+    show_default=True,
+    help="Probability of a flip.",
+)
 @grouped(
     "--augment",
     group=LABELS,
@@ -89,58 +123,76 @@ DONE_WITH_REJECTS = 3
     "--confidence",
     group=LABELS,
     type=click.Choice(["max", "target"]),
-    default="max",
+    default=SETTINGS.thresholds.confidence,
     show_default=True,
-    help="What the thresholds are compared with: p_max, or the ground truth's probability.",
+    help="The value that thresholds are compared with: p_max, or the ground truth's probability.",
 )
 @grouped(
     "--max-pixels",
     group=LABELS,
     type=int,
-    default=89_478_485,
+    default=SETTINGS.max_pixels,
     show_default=True,
-    help="Images with more pixels are rejected.",
+    help="Reject images with more pixels.",
 )
-@grouped("--batch-size", group=MACHINE, type=int, default=None, help="Crops per forward pass.  [default: by device]")
+@grouped(
+    "--batch-size",
+    group=MACHINE,
+    type=NUMBER_OR_AUTO,
+    default=RESOURCES.batch_size,
+    help="Crops per forward pass.  [default: auto: 8 on a CPU, 256 on cuda]",
+)
 @grouped(
     "--compile",
     group=MACHINE,
     is_flag=True,
-    help="Run PyTorch teachers through torch.compile: minutes at the start of each worker, and a C++ compiler; "
-    "`ferkd-data bench` says whether it pays.",
+    help="Run PyTorch teachers through torch.compile. It takes minutes at the start of each worker, and a C++ "
+    "compiler; `ferkd-data bench` says whether it pays.",
 )
-@grouped("--workers", group=MACHINE, type=int, default=None, help="Threads that decode and cut.  [default: by cores]")
-@grouped("--processes", group=MACHINE, type=int, default=None, help="Worker processes on each device.  [default: 1]")
+@grouped(
+    "--workers",
+    group=MACHINE,
+    type=NUMBER_OR_AUTO,
+    default=RESOURCES.workers,
+    help="Worker processes on each device; with --engine ray, of the whole cluster.  [default: auto: 1; on a cluster, "
+    "as many as it has room for]",
+)
+@grouped(
+    "--threads",
+    group=MACHINE,
+    type=NUMBER_OR_AUTO,
+    default=RESOURCES.threads,
+    help="Threads of each worker that decode and cut.  [default: auto: half of its cores, up to 8]",
+)
 @grouped(
     "--teacher-timeout",
     group=MACHINE,
     type=float,
-    default=None,
+    default=RESOURCES.teacher_timeout,
     metavar="SECONDS",
-    help="Stop when a teacher takes longer for a batch.  [default: wait]",
+    help="Stop when a teacher takes longer for a batch.  [default: no limit]",
 )
 @grouped(
     "--grace",
     group=CLUSTER,
     type=float,
-    default=20.0,
+    default=default_of(fd.builder.stop_on_sigterm, "grace_seconds"),
     show_default=True,
     metavar="SECONDS",
-    help="After SIGTERM or SIGHUP, the shards in work have so long to be finished; then they are dropped.",
+    help="Seconds to finish in-progress shards after SIGTERM or SIGHUP before dropping them.",
 )
 @grouped(
     "--engine",
     group=CLUSTER,
     type=click.Choice(["local", "ray"]),
-    default="local",
+    default=RESOURCES.engine,
     show_default=True,
-    help="ray: on a Ray cluster, whose nodes all see SOURCE and OUT; --processes are then those of the whole cluster "
-    "(default: as many as it has room for), --workers the threads of each.",
+    help="local: this machine. ray: a Ray cluster, whose nodes all see SOURCE and OUT.",
 )
 @grouped(
     "--ray-address",
     group=CLUSTER,
-    default=None,
+    default=RESOURCES.ray_address,
     metavar="HOST:PORT",
     help="The cluster, or auto for the one that runs here.  [default: $RAY_ADDRESS, else a Ray for this build alone]",
 )
@@ -148,7 +200,7 @@ DONE_WITH_REJECTS = 3
     "--gpus-per-teacher",
     group=CLUSTER,
     type=float,
-    default=1.0,
+    default=RESOURCES.gpus_per_teacher,
     show_default=True,
     help="Share of a GPU for each worker on a Ray cluster: with 0.5, two workers share one.",
 )
@@ -156,9 +208,9 @@ DONE_WITH_REJECTS = 3
     "--on-error",
     group=FILES,
     type=click.Choice(["reject", "fail"]),
-    default="reject",
+    default=default_of(fd.build, "on_error"),
     show_default=True,
-    help="What an unusable image does: land in rejects.parquet, or stop the build.",
+    help="reject: list unusable images in rejects.parquet. fail: stop at the first one.",
 )
 @grouped(
     "--part",
@@ -171,7 +223,7 @@ DONE_WITH_REJECTS = 3
     "--log-json",
     group=WATCHING,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Append what happens to this file, one JSON object in a line.",
+    help="Append events to this file, one JSON object in a line.",
 )
 @grouped(
     "--metrics",
@@ -185,22 +237,21 @@ DONE_WITH_REJECTS = 3
     group=WATCHING,
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.html",
-    help="Keep a page to look at up to date after each shard (see `ferkd-data report`).",
+    help="Keep an HTML report up to date after each shard (see `ferkd-data report`).",
 )
 @grouped("--overwrite", group=FILES, is_flag=True, help="Replace the label set or unfinished build in OUT.")
 @grouped(
     "--extend",
     group=FILES,
     is_flag=True,
-    help="OUT is a finished label set: add more --crops, the images of SOURCE that it lacks, or both. Its manifest "
-    "says the rest, also teachers and classes. With --overwrite, an unfinished extension is begun anew.",
+    help="Add more --crops, the images of SOURCE that it lacks, or both to the finished label set in OUT. Its manifest "
+    "gives all else, also teachers and classes. With --overwrite, restart an unfinished extension.",
 )
 @grouped(
     "--dry-run",
     group=WATCHING,
     is_flag=True,
-    help="Say what was understood, measure a few batches, and print what the whole will take, or the --part, with the "
-    "workers asked for.",
+    help="Print an overview, then estimate time and disk space of the build, or of the --part, with the options given.",
 )
 @json_option
 @config_option
@@ -236,9 +287,7 @@ def command(
 
     Run the same command again to resume a build that was interrupted; for one that has ended it does nothing.
     """
-    import ferkd_data as fd
     from ferkd_data.builder import JsonLog, MetricsFile, stop_on_sigterm
-    from ferkd_data.builder import dry_run as measure
     from ferkd_data.labels.buckets import parse_thresholds
 
     changes = given(options)
@@ -249,15 +298,16 @@ def command(
     if not extend:
         require_teachers(teachers)
     if dry_run:
-        estimate = measure(
-            source, teachers=teachers, classes=classes, precision=precision, part=part, extend=extend, **changes
-        )
+        with _quiet_ray(changes):
+            estimate = fd.builder.dry_run(
+                source, teachers=teachers, classes=classes, precision=precision, part=part, extend=extend, **changes
+            )
         for line in lines(estimate.overview):
             say(line, err=True)
         print_json(asdict(estimate)) if as_json else _print_estimate(estimate)
         return 0
     overview = ShowOverview()
-    with stop_on_sigterm(grace) as stop, show_progress() as report:
+    with stop_on_sigterm(grace) as stop, show_progress() as report, _quiet_ray(changes):
         on_progress = _with_hint(report) if _may_be_slow(teachers, changes) else report
         changes |= {
             "teachers": teachers,
@@ -280,15 +330,20 @@ def command(
     return status_of(result)
 
 
+def _quiet_ray(changes: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Send what Ray prints to stderr while it runs: it prints the death of workers to stdout, where --json writes."""
+    return redirect_stdout(sys.stderr) if changes.get("engine") == "ray" else nullcontext()
+
+
 def status_of(result: Any) -> int:
-    """3 where images could not be used; 0 where all was done before, or a batch system starts the job for ever."""
+    """Return 3 where images could not be used, 0 where a build had ended before: batch systems repeat a failed job."""
     return DONE_WITH_REJECTS if result.rejects and not result.already_finished else 0
 
 
 def _may_be_slow(teachers: tuple[str, ...], changes: dict[str, Any]) -> bool:
-    """Whether a hint about ONNX Runtime helps: some teacher is not an ONNX file, and it runs on a CPU of this machine.
+    """Return whether a hint about ONNX Runtime helps: some teacher is no ONNX file, and runs on this machine's CPU.
 
-    It decides nothing and checks nothing: a device that is not here may be another machine's.
+    The answer decides nothing else: a device that is not here may be another machine's.
     """
     if changes.get("compile") or all(teacher.startswith("onnx:") for teacher in teachers):
         return False
@@ -301,7 +356,7 @@ def _may_be_slow(teachers: tuple[str, ...], changes: dict[str, Any]) -> bool:
 
 
 def _with_hint(report: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Says it once, when the labelling has begun."""
+    """Add a hint to a progress display. It is printed once, when the labelling has begun."""
     said = False
 
     def report_and_hint(progress: Any) -> None:
@@ -318,11 +373,9 @@ def _with_hint(report: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _build_part(source: str, out: str, part: str, overwrite: bool, as_json: bool, arguments: dict[str, Any]) -> int:
-    from ferkd_data.builder import build_part
-
     if overwrite:
         raise UsageError("--overwrite with --part would remove what other parts write; empty OUT before they begin")
-    result = build_part(source, out, part=part, **arguments)
+    result = fd.builder.build_part(source, out, part=part, **arguments)
     if as_json:
         print_json({**asdict(result), "out": str(out), "part": str(result.part)})
     elif result.already_finished:

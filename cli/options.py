@@ -44,7 +44,7 @@ class GroupedCommand(click.Command):
         self.renamed = dict(renamed or {})
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        args = [self._new_name(arg) for arg in args]
+        args = [self.new_name(arg) for arg in args]
         given = list(args)  # click takes them out of the list
         try:
             return super().parse_args(ctx, args)
@@ -58,7 +58,7 @@ class GroupedCommand(click.Command):
                 ctx,
             ) from error
 
-    def _new_name(self, argument: str) -> str:
+    def new_name(self, argument: str) -> str:
         old, equals, value = argument.partition("=")
         if old not in self.renamed:
             return argument
@@ -69,7 +69,7 @@ class GroupedCommand(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 groups.setdefault(getattr(parameter, "group", OTHERS), []).append(record)
         for heading in HEADINGS:
             if heading in groups:
@@ -84,6 +84,25 @@ def _pattern(files: list[str]) -> str:
         start = start[:-1]
     return f"{start}*{Path(files[0]).suffix}"
 
+
+class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]  # generic in stubs alone
+    """A whole number, or `auto`, which becomes None: the library then chooses."""
+
+    name = "number"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value is None or value == "auto":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor auto", param, ctx)
+
+
+NUMBER_OR_AUTO = NumberOrAuto()
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -179,6 +198,8 @@ def _load_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     known = {name.lstrip("-").replace("-", "_"): p for p in ctx.command.params for name in p.opts}
     defaults = {}
     for key, value in content.items():
+        if isinstance(ctx.command, GroupedCommand):
+            key = ctx.command.new_name(f"--{key.replace('_', '-')}").removeprefix("--")
         option = known.get(key.replace("-", "_"))
         if option is None or option.name is None or option.name == "config":
             raise UsageError(f"{path}: unknown setting {key!r}; settings are {', '.join(sorted(known))}")

@@ -255,10 +255,10 @@ def advice(found: TeacherTimings, cores: int) -> str:
         "onnx": f"--teacher onnx:FILE.onnx ({export} writes it) ",
         "compile": "--compile ",
     }.get(best.way, "")
-    processes = f" --processes {cores // best.threads}" if cores // best.threads > 1 else ""
+    workers = f" --workers {cores // best.threads}" if cores // best.threads > 1 else ""
     gain = on_all_cores(best) / on_all_cores(now)
     why = f"{gain:.1f} times the best that it does without" if options else "nothing else is much faster"
-    return f"build {options}--batch-size {best.batch_size}{processes}: {why}"
+    return f"build {options}--batch-size {best.batch_size}{workers}: {why}"
 
 
 def _in_planes(teacher: ModuleTeacher) -> ModuleTeacher:

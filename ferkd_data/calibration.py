@@ -16,7 +16,7 @@ import torch
 
 from ferkd_data.class_map import ClassMap
 from ferkd_data.errors import UsageError
-from ferkd_data.labels.buckets import BUCKETS, Thresholds, assign_buckets, confidence
+from ferkd_data.labels.buckets import BUCKETS, Thresholds, buckets_of
 from ferkd_data.labels.rows import UNKNOWN_TARGET
 from ferkd_data.targets import RECOVERIES, Floats, Recovery, SoftTargets, check_positive, recover
 
@@ -143,8 +143,7 @@ def crop_buckets(
     """Buckets (...,) as stored, or for the calibration's own thresholds; class_prob is (..., k)."""
     if calibration.thresholds is None:
         return bucket
-    thresholds = calibration.thresholds
-    return assign_buckets(confidence(class_prob, target_prob, thresholds.confidence), thresholds)
+    return buckets_of(class_prob, target_prob, calibration.thresholds)
 
 
 def crop_actions(

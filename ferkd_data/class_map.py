@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data.errors import UsageError
-from ferkd_data.labels.buckets import Thresholds, assign_buckets, confidence
+from ferkd_data.labels.buckets import Thresholds, buckets_of
 from ferkd_data.labels.rows import UNKNOWN_TARGET, class_index_dtype
 from ferkd_data.targets import Floats
 
@@ -194,7 +194,7 @@ def map_columns(
     target_prob = class_map.target_prob(class_index, class_prob, columns["target"], columns["target_prob"])
     bucket = columns["bucket"]
     if not class_map.is_renaming:
-        bucket = assign_buckets(confidence(prob, target_prob, thresholds.confidence), thresholds)
+        bucket = buckets_of(prob, target_prob, thresholds)
     return {
         "class_index": index.astype(class_index_dtype(class_map.num_classes)),
         "class_prob": prob,

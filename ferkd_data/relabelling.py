@@ -13,10 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ferkd_data.builder.job import Job, open_tools
-from ferkd_data.builder.labelling.counts import TeacherCounts
-from ferkd_data.builder.labelling.crop_batches import Rejected
-from ferkd_data.builder.labelling.label_shard import label_shard
+from ferkd_data.builder.labelling.job import Job, open_tools
+from ferkd_data.builder.labelling.label_shard import LabelledBatch, label_shard
 from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.errors import UsageError, check_at_least
 from ferkd_data.images import ImageRef, Reject, read_class_list
@@ -73,10 +71,10 @@ def relabel(
     job = _job(labels, images, classes, teachers, precision, resources)
     device = resources.resolved_device()
     loaded = load_teachers(job.teachers, device=device, precision=precision)
-    rejected, counts = Rejected(), TeacherCounts.zeros(len(loaded))
     with open_tools(job, device, loaded) as tools:
         refs = _sample(labels, tools.source.list_images(), sample, seed)
-        rows = list(label_shard(refs, tools, rejected, counts, lambda *_: None))
+        batches = [item for item in label_shard(refs, tools) if isinstance(item, LabelledBatch)]
+    rows = [row for batch in batches for row in batch.rows]
     differences, same_top1, other_crops = [], [], []
     for fresh, _ in rows:
         stored = labels[fresh.key]
@@ -125,7 +123,7 @@ def _job(
     return Job(
         source=str(images),
         classes=None if classes is None else read_class_list(Path(classes)),
-        out=Path(),
+        out=None,
         teachers=tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in teachers),
         precision=precision,
         settings=BuildSettings(
@@ -137,9 +135,7 @@ def _job(
             ensemble=manifest.ensemble,
             thresholds=manifest.thresholds.absolute(),
         ),
-        batch_size=resources.resolved_batch_size(),
-        workers=resources.resolved_workers(),
-        threads=resources.resolved_threads(),
+        resources=resources.local_worker(),
     )
 
 

@@ -43,7 +43,7 @@ def same_files(a: Path, b: Path) -> bool:
 
 def build_with_two(photos: Path, out: Path, teacher: str) -> None:
     """For a process of its own, which finds this module but no test's."""
-    fd.build(photos, out, teachers=[teacher], processes=2, **SMALL)
+    fd.build(photos, out, teachers=[teacher], workers=2, **SMALL)
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:

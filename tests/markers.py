@@ -12,7 +12,7 @@ SLOW = frozenset(
     attacks/test_waits cli/test_display cli/test_ending end_to_end/test_a_student_learns end_to_end/test_examples
     end_to_end/test_gpu_check end_to_end/test_real_teachers end_to_end/test_teach
     invariants/test_3_the_manifest_commits
-    rooms/builder/test_clocks rooms/builder/test_crew rooms/builder/test_ends rooms/builder/test_extend
+    rooms/builder/test_clocks rooms/builder/test_pool rooms/builder/test_ends rooms/builder/test_extend
     rooms/builder/test_parts rooms/builder/test_plan rooms/builder/test_ray rooms/builder/test_stop
     rooms/builder/test_store rooms/builder/test_watching rooms/exchange/test_again rooms/exchange/test_hub
     rooms/exchange/test_publish_and_pull rooms/loader/test_crop_dataset rooms/loader/test_crop_loader
@@ -36,7 +36,7 @@ def markers_of(name: str, skip_reasons: list[str]) -> list[str]:
     wanted = {
         "slow": name in SLOW,
         "network": name in NETWORK,
-        "ray": name.rpartition("/")[2] in ("test_ray", "test_fleet", "test_ray_worker"),
+        "ray": name.rpartition("/")[2] in ("test_ray", "test_cluster", "test_ray_worker"),
         "gpu": any("GPU" in reason for reason in skip_reasons),
     }
     return [marker for marker, is_wanted in wanted.items() if is_wanted]

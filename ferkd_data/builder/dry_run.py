@@ -1,62 +1,83 @@
-"""What a whole build will take, measured on a few batches before a week is spent."""
+"""Estimate what a build will take, from a few seconds of its own work, before a week is spent.
+
+The workers of the build itself are started and asked to measure: each labels images of its own shard for some seconds,
+all at the same time, since they share what a machine has. Nothing is written to OUT.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
 from typing_extensions import Unpack
 
-from ferkd_data.builder.job import open_tools
-from ferkd_data.builder.measuring import Sample, measure, measure_on_ray, measure_together
+from ferkd_data.builder.engines import labels_here, workers_of
+from ferkd_data.builder.labelling.job import open_tools
+from ferkd_data.builder.labelling.measuring import Sample, measure
 from ferkd_data.builder.overview import overview_of
 from ferkd_data.builder.plan import Part, Plan, load_or_make_plan
-from ferkd_data.builder.prepare import Prepared, check_targets, prepare
+from ferkd_data.builder.prepare import Prepared, check_targets, make_request, open_request
 from ferkd_data.builder.settings import DryRunKeywords
 from ferkd_data.builder.watch.events import Overview
-from ferkd_data.errors import BuildError, UsageError
+from ferkd_data.builder.workers.messages import (
+    AnyWorker,
+    Failed,
+    Measured,
+    Message,
+    Ready,
+    Slow,
+    WorkerLostError,
+    Workers,
+)
+from ferkd_data.builder.workers.pool import POLL_SECONDS, failure
+from ferkd_data.errors import BuildError, TeacherError, UsageError
+from ferkd_data.images import ImageRef
 from ferkd_data.scratch import Scratch
 from ferkd_data.teachers import TeacherSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCost:
+    """The time that one teacher takes of a build."""
+
     spec: str
     forwards: int
     milliseconds_per_crop: float
-    """Of one worker."""
+    """Milliseconds of one worker."""
     hours: float
-    """With all workers."""
+    """Hours with all workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
+    """Time, bytes and files that a build will take."""
+
     images: int
     crops: int
-    """Of all images together."""
+    """Crops of all images together."""
     forwards: int
     crops_per_second: float
-    """Of all workers together, with everything: decoding, cutting, all teachers."""
+    """Rate of all workers together, with everything: decoding, cutting, all teachers."""
     hours: float
     label_bytes: int
     image_bytes: int
-    """Copied into the shards; 0 for layout parquet."""
+    """Bytes of images copied into the shards; 0 for layout parquet."""
     files: int
     teachers: tuple[TeacherCost, ...]
     measured_crops: int
     workers: int
-    """Never more than there are shards: a shard is one worker's."""
+    """Workers of the build; never more than shards, since a shard is labelled by one worker."""
     worker_crops_per_second: float
-    """Mean of those that were measured."""
+    """Mean rate of the workers that were measured."""
     measured_on: tuple[str, ...]
-    """The device of each worker that was measured; they worked at the same time."""
+    """The device of each worker that was measured, all at the same time."""
     part: str | None
-    """Of the build, I/N, that all of this is about; None: the whole."""
+    """The part I/N that all of this is about; None: the whole build."""
     overview: Overview
-    """What a build would say before it starts."""
+    """The overview that the build would show before it starts."""
 
 
 def dry_run(
@@ -69,10 +90,10 @@ def dry_run(
     extend: bool = False,
     **changes: Unpack[DryRunKeywords],
 ) -> Estimate:
-    """Time the build on its first images, in a temporary folder, and scale up. Takes the arguments of `build`.
+    """Time a build on its first images and scale up. Takes the arguments of `build`, but for OUT.
 
-    On this machine all its workers are measured, at once. On a Ray cluster it is one, or those that share a GPU. With
-    `part`, what is estimated is that part of the build.
+    On this machine all workers are measured, at once. On a Ray cluster it is one, or those that share a GPU. With
+    `part`, that part of the build is estimated.
 
     Raises what `build` raises, BuildError when none of the first images can be used.
     """
@@ -81,7 +102,9 @@ def dry_run(
     mine = None if part is None else Part.parse(part)
     with (
         Scratch("dry-run") as folder,
-        prepare(source, folder, teachers=teachers, classes=classes, precision=precision, **changes) as prepared,
+        open_request(
+            make_request(source, folder, teachers=teachers, classes=classes, precision=precision, **changes)
+        ) as prepared,
     ):
         plan = load_or_make_plan(prepared.images, folder, images_per_shard=prepared.job.settings.shard_images)
         check_targets(plan, prepared.ensemble[0].num_classes, classes_given=classes is not None)
@@ -90,7 +113,7 @@ def dry_run(
             raise BuildError(
                 f"{source}: makes {plan.summary.shards} shards, and part {mine} has none; make fewer parts"
             )
-        workers = min(prepared.workplace.num_workers, len(shards))
+        workers = min(prepared.placement.num_workers, len(shards))
         overview = overview_of(prepared, plan, shards)
         samples = [sample for sample in _measure(prepared, plan, shards[:workers]) if sample.images]
         if not samples:
@@ -99,15 +122,58 @@ def dry_run(
 
 
 def _measure(prepared: Prepared, plan: Plan, shards: Sequence[int]) -> list[Sample]:
-    """With a worker for each of `shards`, on a cluster with fewer."""
-    job, devices, fleet = prepared.job, prepared.workplace.devices, prepared.workplace.fleet
-    refs = (plan.refs(shard) for shard in shards)
-    if fleet is not None and shards:
-        return measure_on_ray(job, fleet, list(islice(refs, fleet.workers_on_a_gpu)))
-    if len(devices) > 1:  # also for a single shard: its worker has its share of the cores
-        return measure_together(job, devices[: len(shards)], list(refs))
-    with open_tools(job, devices[0], prepared.ensemble) as tools:
-        return [measure(tools, each) for each in refs]
+    """Measure a worker for each of `shards`; on a cluster, those of one GPU."""
+    job, placement = replace(prepared.job, out=None), prepared.placement
+    if placement.cluster is not None:
+        shards = shards[: placement.cluster.workers_on_a_gpu]
+    else:
+        placement = replace(placement, devices=placement.devices[: len(shards)])
+    refs = [plan.refs(shard) for shard in shards]
+    if not labels_here(job, prepared.placement):  # also for a single shard: its worker has its share of the cores
+        return measure_with(workers_of(job, placement), refs) if shards else []
+    device = prepared.placement.devices[0]
+    with open_tools(job, device, prepared.ensemble) as tools:
+        return [measure(tools, each, device) for each in refs]
+
+
+def measure_with(workers: Workers[AnyWorker], shards: Sequence[Sequence[ImageRef]]) -> list[Sample]:
+    """Start a worker for each of `shards`, and have them measure at the same time when all of them are ready.
+
+    Raises what a worker raised, BuildError for one that died.
+    """
+    samples: dict[int, Sample] = {}
+    num_ready = 0
+    with ExitStack() as stack:
+        started = []
+        for number in range(len(shards)):
+            started.append(workers.start(number))
+            stack.callback(started[-1].end, 0)
+        while len(samples) < len(started):
+            waiting = [worker for worker in started if worker.number not in samples]
+            for worker in workers.with_news(waiting, POLL_SECONDS):
+                message = _hear(worker, workers.when_none_gets_ready)
+                if isinstance(message, Ready):
+                    num_ready += 1
+                    if num_ready == len(started):
+                        for each, refs in zip(started, shards, strict=True):
+                            each.measure(refs)
+                elif isinstance(message, Measured):
+                    samples[worker.number] = message.sample
+    return [samples[number] for number in sorted(samples)]
+
+
+def _hear(worker: AnyWorker, hint: str) -> Message:
+    try:
+        message = worker.hear()
+    except WorkerLostError as error:
+        raise BuildError(f"{worker} {error} while it was measured; {hint}") from error
+    if isinstance(message, Failed):
+        raise failure(message, str(worker))
+    if isinstance(message, Slow):
+        raise TeacherError(
+            f"teacher {message.teacher}: takes longer than --teacher-timeout for a batch; {worker} was ended"
+        )
+    return message
 
 
 def _estimate(
@@ -146,7 +212,7 @@ def _estimate(
         measured_crops=sum(sample.crops for sample in samples),
         workers=workers,
         worker_crops_per_second=rate,
-        measured_on=tuple(sample.place for sample in samples),
+        measured_on=tuple(sample.location for sample in samples),
         part=None if part is None else str(part),
         overview=overview,
     )

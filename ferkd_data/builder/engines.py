@@ -1,6 +1,7 @@
-"""The engine of one process: the shards one after the other.
+"""The engine: who labels the shards of a build that have no record yet.
 
-Which engine labels the shards, and what it reports to.
+With one worker on this machine it is the calling process, whose teachers are loaded already. Otherwise it is a pool of
+worker processes, or of actors on a Ray cluster, each with teachers of its own.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ferkd_data.builder.job import open_tools
-from ferkd_data.builder.labelling.forwards import Nobody
-from ferkd_data.builder.labelling.label_shard import Tools
+from ferkd_data.builder.labelling.forwards import NullObserver
+from ferkd_data.builder.labelling.job import Job, Tools, open_tools
 from ferkd_data.builder.labelling.write_behind import WriteBehind
 from ferkd_data.builder.overview import overview_of
 from ferkd_data.builder.plan import Plan
@@ -21,15 +21,53 @@ from ferkd_data.builder.stop import Stop
 from ferkd_data.builder.watch.events import BuildStarted, ImageRejected, Watcher
 from ferkd_data.builder.watch.progress import ProgressCounter
 from ferkd_data.builder.workers.messages import Workers
-from ferkd_data.builder.workers.pool import Crew
+from ferkd_data.builder.workers.pool import WorkerPool
 from ferkd_data.builder.workers.processes import WorkerProcesses
 from ferkd_data.builder.workers.ray_actors import RayWorkers
+from ferkd_data.builder.workers.ray_cluster import Placement
 from ferkd_data.format.rejects import read_rejects
+
+
+def label_shards(
+    prepared: Prepared, folder: BuildFolder, plan: Plan, shards: Sequence[int], watcher: Watcher, stop: Stop
+) -> None:
+    """Label each of `shards` that has no record yet. Raises what labelling raises, BuildStoppedError on a stop."""
+    job, placement = prepared.job, prepared.placement
+    counter = _counter(prepared, plan, shards, watcher)
+    todo = []
+    for shard, record in folder.records(shards):
+        if record is None:
+            todo.append(shard)
+        else:
+            counter.shard_found(record)
+    _tell_of_start(prepared, plan, counter)
+    watcher.see(overview_of(prepared, plan, todo))
+    with stop.labelling():
+        if labels_here(job, placement):
+            with open_tools(job, placement.devices[0], prepared.ensemble, _TellHalvings(counter)) as tools:
+                label_here(folder, plan, tools, todo, counter, stop)
+            return
+        prepared.let_teachers_go()
+        timeout = job.resources.teacher_timeout
+        with WorkerPool(workers_of(job, placement), folder, counter, stop, timeout) as pool:
+            pool.label(todo)
+
+
+def labels_here(job: Job, placement: Placement) -> bool:
+    """Return whether the calling process is the one worker. A teacher's time can only be limited in another process."""
+    return placement.cluster is None and len(placement.devices) == 1 and job.resources.teacher_timeout is None
+
+
+def workers_of(job: Job, placement: Placement) -> Workers[Any]:
+    if placement.cluster is None:
+        return WorkerProcesses(job, placement.devices)
+    return RayWorkers(job, placement.cluster)
 
 
 def label_here(
     folder: BuildFolder, plan: Plan, tools: Tools, shards: Sequence[int], counter: ProgressCounter, stop: Stop
 ) -> None:
+    """Label the shards one after the other in this process."""
     counter.worker_started(0, tools.device)
     with WriteBehind(folder, plan, tools, counter.shard_done) as behind:
         for shard in shards:
@@ -48,39 +86,14 @@ def label_here(
         behind.settle()
 
 
-class Reporting(Nobody):
-    """Passes on what the teachers of this process are at, as far as anybody wants to know."""
+class _TellHalvings(NullObserver):
+    """Tells the watchers when a teacher of this process gets smaller batches."""
 
     def __init__(self, counter: ProgressCounter) -> None:
         self.counter = counter
 
     def halved(self, teacher: str, crops: int) -> None:
         self.counter.halved(teacher, crops)
-
-
-def label_shards(
-    prepared: Prepared, folder: BuildFolder, plan: Plan, shards: Sequence[int], watcher: Watcher, stop: Stop
-) -> None:
-    """Label each of `shards` that has no record yet."""
-    job, devices, fleet = prepared.job, prepared.workplace.devices, prepared.workplace.fleet
-    counter = _counter(prepared, plan, shards, watcher)
-    todo = []
-    for shard, record in folder.records(shards):
-        if record is None:
-            todo.append(shard)
-        else:
-            counter.shard_found(record)
-    _tell_of_start(prepared, plan, counter)
-    watcher.see(overview_of(prepared, plan, todo))
-    with stop.labelling():
-        if fleet is None and len(devices) == 1 and job.teacher_timeout is None:
-            with open_tools(job, devices[0], prepared.ensemble, Reporting(counter)) as tools:
-                label_here(folder, plan, tools, todo, counter, stop)
-            return
-        prepared.let_teachers_go()
-        workers: Workers[Any] = WorkerProcesses(job, devices) if fleet is None else RayWorkers(job, fleet)
-        with Crew(workers, folder, counter, stop, job.teacher_timeout) as crew:
-            crew.label(todo)
 
 
 def _counter(prepared: Prepared, plan: Plan, shards: Sequence[int], watcher: Watcher) -> ProgressCounter:
@@ -105,7 +118,7 @@ def _tell_of_start(prepared: Prepared, plan: Plan, counter: ProgressCounter) -> 
         source=job.source,
         teachers=tuple(map(str, job.teachers)),
         settings=asdict(job.settings),
-        devices=tuple(prepared.workplace.devices),
+        devices=tuple(prepared.placement.devices),
         extends=prepared.base is not None,
         shards=counter.shards_total,
         shards_done=counter.shards_done,

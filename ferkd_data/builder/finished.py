@@ -1,8 +1,7 @@
-"""Whether a build is there already: the same command run again after its end does nothing, and succeeds."""
+"""Recognise a finished build: the same command run again after its end does nothing, and succeeds."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 from ferkd_data.builder.locks import clean_up_after_end
 from ferkd_data.builder.plan import digest_of_listing
-from ferkd_data.builder.request import Request
-from ferkd_data.builder.state import FOLDER
+from ferkd_data.builder.prepare import Request
+from ferkd_data.builder.state import FOLDER, digest_of_location
 from ferkd_data.builder.store_folder import StoreFolder
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import BuildError, RemoteError, SettingsMismatchError
@@ -35,7 +34,7 @@ WAY_OUT = "use another folder, --extend to add to it, or --overwrite to replace 
 class Finished:
     """A finished label set whose settings are those that are asked for."""
 
-    place: Path | str
+    location: Path | str
     manifest: Manifest
     teachers_are_sure: bool
     """Whether the teachers are the same without a look at their weights."""
@@ -44,81 +43,76 @@ class Finished:
     """Its build was killed after the manifest, and has been cleaned up now."""
 
     def check_source(self, images: ImageSource) -> None:
-        """List the images to find out whether they are the same. Raises SettingsMismatchError."""
+        """List the images, and raise SettingsMismatchError where they are others than those that were labelled."""
         if digest_of_listing(images) != self.manifest.source.plan_sha256:
             saved, now = self.manifest.source.description, images.description
             raise SettingsMismatchError(
-                f"{self.place} holds a finished label set of other images: {saved}, and SOURCE is {now}; {WAY_OUT}"
+                f"{self.location} holds a finished label set of other images: {saved}, and SOURCE is {now}; {WAY_OUT}"
             )
 
     def check_teachers(self, entries: Sequence[TeacherEntry]) -> None:
-        """Raises SettingsMismatchError where teachers of these entries would give other labels."""
+        """Raise SettingsMismatchError where teachers of these entries would give other labels."""
         saved, present = (
             [entry.model_dump(mode="json", exclude={"spec", "name"}) for entry in each]
             for each in (self.manifest.teachers, entries)
         )
-        _raise_if_different(self.place, {"teachers": saved}, {"teachers": present})
+        _raise_if_different(self.location, {"teachers": saved}, {"teachers": present})
 
 
 def find_finished(asked: Request) -> Finished | None:
-    """The label set in OUT, where there is one; what its build left behind is cleaned up.
+    """Return the label set in OUT, if there is one, and clean up what its build left behind.
 
     Raises SettingsMismatchError that names the settings that differ, BuildError for one that no single build wrote.
     """
-    place = asked.out
-    manifest = _manifest_at(place)
+    location = asked.out
+    manifest = _manifest_at(location)
     if manifest is None:
         return None
     for mark, how in (("imported_from", "imported"), ("merged_from", "merged")):
         if mark in (manifest.model_extra or {}):
-            raise BuildError(f"{place} holds a finished label set that was {how}, not built; {WAY_OUT}")
-    _raise_if_different(place, _saved(manifest), _asked(asked, manifest))
-    _check_files(place, manifest)
+            raise BuildError(f"{location} holds a finished label set that was {how}, not built; {WAY_OUT}")
+    _raise_if_different(location, _saved(manifest), _asked(asked, manifest))
+    _check_files(location, manifest)
     specs = [str(spec) for spec in asked.teachers]
     return Finished(
-        place=place,
+        location=location,
         manifest=manifest,
-        teachers_are_sure=[entry.spec for entry in manifest.teachers] == specs and not _is_newer(place, asked.teachers),
-        source_is_sure=manifest.source.place_sha256 == digest_of_place(asked.source),
-        was_interrupted=_clean_up(place),
+        teachers_are_sure=[entry.spec for entry in manifest.teachers] == specs
+        and not _is_newer(location, asked.teachers),
+        source_is_sure=manifest.source.place_sha256 == digest_of_location(asked.source),
+        was_interrupted=_clean_up(location),
     )
 
 
-def digest_of_place(source: str) -> str:
-    """SHA-256 of where SOURCE is: its absolute path, or its URL."""
-    place = source if "://" in source else str(Path(source).expanduser().absolute())
-    return hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _manifest_at(place: Path | str) -> Manifest | None:
-    if isinstance(place, Path):
-        return read_manifest(place) if (place / FILE_NAME).is_file() else None
+def _manifest_at(location: Path | str) -> Manifest | None:
+    if isinstance(location, Path):
+        return read_manifest(location) if (location / FILE_NAME).is_file() else None
     try:
-        text = StoreFolder(place).remote.read(FILE_NAME, max_bytes=MAX_MANIFEST_BYTES)
+        text = StoreFolder(location).remote.read(FILE_NAME, max_bytes=MAX_MANIFEST_BYTES)
     except RemoteError as error:
         if error.status == 404:
             return None
         raise
-    return parse_manifest(text, f"{place}/{FILE_NAME}")
+    return parse_manifest(text, f"{location}/{FILE_NAME}")
 
 
-def _check_files(place: Path | str, manifest: Manifest) -> None:
+def _check_files(location: Path | str, manifest: Manifest) -> None:
     """Raise BuildError where shard files are missing; their bytes are for `verify`."""
-    if not isinstance(place, Path):
+    if not isinstance(location, Path):
         return
     files = [file for shard in manifest.shards for file in shard.files]
-    missing = [file.path for file in files if not (place / file.path).is_file()]
+    missing = [file.path for file in files if not (location / file.path).is_file()]
     if missing:
         raise BuildError(
-            f"{place} holds the manifest of a finished label set, but {len(missing)} of its {len(files)} files are "
+            f"{location} holds the manifest of a finished label set, but {len(missing)} of its {len(files)} files are "
             f"gone, such as {missing[0]}; bring them back, or use --overwrite to build it again"
         )
 
 
-def _clean_up(place: Path | str) -> bool:
-    if isinstance(place, Path):
-        return clean_up_after_end(place)
-    remote = open_remote(place)
+def _clean_up(location: Path | str) -> bool:
+    if isinstance(location, Path):
+        return clean_up_after_end(location)
+    remote = open_remote(location)
     if not any(name.startswith(f"{FOLDER}/") for name in remote.sizes()):
         return False
     remote.remove(FOLDER)
@@ -126,6 +120,7 @@ def _clean_up(place: Path | str) -> bool:
 
 
 def _saved(manifest: Manifest) -> dict[str, Any]:
+    """Return what a manifest says of the settings, under the names that a message uses."""
     stored = manifest.thresholds
     return {
         "crops": manifest.num_crops,
@@ -150,7 +145,7 @@ def _saved(manifest: Manifest) -> dict[str, Any]:
 
 
 def _asked(asked: Request, manifest: Manifest) -> dict[str, Any]:
-    """In the same form; what neither side can know is taken from the manifest."""
+    """Return the request in the form of `_saved`. Values that one side cannot know are taken from the manifest."""
     settings, thresholds = asked.settings, asked.settings.thresholds
     given = {
         **asdict(settings),
@@ -173,18 +168,18 @@ def _asked(asked: Request, manifest: Manifest) -> dict[str, Any]:
     return {name: saved[name] if name in unknown else given.get(name, saved[name]) for name in saved}
 
 
-def _raise_if_different(place: Path | str, saved: dict[str, Any], present: dict[str, Any]) -> None:
+def _raise_if_different(location: Path | str, saved: dict[str, Any], present: dict[str, Any]) -> None:
     lines = describe_differences(saved, present)
     if lines:
         raise SettingsMismatchError(
-            f"{place} holds a finished label set with other settings: {'; '.join(lines[:4])}; {WAY_OUT}"
+            f"{location} holds a finished label set with other settings: {'; '.join(lines[:4])}; {WAY_OUT}"
         )
 
 
-def _is_newer(place: Path | str, teachers: Sequence[TeacherSpec]) -> bool:
-    """Whether a teacher's file was written after the label set, and so perhaps holds other weights now."""
-    if not isinstance(place, Path):
+def _is_newer(location: Path | str, teachers: Sequence[TeacherSpec]) -> bool:
+    """Return whether a teacher's file was written after the label set: it may hold other weights now."""
+    if not isinstance(location, Path):
         return True
-    written = (place / FILE_NAME).stat().st_mtime
+    written = (location / FILE_NAME).stat().st_mtime
     files = [Path(name).expanduser() for spec in teachers for name in (spec.name, spec.checkpoint) if name]
     return any(file.is_file() and file.stat().st_mtime > written for file in files)

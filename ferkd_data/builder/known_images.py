@@ -33,7 +33,7 @@ READ = pa.ipc.IpcReadOptions(use_threads=False)
 Numbers = npt.NDArray[np.int64]
 
 
-class Piles:
+class Partitions:
     """Within a pile, rows keep the order they came in."""
 
     def __init__(self, folder: Path, schema: pa.Schema) -> None:
@@ -136,10 +136,10 @@ class KnownImages:
     def __enter__(self) -> KnownImages:
         self._folder = Scratch("keys")
         folder = self._folder.path
-        self._known = Piles(folder / "known", KNOWN)
-        self._rejected = Piles(folder / "rejected", REJECTED)
-        self._listed = Piles(folder / "listed", LISTED)
-        self._placed = Piles(folder / "placed", LISTED)
+        self._known = Partitions(folder / "known", KNOWN)
+        self._rejected = Partitions(folder / "rejected", REJECTED)
+        self._listed = Partitions(folder / "listed", LISTED)
+        self._placed = Partitions(folder / "placed", LISTED)
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""The overview before a build starts: a person sees in the first minute that something is wrong."""
+"""The overview before a build starts, so that a person sees in the first minute that something is wrong."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ferkd_data.teachers.teacher import is_out_of_memory
 
 PROBE_SHARDS = 8
 FEW_IMAGES = 8
-"""Looked at by a driver on a cluster, whose teachers are on its CPU."""
+"""Images that a driver on a cluster asks its teachers about, which are on its CPU."""
 
 
 def overview_of(prepared: Prepared, plan: Plan, todo: Sequence[int]) -> Overview:
-    """The images of the whole plan, and the teachers' answers to a few images of the shards `todo`.
+    """Describe the images of the whole plan, and the teachers' answers to a few images of the shards `todo`.
 
     Raises TeacherError for a teacher that is no classifier (see `probe_teachers`).
     """
@@ -46,7 +46,7 @@ def overview_of(prepared: Prepared, plan: Plan, todo: Sequence[int]) -> Overview
 
 
 def _spread(plan: Plan, shards: Sequence[int]) -> list[ImageRef]:
-    """A few images from everywhere; a few neighbours of each shard where there are many, since reading is by shards."""
+    """Choose a few images from all over; of many shards, some neighbours each, since images are read by shard."""
     with_images = [shard for shard, images in zip(shards, plan.shard_images(shards), strict=True) if images]
     chosen = with_images[:: max(1, len(with_images) // PROBE_SHARDS)][:PROBE_SHARDS]
     found: list[ImageRef] = []
@@ -59,29 +59,30 @@ def _spread(plan: Plan, shards: Sequence[int]) -> list[ImageRef]:
 
 
 def _probe(prepared: Prepared, refs: Sequence[ImageRef]) -> tuple[TeacherProbe, ...]:
-    """Nothing where a device has no room for so many images at once: a build halves its batches, a probe does not."""
-    job, workplace = prepared.job, prepared.workplace
-    refs = refs if workplace.fleet is None else refs[:FEW_IMAGES]
+    """Ask the teachers. Returns nothing where the device has no room: a build halves its batches, a probe does not."""
+    job, placement = prepared.job, prepared.placement
+    refs = refs if placement.cluster is None else refs[:FEW_IMAGES]
+    timeout = job.resources.teacher_timeout
     answers: list[tuple[TeacherProbe, ...]] = []
     failures: list[BaseException] = []
 
     def ask() -> None:
         try:
-            answers.append(probe_teachers(prepared.ensemble, prepared.images, refs, device=workplace.device_here))
+            answers.append(probe_teachers(prepared.ensemble, prepared.images, refs, device=placement.driver_device))
         except BaseException as error:
             failures.append(error)
 
-    if job.teacher_timeout is None:
+    if timeout is None:
         ask()
     else:
-        # A thread that waits for a teacher that hangs cannot be ended; as a daemon it goes with the process.
+        # A thread that waits for a hanging teacher cannot be ended. As a daemon it ends with the process.
         thread = Thread(target=ask, daemon=True, name="ferkd-data-probe")
         thread.start()
-        thread.join(job.teacher_timeout * max(1, len(prepared.ensemble)))
+        thread.join(timeout * max(1, len(prepared.ensemble)))
         if thread.is_alive():
             raise TeacherError(
                 f"teachers {', '.join(map(str, job.teachers))}: no answer for {len(refs)} images within "
-                f"{job.teacher_timeout:g} seconds; run the same command again, with a larger --teacher-timeout if they "
+                f"{timeout:g} seconds; run the same command again, with a larger --teacher-timeout if they "
                 "are slow"
             )
     for failure in failures:

@@ -1,45 +1,126 @@
-"""Before a build begins: its settings checked, its source open, its teachers loaded, its plan made."""
+"""From the arguments of a build to the point where it can begin.
+
+1. `make_request`: all arguments checked and completed. Nothing is opened or loaded.
+2. `open_request`: the source open, the cluster connected, the teachers loaded: a `Prepared`.
+3. `Prepared.begin`: compared with what an earlier run left in OUT, and the plan made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from typing_extensions import Unpack
 
-from ferkd_data.builder.extension import Base, load_or_make_extension
-from ferkd_data.builder.finished import digest_of_place
-from ferkd_data.builder.job import Job, same_working_folder
+from ferkd_data.builder.extension import Base, load_or_make_extension, open_base
+from ferkd_data.builder.labelling.job import Job, same_working_folder
 from ferkd_data.builder.plan import Plan, load_or_make_plan
-from ferkd_data.builder.request import Request, make_request
-from ferkd_data.builder.settings import BuildKeywords
-from ferkd_data.builder.state import EXTENDS, BuildFolder, Facts
-from ferkd_data.builder.workplace import Workplace, open_workplace
+from ferkd_data.builder.settings import BuildKeywords, BuildSettings, Resources, renamed_workers
+from ferkd_data.builder.state import EXTENDS, BuildFolder, Facts, digest_of_location
+from ferkd_data.builder.store_folder import location_of
+from ferkd_data.builder.workers.ray_cluster import Placement, open_placement
 from ferkd_data.errors import BuildError, FerkdError, UsageError
 from ferkd_data.format.manifest import TeacherEntry, identity_of, read_manifest_bytes
-from ferkd_data.images import ImageSource, describe_left_out
+from ferkd_data.images import ClassList, ImageSource, describe_left_out, read_class_list
 from ferkd_data.labels.buckets import QuantileThresholds
-from ferkd_data.teachers import Teacher, load_teachers
+from ferkd_data.storage import is_url
+from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.load import check_class_count, check_class_order
 
 
 @dataclass(frozen=True, kw_only=True)
+class Request:
+    """A build as it was asked for, complete and checked."""
+
+    source: str
+    """Absolute, unless it is a URL: a teacher's module may change the working folder."""
+    out: Path | str
+    classes: ClassList | None
+    teachers: tuple[TeacherSpec, ...]
+    precision: str
+    settings: BuildSettings
+    resources: Resources
+    on_error: Literal["reject", "fail"]
+    base: Base | None = None
+    """The label set that is to be extended."""
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("reject", "fail"):
+            raise UsageError(f"on_error must be reject or fail, got {self.on_error!r}")
+
+
+def make_request(source: str | Path, out: str | Path, **arguments: Unpack[BuildKeywords]) -> Request:
+    """Check the arguments of `build`. An extension takes what is not given from the label set in OUT.
+
+    Raises UsageError, and for an extension what `open_base` raises.
+    """
+    given: dict[str, Any] = dict(arguments)
+    settings, resources = given.pop("settings", None), given.pop("resources", None)
+    teachers, precision = given.pop("teachers", ()), given.pop("precision", "auto")
+    classes, on_error = given.pop("classes", None), given.pop("on_error", "reject")
+    location = location_of(out)
+    base = _base(location) if given.pop("extend", False) else None
+    class_list = None if classes is None else read_class_list(Path(classes).expanduser())
+    wanted = {**(vars(settings) if settings else {}), **given}
+    settings, resources = with_changes(settings, resources, given)
+    if base is not None:
+        settings = base.settings({name: value for name, value in wanted.items() if name in vars(settings)})
+        teachers = teachers or base.specs
+        precision = base.precision if precision == "auto" else precision
+        class_list = class_list or base.classes
+    return Request(
+        source=_absolute(str(source)),
+        out=location,
+        classes=class_list,
+        teachers=tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in teachers),
+        precision=precision,
+        settings=settings,
+        resources=resources,
+        on_error=on_error,
+        base=base,
+    )
+
+
+def with_changes(
+    settings: BuildSettings | None, resources: Resources | None, changes: Mapping[str, Any]
+) -> tuple[BuildSettings, Resources]:
+    """Return the settings and resources with single fields replaced. Raises UsageError for a field of neither."""
+    settings, resources = settings or BuildSettings(), resources or Resources()
+    changes = dict(changes)
+    if "processes" in changes:
+        changes["workers"] = renamed_workers(changes.get("workers"), changes.pop("processes"))
+    of_settings = {field.name for field in fields(BuildSettings)}
+    of_resources = {field.name for field in fields(Resources)}
+    unknown = set(changes) - of_settings - of_resources
+    if unknown:
+        raise UsageError(
+            f"build has no setting {sorted(unknown)[0]!r}; settings are {sorted(of_settings | of_resources)}"
+        )
+    return (
+        replace(settings, **{k: v for k, v in changes.items() if k in of_settings}),
+        replace(resources, **{k: v for k, v in changes.items() if k in of_resources}),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
+    """A build whose source is open and whose teachers are loaded."""
+
     job: Job
-    workplace: Workplace
+    placement: Placement
     images: ImageSource
     ensemble: list[Teacher]
     base: Base | None = None
     """The label set that is to be extended."""
 
     def begin(self, folder: BuildFolder, *, afresh: bool = False) -> tuple[Plan, Facts]:
-        """The plan and facts of this build, those of an earlier run where there was one.
+        """Return the plan and facts of this build: those of an earlier run where there was one.
 
-        Raises SettingsMismatchError when that was of other settings, UsageError when classes cannot be matched.
+        Raises SettingsMismatchError when that had other settings, UsageError when classes cannot be matched.
         """
         if self.base is not None:
             self._check_base(folder, self.base, afresh=afresh)
@@ -49,7 +130,7 @@ class Prepared:
             plan, facts = self._plan_and_facts(folder)
         except FerkdError:
             if not begun_before:
-                # What is corrected now are settings: they must not meet those of a build that never was.
+                # The user corrects settings now: these must not be compared with those of a build that never began.
                 folder.clear()
             raise
         folder.save_facts(facts)
@@ -57,7 +138,7 @@ class Prepared:
         return plan, facts
 
     def let_teachers_go(self) -> None:
-        """Where workers have their own, those of this process would only take memory of the first one's device."""
+        """Free the driver's teachers. Workers have their own, and these would only take memory of the first device."""
         self.ensemble.clear()
         torch.cuda.empty_cache()
 
@@ -71,7 +152,7 @@ class Prepared:
             num_classes=self.ensemble[0].num_classes,
             class_names=class_names(plan, self.ensemble),
             source=self.images.description,
-            place_sha256=digest_of_place(self.job.source),
+            place_sha256=digest_of_location(self.job.source),
             class_folders=plan.summary.class_folders,
             left_out=plan.summary.left_out,
         )
@@ -86,7 +167,7 @@ class Prepared:
         return load_or_make_plan(self.images, folder.path, images_per_shard=settings.shard_images)
 
     def _check_base(self, folder: BuildFolder, base: Base, *, afresh: bool) -> None:
-        """Raises BuildError where the label set is not the one that was found before the folder was taken."""
+        """Raises BuildError where the label set is not the one that was found before the folder was locked."""
         if identity_of(read_manifest_bytes(base.out)) != base.identity:
             raise BuildError(f"{base.out}: was extended by another process just now; run the same command again")
         if afresh:
@@ -95,17 +176,13 @@ class Prepared:
 
 
 @contextmanager
-def prepare(source: str | Path, out: str | Path, **arguments: Unpack[BuildKeywords]) -> Iterator[Prepared]:
-    """`open_request` for the arguments of `build`."""
-    with open_request(make_request(source, out, **arguments)) as prepared:
-        yield prepared
-
-
-@contextmanager
 def open_request(request: Request) -> Iterator[Prepared]:
-    """Open the source and load the teachers. A cluster that is needed is there for as long as the context lasts."""
-    settings, resources, base = request.settings, request.resources, request.base
-    with open_workplace(resources) as workplace:
+    """Open the source and load the teachers. A cluster stays connected for as long as the context lasts.
+
+    Raises SourceError, TeacherError, UsageError, SettingsMismatchError for an extension by other teachers.
+    """
+    settings, base = request.settings, request.base
+    with open_placement(request.resources) as placement:
         job = Job(
             source=request.source,
             classes=request.classes,
@@ -113,24 +190,20 @@ def open_request(request: Request) -> Iterator[Prepared]:
             teachers=request.teachers,
             precision=request.precision,
             settings=settings,
-            batch_size=workplace.batch_size,
-            workers=workplace.workers,
-            threads=workplace.threads,
-            compile=resources.compile,
-            teacher_timeout=resources.teacher_timeout,
+            resources=placement.worker,
             fail_on_reject=request.on_error == "fail",
         )
         images = job.open_source()
         with same_working_folder():
             ensemble = load_teachers(
-                job.teachers, device=workplace.device_here, precision=job.precision, used_on=workplace.devices[0]
+                job.teachers, device=placement.driver_device, precision=job.precision, used_on=placement.devices[0]
             )
         if settings.top_k > ensemble[0].num_classes:
             raise UsageError(f"top_k {settings.top_k} is more than the teachers' {ensemble[0].num_classes} classes")
         if base is not None:
             base.check_teachers([teacher_entry(teacher) for teacher in ensemble])
         job = replace(job, digests=tuple(teacher.digest for teacher in ensemble))
-        yield Prepared(job=job, workplace=workplace, images=images, ensemble=ensemble, base=base)
+        yield Prepared(job=job, placement=placement, images=images, ensemble=ensemble, base=base)
 
 
 def check_targets(plan: Plan, num_classes: int, *, classes_given: bool) -> None:
@@ -154,7 +227,7 @@ def check_targets(plan: Plan, num_classes: int, *, classes_given: bool) -> None:
 
 
 def class_names(plan: Plan, teachers: Sequence[Teacher]) -> tuple[str, ...] | None:
-    """The source's own names where they are for all classes, else those a teacher brings."""
+    """Return the source's own names where they are for all classes, else those that a teacher brings."""
     named = plan.summary.class_names
     if named is not None and len(named) == teachers[0].num_classes:
         return named
@@ -162,6 +235,7 @@ def class_names(plan: Plan, teachers: Sequence[Teacher]) -> tuple[str, ...] | No
 
 
 def teacher_entry(teacher: Teacher) -> TeacherEntry:
+    """Return the manifest's entry for a teacher."""
     spec, preprocessing = teacher.spec, teacher.preprocessing
     return TeacherEntry(
         spec=str(spec),
@@ -178,8 +252,22 @@ def teacher_entry(teacher: Teacher) -> TeacherEntry:
     )
 
 
+def _base(location: Path | str) -> Base:
+    if isinstance(location, str):
+        raise UsageError(f"{location}: --extend works on a folder; pull the label set, extend it, and publish it again")
+    return open_base(location)
+
+
+def _absolute(source: str) -> str:
+    if is_url(source):
+        return source
+    path = Path(source).expanduser()
+    # SOURCE may be a pattern. Behind a working folder whose name has a bracket it would mean something else.
+    return source if any(mark in str(Path.cwd()) for mark in "*?[{") and not path.exists() else str(path.absolute())
+
+
 def _fingerprint(job: Job, teachers: Sequence[Teacher], base: Base | None) -> dict[str, Any]:
-    """Everything that must be the same for a resume."""
+    """Return everything that must be the same for a resume."""
     entries = [teacher_entry(teacher).model_dump(mode="json", exclude={"spec", "name"}) for teacher in teachers]
     listed = None if job.classes is None else {"folders": job.classes.folders, "names": job.classes.names}
     return {

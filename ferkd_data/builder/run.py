@@ -1,10 +1,14 @@
-"""`build`: from a source and teachers to a label set; whole, or in parts for a batch system."""
+"""`build`: from a source and teachers to a label set; whole, or in parts for a batch system.
+
+Each function leads through the same steps: prepare, take OUT, plan, label the shards, seal.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from typing_extensions import Unpack
 
@@ -21,13 +25,12 @@ from ferkd_data.builder.locks import (
     open_part_folder,
 )
 from ferkd_data.builder.plan import Part, Plan, open_plan
-from ferkd_data.builder.prepare import open_request, teacher_entry
-from ferkd_data.builder.request import OnError, Request, make_request
+from ferkd_data.builder.prepare import Request, make_request, open_request, teacher_entry
 from ferkd_data.builder.seal import seal
 from ferkd_data.builder.settings import BuildKeywords, BuildSettings, Resources, SettingsKeywords
 from ferkd_data.builder.state import BuildFolder, Facts
 from ferkd_data.builder.stop import Stop
-from ferkd_data.builder.store_folder import open_out, place_of
+from ferkd_data.builder.store_folder import location_of, open_out
 from ferkd_data.builder.watch.events import BuildFinished, OnProgress, Watcher, Watchers
 from ferkd_data.errors import BuildError, UsageError
 from ferkd_data.format.manifest import FILE_NAME, Manifest, read_manifest
@@ -36,31 +39,37 @@ from ferkd_data.storage import remove_leftovers
 from ferkd_data.teachers import TeacherSpec
 
 SHARDS_NAMED = 8
-"""Missing shards that an error names."""
+"""Most missing shards that an error names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
+    """A finished label set."""
+
     out: Path | str
     manifest: Manifest
     already_finished: bool = False
-    """The label set was there, and nothing was done."""
+    """Whether the label set was there already, and nothing was done."""
 
     @property
     def rejects(self) -> int:
+        """Number of images that could not be used."""
         return self.manifest.rejects.rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartResult:
+    """A finished part of a build."""
+
     out: Path
     part: Part
     shards: int
     """Shards of this part; all of them are done."""
     images: int
+    """Images labelled in these shards."""
     rejects: int
     already_finished: bool = False
-    """The whole label set was there, and nothing was done."""
+    """Whether the whole label set was there already, and nothing was done."""
 
 
 def build(
@@ -72,7 +81,7 @@ def build(
     resources: Resources | None = None,
     classes: str | Path | None = None,
     precision: str = "auto",
-    on_error: OnError = "reject",
+    on_error: Literal["reject", "fail"] = "reject",
     overwrite: bool = False,
     extend: bool = False,
     on_progress: OnProgress | None = None,
@@ -80,18 +89,26 @@ def build(
     stop: Stop | None = None,
     **changes: Unpack[SettingsKeywords],
 ) -> BuildResult:
-    """Label the images of `source` with an ensemble and write the label set `out`: a folder, or s3:// or gs://.
+    """Label the images of `source` with an ensemble of teachers and write the label set `out`.
 
-    `changes` are fields of BuildSettings (crops=200, top_k=5, seed=0, …) or of Resources (device="cuda", …).
-    A folder that holds an unfinished build of the same settings is resumed; finished shards are not labelled again.
-
-    With `extend`, `out` is a finished label set that gets more `crops`, the images of `source` that it lacks, or both:
-    only what is missing is labelled. It stays the label set that it was until that is done. What decides the labels
-    is taken from its manifest, also the teachers where none are given. `overwrite` then starts an unfinished extension
-    anew.
-
-    `on_progress` gets the progress after every batch, or about every second where there are worker processes;
-    `watchers` all that happens (see ferkd_data.builder.watch.events).
+    Args:
+        source: Folder of class folders, WebDataset tars, or Parquet files with an image column; also patterns and URLs.
+        out: Folder, or s3:// or gs:// URL. An unfinished build of the same settings there is resumed: finished shards
+            are not labelled again. A finished one of the same settings is left as it is.
+        teachers: Specs such as "timm:resnet50" (docs/teachers.md).
+        settings: What is written; `changes` replace single fields.
+        resources: What computes it; `changes` replace single fields.
+        classes: File that numbers the classes: a line for each class, in the order of the teachers' outputs.
+        precision: "auto", "fp32", "bf16" or "fp16".
+        on_error: "reject" collects images that cannot be used in rejects.parquet, "fail" stops at the first.
+        overwrite: Replace the label set or unfinished build in `out`; with `extend`, an unfinished extension.
+        extend: `out` is a finished label set that gets more `crops`, the images of `source` that it lacks, or both.
+            Only what is missing is labelled, and `out` stays the old label set until that is done. Its manifest gives
+            all other settings, also the teachers where none are given.
+        on_progress: Called with the progress after every batch, or about every second where there are worker processes.
+        watchers: See all that happens (ferkd_data.builder.watch.events).
+        stop: Ends the build early when it is requested (ferkd_data.builder.Stop).
+        changes: Fields of BuildSettings (crops=200, top_k=5, seed=0, …) and of Resources (device="cuda", …).
 
     Raises UsageError, SourceError, TeacherError, BuildError (see ferkd_data.errors).
     """
@@ -121,7 +138,7 @@ def build(
                 try:
                     label_shards(prepared, folder, plan, plan.shards, watcher, stop or Stop())
                 finally:
-                    # Killed workers leave files aside; this process alone may remove them, since it holds the lock.
+                    # Killed workers leave temporary files. This process may remove them, since it holds the lock.
                     remove_leftovers(folder.out)
             result = _seal(folder, plan, prepared.job.settings, facts)
             if prepared.base is not None and result.manifest == prepared.base.manifest:
@@ -141,12 +158,13 @@ def build_part(
     stop: Stop | None = None,
     **arguments: Unpack[BuildKeywords],
 ) -> PartResult:
-    """Label part `"3/8"` of a build, beside the other parts, on any machine that sees `out`. Then `finish(out)`.
+    """Label one part of a build, such as "3/8", beside the other parts, on any machine that sees `out`.
 
-    `arguments` are those of `build`. The part is resumed by the same call. Raises what `build` raises.
+    When all parts are labelled, `finish(out)` makes the label set. `arguments` are those of `build`. The same call
+    resumes a part. Raises what `build` raises.
     """
     mine = Part.parse(part)
-    place = _local(out, "parts share a folder; for a store, use --engine ray or build without --part")
+    location = _local(out, "parts share a folder; for a store, use --engine ray or build without --part")
     watcher = Watchers(watchers, on_progress)
     with watcher.told_of_failure():
         request = make_request(source, out, **arguments)
@@ -156,12 +174,12 @@ def build_part(
             entries = [entry for entry in finished.manifest.shards if mine.has(entry.index)]
             images = sum(entry.rows for entry in entries)
             return PartResult(
-                out=place, part=mine, shards=len(entries), images=images, rejects=0, already_finished=True
+                out=location, part=mine, shards=len(entries), images=images, rejects=0, already_finished=True
             )
-        check_out(place)
+        check_out(location)
         with (
             open_request(request) as prepared,
-            open_part_folder(place, mine, extend=prepared.base is not None) as folder,
+            open_part_folder(location, mine, extend=prepared.base is not None) as folder,
         ):
             with explain_unwritable(folder.out, only_if_named=True):
                 with folder.alone():
@@ -182,20 +200,20 @@ def build_part(
 
 
 def finish(out: str | Path) -> BuildResult:
-    """Seal the build whose parts were labelled by `build_part`; needs neither its source nor its teachers.
+    """Write the manifest of a build whose parts were labelled by `build_part`.
 
-    Raises BuildError that names the shards and parts that are missing.
+    Needs neither the source nor the teachers. Raises BuildError that names missing shards and the parts to run again.
     """
-    place = _local(out, "only a build in parts is finished by hand; run its build command again")
-    if (place / FILE_NAME).is_file() and BuildFolder(place).has_ended:
-        was_interrupted = clean_up_after_end(place)
-        return BuildResult(out=place, manifest=read_manifest(place), already_finished=not was_interrupted)
-    check_unfinished(place)
-    extend = BuildFolder(place).extends is not None
-    with open_build_folder(place, overwrite=False, extend=extend) as folder:
+    location = _local(out, "only a build in parts is finished by hand; run its build command again")
+    if (location / FILE_NAME).is_file() and BuildFolder(location).has_ended:
+        was_interrupted = clean_up_after_end(location)
+        return BuildResult(out=location, manifest=read_manifest(location), already_finished=not was_interrupted)
+    check_unfinished(location)
+    extend = BuildFolder(location).extends is not None
+    with open_build_folder(location, overwrite=False, extend=extend) as folder:
         if extend:
             folder.drop_what_has_ended()
-            check_unfinished(place)
+            check_unfinished(location)
         settings, facts = folder.saved_settings(), folder.saved_facts()
         plan = open_plan(folder.path)
         missing = [shard for shard in plan.shards if folder.record(shard) is None]
@@ -209,7 +227,10 @@ def finish(out: str | Path) -> BuildResult:
 
 
 def _confirm(finished: Finished, request: Request) -> None:
-    """Raise SettingsMismatchError where the label set is of other images or teachers, as far as that is not known."""
+    """Look at images and teachers where the manifest alone cannot tell whether they are the same.
+
+    Raises SettingsMismatchError where they are not.
+    """
     if not finished.source_is_sure:
         finished.check_source(open_source(request.source, classes=request.classes))
     if not finished.teachers_are_sure:
@@ -218,21 +239,21 @@ def _confirm(finished: Finished, request: Request) -> None:
 
 
 def _result_of(finished: Finished) -> BuildResult:
-    return BuildResult(out=finished.place, manifest=finished.manifest, already_finished=not finished.was_interrupted)
+    return BuildResult(out=finished.location, manifest=finished.manifest, already_finished=not finished.was_interrupted)
 
 
 def _local(out: str | Path, hint: str) -> Path:
-    """Raises UsageError for a store."""
-    place = place_of(out)
-    if isinstance(place, str):
-        raise UsageError(f"{place}: {hint}")
-    return place
+    """Return OUT as a folder. Raises UsageError for a store."""
+    location = location_of(out)
+    if isinstance(location, str):
+        raise UsageError(f"{location}: {hint}")
+    return location
 
 
 def _seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts) -> BuildResult:
     ending = seal_extension if folder.extends is not None else seal
-    with explain_unwritable(folder.place):
+    with explain_unwritable(folder.location):
         manifest = ending(folder, plan, settings, facts, ferkd_data.__version__)
         folder.commit(manifest)
         folder.remove()
-    return BuildResult(out=folder.place, manifest=manifest)
+    return BuildResult(out=folder.location, manifest=manifest)

@@ -29,12 +29,11 @@ from ferkd_data.format.manifest import (
 )
 from ferkd_data.format.rejects import REJECTS_NAME, RejectWriter, read_rejects, rejects_entry
 from ferkd_data.format.writers import write_shard
-from ferkd_data.images import Reject
 from ferkd_data.labels import statistics
 from ferkd_data.labels.buckets import (
     NUM_FLOAT16,
     Thresholds,
-    assign_buckets,
+    buckets_of,
     confidence,
     confidence_counts,
 )
@@ -127,7 +126,7 @@ def _check_any_labelled(folder: BuildFolder, plan: Plan) -> None:
     kept = folder.start_over(folder.out / REJECTS_NAME)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     raise BuildError(
-        f"{folder.place}: no label set was written, since every one of the {written.rows} images was rejected "
+        f"{folder.location}: no label set was written, since every one of the {written.rows} images was rejected "
         f"({counts}); {kept} says why for each. Mend the images and run the same command again"
     )
 
@@ -159,8 +158,7 @@ def _with_thresholds(
 
     def rows() -> Iterator[tuple[ImageLabels, bytes]]:
         for labels, image in _rows(folder.out, record, settings, num_classes):
-            confidences = confidence(labels.class_prob, labels.target_prob, thresholds.confidence)
-            bucket = assign_buckets(confidences, thresholds)
+            bucket = buckets_of(labels.class_prob, labels.target_prob, thresholds)
             counts[:] += np.bincount(bucket, minlength=4)
             yield _with_bucket(labels, bucket), image
 
@@ -223,5 +221,5 @@ def write_rejects(folder: BuildFolder, plan: Plan, name: str) -> RejectsEntry:
     with write_atomically(path) as aside, RejectWriter(aside) as writer:
         writer.copy_from(plan.folder / "plan-rejects.parquet")
         for shard in plan.shards:
-            writer.extend(Reject(**reject.model_dump()) for reject in folder.existing_record(shard).rejects)
+            writer.extend(folder.existing_record(shard).rejects)
     return rejects_entry(path, writer.rows)

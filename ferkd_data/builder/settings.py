@@ -1,15 +1,15 @@
-"""Settings of a build: what is written (`BuildSettings`) and how it is computed (`Resources`).
+"""Settings of a build: what is written (`BuildSettings`) and what computes it (`Resources`, `WorkerResources`).
 
-Types of the keyword arguments that `build`, `build_part` and `dry_run` pass on: type checkers find a misspelt one.
-
-A test compares the names and types with the fields of `BuildSettings` and `Resources`.
+The TypedDicts at the end type the keyword arguments of `build`, `build_part` and `dry_run`, so that type checkers find
+a misspelt one. A test compares them with the fields of `BuildSettings` and `Resources`.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -26,11 +26,16 @@ from ferkd_data.teachers import TeacherSpec
 DEFAULT_IMAGES_PER_SHARD: dict[Layout, int] = {"parquet": 4096, "webdataset": 1024}
 CPU_BATCH = 8
 CUDA_BATCH = 256
+MOST_THREADS = 8
+"""Decoding threads of a worker unless told otherwise: more of them wait for the teachers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """Everything that decides what a build writes, besides the images and the teachers."""
+    """All that decides what a build writes, apart from the images and the teachers.
+
+    Raises UsageError for a value out of range.
+    """
 
     crops: int = 200
     """Crops per image, N."""
@@ -82,49 +87,59 @@ class BuildSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Processors, memory and time that a build may use; none of it changes what is written."""
+    """Processors, memory and time that a build may use, as the user asks for them. None of it changes the labels.
+
+    Raises UsageError for a value that no machine could have.
+    """
 
     device: str = "auto"
     """auto (cuda where there is one, else cpu), cpu, cuda, cuda:N, several as cuda:0,1, or all GPUs as all."""
-    processes: int | None = None
-    """Worker processes on each device; None: one. A build with one worker in all needs no process of its own."""
+    workers: int | None = None
+    """Worker processes on each device; None: one. A build with a single worker runs it in the calling process.
+
+    With engine="ray", workers of the whole cluster; None: as many as it has room for."""
+    threads: int | None = None
+    """Threads of each worker that decode images and cut crops; None: half of the worker's cores, 1 to 8."""
     batch_size: int | None = None
     """Crops per forward pass; None: 256 on cuda, 8 on cpu, where a larger batch outgrows the caches of a core."""
-    workers: int | None = None
-    """Threads that decode and cut, all processes together; None: half the cores, 1 to 8 for each process."""
 
     compile: bool = False
-    """Run teachers that are PyTorch modules through torch.compile; takes minutes at the start of each worker."""
+    """Run teachers that are PyTorch modules through torch.compile, which takes minutes at the start of each worker."""
 
     teacher_timeout: float | None = None
-    """Seconds that a teacher may take for a batch before the build stops; None: any time. Takes a worker process."""
+    """Seconds that a teacher may take for a batch before the build stops; None: no limit. Needs a worker process."""
 
     engine: Literal["local", "ray"] = "local"
-    """On a Ray cluster, `processes` are those of the whole cluster, None: as many as it has room for; `workers` are the
-    threads of each; `device` is auto, cpu or cuda."""
+    """local: this process, or worker processes on this machine. ray: actors on a Ray cluster, where `device` is auto,
+    cpu or cuda."""
     ray_address: str | None = None
     """HOST:PORT of a cluster, or auto for the one that runs here; None: $RAY_ADDRESS, else one for this build alone."""
     gpus_per_teacher: float = 1.0
     """Share of a GPU that each worker on a Ray cluster gets: with 0.5, two workers share one."""
 
-    def __post_init__(self) -> None:
+    processes: InitVar[int | None] = None
+    """Deprecated name of `workers`."""
+
+    def __post_init__(self, processes: int | None) -> None:
+        if processes is not None:
+            object.__setattr__(self, "workers", renamed_workers(self.workers, processes))
         if self.engine not in ("local", "ray"):
             raise UsageError(f"engine must be local or ray, got {self.engine!r}")
         if self.ray_address is not None and self.engine != "ray":
             raise UsageError("a Ray address is of use with --engine ray only")
         if self.gpus_per_teacher != 1 and self.engine != "ray":
-            raise UsageError("--gpus-per-teacher is of use with --engine ray only; --processes N runs N on each device")
+            raise UsageError("--gpus-per-teacher is of use with --engine ray only; --workers N runs N on each device")
         if not 0 < self.gpus_per_teacher <= 1:
             raise UsageError(f"gpus_per_teacher must be above 0 and at most 1, got {self.gpus_per_teacher:g}")
         if self.teacher_timeout is not None and self.teacher_timeout <= 0:
             raise UsageError(f"teacher_timeout must be above 0 seconds, got {self.teacher_timeout}")
-        for name in ("processes", "batch_size", "workers"):
+        for name in ("workers", "threads", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
 
     def resolved_devices(self) -> list[str]:
-        """The device of each worker. Raises UsageError for a device that is not here."""
+        """Return the device of each worker on this machine. Raises UsageError for a device that is not here."""
         import torch
 
         if self.device == "auto":
@@ -139,35 +154,62 @@ class Resources:
         missing = [device for device in on_cuda if int(device.partition(":")[2] or 0) >= torch.cuda.device_count()]
         if missing:
             raise UsageError(f"device {missing[0]}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
-        return [device for device in devices for _ in range(self.processes or 1)]
+        return [device for device in devices for _ in range(self.workers or 1)]
 
     def resolved_device(self) -> str:
+        """Return the device of the first worker. Raises UsageError for a device that is not here."""
         return self.resolved_devices()[0]
 
-    def resolved_batch_size(self) -> int:
-        return self.batch_size or default_batch_size(self.resolved_device())
+    def worker_resources(self, device: str, worker_cores: int) -> WorkerResources:
+        """Return what one worker gets on `device`, where `worker_cores` cores are its share of the machine."""
+        return WorkerResources(
+            batch_size=self.batch_size or (CPU_BATCH if device == "cpu" else CUDA_BATCH),
+            threads=self.threads or max(1, min(MOST_THREADS, worker_cores // 2)),
+            compute_threads=max(1, worker_cores),
+            compile=self.compile,
+            teacher_timeout=self.teacher_timeout,
+        )
 
-    def resolved_workers(self) -> int:
-        """Threads that decode and cut in each process."""
-        processes = len(self.resolved_devices())
-        return max(1, self.workers // processes if self.workers else min(8, cores() // processes // 2))
-
-    def resolved_threads(self) -> int:
-        """Threads that one process computes with."""
-        return max(1, cores() // len(self.resolved_devices()))
+    def local_worker(self) -> WorkerResources:
+        """Return what each worker of this machine gets. Raises UsageError for a device that is not here."""
+        devices = self.resolved_devices()
+        return self.worker_resources(devices[0], cores() // len(devices))
 
 
-def default_batch_size(device: str) -> int:
-    return CPU_BATCH if device == "cpu" else CUDA_BATCH
+@dataclass(frozen=True, kw_only=True)
+class WorkerResources:
+    """What each worker of a build gets, as numbers. Made of `Resources` once, then handed on as a whole."""
+
+    batch_size: int
+    """Crops per forward pass."""
+    threads: int
+    """Threads that decode images and cut crops."""
+    compute_threads: int
+    """Threads that PyTorch computes with."""
+    compile: bool = False
+    """Compile the teachers."""
+    teacher_timeout: float | None = None
+    """Seconds that a worker may wait for a teacher before the driver ends it; None: no limit."""
+
+
+def renamed_workers(workers: int | None, processes: int | None) -> int | None:
+    """Return the number of workers where the deprecated `processes` was given, and warn.
+
+    Raises UsageError where both names are given.
+    """
+    if workers is not None:
+        raise UsageError("processes is the old name of workers: give workers alone")
+    warnings.warn("processes is deprecated, use workers", DeprecationWarning, stacklevel=4)
+    return processes
 
 
 def cores() -> int:
-    """Number of cores for this process; in a container or a batch job there can be fewer than the machine has."""
+    """Return the number of cores that this process may use: in a container or batch job, often not all there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _parse_devices(text: str) -> list[str]:
-    """`cpu`, `cuda`, `cuda:1`, `cuda:0,cuda:1` or `cuda:0,1`."""
+    """Parse `cpu`, `cuda`, `cuda:1`, `cuda:0,cuda:1` or `cuda:0,1` into one name for each device."""
     devices: list[str] = []
     for piece in text.split(","):
         device = f"cuda:{piece}" if piece.isdecimal() and devices and devices[0].startswith("cuda:") else piece
@@ -175,13 +217,13 @@ def _parse_devices(text: str) -> list[str]:
         if device not in ("cpu", "cuda") and not (kind == "cuda" and colon and number.isdecimal()):
             raise UsageError(f"device must be auto, cpu, cuda, cuda:N, cuda:N,M or all, got {text!r}")
         if device in devices or (devices and "cpu" in (device, devices[0])):
-            raise UsageError(f"device {text!r}: names one twice, or cpu beside others; --processes N runs N on each")
+            raise UsageError(f"device {text!r}: names one twice, or cpu beside others; --workers N runs N on each")
         devices.append(device)
     return devices
 
 
 class SettingsKeywords(TypedDict, total=False):
-    """Fields of `BuildSettings` and of `Resources`."""
+    """The fields of `BuildSettings` and of `Resources`, as keyword arguments."""
 
     crops: int
     crops_per_block: int
@@ -196,9 +238,9 @@ class SettingsKeywords(TypedDict, total=False):
     max_pixels: int
 
     device: str
-    processes: int | None
-    batch_size: int | None
     workers: int | None
+    threads: int | None
+    batch_size: int | None
     compile: bool
     teacher_timeout: float | None
     engine: Literal["local", "ray"]
@@ -207,7 +249,7 @@ class SettingsKeywords(TypedDict, total=False):
 
 
 class BuildKeywords(SettingsKeywords, total=False):
-    """Arguments of `build` that `build_part` passes on."""
+    """Keyword arguments that `build`, `build_part` and `make_request` have in common."""
 
     teachers: Sequence[str | TeacherSpec]
     settings: BuildSettings | None
@@ -219,7 +261,7 @@ class BuildKeywords(SettingsKeywords, total=False):
 
 
 class DryRunKeywords(SettingsKeywords, total=False):
-    """Arguments of `build` that `dry_run` passes on."""
+    """Keyword arguments of `build` that `dry_run` passes on."""
 
     settings: BuildSettings | None
     resources: Resources | None

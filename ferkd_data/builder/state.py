@@ -19,6 +19,7 @@ While a finished label set is extended, its own manifest stays in place: OUT is 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import platform
 import re
@@ -47,6 +48,7 @@ from ferkd_data.format.manifest import (
 )
 from ferkd_data.format.rejects import REJECTS_FILE, REJECTS_NAME
 from ferkd_data.format.writers import SHARD_FILE
+from ferkd_data.images import Reject
 from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 from ferkd_data.labels.statistics import Statistics
 from ferkd_data.storage import sha256_file, write_atomically
@@ -58,14 +60,6 @@ EXTENDS = "extends"
 """The setting in state.json that names the label set by its manifest's SHA-256."""
 
 
-class RejectRecord(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    key: str
-    reason: str
-    detail: str
-
-
 class ShardRecord(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -73,7 +67,7 @@ class ShardRecord(BaseModel):
     index: int
     rows: int
     files: tuple[BlockEntry, ...]
-    rejects: tuple[RejectRecord, ...]
+    rejects: tuple[Reject, ...]
     statistics: Statistics
     thresholds: tuple[float, float, float]
     """Thresholds (low, mid, top) of the stored buckets."""
@@ -110,8 +104,8 @@ class BuildFolder:
         self.path = out / FOLDER
 
     @property
-    def place(self) -> Path | str:
-        """OUT, as the user calls it."""
+    def location(self) -> Path | str:
+        """OUT as the user names it: a folder or a URL."""
         return self.out
 
     def join(self) -> None:
@@ -142,7 +136,7 @@ class BuildFolder:
         if differences:
             what, afresh = ("extension", "--extend --overwrite") if EXTENDS in settings else ("build", "--overwrite")
             raise SettingsMismatchError(
-                f"{self.place} holds an unfinished {what} with other settings: {'; '.join(differences)}. "
+                f"{self.location} holds an unfinished {what} with other settings: {'; '.join(differences)}. "
                 f"Use the same settings to resume it, another folder, or {afresh}"
             )
 
@@ -265,7 +259,7 @@ class BuildFolder:
     def existing_record(self, shard: int) -> ShardRecord:
         record = self.record(shard)
         if record is None:
-            raise BuildError(f"{self.place}: the files of shard {shard} are gone; run the same command again")
+            raise BuildError(f"{self.location}: the files of shard {shard} are gone; run the same command again")
         return record
 
     def save(self, record: ShardRecord) -> None:
@@ -317,6 +311,12 @@ class BuildFolder:
 
     def _record_path(self, shard: int) -> Path:
         return self.path / "shards" / f"{shard:05d}.json"
+
+
+def digest_of_location(source: str) -> str:
+    """Return the SHA-256 of where SOURCE is: of its absolute path, or of its URL."""
+    location = source if "://" in source else str(Path(source).expanduser().absolute())
+    return hashlib.sha256(location.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def is_lock(name: str) -> bool:

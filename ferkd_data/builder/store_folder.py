@@ -40,7 +40,7 @@ class StoreFolder(BuildFolder):
         super().__init__(default_cache_dir() / "builds" / place)
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return self.remote.url
 
     def begin(self, *, overwrite: bool) -> None:
@@ -51,10 +51,10 @@ class StoreFolder(BuildFolder):
         sizes = self.remote.sizes()
         ours = FILE_NAME in sizes or any(name.startswith(f"{FOLDER}/") for name in sizes)
         if sizes and not ours:
-            raise BuildError(f"{self.place}: is not empty and holds no label set; give a new or empty place")
+            raise BuildError(f"{self.location}: is not empty and holds no label set; give a new or empty place")
         if FILE_NAME in sizes and not overwrite:
             raise BuildError(
-                f"{self.place} holds a finished label set; use another place, or --overwrite to replace it"
+                f"{self.location} holds a finished label set; use another place, or --overwrite to replace it"
             )
         self._forget()
         if overwrite:
@@ -72,7 +72,7 @@ class StoreFolder(BuildFolder):
             except RemoteError as error:
                 if error.status != 404:
                     raise
-                raise BuildError(f"{self.place}: holds no unfinished build; was it finished or removed?") from error
+                raise BuildError(f"{self.location}: holds no unfinished build; was it finished or removed?") from error
             here = self.path / "plan.json"
             if not here.exists() or here.read_bytes() != plan:
                 self._forget()
@@ -178,7 +178,7 @@ def _is_whole(record: ShardRecord, size_of: Callable[[str], int | None]) -> bool
     return all(size_of(old.path) in (old.bytes, new.bytes) for old, new in record.either())
 
 
-def place_of(out: str | Path) -> Path | str:
+def location_of(out: str | Path) -> Path | str:
     """OUT as a folder, or as the URL of a store."""
     return out if isinstance(out, str) and is_remote(out) else Path(str(out).removeprefix("file://")).expanduser()
 

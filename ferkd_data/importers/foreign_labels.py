@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ferkd_data.errors import ForeignFileError
 from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
-from ferkd_data.labels.buckets import Thresholds, assign_buckets, confidence
+from ferkd_data.labels.buckets import Thresholds, buckets_of
 from ferkd_data.labels.rows import CLASS_BITS, UNKNOWN_TARGET, ImageLabels, class_index_dtype
 
 HIGHEST_TOTAL = 1 + 1e-3
@@ -144,5 +144,5 @@ def to_row(
         class_index=index.astype(class_index_dtype(num_classes)),
         class_prob=prob,
         target_prob=target_prob,
-        bucket=assign_buckets(confidence(prob, target_prob, thresholds.confidence), thresholds),
+        bucket=buckets_of(prob, target_prob, thresholds),
     )

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.format.manifest import FileEntry, TeacherEntry
 from ferkd_data.label_set.reader import RowReader, VerifyLabels
-from ferkd_data.labels.buckets import Thresholds, assign_buckets, confidence
+from ferkd_data.labels.buckets import Thresholds, buckets_of
 from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels, class_index_dtype
 from ferkd_data.labels.statistics import Statistics
 from ferkd_data.storage import OpenFile
@@ -80,7 +80,7 @@ def merge_labels(
         class_prob=class_prob.reshape(*shape, top_k),
         target_prob=np.asarray(target_prob, np.float16).reshape(shape),
     )
-    bucket = assign_buckets(confidence(merged.class_prob, merged.target_prob, thresholds.confidence), thresholds)
+    bucket = buckets_of(merged.class_prob, merged.target_prob, thresholds)
     return Merged(labels=replace(merged, bucket=bucket), uncertain=uncertain.reshape(shape))
 
 

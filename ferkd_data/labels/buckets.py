@@ -89,6 +89,19 @@ def assign_buckets(confidences: npt.NDArray[np.float16], thresholds: Thresholds)
     return np.searchsorted(edges, confidences.astype(np.float64), side="right").astype(np.uint8)
 
 
+def buckets_of(
+    class_prob: npt.NDArray[np.float16], target_prob: npt.NDArray[np.float16], thresholds: Thresholds
+) -> npt.NDArray[np.uint8]:
+    """Return the bucket codes (...,) of crops with class_prob (..., k) and target_prob (...,).
+
+    >>> import numpy as np
+    >>> prob = np.array([[0.5, 0.2], [0.125, 0.1]], np.float16)
+    >>> [BUCKETS[code] for code in buckets_of(prob, prob[:, 1], Thresholds())]
+    ['hard_positive', 'extreme_hard']
+    """
+    return assign_buckets(confidence(class_prob, target_prob, thresholds.confidence), thresholds)
+
+
 def confidence_counts(confidences: npt.NDArray[np.float16]) -> npt.NDArray[np.int64]:
     """How often each float16 value in [0, 1] occurs: (NUM_FLOAT16,), indexed by bit pattern."""
     patterns = np.ascontiguousarray(confidences).reshape(-1).view(np.uint16)

@@ -16,7 +16,6 @@ from ferkd_data.format.manifest import (
     ShardEntry,
 )
 from ferkd_data.format.rejects import REJECTS_NAME
-from ferkd_data.images import Reject
 from ferkd_data.label_set import LabelSet, LocalFiles, StoredReader
 from ferkd_data.labels import statistics
 from ferkd_data.labels.buckets import Thresholds
@@ -88,7 +87,7 @@ class Unfinished:
         self._rejects += len(record.rejects)
         self._thresholds = record.thresholds
         for reject in record.rejects:
-            self._collector.add_reject(Reject(**reject.model_dump()))
+            self._collector.add_reject(reject)
         if record.rows:
             self._collector.add(self.labels().shard(len(self._entries) - 1))
 

@@ -157,7 +157,7 @@ class ModuleTeacher:
         except torch.cuda.OutOfMemoryError as error:
             raise TeacherError(
                 f"teacher {spec}: {device} has too little memory for its weights; end what else runs there, or use "
-                "fewer --processes or teachers"
+                "fewer --workers or teachers"
             ) from error
         self.module: Callable[[Tensor], Tensor] = ready
         self.scale, self.shift = normalisation(preprocessing, self.device)

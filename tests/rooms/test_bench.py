@@ -139,7 +139,7 @@ def timings(**rates):
 def test_advice():
     assert advice(timings(channels_last=(8, 4, 100), onnx=(4, 1, 100)), cores=4).startswith(
         "build --teacher onnx:FILE.onnx (ferkd-data bench --teacher 'timm:x?weight=2' --export FILE.onnx writes it) "
-        "--batch-size 4 --processes 4: 4.0 times"
+        "--batch-size 4 --workers 4: 4.0 times"
     )
     assert advice(timings(channels_last=(8, 4, 100), compile=(8, 4, 150)), cores=4).startswith("build --compile --bat")
     sizes = [

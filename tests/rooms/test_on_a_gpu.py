@@ -14,9 +14,11 @@ import torchvision
 from fake_gpu import open_fake_gpu, pretend_cuda
 
 import ferkd_data as fd
-from ferkd_data.builder.labelling.crop_batches import DecodedImage, Slice, View, _cut
+from ferkd_data.builder.labelling.crop_batches import CropInput, DecodedImage, Slice, _cut, input_of
 from ferkd_data.builder.labelling.forwards import CudaStaging
-from ferkd_data.builder.labelling.label_shard import Tools, _ask, view_of
+from ferkd_data.builder.labelling.job import Job, Tools
+from ferkd_data.builder.labelling.label_shard import _ask
+from ferkd_data.builder.settings import WorkerResources
 from ferkd_data.images import ImageRef
 from ferkd_data.loader.device_decode import DeviceWorkers
 from ferkd_data.targets import SoftTargets
@@ -51,17 +53,17 @@ def image(number, height, width, crops):
 
 
 def tools(teachers, staging, ensemble="mean"):
-    return Tools(
-        source=None,
-        teachers=teachers,
+    job = Job(
+        source="",
+        classes=None,
+        out=None,
+        teachers=(),
+        precision="auto",
         settings=fd.BuildSettings(top_k=4, ensemble=ensemble),
-        thresholds=fd.Thresholds(),
-        device="cuda",
-        staging=staging,
-        batch_size=12,
-        workers=1,
-        executor=ThreadPoolExecutor(1),
+        resources=WorkerResources(batch_size=12, threads=1, compute_threads=1),
     )
+    executor = ThreadPoolExecutor(1)
+    return Tools(job=job, device="cuda", source=None, teachers=teachers, staging=staging, executor=executor)
 
 
 @pytest.mark.parametrize(
@@ -75,12 +77,12 @@ def test_a_batch_from_pixels_to_answers(name, precision, ensemble):
         models = teacher(modules[0], precision=precision), teacher(modules[1], size=32, interpolation="bicubic")
         staging = CudaStaging("cuda")
         gpu.waits.clear()
-        batch = _cut(whole, [view_of(model) for model in models], staging)
-        assert {view.size: tuple(crops.shape) for view, crops in batch.views.items()} == {
+        batch = _cut(whole, [input_of(model) for model in models], staging)
+        assert {each.size: tuple(crops.shape) for each, crops in batch.pixels.items()} == {
             64: (12, 3, 64, 64),
             32: (12, 3, 32, 32),
         }
-        for crops in batch.views.values():
+        for crops in batch.pixels.values():
             assert crops.dtype == torch.uint8 and crops.device.type == "cuda"
             assert crops.is_contiguous(memory_format=torch.channels_last)
         results = _ask(batch, tools(models, staging, ensemble)).fetched.tensors
@@ -93,9 +95,9 @@ def test_kernels_of_a_batch_are_few():
     """Those of cutting: some for each batch, a dozen more for each image, none for a crop."""
 
     def kernels(images, crops):
-        view = View(64, "bicubic")
+        crop_input = CropInput(64, "bicubic")
         with open_fake_gpu() as gpu:
-            _cut([Slice(image(n, 60, 80, crops), 0, crops) for n in range(images)], [view], CudaStaging("cuda"))
+            _cut([Slice(image(n, 60, 80, crops), 0, crops) for n in range(images)], [crop_input], CudaStaging("cuda"))
         return gpu.kernels.total()
 
     assert kernels(3, 4) == kernels(3, 40)

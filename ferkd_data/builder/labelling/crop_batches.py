@@ -1,6 +1,8 @@
-"""Bounded look-ahead: work done in threads while the consumer is busy, results in order.
+"""Images to batches of crops: each image decoded once, each crop cut once for each input size of the teachers.
 
-Images to batches of crops: decoded once, cut once for each teacher input size, while the teacher is busy.
+Decoding and cutting run in threads ahead of the teachers, a bounded number of results deep:
+
+    reading thread -> encoded images -> decoding threads -> decoded images -> cutting threads -> batches -> teachers
 
 Legend: B crops of a batch, N crops per image, S output side.
 """
@@ -11,7 +13,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from ferkd_data.augment import draw_operations
 from ferkd_data.builder.labelling.forwards import Staging
+from ferkd_data.builder.labelling.job import Tools
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.crops import Crops, draw_crops
 from ferkd_data.errors import BuildError, ImageError
@@ -28,60 +31,28 @@ from ferkd_data.images import ImageRef, Reject, decode_rgb, while_it_answers
 from ferkd_data.labels.rows import UNKNOWN_TARGET
 from ferkd_data.replay import CUT_BYTES, Interpolation, empty_batch, replay, replay_on_device
 from ferkd_data.storage import image_digest
+from ferkd_data.teachers import Teacher
 from ferkd_data.teachers.teacher import is_out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-
-def look_ahead(
-    executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], *, depth: int
-) -> Iterator[Result]:
-    """`map(function, items)` with at most `depth` results computed or under way beyond the one in use.
-
-    An exception of `function` or of `items` is raised where its result is due; what is under way is then waited for.
-    """
-    under_way: deque[Future[Result]] = deque()
-    source = iter(items)
-    try:
-        while True:
-            while len(under_way) < depth:
-                try:
-                    item = next(source)
-                except StopIteration:
-                    break
-                under_way.append(executor.submit(function, item))
-            if not under_way:
-                return
-            yield under_way.popleft().result()
-    finally:
-        for future in under_way:
-            future.cancel()
-
-
-def in_background(items: Iterable[Item], *, depth: int) -> Iterator[Item]:
-    """The same items, taken out of their iterator in a thread of its own, up to `depth` before they are asked for."""
-    source = iter(items)
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="ferkd-data-read") as executor:
-        for item in look_ahead(executor, lambda _: next(source, end), itertools.repeat(None), depth=depth):
-            if item is end:
-                return
-            yield item  # type: ignore[misc]
-
-
 BATCHES_AHEAD = 2
 CUT_SHARES = (1, 8, 64)
-"""Into how many parts the memory for cutting on a device is divided, where it runs out."""
+"""Divisors of the memory for cutting on a device, tried in turn where memory runs out."""
 READ_AHEAD = 16
-"""Encoded images read before they are decoded: a source that answers late for a moment is not noticed."""
+"""Encoded images that are read before they are decoded: they bridge a source that answers late for a moment."""
 
 
-class View(NamedTuple):
-    """One way of cutting: teachers that share it share the crops."""
+class CropInput(NamedTuple):
+    """The size and interpolation that a teacher's crops are cut with. Teachers that share it share the crops."""
 
     size: int
     interpolation: Interpolation
+
+
+def input_of(teacher: Teacher) -> CropInput:
+    return CropInput(teacher.preprocessing.size, teacher.preprocessing.interpolation)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,52 +76,82 @@ class Slice(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def crops(self) -> Crops:
+        return self.image.crops[self.start : self.stop]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CropBatch:
     slices: Sequence[Slice]
-    views: dict[View, Tensor]
-    """uint8 (B, 3, S, S) for each view."""
+    pixels: dict[CropInput, Tensor]
+    """uint8 (B, 3, S, S) for each input."""
     targets: npt.NDArray[np.int64]
     """(B,), -1 where unknown."""
     cut: Any = None
-    """The moment when the views are ready on their device, for `Staging.join`."""
+    """The moment when `pixels` are ready on their device, for `Staging.join`."""
 
 
-@dataclass(kw_only=True)
-class Rejected:
-    """Images of this shard that could not be used, in order."""
+def crop_batches(refs: Sequence[ImageRef], tools: Tools, first_crop: int) -> Iterator[CropBatch | Reject]:
+    """Yield crops `first_crop` .. N - 1 of each image in batches of the job's size; the last batch may be short.
 
-    items: list[Reject] = field(default_factory=list)
-
-
-def crop_batches(
-    refs: Sequence[ImageRef],
-    contents: Iterable[bytes | ImageError],
-    *,
-    settings: BuildSettings,
-    first_crop: int,
-    views: Sequence[View],
-    staging: Staging,
-    batch_size: int,
-    executor: Executor,
-    workers: int,
-    rejected: Rejected,
-) -> Iterator[CropBatch]:
-    """Batches of `batch_size` crops, in the order of `refs`; the last one may be short.
-
-    The batches depend on `refs` and the settings alone, so a shard labelled again gives the same bytes.
+    Batches come in the order of `refs`. The Reject of an image that cannot be used comes before the first batch that
+    is completed after it. Batches depend on `refs` and the settings alone, so a shard labelled again gives the same
+    bytes.
     """
+    settings, resources = tools.job.settings, tools.job.resources
+    inputs = list(dict.fromkeys(map(input_of, tools.teachers)))
 
     def decode(item: tuple[ImageRef, bytes | ImageError]) -> DecodedImage | Reject:
         return _decode(*item, settings=settings, first_crop=first_crop)
 
-    def cut(slices: Sequence[Slice]) -> CropBatch:
-        return _cut(slices, views, staging)
+    def cut(item: list[Slice] | Reject) -> CropBatch | Reject:
+        return item if isinstance(item, Reject) else _cut(item, inputs, tools.staging)
 
-    read = in_background(while_it_answers(contents), depth=READ_AHEAD)
-    decoded = look_ahead(executor, decode, zip(refs, read, strict=True), depth=workers + 1)
-    return look_ahead(executor, cut, _slices(_accepted(decoded, rejected), batch_size), depth=BATCHES_AHEAD)
+    contents = in_background(while_it_answers(tools.source.read(refs)), depth=READ_AHEAD)
+    encoded = zip(refs, contents, strict=True)
+    decoded = look_ahead(tools.executor, decode, encoded, depth=resources.threads + 1)
+    return look_ahead(tools.executor, cut, _slices(decoded, resources.batch_size), depth=BATCHES_AHEAD)
+
+
+def look_ahead(
+    executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], *, depth: int
+) -> Iterator[Result]:
+    """Yield `map(function, items)` in order, with at most `depth` results computed or begun beyond the one in use.
+
+    `items` is consumed in the thread that asks for results, `function` runs in the executor. An exception of either is
+    raised where its result is due; what has begun is then finished, and its result dropped.
+    """
+    begun: deque[Future[Result]] = deque()
+    source = iter(items)
+    try:
+        while True:
+            while len(begun) < depth:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+                begun.append(executor.submit(function, item))
+            if not begun:
+                return
+            yield begun.popleft().result()
+    finally:
+        for future in begun:
+            future.cancel()
+
+
+def in_background(items: Iterable[Item], *, depth: int) -> Iterator[Item]:
+    """Yield `items`, taken out of their iterator by a thread of its own, up to `depth` before they are asked for.
+
+    That thread alone touches the iterator. It ends with the generator.
+    """
+    source = iter(items)
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ferkd-data-read") as executor:
+        for item in look_ahead(executor, lambda _: next(source, end), itertools.repeat(None), depth=depth):
+            if item is end:
+                return
+            yield item  # type: ignore[misc]
 
 
 def _decode(
@@ -183,18 +184,14 @@ def _operations(key: str, settings: BuildSettings, first_crop: int) -> npt.NDArr
     return drawn.pack()
 
 
-def _accepted(decoded: Iterable[DecodedImage | Reject], rejected: Rejected) -> Iterator[DecodedImage]:
-    for image in decoded:
-        if isinstance(image, Reject):
-            rejected.items.append(image)
-        else:
-            yield image
-
-
-def _slices(images: Iterable[DecodedImage], batch_size: int) -> Iterator[list[Slice]]:
+def _slices(images: Iterable[DecodedImage | Reject], batch_size: int) -> Iterator[list[Slice] | Reject]:
+    """Cut the crops of all images, one after the other, into batches; an image's crops may lie in several."""
     batch: list[Slice] = []
     room = batch_size
     for image in images:
+        if isinstance(image, Reject):
+            yield image
+            continue
         start, total = 0, len(image.crops)
         while start < total:
             stop = min(total, start + room)
@@ -208,57 +205,50 @@ def _slices(images: Iterable[DecodedImage], batch_size: int) -> Iterator[list[Sl
         yield batch
 
 
-def _cut(slices: Sequence[Slice], views: Sequence[View], staging: Staging) -> CropBatch:
+def _cut(slices: Sequence[Slice], inputs: Sequence[CropInput], staging: Staging) -> CropBatch:
     counts = [piece.stop - piece.start for piece in slices]
     targets = np.repeat([piece.image.target for piece in slices], counts).astype(np.int64)
     if not staging.on_device:
-        return CropBatch(slices=slices, views={view: _cut_on_cpu(slices, view) for view in views}, targets=targets)
+        pixels = {each: _cut_on_cpu(slices, each) for each in inputs}
+        return CropBatch(slices=slices, pixels=pixels, targets=targets)
     with staging.cutting():
-        crops = _cut_on_device(slices, views, staging)
-        return CropBatch(slices=slices, views=crops, targets=targets, cut=staging.mark())
+        pixels = _cut_on_device(slices, inputs, staging)
+        return CropBatch(slices=slices, pixels=pixels, targets=targets, cut=staging.mark())
 
 
-def _cut_on_cpu(slices: Sequence[Slice], view: View) -> Tensor:
-    out = empty_batch(sum(piece.stop - piece.start for piece in slices), view.size)
+def _cut_on_cpu(slices: Sequence[Slice], crop_input: CropInput) -> Tensor:
+    out = empty_batch(sum(piece.stop - piece.start for piece in slices), crop_input.size)
     row = 0
     for piece in slices:
-        rows = piece.stop - piece.start
-        replay(
-            piece.image.pixels,
-            _part(piece),
-            size=view.size,
-            interpolation=view.interpolation,
-            out=out[row : row + rows],
-        )
-        row += rows
+        rows = slice(row, row + piece.stop - piece.start)
+        replay(piece.image.pixels, piece.crops, **crop_input._asdict(), out=out[rows])
+        row = rows.stop
     return out
 
 
-def _cut_on_device(slices: Sequence[Slice], views: Sequence[View], staging: Staging) -> dict[View, Tensor]:
-    """The crops of several images with few kernels; where the teachers leave too little memory, in smaller steps."""
+def _cut_on_device(slices: Sequence[Slice], inputs: Sequence[CropInput], staging: Staging) -> dict[CropInput, Tensor]:
+    """Cut the crops of several images with few kernels; in smaller steps where the teachers leave too little memory."""
     for share in CUT_SHARES:
         try:
-            return _cut_within(CUT_BYTES // share, slices, views, staging)
+            return _cut_within(CUT_BYTES // share, slices, inputs, staging)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if share == CUT_SHARES[-1]:
                 raise BuildError(
                     "the device has too little memory to cut crops beside its teachers; end what else runs on it, or "
-                    "use a smaller --batch-size or fewer --processes"
+                    "use a smaller --batch-size or fewer --workers"
                 ) from error
     raise AssertionError("the last share returns or raises")
 
 
 @torch.inference_mode()
-def _cut_within(budget: int, slices: Sequence[Slice], views: Sequence[View], staging: Staging) -> dict[View, Tensor]:
-    """Every image, and all boxes together, are brought up once."""
-    crops = [_part(piece) for piece in slices]
+def _cut_within(
+    budget: int, slices: Sequence[Slice], inputs: Sequence[CropInput], staging: Staging
+) -> dict[CropInput, Tensor]:
+    """Upload every image, and all boxes together, once."""
+    crops = [piece.crops for piece in slices]
     boxes = staging.upload(np.concatenate([part.boxes for part in crops]).astype(np.int64))
     flip = staging.upload(np.concatenate([part.flip for part in crops]))
     pixels = [staging.upload(piece.image.pixels).permute(2, 0, 1) for piece in slices]
-    return {view: replay_on_device(pixels, crops, boxes, flip, **view._asdict(), budget=budget) for view in views}
-
-
-def _part(piece: Slice) -> Crops:
-    return piece.image.crops[piece.start : piece.stop]
+    return {each: replay_on_device(pixels, crops, boxes, flip, **each._asdict(), budget=budget) for each in inputs}

@@ -1,12 +1,13 @@
-"""Asking a teacher: with smaller batches where the device runs out of memory, and its errors under its name.
+"""The teachers' forward passes, and the transfers between host and device around them.
+
+`Forwards` asks one teacher, with smaller batches where the device runs out of memory, and names it in errors.
+
+`Staging` uploads pixels and fetches answers without host and device waiting for each other. On a GPU there are three
+streams: crops are cut on one, the teachers compute on another, answers are copied on the third. Events order them.
+Uploads come out of pinned memory and answers go to pinned memory, which alone can be copied in the background. On a
+CPU all of it is a pass-through, so that the loop of a build is the same.
 
 Legend: B crops of a batch, C classes, S output side.
-
-Between host and device: pixels up and answers down, without either waiting for the other.
-
-Crops are cut on a stream of their own while the teachers are busy on theirs. Uploads come out of pinned memory, answers
-go to pinned memory on a third stream; events tell who may go on. On a CPU all of it is a pass-through, so that the loop
-is the same.
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ from ferkd_data.teachers.teacher import is_out_of_memory
 
 
 class Observer(Protocol):
-    """Whoever wants to know what the teachers are at; called in the thread that asks them."""
+    """Hears when teachers are asked; called in the thread that asks them."""
 
     def asking(self, teacher: str) -> None:
-        """The process now waits for this teacher."""
+        """Called when this process begins to wait for a teacher."""
 
     def answered(self) -> None:
-        """It does not any more."""
+        """Called when the wait is over."""
 
     def halved(self, teacher: str, crops: int) -> None:
-        """The device ran out of memory; the teacher now gets `crops` at a time."""
+        """Called when the device ran out of memory, and the teacher gets `crops` at a time from then on."""
 
 
-class Nobody:
+class NullObserver:
+    """An observer that does nothing."""
+
     def asking(self, teacher: str) -> None:
         pass
 
@@ -51,22 +54,24 @@ class Nobody:
 
 @dataclass(kw_only=True)
 class Forwards:
-    observer: Observer = field(default_factory=Nobody)
+    """Runs teachers on batches. Belongs to the thread that labels."""
+
+    observer: Observer = field(default_factory=NullObserver)
     _most: dict[str, int] = field(default_factory=dict)
-    """Crops that a teacher gets at a time, where that is fewer than a batch."""
+    """By teacher: crops that it gets at a time, where memory ran out with more."""
 
     def logits(self, teacher: Teacher, images_BCSS: Tensor) -> Tensor:
-        """(B, C) float32. Raises TeacherError."""
+        """Return (B, C) float32 for pixels (B, 3, S, S) uint8. Raises TeacherError."""
         name = str(teacher.spec)
         self.observer.asking(name)
         while (logits := self._try(teacher, images_BCSS, name)) is None:
-            # Here and not where it was caught: the exception held on to the tensors of its frames.
+            # Not in the except block: there, the exception still refers to the tensors of its frames.
             torch.cuda.empty_cache()
             self.observer.halved(name, self._most[name])
         return logits
 
     def _try(self, teacher: Teacher, images_BCSS: Tensor, name: str) -> Tensor | None:
-        """None when memory ran out; the next try is then with half as many crops at a time."""
+        """Return None where memory ran out; the next try then has half as many crops at a time."""
         step = min(len(images_BCSS), self._most.get(name, len(images_BCSS)))
         try:
             if step == len(images_BCSS):
@@ -82,7 +87,7 @@ class Forwards:
             if step <= 1:
                 raise TeacherError(
                     f"teacher {name}: the device has too little memory for a single crop; end what else runs on it, "
-                    "or use fewer --processes or teachers"
+                    "or use fewer --workers or teachers"
                 ) from error
             self._most[name] = step // 2
             return None
@@ -92,34 +97,38 @@ Wait = Callable[[], None]
 
 
 class Fetched(NamedTuple):
-    """Tensors on their way to the host; not to be read before `wait` has returned."""
+    """Tensors that are being copied to the host. Do not read them before `wait` has returned."""
 
     tensors: list[Tensor]
     wait: Wait
 
 
 class Staging(Protocol):
+    """Transfers between the host and the device of the teachers."""
+
     on_device: bool
-    """Whether crops are cut there; else the host's cutter does it."""
+    """Whether crops are cut on the device; else on the host."""
 
     @contextmanager
     def cutting(self) -> Iterator[None]:
-        """What is uploaded and computed inside is done beside the teachers' work; called in any thread."""
+        """Upload and compute on the cutting stream while the context lasts. May be entered in any thread."""
 
     def upload(self, array: npt.NDArray[Any]) -> Tensor:
-        """The array on the device; the device's current stream has it in order, the host may change it at once."""
+        """Return the array on the device, in the order of the current stream. The host may change its own at once."""
 
     def mark(self) -> Any:
-        """Inside `cutting`, at its end: the moment for `join`."""
+        """Return the present moment of the cutting stream, for `join`. Called inside `cutting`."""
 
     def join(self, moment: Any, tensors: Sequence[Tensor]) -> None:
-        """Let the teachers' stream begin with `tensors` when `moment` is reached; the host does not wait."""
+        """Make the teachers' stream wait for `moment` before it uses `tensors`. The host does not wait."""
 
     def fetch(self, tensors: Sequence[Tensor]) -> Fetched:
-        """Begin to copy what the teachers' stream computes into host memory."""
+        """Begin to copy `tensors`, which the teachers' stream computes, into host memory."""
 
 
 class HostStaging:
+    """Staging for teachers on the CPU: nothing has to be moved."""
+
     on_device = False
 
     @contextmanager
@@ -140,43 +149,45 @@ class HostStaging:
 
 
 class CudaStaging:
+    """Staging for teachers on a GPU. One for the whole life of a worker, since each stream keeps memory of its own."""
+
     on_device = True
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
-        self.side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self.back = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self.cut_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self.fetch_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def cutting(self) -> Iterator[None]:
-        # One stream for all threads that cut: they take turns on the device as they do in the pipeline.
-        with torch.cuda.stream(self.side):
+        # One stream for all cutting threads: the device runs their work in the order in which it was submitted.
+        with torch.cuda.stream(self.cut_stream):
             yield
 
     def upload(self, array: npt.NDArray[Any]) -> Tensor:
-        # PyTorch's pinned memory is not given out again before the copy that reads it is done.
+        # PyTorch's allocator does not reuse pinned memory before the copy that reads it is done.
         return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
 
     def mark(self) -> Any:
-        return self.side.record_event()
+        return self.cut_stream.record_event()
 
     def join(self, moment: Any, tensors: Sequence[Tensor]) -> None:
         teachers = torch.cuda.current_stream(self.device)
         teachers.wait_event(moment)
         for tensor in tensors:
-            # They were made on the side stream, whose next crops must not take their memory too early.
+            # The allocator must not give their memory to the cutting stream's next crops while teachers read it.
             tensor.record_stream(teachers)
 
     def fetch(self, tensors: Sequence[Tensor]) -> Fetched:
-        self.back.wait_stream(torch.cuda.current_stream(self.device))
+        self.fetch_stream.wait_stream(torch.cuda.current_stream(self.device))
         copies = []
-        with torch.cuda.stream(self.back):
+        with torch.cuda.stream(self.fetch_stream):
             for tensor in tensors:
                 copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
                 copies.append(copy.copy_(tensor, non_blocking=True))
-                tensor.record_stream(self.back)
-            # Whoever waits for it sleeps: by default a thread that waits keeps a core busy, which decoding can use.
-            done = self.back.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+                tensor.record_stream(self.fetch_stream)
+            # `blocking` makes the waiting thread sleep. By default it spins, on a core that decoding can use.
+            done = self.fetch_stream.record_event(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
         return Fetched(copies, done.synchronize)
 
 
@@ -185,5 +196,5 @@ def open_staging(device: str) -> Staging:
 
 
 def current_device(device: str) -> AbstractContextManager[Any]:
-    """For as long as it lasts, what this thread does on no GPU in particular is done on this one, not on the first."""
+    """Make `device` the GPU that this thread uses where none is named, which would be the first one otherwise."""
     return nullcontext() if device == "cpu" else torch.cuda.device(device)

@@ -1,8 +1,12 @@
-"""Rows on their way from the thread that labels a shard to the thread that writes it.
+"""Shards labelled one after the other, each written and saved while the next one is labelled.
 
-Shards labelled one after the other, each written and saved while the next one is labelled.
+Compression, the disk and the store cost the teachers no time. Three threads share the work:
 
-What is written costs the teachers nothing: not the compression, not the disk, not the store that it is sent to.
+- the labelling thread, which calls `WriteBehind.label`, makes rows and owns the shard's rejects and teacher counts;
+- two writing threads: one takes the rows of the shard in work out of its `RowQueue`, the other may still be saving the
+  shard before.
+
+Everything passes from the labelling thread to a writing thread through the queue: rows, and at the end a `ShardEnd`.
 """
 
 from __future__ import annotations
@@ -11,57 +15,79 @@ import contextlib
 import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from ferkd_data.builder.labelling.counts import Tally, TeacherCounts
-from ferkd_data.builder.labelling.crop_batches import Rejected
-from ferkd_data.builder.labelling.label_shard import OnBatch, Tools, label_shard
+from ferkd_data.builder.labelling.counts import RowCounts, TeacherCounts
+from ferkd_data.builder.labelling.job import Tools
+from ferkd_data.builder.labelling.label_shard import LabelledBatch, label_shard
 from ferkd_data.builder.locks import explain_unwritable
 from ferkd_data.builder.plan import Plan
-from ferkd_data.builder.state import BuildFolder, RejectRecord, ShardRecord
+from ferkd_data.builder.state import BuildFolder, ShardRecord
 from ferkd_data.errors import BuildError
 from ferkd_data.format.writers import Row, write_shard
-from ferkd_data.labels.rows import ImageLabels
+from ferkd_data.images import Reject
 
 ROWS_AHEAD = 64
-"""Rows that wait to be written: a disk that is slow then slows the teachers down, and does not fill the memory."""
+"""Rows that may wait to be written. A slow disk then slows the teachers down, and does not fill the memory."""
 LOOK_SECONDS = 0.5
-"""How soon whoever waits for room notices that the writer has failed."""
+"""How often the labelling thread looks for a failed writer while it waits for room in the queue."""
+
+OnBatch = Callable[[int, int], None]
+"""Called with the number of crops just labelled, and of images rejected so far in this shard."""
+OnSaved = Callable[[ShardRecord], None]
 
 
-class Handover:
-    """Filled by one thread, iterated by another."""
+class BrokenOffError(Exception):
+    """Raised in the writing thread: the shard is not labelled to its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEnd:
+    """What is known of a shard when its last row is made."""
+
+    rejects: tuple[Reject, ...]
+    counts: TeacherCounts
+
+
+class RowQueue:
+    """The rows of one shard: put in by the labelling thread, iterated by a writing thread."""
 
     def __init__(self) -> None:
-        self._rows: queue.Queue[Row | None] = queue.Queue(ROWS_AHEAD)
-        """None is the end."""
+        self.end: ShardEnd | None = None
+        """Set in the iterating thread, when its iteration is over."""
+        self._rows: queue.Queue[Row | ShardEnd | None] = queue.Queue(ROWS_AHEAD)
+        """None only wakes a writer up, to see that the shard was broken off."""
         self._broken_off = False
 
     def put(self, row: Row, writer: Future[Any]) -> None:
-        """Waits for room. Raises what `writer` raised."""
+        """Wait for room and add a row. Raises what `writer` raised."""
         self._put(row, writer)
         if writer.done():
             writer.result()
 
-    def end(self, writer: Future[Any]) -> None:
-        """There are no more rows."""
-        self._put(None, writer)
+    def close(self, end: ShardEnd, writer: Future[Any]) -> None:
+        """Say that there are no more rows."""
+        self._put(end, writer)
 
     def break_off(self) -> None:
-        """There will be no more rows, and those that there were are of no use: the writer raises BrokenOffError."""
+        """Make the writer raise BrokenOffError: there will be no more rows, and those before are of no use."""
         self._broken_off = True
         with contextlib.suppress(queue.Full):  # a writer that has rows to take sees it with the next one
             self._rows.put_nowait(None)
 
     def __iter__(self) -> Iterator[Row]:
-        while (row := self._rows.get()) is not None and not self._broken_off:
+        while True:
+            row = self._rows.get()
+            if self._broken_off or row is None:
+                raise BrokenOffError
+            if isinstance(row, ShardEnd):
+                self.end = row
+                return
             yield row
-        if self._broken_off:
-            raise BrokenOffError
 
-    def _put(self, row: Row | None, writer: Future[Any]) -> None:
+    def _put(self, row: Row | ShardEnd, writer: Future[Any]) -> None:
         while not writer.done():
             try:
                 self._rows.put(row, timeout=LOOK_SECONDS)
@@ -70,17 +96,10 @@ class Handover:
                 continue
 
 
-class BrokenOffError(Exception):
-    """The shard is not labelled to its end."""
-
-
-OnSaved = Callable[[ShardRecord], None]
-
-
 class WriteBehind:
-    """A context: what is being written when it is left is written to its end, also after an error.
+    """A context that labels shards. Leaving it waits for the shard that is being written, also after an error.
 
-    At most two shards are in memory: one that is labelled, and the one before.
+    At most two shards are in memory: the one that is labelled, and the one before.
     """
 
     def __init__(self, folder: BuildFolder, plan: Plan, tools: Tools, on_saved: OnSaved) -> None:
@@ -89,7 +108,7 @@ class WriteBehind:
         self.plan = plan
         self.tools = tools
         self.on_saved = on_saved
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="ferkd-data-write")
+        self._writers = ThreadPoolExecutor(2, thread_name_prefix="ferkd-data-write")
         self._before: Future[ShardRecord] | None = None
         """The shard that is labelled, and may not be written yet."""
 
@@ -99,109 +118,99 @@ class WriteBehind:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._threads.shutdown()
+        self._writers.shutdown()
 
     def label(self, shard: int, on_batch: OnBatch) -> None:
-        """Returns when all of it is labelled and the shard before is saved.
+        """Return when all of the shard is labelled and the shard before is saved.
 
         Raises what labelling it, or writing either of them, raised; BuildError for an image that has labels already,
         and cannot be used any more or is another now. Nothing can be labelled after that.
         """
-        work = _Work(shard, len(self.tools.teachers))
+        rows = RowQueue()
         try:
-            writer = self._threads.submit(self._write, work)
-            for row in self._rows(work, on_batch):
-                work.rows.put(row, writer)
-                if self._before is not None and self._before.done():
-                    self.settle()
+            writer = self._writers.submit(self._write, shard, rows)
+            rejects: list[Reject] = []
+            counts = TeacherCounts.zeros(len(self.tools.teachers))
+            for item in self._labelled(shard):
+                if isinstance(item, Reject):
+                    rejects.append(item)
+                    continue
+                counts += item.counts
+                on_batch(item.crops, len(rejects))
+                for row in item.rows:
+                    rows.put(row, writer)
+                    if self._before is not None and self._before.done():
+                        self.settle()
             self.settle()
-            work.rows.end(writer)
+            rows.close(ShardEnd(rejects=tuple(rejects), counts=counts), writer)
         except BaseException:
-            work.rows.break_off()
-            # Whoever hears of the error may end this process, and the shard before is whole.
-            self._threads.shutdown()
+            rows.break_off()
+            # The error may end this process, and the shard before is whole: it must be saved first.
+            self._writers.shutdown()
             raise
         self._before = writer
 
     def settle(self) -> None:
-        """Returns when all that is labelled is saved. Raises what that raised."""
+        """Return when all that is labelled is saved. Raises what that raised."""
         if self._before is not None:
             before, self._before = self._before, None
             self.on_saved(before.result())
 
-    def _rows(self, work: _Work, on_batch: OnBatch) -> Iterator[Row]:
-        tools = replace(self.tools, first_crop=self.plan.first_crop(work.shard))
-        rows = label_shard(self.plan.refs(work.shard), tools, work.rejected, work.counts, on_batch)
-        if self.plan.is_known(work.shard):
-            return _unchanged(rows, self.plan.digests(work.shard), work.rejected)
-        return rows
+    def _labelled(self, shard: int) -> Iterator[LabelledBatch | Reject]:
+        batches = label_shard(self.plan.refs(shard), self.tools, self.plan.first_crop(shard))
+        return _unchanged(batches, self.plan.digests(shard)) if self.plan.is_known(shard) else batches
 
-    def _write(self, work: _Work) -> ShardRecord:
-        with explain_unwritable(self.folder.place):
-            record = self._write_shard(work)
+    def _write(self, shard: int, rows: RowQueue) -> ShardRecord:
+        """Runs in a writing thread. The record is saved after the files, since it vouches for them."""
+        with explain_unwritable(self.folder.location):
+            record = self._write_shard(shard, rows)
             self.folder.save(record)
         return record
 
-    def _write_shard(self, work: _Work) -> ShardRecord:
-        settings, thresholds = self.tools.settings, self.tools.thresholds
-        first_crop = self.plan.first_crop(work.shard)
-        tally = Tally()
+    def _write_shard(self, shard: int, rows: RowQueue) -> ShardRecord:
+        job = self.tools.job
+        first_crop = self.plan.first_crop(shard)
+        row_counts = RowCounts()
         num_rows, files = write_shard(
             self.folder.out,
-            work.shard,
-            _counted(work.rows, tally),
-            layout=settings.layout,
-            block_starts=[start - first_crop for start in settings.block_starts if start >= first_crop],
-            first_block=first_crop // settings.crops_per_block,
+            shard,
+            _counted(rows, row_counts),
+            layout=job.settings.layout,
+            block_starts=[start - first_crop for start in job.settings.block_starts if start >= first_crop],
+            first_block=first_crop // job.settings.crops_per_block,
         )
+        if rows.end is None:
+            raise BrokenOffError
         return ShardRecord(
-            index=work.shard,
+            index=shard,
             rows=num_rows,
             files=files,
-            rejects=tuple(
-                RejectRecord(key=item.key, reason=item.reason, detail=item.detail) for item in work.rejected.items
-            ),
-            statistics=tally.total().model_copy(update=work.counts.statistics()),
-            thresholds=(thresholds.low, thresholds.mid, thresholds.top),
+            rejects=rows.end.rejects,
+            statistics=row_counts.total().model_copy(update=rows.end.counts.statistics()),
+            thresholds=(job.thresholds.low, job.thresholds.mid, job.thresholds.top),
         )
 
 
-class _Work:
-    """A shard between the threads: what is filled by the one that labels is read by the one that writes."""
-
-    def __init__(self, shard: int, num_teachers: int) -> None:
-        self.shard = shard
-        self.rows = Handover()
-        self.rejected = Rejected()
-        """Whole when the rows have ended, as `counts` is."""
-        self.counts = TeacherCounts.zeros(num_teachers)
-
-
-def _counted(rows: Iterable[Row], tally: Tally) -> Iterator[Row]:
+def _counted(rows: Iterable[Row], row_counts: RowCounts) -> Iterator[Row]:
     for labels, image in rows:
-        tally.see(labels)
+        row_counts.add(labels)
         yield labels, image
 
 
-def _unchanged(
-    rows: Iterable[tuple[ImageLabels, bytes]], digests: Sequence[bytes], rejected: Rejected
-) -> Iterator[Row]:
-    """Every crop of an image must be of the same image."""
-    for (labels, image), digest in zip(rows, digests, strict=False):
-        _none_rejected(rejected)
-        if labels.image_digest != digest:
+def _unchanged(batches: Iterable[LabelledBatch | Reject], digests: Sequence[bytes]) -> Iterator[LabelledBatch | Reject]:
+    """Check that every image is the one that has labels already, since all its crops must be of the same pixels."""
+    expected = iter(digests)
+    for item in batches:
+        if isinstance(item, Reject):
             raise BuildError(
-                f"image {labels.key!r} is not the one that was labelled: its bytes have changed since, so it cannot "
-                "get more crops. Bring the old file back, or label the images as they are now into another folder"
+                f"image {item.key!r} has labels already and cannot get more crops ({item.reason}: {item.detail}); "
+                "bring back the file that was labelled and run the same command again"
             )
-        yield labels, image
-    _none_rejected(rejected)
-
-
-def _none_rejected(rejected: Rejected) -> None:
-    if rejected.items:
-        first = rejected.items[0]
-        raise BuildError(
-            f"image {first.key!r} has labels already and cannot get more crops ({first.reason}: {first.detail}); bring "
-            "back the file that was labelled and run the same command again"
-        )
+        for labels, _ in item.rows:
+            if labels.image_digest != next(expected):
+                raise BuildError(
+                    f"image {labels.key!r} is not the one that was labelled: its bytes have changed since, so it "
+                    "cannot get more crops. Bring the old file back, or label the images as they are now into another "
+                    "folder"
+                )
+        yield item

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from ferkd_data.builder.state import ShardRecord
 from ferkd_data.builder.watch.events import (
@@ -189,7 +189,7 @@ class ProgressCounter:
         self._count(record)
         self.crops_rejected += len(record.rejects) * self.crops_of(record.index)
         for reject in record.rejects:
-            self.watcher.see(ImageRejected(shard=record.index, **reject.model_dump()))
+            self.watcher.see(ImageRejected(shard=record.index, **asdict(reject)))
         done = ShardDone(
             shard=record.index,
             worker=worker,

@@ -1,6 +1,8 @@
-"""What a worker does, in whichever process: it labels shards in a thread, and tells how far it is from another.
+"""A worker's side of the protocol, in whichever process it runs.
 
-So that a teacher that hangs is noticed.
+Two threads share a `Labeller`. One labels; it owns the tools, the shard in work and all PyTorch calls. The other, which
+is the process's main thread, answers the driver: it reads how far the first one is once a second, so that a teacher
+that hangs is noticed and reported.
 """
 
 from __future__ import annotations
@@ -9,14 +11,16 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from queue import SimpleQueue
+from typing import TypeVar
 
 import torch
 
-from ferkd_data.builder.job import Job, open_tools
+from ferkd_data.builder.labelling.job import Job, Tools, open_tools
+from ferkd_data.builder.labelling.measuring import measure
 from ferkd_data.builder.labelling.write_behind import WriteBehind
 from ferkd_data.builder.plan import open_plan
 from ferkd_data.builder.state import ShardRecord
@@ -27,42 +31,52 @@ from ferkd_data.builder.workers.messages import (
     Finished,
     Halved,
     Labelled,
+    Measured,
     Message,
     Ready,
     Settled,
     Slow,
 )
+from ferkd_data.images import ImageRef
+
+Result = TypeVar("Result")
 
 REPORT_SECONDS = 1.0
-"""How often a worker tells how far it is: a driver hears a thousand of them."""
+"""How often a worker reports: a driver may hear a thousand of them."""
 
 
 class Labeller:
     def __init__(self, job: Job, device: str) -> None:
         self.job = job
         self.device = device
-        self.watch = _Watch(sign_of_life=job.teacher_timeout is not None)
+        self.watch = _Watch(sign_of_life=job.resources.teacher_timeout is not None)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ferkd-data-label")
         self._open_for_life = ExitStack()
+        self._tools: Tools
         self._behind: WriteBehind
-        """There when it is open."""
+        """Set by `open`, unless the job has no OUT."""
 
     def open(self, check: Callable[[], None] = lambda: None) -> Message:
-        """Load the teachers, after `check`. Comes before all else."""
+        """Call `check`, then load the teachers. Must come before everything else."""
         error = self._thread.submit(self._open, check).exception()
         return Ready(platform.node(), os.getpid()) if error is None else failed(error)
 
     def label(self, shard: int) -> Iterator[Message]:
-        """Ends when another can be labelled, or none ever."""
+        """Yield messages until another shard can be labelled, or none ever."""
         self.watch.begin()
-        return self._tell(self._thread.submit(self._behind.label, shard, self.watch.labelled), Computed())
+        done = self._thread.submit(self._behind.label, shard, self.watch.labelled)
+        return self._tell(done, lambda _: Computed())
 
     def settle(self) -> Iterator[Message]:
-        """Ends when the record of every shard is saved, or never will be."""
-        return self._tell(self._thread.submit(self._behind.settle), Settled())
+        """Yield messages until the record of every shard is saved, or never will be."""
+        return self._tell(self._thread.submit(self._behind.settle), lambda _: Settled())
 
-    def _tell(self, done: Future[None], last: Message) -> Iterator[Message]:
-        limit = self.job.teacher_timeout
+    def measure(self, refs: Sequence[ImageRef], location: str) -> Iterator[Message]:
+        """Yield messages until the labelling of these images is timed."""
+        return self._tell(self._thread.submit(measure, self._tools, refs, location), Measured)
+
+    def _tell(self, done: Future[Result], last: Callable[[Result], Message]) -> Iterator[Message]:
+        limit = self.job.resources.teacher_timeout
         while not _is_done(done, min(REPORT_SECONDS, limit or REPORT_SECONDS)):
             if limit is not None and (teacher := self.watch.late(limit)):
                 yield Slow(teacher)
@@ -70,19 +84,24 @@ class Labeller:
             yield from self.watch.news()
         yield from self.watch.news()
         error = done.exception()
-        yield last if error is None else failed(error)
+        yield last(done.result()) if error is None else failed(error)
 
     def _open(self, check: Callable[[], None]) -> None:
+        """Runs in the labelling thread, whose number of PyTorch threads is set here."""
         check()
-        torch.set_num_threads(self.job.threads)
-        tools = self._open_for_life.enter_context(open_tools(self.job, self.device, observer=self.watch))
-        folder = folder_of(self.job.out)
-        behind = WriteBehind(folder, open_plan(folder.path), tools, self.watch.saved)
-        self._behind = self._open_for_life.enter_context(behind)
+        torch.set_num_threads(self.job.resources.compute_threads)
+        self._tools = self._open_for_life.enter_context(open_tools(self.job, self.device, observer=self.watch))
+        if self.job.out is not None:
+            folder = folder_of(self.job.out)
+            behind = WriteBehind(folder, open_plan(folder.path), self._tools, self.watch.saved)
+            self._behind = self._open_for_life.enter_context(behind)
 
 
 class _Watch:
-    """What the labelling thread is at, for the thread that tells to look at."""
+    """How far the labelling thread is. Written by that thread, read by the one that reports.
+
+    Each attribute is one reference, replaced as a whole, so reading needs no lock: an old value is as good.
+    """
 
     def __init__(self, *, sign_of_life: bool) -> None:
         self.sign_of_life = sign_of_life
@@ -92,6 +111,7 @@ class _Watch:
         self.queue: SimpleQueue[Halved | Finished] = SimpleQueue()
 
     def asking(self, teacher: str) -> None:
+        # The time first: a reader that sees the new teacher must not see the old time.
         self.since = time.monotonic()
         self.teacher = teacher
 
@@ -105,11 +125,12 @@ class _Watch:
         self.queue.put(Finished(record.index))
 
     def late(self, limit_seconds: float) -> str:
-        """The teacher that is waited for longer than that, or nothing."""
+        """Return the teacher that is waited for longer than that, or an empty string."""
         teacher = self.teacher
         return teacher if time.monotonic() - self.since > limit_seconds else ""
 
     def begin(self) -> None:
+        """Start counting anew. Called between shards, when the labelling thread is idle."""
         self.crops = self.told = self.rejects = 0
 
     def labelled(self, crops: int, rejects: int) -> None:
@@ -117,7 +138,7 @@ class _Watch:
         self.crops += crops
 
     def news(self) -> Iterator[Message]:
-        """What happened since this was last asked for."""
+        """Yield what happened since the last call."""
         while not self.queue.empty():
             yield self.queue.get()
         crops = self.crops
@@ -126,7 +147,7 @@ class _Watch:
         self.told = crops
 
 
-def _is_done(future: Future[None], seconds: float) -> bool:
+def _is_done(future: Future[Result], seconds: float) -> bool:
     return not wait([future], timeout=seconds).not_done
 
 

@@ -1,9 +1,14 @@
-"""What a worker tells its driver.
+"""The protocol between the driver of a build and its workers, wherever they run.
 
-A worker is asked to get ready (Ready), then to label a shard (Labelled, at last Computed), and where there is no other
-shard for it, to settle (at last Settled). Finished comes with any of these. Slow and Failed end what was asked for.
+A worker gets ready when it starts (message Ready). Then the driver asks it for one thing at a time:
 
-Workers as the driver sees them, wherever they run.
+| request | messages |
+| --- | --- |
+| `label(shard)` | Labelled as often as there is something new, then Computed |
+| `settle()`, where there is no other shard for it | Settled |
+| `measure(refs)`, in a dry run | Measured |
+
+Finished and Halved may come with any of them. Slow and Failed end a request, and the worker with it.
 """
 
 from __future__ import annotations
@@ -11,27 +16,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
+from ferkd_data.builder.labelling.measuring import Sample
+from ferkd_data.images import ImageRef
+
 
 class Ready(NamedTuple):
-    """Its teachers are loaded."""
+    """The teachers are loaded."""
 
     node: str
     process: int
 
 
 class Halved(NamedTuple):
-    """The device's memory is too small for the batch; `teacher` gets `crops` at a time from now on."""
+    """The device's memory is too small for the batch: `teacher` gets `crops` at a time from now on."""
 
     teacher: str
     crops: int
 
 
 class Labelled(NamedTuple):
-    """Crops of the shard that it was asked for, since it last said so. None is a sign of life."""
+    """Progress in the shard that was asked for. With 0 crops, a sign of life."""
 
     crops: int
+    """Crops labelled since the message before."""
     rejects: int
-    """Of this shard so far."""
+    """Images of this shard rejected so far."""
 
 
 class Computed(NamedTuple):
@@ -39,7 +48,7 @@ class Computed(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A shard that was labelled is written; its record is saved."""
+    """A shard is written, and its record is saved."""
 
     shard: int
 
@@ -48,66 +57,75 @@ class Settled(NamedTuple):
     """All that was labelled is written."""
 
 
+class Measured(NamedTuple):
+    sample: Sample
+
+
 class Slow(NamedTuple):
-    """It has waited for this teacher as long as a worker may, and still does."""
+    """The worker has waited for this teacher as long as a worker may, and still waits."""
 
     teacher: str
 
 
 class Failed(NamedTuple):
-    """No other try would help."""
+    """An error that no retry would help."""
 
     kind: str
-    """The class of ferkd_data.errors, or any other exception's name."""
+    """The class in ferkd_data.errors, or any other exception's name."""
     text: str
     trace: str
 
 
-Message: TypeAlias = Ready | Halved | Labelled | Computed | Finished | Settled | Slow | Failed
+Message: TypeAlias = Ready | Halved | Labelled | Computed | Finished | Settled | Measured | Slow | Failed
 
 
 class WorkerLostError(Exception):
-    """It has died, or cannot be reached; the text says how. The cause is known where something told."""
+    """A worker has died or cannot be reached; the text completes "worker N …"."""
 
 
 class Worker(Protocol):
-    """Another process; it gets ready as soon as it is there."""
+    """A worker as the driver sees it."""
 
     number: int
 
     def __str__(self) -> str:
-        """Its number, and where it runs as far as that is known."""
+        """Return its number, and where it runs as far as that is known."""
 
-    def place(self, ready: Ready) -> str:
-        """Where it runs, for the progress and the log."""
+    def location(self, ready: Ready) -> str:
+        """Return where it runs, for the progress and the log."""
 
     def label(self, shard: int) -> None:
-        """Ask it to; the answer is heard."""
+        """Ask it to label a shard; does not wait."""
 
     def settle(self) -> None:
-        """The same."""
+        """Ask it to finish writing; does not wait."""
+
+    def measure(self, refs: Sequence[ImageRef]) -> None:
+        """Ask it to time the labelling of these images; does not wait."""
 
     def hear(self) -> Message:
-        """The next message; waits for it. Raises WorkerLostError."""
+        """Wait for the next message and return it. Raises WorkerLostError."""
 
     def leave(self) -> None:
-        """There is nothing more to do for it."""
+        """Tell it that there is nothing more to do."""
 
-    def end(self, patience_seconds: float) -> None:
-        """Returns when it is gone: by itself within that time, or killed."""
+    def end(self, wait_seconds: float) -> None:
+        """Return when the worker is gone: by itself within that time, or killed."""
 
 
 AnyWorker = TypeVar("AnyWorker", bound=Worker)
 
 
 class Workers(Protocol[AnyWorker]):
+    """Starts workers of one kind, and waits for their messages."""
+
     when_none_gets_ready: str
     """What the user may try then."""
 
     def room(self) -> int:
-        """How many there can be now; asked again from time to time."""
+        """Return how many there can be now. Asked again from time to time."""
 
     def start(self, number: int) -> AnyWorker: ...
 
     def with_news(self, workers: Sequence[AnyWorker], seconds: float) -> list[AnyWorker]:
-        """Those that have a message, or are lost. Waits that long for some."""
+        """Return those that have a message or are lost; wait up to `seconds` for the first."""

@@ -1,8 +1,8 @@
-"""The shards that wait for a worker, and those that were with workers when these died.
+"""The driver's side of a build with several workers: `WorkerPool`.
 
-What a worker could not do, as the error that the build raises.
-
-The driver of a build: hands shards to workers, hears what becomes of them, and sees to workers that die.
+The driver has one thread. It gives each free worker a shard, waits for messages of any of them, and replaces a worker
+that dies; the shards that were with it go back to the `ShardQueue`. A shard is done when the driver itself sees its
+record in OUT, whatever the worker says: workers may be on other machines.
 """
 
 from __future__ import annotations
@@ -34,10 +34,23 @@ from ferkd_data.builder.workers.messages import (
 from ferkd_data.errors import BuildError, FerkdError, TeacherError
 
 DEATHS_PER_SHARD = 3
-"""A shard that was with so many workers when they died is not given to another."""
+"""Workers that may die with a shard before the build gives it up."""
+DEATHS_AT_START = 3
+"""Deaths of one worker in a row, before it was ready, after which the build ends."""
+POLL_SECONDS = 0.5
+LEAVE_SECONDS = 30.0
+"""How long a worker may take to leave when there is no more to do."""
+ROOM_SECONDS = 10.0
+"""How often the driver asks how many workers there is room for."""
+VISIBLE_SECONDS = 90.0
+"""How much later a network file system may show a file that another node wrote."""
+SILENT_SECONDS = 10.0
+"""Silence beyond the teacher timeout after which a worker counts as hanging: it should report every second."""
 
 
-class Backlog:
+class ShardQueue:
+    """Shards that wait for a worker, and how often a worker died with each."""
+
     def __init__(self) -> None:
         self.shards: deque[int] = deque()
         self.deaths: Counter[int] = Counter()
@@ -52,37 +65,37 @@ class Backlog:
         return self.shards.popleft()
 
     def give_back(self, shard: int, how: str) -> None:
-        """Its worker died, `how`. Raises BuildError where that happened too often."""
+        """Put a shard whose worker died in front. Raises BuildError where that happened too often."""
         self.deaths[shard] += 1
         if self.deaths[shard] >= DEATHS_PER_SHARD:
             raise BuildError(
                 f"shard {shard}: {self.deaths[shard]} workers died while they labelled it, the last was {how}; if the "
-                "system ran out of memory, use fewer --processes or a smaller --batch-size"
+                "system ran out of memory, use fewer --workers or a smaller --batch-size"
             )
         self.shards.appendleft(shard)
 
 
 class WorkerTraceback(Exception):
-    """Where a worker raised, as text: the cause of what the driver raises."""
+    """A worker's traceback as text: the cause of the error that the driver raises."""
 
 
 def failure(failed: Failed, worker: str, shards: Sequence[int] = ()) -> FerkdError:
-    """An error of ours as it was raised; any other as a BuildError that says where.
+    """Return the error to raise: a FerkdError as the worker raised it, any other as a BuildError that says where.
 
     Of two `shards`, one was being written while the other was labelled, and either may be the one that failed.
     """
-    place = f"shard {' or '.join(map(str, shards))}: {worker}" if shards else worker
+    where = f"shard {' or '.join(map(str, shards))}: {worker}" if shards else worker
     kind = getattr(errors, failed.kind, None)
     if isinstance(kind, type) and issubclass(kind, FerkdError) and kind is not errors.ImageError:
         error: FerkdError = kind(failed.text)
     else:
-        error = BuildError(f"{place} failed: {failed.kind}: {failed.text} (--debug shows where)")
-    error.__cause__ = WorkerTraceback(f"in {place}\n{failed.trace}")
+        error = BuildError(f"{where} failed: {failed.kind}: {failed.text} (--debug shows where)")
+    error.__cause__ = WorkerTraceback(f"in {where}\n{failed.trace}")
     return error
 
 
 def silent(shard: int, limit_seconds: float, worker: str) -> TeacherError:
-    """Its process cannot even say which teacher."""
+    """Return the error for a worker that does not report at all, so that the teacher is not known."""
     return TeacherError(
         f"shard {shard}: a teacher hangs, and {worker} with it, for longer than {limit_seconds:g} seconds; the worker "
         "was ended. Run the same command again, with a larger --teacher-timeout if the teacher is slow"
@@ -90,37 +103,27 @@ def silent(shard: int, limit_seconds: float, worker: str) -> TeacherError:
 
 
 def too_slow(teacher: str, shard: int | None, limit_seconds: float, worker: str) -> TeacherError:
+    """Return the error for a worker that reports that it waits for a teacher."""
     return TeacherError(
         f"teacher {teacher}: no answer for a batch of shard {shard} within {limit_seconds:g} seconds, "
         f"{worker} was ended; run the same command again, with a larger --teacher-timeout if it is slow"
     )
 
 
-DEATHS_AT_START = 3
-"""So many deaths of one worker in a row before it was ready mean that it never will be."""
-POLL_SECONDS = 0.5
-LEAVE_SECONDS = 30.0
-"""How long a worker may take to leave when there is no more to do."""
-ROOM_SECONDS = 10.0
-"""How often is asked what there is room for."""
-VISIBLE_SECONDS = 90.0
-"""A network file system may show a file that another node wrote so much later."""
-SILENT_SECONDS = 10.0
-"""A worker that may wait for a teacher for a limited time says every second that it lives."""
-
-
 @dataclass(kw_only=True, eq=False)
 class Member(Generic[AnyWorker]):
+    """A place in the pool: its present worker, and the shards that are with it."""
+
     number: int
     worker: AnyWorker
     shard: int | None = None
-    """That it labels."""
+    """The shard that it labels."""
     writing: set[int] = field(default_factory=set)
-    """Labelled, and not saved yet, as far as is known."""
+    """Shards that are labelled, and not saved yet as far as is known."""
     ready: bool = False
     deaths_at_start: int = 0
     heard_at: float = 0.0
-    """By the driver's own clock of how long it has listened."""
+    """Time of the last message, by the pool's `listened_seconds`."""
 
     @property
     def held(self) -> list[int]:
@@ -132,7 +135,7 @@ class Member(Generic[AnyWorker]):
 
 @dataclass(kw_only=True)
 class _Unseen:
-    """A finished shard whose record is not to be seen here yet."""
+    """A finished shard whose record the driver does not see yet."""
 
     worker: int
     name: str
@@ -140,8 +143,8 @@ class _Unseen:
     look_at: float = 0.0
 
 
-class Crew(Generic[AnyWorker]):
-    """A context that ends all workers when it is left."""
+class WorkerPool(Generic[AnyWorker]):
+    """A context that labels shards with several workers, and ends them all when it is left."""
 
     def __init__(
         self,
@@ -156,18 +159,18 @@ class Crew(Generic[AnyWorker]):
         self.counter = counter
         self.stop = stop
         self.teacher_timeout = teacher_timeout
-        self.todo = Backlog()
+        self.todo = ShardQueue()
         self.members: list[Member[AnyWorker]] = []
         self.free: list[Member[AnyWorker]] = []
-        """Those that have done what they were asked to."""
+        """Members that have answered their last request."""
         self.held: set[int] = set()
-        """Shards that members label or write. Kept beside what they say, since there may be a thousand of them."""
+        """Shards that members label or write: the union of their `held`, kept since there may be a thousand members."""
         self.unseen: dict[int, _Unseen] = {}
         self.listened_seconds = 0.0
         self.room = 0
         self.room_from = 0.0
 
-    def __enter__(self) -> Crew[AnyWorker]:
+    def __enter__(self) -> WorkerPool[AnyWorker]:
         return self
 
     def __exit__(
@@ -179,7 +182,7 @@ class Crew(Generic[AnyWorker]):
             member.worker.end(LEAVE_SECONDS if kind is None else 0)
 
     def label(self, shards: Sequence[int]) -> None:
-        """Returns when each of `shards` has its record. Raises what a worker raised, or BuildError."""
+        """Return when each of `shards` has its record. Raises what a worker raised, BuildError, BuildStoppedError."""
         self.todo.add(shards)
         while self.todo or self._in_work():
             if self.stop.expired or (self.stop.requested and not self._in_work()):
@@ -191,7 +194,7 @@ class Crew(Generic[AnyWorker]):
             self.counter.tick()
 
     def _in_work(self) -> int:
-        """Shards that somebody has begun."""
+        """Return the number of shards that are begun and whose record is not seen yet."""
         return len(self.held) + len(self.unseen)
 
     def _grow(self) -> None:
@@ -203,7 +206,7 @@ class Crew(Generic[AnyWorker]):
             self.members.append(Member(number=number, worker=self.workers.start(number)))
 
     def _give(self, member: Member[AnyWorker]) -> bool:
-        """Whether there was something for it to do."""
+        """Give a member something to do; return whether there was anything."""
         if self.todo and not self.stop.requested:
             member.shard, member.heard_at = self.todo.take(), self.listened_seconds
             self.held.add(member.shard)
@@ -218,7 +221,7 @@ class Crew(Generic[AnyWorker]):
     def _listen(self) -> None:
         began = time.monotonic()
         spoke = self.workers.with_news([member.worker for member in self.members], POLL_SECONDS)
-        # Not by the clock: a driver that is stopped for a while, and its workers with it, has heard nothing either.
+        # Not the clock's time: a driver that was suspended with its workers must not count that as silence.
         self.listened_seconds += min(time.monotonic() - began, 2 * POLL_SECONDS)
         for member in [self.members[worker.number] for worker in spoke]:
             member.heard_at = self.listened_seconds
@@ -236,7 +239,7 @@ class Crew(Generic[AnyWorker]):
             case Ready():
                 member.deaths_at_start, member.ready = 0, True
                 self.free.append(member)
-                self.counter.worker_started(member.number, member.worker.place(message))
+                self.counter.worker_started(member.number, member.worker.location(message))
             case Labelled(crops, rejects):
                 if member.shard is not None:
                     self.counter.batch(member.shard, crops, rejects, member.number)
@@ -277,15 +280,17 @@ class Crew(Generic[AnyWorker]):
                 del self.unseen[shard]
                 self.counter.shard_done(record, unseen.worker)
             elif now > unseen.deadline:
-                raise BuildError(f"shard {shard}: {unseen.name} finished it; its files are not in {self.folder.place}")
+                raise BuildError(
+                    f"shard {shard}: {unseen.name} finished it; its files are not in {self.folder.location}"
+                )
             else:
                 unseen.look_at, in_vain = now + POLL_SECONDS, True
         if in_vain:
             self.folder.look_again()
 
     def _bury(self, member: Member[AnyWorker], lost: WorkerLostError) -> None:
-        """Give its shards to others, and its place to a new worker. Raises BuildError when that has no prospect."""
-        if self.stop.requested:  # who stops a batch job often signals all its processes
+        """Put the shards of a worker that died back, and start a new one. Raises BuildError where that is hopeless."""
+        if self.stop.requested:  # a batch system that stops a job often signals all its processes
             raise self.stop.error()
         member.worker.end(LEAVE_SECONDS)
         held = member.held

@@ -1,4 +1,4 @@
-"""The workers of one machine: processes, each with a pipe to the driver."""
+"""Workers of this machine: processes, each with a pipe to the driver."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any
+from typing import TypeAlias
 
-from ferkd_data.builder.job import Job
+from ferkd_data.builder.labelling.job import Job
 from ferkd_data.builder.workers.labeller import Labeller
 from ferkd_data.builder.workers.messages import Message, Ready, WorkerLostError
+from ferkd_data.images import ImageRef
+
+Task: TypeAlias = int | Sequence[ImageRef] | None
+"""Through the pipe to a worker: a shard to label, None to settle, images to measure."""
 
 
 class WorkerProcess:
+    """A worker process, and the driver's end of the pipe to it."""
+
     def __init__(self, number: int, device: str, process: SpawnProcess, connection: Connection) -> None:
         self.number = number
         self.device = device
@@ -28,7 +34,7 @@ class WorkerProcess:
     def __str__(self) -> str:
         return f"worker {self.number} ({self.device}, process {self.process.pid})"
 
-    def place(self, ready: Ready) -> str:
+    def location(self, ready: Ready) -> str:
         return self.device
 
     def label(self, shard: int) -> None:
@@ -36,6 +42,9 @@ class WorkerProcess:
 
     def settle(self) -> None:
         self._send(None)
+
+    def measure(self, refs: Sequence[ImageRef]) -> None:
+        self._send(refs)
 
     def hear(self) -> Message:
         try:
@@ -48,23 +57,23 @@ class WorkerProcess:
     def leave(self) -> None:
         self.connection.close()
 
-    def end(self, patience_seconds: float) -> None:
-        if self.process.pid is not None:  # else it was never born
-            self.process.join(patience_seconds)
+    def end(self, wait_seconds: float) -> None:
+        if self.process.pid is not None:  # else it was never started
+            self.process.join(wait_seconds)
             self.process.kill()
-            # A process that hangs in a driver call of the system may not even die.
+            # A process that hangs in a system call may not even die of SIGKILL, so the wait is limited.
             self.process.join(1)
         self.connection.close()
 
-    def _send(self, shard: int | None) -> None:
-        with contextlib.suppress(OSError):  # it died while it was idle; its connection will say so
-            self.connection.send(shard)
+    def _send(self, task: Task) -> None:
+        with contextlib.suppress(OSError):  # it died while it was idle, which `hear` finds out
+            self.connection.send(task)
 
 
 class WorkerProcesses:
-    """One for each of `devices`."""
+    """A worker process for each of `devices`."""
 
-    when_none_gets_ready = "try --processes 1 (in a script of your own, build under `if __name__ == '__main__':`)"
+    when_none_gets_ready = "try --workers 1 (in a script of your own, build under `if __name__ == '__main__':`)"
 
     def __init__(self, job: Job, devices: Sequence[str]) -> None:
         self.job = job
@@ -74,29 +83,26 @@ class WorkerProcesses:
         return len(self.devices)
 
     def start(self, number: int) -> WorkerProcess:
-        return start_process(number, self.devices[number], work, self.job)
+        # Not fork: CUDA and the threads of PyTorch do not survive it.
+        context = multiprocessing.get_context("spawn")
+        device = self.devices[number]
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, self.job, device), daemon=True)
+        # A process that died while it was started shows on its pipe.
+        with _interrupts_held(), contextlib.suppress(BrokenPipeError):
+            process.start()
+        theirs.close()
+        return WorkerProcess(number, device, process, ours)
 
     def with_news(self, workers: Sequence[WorkerProcess], seconds: float) -> list[WorkerProcess]:
         spoke = wait([worker.connection for worker in workers], timeout=seconds)
         return [worker for worker in workers if worker.connection in spoke]
 
 
-def start_process(number: int, device: str, target: Callable[..., None], job: Job, *arguments: Any) -> WorkerProcess:
-    """A process that runs `target` with its end of the pipe, the job, the device, and the arguments."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(theirs, job, device, *arguments), daemon=True)
-    # It died while it was born; its connection will say so.
-    with _interrupts_held(), contextlib.suppress(BrokenPipeError):
-        process.start()
-    theirs.close()
-    return WorkerProcess(number, device, process, ours)
-
-
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """A process that is started inside never gets a Ctrl-C: it would print where in its imports that met it."""
-    resource_tracker.ensure_running()  # its start would let them through again
+    """Block SIGINT and SIGHUP for processes that are started inside: they would print a traceback of their imports."""
+    resource_tracker.ensure_running()  # its start would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
     try:
         yield
@@ -105,8 +111,8 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def work(driver: Connection, job: Job, device: str) -> None:
-    """What such a process does. Returns when the driver has no more for it, or is gone."""
-    # A batch system, and Ctrl-C, signal all processes of a job; the driver decides what the signal means.
+    """Run a worker process: answer the driver until it closes the pipe or is gone."""
+    # A batch system, and Ctrl-C, signal all processes of a job. The driver decides what the signal means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -115,13 +121,23 @@ def work(driver: Connection, job: Job, device: str) -> None:
     with contextlib.suppress(EOFError, OSError):
         driver.send(labeller.open())
         while True:
-            shard = driver.recv()
-            for message in labeller.settle() if shard is None else labeller.label(shard):
+            for message in _answer(labeller, driver.recv()):
                 driver.send(message)
 
 
+def _answer(labeller: Labeller, task: Task) -> Iterator[Message]:
+    if task is None:
+        return labeller.settle()
+    if isinstance(task, int):
+        return labeller.label(task)
+    return labeller.measure(task, labeller.device)
+
+
 def _end_with_the_driver() -> None:
-    """A driver that was killed says nothing, and what runs on without it would disturb the next."""
+    """Wait, in a daemon thread, for the driver to end, and end this process with it.
+
+    A driver that was killed closes nothing in time, and a worker that runs on would disturb the next build.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""The workers of a Ray cluster: actors."""
+"""Workers on a Ray cluster: actors, each of which streams its messages back."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import ferkd_data
-from ferkd_data.builder.job import Job
+from ferkd_data.builder.labelling.job import Job
 from ferkd_data.builder.store_folder import folder_of
 from ferkd_data.builder.workers.labeller import Labeller
-from ferkd_data.builder.workers.messages import Computed, Message, Ready, Settled, WorkerLostError
-from ferkd_data.builder.workers.ray_cluster import Fleet, log
+from ferkd_data.builder.workers.messages import Computed, Measured, Message, Ready, Settled, WorkerLostError
+from ferkd_data.builder.workers.ray_cluster import Cluster, log
 from ferkd_data.errors import BuildError
+from ferkd_data.images import ImageRef
 
-PATIENCE_SECONDS = 60.0
-"""Without any worker, before the user is told what the build waits for."""
+NOTICE_SECONDS = 60.0
+"""Seconds without any worker before the user is told what the build waits for."""
 
 
 class RayWorker:
-    def __init__(self, number: int, fleet: Fleet, actor: Any) -> None:
+    """An actor, and the call that it is answering."""
+
+    def __init__(self, number: int, cluster: Cluster, actor: Any) -> None:
         self.number = number
-        self.fleet = fleet
+        self.cluster = cluster
         self.actor = actor
         self.name = f"worker {number}"
         self.call: Any = actor.open.options(name="get ready").remote()
-        """What it was asked to do: to get ready, or a stream of messages. None while it is free."""
+        """The call to get ready, or a stream of messages; None while the worker is free."""
         self.is_ready = False
 
     def __str__(self) -> str:
         return self.name
 
-    def place(self, ready: Ready) -> str:
-        return f"{self.fleet.device} of node {ready.node}, process {ready.process}"
+    def location(self, ready: Ready) -> str:
+        return f"{self.cluster.device} of node {ready.node}, process {ready.process}"
 
     def label(self, shard: int) -> None:
         self.call = self.actor.label.options(name=f"shard {shard}", num_returns="streaming").remote(shard)
@@ -46,63 +49,67 @@ class RayWorker:
     def settle(self) -> None:
         self.call = self.actor.settle.options(name="settle", num_returns="streaming").remote()
 
+    def measure(self, refs: Sequence[ImageRef]) -> None:
+        self.call = self.actor.measure.options(name="measure", num_returns="streaming").remote(refs)
+
     def hear(self) -> Message:
-        """Raises BuildError for an error in what runs there that is not the method's."""
-        errors = self.fleet.ray.exceptions
+        """As the protocol says; raises BuildError for an error of the actor itself."""
+        errors = self.cluster.ray.exceptions
         try:
-            message: Message = self.fleet.ray.get(next(self.call) if self.is_ready else self.call)
+            message: Message = self.cluster.ray.get(next(self.call) if self.is_ready else self.call)
         except errors.RayTaskError as error:
             raise BuildError(f"{self} failed: {last_line(error)} (--debug shows where)") from error
         except errors.RayError as error:
             raise WorkerLostError(f"lost ({type(error).__name__}: {last_line(error)})") from error
         if isinstance(message, Ready):
             self.is_ready = True
-            self.name = f"worker {self.number} ({self.place(message)})"
-        if isinstance(message, (Ready, Computed, Settled)):
+            self.name = f"worker {self.number} ({self.location(message)})"
+        if isinstance(message, (Ready, Computed, Settled, Measured)):
             self.call = None
         return message
 
     def leave(self) -> None:
         pass
 
-    def end(self, patience_seconds: float) -> None:
-        """At once: an actor does not leave by itself."""
-        with contextlib.suppress(self.fleet.ray.exceptions.RayError):
-            self.fleet.ray.kill(self.actor)
+    def end(self, wait_seconds: float) -> None:
+        """Kill the actor at once, since it does not leave by itself."""
+        with contextlib.suppress(self.cluster.ray.exceptions.RayError):
+            self.cluster.ray.kill(self.actor)
 
 
 class RayWorkers:
-    """Of one build. Ray's own restarts are not used.
+    """Starts the actors of one build.
 
-    They do not say how often a process died, and an actor that waits to be restarted keeps its shard.
+    Ray's own restarts are not used: they do not say how often a process died, and an actor that waits to be restarted
+    keeps its shard.
     """
 
     when_none_gets_ready = "`ray status` and the logs of that node may say why"
 
-    def __init__(self, job: Job, fleet: Fleet) -> None:
+    def __init__(self, job: Job, cluster: Cluster) -> None:
         self.job = replace(job, out=job.out.absolute() if isinstance(job.out, Path) else job.out)
-        self.fleet = fleet
+        self.cluster = cluster
         self.token = uuid.uuid4().hex[:6]
         self.starts = 0
-        self.patient_until = time.monotonic() + PATIENCE_SECONDS
+        self.notice_at = time.monotonic() + NOTICE_SECONDS
 
     def room(self) -> int:
-        return self.fleet.size()
+        return self.cluster.size()
 
     def start(self, number: int) -> RayWorker:
-        """Ray finds a place for it, and waits for one where there is none."""
+        """Ask Ray for an actor. Ray chooses its node, and waits where no node has room."""
         self.starts += 1
-        actor = self.fleet.ray.remote(Actor).options(
+        actor = self.cluster.ray.remote(Actor).options(
             name=f"ferkd-data {self.job.name} {self.token} worker {number} start {self.starts}",
-            num_cpus=self.fleet.cpus,
-            num_gpus=self.fleet.gpus,
+            num_cpus=self.cluster.cpus,
+            num_gpus=self.cluster.gpus,
         )
         here = {"driver_folder": str(Path.cwd()), "driver_version": ferkd_data.__version__}
-        return RayWorker(number, self.fleet, actor.remote(self.job, self.fleet.device, **here))
+        return RayWorker(number, self.cluster, actor.remote(self.job, self.cluster.device, **here))
 
     def with_news(self, workers: Sequence[RayWorker], seconds: float) -> list[RayWorker]:
         self._tell_of_waiting(workers)
-        ray, calls = self.fleet.ray, [worker.call for worker in workers if worker.call is not None]
+        ray, calls = self.cluster.ray, [worker.call for worker in workers if worker.call is not None]
         if not calls:
             time.sleep(seconds)
             return []
@@ -113,14 +120,16 @@ class RayWorkers:
 
     def _tell_of_waiting(self, workers: Sequence[RayWorker]) -> None:
         if any(worker.is_ready for worker in workers):
-            self.patient_until = float("inf")
-        elif time.monotonic() > self.patient_until:
-            self.patient_until = float("inf")
-            log.warning("Ray has started no worker yet: each asks for %s; `ray status` shows what is free", self.fleet)
+            self.notice_at = float("inf")
+        elif time.monotonic() > self.notice_at:
+            self.notice_at = float("inf")
+            log.warning(
+                "Ray has started no worker yet: each asks for %s; `ray status` shows what is free", self.cluster
+            )
 
 
 class Actor:
-    """Runs in a process that Ray starts on some node."""
+    """The worker itself, in a process that Ray starts on some node."""
 
     def __init__(self, job: Job, device: str, *, driver_folder: str, driver_version: str) -> None:
         self.labeller = Labeller(job, device)
@@ -128,7 +137,7 @@ class Actor:
         self.driver_version = driver_version
 
     def __repr__(self) -> str:
-        """What Ray's dashboard calls it."""
+        """Return the name for Ray's dashboard."""
         return f"ferkd-data {self.labeller.job.name} on {self.labeller.device}"
 
     def open(self) -> Message:
@@ -140,13 +149,18 @@ class Actor:
     def settle(self) -> Iterator[Message]:
         yield from self.labeller.settle()
 
+    def measure(self, refs: Sequence[ImageRef]) -> Iterator[Message]:
+        yield from self.labeller.measure(refs, f"{self.labeller.device} of node {platform.node()}")
+
     def _check_node(self) -> None:
+        """Raises BuildError where this node has another version, or does not see OUT."""
         join_driver(self.driver_folder, self.driver_version)
-        folder_of(self.labeller.job.out).join()
+        if self.labeller.job.out is not None:
+            folder_of(self.labeller.job.out).join()
 
 
 def join_driver(folder: str, version: str) -> None:
-    """Raises BuildError where this node has another version of us."""
+    """Change to the driver's working folder. Raises BuildError where this node has another version of ferkd-data."""
     if ferkd_data.__version__ != version:
         raise BuildError(
             f"node {platform.node()} has ferkd-data {ferkd_data.__version__}, the build was started by "
@@ -158,5 +172,5 @@ def join_driver(folder: str, version: str) -> None:
 
 
 def last_line(error: Exception) -> str:
-    """What Ray's long texts come to."""
+    """Return the last line of one of Ray's long messages, which holds the reason."""
     return str(error).strip().rpartition("\n")[2]

@@ -1,8 +1,8 @@
-"""A Ray cluster to build on: the connection, and how many workers it has room for.
+"""Where the workers of a build run: on this machine, or on a Ray cluster with the connection to it.
 
-Where a worker runs, when it starts again and which nodes are added for it is Ray's business. A build says what one
-worker needs, and asks for as many as there is room for and a few more: those wait, which is what an autoscaler goes by,
-and what makes use of a node that joins later.
+Ray decides on which node a worker runs and which nodes are added. A build says what one worker needs, and asks for as
+many as there is room for and a few more. These wait: an autoscaler adds nodes for them, and a node that joins later is
+used at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ferkd_data.builder.settings import Resources, cores
+from ferkd_data.builder.settings import Resources, WorkerResources, cores
 from ferkd_data.errors import BuildError, UsageError
 from ferkd_data.extras import require
 
@@ -25,53 +25,52 @@ log = logging.getLogger("ferkd_data.ray")
 
 ANSWER_SECONDS = 10.0
 HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""How a gRPC client begins: the preface of HTTP/2 and empty settings. The server sends its own settings back."""
+"""First bytes of a gRPC client: the preface of HTTP/2 and empty settings. The server answers with its own settings."""
 HTTP2_SETTINGS = 4
 WAITING_WORKERS = 8
-"""So many more than there is room for ask for a place on a cluster that may grow."""
+"""Workers beyond the present room that wait on a cluster that may grow."""
 LOCAL_STORE_BYTES = 100_000_000
-"""Only messages go through Ray's object store."""
+"""Size of Ray's object store, through which only messages go."""
 CPU_THREADS = 4
-"""Of a worker that has no GPU: more share one teacher's memory, fewer lose less to waiting for each other."""
+"""Computing threads of a worker without a GPU. More of them share one teacher's memory, fewer wait less."""
 LEAST_CPU = 0.1
-"""Of a worker on a GPU node that counts few CPUs."""
-MOST_DECODERS = 8
+"""CPUs that a worker asks for on a GPU node that counts few of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fleet:
+class Cluster:
+    """A Ray cluster, and what one worker asks it for."""
+
     ray: Any
     """The module, connected."""
     device: str
     """cpu or cuda"""
     cpus: float
-    """That one worker asks for."""
     gpus: float
-    """The same; 0 where it labels on a CPU."""
-    workers: int
-    threads: int
-    processes: int | None
-    """Workers that the user asked for in all."""
+    """Share of a GPU; 0 where workers compute on the CPU."""
+    worker: WorkerResources
+    max_workers: int | None
+    """Workers that the user asked for in all; None: as many as there is room for."""
     grows: bool
-    """Nodes may join."""
+    """Whether nodes may join."""
 
     def size(self) -> int:
-        """Workers to ask for now."""
-        if self.processes is not None:
-            return self.processes
+        """Return the number of workers to ask for now."""
+        if self.max_workers is not None:
+            return self.max_workers
         return max(1, self.room() + (WAITING_WORKERS if self.grows else 0))
 
     @property
     def workers_on_a_gpu(self) -> int:
-        """One on a CPU, too."""
+        """Workers that share a GPU; 1 on a CPU."""
         return int(1 / self.gpus + 1e-6) if self.gpus else 1
 
     def room(self) -> int:
-        """Workers that the nodes hold which are there now, if nothing else runs on them."""
+        """Return how many workers the present nodes hold, if nothing else runs on them."""
         return sum(self._room(node) for node in _nodes(self.ray))
 
     def __str__(self) -> str:
-        """What each worker asks for."""
+        """Return what each worker asks for."""
         return f"{self.gpus:g} GPU and {self.cpus:g} CPU" if self.gpus else f"{self.cpus:g} CPU"
 
     def _room(self, node: Mapping[str, float]) -> int:
@@ -79,8 +78,44 @@ class Fleet:
         return min(by_cpu, int(node.get("GPU", 0)) * self.workers_on_a_gpu) if self.gpus else by_cpu
 
 
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the workers of a build run, and what each of them gets."""
+
+    devices: list[str]
+    """The device of each worker on this machine; on a cluster, the kind of device of all."""
+    worker: WorkerResources
+    cluster: Cluster | None = None
+
+    @property
+    def num_workers(self) -> int:
+        """Number of workers that a build would have now; at least one."""
+        if self.cluster is None:
+            return len(self.devices)
+        room = self.cluster.room()
+        return max(1, min(self.cluster.max_workers or room, room))
+
+    @property
+    def driver_device(self) -> str:
+        """Device of the teachers that the driver loads. It labels only where it is the one worker itself."""
+        return self.devices[0] if self.cluster is None else "cpu"
+
+
 @contextmanager
-def open_fleet(resources: Resources) -> Iterator[Fleet]:
+def open_placement(resources: Resources) -> Iterator[Placement]:
+    """Resolve `resources`; stay connected to the cluster, if there is one, for as long as the context lasts.
+
+    Raises UsageError, MissingExtraError, BuildError.
+    """
+    if resources.engine == "local":
+        yield Placement(devices=resources.resolved_devices(), worker=resources.local_worker())
+        return
+    with open_cluster(resources) as cluster:
+        yield Placement(devices=[cluster.device], worker=cluster.worker, cluster=cluster)
+
+
+@contextmanager
+def open_cluster(resources: Resources) -> Iterator[Cluster]:
     if resources.device not in ("auto", "cpu", "cuda"):
         raise UsageError(
             f"device {resources.device}: on a Ray cluster it is auto, cpu or cuda; Ray chooses which GPU a worker gets"
@@ -89,47 +124,45 @@ def open_fleet(resources: Resources) -> Iterator[Fleet]:
     if ray.is_initialized():  # by the program that calls us; we leave it as it is
         if resources.ray_address is not None:
             raise UsageError("this program is connected to Ray already: leave ray_address out, or call ray.shutdown()")
-        yield _fleet(ray, resources, grows=True)
+        yield _cluster(ray, resources, grows=True)
         return
     address = resources.ray_address or os.environ.get("RAY_ADDRESS") or None
-    with _quiet(ray):
-        try:
-            _start(ray, resources) if address is None else _connect(ray, address)
-            yield _fleet(ray, resources, grows=address is not None)
-        finally:
-            ray.shutdown()
+    try:
+        _start(ray, resources) if address is None else _connect(ray, address)
+        yield _cluster(ray, resources, grows=address is not None)
+    finally:
+        ray.shutdown()
 
 
-def _fleet(ray: Any, resources: Resources, *, grows: bool) -> Fleet:
+def _cluster(ray: Any, resources: Resources, *, grows: bool) -> Cluster:
     nodes = _nodes(ray)
     with_gpu = [node for node in nodes if node.get("GPU", 0) > 0]
     if resources.device == "cuda" or (resources.device == "auto" and with_gpu):
         device, gpus = "cuda", resources.gpus_per_teacher
         share = min((node.get("CPU", 0) * gpus / node["GPU"] for node in with_gpu), default=CPU_THREADS)
-        threads = max(1, int(share))
+        cores_of_worker = max(1, int(share))
         cpus = max(LEAST_CPU, min(1.0, share))
     else:
         device, gpus = "cpu", 0.0
-        threads = _threads([int(node.get("CPU", 0)) for node in nodes], resources.processes)
-        cpus = threads
-    return Fleet(
+        cores_of_worker = _cores([int(node.get("CPU", 0)) for node in nodes], resources.workers)
+        cpus = cores_of_worker
+    return Cluster(
         ray=ray,
         device=device,
         cpus=cpus,
         gpus=gpus,
-        workers=resources.workers or max(1, min(MOST_DECODERS, threads // 2)),
-        threads=threads,
-        processes=resources.processes,
+        worker=resources.worker_resources(device, cores_of_worker),
+        max_workers=resources.workers,
         grows=grows,
     )
 
 
-def _threads(cpus_of_nodes: list[int], processes: int | None) -> int:
-    """The most, at which so many processes find room; without a number, a few that every node has."""
-    if processes is None:
+def _cores(cpus_of_nodes: list[int], workers: int | None) -> int:
+    """Return the most cores per worker at which that many workers find room; for None, a few that every node has."""
+    if workers is None:
         return min(CPU_THREADS, *filter(None, cpus_of_nodes), CPU_THREADS)
     counts = range(1, max(cpus_of_nodes, default=1) + 1)
-    fitting = [count for count in counts if sum(cpus // count for cpus in cpus_of_nodes) >= processes]
+    fitting = [count for count in counts if sum(cpus // count for cpus in cpus_of_nodes) >= workers]
     return max(fitting, default=1)
 
 
@@ -138,11 +171,11 @@ def _nodes(ray: Any) -> list[Mapping[str, float]]:
 
 
 def _start(ray: Any, resources: Resources) -> None:
-    """A Ray of this machine, for this build. It ends with this process, whatever ends that."""
+    """Start a Ray on this machine for this build. It ends with this process, whatever ends that."""
     _init(
         ray,
         address="local",
-        num_cpus=max(cores(), resources.processes or 1),
+        num_cpus=max(cores(), resources.workers or 1),
         num_gpus=0 if resources.device == "cpu" else None,
         include_dashboard=False,
         object_store_memory=LOCAL_STORE_BYTES,
@@ -150,7 +183,7 @@ def _start(ray: Any, resources: Resources) -> None:
 
 
 def _connect(ray: Any, address: str) -> None:
-    """Raises BuildError soon where no cluster answers; Ray itself would try for minutes."""
+    """Connect to a cluster. Raises BuildError soon where none answers: Ray itself would try for minutes."""
     if "://" in address:
         raise UsageError(
             f"Ray address {address}: give HOST:PORT, or auto, on a machine of the cluster; from elsewhere, submit the "
@@ -164,7 +197,7 @@ def _connect(ray: Any, address: str) -> None:
 
 
 def _running_here(ray: Any) -> str:
-    """The cluster that this machine belongs to, as Ray remembers it; it may have ended."""
+    """Return the address of the cluster that this machine belongs to, as Ray remembers it. It may have ended."""
     try:
         found: str = ray._private.services.get_ray_address_from_environment("auto", None)
     except ConnectionError as error:
@@ -194,28 +227,6 @@ def _init(ray: Any, address: str, **arguments: Any) -> None:
         token = "" if address == "local" else "; a cluster that asks for a token needs RAY_AUTH_MODE=token here"
         raise BuildError(f"Ray {address}: cannot be used: {error}{token}") from error
     finally:
-        # Ray takes the signal, in the one thread that can, and ours has a grace time.
+        # ray.init installs a handler of its own, where it may: in the main thread. Ours has a grace time.
         if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _quiet(ray: Any) -> Iterator[None]:
-    """Ray prints the death of workers and nodes to stdout, where `--json` writes; they go to Python's log instead.
-
-    There is no setting for it. Where a Ray to come has another inside, its lines are seen again and nothing breaks.
-    """
-    inside = getattr(getattr(ray, "_private", None), "worker", None)
-    printing = getattr(inside, "print_to_stdstream", None)
-    if printing is None:
-        yield
-        return
-
-    def write_to_log(data: Mapping[str, Any], *_: Any, **__: Any) -> None:
-        log.info("%s", " ".join(map(str, data.get("lines", ()))))
-
-    inside.print_to_stdstream = write_to_log  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        inside.print_to_stdstream = printing  # type: ignore[union-attr]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ferkd_data.builder import BuildSettings
-from ferkd_data.builder.job import Job
+from ferkd_data.builder.labelling.job import Job
+from ferkd_data.builder.settings import WorkerResources
 from ferkd_data.teachers import TeacherSpec
 
 
@@ -18,7 +19,5 @@ def job(photos, tiny_teachers, tmp_path):
         teachers=(TeacherSpec.parse(tiny_teachers),),
         precision="fp32",
         settings=BuildSettings(crops=2),
-        batch_size=8,
-        workers=1,
-        threads=1,
+        resources=WorkerResources(batch_size=8, threads=1, compute_threads=1),
     )

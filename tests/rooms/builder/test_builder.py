@@ -8,9 +8,9 @@ import torch
 from label_sets import SMALL
 
 import ferkd_data as fd
-from ferkd_data.builder.job import open_tools
 from ferkd_data.builder.labelling.crop_batches import look_ahead
-from ferkd_data.builder.prepare import prepare
+from ferkd_data.builder.labelling.job import open_tools
+from ferkd_data.builder.prepare import make_request, open_request
 from ferkd_data.crops import Crops
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import TeacherError, UsageError
@@ -68,7 +68,7 @@ def test_threads_that_decode_have_no_threads_of_their_own(photos, tiny_teachers,
     torch.set_num_threads(2)
     try:
         with (
-            prepare(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL) as prepared,
+            open_request(make_request(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL)) as prepared,
             open_tools(prepared.job, "cpu", prepared.ensemble) as tools,
         ):
             assert tools.executor.submit(torch.get_num_threads).result() == 1

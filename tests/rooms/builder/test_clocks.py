@@ -30,7 +30,7 @@ def test_a_clock_that_jumps(photos, tiny_teachers, tmp_path):
     path = os.pathsep.join([str(tmp_path / "site"), os.environ["PYTHONPATH"]])
     command = [sys.executable, "-m", "ferkd_data_cli.main", "build", str(photos), str(out), "--teacher", tiny_teachers]
     command += ["--crops", "10", "--crops-per-block", "4", "--top-k", "4", "--images-per-shard", "8", "--device", "cpu"]
-    command += ["--processes", "2", "--teacher-timeout", "60", "--grace", "60", "--log-json", str(log)]
+    command += ["--workers", "2", "--teacher-timeout", "60", "--grace", "60", "--log-json", str(log)]
     command += ["--metrics", str(tmp_path / "metrics")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

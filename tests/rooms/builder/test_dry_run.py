@@ -10,8 +10,8 @@ import pytest
 from label_sets import SMALL
 
 from ferkd_data.builder import dry_run
-from ferkd_data.builder import measuring as module
-from ferkd_data.builder.measuring import Sample
+from ferkd_data.builder.labelling import measuring as module
+from ferkd_data.builder.labelling.measuring import Sample
 from ferkd_data.errors import BuildError, TeacherError, UsageError
 from ferkd_data_cli.main import run
 
@@ -71,7 +71,7 @@ def test_one_worker_measures_and_leaves_nothing(photos, tiny_teachers, tmp_path)
 @pytest.mark.usefixtures("quick_workers")
 def test_two_workers_are_measured_together_with_half_of_the_cores_each(photos, teachers, tmp_path, monkeypatch):
     monkeypatch.setattr("ferkd_data.builder.settings.cores", lambda: 6)
-    estimate = dry_run(photos, teachers=[teachers + "marking"], processes=2, **SMALL)
+    estimate = dry_run(photos, teachers=[teachers + "marking"], workers=2, **SMALL)
     marks = sorted(path.name.partition("-") for path in (tmp_path / "modules").glob("*-threads"))
     assert len(marks) == 2 and all(rest == "with-3-threads" for _, _, rest in marks)
     assert str(os.getpid()) not in {process for process, _, _ in marks}
@@ -85,9 +85,11 @@ def test_two_workers_are_measured_together_with_half_of_the_cores_each(photos, t
 @pytest.mark.usefixtures("quick_workers")
 def test_a_worker_that_fails_or_dies(photos, teachers, tmp_path):
     with pytest.raises(TeacherError, match="ferkd_tiny_teachers:nan gave NaN"):
-        dry_run(photos, teachers=["python:ferkd_tiny_teachers:nan"], processes=2, **SMALL)
-    with pytest.raises(BuildError, match=r"^worker 0 \(cpu, process \d+\) ended with status 9 while it was measured"):
-        dry_run(photos, teachers=[teachers + "dying"], processes=2, **SMALL)
+        dry_run(photos, teachers=["python:ferkd_tiny_teachers:nan"], workers=2, **SMALL)
+    with pytest.raises(
+        BuildError, match=r"^worker [01] \(cpu, process \d+\) ended with status 9 while it was measured"
+    ):
+        dry_run(photos, teachers=[teachers + "dying"], workers=2, **SMALL)
 
 
 @pytest.fixture
@@ -95,11 +97,11 @@ def together(monkeypatch):
     """Workers that label at 40 crops/s where they are two, and at 20 where they are more; nothing is measured."""
     asked = []
 
-    def measure(job, devices, shards):
-        asked.append((list(devices), [len(refs) for refs in shards]))
-        rate = 40 if len(devices) == 2 else 20
+    def measure(workers, shards):
+        asked.append((list(workers.devices), [len(refs) for refs in shards]))
+        rate = 40 if len(shards) == 2 else 20
         sample = Sample(
-            place="cpu",
+            location="cpu",
             images=2,
             crops=20,
             crops_per_second=rate,
@@ -107,19 +109,19 @@ def together(monkeypatch):
             image_bytes=0,
             teacher_milliseconds=(9.0,),
         )
-        return [sample for _ in devices]
+        return [sample for _ in shards]
 
     # The room's attribute of this name is the function.
-    monkeypatch.setattr(sys.modules["ferkd_data.builder.dry_run"], "measure_together", measure)
+    monkeypatch.setattr(sys.modules["ferkd_data.builder.dry_run"], "measure_with", measure)
     return asked
 
 
 def test_no_more_workers_than_shards(photos, tiny_teachers, together):
-    estimate = dry_run(photos, teachers=[tiny_teachers], processes=16, **SMALL)
+    estimate = dry_run(photos, teachers=[tiny_teachers], workers=16, **SMALL)
     assert together == [(["cpu"] * 3, [8, 8, 4])]
     assert (estimate.workers, estimate.crops_per_second) == (3, 60)
     assert estimate.label_bytes == 500 * 10
-    dry_run(photos, teachers=[tiny_teachers], processes=2, **{**SMALL, "images_per_shard": 20})
+    dry_run(photos, teachers=[tiny_teachers], workers=2, **{**SMALL, "images_per_shard": 20})
     assert together[1] == (["cpu"], [20])
 
 
@@ -133,7 +135,7 @@ def test_images_that_cannot_be_used(tiny_teachers, tmp_path, name):
 
 def test_a_part_is_estimated_alone(photos, tiny_teachers, together):
     """Shards 0 and 2 of three: 12 of the 20 images; it writes no manifest."""
-    estimate = dry_run(photos, teachers=[tiny_teachers], processes=16, part="1/2", **SMALL)
+    estimate = dry_run(photos, teachers=[tiny_teachers], workers=16, part="1/2", **SMALL)
     assert together == [(["cpu"] * 2, [8, 4])]
     assert (estimate.images, estimate.crops, estimate.files, estimate.part) == (12, 120, 2 * 3, "1/2")
     assert estimate.hours == pytest.approx(120 / 80 / 3600) and estimate.label_bytes == 500 * 6
@@ -148,11 +150,11 @@ OPTIONS = ["--crops", "10", "--crops-per-block", "4", "--top-k", "4", "--images-
 
 def test_what_is_printed(photos, tiny_teachers, tmp_path, together, capsys):
     dry = ["build", str(photos), str(tmp_path / "out"), "--teacher", tiny_teachers, "--dry-run", *OPTIONS]
-    assert run([*dry, "--processes", "3"]) == 0
+    assert run([*dry, "--workers", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[3] == "rate          60.0 crops/s: 3 workers at 20.0"
     assert lines[4] == "measured      60 crops, on 3 x cpu, all at once"
-    assert run([*dry, "--processes", "3", "--part", "1/2"]) == 0
+    assert run([*dry, "--workers", "3", "--part", "1/2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["part          1/2", "images        12"]
 

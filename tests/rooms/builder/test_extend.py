@@ -71,7 +71,7 @@ def test_two_processes_add_both_at_once_and_then_nothing(growing, make_photos, t
     fd.build(growing, out, teachers=teachers, **FIRST_CROPS)
     make_photos(growing, 31)
     seen = []
-    arguments = {"extend": True, "crops": 12, "device": "cpu", "processes": 2}
+    arguments = {"extend": True, "crops": 12, "device": "cpu", "workers": 2}
     fd.build(growing, out, on_progress=seen.append, **arguments)
     fd.build(growing, fresh, teachers=teachers, **{**SMALL, "crops": 12})
     assert seen[-1].crops_done == 20 * 4 + 11 * 12

@@ -69,14 +69,14 @@ def impatient(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick_workers")
-@pytest.mark.parametrize(("layout", "processes"), [("parquet", 1), ("webdataset", 1), ("parquet", 2)])
-def test_a_full_disk_loses_nothing(photos, tiny_teachers, tmp_path, small_disk, layout, processes):
+@pytest.mark.parametrize(("layout", "workers"), [("parquet", 1), ("webdataset", 1), ("parquet", 2)])
+def test_a_full_disk_loses_nothing(photos, tiny_teachers, tmp_path, small_disk, layout, workers):
     out = small_disk / "out"
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(4_100_000))
     settings = {**SMALL, "images_per_shard": 2, "crops": 20, "layout": layout}
     with pytest.raises(StorageFullError, match="no space left on the disk; free some and run"):
-        fd.build(photos, out, teachers=[tiny_teachers], processes=processes, **settings)
+        fd.build(photos, out, teachers=[tiny_teachers], workers=workers, **settings)
     assert not (out / "manifest.json").exists() and not list(out.rglob("*.tmp"))
     ballast.unlink()
     fd.build(photos, out, teachers=[tiny_teachers], **settings)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferkd_data.builder.known_images import KnownImages, Piles
+from ferkd_data.builder.known_images import KnownImages, Partitions
 from ferkd_data.builder.plan import load_or_make_plan, open_plan
 from ferkd_data.errors import SourceError, StorageFullError
 from ferkd_data.images import ImageRef, LeftOut, Reject
@@ -207,7 +207,7 @@ def test_ten_times_the_images_are_joined_in_the_same_memory(quick_process):
 def test_a_full_disk_while_images_are_joined(small_disk):
     keys = [secrets.token_hex(20) for _ in range(2**16)]
     with pytest.raises(StorageFullError, match=rf"^{small_disk}: .*TMPDIR") as caught:
-        piles = Piles(small_disk / "piles", pa.schema([("key", pa.string())]))
+        piles = Partitions(small_disk / "piles", pa.schema([("key", pa.string())]))
         for _ in range(9):
             piles.add(pa.table({"key": keys}), np.zeros(len(keys), np.int64))
     assert isinstance(caught.value.__cause__, OSError)

@@ -1,4 +1,4 @@
-"""Builds on a real Ray cluster: what they write, and what is survived. (How many workers there are: test_fleet.py.)"""
+"""Builds on a real Ray cluster: what they write, and what is survived. (Their number: test_cluster.py.)"""
 
 from __future__ import annotations
 
@@ -184,9 +184,9 @@ def test_killed_workers(cluster, folder, photos, undisturbed, tmp_path, capfd):
     with pytest.raises(
         BuildError, match=r"shard 0: 3 workers died while they labelled it, .* lost \(Actor\w+Error: .*; if"
     ):
-        fd.build(photos, tmp_path / "out", processes=1, **build)
+        fd.build(photos, tmp_path / "out", workers=1, **build)
     assert len(list(folder.glob("life-*"))) == 1
-    fd.build(photos, tmp_path / "out", processes=1, **build)
+    fd.build(photos, tmp_path / "out", workers=1, **build)
     assert not list(folder.glob("life-*"))
     assert same_files(expected, tmp_path / "out")
     assert capfd.readouterr().out == ""
@@ -202,7 +202,7 @@ def test_hosts_that_share_nothing_but_a_store(cluster, folder, photos, undisturb
         teachers=["python:ray_teachers:slow"],
         engine="ray",
         ray_address=cluster.address,
-        processes=1,
+        workers=1,
         **BUILD,
     )
     assert any((folder / "cache-of-the-nodes/builds").glob("*/.build/plan.json"))
@@ -256,7 +256,7 @@ def test_a_driver_that_is_stopped_and_one_that_is_killed(cluster, folder, photos
     expected, out = undisturbed("slow"), tmp_path / "out"
     (folder / "slow").touch()
     (folder / "together").unlink(missing_ok=True)
-    stopped = start(command(photos, out, "--processes", "1"), out)
+    stopped = start(command(photos, out, "--workers", "1"), out)
     stopped.terminate()
     printed, complaints = stopped.communicate(timeout=60)
     assert stopped.returncode == STOPPED, complaints

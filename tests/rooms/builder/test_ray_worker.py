@@ -12,9 +12,9 @@ import pytest
 import ferkd_data
 from ferkd_data.builder import Stop
 from ferkd_data.builder.workers.messages import Failed
-from ferkd_data.builder.workers.pool import Crew
+from ferkd_data.builder.workers.pool import WorkerPool
 from ferkd_data.builder.workers.ray_actors import Actor, RayWorkers
-from ferkd_data.builder.workers.ray_cluster import Fleet
+from ferkd_data.builder.workers.ray_cluster import Cluster
 from ferkd_data.errors import BuildError, BuildStoppedError
 
 
@@ -68,52 +68,60 @@ class DeadlyRay:
         return [{"Alive": True, "Resources": {"CPU": 1, "GPU": 1}}]
 
 
-def crew_of(job, fleet, stop):
-    return Crew(RayWorkers(job, fleet), mock.Mock(), mock.Mock(), stop)
+def pool_of(job, cluster, stop):
+    return WorkerPool(RayWorkers(job, cluster), mock.Mock(), mock.Mock(), stop)
 
 
 @pytest.fixture
-def fleet():
-    return Fleet(ray=DeadlyRay(), device="cuda", cpus=1, gpus=0.5, workers=1, threads=1, processes=None, grows=False)
+def cluster(job):
+    return Cluster(
+        ray=DeadlyRay(),
+        device="cuda",
+        cpus=1,
+        gpus=0.5,
+        worker=job.resources,
+        max_workers=None,
+        grows=False,
+    )
 
 
-def test_workers_that_never_get_ready_end_the_build(job, fleet):
+def test_workers_that_never_get_ready_end_the_build(job, cluster):
     with (
         pytest.raises(
             BuildError, match=r"^worker 0: died 3 times .* ready, the last time lost \(LostError: the reason\); `ray"
         ),
-        crew_of(job, fleet, Stop()) as crew,
+        pool_of(job, cluster, Stop()) as pool,
     ):
-        crew.label(range(10))
-    asked = fleet.ray.started[0]
+        pool.label(range(10))
+    asked = cluster.ray.started[0]
     assert (asked["num_gpus"], asked["num_cpus"]) == (0.5, 1)
-    assert len({asked["name"] for asked in fleet.ray.started}) == len(fleet.ray.started) >= 3
-    assert fleet.ray.killed >= 3
+    assert len({asked["name"] for asked in cluster.ray.started}) == len(cluster.ray.started) >= 3
+    assert cluster.ray.killed >= 3
 
 
-def test_no_more_workers_than_shards_or_room(job, fleet):
-    for processes, shards, expected in ((None, 10, 1), (4, 10, 4), (4, 2, 2)):
-        crew = crew_of(job, replace(fleet, processes=processes), Stop())
-        crew.todo.add(range(shards))
-        crew._grow()
-        assert len(crew.members) == expected
+def test_no_more_workers_than_shards_or_room(job, cluster):
+    for workers, shards, expected in ((None, 10, 1), (4, 10, 4), (4, 2, 2)):
+        pool = pool_of(job, replace(cluster, max_workers=workers), Stop())
+        pool.todo.add(range(shards))
+        pool._grow()
+        assert len(pool.members) == expected
 
 
-def test_waiting_for_a_place_is_said_once(job, fleet, monkeypatch, caplog):
-    monkeypatch.setattr("ferkd_data.builder.workers.ray_actors.PATIENCE_SECONDS", -1)
-    workers = RayWorkers(job, fleet)
+def test_waiting_for_a_place_is_said_once(job, cluster, monkeypatch, caplog):
+    monkeypatch.setattr("ferkd_data.builder.workers.ray_actors.NOTICE_SECONDS", -1)
+    workers = RayWorkers(job, cluster)
     for _ in range(2):
         workers.with_news([workers.start(0)], 0)
     (said,) = caplog.messages
     assert "no worker yet: each asks for 0.5 GPU and 1 CPU" in said
 
 
-def test_a_worker_that_dies_after_the_stop_is_the_stop(job, fleet):
+def test_a_worker_that_dies_after_the_stop_is_the_stop(job, cluster):
     """A batch system may signal Ray's own processes at the same time."""
     stop = Stop(grace_seconds=60)
-    crew = crew_of(job, fleet, stop)
-    with pytest.raises(BuildStoppedError), crew, stop.labelling():
-        crew.todo.add([0])
-        crew._grow()
+    pool = pool_of(job, cluster, stop)
+    with pytest.raises(BuildStoppedError), pool, stop.labelling():
+        pool.todo.add([0])
+        pool._grow()
         stop.request()
-        crew._hear(crew.members[0])
+        pool._hear(pool.members[0])

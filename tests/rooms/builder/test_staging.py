@@ -61,7 +61,7 @@ class LateDevice:
 def late(monkeypatch):
     device, opened = LateDevice(), []
     device.opened = opened
-    monkeypatch.setattr("ferkd_data.builder.job.open_staging", lambda name: opened.append(name) or device)
+    monkeypatch.setattr("ferkd_data.builder.labelling.job.open_staging", lambda name: opened.append(name) or device)
     return device
 
 

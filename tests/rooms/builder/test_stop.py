@@ -71,21 +71,21 @@ def terminate_while_labelling(arguments, folder):
     return process.returncode, stderr
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("grace", ["0", "20"])
-def test_sigterm_ends_a_build_that_resumes(photos, gated, tmp_path, processes, grace):
+def test_sigterm_ends_a_build_that_resumes(photos, gated, tmp_path, workers, grace):
     out = tmp_path / "out"
     arguments = ["build", str(photos), str(out), "--teacher", gated, *OPTIONS, "--batch-size", "16"]
-    arguments += ["--processes", processes, "--grace", grace]
+    arguments += ["--workers", workers, "--grace", grace]
     status, stderr = terminate_while_labelling(arguments, tmp_path)
     assert status == STOPPED and "stopped on request; run the same command again" in stderr
     assert "Traceback" not in stderr
     finished = len(list(out.glob(".build/shards/*.json")))
-    if processes == "1":
+    if workers == "1":
         assert finished == (1 if grace == "0" else 2)
     assert 1 <= finished <= 4
     assert not list(out.rglob("*.tmp"))
-    assert run([*arguments, "--processes", "1"]) == 0
+    assert run([*arguments, "--workers", "1"]) == 0
     settings = {**SMALL, "images_per_shard": 4}
     fd.build(photos, tmp_path / "undisturbed", teachers=[gated], batch_size=16, **settings)
     assert same_files(tmp_path / "undisturbed", out)

@@ -48,9 +48,9 @@ def build_slowly(photos: Path, teachers: list[str], environment: dict[str, str])
     fd.build(photos, OUT, teachers=teachers, **SMALL)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_store_gets_what_a_folder_would(store, photos, teachers, label_set, tmp_path, processes):
-    result = fd.build(photos, OUT, teachers=teachers, processes=processes, **SMALL)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_store_gets_what_a_folder_would(store, photos, teachers, label_set, tmp_path, workers):
+    result = fd.build(photos, OUT, teachers=teachers, workers=workers, **SMALL)
     assert result.out == OUT
     assert same_files(fetched(tmp_path / "copy"), label_set)
     assert not files_below(tmp_path / "cache-of-this-host")

@@ -11,7 +11,7 @@ from label_sets import SMALL
 
 import ferkd_data as fd
 from ferkd_data.builder import JsonLog, MetricsFile, build_part
-from ferkd_data.builder.engines import Reporting
+from ferkd_data.builder.engines import _TellHalvings
 from ferkd_data.builder.state import ShardRecord
 from ferkd_data.builder.watch import progress as counting
 from ferkd_data.builder.watch.events import (
@@ -113,7 +113,7 @@ def test_a_worker_that_dies_and_the_reason_of_a_failure(photos, tiny_teachers, t
     (tmp_path / "life").touch()
     log = tmp_path / "log"
     teacher = "python:watched_teachers:once"
-    fd.build(photos, tmp_path / "out", teachers=[teacher], watchers=[JsonLog(log)], processes=2, **SMALL)
+    fd.build(photos, tmp_path / "out", teachers=[teacher], watchers=[JsonLog(log)], workers=2, **SMALL)
     (died,) = of_kind("worker_died", log)
     assert died["how"] == "killed by SIGKILL" and len(died["shards"]) == 1
     assert len(of_kind("worker_started", log)) >= 2 and len(of_kind("shard_done", log)) == 3
@@ -297,7 +297,7 @@ def test_forwards_and_the_expected_end_know_what_was_there_and_what_was_lost(clo
 
 def test_a_halved_batch_is_told(clock):
     seen = Seen()
-    Reporting(counter_of(seen, clock)).halved("timm:big", 64)
+    _TellHalvings(counter_of(seen, clock)).halved("timm:big", 64)
     assert seen == [BatchHalved(worker=0, teacher="timm:big", crops=64)]
 
 

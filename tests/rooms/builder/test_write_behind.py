@@ -12,12 +12,15 @@ from label_sets import SMALL, same_files
 
 import ferkd_data as fd
 from ferkd_data.builder.labelling import write_behind
-from ferkd_data.builder.labelling.write_behind import ROWS_AHEAD, BrokenOffError, Handover, WriteBehind
+from ferkd_data.builder.labelling.counts import TeacherCounts
+from ferkd_data.builder.labelling.label_shard import LabelledBatch
+from ferkd_data.builder.labelling.write_behind import ROWS_AHEAD, BrokenOffError, RowQueue, ShardEnd, WriteBehind
 from ferkd_data.builder.state import BuildFolder
 from ferkd_data.errors import BuildError
 
 SECONDS = 30
 """For what comes at once, or never."""
+END = ShardEnd(rejects=(), counts=TeacherCounts.zeros(0))
 FOUR_SHARDS = {**SMALL, "images_per_shard": 5}
 
 
@@ -104,7 +107,7 @@ def thread():
 
 
 def test_rows_are_handed_over_in_order_and_not_too_many(thread):
-    rows, go, taken = Handover(), threading.Event(), []
+    rows, go, taken = RowQueue(), threading.Event(), []
 
     def write():
         for row in rows:
@@ -118,7 +121,7 @@ def test_rows_are_handed_over_in_order_and_not_too_many(thread):
         for number in range(200):
             rows.put((number, b""), writer)
             given.append(number)
-        rows.end(writer)
+        rows.close(END, writer)
 
     with ThreadPoolExecutor(1) as other:
         giver = other.submit(give)
@@ -130,12 +133,13 @@ def test_rows_are_handed_over_in_order_and_not_too_many(thread):
         go.set()
         giver.result(SECONDS)
     writer.result(SECONDS)
+    assert rows.end is END
     assert taken == [(number, b"") for number in range(200)]
 
 
 def test_a_writer_that_fails_is_noticed_also_without_room(thread, monkeypatch):
     monkeypatch.setattr(write_behind, "LOOK_SECONDS", 0.05)
-    rows, fail = Handover(), threading.Event()
+    rows, fail = RowQueue(), threading.Event()
 
     def write():
         fail.wait(SECONDS)
@@ -148,11 +152,11 @@ def test_a_writer_that_fails_is_noticed_also_without_room(thread, monkeypatch):
     with pytest.raises(OSError, match="no more disk"):
         rows.put((0, b""), writer)
     rows.break_off()
-    rows.end(writer)
+    rows.close(END, writer)
 
 
 def test_rows_that_are_broken_off_are_no_shard(thread):
-    rows = Handover()
+    rows = RowQueue()
     writer = thread.submit(lambda: list(rows))
     rows.put((0, b""), writer)
     rows.break_off()
@@ -162,7 +166,7 @@ def test_rows_that_are_broken_off_are_no_shard(thread):
 
 def test_breaking_off_waits_for_no_writer(thread):
     """One that is slow, as a disk may be, does not write what nobody needs."""
-    rows, go, taken = Handover(), threading.Event(), []
+    rows, go, taken = RowQueue(), threading.Event(), []
 
     def write():
         for row in rows:
@@ -182,7 +186,7 @@ def test_breaking_off_waits_for_no_writer(thread):
 def test_ctrl_c_while_the_last_rows_wait_for_room_ends_the_build(photos, tiny_teachers, tmp_path, monkeypatch):
     """The writer would wait for the end of the shard for ever, and the process for the writer."""
 
-    def interrupted(rows, writer):
+    def interrupted(rows, end, writer):
         raise KeyboardInterrupt
 
     raised = []
@@ -193,7 +197,7 @@ def test_ctrl_c_while_the_last_rows_wait_for_room_ends_the_build(photos, tiny_te
         except KeyboardInterrupt as error:
             raised.append(error)
 
-    monkeypatch.setattr(Handover, "end", interrupted)
+    monkeypatch.setattr(RowQueue, "close", interrupted)
     builder = threading.Thread(target=build, daemon=True)
     builder.start()
     builder.join(SECONDS)
@@ -206,11 +210,15 @@ def behind(monkeypatch):
     made = WriteBehind(mock.Mock(), mock.Mock(), mock.Mock(teachers=[]), mock.Mock())
     made.rows, made.write = {}, {}
 
-    def write(work):
-        assert list(work.rows)
-        return made.write[work.shard]()
+    def write(shard, rows):
+        assert list(rows)
+        return made.write[shard]()
 
-    monkeypatch.setattr(made, "_rows", lambda work, on_batch: made.rows[work.shard])
+    def labelled(shard):
+        for row in made.rows[shard]:
+            yield LabelledBatch(crops=1, rows=(row,), counts=END.counts)
+
+    monkeypatch.setattr(made, "_labelled", labelled)
     monkeypatch.setattr(made, "_write", write)
     with made:
         yield made

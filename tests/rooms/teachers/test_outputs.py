@@ -235,7 +235,7 @@ def test_random_weights_are_noticed_by_a_resume_and_by_workers(photos, tmp_path,
     with pytest.raises(
         TeacherError, match=r"random_weights: is another model in this worker .* are its weights random"
     ):
-        fd.build(photos, tmp_path / "a", teachers=[teacher], crops=2, top_k=2, processes=2)
+        fd.build(photos, tmp_path / "a", teachers=[teacher], crops=2, top_k=2, workers=2)
     with pytest.raises(SettingsMismatchError, match="digest"):
         fd.build(photos, tmp_path / "a", teachers=[teacher], crops=2, top_k=2)
 

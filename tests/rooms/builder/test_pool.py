@@ -116,7 +116,7 @@ def take_lives(tmp_path: Path, count: int) -> None:
 def test_killed_workers_are_replaced_and_the_result_is_undisturbed(photos, deadly, tmp_path):
     fd.build(photos, tmp_path / "undisturbed", teachers=[deadly + "deadly"], **SMALL)
     take_lives(tmp_path, 2)
-    fd.build(photos, tmp_path / "out", teachers=[deadly + "deadly"], processes=2, **SMALL)
+    fd.build(photos, tmp_path / "out", teachers=[deadly + "deadly"], workers=2, **SMALL)
     assert not list((tmp_path / "lives").iterdir())
     assert same_files(tmp_path / "undisturbed", tmp_path / "out")
 
@@ -138,15 +138,15 @@ def test_the_driver_keeps_no_teachers_of_its_own(photos, tiny_teachers, tmp_path
                 alive.extend(teacher() for teacher in loaded if teacher() is not None)
 
     monkeypatch.setattr("ferkd_data.builder.prepare.load_teachers", load_and_note)
-    fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], processes=2, watchers=[Watcher()], **SMALL)
+    fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], workers=2, watchers=[Watcher()], **SMALL)
     assert loaded and not alive
 
 
 @pytest.mark.usefixtures("quick_workers")
 def test_a_shard_that_kills_every_worker_ends_the_build_and_resumes(photos, deadly, tmp_path):
     take_lives(tmp_path, 100)
-    with pytest.raises(BuildError, match=r"shard \d: 3 workers died while .* killed by SIGKILL; .*--processes"):
-        fd.build(photos, tmp_path / "out", teachers=[deadly + "deadly"], processes=2, **SMALL)
+    with pytest.raises(BuildError, match=r"shard \d: 3 workers died while .* killed by SIGKILL; .*--workers"):
+        fd.build(photos, tmp_path / "out", teachers=[deadly + "deadly"], workers=2, **SMALL)
     for life in (tmp_path / "lives").iterdir():
         life.unlink()
     fd.build(photos, tmp_path / "out", teachers=[deadly + "deadly"], **SMALL)
@@ -160,13 +160,13 @@ def test_workers_that_never_start_end_the_build(photos, deadly, tmp_path):
         BuildError,
         match=r"worker \d .*: died 3 times in a row before it was ready, the last time killed by SIGKILL; try",
     ):
-        fd.build(photos, tmp_path / "out", teachers=[deadly + "unborn"], processes=2, **SMALL)
+        fd.build(photos, tmp_path / "out", teachers=[deadly + "unborn"], workers=2, **SMALL)
 
 
 @pytest.mark.usefixtures("quick_workers")
 def test_a_workers_error_is_the_builds_error(photos, deadly, tmp_path):
     with pytest.raises(TeacherError, match="deadly_teachers:late gave NaN") as raised:
-        fd.build(photos, tmp_path / "a", teachers=[deadly + "late"], processes=2, **SMALL)
+        fd.build(photos, tmp_path / "a", teachers=[deadly + "late"], workers=2, **SMALL)
     assert "worker" in str(raised.value.__cause__) and "raise_if_wrong" in str(raised.value.__cause__)
 
 
@@ -192,17 +192,18 @@ def test_devices_of_a_machine_with_four_gpus(monkeypatch):
     for text, numbers in several.items():
         assert Resources(device=text).resolved_devices() == [f"cuda:{number}" for number in numbers]
     assert Resources(device="auto").resolved_devices() == ["cuda"]
-    assert Resources(device="cuda:0,1", processes=2).resolved_devices() == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
+    assert Resources(device="cuda:0,1", workers=2).resolved_devices() == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
     with pytest.raises(UsageError, match="cuda:4: this machine has 4 GPUs"):
         Resources(device="cuda:0,4").resolved_devices()
 
 
 def test_cores_are_shared_among_the_processes(monkeypatch):
     monkeypatch.setattr("ferkd_data.builder.settings.cores", lambda: 16)
-    assert (Resources(device="cpu").resolved_threads(), Resources(device="cpu").resolved_workers()) == (16, 8)
-    four = Resources(device="cpu", processes=4)
-    assert (four.resolved_threads(), four.resolved_workers()) == (4, 2)
-    assert Resources(device="cpu", processes=40).resolved_threads() == 1
+    one = Resources(device="cpu").local_worker()
+    assert (one.compute_threads, one.threads) == (16, 8)
+    four = Resources(device="cpu", workers=4).local_worker()
+    assert (four.compute_threads, four.threads) == (4, 2)
+    assert Resources(device="cpu", workers=40).local_worker().compute_threads == 1
 
 
 def test_workers_end_with_a_driver_that_is_killed(photos, deadly, tiny_teachers, tmp_path, quick_process):

@@ -1,4 +1,4 @@
-"""What the driver does about workers that say what a test wants. (Real ones: test_crew.py, test_ray.py.)"""
+"""What the driver does about workers that say what a test wants. (Real ones: test_pool.py, test_ray.py.)"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from ferkd_data.builder import Stop
 from ferkd_data.builder.workers import pool
 from ferkd_data.builder.workers.messages import Computed, Failed, Finished, Labelled, Ready, Settled, WorkerLostError
-from ferkd_data.builder.workers.pool import Crew
+from ferkd_data.builder.workers.pool import WorkerPool
 from ferkd_data.errors import BuildError, TeacherError
 
 LOST = WorkerLostError("killed by SIGKILL")
@@ -32,7 +32,7 @@ class Scripted:
     def __str__(self):
         return f"worker {self.number}"
 
-    def place(self, ready):
+    def location(self, ready):
         return "cpu"
 
     def label(self, shard):
@@ -60,7 +60,7 @@ class Scripted:
     def leave(self):
         pass
 
-    def end(self, patience_seconds):
+    def end(self, wait_seconds):
         pass
 
 
@@ -89,10 +89,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(pool, "POLL_SECONDS", 0.01)
 
 
-def crew_of(scripts, teacher_timeout=None, stop=None):
-    folder = mock.Mock(place="out")
+def pool_of(scripts, teacher_timeout=None, stop=None):
+    folder = mock.Mock(location="out")
     folder.record.side_effect = lambda shard: mock.Mock(index=shard) if shard in scripts.saved else None
-    return Crew(scripts, folder, mock.Mock(), stop or Stop(), teacher_timeout)
+    return WorkerPool(scripts, folder, mock.Mock(), stop or Stop(), teacher_timeout)
 
 
 def done(made):
@@ -101,7 +101,7 @@ def done(made):
 
 def test_the_last_shard_is_settled_and_all_are_done():
     scripts = Scripts()
-    made = crew_of(scripts)
+    made = pool_of(scripts)
     made.label([0, 1, 2])
     (worker,) = scripts.started
     assert worker.asked == [("label", 0), ("label", 1), ("label", 2), ("settle", 2)]
@@ -110,7 +110,7 @@ def test_the_last_shard_is_settled_and_all_are_done():
 
 def test_a_worker_that_dies_with_two_shards_gives_back_both():
     scripts = Scripts({("label", 1): [LOST]})
-    made = crew_of(scripts)
+    made = pool_of(scripts)
     made.label([0, 1, 2])
     assert len(scripts.started) == 2
     made.counter.worker_died.assert_called_once_with(0, "killed by SIGKILL", [0, 1])
@@ -120,7 +120,7 @@ def test_a_worker_that_dies_with_two_shards_gives_back_both():
 
 def test_a_shard_whose_record_is_there_is_not_labelled_again():
     scripts = Scripts({("label", 1): [LOST]})
-    made = crew_of(scripts)
+    made = pool_of(scripts)
     scripts.saved.add(0)
     made.label([0, 1])
     assert [shard for what, shard in scripts.started[1].asked if what == "label"] == [1]
@@ -129,7 +129,7 @@ def test_a_shard_whose_record_is_there_is_not_labelled_again():
 
 def test_a_shard_that_is_written_when_its_worker_dies_again_and_again():
     scripts = Scripts({("settle", 0): [LOST]})
-    made = crew_of(scripts)
+    made = pool_of(scripts)
     scripts.script = _Always({("settle", 0): [LOST]})
     with pytest.raises(
         BuildError, match="shard 0: 3 workers died while they labelled it, the last was worker 0 killed"
@@ -145,13 +145,13 @@ class _Always(dict):
 def test_a_record_that_is_seen_late_and_one_that_never_is(monkeypatch):
     """As on a network file system."""
     scripts = Scripts()
-    made = crew_of(scripts)
+    made = pool_of(scripts)
     seen = iter([None, None, mock.Mock(index=0)])
     made.folder.record.side_effect = lambda shard: next(seen)
     made.label([0])
     assert done(made) == [0] and made.folder.look_again.call_count == 2
     monkeypatch.setattr(pool, "VISIBLE_SECONDS", 0.05)
-    made = crew_of(Scripts())
+    made = pool_of(Scripts())
     made.folder.record.side_effect = lambda shard: None
     with pytest.raises(BuildError, match="shard 0: worker 0 finished it; its files are not in out"):
         made.label([0])
@@ -159,7 +159,7 @@ def test_a_record_that_is_seen_late_and_one_that_never_is(monkeypatch):
 
 def test_others_work_on_while_a_record_is_waited_for():
     scripts = Scripts()
-    made = crew_of(scripts)
+    made = pool_of(scripts)
     hidden = iter([None] * 3)
     made.folder.record.side_effect = lambda shard: (
         next(hidden, mock.Mock(index=0)) if shard == 0 else mock.Mock(index=1)
@@ -174,7 +174,7 @@ def test_a_worker_that_says_nothing_at_all(monkeypatch):
     scripts = Scripts({("label", 0): []})
     scripts.with_news = _slowly(scripts.with_news)
     with pytest.raises(TeacherError, match=r"shard 0: a teacher hangs, and worker 0 with it, .* than 0.05 seconds"):
-        crew_of(scripts, teacher_timeout=0.05).label([0])
+        pool_of(scripts, teacher_timeout=0.05).label([0])
 
 
 def _slowly(with_news):
@@ -191,14 +191,14 @@ def test_signs_of_life_are_enough(monkeypatch):
     monkeypatch.setattr(pool, "SILENT_SECONDS", 0.02)
     scripts = Scripts({("label", 0): [*[Labelled(0, 0)] * 50, Computed()]})
     scripts.with_news = _slowly(scripts.with_news)
-    made = crew_of(scripts, teacher_timeout=0.05)
+    made = pool_of(scripts, teacher_timeout=0.05)
     made.label([0])
     assert done(made) == [0]
 
 
 def test_a_worker_that_was_idle_for_long_is_not_silent():
     """It had nothing to say until another's shard came to it."""
-    made = crew_of(Scripts({("label", 0): []}))
+    made = pool_of(Scripts({("label", 0): []}))
     made.todo.add([0])
     made._grow()
     made._listen()
@@ -221,12 +221,12 @@ def test_a_worker_that_was_idle_for_long_is_not_silent():
 def test_an_error_is_of_a_shard_that_the_worker_has(script, place):
     """Also of the one that it was writing while it labelled the next."""
     with pytest.raises(BuildError, match=f"^{place} failed: PermissionError: no"):
-        crew_of(Scripts(script)).label([0, 1])
+        pool_of(Scripts(script)).label([0, 1])
 
 
 def test_whoever_follows_an_idle_worker_gets_nothing_before_it_is_ready():
     scripts = Scripts()
-    made = crew_of(scripts)
+    made = pool_of(scripts)
     made.todo.add([0])
     made._grow()
     made._listen()

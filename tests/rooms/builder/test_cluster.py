@@ -13,67 +13,67 @@ from label_sets import SMALL
 
 import ferkd_data as fd
 from ferkd_data.builder import Resources
-from ferkd_data.builder.workers.ray_cluster import CPU_THREADS, WAITING_WORKERS, open_fleet
-from ferkd_data.builder.workplace import Workplace
+from ferkd_data.builder.workers.ray_cluster import CPU_THREADS, WAITING_WORKERS, Placement, open_cluster
 from ferkd_data.errors import BuildError, FerkdError, MissingExtraError, UsageError
 
 
 @pytest.fixture
-def fleet_of(monkeypatch):
-    """The fleet of a program that is connected to a cluster of these nodes."""
+def cluster_of(monkeypatch):
+    """The cluster of a program that is connected to a cluster of these nodes."""
 
-    def fleet_of(*nodes, **resources):
+    def cluster_of(*nodes, **resources):
         described = [{"Alive": True, "Resources": node} for node in nodes]
         dead = {"Alive": False, "Resources": {"CPU": 64, "GPU": 8}}
         ray = SimpleNamespace(is_initialized=lambda: True, nodes=lambda: [*described, dead])
         monkeypatch.setitem(sys.modules, "ray", ray)
-        with open_fleet(Resources(engine="ray", **resources)) as fleet:
-            return fleet
+        with open_cluster(Resources(engine="ray", **resources)) as cluster:
+            return cluster
 
-    return fleet_of
-
-
-def asked(fleet):
-    return fleet.device, fleet.gpus, fleet.cpus, fleet.threads, fleet.workers
+    return cluster_of
 
 
-def test_a_worker_for_each_share_of_each_gpu(fleet_of):
+def asked(cluster):
+    return cluster.device, cluster.gpus, cluster.cpus, cluster.worker.compute_threads, cluster.worker.threads
+
+
+def test_a_worker_for_each_share_of_each_gpu(cluster_of):
     head, node = {"CPU": 4}, {"CPU": 64, "GPU": 8}
-    whole = fleet_of(head, node, node)
+    whole = cluster_of(head, node, node)
     assert asked(whole) == ("cuda", 1, 1, 8, 4)
     assert whole.size() == 16 + WAITING_WORKERS
-    halves = fleet_of(head, node, node, gpus_per_teacher=0.5)
+    halves = cluster_of(head, node, node, gpus_per_teacher=0.5)
     assert asked(halves) == ("cuda", 0.5, 1, 4, 2)
     assert halves.size() == 32 + WAITING_WORKERS
-    assert fleet_of(node, gpus_per_teacher=0.3).size() == 24 + WAITING_WORKERS
-    assert fleet_of(node, processes=3).size() == 3
-    few_cores = fleet_of({"CPU": 4, "GPU": 8})
+    assert cluster_of(node, gpus_per_teacher=0.3).size() == 24 + WAITING_WORKERS
+    assert cluster_of(node, workers=3).size() == 3
+    few_cores = cluster_of({"CPU": 4, "GPU": 8})
     assert (few_cores.cpus, few_cores.size()) == (0.5, 8 + WAITING_WORKERS)
-    assert asked(fleet_of(head, device="cuda", workers=6)) == ("cuda", 1, 1, CPU_THREADS, 6)
+    assert asked(cluster_of(head, device="cuda", threads=6)) == ("cuda", 1, 1, CPU_THREADS, 6)
 
 
-def test_workers_on_cpus(fleet_of):
-    assert asked(fleet_of({"CPU": 64, "GPU": 8}, device="cpu")) == ("cpu", 0, 4, 4, 2)
-    default = fleet_of({}, {"CPU": 16}, {"CPU": 9})
-    assert (default.threads, default.size()) == (4, 6 + WAITING_WORKERS)
-    assert fleet_of({"CPU": 16}, {"CPU": 2}).threads == 2
-    assert [fleet_of({"CPU": 4}, {"CPU": 2}, processes=count).threads for count in (1, 2, 3, 6, 9)] == [4, 2, 2, 1, 1]
-    assert fleet_of({}).size() >= 1
+def test_workers_on_cpus(cluster_of):
+    assert asked(cluster_of({"CPU": 64, "GPU": 8}, device="cpu")) == ("cpu", 0, 4, 4, 2)
+    default = cluster_of({}, {"CPU": 16}, {"CPU": 9})
+    assert (default.worker.compute_threads, default.size()) == (4, 6 + WAITING_WORKERS)
+    assert cluster_of({"CPU": 16}, {"CPU": 2}).worker.compute_threads == 2
+    many = [cluster_of({"CPU": 4}, {"CPU": 2}, workers=count) for count in (1, 2, 3, 6, 9)]
+    assert [cluster.worker.compute_threads for cluster in many] == [4, 2, 2, 1, 1]
+    assert cluster_of({}).size() >= 1
 
 
-def test_workers_that_an_estimate_counts_on(monkeypatch, fleet_of):
+def test_workers_that_an_estimate_counts_on(monkeypatch, cluster_of):
     """Those that find room now: not the ones that wait, nor more than were asked for."""
     node = {"CPU": 64, "GPU": 8}
 
     def counted(*nodes, **resources):
-        fleet = fleet_of(*nodes, **resources)
-        workplace = Workplace(devices=[fleet.device], batch_size=8, workers=1, threads=1, fleet=fleet)
-        return workplace.num_workers, fleet.workers_on_a_gpu
+        cluster = cluster_of(*nodes, **resources)
+        placement = Placement(devices=[cluster.device], worker=cluster.worker, cluster=cluster)
+        return placement.num_workers, cluster.workers_on_a_gpu
 
     assert counted(node, node) == (16, 1)
     assert counted(node, gpus_per_teacher=0.3) == (24, 3)
-    assert counted(node, processes=3) == (3, 1)
-    assert counted(node, processes=100) == (8, 1)
+    assert counted(node, workers=3) == (3, 1)
+    assert counted(node, workers=100) == (8, 1)
     assert counted({"CPU": 9}) == (2, 1)
     assert counted({}) == (1, 1)
 
@@ -93,11 +93,11 @@ def test_settings_that_make_no_sense(settings, message):
         Resources(**settings)
 
 
-def test_what_a_connected_program_cannot_ask_for(fleet_of):
+def test_what_a_connected_program_cannot_ask_for(cluster_of):
     with pytest.raises(UsageError, match="leave ray_address out"):
-        fleet_of({"CPU": 1}, ray_address="10.0.0.1:6379")
+        cluster_of({"CPU": 1}, ray_address="10.0.0.1:6379")
     with pytest.raises(UsageError, match="Ray chooses which GPU"):
-        fleet_of({"CPU": 1, "GPU": 4}, device="cuda:3")
+        cluster_of({"CPU": 1, "GPU": 4}, device="cuda:3")
 
 
 def test_ray_is_an_extra(photos, tiny_teachers, tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def server():
 
 
 def address_error(address) -> FerkdError:
-    with pytest.raises(FerkdError) as raised, open_fleet(Resources(engine="ray", ray_address=address)):
+    with pytest.raises(FerkdError) as raised, open_cluster(Resources(engine="ray", ray_address=address)):
         pass
     return raised.value
 

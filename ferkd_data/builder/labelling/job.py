@@ -1,0 +1,134 @@
+"""`Job`: a build as names and numbers, which any process can open. `Tools`: the job opened in one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from ferkd_data.builder.labelling.forwards import (
+    Forwards,
+    NullObserver,
+    Observer,
+    Staging,
+    current_device,
+    open_staging,
+)
+from ferkd_data.builder.settings import BuildSettings, WorkerResources
+from ferkd_data.errors import TeacherError
+from ferkd_data.images import ClassList, ImageSource, open_source
+from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
+from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
+from ferkd_data.teachers.compiled import compile_teachers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a worker needs to know of a build. It can be pickled and sent to another machine."""
+
+    source: str
+    classes: ClassList | None
+    out: Path | str | None
+    """A folder, or the URL of a store; None where nothing is written, as in a dry run."""
+    teachers: tuple[TeacherSpec, ...]
+    precision: str
+    settings: BuildSettings
+    resources: WorkerResources
+    fail_on_reject: bool = False
+    digests: tuple[str, ...] = ()
+    """Digests of the teachers that the driver loaded; each worker's own must have the same."""
+
+    @property
+    def name(self) -> str:
+        """The last piece of OUT, for messages."""
+        return "dry run" if self.out is None else PurePosixPath(self.out).name
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """Thresholds of the buckets that are stored; a stand-in until the end of the build where they are quantiles."""
+        asked = self.settings.thresholds
+        if isinstance(asked, QuantileThresholds):
+            return Thresholds(low=0, mid=0, top=1, confidence=asked.confidence)
+        return asked
+
+    def open_source(self) -> ImageSource:
+        return open_source(self.source, classes=self.classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tools:
+    """What one process labels shards with. Opened once, used by its labelling thread for all its shards."""
+
+    job: Job
+    device: str
+    source: ImageSource
+    teachers: Sequence[Teacher]
+    staging: Staging
+    """Kept for all shards: on a GPU, a new stream would get memory of its own."""
+    executor: Executor
+    """Threads that decode and cut."""
+    forwards: Forwards = field(default_factory=Forwards)
+
+
+@contextmanager
+def open_tools(
+    job: Job, device: str, teachers: Sequence[Teacher] | None = None, observer: Observer | None = None
+) -> Iterator[Tools]:
+    """Open the source, the threads and, unless `teachers` are given, the teachers of this process.
+
+    Compiles the teachers if the job asks for it. Raises TeacherError, SourceError.
+    """
+    threads = job.resources.threads
+    with (
+        current_device(device),
+        ThreadPoolExecutor(threads, thread_name_prefix="ferkd-data", initializer=_compute_alone) as executor,
+    ):
+        loaded = teachers or _load_teachers(job, device)
+        # PyTorch's number of threads is per thread, but a thread that never asked takes the newest number set by any.
+        # Asking here keeps this thread's number when the threads above set theirs to 1.
+        torch.get_num_threads()
+        if job.resources.compile:
+            loaded = compile_teachers(loaded, job.resources.batch_size)
+        yield Tools(
+            job=job,
+            device=device,
+            source=job.open_source(),
+            teachers=loaded,
+            staging=open_staging(device),
+            executor=executor,
+            forwards=Forwards(observer=observer or NullObserver()),
+        )
+
+
+def _load_teachers(job: Job, device: str) -> list[Teacher]:
+    """Raises TeacherError where a teacher is not the one that the driver loaded."""
+    with same_working_folder():
+        loaded = load_teachers(job.teachers, device=device, precision=job.precision)
+    for teacher, digest in zip(loaded, job.digests, strict=False):
+        if teacher.digest != digest:
+            raise TeacherError(
+                f"teacher {teacher.spec}: is another model in this worker than in the process that began the build "
+                f"(digest {teacher.digest[:12]}, not {digest[:12]}); are its weights random, or its files changing? "
+                "Load them from a file, or set the seed in its factory"
+            )
+    return loaded
+
+
+@contextmanager
+def same_working_folder() -> Iterator[None]:
+    """Return to the working folder at the end: a teacher's module may change it, and with it all relative paths."""
+    folder = Path.cwd()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+
+
+def _compute_alone() -> None:
+    """Set up a decoding thread: PyTorch's own threads would wait by spinning, on the cores of the other threads."""
+    torch.set_num_threads(1)

@@ -1,0 +1,92 @@
+"""Time how fast this process labels: a few seconds of the ordinary loop, and each teacher by itself."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ferkd_data.builder.labelling.crop_batches import input_of
+from ferkd_data.builder.labelling.job import Tools
+from ferkd_data.builder.labelling.label_shard import label_shard
+from ferkd_data.format.writers import Row, write_shard
+from ferkd_data.images import ImageRef, Reject
+from ferkd_data.replay import empty_batch
+from ferkd_data.scratch import Scratch
+from ferkd_data.teachers import Teacher
+
+MEASURE_SECONDS = 15.0
+"""How long the whole loop is timed."""
+TEACHER_BATCHES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The work of one worker in a few seconds."""
+
+    location: str
+    """The worker's device, and its node on a cluster."""
+    images: int
+    crops: int
+    crops_per_second: float
+    label_bytes: int
+    image_bytes: int
+    """Bytes copied into the shard; 0 for layout parquet."""
+    teacher_milliseconds: tuple[float, ...]
+    """Milliseconds of each teacher for one crop."""
+
+
+def measure(tools: Tools, refs: Sequence[ImageRef], location: str) -> Sample:
+    """Label images for about MEASURE_SECONDS, at least one, and write them to a temporary folder.
+
+    Raises what `label_shard` raises.
+    """
+    settings = tools.job.settings
+    milliseconds = [_teacher_milliseconds(teacher, tools) for teacher in tools.teachers]
+    rows, rate = _label(refs, tools)
+    copied = sum(len(image) for _, image in rows) if settings.layout == "webdataset" else 0
+    written = 0
+    if rows:
+        with Scratch("dry-run") as folder:
+            _, files = write_shard(folder, 0, rows, layout=settings.layout, block_starts=settings.block_starts)
+            written = sum(file.bytes for file in files)
+    return Sample(
+        location=location,
+        images=len(rows),
+        crops=len(rows) * settings.crops,
+        crops_per_second=rate,
+        label_bytes=written - copied,
+        image_bytes=copied,
+        teacher_milliseconds=tuple(milliseconds),
+    )
+
+
+def _label(refs: Sequence[ImageRef], tools: Tools) -> tuple[list[Row], float]:
+    """Return rows, and crops per second. The first batch warms up and is not counted where there is a second one."""
+    marks: list[tuple[float, int]] = []
+    rows: list[Row] = []
+    started = time.perf_counter()
+    for item in label_shard(refs, tools):
+        if isinstance(item, Reject):
+            continue
+        marks.append((time.perf_counter(), item.crops))
+        rows += item.rows
+        if item.rows and marks[-1][0] - started > MEASURE_SECONDS:
+            break
+    if len(marks) < 2:
+        return rows, sum(crops for _, crops in marks) / max(time.perf_counter() - started, 1e-9)
+    return rows, sum(crops for _, crops in marks[1:]) / (marks[-1][0] - marks[0][0])
+
+
+def _teacher_milliseconds(teacher: Teacher, tools: Tools) -> float:
+    """Return the median time of a batch by its number of crops; the first batch warms up."""
+    size = tools.job.resources.batch_size
+    batch = empty_batch(size, input_of(teacher).size).random_(0, 256).to(tools.device)
+    tools.forwards.logits(teacher, batch).cpu()
+    times = []
+    for _ in itertools.repeat(None, TEACHER_BATCHES):
+        started = time.perf_counter()
+        tools.forwards.logits(teacher, batch).cpu()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2] * 1000 / size
