@@ -17,8 +17,6 @@ from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow as pa
-
 from ferkd_data.builder.known_images import KnownImages
 from ferkd_data.builder.plan import Plan, PlanWriter, open_plan, save_plan
 from ferkd_data.builder.seal import write_rejects
@@ -44,7 +42,7 @@ from ferkd_data.images import ClassList, ImageRef, ImageSource, Reject, in_group
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.labels import statistics
 from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
-from ferkd_data.labels.rows import DIGEST_BYTES, UNKNOWN_TARGET
+from ferkd_data.labels.rows import UNKNOWN_TARGET
 from ferkd_data.storage import write_atomically
 
 NOT_COMPARED = {"spec", "name"}
@@ -229,13 +227,13 @@ class _Extension:
         with KnownImages(num_known, num_rejected) as known, PlanWriter(self.folder, digest_of=plan_sha256) as writer:
             self._learn(known)
             self._list(known, writer)
-            known.join(place_known=self.more_crops)
             self._check(known)
             for reject, is_gone in zip(read_rejects(self.rejects_path), known.is_gone, strict=True):
                 if is_gone:
                     writer.add_reject(reject)
             known_sizes = [entry.rows for entry in manifest.shards] if self.more_crops else []
-            shards = known.placed(chain(known_sizes, repeat(self.images_per_shard)))
+            sizes = chain(known_sizes, repeat(self.images_per_shard))
+            shards = known.placed(sizes, place_known=self.more_crops)
             for rows in islice(shards, len(known_sizes)):
                 writer.add_shard(rows, are_known=True)
             for rows in takewhile(len, shards):
@@ -271,19 +269,19 @@ class _Extension:
 
     def _check(self, known: KnownImages) -> None:
         if known.mismatch is not None:
-            _, key, saved, now = known.mismatch
+            key, saved, now = known.mismatch
             raise SettingsMismatchError(
                 f"{self.base.out}: image {key!r} has another target in {self.source.description}: saved "
                 f"{saved}, now {now}; give the --classes that the label set was built with"
             )
-        if known.missing is not None and self.more_crops:
+        if self.more_crops and (missing := known.missing()) is not None:
             raise SourceError(
-                f"image {known.missing.key!r} has labels in {self.base.out}, and is not in {self.source.description}: "
+                f"image {missing!r} has labels in {self.base.out}, and is not in {self.source.description}: "
                 "it cannot get more crops. Put it back, or leave out --crops to add new images alone"
             )
 
-    def _identities(self) -> Iterator[tuple[Sequence[str], pa.Array, Any]]:
-        """(keys, targets, digests) of each shard of the label set; digests in layout parquet alone.
+    def _identities(self) -> Iterator[tuple[Sequence[str], list[int | None], list[bytes | None]]]:
+        """Yield (keys, targets, digests) of each shard of the label set; digests in layout parquet alone.
 
         Every file of the label set is read and checked, since the extended set vouches for the old files too. Raises
         ShardError for one that was damaged, or that says what no label set may say.
@@ -292,12 +290,9 @@ class _Extension:
             first = self.labels.block(entry.index, 0)
             for block in range(1, self.labels.num_blocks):
                 self.labels.block(entry.index, block)
-            targets = pa.array(first.target, mask=first.target == UNKNOWN_TARGET)
-            if self.base.manifest.layout == "parquet":
-                digests = pa.array(map(bytes, first.image_digest), pa.binary(DIGEST_BYTES))
-                yield first.keys, targets, digests
-            else:
-                yield first.keys, targets, [None] * len(first)
+            targets = [None if target == UNKNOWN_TARGET else target for target in first.target.tolist()]
+            has_digests = self.base.manifest.layout == "parquet"
+            yield first.keys, targets, [bytes(each) if has_digests else None for each in first.image_digest]
 
 
 def seal_extension(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts, version: str) -> Manifest:

@@ -6,14 +6,13 @@ import hashlib
 import itertools
 import resource
 import secrets
+import sqlite3
 
-import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferkd_data.builder.known_images import KnownImages, Partitions
+from ferkd_data.builder.known_images import KnownImages
 from ferkd_data.builder.plan import load_or_make_plan, open_plan
 from ferkd_data.errors import SourceError, StorageFullError
 from ferkd_data.images import ImageRef, LeftOut, Reject
@@ -98,17 +97,6 @@ def test_ten_million_images_plan_in_little_memory(tmp_path, quick_process):
     assert [ref.offset for ref in plan.refs(2441)] == list(range(2441 * 4096, 10_000_000))
 
 
-@pytest.fixture
-def small_piles(monkeypatch):
-    """So many images as a test can make then fill several piles, and are written to them in several pieces."""
-    make_piles_small(monkeypatch)
-
-
-def make_piles_small(patch, rows=4):
-    for name in ("piles.PILE_ROWS", "known_images.PILE_ROWS"):
-        patch.setattr(f"ferkd_data.builder.extension.{name}", rows)
-
-
 def image(key, number, target=None):
     return ImageRef(key=key, target=target, file=f"{key}.jpg", offset=number, length=-1)
 
@@ -124,18 +112,16 @@ def test_known_images_are_found_wherever_they_are_listed(all_keys, num_known, rn
     digests = [bytes([row]) * 16 for row in range(len(had))]
     targets = {key: None if row % 3 == 0 else row for row, key in enumerate(had)}
     listed = [image(key, i, targets.get(key, 7)) for i, key in enumerate(rng.sample(all_keys, len(all_keys)))]
-    with pytest.MonkeyPatch.context() as patch:
-        make_piles_small(patch)
-        with KnownImages(len(had), 0) as known:
-            for start in range(0, len(had), 3):
-                few = had[start : start + 3]
-                known.add_labelled(start, few, [targets[key] for key in few], digests[start : start + 3])
-            for start in range(0, len(listed), 5):
-                known.add_listed(listed[start : start + 5])
-            known.join(place_known=place_known)
-            tables = list(itertools.takewhile(len, known.placed(itertools.repeat(3))))
+    with KnownImages(len(had), 0) as known:
+        for start in range(0, len(had), 3):
+            few = had[start : start + 3]
+            known.add_labelled(start, few, [targets[key] for key in few], digests[start : start + 3])
+        for start in range(0, len(listed), 5):
+            known.add_listed(listed[start : start + 5])
+        tables = list(itertools.takewhile(len, known.placed(itertools.repeat(3), place_known=place_known)))
+        assert known.missing() is None
     assert (known.num_found, known.num_listed) == (len(had), len(listed))
-    assert known.mismatch is None and known.missing is None
+    assert known.mismatch is None
     assert known.max_target == max((-1 if ref.target is None else ref.target for ref in listed), default=-1)
     found = sorted((ref for ref in listed if ref.key in targets), key=lambda ref: had.index(ref.key))
     expected = [*(found if place_known else ()), *(ref for ref in listed if ref.key not in targets)]
@@ -147,21 +133,18 @@ def test_known_images_are_found_wherever_they_are_listed(all_keys, num_known, rn
     assert [len(table) for table in tables[:-1]] == [3] * (len(tables) - 1)
 
 
-@pytest.mark.usefixtures("small_piles")
 def test_the_first_that_is_missing_or_has_another_target():
-    """In the order of the label set, and of the source, in whichever piles they are."""
+    """In the order of the label set, and of the source."""
     for prefix in "abc":
         names = [f"{prefix}{i}" for i in range(40)]
         with KnownImages(40, 0) as known:
             known.add_labelled(0, names, list(range(40)), [bytes(16)] * 40)
             known.add_listed([image(names[i], 0, None if i == 19 else i + 1) for i in reversed(range(20))])
-            known.join(place_known=True)
-        assert known.missing is not None and known.missing[:2] == (20, names[20])
-        assert known.mismatch is not None and known.mismatch[1:] == (names[19], 19, None)
+            assert known.missing() == names[20]
+        assert known.mismatch == (names[19], 19, None)
         assert known.num_found == 20
 
 
-@pytest.mark.usefixtures("small_piles")
 def test_rejected_images_are_back_or_gone():
     """Back as an image, or with a verdict again."""
     rejected = [f"image{i}" for i in range(12)]
@@ -170,24 +153,22 @@ def test_rejected_images_are_back_or_gone():
         known.add_rejected(0, [*rejected, "image0"])
         known.add_named(["image3", "image0", "good"])
         known.add_listed([image("image7", 0), image("new", 1)])
-        known.join(place_known=False)
-        placed = next(known.placed([9])).column("key").to_pylist()
+        placed = next(known.placed([9], place_known=False)).column("key").to_pylist()
+        assert known.missing() == "good"
     back = [not gone for gone in known.is_gone]
     assert back == [name in ("image0", "image3", "image7") for name in [*rejected, "image0"]]
-    assert placed == ["image7", "new"] and known.num_found == 0 and known.missing.key == "good"
+    assert placed == ["image7", "new"] and known.num_found == 0
 
 
 def peak_of_join(num_images, queue):
-    with pytest.MonkeyPatch.context() as patch:
-        make_piles_small(patch, rows=8192)
-        refs = MadeUp(num_images).list_images()
-        with KnownImages(num_images, 0) as known:
-            for start in range(0, num_images, 4096):
-                few = list(itertools.islice(refs, 4096))
-                known.add_labelled(start, [ref.key for ref in few], [ref.target for ref in few], [bytes(16)] * len(few))
-                known.add_listed(few)
-            known.join(place_known=True)
-            num_placed = sum(map(len, itertools.takewhile(len, known.placed(itertools.repeat(4096)))))
+    refs = MadeUp(num_images).list_images()
+    with KnownImages(num_images, 0) as known:
+        for start in range(0, num_images, 4096):
+            few = list(itertools.islice(refs, 4096))
+            known.add_labelled(start, [ref.key for ref in few], [ref.target for ref in few], [bytes(16)] * len(few))
+            known.add_listed(few)
+        tables = itertools.takewhile(len, known.placed(itertools.repeat(4096), place_known=True))
+        num_placed = sum(map(len, tables))
     queue.put((num_placed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
@@ -204,10 +185,10 @@ def test_ten_times_the_images_are_joined_in_the_same_memory(quick_process):
     assert peaks[150_000] < peaks[15_000] + 15, peaks
 
 
-def test_a_full_disk_while_images_are_joined(small_disk):
-    keys = [secrets.token_hex(20) for _ in range(2**16)]
-    with pytest.raises(StorageFullError, match=rf"^{small_disk}: .*TMPDIR") as caught:
-        piles = Partitions(small_disk / "piles", pa.schema([("key", pa.string())]))
-        for _ in range(9):
-            piles.add(pa.table({"key": keys}), np.zeros(len(keys), np.int64))
-    assert isinstance(caught.value.__cause__, OSError)
+def test_a_full_disk_while_images_are_joined(small_disk, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    with pytest.raises(StorageFullError, match=rf"^{small_disk}/.*TMPDIR") as caught, KnownImages(2**20, 0) as known:
+        for first in range(0, 2**20, 2**14):
+            keys = [secrets.token_hex(20) for _ in range(2**14)]
+            known.add_labelled(first, keys, [None] * len(keys), [bytes(16)] * len(keys))
+    assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
