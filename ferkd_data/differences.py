@@ -1,4 +1,4 @@
-"""Two saved states side by side: how a mismatch names both values."""
+"""Compare two saved states: a mismatch names both values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def describe_differences(saved: Any, present: Any, name: str = "") -> list[str]:
-    """`field: saved X, now Y` for every leaf that differs."""
+    """Return a line `field: saved X, now Y` for every leaf that differs."""
     if isinstance(saved, dict) and isinstance(present, dict):
         names = [*saved, *(key for key in present if key not in saved)]
         return [

@@ -1,23 +1,23 @@
-"""Every error a user can meet.
+"""Every error that a user can meet, and checks of arguments that raise them.
 
     FerkdError                    exit status 1: one line that says what, where, and what to do
     ├── UsageError                exit status 2: a setting or an argument that cannot be right (is a ValueError)
     ├── MissingExtraError         an optional package is not installed; names the pip line
     ├── SourceError               the image source cannot be listed or read
     ├── ImageError                one image cannot be used; becomes a reject with this reason
-    ├── TeacherError              a teacher cannot be loaded, or said something impossible
+    ├── TeacherError              a teacher cannot be loaded, or gives an impossible answer
     ├── BuildError                the build cannot go on
     │   ├── BuildLockedError      another live process builds into the same folder
     │   ├── SettingsMismatchError a saved state was made with other settings; names both values
     │   ├── StorageFullError      no space left; nothing finished is lost
     │   └── BuildStoppedError     exit status 143: stopped by SIGTERM; the same command goes on where it stopped
     ├── LoaderError               a batch cannot be made: names the image and its shard
-    ├── ForeignFileError          somebody else's label file is not what it should be, or holds more than arrays
-    ├── PublishError              a label set is not fit to be sent, or the place is taken
-    ├── RemoteError               a server lacks a file, refuses it, or gives another one; or cannot be reached
-    ├── StateMismatchError        a loader's saved state is of other settings or labels; names both values
+    ├── ForeignFileError          another project's label file is malformed, or holds more than arrays
+    ├── PublishError              a label set has faults, or the destination holds another one
+    ├── RemoteError               a server lacks a file, refuses it, sends another one, or cannot be reached
+    ├── StateMismatchError        a loader's saved state has other settings or labels; names both values
     └── LabelSetError             a label set cannot be read
-        ├── SignatureError        a label set is not signed, not by whom it should be, or changed since
+        ├── SignatureError        a label set is not signed, is signed by another person, or was changed since
         ├── ManifestError         manifest.json is missing, malformed or of an unknown version
         └── ShardError            a shard is missing, truncated, or does not hold what the manifest says
 
@@ -34,6 +34,15 @@ T = TypeVar("T")
 
 
 class FerkdError(Exception):
+    """Base of all errors of this package.
+
+    >>> try:
+    ...     fd.open_labels("nowhere")
+    ... except fd.FerkdError as error:
+    ...     print(error.exit_code)
+    1
+    """
+
     exit_code = 1
 
 

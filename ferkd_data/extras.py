@@ -21,7 +21,7 @@ def require(module: str, *, extra: str, what_for: str) -> ModuleType:
 
 
 def package_folder(package: str, *, extra: str, what_for: str) -> Path:
-    """Where an installed package keeps its files, without running its code. Raises MissingExtraError."""
+    """Return the folder of an installed package, without running its code. Raises MissingExtraError."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise _missing(package, extra, what_for)

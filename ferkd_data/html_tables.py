@@ -1,4 +1,4 @@
-"""What a notebook shows of an object: a small table, with every string of strangers escaped."""
+"""Small HTML tables for notebooks, with every string escaped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def html_table(title: str, rows: Sequence[Sequence[str]], *, head: Sequence[str] = ()) -> str:
-    """A caption, a line of column titles where there are any, and rows whose first cell is their name."""
+    """Make a table: a caption, column titles where there are any, and rows whose first cell is their name."""
     heads = "".join(f"<th>{_text(cell)}</th>" for cell in head)
     body = "".join(
         f'<tr><th style="text-align: left">{_text(row[0])}</th>'
@@ -20,5 +20,5 @@ def html_table(title: str, rows: Sequence[Sequence[str]], *, head: Sequence[str]
 
 
 def _text(text: str) -> str:
-    # Isolated, so that marks that turn the order of letters do not reach beyond their cell.
+    # Isolated, so that marks that reverse the writing direction do not reach beyond their cell.
     return f"<bdi>{html.escape(text)}</bdi>"

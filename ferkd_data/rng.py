@@ -18,7 +18,7 @@ UInt64s = npt.NDArray[np.uint64]
 
 
 def digest(*parts: Part, size_bytes: int = 16) -> bytes:
-    """BLAKE2b of the tuple `parts`, each encoded as type tag, length and value."""
+    """Return the BLAKE2b digest of the tuple `parts`, each encoded as type tag, length and value."""
     state = hashlib.blake2b(digest_size=size_bytes)
     for part in parts:
         if isinstance(part, str):
@@ -32,7 +32,7 @@ def digest(*parts: Part, size_bytes: int = 16) -> bytes:
 
 
 def philox(*parts: Part) -> np.random.Philox:
-    """The counter-based bit generator whose key is the hash of `parts`, at counter 0."""
+    """Return the counter-based bit generator whose key is the hash of `parts`, at counter 0."""
     return np.random.Philox(key=np.frombuffer(digest(*parts), dtype=np.uint64))
 
 
@@ -46,16 +46,17 @@ def generator(*parts: Part) -> np.random.Generator:
 
 
 def hash64(*parts: Part) -> int:
+    """Return the first 64 bits of the digest of `parts`."""
     return int.from_bytes(digest(*parts, size_bytes=8), "little")
 
 
 def hashes64(texts: Sequence[str]) -> UInt64s:
-    """`hash64` of each text."""
+    """Return `hash64` of each text."""
     return np.frombuffer(b"".join([digest(text, size_bytes=8) for text in texts]), "<u8").astype(np.uint64)
 
 
 def uniforms(raw: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    """Raw 64-bit words as doubles in [0, 1), of the same shape."""
+    """Turn raw 64-bit words into doubles in [0, 1), of the same shape."""
     doubles: npt.NDArray[np.float64] = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return doubles
 
@@ -71,7 +72,8 @@ def mix64(words: Any) -> UInt64s:
 
 
 def counter64(seed: Any, counter: Any) -> UInt64s:
-    """Word number `counter` of the SplitMix64 stream `seed`; both broadcast, so whole batches draw at once."""
+    """Return word number `counter` of the SplitMix64 stream `seed`; both broadcast, so whole batches draw at once."""
+    # SplitMix64's state advances by the golden ratio of 2**64, so word n needs no words before it.
     with np.errstate(over="ignore"):
         state = np.asarray(seed, np.uint64) + (np.asarray(counter, np.uint64) + np.uint64(1)) * np.uint64(
             0x9E3779B97F4A7C15

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ferkd_data import rng
-from ferkd_data.storage import is_still_there
+from ferkd_data.locks import is_still_there
 
 LOCK_NAME = "lock"
 PREFIX = "ferkd-data-"

@@ -1,12 +1,8 @@
-"""Files: written aside and renamed, hashed, and never outside the folder they belong to.
-
-One at a time: a lock on a file, which the system releases when the process that holds it dies.
-"""
+"""Files: written aside and renamed, hashed, and never outside the folder they belong to."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import hashlib
 import io
@@ -21,17 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
 
-from ferkd_data.errors import FerkdError, LabelSetError, LoaderError, SourceError, StorageFullError
+from ferkd_data.errors import LabelSetError, SourceError, StorageFullError
 
 CHUNK_BYTES = 2**20
 HASHED_BYTES = 2**18
-"""At once, where the bytes are read again: so that they are in a core's cache still."""
+"""Bytes hashed at a time where they are read again, so that they are still in a core's cache."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
-"""Answers of file systems that have no locks: Lustre without its option flock, NFS without its lock server. NFS has no
-exclusive ones either for a file that is open for reading only."""
-
-
 GO_ON = "free some and run the same command again: finished shards are kept"
 FREE_CACHE = "free some, or choose another place for the cache with cache_dir or FERKD_DATA_CACHE"
 
@@ -40,7 +31,7 @@ FREE_CACHE = "free some, or choose another place for the cache with cache_dir or
 def write_atomically(path: Path, *, sync: bool = True, advice: str = GO_ON) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is synced to disk and renamed, on failure removed.
 
-    Without `sync`, the file may be lost with the power, which is good enough for what can be made again.
+    Without `sync`, a power failure may lose the file, which is good enough for one that can be made again.
 
     Raises StorageFullError when the disk is full.
     """
@@ -60,9 +51,9 @@ def write_atomically(path: Path, *, sync: bool = True, advice: str = GO_ON) -> I
 
 
 def remove_leftovers(folder: Path, *, older_than: float = 0.0) -> None:
-    """Remove what killed writers left aside below `folder`: what no live process may be writing to.
+    """Remove the unfinished files of killed writers below `folder`, where no live process may be writing.
 
-    With `older_than`, only what has not been touched for so many seconds.
+    With `older_than`, only files that have not been touched for that many seconds.
     """
     for path in folder.rglob(".*.tmp"):
         with suppress(FileNotFoundError):
@@ -89,39 +80,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def locked_for_cache(path: Path) -> Iterator[bool]:
-    """Hold this lock file, which the process's end lets go; False where the file system has no locks.
-
-    Without a lock, others may be at the same work: nothing of theirs must be removed. Raises LoaderError where the file
-    cannot be made.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock_file = path.open("w")
-    except OSError as error:
-        raise LoaderError(
-            f"{path.parent}: labels cannot be kept there ({error.strerror}); give cache_dir=, or set FERKD_DATA_CACHE"
-        ) from error
-    with lock_file:
-        yield lock(lock_file.fileno(), fcntl.LOCK_EX)
-
-
-def lock(descriptor: int, kind: int) -> bool:
-    """Take a lock, as `fcntl.flock`; False where the file system has none. Raises BlockingIOError with LOCK_NB."""
-    try:
-        fcntl.flock(descriptor, kind)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return False
-    return True
-
-
 def default_cache_dir() -> Path:
-    """$FERKD_DATA_CACHE, or ferkd-data below the user's cache folder."""
+    """Return $FERKD_DATA_CACHE, or ferkd-data below the user's cache folder."""
     chosen = os.environ.get("FERKD_DATA_CACHE")
     if chosen:
         return Path(chosen)
@@ -183,11 +143,11 @@ class OpenFile:
         return os.fstat(self.descriptor).st_size
 
     def read(self, offset: int, length: int) -> bytes:
-        """Fewer bytes where the file ends."""
+        """Read `length` bytes at `offset`, or fewer where the file ends."""
         return os.pread(self.descriptor, length, offset)
 
     def map(self) -> mmap.mmap:
-        """The whole file, which must not be empty. The map counts as a reference to what is open."""
+        """Map the whole file, which must not be empty. The mapping stays valid after `close`."""
         return mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
 
     def close(self) -> None:
@@ -211,17 +171,20 @@ class OpenFile:
 
 
 def sha256_file(path: Path) -> str:
-    """The SHA-256 of a regular file, 64 hex digits. Raises as `open_regular` does."""
+    """Return the SHA-256 of a regular file, 64 hex digits. Raises as `open_regular` does."""
     with OpenFile(path) as file:
         return HashedFile(file).sha256()
 
 
 _DIGESTS: dict[tuple[int, ...], str] = {}
-"""The SHA-256 of each file that this process has checked, by `_state_of`. About 200 bytes for each file."""
+"""The SHA-256 of each file that this process has checked, by `_state_of`. About 200 bytes for each file.
+
+Threads share it: each entry is written whole, and two threads that hash one file write the same.
+"""
 
 
 def sha256_once(file: OpenFile) -> str:
-    """The SHA-256 of an open file, computed once in this process for as long as the file stays as it is."""
+    """Return the SHA-256 of an open file, computed once in this process for as long as the file stays as it is."""
     state = _state_of(file)
     found = _DIGESTS.get(state)
     if found is None:
@@ -232,7 +195,7 @@ def sha256_once(file: OpenFile) -> str:
 
 
 def _state_of(file: OpenFile) -> tuple[int, ...]:
-    """Which file it is, its size, and when it was last written to or replaced, as the file system says."""
+    """Identify a file and its content by device, inode, size and times, as the file system states them."""
     found = os.fstat(file.descriptor)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
@@ -247,7 +210,7 @@ class HashedFile:
         self._start = 0
 
     def read(self, offset: int, length: int) -> bytes:
-        """Fewer bytes where the file ends. Offsets that grow are found in what was hashed last."""
+        """Read `length` bytes at `offset`, or fewer where the file ends; ascending offsets are read once only."""
         while offset >= self._start + len(self._chunk) and self._hash_more():
             pass
         at = offset - self._start
@@ -271,12 +234,12 @@ class HashedFile:
 
 
 def image_digest(data: bytes) -> bytes:
-    """BLAKE2b-128 of an encoded image: 16 bytes."""
+    """Return the BLAKE2b-128 of an encoded image: 16 bytes."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder / name`. Raises LabelSetError when that would lie outside `folder`, also through a link."""
+    """Return `folder / name`. Raises LabelSetError when that would lie outside `folder`, also through a link."""
     parts = name.split("/")
     if not name or name.startswith("/") or "\\" in name or "\0" in name or ".." in parts:
         raise LabelSetError(f"{folder}: {name!r} is not a path inside the label set")
@@ -296,7 +259,7 @@ def is_url(text: str) -> bool:
 
 
 def open_binary(path: str) -> IO[bytes]:
-    """A local file, or a URL through fsspec, opened for reading with seek. Raises SourceError."""
+    """Open a local file, or a URL through fsspec, for reading with seek. Raises SourceError."""
     try:
         if not is_url(path):
             return open_regular_stream(Path(path))
@@ -310,7 +273,7 @@ def open_binary(path: str) -> IO[bytes]:
 
 
 def expand(pattern: str) -> list[str]:
-    """The sorted files (or the URLs) that a glob or brace pattern names, such as `train-{000..147}.tar`.
+    """Return the sorted files (or the URLs) that a glob or brace pattern names, such as `train-{000..147}.tar`.
 
     Raises SourceError when the pattern, or one of its brace alternatives, matches nothing.
     """
@@ -333,42 +296,3 @@ def _matches(alternative: str) -> list[str]:
     if is_url(alternative) or Path(alternative).is_file():
         return [alternative]
     return sorted(glob.glob(alternative, recursive=True))  # noqa: PTH207
-
-
-@contextmanager
-def held(
-    path: Path, place: Path | str, *, work: str, refusal: type[FerkdError], shared: bool = False
-) -> Iterator[None]:
-    """Hold this file's lock, for as long as the context lasts.
-
-    Raises `refusal` when another has it, which names the `place` and the `work` that is done there (such as "build").
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(descriptor, 64).decode(errors="replace").strip()
-            who = f" (process {owner})" if owner else ""
-            raise refusal(f"{place}: another {work} works here{who}; wait for it to end") from error
-        except OSError as error:
-            raise refusal(f"{place}: its file system gives no locks ({error.strerror}); use another folder") from error
-        if not is_still_there(path, descriptor):
-            raise refusal(f"{place}: another {work} has just ended here; run the command again")
-        os.ftruncate(descriptor, 0)
-        if not shared:
-            os.write(descriptor, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def is_still_there(path: Path, descriptor: int) -> bool:
-    """Whether `path` is still this open file.
-
-    Its last holder may have removed it after it was opened here; the next one then makes another.
-    """
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False

@@ -13,7 +13,7 @@ ROOT = Path(ferkd_data.__file__).parent
 
 FLOORS = [
     {"errors", "html_tables"},
-    {"rng", "extras", "storage", "scratch", "differences", "parquet_guard"},
+    {"rng", "extras", "storage", "locks", "scratch", "differences", "parquet_guard"},
     {"remote"},
     {"crops", "augment"},
     {"images", "replay", "normalization"},

@@ -15,7 +15,8 @@ from ferkd_data.errors import BuildError, BuildLockedError
 from ferkd_data.format.manifest import FILE_NAME
 from ferkd_data.format.rejects import REJECTS_FILE
 from ferkd_data.format.writers import SHARD_FILE
-from ferkd_data.storage import held, remove_leftovers
+from ferkd_data.locks import held
+from ferkd_data.storage import remove_leftovers
 
 
 @contextmanager

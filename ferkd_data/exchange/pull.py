@@ -27,8 +27,9 @@ from ferkd_data.format.rejects import check_rejects
 from ferkd_data.label_set import LabelSet, LocalFiles, StoredReader, VerifyLabels, read_remote_manifest
 from ferkd_data.labels import statistics
 from ferkd_data.labels.statistics import Statistics, shard_statistics
+from ferkd_data.locks import held
 from ferkd_data.remote import Remote, Retries, is_remote, open_remote, part_of
-from ferkd_data.storage import held, inside, sha256_file, write_atomically
+from ferkd_data.storage import inside, sha256_file, write_atomically
 
 README = "README.md"
 BESIDE = (README, "LICENSE")

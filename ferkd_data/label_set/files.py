@@ -18,8 +18,9 @@ from typing import Protocol
 
 from ferkd_data.errors import LabelSetError, LoaderError, RemoteError, ShardError, StorageFullError
 from ferkd_data.format.manifest import FileEntry
+from ferkd_data.locks import lock, locked_for_cache
 from ferkd_data.remote import Remote
-from ferkd_data.storage import OpenFile, inside, lock, locked_for_cache, sha256_once
+from ferkd_data.storage import OpenFile, inside, sha256_once
 
 DEFAULT_BYTES = 50 * 10**9
 LEFTOVER_SECONDS = 3600.0

@@ -34,12 +34,11 @@ from ferkd_data import rng
 from ferkd_data.errors import LabelSetError, LoaderError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.rows import ShardLabels, class_index_dtype
+from ferkd_data.locks import lock, locked_for_cache
 from ferkd_data.storage import (
     FREE_CACHE,
     OpenFile,
     explain_full_disk,
-    lock,
-    locked_for_cache,
     remove_leftovers,
     write_atomically,
 )

@@ -31,11 +31,11 @@ class HubLocation:
     repository: str
     revision: str
     folder: str
-    """With a slash at its end, or empty."""
+    """Path within the repository with a slash at its end, or empty."""
 
 
 def parse_hub_url(url: str) -> HubLocation:
-    """Raises UsageError."""
+    """Parse an hf:// URL. Raises UsageError."""
     match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[\w.-]+)*)/?", url)
     if match is None or ".." in url:
         raise UsageError(f"{url}: is not of the form hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
@@ -48,14 +48,14 @@ def hub_endpoint() -> str:
 
 
 def hub_address(url: str) -> str:
-    """Where the hub serves the files. Raises UsageError."""
+    """Return the HTTP URL at which the hub serves the files. Raises UsageError."""
     place = parse_hub_url(url)
     folder = f"/{place.folder}".rstrip("/")
     return f"{hub_endpoint()}/datasets/{place.repository}/resolve/{place.revision}{folder}"
 
 
 def hub_headers() -> dict[str, str]:
-    """The user's token, where there is one: the hub's own variable or login file."""
+    """Return the header with the user's token, where there is one: from the hub's own variable or login file."""
     token = os.environ.get("HF_TOKEN")
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     if token is None and (home / "token").is_file():
@@ -64,7 +64,7 @@ def hub_headers() -> dict[str, str]:
 
 
 SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
-"""What label sets are read from; everything else (pipe:, ftp:, chains with ::) is refused."""
+"""Schemes that label sets are read from; everything else (pipe:, ftp:, chains with ::) is refused."""
 
 RANGE_BEHIND_THE_END = 416
 
@@ -91,8 +91,7 @@ class Remote:
         return made
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
-        """A small file as a whole. Raises RemoteError, also where it is larger than `max_bytes`."""
-
+        """Read a small file as a whole. Raises RemoteError, also where it is larger than `max_bytes`."""
         data = bytearray()
 
         def attempt() -> bytes:
@@ -111,15 +110,15 @@ class Remote:
         return self._persist(name, lambda: self.transport.size(name))
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file below the URL, by name: one request for a thousand of them."""
+        """List the bytes of every file below the URL, by name: one request for a thousand of them."""
         return self._persist("", self.transport.sizes)
 
     def remove(self, name: str) -> None:
-        """A file, or a folder with all that is in it; nothing where there is neither."""
+        """Remove a file, or a folder with all that is in it; do nothing where there is neither."""
         self._persist(name, lambda: self.transport.remove(name))
 
     def fetch(self, name: str, to: Path, *, size: int) -> None:
-        """A file of which nothing but the size is known. Raises RemoteError, StorageFullError."""
+        """Fetch a file of which only the size is known. Raises RemoteError, StorageFullError."""
         to.parent.mkdir(parents=True, exist_ok=True)
         with explain_full_disk(to):
             self._fill(name, part_of(to), size)
@@ -152,7 +151,7 @@ class Remote:
             raise RemoteError(f"{self.url}/{name}: what arrived is not what was sent; run the same command again")
 
     def holds(self, name: str, *, size: int, sha256: str) -> bool:
-        """Whether the server has exactly this file, by reading it back as a whole."""
+        """Return whether the server has exactly this file, by reading it back as a whole."""
         if self.size(name) != size:
             return False
 
@@ -165,7 +164,7 @@ class Remote:
         return self._persist(name, attempt) == sha256
 
     def _fill(self, name: str, part: Path, size: int) -> None:
-        """Append to `part` until it has `size` bytes; it keeps what it has when this fails."""
+        """Append to `part` until it has `size` bytes; on failure it keeps what has arrived."""
 
         def there() -> int:
             return part.stat().st_size if part.exists() else -1
@@ -207,7 +206,7 @@ class Remote:
                 raise _Short(f"the connection ended after {stream.tell()} of {size} bytes", stream.tell())
 
     def stop(self) -> None:
-        """End what other threads are fetching here, at their next bytes or attempts; for a pull that is interrupted."""
+        """End the downloads of other threads at their next bytes or attempts, when a pull is interrupted."""
         self.__dict__["stopped"] = True
 
     def _check_stopped(self) -> None:
@@ -241,7 +240,7 @@ class _Short(Transient):
 
 
 def part_of(path: Path) -> Path:
-    """Where a download lies until it is whole."""
+    """Return the path at which a download lies until it is whole."""
     return path.with_name(f".{path.name}.part")
 
 
@@ -250,7 +249,7 @@ def is_remote(place: str | Path) -> bool:
 
 
 def open_remote(url: str, retries: Retries | None = None) -> Remote:
-    """Raises UsageError for a URL of a kind that is not read."""
+    """Return the folder at a URL; nothing is contacted yet. Raises UsageError for a scheme that is not read."""
     if url.partition("://")[0] not in SCHEMES or "::" in url:
         raise UsageError(f"{url}: label sets are read from and written to {', '.join(SCHEMES)} URLs only")
     if url.startswith("hf:"):

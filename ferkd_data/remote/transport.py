@@ -1,4 +1,4 @@
-"""What every kind of server gives, and how one says no."""
+"""The operations of every kind of server, and the errors for its refusals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOG_IN = {
 }
 
 Chunks = Generator[bytes, None, None]
-"""Must be closed: only then is the connection free, or the file."""
+"""A stream of bytes. It must be closed, which frees the connection or the file."""
 
 
 class Transport(Protocol):
@@ -28,18 +28,18 @@ class Transport(Protocol):
     """Whether the server has answered before: then a connection that is refused may mean that it is restarting."""
 
     def read(self, name: str, start: int) -> tuple[int, Chunks]:
-        """(first byte that comes: `start`, or 0 where ranges are not known here; the chunks)."""
+        """Read a file from `start`: returns the first byte that comes (0 where ranges are not known) and the chunks."""
 
     def size(self, name: str) -> int | None:
-        """Bytes of the file, None where there is none."""
+        """Return the bytes of the file; None where there is none."""
 
     def write(self, name: str, file: Path) -> None: ...
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file below the URL, by name."""
+        """List the bytes of every file below the URL, by name."""
 
     def remove(self, name: str) -> None:
-        """A file, or a folder with all that is in it; nothing where there is neither."""
+        """Remove a file, or a folder with all that is in it; do nothing where there is neither."""
 
 
 def refused(what: str, status: int, log_in: str = "") -> RemoteError:

@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from ferkd_data import storage
+from ferkd_data import locks
 from ferkd_data.errors import PublishError
-from ferkd_data.storage import held
+from ferkd_data.locks import held
 
 
 def take(path, **more):
@@ -29,7 +29,7 @@ def test_one_at_a_time_also_within_a_process(tmp_path):
 
 
 def test_a_lock_whose_file_was_removed_or_replaced_is_none(tmp_path, monkeypatch):
-    lock, real = tmp_path / "lock", storage.fcntl.flock
+    lock, real = tmp_path / "lock", locks.fcntl.flock
 
     def too_late(replaced):
         def flock(descriptor, operation):
@@ -41,7 +41,7 @@ def test_a_lock_whose_file_was_removed_or_replaced_is_none(tmp_path, monkeypatch
         return flock
 
     for replaced in (False, True):
-        monkeypatch.setattr(storage.fcntl, "flock", too_late(replaced))
+        monkeypatch.setattr(locks.fcntl, "flock", too_late(replaced))
         with pytest.raises(PublishError, match="has just ended here"):
             with take(lock):
                 pass
@@ -51,7 +51,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def flock(descriptor, operation):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(storage.fcntl, "flock", flock)
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
     with pytest.raises(PublishError, match=r"out: its file system gives no locks \(.*\); use another folder"):
         with take(tmp_path / "lock"):
             pass
