@@ -1,4 +1,4 @@
-"""`convert`: a label set in another layout, or with other crop blocks."""
+"""`convert`: write a label set in another layout, or with other crop blocks."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def convert(
 
 
 def _is_of(there: Manifest, source: Manifest, layout: Layout, block: int) -> bool:
-    """Whether a finished label set is this conversion: the same in all but its files."""
+    """Return whether a finished label set is this conversion: the same in all but its files."""
     rows = [shard.rows for shard in there.shards] == [shard.rows for shard in source.shards]
     changes = {"layout": layout, "crops_per_block": block, "shards": there.shards}
     return rows and source.model_copy(update=changes) == there
 
 
 def _rows(source: LabelSet, shard: ShardEntry, layout: Layout, table: ImageTable | None) -> Iterator[Row]:
-    """The rows of a shard, with their images where `layout` needs them. Raises LabelSetError for a fault."""
+    """Yield the rows of a shard, with their images where `layout` needs them. Raises LabelSetError for a fault."""
     labels = source.shard(shard.index)
     check_as_verify_does(labels, source.manifest, f"{source.location}: shard {shard.index}")
     if layout == "parquet":

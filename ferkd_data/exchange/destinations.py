@@ -1,7 +1,4 @@
-"""Thread pools that Ctrl-C ends.
-
-Where label sets are published to: what is there already, and sending what is not.
-"""
+"""Destinations of label sets: finding what is there already, and sending what is not."""
 
 from __future__ import annotations
 
@@ -25,10 +22,10 @@ R = TypeVar("R")
 
 
 class Threads(ThreadPoolExecutor):
-    """A thread pool whose `with` block Ctrl-C leaves at once, and an error as soon as nothing is under way.
+    """A thread pool whose `with` block ends at once on Ctrl-C, and on an error as soon as no thread works.
 
-    The standard pool would do all that was asked of it first. No thread can be stopped from outside: what is under way
-    when Ctrl-C comes ends by itself.
+    The standard pool would first do everything in its queue. A thread cannot be stopped from outside: its present task
+    ends by itself.
     """
 
     def __exit__(
@@ -58,29 +55,31 @@ def as_they_end(
         yield [(pending.pop(future), future.result()) for future in ended], list(pending.values())
 
 
-class Place(Protocol):
+class Destination(Protocol):
+    """A place that files of one label set are sent to."""
+
     def missing(self, files: Sequence[FileToSend]) -> list[FileToSend]:
-        """Those that are not there with the right digest. Raises RemoteError."""
+        """Return the files that are not there with the right digest. Raises RemoteError."""
 
     def send(self, files: Sequence[FileToSend], *, instead_of: Sequence[str] = ()) -> Iterator[FileToSend]:
-        """Yields each once it has arrived. Raises RemoteError, also when another digest arrived.
+        """Send files, and yield each once it has arrived. Raises RemoteError, also when another digest arrived.
 
-        Files named by `instead_of`, where there are any, are gone before one of the others is seen there.
+        Files named by `instead_of` are removed before any of `files` can be seen there.
         """
 
     def finish(self) -> None:
-        """All is sent."""
+        """Forget what was remembered for a resume: everything has been sent."""
 
 
 def open_target(url: str, retries: Retries | None = None) -> Remote:
-    """A place to write to, for reading. Raises UsageError for one that cannot be written."""
+    """Return the folder at a destination, for reading. Raises UsageError for one that cannot be written to."""
     if url.partition("://")[0] in ("http", "https"):
         raise UsageError(f"{url}: HTTP servers are read only here; publish to a folder, s3://, gs:// or hf://")
     return open_remote(url if "://" in url else Path(url).absolute().as_uri(), retries)
 
 
-def open_destination(target: Remote, identity: str, threads: int) -> Place:
-    """`identity` is that of the label set to be sent. Raises UsageError, MissingExtraError."""
+def open_destination(target: Remote, identity: str, threads: int) -> Destination:
+    """Open a destination for the label set of this identity. Raises UsageError, MissingExtraError."""
     if target.url.startswith("hf://"):
         return Hub(target.url, threads)
     return Store(target, identity, threads)
@@ -97,7 +96,7 @@ class Store:
         return [file for file in files if not self._holds(file)]
 
     def send(self, files: Sequence[FileToSend], *, instead_of: Sequence[str] = ()) -> Iterator[FileToSend]:
-        """Several at a time. The first failure ends it."""
+        """Send several files at a time; the first failure ends it."""
         for name in instead_of:
             self._target.remove(name)
 
@@ -124,9 +123,9 @@ class Store:
 
 
 class _Journal:
-    """Which files of this label set have been read back from this place; spares reading them again after a kill.
+    """The files of a label set that have been read back from a destination; after a kill they need not be read again.
 
-    There is one for each place, begun anew for another label set: what that one sent may lie over files noted here.
+    Each destination has one. It is begun anew for another label set, which may have overwritten files noted here.
     """
 
     def __init__(self, identity: str, url: str) -> None:
@@ -140,7 +139,7 @@ class _Journal:
         return file.sha256 in self._arrived
 
     def begin(self) -> None:
-        """Before the first file is sent."""
+        """Begin the journal, before the first file is sent."""
         if not self._arrived:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(f"{self._identity}\n")

@@ -1,9 +1,7 @@
-"""A file on its way.
-
-Publishing to the Hugging Face hub, by its own client library: many files in few commits.
+"""Publishing to the Hugging Face hub, by its own client library: many files in few commits.
 
 Files are sent first and then committed together, so a kill loses no file that arrived: the next run finds it in the
-hub's storage. The hub states the digest of everything it holds, which is compared without reading anything back.
+hub's storage. The hub states the digest of everything it holds, so nothing has to be read back to be compared.
 """
 
 from __future__ import annotations
@@ -22,6 +20,8 @@ from ferkd_data.remote import LOG_IN, hub_endpoint, parse_hub_url
 
 @dataclass(frozen=True, kw_only=True)
 class FileToSend:
+    """A file of a label set on this host, with its name at the destination."""
+
     name: str
     file: Path
     bytes: int
@@ -30,10 +30,10 @@ class FileToSend:
 
 COMMIT_FILES = 500
 MAX_COMMITS = 40
-"""The hub slows down who commits often: larger label sets get larger commits."""
+"""The hub throttles frequent commits: larger label sets get larger commits."""
 
 TOGETHER = 4
-"""Files asked about in one request, for each that is sent at a time."""
+"""Files in one request to the hub, for each thread."""
 
 
 class Hub:
@@ -54,9 +54,9 @@ class Hub:
         return [file for file in files if not _is_same(there.get(self._place.folder + file.name), file)]
 
     def send(self, files: Sequence[FileToSend], *, instead_of: Sequence[str] = ()) -> Iterator[FileToSend]:
-        """Yields files as they arrive; they are seen by others from the commit on that follows each batch.
+        """Yield files as they arrive. Others see them from the commit on that follows each batch.
 
-        What they come instead of goes with the first of these commits.
+        The first of these commits removes the files of `instead_of`.
         """
         size = max(COMMIT_FILES, -(-len(files) // MAX_COMMITS))
         there = self._listed() if instead_of else {}
@@ -71,7 +71,7 @@ class Hub:
                 )
 
     def finish(self) -> None:
-        """The hub itself remembers what has arrived."""
+        """Do nothing: the hub itself remembers what has arrived."""
 
     def _send(self, batch: Sequence[FileToSend], gone: Sequence[str]) -> Iterator[FileToSend]:
         additions = [
@@ -100,7 +100,7 @@ class Hub:
             )
 
     def _listed(self) -> dict[str, Any]:
-        """What the hub says of each file, by its path; empty where there is no such repository or folder."""
+        """List the hub's entries of files by path; empty where there is no such repository or folder."""
         errors = self._errors
         absent = (errors.RepositoryNotFoundError, errors.EntryNotFoundError)
         with self._explained():
@@ -145,7 +145,7 @@ def _status(error: Exception) -> int | None:
 
 
 def _is_same(entry: Any, file: FileToSend) -> bool:
-    """Whether the hub has this very file: by SHA-256 for large ones, by Git's digest for others."""
+    """Return whether the hub has this very file: by SHA-256 for large files, by Git's digest for others."""
     if entry is None or entry.size != file.bytes:
         return False
     return bool(entry.lfs.sha256 == file.sha256 if entry.lfs else entry.blob_id == _git_digest(file.file))

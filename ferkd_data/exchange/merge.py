@@ -31,17 +31,19 @@ Kind = Literal["teachers", "crops", "images"]
 SAME_CROPS = ("seed", "crop_distribution", "augmentations", "num_crops")
 SAME_TEACHERS = ("teachers", "ensemble", "top_k", "thresholds")
 SETTINGS = {"teachers": SAME_CROPS, "crops": (*SAME_TEACHERS, "augmentations"), "images": (*SAME_CROPS, *SAME_TEACHERS)}
-"""What must be the same, by what the label sets add to each other."""
+"""Settings that must be the same, by what the label sets add to each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeResult:
+    """The label set that `merge` made."""
+
     out: Path
     kind: Kind
-    """What the label sets add to each other."""
+    """What the label sets add to each other: teachers, crops or images."""
     manifest: Manifest
     mean_uncertain: float
-    """Mean over the crops of how far a probability can be from a joint build's; 0 unless teachers were merged."""
+    """Mean over the crops of the bound on how far a probability is from a joint build's; 0 unless teachers were merged."""
     max_uncertain: float
 
 
@@ -104,7 +106,7 @@ def _result(out: Path, kind: Kind, manifest: Manifest) -> MergeResult:
 
 
 def _kind(sets: Sequence[LabelSet]) -> Kind:
-    """Raises LabelSetError where it is neither, with the first setting or key that conflicts."""
+    """Find what the label sets add to each other. Raises LabelSetError that names the first conflict."""
     first = sets[0]
     hashes = [labels.key_hashes() for labels in sets]
     for labels, theirs in zip(sets[1:], hashes[1:], strict=True):
@@ -158,6 +160,8 @@ def _comparable(labels: LabelSet, name: str) -> Any:
 
 
 class _Merge:
+    """One merge: its shards, and the manifest of what it writes."""
+
     def __init__(self, sets: Sequence[LabelSet], kind: Kind, weights: Sequence[float] | None) -> None:
         self.sets = sets
         self.kind = kind
@@ -200,7 +204,7 @@ class _Merge:
         return merged.labels
 
     def is_in(self, there: Manifest) -> bool:
-        """Whether a finished label set is this merge: the same in all but its files and what was counted."""
+        """Return whether a finished label set is this merge: the same but for its files and its counts."""
         extra = there.model_extra or {}
         same = self.manifest(list(there.shards), there.statistics, there.rejects)
         known = {"merge_uncertain": extra.get("merge_uncertain"), "created_by": there.created_by}
@@ -237,14 +241,14 @@ class _Merge:
 
 
 def max_pixels_of(manifests: Sequence[Manifest]) -> int | None:
-    """The largest limit of these label sets; None where no manifest has one."""
+    """Return the largest pixel limit of these label sets; None where no manifest has one."""
     if all(manifest.max_pixels is None for manifest in manifests):
         return None
     return max(manifest.pixel_limit for manifest in manifests)
 
 
 def gather(labels: LabelSet, keys: Sequence[str]) -> ShardLabels:
-    """The rows of these images, in this order. Raises LabelSetError where one is missing."""
+    """Return the rows of these images, in this order. Raises LabelSetError where one is missing."""
     try:
         return ShardLabels.from_rows([labels[key] for key in keys])
     except KeyError as error:

@@ -24,14 +24,16 @@ from ferkd_data.storage import inside, read_regular, sha256_file
 README, CROISSANT, LICENSE = "README.md", "croissant.json", "LICENSE"
 MAX_CARD_BYTES = 2**20
 HUB_FILES_PER_FOLDER, HUB_FILES = 10_000, 100_000
-"""What the hub takes."""
+"""Limits of the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishResult:
+    """The files that `publish` sent."""
+
     url: str
     sent: tuple[FileToSend, ...]
-    """What was sent (or, in a dry run, would be); empty where all of it was there already."""
+    """Files that were sent or, in a dry run, would be; empty where all were there already."""
     skipped: int
     """Files that were there already, with the right digest."""
 
@@ -68,7 +70,7 @@ def publish(
     it is.
 
     Raises UsageError for a card without a licence, and for more files than the hub takes; SignatureError; PublishError
-    when the label set has faults or the place holds another label set; RemoteError; MissingExtraError for the hub.
+    when the label set has faults or the destination holds another one; RemoteError; MissingExtraError for the hub.
 
     >>> card = fd.CardFields(license="cc-by-4.0", author="Vision Lab")
     >>> fd.publish(LABELS, "public", card=card).url
@@ -81,7 +83,7 @@ def publish(
     if is_remote(labels.location):
         raise UsageError(f"{path}: publish takes a folder; fetch the label set first: ferkd-data pull {path} DIR")
     target = open_target(url, retries)
-    place = open_destination(target, labels.identity, threads)
+    destination = open_destination(target, labels.identity, threads)
     same = _is_there(target, labels, overwrite)
     fields = _fields(labels, target, card or CardFields())
     if target.url.startswith("hf://"):
@@ -90,9 +92,9 @@ def publish(
     with Scratch("publish") as scratch:
         files, manifest = _files(labels, url, fields, scratch)
         files += _signature(labels, sign_with, scratch)
-        missing = place.missing(files)
+        missing = destination.missing(files)
         skipped = len(files) - len(missing)
-        last = () if same and not place.missing([manifest]) else (manifest,)
+        last = () if same and not destination.missing([manifest]) else (manifest,)
         skipped += not last
         if dry_run:
             return PublishResult(url=url, sent=(*missing, *last), skipped=skipped)
@@ -101,16 +103,16 @@ def publish(
         report(progress)
         # Leftovers of another label set; a signature among them would stay beside an unsigned one.
         stale = [] if same else sorted({FILE_NAME, SIGNATURE} - {file.name for file in files})
-        for file in place.send(missing, instead_of=stale):
+        for file in destination.send(missing, instead_of=stale):
             progress = replace(progress, files=progress.files + 1, bytes=progress.bytes + file.bytes)
             report(progress)
-        list(place.send(place.missing([manifest])))
-        place.finish()
+        list(destination.send(destination.missing([manifest])))
+        destination.finish()
     return PublishResult(url=url, sent=(*missing, *last), skipped=skipped)
 
 
 def _fields(labels: LabelSet, target: Remote, given: CardFields) -> CardFields:
-    """The card's fields, with what is not given from the folder's card and the published one. Raises UsageError."""
+    """Complete the card's fields from the folder's card and the published one. Raises UsageError."""
     folder = Path(labels.location)
     own = inside(folder, README)
     cards = [_read_card(own)] if own.exists() else []
@@ -125,7 +127,7 @@ def _fields(labels: LabelSet, target: Remote, given: CardFields) -> CardFields:
 
 
 def check_number_of_files(manifest: Manifest) -> None:
-    """Raises UsageError for more files than the hub takes in a repository or in one of its folders."""
+    """Raise UsageError for more files than the hub takes in a repository or in one of its folders."""
     paths = [file.path for shard in manifest.shards for file in shard.files]
     folder, most = Counter(path.rpartition("/")[0] for path in paths).most_common(1)[0] if paths else ("", 0)
     blocks = manifest.num_blocks
@@ -154,7 +156,7 @@ def _check(labels: LabelSet) -> None:
 
 
 def _is_there(target: Remote, labels: LabelSet, overwrite: bool) -> bool:
-    """Whether the place holds this very manifest. Raises PublishError where it holds another and may not lose it."""
+    """Return whether the destination holds this very manifest. Raises PublishError where it holds another one."""
     try:
         there = identity_of(read_remote_manifest(target))
     except ManifestError:
@@ -168,12 +170,12 @@ def _is_there(target: Remote, labels: LabelSet, overwrite: bool) -> bool:
 
 
 def _read_card(path: Path) -> str:
-    """Raises LabelSetError for one that is no regular file, or too large."""
+    """Read a card. Raises LabelSetError for one that is no regular file, or too large."""
     return read_regular(path, MAX_CARD_BYTES).decode("utf-8", "replace")
 
 
 def _files(labels: LabelSet, url: str, card: CardFields, scratch: Path) -> tuple[list[FileToSend], FileToSend]:
-    """Everything but the manifest, and the manifest."""
+    """List the files to send: everything but the manifest, and the manifest."""
     folder, manifest = Path(labels.location), labels.manifest
     entries = [*(file for shard in manifest.shards for file in shard.files), manifest.rejects]
     listed = [

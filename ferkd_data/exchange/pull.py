@@ -42,6 +42,8 @@ LOOK_SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class PullResult:
+    """The label set that `pull` made."""
+
     out: Path
     manifest: Manifest
     fetched: int
@@ -111,7 +113,7 @@ def pull(
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Two pulls into one folder would write to the same unfinished files."""
+    """Lock `out`: two pulls into one folder would write to the same unfinished files."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -124,7 +126,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _fetch_files(remote: Remote, out: Path, part: Manifest, threads: int, on_progress: OnProgress | None) -> int:
-    """All that the manifest lists; how many of them came over the line."""
+    """Fetch and check all files of the manifest; return how many were transferred."""
     labels = _labels_in(out, part, verify_labels="never")
     files = [(shard.index, file) for shard in part.shards for file in shard.files]
     entries: list[FileEntry] = [*(file for _, file in files), part.rejects]
@@ -136,7 +138,7 @@ def _fetch_files(remote: Remote, out: Path, part: Manifest, threads: int, on_pro
 
     def fetch(entry: FileEntry) -> bool:
         came = bring(entry)
-        # What came is what the manifest lists; whether a label set may say it is another matter.
+        # The digest says that the file is the listed one; reading it checks that its labels are possible.
         if entry.path in shard_of:
             labels.block(*shard_of[entry.path])
         else:
@@ -160,7 +162,7 @@ def _fetch_files(remote: Remote, out: Path, part: Manifest, threads: int, on_pro
                 shown = max(shown, progress.bytes + sum(_arrived(out, entry) for entry in under_way))
                 report(replace(progress, bytes=shown))
         except BaseException:
-            # The threads stop at their next bytes, so that none writes where the next pull does.
+            # Threads end at their next bytes, so that none writes to a file that the next pull continues.
             remote.stop()
             raise
     return fetched
@@ -190,7 +192,7 @@ def _arrived(out: Path, entry: FileEntry) -> int:
 
 
 def _selected(whole: Manifest, url: str, crops: int | None, shards: Sequence[int] | None) -> Manifest:
-    """The manifest of what was asked for, still with the statistics of the whole; `whole` itself where that is all."""
+    """Return the manifest of the part, with the statistics of the whole for now; `whole` itself for everything."""
     blocks, num_crops = whole.num_blocks, whole.num_crops
     if crops is not None:
         if not 1 <= crops <= whole.num_crops:
@@ -244,7 +246,7 @@ def _with_statistics(out: Path, part: Manifest) -> Manifest:
 
 
 def _write_card(remote: Remote, out: Path, part: Manifest, url: str, identity: str) -> None:
-    """A card that describes the part, in the words of the publisher of the whole where its card is one of ours."""
+    """Write a card that describes the part, with the fields of the published card where that was generated."""
     try:
         published = remote.read(README, max_bytes=MAX_BESIDE_BYTES).decode("utf-8", "replace")
     except RemoteError as error:
@@ -265,7 +267,7 @@ def _write_card(remote: Remote, out: Path, part: Manifest, url: str, identity: s
 
 
 def _fetch_beside(remote: Remote, out: Path, names: Sequence[str], folder: Path | None) -> None:
-    """The card, the licence and so on, where there are any."""
+    """Fetch the card, the licence and so on, where they exist."""
     for name in names:
         if folder is not None:
             # In a stranger's folder they may be links to files of ours, and what is pulled may be published again.

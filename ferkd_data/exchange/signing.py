@@ -1,4 +1,4 @@
-"""Who published a label set: OpenSSH signatures of its manifest, which holds the SHA-256 of every other file.
+"""OpenSSH signatures of a manifest, which holds the SHA-256 of every other file: they say who published a label set.
 
 `ssh-keygen` makes and checks them, with the keys and the files of allowed signers that people have for Git already. It
 is started directly, never through a shell.
@@ -19,7 +19,7 @@ from ferkd_data.storage import inside
 
 SIGNATURE = f"{FILE_NAME}.sig"
 NAMESPACE = "ferkd-data"
-"""What a signature is for: one made for Git or mail is none for a label set."""
+"""Purpose of a signature: one that was made for Git or mail does not count for a label set."""
 MAX_SIGNATURE_BYTES = 65536
 
 
@@ -35,13 +35,13 @@ def sign(manifest: Path, key: Path, to: Path) -> None:
 
 
 def require_signers(signed_by: str | Path | None, signer: str | None) -> None:
-    """Raises UsageError for a name that nothing could be held against."""
+    """Raise UsageError for a signer without a file of allowed signers."""
     if signer is not None and signed_by is None:
         raise UsageError("signer needs signed_by, a file that says whose keys are whose (--signer needs --signed-by)")
 
 
 def check_signature(labels: LabelSet, allowed_signers: Path, signer: str | None = None) -> str:
-    """As `check_signed`, of a label set that is open. Raises SignatureError also where it holds no signature."""
+    """Check an open label set as `check_signed` does. Raises SignatureError also where it holds no signature."""
     manifest, signature = _signed(labels)
     where = f"{labels.location}/{FILE_NAME}"
     if identity_of(manifest) != labels.identity:
@@ -50,10 +50,11 @@ def check_signature(labels: LabelSet, allowed_signers: Path, signer: str | None 
 
 
 def check_signed(manifest: bytes, signature: bytes, where: str, allowed_signers: Path, signer: str | None) -> str:
-    """The name under which `allowed_signers` (see ssh-keygen's manual) knows who signed this manifest.
+    """Return the name under which `allowed_signers` (see ssh-keygen's manual) lists the signer of this manifest.
 
-    With `signer`, only that name will do. Raises SignatureError when the signature is not of an allowed signer, or the
-    manifest is not what was signed.
+    With `signer`, only that name is accepted.
+
+    Raises SignatureError when the signature is not of an allowed signer, or the manifest is not what was signed.
     """
     if not allowed_signers.is_file():
         raise SignatureError(f"{allowed_signers}: no such file of allowed signers")
@@ -70,7 +71,7 @@ def check_signed(manifest: bytes, signature: bytes, where: str, allowed_signers:
 
 
 def read_remote_signature(remote: Remote) -> bytes:
-    """Raises SignatureError where there is none, RemoteError."""
+    """Read a published signature. Raises SignatureError where there is none, RemoteError."""
     try:
         return remote.read(SIGNATURE, max_bytes=MAX_SIGNATURE_BYTES)
     except RemoteError as error:
@@ -80,7 +81,7 @@ def read_remote_signature(remote: Remote) -> bytes:
 
 
 def _names(known: list[str], where: str, allowed_signers: Path) -> list[str]:
-    """Under which names the signature's key is allowed."""
+    """Return the names that the signature's key is allowed for."""
     found = _ssh_keygen(["find-principals", *known], b"")
     names = found.stdout.decode("utf-8", "replace").splitlines()
     if found.returncode or not names:
@@ -89,7 +90,7 @@ def _names(known: list[str], where: str, allowed_signers: Path) -> list[str]:
 
 
 def _signed(labels: LabelSet) -> tuple[bytes, bytes]:
-    """The manifest and its signature, as they lie there."""
+    """Read the manifest and its signature, unparsed."""
     place = labels.location
     if is_remote(place):
         remote = open_remote(place)

@@ -90,7 +90,7 @@ def verify(
 
 @dataclass(kw_only=True)
 class _Found:
-    """What one shard showed."""
+    """The faults, statistics and images of one shard."""
 
     faults: list[Fault] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
@@ -101,6 +101,8 @@ class _Found:
 
 
 class _Check:
+    """The state of one verification. Only the main thread uses it; threads check files and hand back `Block`s."""
+
     def __init__(self, labels: LabelSet, max_faults: int) -> None:
         self.labels = labels
         self.manifest = labels.manifest
@@ -122,7 +124,7 @@ class _Check:
         self.found.append(found)
 
     def shard(self, entry: ShardEntry, blocks: Sequence[Block]) -> _Found:
-        """Everything that the files of one shard together can show."""
+        """Find the faults that the files of one shard together can show."""
         found = _Found(readable=all(block.rows is not None for block in blocks))
         first: ShardLabels | None = None
         for file, block in zip(entry.files, blocks, strict=True):
@@ -139,7 +141,7 @@ class _Check:
         return found
 
     def whole(self) -> None:
-        """What only all shards together can show."""
+        """Find the faults that only all shards together can show."""
         self._keys_are_unique()
         if all(found.readable for found in self.found):
             self._statistics_add_up()
@@ -203,7 +205,7 @@ class _Check:
                 self.warnings.append(f"{name}: is not in the manifest; nobody reads it")
 
     def images(self, place: str) -> None:
-        """Join the labels with a source by key, and compare digests."""
+        """Join the labels with a source by key and compare digests."""
         source = open_source(place)
         hashes = np.concatenate([found.hashes for found in self.found] or [np.empty(0, np.uint64)])
         digests = np.concatenate([found.digests for found in self.found] or [np.empty((0, 16), np.uint8)])

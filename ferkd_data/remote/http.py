@@ -1,8 +1,7 @@
-"""What went wrong between here and an HTTP server: may it pass when it is tried again, and how to say it.
+"""Reading files over HTTP by urllib3, in ranges; and errors that say what a server did wrong and whether it may pass.
 
-Files over HTTP, by urllib3: in ranges, read only.
-
-Redirects are followed here: urllib3 would first read the body of each to its end, and a body may have none.
+Redirects are followed here: urllib3 would first read the body of each to its end, and a body may have none. Retries are
+not made here: `Transient` tells the caller that another attempt may succeed.
 """
 
 from __future__ import annotations
@@ -22,82 +21,17 @@ from ferkd_data.remote.retries import Stalled, Transient
 from ferkd_data.remote.transport import NOT_FOUND, TRANSIENT, Chunks, refused
 from ferkd_data.storage import CHUNK_BYTES
 
-
-def failure(error: Exception, url: str, *, reached: bool) -> RemoteError | Transient:
-    """The error to raise for one of urllib3's.
-
-    A refused connection or an unknown host is a mistake in the URL or in the network's settings, unless the server has
-    answered before (`reached`): then it may be restarting.
-    """
-    import urllib3.exceptions as of
-
-    cause = _cause(error)
-    place = urlsplit(url).netloc
-    if isinstance(error, of.SSLError):
-        return _of_tls(cause, url, place)
-    if isinstance(error, of.ConnectTimeoutError) and not isinstance(error, of.NewConnectionError):
-        return Transient(f"{place} cannot be reached (no answer in time)")
-    if isinstance(error, (of.NewConnectionError, of.ProxyError)):
-        text = f"{place} cannot be reached ({_reason(error)})"
-        return Transient(text) if reached else RemoteError(f"{url}: {text}; check the URL and the network")
-    if _speaks_no_http(cause):
-        return RemoteError(f"{url}: the server at {place} does not answer in HTTP as it should ({_short(cause)})")
-    if isinstance(error, (of.ProtocolError, of.TimeoutError)):
-        return Transient(f"the connection was lost ({_short(cause)})")
-    return RemoteError(f"{url}: {_short(error)}")
-
-
-def _cause(error: Exception) -> BaseException:
-    """What urllib3 wraps: the last of an error's arguments that is an error itself, or its cause."""
-    inner = [part for part in error.args if isinstance(part, BaseException)]
-    return inner[-1] if inner else error.__cause__ or error
-
-
-def _of_tls(cause: BaseException, url: str, place: str) -> RemoteError | Transient:
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        said = cause.verify_message or _short(cause)
-        return RemoteError(
-            f"{url}: the certificate of {place} is not trusted ({said}); add its authority to the system's, "
-            "or name a file of authorities in SSL_CERT_FILE"
-        )
-    if isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError, TimeoutError)):
-        return Transient(f"the connection was lost ({_short(cause)})")
-    return RemoteError(f"{url}: no secure connection to {place} ({_short(cause)}); does it speak HTTPS on this port?")
-
-
-def _reason(error: Exception) -> str:
-    for found in (error.__cause__, error.__context__, _cause(error)):
-        if isinstance(found, socket.gaierror):
-            return f"unknown host: {found.strerror}"
-        if isinstance(found, OSError) and found.strerror:
-            return found.strerror
-    return _short(error)
-
-
-def _speaks_no_http(cause: BaseException) -> bool:
-    """What http.client raises for bytes that are no answer; of its errors, two are of connections that ended."""
-    if isinstance(cause, http.client.IncompleteRead):
-        # Also of a chunk's size that is no number; where the connection ended before it, that is an empty text.
-        size = cause.__context__
-        return isinstance(size, ValueError) and not str(size).endswith("b''")
-    return isinstance(cause, http.client.HTTPException) and not isinstance(cause, http.client.RemoteDisconnected)
-
-
-def _short(error: Any) -> str:
-    """One line; a server's own words may be long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
 CONNECT_SECONDS = 15.0
 LEAST_BYTES = 1024
-"""A server that sends fewer of a file within the time limit stalls: 17 bytes a second at 60 s."""
+"""A server that sends fewer bytes of a file within the time limit has stalled: 17 bytes a second at 60 s."""
 MAX_REDIRECTS = 3
 NEVER_SERVED = (501, 505)
-"""What is not implemented now will not be so in a minute."""
+"""Statuses of servers that will not answer otherwise in a minute: not implemented, unknown version of HTTP."""
 
 
 class HttpTransport:
+    """Files of an HTTP server. Threads share it: urllib3's pool is safe, and a file is read by one thread at a time."""
+
     def __init__(self, url: str, timeout: float, headers: dict[str, str] | None = None, log_in: str = "") -> None:
         import urllib3
 
@@ -111,7 +45,7 @@ class HttpTransport:
         )
         self._pool.pool_classes_by_scheme = _pools(timeout)
         self._versions: dict[str, str] = {}
-        """The ETag of each file under way, so that halves of two versions are not joined."""
+        """The ETag of each file being read, so that halves of two versions are never joined."""
         self.reached = False
         """Whether the server has answered, with anything that is HTTP."""
 
@@ -119,7 +53,7 @@ class HttpTransport:
         version = self._versions.get(name) if start else None
         condition = {"If-Range": version} if version else {}
         response = self._request("GET", name, {"Range": f"bytes={start}-", **condition} if start else {})
-        # Forgotten only now: a server that answers 503 first may answer with another version next.
+        # Dropped only after the answer: a server that answers 503 first may answer with another version next.
         self._versions.pop(name, None)
         found = response.headers.get("ETag", "")
         if found and not found.startswith("W/"):
@@ -161,7 +95,7 @@ class HttpTransport:
         return UsageError(f"{self._url}: HTTP servers are read only here; write to a folder, s3:// or gs://")
 
     def _request(self, method: str, name: str, headers: dict[str, str]) -> Any:
-        """The server's answer with the file. Raises Transient and RemoteError for any other, whose body is not read."""
+        """Return an answer with the file. Raises Transient or RemoteError for any other, whose body is not read."""
         url = f"{self._url}/{quote(name)}"
         response = self._follow(method, url, {**self._headers, **headers})
         self.reached = True
@@ -209,7 +143,7 @@ class HttpTransport:
                 chunk = response.read1(CHUNK_BYTES, decode_content=False)
                 if not chunk:
                     return
-                # Time that the taker of the chunks needs is not the server's.
+                # Only the wait for the server counts, not the time that the consumer takes for a chunk.
                 waited += time.monotonic() - before
                 arrived += len(chunk)
                 if waited >= self._timeout:
@@ -224,9 +158,9 @@ class HttpTransport:
 
 
 def _pools(seconds: float) -> dict[str, Any]:
-    """The pools of urllib3 by scheme, whose connections wait `seconds` for the whole head of an answer.
+    """Return urllib3's pool classes by scheme, with connections that wait `seconds` for the whole head of an answer.
 
-    Its own time limit begins anew with each byte.
+    urllib3's own time limit begins anew with each byte.
     """
     from urllib3.connection import HTTPConnection, HTTPSConnection
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
@@ -278,8 +212,74 @@ def _server(url: str) -> tuple[str, str]:
 
 
 def _let_go(response: Any) -> None:
-    """Give the connection back where no body follows; else close it, since a body may be long, or never end."""
+    """Return the connection to the pool where no body follows; else close it, since a body may never end."""
     if response.length_remaining == 0:
         response.drain_conn()
     else:
         response.close()
+
+
+def failure(error: Exception, url: str, *, reached: bool) -> RemoteError | Transient:
+    """Return the error to raise for one of urllib3's.
+
+    A refused connection or an unknown host is a mistake in the URL or in the network's settings, unless the server has
+    answered before (`reached`): then it may be restarting.
+    """
+    import urllib3.exceptions as of
+
+    cause = _cause(error)
+    place = urlsplit(url).netloc
+    if isinstance(error, of.SSLError):
+        return _of_tls(cause, url, place)
+    if isinstance(error, of.ConnectTimeoutError) and not isinstance(error, of.NewConnectionError):
+        return Transient(f"{place} cannot be reached (no answer in time)")
+    if isinstance(error, (of.NewConnectionError, of.ProxyError)):
+        text = f"{place} cannot be reached ({_reason(error)})"
+        return Transient(text) if reached else RemoteError(f"{url}: {text}; check the URL and the network")
+    if _speaks_no_http(cause):
+        return RemoteError(f"{url}: the server at {place} does not answer in HTTP as it should ({_short(cause)})")
+    if isinstance(error, (of.ProtocolError, of.TimeoutError)):
+        return Transient(f"the connection was lost ({_short(cause)})")
+    return RemoteError(f"{url}: {_short(error)}")
+
+
+def _cause(error: Exception) -> BaseException:
+    """Return the error that urllib3 wraps: the last of the arguments that is one, or the cause."""
+    inner = [part for part in error.args if isinstance(part, BaseException)]
+    return inner[-1] if inner else error.__cause__ or error
+
+
+def _of_tls(cause: BaseException, url: str, place: str) -> RemoteError | Transient:
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        said = cause.verify_message or _short(cause)
+        return RemoteError(
+            f"{url}: the certificate of {place} is not trusted ({said}); add its authority to the system's, "
+            "or name a file of authorities in SSL_CERT_FILE"
+        )
+    if isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError, TimeoutError)):
+        return Transient(f"the connection was lost ({_short(cause)})")
+    return RemoteError(f"{url}: no secure connection to {place} ({_short(cause)}); does it speak HTTPS on this port?")
+
+
+def _reason(error: Exception) -> str:
+    for found in (error.__cause__, error.__context__, _cause(error)):
+        if isinstance(found, socket.gaierror):
+            return f"unknown host: {found.strerror}"
+        if isinstance(found, OSError) and found.strerror:
+            return found.strerror
+    return _short(error)
+
+
+def _speaks_no_http(cause: BaseException) -> bool:
+    """Return whether http.client met bytes that are no answer; two of its errors mean a connection that ended."""
+    if isinstance(cause, http.client.IncompleteRead):
+        # Also of a chunk's size that is no number; where the connection ended before it, that is an empty text.
+        size = cause.__context__
+        return isinstance(size, ValueError) and not str(size).endswith("b''")
+    return isinstance(cause, http.client.HTTPException) and not isinstance(cause, http.client.RemoteDisconnected)
+
+
+def _short(error: Any) -> str:
+    """Return the text of an error in one line, cut at 200 characters, since a server's own words may be long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."

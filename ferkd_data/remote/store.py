@@ -25,9 +25,9 @@ DENIED = (
     "INVALID_SIGNATURE",
     "UNRECOGNIZED_CLIENT",
 )
-"""As Arrow names what S3 answers with 403."""
+"""Arrow's names for the reasons of S3 to answer 403."""
 NO_SERVER = ("curlCode: 6,", "curlCode: 7,", "curlCode: 35,", "curlCode: 60,")
-"""As curl numbers an unknown host, a refused connection, no TLS, and a certificate that is not trusted."""
+"""curl's numbers for an unknown host, a refused connection, no TLS, and a certificate that is not trusted."""
 
 
 class StoreTransport:
@@ -44,7 +44,7 @@ class StoreTransport:
         reached = self.reached
         with self._explained(self._url):
             file_system, root = fs.FileSystem.from_uri(self._url)
-        # That asked nobody.
+        # Making a file system contacts no server.
         self.reached = reached
         return file_system, root.rstrip("/")
 
@@ -100,7 +100,7 @@ class StoreTransport:
                 file_system.delete_dir(path)
 
     def _from_disk(self, path: Path, start: int, what: str) -> Chunks:
-        """Without Arrow, which would open a FIFO and wait, deaf to Ctrl-C. Raises LabelSetError for one."""
+        """Read without Arrow, which would wait at a FIFO and ignore Ctrl-C. Raises LabelSetError for a FIFO."""
         with self._explained(what), open_regular_stream(path) as stream:
             stream.seek(start)
             while chunk := stream.read(CHUNK_BYTES):
@@ -119,7 +119,7 @@ class StoreTransport:
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """Sort what Arrow's file systems raise into what may pass and what will not."""
+        """Turn errors of Arrow's file systems into Transient, where they may pass, and RemoteError."""
         try:
             yield
             self.reached = True
