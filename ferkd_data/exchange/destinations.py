@@ -3,56 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Protocol
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from ferkd_data.errors import UsageError
 from ferkd_data.exchange.hub import FileToSend, Hub
+from ferkd_data.exchange.threads import Threads, as_they_end
 from ferkd_data.remote import Remote, Retries, open_remote
 from ferkd_data.storage import default_cache_dir, remove_leftovers
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-class Threads(ThreadPoolExecutor):
-    """A thread pool whose `with` block ends at once on Ctrl-C, and on an error as soon as no thread works.
-
-    The standard pool would first do everything in its queue. A thread cannot be stopped from outside: its present task
-    ends by itself.
-    """
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.shutdown(wait=not interrupted, cancel_futures=kind is not None)
-
-
-def as_they_end(
-    executor: Executor, action: Callable[[T], R], items: Iterable[T], *, ahead: int, seconds: float | None = None
-) -> Iterator[tuple[list[tuple[T, R]], list[T]]]:
-    """Do `action` to each item in an executor, up to `ahead` of them asked for at once.
-
-    Yields the items that have ended with their results, in the order of their ends, and the items that have not. Where
-    none ends for so many seconds, it yields an empty list, for callers that look how far those under way are.
-    Raises what an action raises.
-    """
-    pending: dict[Future[R], T] = {}
-    waiting = iter(items)
-    while True:
-        for item in itertools.islice(waiting, ahead - len(pending)):
-            pending[executor.submit(action, item)] = item
-        if not pending:
-            return
-        ended, _ = wait(pending, timeout=seconds, return_when=FIRST_COMPLETED)
-        yield [(pending.pop(future), future.result()) for future in ended], list(pending.values())
 
 
 class Destination(Protocol):

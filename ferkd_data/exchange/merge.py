@@ -43,7 +43,7 @@ class MergeResult:
     """What the label sets add to each other: teachers, crops or images."""
     manifest: Manifest
     mean_uncertain: float
-    """Mean over the crops of the bound on how far a probability is from a joint build's; 0 unless teachers were merged."""
+    """Mean over the crops of the bound on the error of a probability against a joint build; 0 unless teachers differ."""
     max_uncertain: float
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from ferkd_data.errors import PublishError, RemoteError, UsageError, check_at_least, renamed
 from ferkd_data.exchange.card import render_card
 from ferkd_data.exchange.card_facts import recalled
-from ferkd_data.exchange.destinations import Threads, as_they_end
 from ferkd_data.exchange.signing import SIGNATURE, check_signed, read_remote_signature, require_signers
+from ferkd_data.exchange.threads import Threads, as_they_end
 from ferkd_data.format.manifest import (
     FILE_NAME,
     FileEntry,

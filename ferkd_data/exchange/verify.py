@@ -16,8 +16,8 @@ import numpy.typing as npt
 from ferkd_data import rng
 from ferkd_data.errors import LabelSetError, RemoteError, check_at_least, renamed
 from ferkd_data.exchange.checks import Block, Fault, FileCheck, VerifyReport, differing, without_path
-from ferkd_data.exchange.destinations import Threads
 from ferkd_data.exchange.signing import SIGNATURE, check_signature, require_signers
+from ferkd_data.exchange.threads import Threads
 from ferkd_data.format import parquet
 from ferkd_data.format.manifest import FILE_NAME, ShardEntry
 from ferkd_data.format.progress import OnProgress, TransferProgress

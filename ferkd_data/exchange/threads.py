@@ -1,0 +1,47 @@
+"""Threads for transfers and checks, which Ctrl-C ends at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Threads(ThreadPoolExecutor):
+    """A thread pool whose `with` block ends at once on Ctrl-C, and on an error as soon as no thread works.
+
+    The standard pool would first do everything in its queue. A thread cannot be stopped from outside: its present task
+    ends by itself.
+    """
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.shutdown(wait=not interrupted, cancel_futures=kind is not None)
+
+
+def as_they_end(
+    executor: Executor, action: Callable[[T], R], items: Iterable[T], *, ahead: int, seconds: float | None = None
+) -> Iterator[tuple[list[tuple[T, R]], list[T]]]:
+    """Call `action` with each item in an executor, with at most `ahead` calls queued or running.
+
+    Yields the items whose calls have ended, with their results, and the items whose calls have not. When none ends for
+    `seconds`, it yields an empty list, so that the caller can look at the progress of the others. Raises what an action
+    raises.
+    """
+    # Only this generator uses `pending`. Its length is bounded, so that a million items take no memory each.
+    pending: dict[Future[R], T] = {}
+    waiting = iter(items)
+    while True:
+        for item in itertools.islice(waiting, ahead - len(pending)):
+            pending[executor.submit(action, item)] = item
+        if not pending:
+            return
+        ended, _ = wait(pending, timeout=seconds, return_when=FIRST_COMPLETED)
+        yield [(pending.pop(future), future.result()) for future in ended], list(pending.values())
