@@ -43,7 +43,7 @@ class MergeResult:
     """What the label sets add to each other: teachers, crops or images."""
     manifest: Manifest
     mean_uncertain: float
-    """Mean over the crops of the bound on the error of a probability against a joint build; 0 unless teachers differ."""
+    """Mean over the crops of the bound on a probability's error against a joint build; 0 unless teachers differ."""
     max_uncertain: float
 
 
