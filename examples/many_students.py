@@ -52,7 +52,7 @@ def main() -> None:
             inputs, targets = fd.normalize(images.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
             losses = {}
             for name, student in students.items():
-                with torch.autocast(device, torch.bfloat16):
+                with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                     logits = student(inputs)
                 losses[name] = fd.soft_cross_entropy(logits, targets)
                 optimisers[name].zero_grad()

@@ -53,7 +53,8 @@ def main() -> None:
     cutmix = fd.CutMix(prob=0.5)
     torch.manual_seed(0)
     sized = {"img_size": args.size} if args.model.startswith(("vit", "deit")) else {}
-    student = timm.create_model(args.model, num_classes=labels.num_classes, **sized).to(device)
+    student = timm.create_model(args.model, num_classes=labels.num_classes, **sized)
+    student.to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.05)
     steps = args.epochs * len(loader)
     rate = torch.optim.lr_scheduler.LambdaLR(
@@ -65,7 +66,7 @@ def main() -> None:
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             if args.mix == "strangers":
                 images, targets = cutmix(images, targets, rng=fd.generator("cutmix", 0, epoch, step))
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 logits = student(fd.normalize(images))
             loss = fd.soft_cross_entropy(logits, targets)
             optimiser.zero_grad()
