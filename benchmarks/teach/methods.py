@@ -92,6 +92,11 @@ def _setups() -> dict[str, Method]:
     ten = {"photos_classes_only": True}
     return {
         **same,
+        "blend+cutmix": Method(named="blend and CutMix", calibration=ALL_BLEND, mix=fd.CutMix(prob=0.5)),
+        "blend+selfmix": Method(
+            named="blend and SelfMix", calibration=ALL_BLEND, selfmix=fd.SelfMix(prob=0.5, mode="cutmix")
+        ),
+        "ferkd+cutmix": Method(named="FerKD and CutMix", calibration=FERKD, mix=fd.CutMix(prob=0.5)),
         "online": Method(named="vanilla KD: the teacher in every step, fresh crops", calibration=FKD, online=True),
         "fkd/ten-classes": Method(named="FKD, mass on the ten classes", calibration=FKD, changes=ten),
         "ferkd/ten-classes": Method(named="FerKD, mass on the ten classes", calibration=FERKD, changes=ten),
