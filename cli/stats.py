@@ -10,6 +10,8 @@ from .options import json_option, print_json
 from .terminal import say, say_table
 
 SHARES = ("share", "aggregate", "paper_share")
+WEAK = 0.75
+"""Share of crops named rightly below which a hint says so. Measured at 0.65: benchmarks/teach."""
 
 
 @click.command()
@@ -19,11 +21,14 @@ SHARES = ("share", "aggregate", "paper_share")
 def command(labels: str, num_worst: int, as_json: bool) -> int:
     """The p_max table, buckets, agreements and worst classes of the label set LABELS."""
     import ferkd_data as fd
-    from ferkd_data.labels.statistics import per_class_agreement, summarise
+    from ferkd_data.labels.statistics import count_agreement, summarise
 
     opened = fd.open_labels(labels)
-    worst = per_class_agreement(opened.shards())[:num_worst]
+    agreement = count_agreement(opened.shards())
+    worst = agreement.by_class[:num_worst]
     summary = summarise(opened.manifest.statistics)
+    for bucket, right in zip(summary["buckets"].values(), agreement.by_bucket, strict=True):
+        bucket["right"] = None if right is None else 100 * right
     if as_json:
         print_json({**summary, "worst_classes": [_class_entry(opened, row) for row in worst]})
         return 0
@@ -44,15 +49,28 @@ def print_statistics(summary: dict[str, Any], teacher_names: list[str]) -> None:
     ]
     say_table(["p_max", "crops", "share %", "aggregate %", "FerKD paper %"], rows)
     say("")
-    buckets = [[name, f"{one['crops']:,}", f"{one['share']:.2f}"] for name, one in summary["buckets"].items()]
-    say_table(["bucket", "crops", "share %"], buckets)
+    counted = summary["crops_with_target"] and all("right" in one for one in summary["buckets"].values())
+    rows = [
+        [name, f"{one['crops']:,}", f"{one['share']:.2f}", *([_percent(one["right"])] if counted else [])]
+        for name, one in summary["buckets"].items()
+    ]
+    say_table(["bucket", "crops", "share %", *(["right %"] if counted else [])], rows)
     if summary["crops_with_target"]:
         say(f"\nthe ground truth is the most probable class of {summary['agreement_with_target']:.1%} of the crops")
         say(f"its mean probability is {summary['mean_target_prob']:.3f}")
     else:
         say("\nthe ground truth is unknown: no image has a target")
     say(f"the stored top-k hold {summary['mean_kept_prob']:.1%} of the probability")
+    if summary["crops_with_target"] and summary["agreement_with_target"] < WEAK:
+        say(
+            "hint: a student that replays such labels alone can do worse than one that gets the ground truth; "
+            'compare CropLoader(calibration="blend") (docs/evidence.md)'
+        )
     _print_teachers(summary, teacher_names)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def _print_teachers(summary: dict[str, Any], names: list[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -214,15 +215,36 @@ def summarise(statistics: Statistics) -> dict[str, Any]:
     }
 
 
-def per_class_agreement(shards: Iterable[ShardLabels]) -> list[tuple[int, int, float]]:
-    """(class, crops, share of them whose most probable class it is) for every class seen, the worst first."""
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How often the most probable class is the ground truth, counted over crops whose ground truth is known."""
+
+    by_class: tuple[tuple[int, int, float], ...]
+    """(class, crops, share of them that are right) for every class seen, the worst first."""
+    by_bucket: tuple[float | None, ...]
+    """By bucket code, as stored: the share of crops that are right; None where there are none."""
+
+
+def count_agreement(shards: Iterable[ShardLabels]) -> Agreement:
+    """Count, over all shards, how often the most probable class is the ground truth, by class and by bucket.
+
+    One pass with one shard in memory at a time.
+    """
     crops: Counter[int] = Counter()
     matches: Counter[int] = Counter()
+    bucket_crops, bucket_matches = np.zeros((2, len(BUCKETS)), np.int64)
     for shard in shards:
         for target in np.unique(shard.target[shard.target != UNKNOWN_TARGET]).tolist():
             rows = shard.target == target
-            top1 = shard.class_index[rows, :, 0]
-            crops[target] += top1.size
-            matches[target] += int((top1 == target).sum())
+            right = shard.class_index[rows, :, 0] == target
+            crops[target] += right.size
+            matches[target] += int(right.sum())
+            buckets = shard.bucket[rows]
+            bucket_crops += np.bincount(buckets.ravel(), minlength=len(BUCKETS))
+            bucket_matches += np.bincount(buckets[right], minlength=len(BUCKETS))
     table = [(target, crops[target], matches[target] / crops[target]) for target in crops]
-    return sorted(table, key=lambda row: (row[2], row[0]))
+    pairs = zip(bucket_matches.tolist(), bucket_crops.tolist(), strict=True)
+    return Agreement(
+        by_class=tuple(sorted(table, key=lambda row: (row[2], row[0]))),
+        by_bucket=tuple(right / number if number else None for right, number in pairs),
+    )

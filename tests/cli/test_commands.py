@@ -73,8 +73,12 @@ def test_build_info_stats_show(call, photos, tiny_teachers, tmp_path):
 
     status, text, _ = call("stats", out)
     assert status == 0 and "0.95-1.00" in text and "easy_positive" in text and "FerKD paper" in text
+    assert "right %" in text and "hint: a student that replays such labels alone" in text, "a teacher that guesses"
     status, text, _ = call("stats", out, "--json")
     content = json.loads(text)
+    shares = [(one["crops"], one["right"]) for one in content["buckets"].values()]
+    right = sum(crops * share for crops, share in shares if crops) / 200
+    assert right == pytest.approx(100 * content["agreement_with_target"])
     assert len(content["p_max"]) == 12 and content["crops"] == 200 and len(content["worst_classes"]) == 5
 
     status, text, _ = call("show", out, "class3/photo0003", "--crops", "2")

@@ -7,7 +7,7 @@ import pytest
 
 import ferkd_data as fd
 from ferkd_data.errors import ManifestError, ShardError, UsageError
-from ferkd_data.labels.statistics import RANGE_EDGES, add, histogram, p_max_table, per_class_agreement, summarise
+from ferkd_data.labels.statistics import RANGE_EDGES, add, count_agreement, histogram, p_max_table, summarise
 
 
 def test_length_keys_rows_and_shards_agree(label_set):
@@ -95,10 +95,14 @@ def test_statistics_are_those_of_the_rows(label_set):
     assert (low <= p_max / 65536 + 1e-3).all() and (p_max / 65536 <= high + 1e-3).all()
     summary = summarise(statistics)
     assert summary["agreement_with_target"] == right / 200
-    worst = per_class_agreement(labels.shards())
+    counted = count_agreement(labels.shards())
+    worst = counted.by_class
     assert sum(row[1] for row in worst) == 200
     assert round(sum(row[1] * row[2] for row in worst)) == right
     assert [row[2] for row in worst] == sorted(row[2] for row in worst)
+    for code, share in enumerate(counted.by_bucket):
+        hits = [image.class_index[image.bucket == code, 0] == image.target for image in labels]
+        assert share == (np.concatenate(hits).mean() if statistics.bucket_counts[code] else None)
 
 
 def test_edges_fall_into_the_upper_range():
