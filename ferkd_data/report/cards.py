@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from ferkd_data.format.manifest import ThresholdsEntry
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.buckets import BUCKETS, Thresholds
 from ferkd_data.report.charts import Cell, Column, Table, boxes_picture, percent
@@ -42,13 +43,20 @@ def crop_view(labels: LabelSet, crop: Crop, pictures: Pictures) -> dict[str, Any
         "picture": pictures.crops.get((image.key, number), ""),
         "bucket": int(image.bucket[number]),
         "bucket_name": BUCKET_TITLES[BUCKETS[image.bucket[number]]],
-        "p_max": f"{crop.p_max:.2f}",
+        "p_max": beside_thresholds(crop.p_max, labels.manifest.thresholds),
+        "flipped": bool(image.flip[number]),
         "labels": [(class_name(labels, index), f"{prob:.2f}", prob) for index, prob in list(top)[:5]],
         "truth": class_name(labels, image.target),
         "truth_prob": "" if np.isnan(said) else f"{said:.2f}",
         "right": image.target < 0 or crop.top1 == image.target,
         "box": box_text(image, number),
     }
+
+
+def beside_thresholds(p_max: float, thresholds: ThresholdsEntry) -> str:
+    """p_max with two digits, or with three where two would put it on a threshold that it only lies beside."""
+    edges = (thresholds.low, thresholds.mid, thresholds.top)
+    return f"{p_max:.3f}" if any(abs(p_max - edge) < 0.005 for edge in edges) else f"{p_max:.2f}"
 
 
 def box_text(image: Any, number: int) -> str:
@@ -200,11 +208,10 @@ def threshold_table(labels: LabelSet, sketch: Sketch, suggestion: Suggestion) ->
         Column(title="values", numeric=False),
         *(Column(title=name.replace("_", " "), numeric=False) for name in BUCKETS),
     )
-    choices = (
-        ("stored", labels.manifest.thresholds.absolute()),
-        ("suggested", suggestion.thresholds),
-        ("ferkd-data's defaults", Thresholds()),
-    )
+    stored = labels.manifest.thresholds.absolute()
+    choices = [("stored", stored), ("suggested", suggestion.thresholds), ("ferkd-data's defaults", Thresholds())]
+    if stored == Thresholds():
+        choices = [("stored, ferkd-data's defaults", stored), choices[1]]
     rows: list[list[Cell | str]] = []
     for name, chosen in choices:
         edges = np.array([chosen.low, chosen.mid, chosen.top])

@@ -224,7 +224,7 @@ def _coarse_table(
         for row in range(rows)
     ]
     return Table(
-        caption=f"{title}: mean of {value_title} in {rows} x {columns} parts",
+        caption=f"{title}, averaged over {rows} x {columns} parts ({value_title})",
         columns=(Column(title="", numeric=False), *(Column(title=head) for head in heads)),
         rows=body,
     )

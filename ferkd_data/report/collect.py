@@ -23,6 +23,7 @@ from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels
 from ferkd_data.report.samples import Crop, CropSample, SampledImage, Smallest, SuspectList, priorities, sampled
 from ferkd_data.report.sketch import POSITIVE, Sketch
+from ferkd_data.report.temperatures import TemperatureSample
 
 DIGESTS_KEPT = 2**20
 DTYPE = np.dtype([("digest", "<u8"), ("row", "<i8"), ("target", "<i4")])
@@ -109,6 +110,7 @@ class Collected:
     images: list[SampledImage]
     """Sampled images."""
     suspects: SuspectList
+    temperatures: TemperatureSample
     discarded_images: list[SampledImage]
     """Examples of images whose crops are all extreme hard."""
     smallest_images: list[SampledImage]
@@ -135,6 +137,7 @@ class Collector:
         self._smallest = Smallest[SampledImage](EXAMPLES)
         self._suspects = SuspectList(labels.num_classes)
         self._duplicates = Duplicates()
+        self._temperatures = TemperatureSample(labels.num_classes)
         self._rejects: Counter[str] = Counter()
         self._reject_examples: dict[str, list[Reject]] = {}
 
@@ -146,6 +149,7 @@ class Collector:
         self._duplicates.add(labels)
         crop, image = priorities(labels, self._seed)
         self._sheets.add(labels, first_row, crop, labels.bucket.astype(np.int64))
+        self._temperatures.add(labels, crop)
         p_max = labels.class_prob[..., 0].astype(np.float32)
         self._strata.add(labels, first_row, crop, np.minimum((p_max * STRATA).astype(np.int64), STRATA - 1))
         target = labels.target[:, None]
@@ -182,6 +186,7 @@ class Collector:
             strata=sorted((crop for group in self._strata.crops() for crop in group), key=lambda crop: crop.p_max),
             images=self._images.items(),
             suspects=self._suspects,
+            temperatures=self._temperatures,
             discarded_images=self._discarded.items(),
             smallest_images=self._smallest.items(),
             duplicates=[_named(labels, group) for group in shown],

@@ -119,7 +119,8 @@ def _buckets(labels: LabelSet, found: Collected) -> list[Finding]:
         Finding(
             level="note",
             text=f"{percent(hard)} of the crops are below {thresholds.low:g}: ferkd discards them. "
-            f"{percent(moderate)} are below {thresholds.mid:g}: they get the softened ground truth.",
+            f"{percent(moderate)} lie between {thresholds.low:g} and {thresholds.mid:g}: they get the softened ground "
+            "truth.",
             section="thresholds",
         ),
         Finding(level="note", text=suggest(sketch).summary, section="thresholds"),
@@ -155,12 +156,17 @@ def _calibration(found: Collected) -> list[Finding]:
     gap = curve.top1 - mean
     if abs(gap) < 0.05:
         return []
-    kind, change = ("under-confident", "below") if gap > 0 else ("over-confident", "above")
+    kind = "under-confident" if gap > 0 else "over-confident"
     text = (
         f"The teachers are {kind}: they are right on {percent(curve.top1)} of the crops and say {percent(mean)} "
-        f"(calibration error {curve.ece:.3f}). A temperature {change} 1 in the "
-        "calibration would even it out."
+        f"(calibration error {curve.ece:.3f})."
     )
+    fitted = found.temperatures.fitted()
+    if fitted is not None:
+        text += (
+            f" In training, temperature={fitted:.2g} makes the stored labels as sure on average as they are right: "
+            f"fd.Calibration(temperature={fitted:.2g}). It changes targets, not buckets."
+        )
     return [Finding(level="note", text=text, section="teachers")]
 
 

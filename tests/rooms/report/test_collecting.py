@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,16 @@ import ferkd_data as fd
 from ferkd_data.calibration import Calibration, use_probability
 from ferkd_data.labels.buckets import Thresholds, assign_buckets
 from ferkd_data.labels.rows import ShardLabels
+from ferkd_data.report import temperatures
 from ferkd_data.report.cards import threshold_table
 from ferkd_data.report.charts import Reliability, percent
 from ferkd_data.report.collect import Collector, Duplicates, collect
 from ferkd_data.report.findings import _calibrated_apart, ensemble_reliability, findings
-from ferkd_data.report.samples import CSV_COLUMNS, Smallest, SuspectList
+from ferkd_data.report.samples import CSV_COLUMNS, Smallest, SuspectList, priorities
 from ferkd_data.report.sketch import FLOAT16_VALUES, Sketch, counts_below, counts_between
+from ferkd_data.report.temperatures import TemperatureSample
 from ferkd_data.report.thresholds import suggest
+from ferkd_data.targets import recover
 
 
 def made_up(num_images: int, *, seed: int = 0, num_crops: int = 8, classes: int = 6, start: int = 0) -> ShardLabels:
@@ -314,3 +318,49 @@ def test_without_ground_truth_everything_still_works(tmp_path, make_photos, tiny
     assert (result.images, result.suspects, result.pictures) == (6, 0, "")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "No ground truth is known" in text and "by shares of the crops" in text
+
+
+def right_on(share: float, num_images: int = 300, start: int = 0) -> ShardLabels:
+    """Made-up labels whose most probable class is the ground truth on about this share of the crops."""
+    labels = made_up(num_images, start=start)
+    target = np.full(num_images, 5, np.int32)
+    hit = np.random.default_rng(3).random(labels.flip.shape) < share
+    index = labels.class_index.copy()
+    index[..., 0] = np.where(hit, 5, 0)
+    index[..., 1:] = [1, 2]
+    return replace(labels, target=target, class_index=index)
+
+
+def sample_of(*shards: ShardLabels) -> TemperatureSample:
+    sample = TemperatureSample(6)
+    for shard in shards:
+        sample.add(shard, priorities(shard, 0)[0])
+    return sample
+
+
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.75])
+def test_at_the_fitted_temperature_sureness_is_accuracy(share):
+    labels = right_on(share)
+    fitted = sample_of(labels).fitted()
+    assert fitted is not None
+    prob = labels.class_prob.reshape(-1, 3)
+    weight, floor = recover(prob, num_classes=6, temperature=fitted)
+    right = (labels.class_index[..., 0] == 5).mean()
+    assert (weight[:, 0] + floor).mean() == pytest.approx(right, abs=1e-4)
+    surer = prob[:, 0].astype(float).mean() < right
+    assert (fitted < 1) == surer
+
+
+def test_no_temperature_from_few_crops_or_where_none_fits():
+    assert sample_of(right_on(0.6, num_images=20)).fitted() is None
+    assert sample_of(right_on(1.0)).fitted() is None
+    assert sample_of(right_on(0.0)).fitted() is None
+    assert sample_of(replace(right_on(0.6), target=np.full(300, -1, np.int32))).fitted() is None
+
+
+def test_the_sample_is_bounded_and_the_same_whatever_the_order_of_shards(monkeypatch):
+    monkeypatch.setattr(temperatures, "CROPS_KEPT", 1000)
+    shards = [right_on(0.6, 100, start=100 * i) for i in range(5)]
+    sample, other = sample_of(*shards), sample_of(*shards[::-1])
+    assert len(sample._rank) == 1000
+    assert sample.fitted() == pytest.approx(other.fitted(), rel=1e-6)

@@ -1,0 +1,61 @@
+"""The temperature at which the stored soft labels are as sure, on average, as they are right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels
+from ferkd_data.targets import recover
+
+CROPS_KEPT = 20_000
+"""A mean over so many crops is known to about half a percent."""
+LEAST_CROPS = 200
+COLDEST, HOTTEST, STEPS = 0.2, 5.0, 24
+"""Each step halves the range of log T, so 24 are far below the two digits that are shown."""
+
+
+class TemperatureSample:
+    """A uniform sample of crops with a ground truth, in memory that does not grow with the label set."""
+
+    def __init__(self, num_classes: int) -> None:
+        self._num_classes = num_classes
+        self._rank = np.empty(0)
+        self._prob = np.empty((0, 0), np.float16)
+        self._right = np.empty(0, np.bool_)
+
+    def add(self, labels: ShardLabels, rank: npt.NDArray[np.float64]) -> None:
+        """Add a shard's crops, of which those with the smallest `rank` (R, N) of all shards are kept."""
+        known = np.broadcast_to((labels.target != UNKNOWN_TARGET)[:, None], labels.flip.shape)
+        right = labels.class_index[..., 0] == labels.target[:, None]
+        self._rank = np.concatenate([self._rank, rank[known]])
+        prob = labels.class_prob[known]
+        self._prob = np.concatenate([self._prob, prob]) if len(self._prob) else prob
+        self._right = np.concatenate([self._right, right[known]])
+        if len(self._rank) > CROPS_KEPT:
+            kept = np.argpartition(self._rank, CROPS_KEPT)[:CROPS_KEPT]
+            self._rank, self._prob, self._right = self._rank[kept], self._prob[kept], self._right[kept]
+
+    def fitted(self) -> float | None:
+        """Return T for which the mean of the largest probability is the share of crops named right.
+
+        None with too few crops, or where no T between 0.2 and 5 does it. The mean falls as T rises, so that halving
+        the range finds it.
+        """
+        if len(self._rank) < LEAST_CROPS:
+            return None
+        right = float(self._right.mean())
+        if not self._sureness(HOTTEST) < right < self._sureness(COLDEST):
+            return None
+        low, high = np.log(COLDEST), np.log(HOTTEST)
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._sureness(float(np.exp(middle))) > right else (low, middle)
+        return float(np.exp((low + high) / 2))
+
+    def _sureness(self, temperature: float) -> float:
+        weight, floor = recover(self._prob, num_classes=self._num_classes, temperature=temperature)
+        largest: npt.NDArray[Any] = weight[:, 0] + floor
+        return float(largest.mean())
