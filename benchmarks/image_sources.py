@@ -94,7 +94,7 @@ def main(images: int, rounds: int) -> None:
             print(f"| {told} | {cpu:.3f} | {wall:.3f} | {cpu / first:.1f} |", flush=True)
             if path.suffix == ".parquet":
                 source = open_source(path)
-                source._paged.column = lambda *_: None
+                source._rows._pages.column = lambda *_: None
                 cpu, wall = measure(source, order, 1)
                 print(f"| … by PyArrow alone | {cpu:.3f} | {wall:.3f} | {cpu / first:.1f} |", flush=True)
 

@@ -14,7 +14,7 @@ from ferkd_data import parquet_guard
 from ferkd_data.augment import OPERATIONS
 from ferkd_data.format import crop_arrays, manifest, parquet
 from ferkd_data.images import REASONS
-from ferkd_data.images.refs import MAX_KEY_BYTES
+from ferkd_data.images.keys import MAX_KEY_BYTES
 from ferkd_data.labels import statistics
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"

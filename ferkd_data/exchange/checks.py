@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ferkd_data.errors import ImageError, LabelSetError, RemoteError, ShardError
 from ferkd_data.format.manifest import BlockEntry, Manifest, ShardEntry
 from ferkd_data.images import check_key
-from ferkd_data.images.refs import MAX_KEY_BYTES
+from ferkd_data.images.keys import MAX_KEY_BYTES
 from ferkd_data.label_set import LabelSet
 from ferkd_data.label_set.reader import read_plain_tar
 from ferkd_data.labels.buckets import NUM_FLOAT16, Thresholds

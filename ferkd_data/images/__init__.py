@@ -1,4 +1,8 @@
-"""Where images come from, and what their bytes decode to."""
+"""Sources of images (folders, tars, Parquet files), and decoding.
+
+`open_source` turns SOURCE into one of three classes that fulfil the protocol `ImageSource` (in `refs.py`): they list
+references to images, and read the bytes of references. `decode_rgb` turns bytes into pixels.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,15 @@ from ferkd_data.errors import ImageError
 from ferkd_data.images.class_list import ClassList, read_class_list
 from ferkd_data.images.decode import DEFAULT_MAX_PIXELS, decode_rgb, image_extension, image_size
 from ferkd_data.images.folder import FolderSource
-from ferkd_data.images.hf_parquet import ParquetSource
+from ferkd_data.images.keys import check_key
 from ferkd_data.images.opening import open_source
+from ferkd_data.images.parquet import ParquetSource
 from ferkd_data.images.refs import (
     REASONS,
     ImageRef,
     ImageSource,
     LeftOut,
     Reject,
-    check_key,
     describe_left_out,
     in_groups,
 )

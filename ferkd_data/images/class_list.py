@@ -1,10 +1,14 @@
-"""The file that says which class has which number: a line per class, and the other forms that people have.
+"""Number the classes: read `--classes FILE`, and turn the labels stored beside images into class numbers.
 
-Read are: one folder or name in a line, with a tab before a name to show (also timm's class maps); Kaggle's
-LOC_synset_mapping.txt (a WordNet ID, a space, names); and JSON: a list of names, {"0": ["n01440764", "tench"], …} as
-Keras and torchvision have it, {"0": "tench", …} or {"tench": 0, …}.
+Forms of the file:
 
-Labels as people store them, to class numbers: 3, 3.0, "3", "cat", -1, nothing, or what makes no sense.
+- text, one class per line: a folder or name, optionally a tab and a name to show (timm's class maps are of this form)
+- Kaggle's LOC_synset_mapping.txt: a WordNet ID, a space, names
+- JSON: a list of names; {"0": ["n01440764", "tench"], …} as Keras and torchvision have it; {"0": "tench", …}; or
+  {"tench": 0, …}
+
+Labels beside images may be 3, 3.0, "3", "cat", -1, NaN or missing. One that is not understood leaves its image without
+ground truth, and a note says so.
 """
 
 from __future__ import annotations
@@ -30,14 +34,15 @@ class ClassList:
     """Classes in the order of the teachers' outputs."""
 
     where: str
-    """The file, or what else it comes from, for messages."""
+    """Origin of the list for messages: a file, a folder or a column."""
     folders: tuple[str, ...]
+    """Class folders, or labels as texts, in the order of the class numbers."""
     names: tuple[str, ...]
-    """To show; a class without one is shown by its folder."""
+    """Names to show, in the same order; the folder where a class has no name."""
 
     @cached_property
     def numbers(self) -> dict[str, int]:
-        """Folder -> class number. Raises SourceError for a folder that is listed twice."""
+        """Class number of each folder. Raises SourceError for a folder that is listed twice."""
         numbers: dict[str, int] = {}
         for number, folder in enumerate(self.folders):
             if folder in numbers:
@@ -50,7 +55,7 @@ class ClassList:
 
     @cached_property
     def by_text(self) -> dict[str, int]:
-        """Folder or name -> class number, without names that several classes share."""
+        """Class number of each folder and of each name; names that several classes share are left out."""
         found: dict[str, int] = {}
         shared: set[str] = set()
         for number, name in enumerate(self.names):
@@ -61,7 +66,7 @@ class ClassList:
 
 
 def read_class_list(path: Path) -> ClassList:
-    """Raises SourceError that names the line at fault."""
+    """Read a file of classes in any of the forms above. Raises SourceError that names the line at fault."""
     text = _read_text(path)
     if path.suffix.lower() == ".json" or text.lstrip().startswith(("{", "[")):
         pairs = _from_json(path, text)
@@ -143,13 +148,13 @@ def _pair(entry: Any) -> tuple[str, str] | None:
 MAX_SHOWN = 40
 """Characters of a label in a message."""
 MAX_SUFFIXES = 12
-"""Kinds of members that are remembered for a message."""
+"""Suffixes of tar members that are kept for a message."""
 
 
 def class_number(label: Any, classes: ClassList | None) -> int | None:
-    """The class that a label names; None for a label that says "unknown" (missing, empty, negative, NaN).
+    """Return the class number that a label names; None for an unknown class (missing, empty, negative, NaN).
 
-    Raises KeyError for a text that is in no list of classes, ValueError for what is no class at all.
+    Raises KeyError for a text that `classes` does not list, ValueError for a value that cannot name a class.
     """
     if label is None or (isinstance(label, float) and label != label):
         return None
@@ -179,19 +184,20 @@ def _number_of_text(text: str, classes: ClassList | None) -> int | None:
 
 @dataclass
 class LabelCounts:
-    """Counts of the labels of a listing. A label that was not understood becomes a note, and the image stays."""
+    """Accumulator of the labels of a listing, for notes on labels that were not understood."""
 
     images: int = 0
     known: int = 0
     texts: int = 0
-    """Texts that no list of classes has."""
+    """Texts that the list of classes does not have."""
     senseless: int = 0
+    """Values that cannot name a class."""
     first_text: str = ""
     first_senseless: str = ""
     suffixes: set[str] = field(default_factory=set)
 
     def count(self, label: Any, classes: ClassList | None, suffixes: Sequence[str] = ()) -> int | None:
-        """The class number of one image, None where it is unknown."""
+        """Count the label of one image and return its class number; None where the class is unknown."""
         self.images += 1
         if len(self.suffixes) < MAX_SUFFIXES:
             self.suffixes.update(suffixes)
@@ -208,7 +214,7 @@ class LabelCounts:
         return number
 
     def notes(self, *, has_classes: bool, where: str = "") -> list[str]:
-        """A sentence for each thing that left images without ground truth. `where` says where labels are looked for."""
+        """Explain in sentences why images have no ground truth. `where` says where labels were looked for."""
         found = []
         if self.texts:
             how = "are not in the classes file" if has_classes else "need --classes to be numbered"

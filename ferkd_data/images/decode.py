@@ -1,21 +1,17 @@
-"""Animations cut down to their first picture, before Pillow sees them.
+"""Decode images to RGB pixels, exactly as Pillow's `convert("RGB")` gives them.
 
-Pillow checks the frames of a GIF against a pixel limit of its own, and warns where the frame list of an animated PNG
-is broken. Neither says anything about the one picture we take, so both are kept from it.
+Two decoders share the work. simplejpeg (libjpeg-turbo without Pillow's overhead) decodes the JPEGs that it supports.
+Pillow decodes everything else and decides what is broken. EXIF orientation is ignored.
 
-Pillow's switches, held at known values while an image is decoded.
+The pixels depend on the bytes alone:
 
-Code that shares the process, such as a teacher's module, may set `ImageFile.LOAD_TRUNCATED_IMAGES` or
-`Image.MAX_IMAGE_PIXELS`. Half a picture would then be labelled as a whole one.
+- Pillow's global switches are held at known values during decoding. Code that shares the process, such as a teacher's
+  module, may set `ImageFile.LOAD_TRUNCATED_IMAGES`, and half a picture would then be labelled as a whole one.
+- An animation is cut down to its first frame before Pillow sees it. Pillow applies a pixel limit of its own to the
+  other frames of a GIF, and warns about a broken frame list of an animated PNG; neither concerns the first frame.
 
-Encoded bytes to RGB pixels, exactly as Pillow's `convert("RGB")` gives them.
-
-simplejpeg (libjpeg-turbo without Pillow's overhead) decodes the JPEGs that it can take. Pillow decodes the rest and
-decides what is broken. Nothing that is set elsewhere in the process changes the pixels. EXIF orientation is ignored.
-
-Decoding large JPEGs at 1/2, 1/4 or 1/8 of their sides, where all crops that are drawn remain larger than the output.
-
-The pixels differ from those of the whole image: see docs/loader.md for how much.
+`decode_reduced` decodes a large JPEG at 1/2, 1/4 or 1/8 of its sides, for training on crops that stay larger than the
+output. Its pixels differ from those of the whole image: docs/loader.md says by how much.
 """
 
 from __future__ import annotations
@@ -41,124 +37,42 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from ferkd_data.crops import Crops, check_size
 from ferkd_data.errors import ImageError
-from ferkd_data.images.formats import HEAD_BYTES, other_kind
+from ferkd_data.images.file_kinds import HEAD_BYTES, other_kind
 
+DEFAULT_MAX_PIXELS = 89_478_485
+"""Largest number of pixels decoded by default: Pillow's threshold for a decompression bomb, 256 MiB of RGB."""
+ANY_SIZE = 65_535**2
+"""The format's own limit, for reading a header alone: nothing is decoded."""
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+NO_SIZE = "not identified by this driver"
+"""Pillow's message for a header that it understands, but whose width or height is 0."""
+JPEG_START = b"\xff\xd8\xff"
+JPEG_FRAME = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")
+"""The marker before a JPEG's size; a file without one is truncated."""
+CONVERTED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+"""Pillow's pixel modes with at most 8 bits per channel, which `convert("RGB")` converts faithfully."""
+
+
+DIVISORS = (8, 4, 2)
+MARGIN = 2
+"""Least ratio of a reduced crop's sides to the output's sides."""
 GIF_HEADER_BYTES = 13
 PNG_SIGNATURE_BYTES = 8
 ANIMATION_CHUNKS = (b"acTL", b"fcTL", b"fdAT")
 
 
-def first_gif_frame(data: bytes) -> bytes:
-    """The same GIF with a screen that holds its first frame, and with no rule for what follows that frame.
-
-    Bytes that make no sense are left for the decoder to refuse. Raises ImageError for a size of 0 or beyond 65,535.
-    """
-    if len(data) < GIF_HEADER_BYTES:
-        return data
-    patched = bytearray(data)
-    flags = data[10]
-    at = GIF_HEADER_BYTES + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
-    while at < len(data):
-        if data[at] == ord("!"):
-            if data[at + 1 : at + 2] == b"\xf9" and len(data) > at + 3:
-                patched[at + 3] &= ~0x1C & 0xFF  # the disposal method
-            at = _after_blocks(data, at + 2)
-        elif data[at] == ord(",") and len(data) >= at + 9:
-            left, top, width, height = struct.unpack_from("<4H", data, at + 1)
-            screen_width, screen_height = struct.unpack_from("<2H", data, 6)
-            width, height = max(screen_width, left + width), max(screen_height, top + height)
-            check_size(height, width)
-            struct.pack_into("<2H", patched, 6, width, height)
-            break
-        elif data[at] == ord(";"):
-            break
-        else:
-            at += 1
-    return bytes(patched)
-
-
-def _after_blocks(data: bytes, at: int) -> int:
-    """The offset behind a chain of sub-blocks: each its length in one byte and its bytes, the last one empty."""
-    while at < len(data) and data[at]:
-        at += 1 + data[at]
-    return at + 1
-
-
-def still_png(data: bytes) -> bytes:
-    """The same PNG without its animation chunks; the picture that is left is the first frame or the one for all."""
-    if b"acTL" not in data:
-        return data
-    kept, at = [data[:PNG_SIGNATURE_BYTES]], PNG_SIGNATURE_BYTES
-    while at < len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] not in ANIMATION_CHUNKS:
-            kept.append(data[at:end])
-        at = end
-    return b"".join(kept)
-
-
-HELD: tuple[tuple[Any, str, Any], ...] = (
-    (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
-    # `decode` has limits of its own, which come first.
-    (Image, "MAX_IMAGE_PIXELS", None),
-    (PngImagePlugin, "MAX_TEXT_CHUNK", 2**20),
-    (PngImagePlugin, "MAX_TEXT_MEMORY", 2**26),
-    (GifImagePlugin, "LOADING_STRATEGY", GifImagePlugin.LoadingStrategy.RGB_AFTER_FIRST),
-)
-"""(module, name, value)."""
-
-# Guards _users and _saved. Threads that decode share the held values: the first one sets them, the last one restores
-# what it found, so that the rest of the process keeps its own.
-_lock = threading.Lock()
-_users = 0
-_saved: tuple[Any, ...] = ()
-
-
-@contextmanager
-def hold_pillow_globals() -> Iterator[None]:
-    """Hold the values in HELD until the context ends; any number of threads may be inside."""
-    global _users, _saved
-    with _lock:
-        if not _users:
-            _saved = tuple(getattr(module, name) for module, name, _ in HELD)
-        for module, name, value in HELD:
-            setattr(module, name, value)
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if not _users:
-                for (module, name, _), value in zip(HELD, _saved, strict=True):
-                    setattr(module, name, value)
-
-
-DEFAULT_MAX_PIXELS = 89_478_485
-"""Pillow's own threshold for a decompression bomb: 256 MiB of RGB."""
-ANY_SIZE = 65_535**2
-"""No limit but that of the format, for a header alone: nothing is decoded."""
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
-NO_SIZE = "not identified by this driver"
-"""Pillow's words for a header that it understands, but whose width or height is 0."""
-JPEG_START = b"\xff\xd8\xff"
-JPEG_FRAME = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")
-"""The marker before a JPEG's size; a file without one ended too early."""
-CONVERTED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-"""Pillow's pixel modes of 8 bits or fewer, whose `convert("RGB")` is the picture."""
-
-
 class _PlainJpeg(JpegImageFile):
-    """A JPEG without EXIF, which Pillow reads for its resolution only, with a warning where it is broken.
+    """Read a JPEG without its EXIF data.
 
-    Pillow's own factory looks for more pictures behind the first (MPO) and warns of a broken list of them.
+    Pillow reads EXIF only for the resolution, and warns where it is broken. Pillow's own factory also looks for further
+    pictures behind the first one (MPO), and warns where their list is broken.
     """
 
     def getexif(self) -> Image.Exif:
         return Image.Exif()
 
 
-# Not from Pillow's registry, where any module may put a reader of its own in the place of these.
+# Not looked up in Pillow's registry, where any module may replace these readers by its own.
 READERS: dict[str, tuple[bytes, type[ImageFile.ImageFile]]] = {
     "JPEG": (JPEG_START, _PlainJpeg),
     "PNG": (b"\x89PNG\r\n\x1a\n", PngImageFile),
@@ -170,7 +84,11 @@ READERS: dict[str, tuple[bytes, type[ImageFile.ImageFile]]] = {
 
 
 def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDArray[np.uint8]:
-    """Pixels (H, W, 3) uint8, C-contiguous and writable. Raises ImageError with one of `images.REASONS`."""
+    """Decode to pixels (H, W, 3) uint8, C-contiguous and writable.
+
+    Raises ImageError, with one of `images.REASONS`, for bytes that are no whole image of a supported format, and for
+    more than `max_pixels` pixels.
+    """
     if data.startswith(JPEG_START):
         pixels = _decode_jpeg(data, max_pixels)
         if pixels is not None:
@@ -192,9 +110,10 @@ def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDAr
 
 
 def decode_reduced(data: bytes, divisor: int) -> npt.NDArray[np.uint8] | None:
-    """The pixels of a JPEG at 1/`divisor` (2, 4 or 8) of its sides, rounded up: (ceil(H / d), ceil(W / d), 3) uint8.
+    """Decode a JPEG at 1/`divisor` (2, 4 or 8) of its sides, rounded up: (ceil(H / d), ceil(W / d), 3) uint8.
 
-    libjpeg-turbo reduces within the inverse DCT, at a fraction of the cost. None for what only `decode_rgb` decodes.
+    libjpeg-turbo reduces within the inverse DCT, at a fraction of the cost of a full decode. Returns None for an image
+    that only `decode_rgb` decodes.
     """
     size = jpeg_size(data, 2**32) if data.startswith(JPEG_START) else None
     if size is None:
@@ -208,7 +127,7 @@ def decode_reduced(data: bytes, divisor: int) -> npt.NDArray[np.uint8] | None:
 
 
 def image_size(data: bytes, *, max_pixels: int = ANY_SIZE) -> tuple[int, int]:
-    """(height, width) from the header alone. Raises ImageError as `decode_rgb` does."""
+    """Read (height, width) from the header, without decoding. Raises ImageError as `decode_rgb` does."""
     if data.startswith(JPEG_START):
         size = jpeg_size(data, max_pixels)
         if size is not None:
@@ -218,7 +137,7 @@ def image_size(data: bytes, *, max_pixels: int = ANY_SIZE) -> tuple[int, int]:
 
 
 def image_extension(data: bytes) -> str:
-    """The file name extension of the format, such as `jpg`. Raises ImageError."""
+    """Name the file extension of the format, such as `jpg`. Raises ImageError."""
     if data.startswith(JPEG_START):
         return "jpg"
     with hold_pillow_globals(), _opened(data, max_pixels=None) as image:
@@ -226,21 +145,21 @@ def image_extension(data: bytes) -> str:
 
 
 def _rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Pixels of a loaded image. Raises ImageError for a mode whose picture is not known."""
+    """Convert a loaded image to RGB. Raises ImageError for a pixel mode without a faithful conversion."""
     if image.mode.startswith("I"):
         return _high_bytes(image)
     if image.mode not in CONVERTED:
         raise ImageError("unsupported_format", f"a {image.format} file with pixels of mode {image.mode}")
     if image.mode == "P":
-        # Pillow would warn that RGB has no room for it; the pixels are the same without.
+        # Pillow would warn that RGB cannot hold the transparency; the pixels are the same without it.
         image.info.pop("transparency", None)
     return np.array(image.convert("RGB"))
 
 
 def _high_bytes(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Grey of 16 bits as its high byte, as Pillow reads RGB of 16 bits; `convert` would cut all above 255 to white.
+    """Convert 16-bit grey to its high byte, as Pillow does with 16-bit RGB.
 
-    Mode I of 32 bits is how Pillow before 11.3 gives the same files.
+    `convert` would clip every value above 255 to white. Pillow before 11.3 opens the same files with 32 bits (mode I).
     """
     if image.format != "PNG":
         raise ImageError("unsupported_format", f"a {image.format} file with pixels of mode {image.mode}")
@@ -249,7 +168,7 @@ def _high_bytes(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
-    """None where Pillow is to decide."""
+    """Decode with simplejpeg. Returns None where Pillow has to decode, or to say what is broken."""
     if jpeg_size(data, max_pixels) is None:
         return None
     try:
@@ -260,7 +179,10 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | None:
 
 
 def jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
-    """(height, width), or None where Pillow is to decide. Raises ImageError for a size beyond the limits."""
+    """Read (height, width) of a JPEG that simplejpeg decodes; None for one that is left to Pillow.
+
+    Raises ImageError for a size beyond the limits.
+    """
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -272,7 +194,10 @@ def jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
 
 
 def _opened(data: bytes, max_pixels: int | None) -> Image.Image:
-    """Parse the header. Pillow's plug-ins are asked one by one, because `Image.open` has a pixel limit of its own."""
+    """Parse the header. Raises ImageError.
+
+    Pillow's readers are tried one by one, because `Image.open` has a pixel limit of its own.
+    """
     if not data:
         raise ImageError("empty", "the file has no bytes")
     image = _identify(data)
@@ -313,13 +238,8 @@ def _check(height: int, width: int, max_pixels: int | None) -> None:
         raise ImageError("pixel_bomb", f"{width}x{height} pixels is more than the limit of {max_pixels}")
 
 
-DIVISORS = (8, 4, 2)
-MARGIN = 2
-"""A reduced crop has at least so many times the pixels of the output along each side."""
-
-
 def divisor_for(boxes_N4: npt.NDArray[np.uint16], size: int) -> int:
-    """The largest divisor by which every box still has MARGIN * `size` pixels along each side; 1 for none.
+    """Choose the largest divisor that leaves every box at least MARGIN * `size` pixels along each side; 1 for none.
 
     >>> divisor_for(np.array([[0, 0, 900, 1800]], np.uint16), 224)
     2
@@ -329,8 +249,96 @@ def divisor_for(boxes_N4: npt.NDArray[np.uint16], size: int) -> int:
 
 
 def reduced_crops(crops: Crops, divisor: int, height: int, width: int) -> Crops:
-    """The crops within an image of `height` x `width` that was reduced by `divisor`; edges to the nearest pixel."""
+    """Map crops to an image of `height` x `width` pixels that was reduced by `divisor`; edges to the nearest pixel."""
     boxes = crops.boxes.astype(np.int64)
     start = np.rint(boxes[:, :2] / divisor).astype(np.int64)
     end = np.minimum(np.rint((boxes[:, :2] + boxes[:, 2:]) / divisor).astype(np.int64), [height, width])
     return replace(crops, boxes=np.concatenate([start, end - start], axis=1).astype(np.uint16))
+
+
+HELD: tuple[tuple[Any, str, Any], ...] = (
+    (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
+    # `decode_rgb` checks the size itself, before anything is decoded.
+    (Image, "MAX_IMAGE_PIXELS", None),
+    (PngImagePlugin, "MAX_TEXT_CHUNK", 2**20),
+    (PngImagePlugin, "MAX_TEXT_MEMORY", 2**26),
+    (GifImagePlugin, "LOADING_STRATEGY", GifImagePlugin.LoadingStrategy.RGB_AFTER_FIRST),
+)
+"""Pillow's global switches and the values that they have during decoding: (module, name, value)."""
+
+# Guards _users and _saved. Decoding threads share the held values: the first one in sets them, the last one out
+# restores what it found. So the rest of the process keeps its own values, and no thread undoes another's.
+_lock = threading.Lock()
+_users = 0
+_saved: tuple[Any, ...] = ()
+
+
+@contextmanager
+def hold_pillow_globals() -> Iterator[None]:
+    """Hold the values in HELD until the context ends; any number of threads may be inside."""
+    global _users, _saved
+    with _lock:
+        if not _users:
+            _saved = tuple(getattr(module, name) for module, name, _ in HELD)
+        for module, name, value in HELD:
+            setattr(module, name, value)
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                for (module, name, _), value in zip(HELD, _saved, strict=True):
+                    setattr(module, name, value)
+
+
+def first_gif_frame(data: bytes) -> bytes:
+    """Cut a GIF down to its first frame: grow the screen to hold it, and drop the rule for disposing of it.
+
+    Malformed bytes are left for the decoder to refuse. Raises ImageError for a side of 0 or above 65,535.
+    """
+    if len(data) < GIF_HEADER_BYTES:
+        return data
+    patched = bytearray(data)
+    flags = data[10]
+    # A global colour table of 2^(n+1) entries of 3 bytes follows the header where bit 7 of the flags is set.
+    at = GIF_HEADER_BYTES + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    while at < len(data):
+        if data[at] == ord("!"):
+            if data[at + 1 : at + 2] == b"\xf9" and len(data) > at + 3:
+                patched[at + 3] &= ~0x1C & 0xFF  # clears the disposal method, bits 2 to 4
+            at = _after_blocks(data, at + 2)
+        elif data[at] == ord(",") and len(data) >= at + 9:
+            left, top, width, height = struct.unpack_from("<4H", data, at + 1)
+            screen_width, screen_height = struct.unpack_from("<2H", data, 6)
+            width, height = max(screen_width, left + width), max(screen_height, top + height)
+            check_size(height, width)
+            struct.pack_into("<2H", patched, 6, width, height)
+            break
+        elif data[at] == ord(";"):
+            break
+        else:
+            at += 1
+    return bytes(patched)
+
+
+def _after_blocks(data: bytes, at: int) -> int:
+    """Find the offset behind a chain of GIF sub-blocks: each is a length byte and its bytes, the last one is empty."""
+    while at < len(data) and data[at]:
+        at += 1 + data[at]
+    return at + 1
+
+
+def still_png(data: bytes) -> bytes:
+    """Drop the animation chunks of a PNG; its default image, usually the first frame, remains."""
+    if b"acTL" not in data:
+        return data
+    kept, at = [data[:PNG_SIGNATURE_BYTES]], PNG_SIGNATURE_BYTES
+    while at < len(data):
+        # A chunk is its length (4 bytes, big-endian), its type (4), its data and a checksum (4).
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in ANIMATION_CHUNKS:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)

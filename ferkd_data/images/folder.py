@@ -1,4 +1,4 @@
-"""A folder of class folders, as torchvision's ImageFolder reads it, or one flat folder of unlabelled images."""
+"""Folders as a source of images: class folders as in torchvision's ImageFolder, or one flat folder without labels."""
 
 from __future__ import annotations
 
@@ -9,21 +9,31 @@ from pathlib import Path
 
 from ferkd_data.errors import ImageError, LabelSetError, SourceError
 from ferkd_data.images.class_list import ClassList
-from ferkd_data.images.formats import EXTENSIONS, HEAD_BYTES, NO_IMAGES, UNSUPPORTED, decoded_kind, other_kind
-from ferkd_data.images.keys import skip_reason, split_of_folder
-from ferkd_data.images.refs import ImageRef, LeftOut, Reject, check_key
+from ferkd_data.images.file_kinds import (
+    EXTENSIONS,
+    HEAD_BYTES,
+    NO_IMAGES,
+    UNSUPPORTED,
+    decoded_kind,
+    other_kind,
+    skip_reason,
+    split_of_folder,
+)
+from ferkd_data.images.keys import check_key
+from ferkd_data.images.refs import ImageRef, LeftOut, Reject
 from ferkd_data.images.retrying import retried, unreadable
 from ferkd_data.storage import open_regular
 
 SHOWN = 4
-"""Folders named in a message."""
+"""Folders listed in a message."""
 
 
 class FolderSource:
-    """Keys are paths below the root, without extension and with forward slashes.
+    """A source whose images are files.
 
-    `class_folders` maps a class folder to its target, None where that is unknown. With None in its place, the images
-    lie in the root itself and have no targets.
+    Keys are paths below the root, without extension and with forward slashes. `class_folders` maps each class folder to
+    its target, or to None where the target is unknown. `class_folders=None` is a flat folder: the images lie in the
+    root itself and have no targets.
     """
 
     def __init__(self, root: Path, class_folders: Mapping[str, int | None] | None, classes: ClassList | None) -> None:
@@ -32,9 +42,9 @@ class FolderSource:
         self.class_names = None if classes is None else classes.names
         self.class_folder_names = None if classes is None else classes.folders
         self.left_out = LeftOut()
-        """After listing: everything below the root that is no image."""
+        """Files below the root that are no images; complete after listing."""
         self._nested = ""
-        """After listing: the first folder that lies below a class folder and holds images."""
+        """First folder below a class folder that holds images; known after listing."""
 
     @property
     def description(self) -> str:
@@ -77,7 +87,7 @@ class FolderSource:
 
     def _read_file(self, file: str) -> bytes:
         try:
-            # Without pathlib and buffering, which cost as much as the read itself.
+            # pathlib and buffering would cost as much as the read itself.
             with open(open_regular(f"{self.root}/{file}"), "rb", buffering=0) as stream:  # noqa: PTH123
                 return stream.read()
         except LabelSetError as error:
@@ -88,7 +98,7 @@ class FolderSource:
             raise
 
     def _list_folder(self, folder: str, target: int | None, above: set[tuple[int, int]]) -> Iterator[ImageRef | Reject]:
-        """`above` holds the folders on the way down, so that a link to one of them ends there."""
+        """List a class folder and its folders. `above` identifies its ancestors: a link to one of them is a loop."""
         identity = _identity(self.root / folder)
         if identity in above:
             self.left_out.add("loop", folder)
@@ -129,7 +139,7 @@ class FolderSource:
             yield ImageRef(key=key, target=target, file=file, offset=0, length=-1)
 
     def _reason_to_leave_out(self, file: str, name: str, kind: str) -> str | None:
-        """None for an image, also for one that will be rejected."""
+        """Say why a file is left out; None for an image, also for one that will be rejected."""
         skipped = skip_reason(name)
         if skipped:
             return skipped
@@ -149,7 +159,7 @@ class FolderSource:
         return extension or "no_image"
 
     def _check_format(self, file: str) -> None:
-        """Raise ImageError for an image of another format; a JPEG that is called .tif or .heic is a JPEG."""
+        """Raise ImageError unless the first bytes are of a decoded format; the name of the file does not count."""
         try:
             head = _head(self.root / file)
         except OSError as error:
@@ -158,7 +168,7 @@ class FolderSource:
             raise ImageError("unsupported_format", f"{file}: {other_kind(head) or _extension(file)}")
 
     def _count_if_skipped(self, folder: str, name: str) -> bool:
-        """Whether a folder is one of a system or hidden; its files are then counted."""
+        """Whether a folder is hidden or belongs to a system. Counts its files as left out if so."""
         reason = skip_reason(name)
         if reason:
             file = f"{folder}/{name}" if folder else name
@@ -166,14 +176,14 @@ class FolderSource:
         return reason is not None
 
     def _count_files_beside(self, found: Mapping[str, str]) -> None:
-        """`open_folder` refuses images beside class folders, so that all files there are of other kinds."""
+        """Count the files beside the class folders; none is an image, since `open_folder` refuses images there."""
         for name, kind in found.items():
             if kind != "folder":
                 reason = self._reason_to_leave_out(name, name, kind) or "other"
                 self.left_out.add(reason, name)
 
     def _count_folders(self, found: Mapping[str, str]) -> None:
-        """Folders beside the images that are no class folders: they hold none, or `open_folder` would refuse them."""
+        """Count the files in folders that are no class folders; none is an image, as `open_folder` has checked."""
         for name in (name for name, kind in found.items() if kind == "folder"):
             if self._count_if_skipped("", name):
                 continue
@@ -183,10 +193,10 @@ class FolderSource:
 
 
 def open_folder(root: Path, classes: ClassList | None) -> FolderSource:
-    """Class folders where there are any, else a flat folder.
+    """Open a folder of class folders, or a flat folder where none of its folders holds images.
 
-    Folders that hold no image are no classes. Raises SourceError for a class folder that `classes` does not name, for
-    images beside class folders, and for folders that are splits (train, val) or a layer above the class folders.
+    A folder without images is not a class. Raises SourceError for a class folder that `classes` does not name, for
+    images beside class folders, and for folders that are splits (train, val) or a level above the class folders.
     """
     kinds = _entries(root)
     below = [name for name, kind in kinds.items() if kind == "folder" and not skip_reason(name)]
@@ -216,7 +226,7 @@ def open_folder(root: Path, classes: ClassList | None) -> FolderSource:
 
 
 def _check_levels(root: Path, folders: list[str]) -> None:
-    """Raise SourceError where `folders` lie above the class folders, or are the parts of a data set."""
+    """Raise SourceError where `folders` are the splits of a data set, or one folder that holds the class folders."""
     splits = {name: split for name in folders if (split := split_of_folder(name))}
     if splits and (len(splits) == len(folders) or len(set(splits.values())) > 1):
         some = ", ".join(f"{name}/" for name in splits)
@@ -237,12 +247,12 @@ def _check_levels(root: Path, folders: list[str]) -> None:
 
 
 def _written_by_img2dataset(root: Path, folders: list[str]) -> bool:
-    """Whether the folders are shards with a table beside each (00000 and 00000.parquet), and so no classes."""
+    """Whether the folders are shards of img2dataset (00000 beside 00000.parquet), and so no classes."""
     return all(name.isdecimal() and (root / f"{name}.parquet").is_file() for name in folders)
 
 
 def folder_holds_images(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> bool:
-    """Whether an image lies in `folder` or below. Looks no further than to the first one. Raises SourceError."""
+    """Whether an image lies in `folder` or below. Stops at the first one. Raises SourceError."""
     identity = _identity(folder)
     if identity in above:
         return False
@@ -252,7 +262,7 @@ def folder_holds_images(folder: Path, above: frozenset[tuple[int, int]] = frozen
             for entry in entries:
                 if skip_reason(entry.name):
                     continue
-                kind = _kind(entry)
+                kind = kind_of(entry)
                 if kind == "folder":
                     folders.append(entry.name)
                 elif _is_image(Path(entry.path), kind):
@@ -268,7 +278,7 @@ def _first_image(folder: Path, kinds: Mapping[str, str]) -> str | None:
 
 
 def _is_image(path: Path, kind: str) -> bool:
-    """By its name, or by its first bytes where the name says nothing."""
+    """Whether a file is an image: by its name, or by its first bytes where the name says nothing."""
     extension = _extension(path.name)
     if extension in EXTENSIONS or extension in UNSUPPORTED:
         return True
@@ -282,7 +292,7 @@ def _is_image(path: Path, kind: str) -> bool:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Stem and extension; pathlib takes several times as long."""
+    """Split a name into stem and extension. pathlib would take several times as long."""
     return os.path.splitext(name)  # noqa: PTH122
 
 
@@ -291,7 +301,7 @@ def _extension(name: str) -> str:
 
 
 def _head(path: Path) -> bytes:
-    """The first bytes of a file. Raises OSError, also for what was replaced by no regular file since it was listed."""
+    """Read the first bytes of a file. Raises OSError, also where it is no longer a regular file."""
     try:
         with open(open_regular(path), "rb", buffering=0) as stream:  # noqa: PTH123
             return stream.read(HEAD_BYTES)
@@ -304,7 +314,7 @@ def _count_files(folder: Path) -> int:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Device and inode, which all paths to one folder have in common. Raises SourceError."""
+    """Identify a folder by device and inode, which all paths to it share. Raises SourceError."""
     try:
         status = path.stat()
     except OSError as error:
@@ -313,15 +323,16 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _entries(path: Path) -> dict[str, str]:
-    """Name -> `folder`, `file` or `other`, sorted by name. Raises SourceError."""
+    """Classify each entry of a folder with `kind_of`, sorted by name. Raises SourceError."""
     try:
         with os.scandir(path) as entries:
-            return dict(sorted((entry.name, _kind(entry)) for entry in entries))
+            return dict(sorted((entry.name, kind_of(entry)) for entry in entries))
     except OSError as error:
         raise SourceError(f"{path}: cannot be listed ({error.strerror})") from error
 
 
-def _kind(entry: os.DirEntry[str]) -> str:
+def kind_of(entry: os.DirEntry[str]) -> str:
+    """Classify an entry as `folder`, `file` or `other`; links count as what they lead to."""
     try:
         return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
     except OSError:  # a link to itself

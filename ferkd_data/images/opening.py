@@ -1,38 +1,42 @@
-"""SOURCE as a person gives it, to the reader for it; or one sentence that says what to give instead."""
+"""Open SOURCE: tell folders, tars and Parquet files apart, or raise an error that says what to give instead."""
 
 from __future__ import annotations
 
 import os
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 
 from ferkd_data.errors import SourceError
 from ferkd_data.images.class_list import ClassList, read_class_list
-from ferkd_data.images.folder import FolderSource, folder_holds_images, open_folder
-from ferkd_data.images.hf_parquet import ParquetSource
-from ferkd_data.images.keys import skip_reason, splits_of_files
+from ferkd_data.images.file_kinds import skip_reason, splits_of_files
+from ferkd_data.images.folder import FolderSource, folder_holds_images, kind_of, open_folder
+from ferkd_data.images.parquet import ParquetSource
 from ferkd_data.images.parquet_columns import holds_images
 from ferkd_data.images.refs import LeftOut
 from ferkd_data.images.tars import TarSource
 from ferkd_data.storage import expand, is_url
 
 LEVELS = 3
-"""Folders above a Parquet file, at most, with SOURCE itself: CONFIG/SPLIT/0000.parquet."""
+"""Folders above a Parquet file, counted from SOURCE: SOURCE/CONFIG/SPLIT/0000.parquet has three."""
 FOLDERS_TRIED = 8
+"""Folders of each level that are searched for Parquet files."""
 NAMES_TRIED = 64
+"""Entries of each folder that are looked at in this search."""
 ARCHIVES = (".zip", ".7z", ".rar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
 
 def open_source(
     source: str | Path, *, classes: Path | ClassList | None = None
 ) -> TarSource | FolderSource | ParquetSource:
-    """A folder of class folders, a flat folder, a folder of Parquet files, or tars or Parquet files by glob or braces.
+    """Open a folder of class folders, a flat folder, a folder of tars or Parquet files, or such files by pattern.
 
-    `classes` is a file with one line per class, in the order of the teachers' outputs (see `read_class_list`). Without
-    it, class folders are numbered in sorted order. A leading `~` is the home folder.
+    A pattern has wildcards or braces (`shards/{000..127}.tar`); tars may also be URLs. A leading `~` means the home
+    folder. `classes` is a file with one line per class, in the order of the teachers' outputs (see `read_class_list`).
+    Without it, class folders are numbered in sorted order.
 
-    Raises SourceError when nothing is found, when it is none of these, and when it could mean several things, such as
-    a folder of the splits train and val.
+    Raises SourceError where nothing is found, where it is none of these, and where it is ambiguous, such as a folder of
+    the splits train and val.
     """
     listed = read_class_list(classes.expanduser()) if isinstance(classes, Path) else classes
     text = os.path.expanduser(str(source))  # noqa: PTH111 (a pattern or a URL is no path)
@@ -71,7 +75,7 @@ def _open_folder(path: Path, classes: ClassList | None) -> TarSource | FolderSou
 
 
 def _open_files(files: list[str], classes: ClassList | None) -> TarSource | ParquetSource:
-    """The files that a pattern named, or one file."""
+    """Open the files that a pattern names, or one file."""
     if all(map(_is_parquet, files)):
         folder = Path(os.path.commonpath([str(Path(file).parent) for file in files]))
         return ParquetSource(folder, [Path(file).relative_to(folder).as_posix() for file in files], classes)
@@ -93,7 +97,7 @@ def _is_parquet(name: str) -> bool:
 
 
 def _find_parquet(root: Path) -> list[str]:
-    """Parquet files below `root`, as paths from there in their order."""
+    """List the Parquet files below `root` as sorted relative paths."""
     if not _may_hold_parquet(root, LEVELS):
         return []
     found = [path.relative_to(root).as_posix() for path in root.rglob("*") if _is_parquet(path.name) and path.is_file()]
@@ -101,20 +105,21 @@ def _find_parquet(root: Path) -> list[str]:
 
 
 def _may_hold_parquet(folder: Path, levels: int) -> bool:
-    """By the first names that its folders have: class folders are not to be listed twice, which may hold millions."""
-    if any(folder.glob("*.parquet")) if levels == LEVELS else any(map(_is_parquet, _first_names(folder))):
-        return True
-    inner = [folder / name for name in _first_names(folder) if not skip_reason(name) and (folder / name).is_dir()]
-    return levels > 1 and any(_may_hold_parquet(path, levels - 1) for path in inner[:FOLDERS_TRIED])
+    """Whether Parquet files may lie below `folder`, judged by the first NAMES_TRIED entries of each folder.
 
-
-def _first_names(folder: Path) -> list[str]:
+    Class folders may hold millions of images, and are not worth being listed twice.
+    """
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in islice(entries, NAMES_TRIED))
+        first = sorted(islice(entries, NAMES_TRIED), key=attrgetter("name"))
+    has_tables = any(folder.glob("*.parquet")) if levels == LEVELS else any(_is_parquet(entry.name) for entry in first)
+    if has_tables:
+        return True
+    folders = [Path(entry.path) for entry in first if kind_of(entry) == "folder" and not skip_reason(entry.name)]
+    return levels > 1 and any(_may_hold_parquet(path, levels - 1) for path in folders[:FOLDERS_TRIED])
 
 
 def _ask_for_a_split(path: Path, files: list[str], extension: str) -> None:
-    """Raise SourceError where the files are those of several splits."""
+    """Raise SourceError where the files belong to several splits; suggest a pattern for one of them."""
     splits = splits_of_files(files)
     if len(splits) < 2 or set(splits) == {"", next(iter(splits))}:
         return
@@ -127,7 +132,7 @@ def _ask_for_a_split(path: Path, files: list[str], extension: str) -> None:
 
 
 def _pattern_of(file: str, extension: str) -> str:
-    """data/train-00000-of-00002.parquet -> data/train-*.parquet."""
+    """Make the pattern of a shard's split: data/train-*.parquet for data/train-00000-of-00002.parquet."""
     folder, slash, name = file.rpartition("/")
     stem = name.removesuffix(extension)
     start = stem.rstrip("0123456789").removesuffix("-of-").rstrip("0123456789")
@@ -135,7 +140,7 @@ def _pattern_of(file: str, extension: str) -> str:
 
 
 def _ask_for_a_folder(path: Path, files: list[str]) -> None:
-    """Raise SourceError where the files lie in several folders, as the configurations of one data set do."""
+    """Raise SourceError where the files lie in several folders, which may be several configurations of a data set."""
     folders = sorted({file.rpartition("/")[0] for file in files})
     if len(folders) > 1:
         some = ", ".join(folder or "." for folder in folders[:4])
@@ -146,7 +151,7 @@ def _ask_for_a_folder(path: Path, files: list[str]) -> None:
 
 
 def _beside(path: Path, taken: set[str]) -> LeftOut:
-    """Everything below `path` but the files that are read, for the listing to count."""
+    """Count all files below `path` except those that are read."""
     found = LeftOut()
     for folder, folders, files in os.walk(path):
         folders.sort()

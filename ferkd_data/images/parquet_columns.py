@@ -1,4 +1,4 @@
-"""Which columns of Parquet files hold the images, their keys and their classes."""
+"""Find the columns of a Parquet file that hold the images, their keys and their classes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ferkd_data.errors import LabelSetError, SourceError
-from ferkd_data.images.formats import HEAD_BYTES, decoded_kind, other_kind
+from ferkd_data.images.file_kinds import HEAD_BYTES, decoded_kind, other_kind
 from ferkd_data.parquet_guard import check_footer
 
 KEY_COLUMNS = ("key", "__key__", "id")
 FIRST_ROWS = 64
-"""Looked at to tell whether a column of bytes holds images."""
+"""Rows that are searched for a value, to tell whether a column of bytes holds images."""
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 TARGET_COLUMNS = (
     "label",
@@ -45,23 +45,27 @@ LabelKind = Literal["number", "float", "text"]
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetColumns:
+    """Roles of a Parquet file's columns."""
+
     image: str
     is_struct: bool
-    """A struct with a field `bytes`, as Hugging Face's datasets writes it; else the column is binary itself."""
+    """The image column is a struct with a field `bytes`, as Hugging Face's datasets writes it; else it is binary."""
     has_path: bool
+    """The struct also has a field `path`."""
     keys: tuple[str, ...]
-    """Columns that could hold keys, the likeliest first."""
+    """Columns that may hold keys, the likeliest first."""
     label: str | None
     label_kind: LabelKind | None
     label_names: tuple[str, ...] | None
-    """Names of the classes by their numbers, from a ClassLabel feature."""
+    """Names of the classes by number, from a ClassLabel feature."""
     other_labels: tuple[str, ...]
-    """Columns that could have been the label as well."""
+    """Other columns that may hold the ground truth, the likeliest first."""
     names: tuple[str, ...]
+    """All columns of the file."""
 
 
 def find_columns(path: Path) -> ParquetColumns:
-    """Raises SourceError for a file that is no Parquet, or that holds no images."""
+    """Find the roles of a file's columns. Raises SourceError for a file that is not Parquet or holds no images."""
     schema = read_schema(path)
     features = _features(schema)
     image = _image_column(path, schema, features)
@@ -84,7 +88,10 @@ def find_columns(path: Path) -> ParquetColumns:
 
 
 def open_table(path: Path) -> pq.ParquetFile:
-    """Open a Parquet file whose footer Arrow may see. Raises SourceError, also for what is no regular file."""
+    """Open a Parquet file, after its footer was checked (see `parquet_guard`).
+
+    Raises SourceError, also for a path that is not a regular file.
+    """
     try:
         check_footer(path)
         return pq.ParquetFile(path)
@@ -95,7 +102,7 @@ def open_table(path: Path) -> pq.ParquetFile:
 
 
 def read_schema(path: Path) -> pa.Schema:
-    """Raises SourceError."""
+    """Read the schema of a Parquet file. Raises SourceError."""
     with open_table(path) as file:
         try:
             return file.schema_arrow
@@ -104,7 +111,7 @@ def read_schema(path: Path) -> pa.Schema:
 
 
 def holds_images(path: Path) -> bool:
-    """Whether a Parquet file has a column of images. Raises SourceError for a file that is no Parquet."""
+    """Whether a Parquet file has a column of images. Raises SourceError for a file that is not Parquet."""
     schema = read_schema(path)
     return bool(_image_columns(path, schema, _features(schema)))
 
@@ -125,7 +132,7 @@ def _image_column(path: Path, schema: pa.Schema, features: Mapping[str, Any]) ->
 
 
 def _image_columns(path: Path, schema: pa.Schema, features: Mapping[str, Any]) -> list[str]:
-    """Columns that are declared or named as images and have a fitting type; else bytes that begin like an image."""
+    """List the columns of images: declared as such, or structs; else binary columns whose values begin like images."""
     fitting = [field.name for field in schema if _fits_images(field.type)]
     declared = [name for name in fitting if features.get(name, {}).get("_type") == "Image"]
     structs = [name for name in fitting if pa.types.is_struct(schema.field(name).type)]
@@ -147,7 +154,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _begins_with_an_image(path: Path, column: str) -> bool:
-    """Whether the first value that is not null begins like an image; also where all of the first rows are null."""
+    """Whether the first value that is not null begins like an image; True where all of the first rows are null."""
     with open_table(path) as file:
         batch = next(file.iter_batches(FIRST_ROWS, columns=[column], use_threads=False), None)
     values = [] if batch is None else batch.column(0).drop_null().to_pylist()
@@ -156,7 +163,10 @@ def _begins_with_an_image(path: Path, column: str) -> bool:
 
 
 def _label_columns(schema: pa.Schema, features: Mapping[str, Any]) -> list[str]:
-    """Possible ground truth, the likeliest first: a ClassLabel with a usual name, another one, then by name alone."""
+    """List the columns that may be the ground truth, the likeliest first.
+
+    The order: ClassLabels with a usual name, other ClassLabels, numbers with a usual name, other types with one.
+    """
     fitting = [field.name for field in schema if _label_kind(field.type)]
     declared = [name for name in fitting if features.get(name, {}).get("_type") == "ClassLabel"]
     named = [name for name in TARGET_COLUMNS if name in fitting]
@@ -180,7 +190,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """The feature of each column, as datasets leaves them in the schema's metadata."""
+    """Read the features that the library datasets stores in the schema's metadata, by column."""
     try:
         content = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = content["info"]["features"]
@@ -190,7 +200,7 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
 
 
 def describe_differing(columns: ParquetColumns, other: ParquetColumns) -> Sequence[str]:
-    """Differences that keep two files from being read as one source, as `what MINE and THEIRS`."""
+    """List the differences that keep two files from being one source, such as `labels in MINE and THEIRS`."""
     return [
         f"{what} {mine or 'none'} and {theirs or 'none'}"
         for what, mine, theirs in (

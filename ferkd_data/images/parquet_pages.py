@@ -1,13 +1,13 @@
-"""Read one value of a column of bytes straight from its page of a Parquet file.
+"""Read a single value of a column of bytes from its page in a Parquet file.
 
-PyArrow reads a row group from its first row on, so that a single image costs all images before it in its group. Here
-a table of pages says which page holds a row, and only that page is read: where pages are not compressed, as the
-library `datasets` writes images, only the bytes of the one value.
+PyArrow reads a row group from its first row on, so one image costs all images before it in its group. This module
+keeps a table of pages instead, and reads only the page that holds the row. Of a page that is not compressed, which is
+how the library datasets writes images, it reads only the bytes of the one value.
 
-Covers what writers of images use: no lists, data pages of version 1 and 2, plain values. Anything else (values in a
-dictionary, other encodings, nulls) raises `NotPlain`, and the caller reads the row with PyArrow.
+Supported is what writers of images use: no lists, data pages of version 1 and 2, plain values. Anything else (values
+in a dictionary, other encodings, nulls) raises `NotPlain`, and the caller reads the row with PyArrow.
 
-Layout of pages, definition levels and their run-length encoding: the Parquet format specification.
+Pages, definition levels and their run-length encoding follow the Parquet format specification.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from ferkd_data.parquet_guard import read_struct
 from ferkd_data.storage import open_regular_stream
 
 MAX_PAGE_BYTES = 64 * 2**20
-"""A larger page is left to PyArrow."""
+"""Larger pages are left to PyArrow."""
 MAX_PAGES = 100_000
-"""Of one row group."""
+"""Largest number of pages in a row group."""
 HEADER_BYTES, LONG_HEADER_BYTES = 512, 2**16
-"""A page header is looked for in so many bytes, and in the second number where it has long statistics."""
+"""Bytes read for a page header: nearly always enough, and enough for long statistics."""
 SMALL_VALUE_BYTES = 16 * 2**10
-"""Where values are smaller on average, reading their whole page at once costs less than a call for each length."""
+"""Mean size of values below which reading their whole page costs less than one call for each length."""
 LENGTH_BYTES = 4
+"""Size of the length before each value and before the definition levels of version 1, little-endian."""
 CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd", "BROTLI": "brotli"}
-"""Of what Parquet calls LZ4 there are two kinds, which PyArrow tells apart."""
+"""PyArrow's names of Parquet's codecs. LZ4 is missing: Parquet has two codecs of this name."""
 
 DATA, DICTIONARY, DATA_V2 = 0, 2, 3
 PLAIN = 0
@@ -53,30 +54,37 @@ class NotPlain(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Page:
+    """A data page with plain values."""
+
     start: int
-    """First byte behind the header."""
+    """Offset in the file of the first byte behind the header."""
     size: int
+    """Bytes in the file."""
     uncompressed: int
+    """Bytes after decompression."""
     values: int
+    """Number of values."""
     level_bytes: int | None
-    """Bytes of the definition levels ahead of the values, which are never compressed; None in version 1, where the
-    page itself says it."""
+    """Size of the definition levels, which lie uncompressed before the values; None in version 1, where the page itself
+    begins with this size."""
     compressed: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
+    """Page table of a row group."""
+
     first_rows: list[int]
-    """Of each page, counted from the start of the row group."""
+    """First row of each page, counted from the start of the row group."""
     pages: list[_Page | None]
-    """None for a page that is not plain."""
+    """None for a page that PyArrow has to read."""
 
 
 class PagedColumn:
-    """A column of bytes in one file. Threads may share it; the file is opened for each read and closed again."""
+    """A column of bytes in one file. Threads may share it: each read opens the file and closes it again."""
 
     def __init__(self, path: Path, file: pq.ParquetFile, column: str) -> None:
-        """Take what the footer says. Raises NotPlain where the column is a list or not stored as bytes."""
+        """Read offsets from the footer. Raises NotPlain where the column is a list or not stored as bytes."""
         self._path = path
         metadata = file.metadata
         index = _leaf(metadata, column)
@@ -92,13 +100,13 @@ class PagedColumn:
         self._stops = [a + c.total_compressed_size for a, c in zip(self._starts, chunks, strict=True)]
         self._codecs = [c.compression for c in chunks]
         self._groups: dict[int, _Group] = {}
-        """Filled as rows are asked for. Two threads may do it at once; both find the same."""
+        """Page tables by row group, made on demand. No lock: two threads that make the same one at once make equals."""
         self._last = threading.local()
-        """The page that a thread has decompressed last, since the next row is often in it."""
+        """The page that each thread has decompressed last; the next row is often in it."""
         self._stamp = _stamp(path.stat())
 
     def read(self, row: int) -> bytes:
-        """Return the value of a row. Raises NotPlain, OSError."""
+        """Return the value of a row. Raises NotPlain, also where the file has changed, and OSError."""
         number = bisect.bisect_right(self._ends, row)
         if row < 0 or number == len(self._ends):
             raise NotPlain
@@ -110,14 +118,14 @@ class PagedColumn:
             if group is None:
                 group = self._groups[number] = self._walk(descriptor, number)
             row -= self._ends[number - 1] if number else 0
-            place = bisect.bisect_right(group.first_rows, row) - 1
-            page = group.pages[place]
+            index = bisect.bisect_right(group.first_rows, row) - 1
+            page = group.pages[index]
             if page is None:
                 raise NotPlain
-            return self._value(descriptor, number, page, row - group.first_rows[place])
+            return self._value(descriptor, number, page, row - group.first_rows[index])
 
     def _walk(self, descriptor: int, number: int) -> _Group:
-        """Read the headers of a row group's pages."""
+        """Make the page table of a row group from the pages' headers."""
         at, stop, rows = self._starts[number], self._stops[number], 0
         first_rows: list[int] = []
         pages: list[_Page | None] = []
@@ -137,6 +145,7 @@ class PagedColumn:
         return _Group(first_rows, pages)
 
     def _value(self, descriptor: int, number: int, page: _Page, index: int) -> bytes:
+        """Read value `index` of a page. Plain values lie one after the other, so the lengths before it are followed."""
         if page.compressed or page.size < SMALL_VALUE_BYTES * page.values:
             values, at = self._unpacked(descriptor, number, page, index)
             for _ in range(index):
@@ -159,7 +168,7 @@ class PagedColumn:
         return found
 
     def _unpacked(self, descriptor: int, number: int, page: _Page, index: int) -> tuple[memoryview, int]:
-        """Return a page without its compression, and where its values begin."""
+        """Return a decompressed page, and the offset at which its values begin."""
         kept = getattr(self._last, "page", None)
         if kept is None or kept[0] != page.start:
             body = _exactly(descriptor, page.size, page.start)
@@ -177,7 +186,10 @@ class PagedColumn:
         return memoryview(body), self._skip_levels(body, page, index)
 
     def _skip_levels(self, data: bytes, page: _Page, index: int) -> int:
-        """Return where the values begin. Raises NotPlain where a value up to `index` is null."""
+        """Return the offset at which the values begin. Raises NotPlain where a value up to `index` is null.
+
+        A null has a smaller definition level and is not stored, so value i is the i-th stored one only before a null.
+        """
         if not self._max_level:
             return page.level_bytes or 0
         ahead = page.level_bytes
@@ -193,7 +205,7 @@ class PagedColumn:
 
 
 def _leaf(metadata: pq.FileMetaData, column: str) -> int:
-    """Return the number of the column that holds the bytes: the column itself, or its field `bytes`."""
+    """Find the leaf column that holds the bytes: the column itself, or its field `bytes`."""
     paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     found = [i for i, path in enumerate(paths) if path in (column, f"{column}.bytes")]
     if len(found) != 1:
@@ -237,7 +249,10 @@ def _page_header(descriptor: int, at: int, stop: int) -> tuple[dict[int, Any], i
 
 
 def _levels(data: bytes, width: int, count: int) -> npt.NDArray[np.int64]:
-    """Decode the first `count` of definition levels in Parquet's hybrid of runs and bit packing."""
+    """Decode the first `count` definition levels, in Parquet's hybrid of runs and bit packing.
+
+    The lowest bit of each head tells them apart: 1 for groups of 8 packed levels, 0 for a run of one level.
+    """
     found: list[npt.NDArray[np.int64]] = []
     at = have = 0
     while have < count:
@@ -248,7 +263,7 @@ def _levels(data: bytes, width: int, count: int) -> npt.NDArray[np.int64]:
             found.append(bits.reshape(-1, width).astype(np.int64) @ (1 << np.arange(width)))
         else:
             size = (width + 7) // 8
-            # A run may claim more values than there are.
+            # A hostile run may claim billions of values: no more than are needed are made.
             run = min(head >> 1, count - have)
             found.append(np.full(run, int.from_bytes(data[at : at + size], "little"), np.int64))
         if at + size > len(data) or not len(found[-1]):

@@ -1,11 +1,10 @@
-"""Files that a listing meets and does not take: counted by reason, so that none disappears in silence.
+"""The vocabulary of sources: the images that a source lists, its rejects, the files that it leaves out.
 
-Entries of a source's listing: references to images, and rejects. Never pixels.
+`ImageSource` is the protocol that every source fulfils. A listing yields references and rejects, never pixels.
 """
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +13,12 @@ from typing import Protocol, TypeVar
 
 from ferkd_data.errors import ImageError
 
+Item = TypeVar("Item")
+
+MAX_TARGET = 2**31 - 1
+"""Largest class number: label sets store targets as int32."""
 MAX_EXTENSIONS = 16
-"""A folder with more kinds of other files has the rest counted together."""
+"""Extensions counted separately; files with further extensions are counted together as `other`."""
 KINDS = {
     "system": ("system file", "system files"),
     "hidden": ("hidden file", "hidden files"),
@@ -27,46 +30,7 @@ KINDS = {
     "other": ("file of another kind", "files of other kinds"),
     "beside_tars": ("Parquet table beside the tars", "Parquet tables beside the tars"),
 }
-"""Reason -> its words, for one and for many. A reason that begins with a dot is a file name extension."""
-
-
-class LeftOut:
-    """The accumulator of one source: `counts` by reason, and the first file of each in `examples`."""
-
-    def __init__(self, counts: Mapping[str, int] | None = None, examples: Mapping[str, str] | None = None) -> None:
-        self.counts: Counter[str] = Counter(counts or {})
-        self.examples: dict[str, str] = dict(examples or {})
-
-    def add(self, reason: str, example: str, count: int = 1) -> None:
-        """Count `count` files under one of KINDS, or under an extension such as `.txt`."""
-        if reason.startswith(".") and reason not in self.counts:
-            if sum(known.startswith(".") for known in self.counts) >= MAX_EXTENSIONS:
-                reason = "other"
-        self.counts[reason] += count
-        self.examples.setdefault(reason, example)
-
-    def start_from(self, other: LeftOut) -> None:
-        """Forget what was counted, and begin with a copy of `other`."""
-        self.counts, self.examples = Counter(other.counts), dict(other.examples)
-
-
-def describe_left_out(counts: Mapping[str, int]) -> list[str]:
-    """`3 system files`, `1 txt file`, ..., the most frequent first."""
-    return [f"{count:,} {_words(reason, count)}" for reason, count in sorted(counts.items(), key=lambda c: (-c[1], c))]
-
-
-def _words(reason: str, count: int) -> str:
-    if reason in KINDS:
-        return KINDS[reason][count != 1]
-    return f"{reason} file" if count == 1 else f"{reason} files"
-
-
-Item = TypeVar("Item")
-
-# A class with slots and a frozen dataclass cost the same here; slots halve the memory of a listed shard.
-MAX_KEY_BYTES = 1024
-MAX_TARGET = 2**31 - 1
-"""Label sets hold targets as int32."""
+"""Reasons for leaving out a file: singular and plural for messages. Any other reason is a file name extension."""
 
 REASONS: dict[str, str] = {
     "bad_key": "the key cannot be a member name in a tar: a dot in the file name, a climbing or absolute path, "
@@ -88,55 +52,101 @@ REASONS: dict[str, str] = {
 """Every reason in rejects.parquet, with its meaning."""
 
 
+# Slots halve the memory of a listed shard.
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRef:
+    """Where an image of a source is stored, with its key and its ground truth."""
+
     key: str
     target: int | None
+    """Class number; None where it is unknown."""
     file: str
     """Path below the source's root, or a URL."""
     offset: int
-    """First byte in a tar, row number in a Parquet file, 0 for a file of its own."""
+    """First byte in a tar; row number in a Parquet file; 0 in a folder."""
     length: int
-    """Bytes, or -1 where the listing does not know."""
+    """Size in bytes; -1 where the listing does not know it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reject:
+    """An image that cannot be used."""
+
     key: str
     reason: str
+    """One of REASONS."""
     detail: str
+    """A sentence for a person: the file, and what is wrong with it."""
 
 
 class ImageSource(Protocol):
-    """Images with keys, in an order that depends on their names alone. Instances can be pickled."""
+    """Images with unique keys, listed in an order that depends on their names alone.
+
+    A source can be pickled: each worker gets a copy of its own.
+    """
 
     @property
-    def description(self) -> str: ...
+    def description(self) -> str:
+        """Words for a message, such as `folder photos`."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the numbered classes. After listing where they are found in the images' own labels."""
+        """Names of the classes by number; complete after listing, which may find them in the images' own labels."""
 
     @property
     def class_folder_names(self) -> tuple[str, ...] | None:
-        """Class folders, or the texts of labels, by which classes are numbered, in the order of the numbers."""
+        """Class folders, or labels as texts, in the order of the class numbers."""
 
     @property
     def left_out(self) -> LeftOut:
-        """After listing: the files that are no images of this source."""
+        """Files that are no images of this source; complete after listing."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """After listing: what a person should know of how the source was read, a sentence each."""
+        """Sentences that tell a person how the source was read; complete after listing."""
 
     def list_images(self) -> Iterator[ImageRef | Reject]:
-        """Every image once, streaming. Raises SourceError."""
+        """Yield each image once, without holding the listing in memory. Raises SourceError."""
 
     def read(self, refs: Iterable[ImageRef]) -> Iterator[bytes | ImageError]:
-        """The encoded bytes of `refs`, in their order; an ImageError stands for an image that cannot be read."""
+        """Yield the encoded bytes of `refs` in order, with an ImageError in place of an image that cannot be read."""
 
     def read_one(self, ref: ImageRef) -> bytes:
-        """The encoded bytes of one image; may be called from several threads. Raises ImageError."""
+        """Read the encoded bytes of one image. Raises ImageError. May be called by several threads at a time."""
+
+
+class LeftOut:
+    """Files that a source leaves out: how many for each reason, and the first of each as an example.
+
+    No file disappears in silence: a build prints these counts.
+    """
+
+    def __init__(self, counts: Mapping[str, int] | None = None, examples: Mapping[str, str] | None = None) -> None:
+        self.counts: Counter[str] = Counter(counts or {})
+        self.examples: dict[str, str] = dict(examples or {})
+
+    def add(self, reason: str, example: str, count: int = 1) -> None:
+        """Count files under a reason: one of KINDS, or an extension such as `.txt`."""
+        if reason.startswith(".") and reason not in self.counts:
+            if sum(known.startswith(".") for known in self.counts) >= MAX_EXTENSIONS:
+                reason = "other"
+        self.counts[reason] += count
+        self.examples.setdefault(reason, example)
+
+    def start_from(self, other: LeftOut) -> None:
+        """Replace the counts by a copy of `other`."""
+        self.counts, self.examples = Counter(other.counts), dict(other.examples)
+
+
+def describe_left_out(counts: Mapping[str, int]) -> list[str]:
+    """List the counts in words, the most frequent first: `3 system files`, `1 .txt file`."""
+    return [f"{count:,} {_words(reason, count)}" for reason, count in sorted(counts.items(), key=lambda c: (-c[1], c))]
+
+
+def _words(reason: str, count: int) -> str:
+    if reason in KINDS:
+        return KINDS[reason][count != 1]
+    return f"{reason} file" if count == 1 else f"{reason} files"
 
 
 def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -144,31 +154,3 @@ def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     stream = iter(items)
     while group := list(islice(stream, size)):
         yield group
-
-
-def check_key(key: str) -> None:
-    """Raise ImageError("bad_key") for a key that would not survive in both layouts."""
-    problem = _key_problem(key)
-    if problem:
-        raise ImageError("bad_key", f"{key!r} {problem}")
-
-
-def _key_problem(key: str) -> str | None:
-    components = key.split("/")
-    base = components[-1]
-    if not all(components):
-        return "is empty, absolute, or has an empty component"
-    if "." in base:
-        return "has a dot in its last component, where WebDataset would cut it; rename the file"
-    if any(component in (".", "..") for component in components):
-        return "climbs out of its folder"
-    if base.startswith("__") and base.endswith("__"):
-        return "is a name that WebDataset keeps for itself"
-    # Printable text has no control character, and that is asked faster.
-    if "\\" in key or (not key.isprintable() and any(unicodedata.category(character) == "Cc" for character in key)):
-        return "has a backslash or a control character"
-    try:
-        size = len(key.encode("utf-8"))
-    except UnicodeEncodeError:
-        return "is not UTF-8"
-    return f"has {size} bytes; at most {MAX_KEY_BYTES}" if size > MAX_KEY_BYTES else None

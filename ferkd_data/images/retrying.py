@@ -1,6 +1,7 @@
-"""Reading images from a source that fails for a while: tried again before an image is given up.
+"""Retry reads of images: decide which failures of file systems and servers are transient.
 
-The loop is that of `ferkd_data.remote.retries`; here is which failures of file systems and servers may pass.
+The retry loop itself is in `ferkd_data.remote.retries`. An image that stays unreadable becomes a reject; several in a
+row mean that the source is down, and end the build instead.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from ferkd_data.remote.retries import GivenUpError, Transient
 from ferkd_data.storage import open_binary
 
 RETRIES = Retries(attempts=6, first_wait=0.5, longest_wait=10.0)
-"""About 20 seconds for each image."""
+"""About 20 seconds of waiting for each image."""
 IMAGES_IN_A_ROW = 3
-"""Images without an answer in a row that mean that the source is down, not that sectors are bad."""
-FOREIGN = ("aiohttp", "fsspec", "botocore", "aiobotocore", "gcsfs", "requests", "urllib3")
-"""Packages of server clients whose errors are no OSError."""
-WILL_NOT_PASS = (
+"""Consecutive unanswered images that mean that the source is down, rather than that single sectors are bad."""
+CLIENTS = ("aiohttp", "fsspec", "botocore", "aiobotocore", "gcsfs", "requests", "urllib3")
+"""Packages of network clients, whose errors are often no OSError."""
+PERMANENT = (
     errno.ENOENT,
     errno.EACCES,
     errno.EPERM,
@@ -35,23 +36,26 @@ T = TypeVar("T")
 
 
 class NoAnswerError(OSError):
-    """An action failed as often as it was tried, in a way that may pass."""
+    """An action failed in every attempt, each time in a way that may be transient."""
 
 
 class UnansweredImageError(ImageError):
-    """An image that was given up although nothing says that it is bad."""
+    """An image could not be read because its source did not answer; the image itself may be sound."""
 
 
 def retried(action: Callable[[], T], what: str) -> T:
-    """Call `action`, again while its failure may pass. Raises NoAnswerError in the end; other errors at once."""
+    """Call `action`, and again after transient failures.
+
+    Raises NoAnswerError after the last attempt, and any error that is not transient at once.
+    """
 
     def attempt() -> T:
         try:
             return action()
         except Exception as error:
-            # Clients of servers raise errors of any kind; what is not theirs goes on as it is.
+            # Network clients raise errors of any class. An error of anything else is raised on unchanged.
             cause = _origin(error)
-            if not _may_pass(cause):
+            if not _is_transient(cause):
                 raise
             raise Transient(getattr(cause, "strerror", None) or str(cause) or type(cause).__name__) from error
 
@@ -62,14 +66,17 @@ def retried(action: Callable[[], T], what: str) -> T:
 
 
 def unreadable(file: str, error: OSError) -> ImageError:
-    """The ImageError for a file that could not be read."""
+    """Turn the error of a failed read into an ImageError."""
     if isinstance(error, NoAnswerError):
         return UnansweredImageError("unreadable", str(error))
     return ImageError("unreadable", f"{file}: {error.strerror or error}")
 
 
 def while_it_answers(contents: Iterable[bytes | ImageError]) -> Iterator[bytes | ImageError]:
-    """Yield the same contents. Raises SourceError when the source is down, before everything becomes a reject."""
+    """Yield `contents` unchanged while the source answers.
+
+    Raises SourceError after IMAGES_IN_A_ROW unanswered images: otherwise all further images would become rejects.
+    """
     in_a_row = 0
     for content in contents:
         in_a_row = in_a_row + 1 if isinstance(content, UnansweredImageError) else 0
@@ -82,7 +89,7 @@ def while_it_answers(contents: Iterable[bytes | ImageError]) -> Iterator[bytes |
 
 
 class ReopeningFile:
-    """A file for reading that is opened again at its position when a read fails in a way that may pass."""
+    """A binary file for reading that retries: after a transient failure it is opened again at its position."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -126,24 +133,27 @@ class ReopeningFile:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """Return the first cause below our own errors and those of fsspec, which calls a file of a dead server missing."""
-    told: BaseException | None = error
-    while told is not None:
-        if _is_foreign(told):
-            return told
-        told = told.__cause__
+    """Find the error of a network client in the chain of causes, else what a SourceError wraps, else the error itself.
+
+    fsspec hides a dead server behind FileNotFoundError, which would look permanent.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if _is_of_a_client(cause):
+            return cause
+        cause = cause.__cause__
     return error.__cause__ if isinstance(error, SourceError) and error.__cause__ else error
 
 
-def _is_foreign(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] in FOREIGN
+def _is_of_a_client(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] in CLIENTS
 
 
-def _may_pass(error: BaseException) -> bool:
-    if _is_foreign(error):
+def _is_transient(error: BaseException) -> bool:
+    if _is_of_a_client(error):
         status = getattr(error, "status", None)
         return not isinstance(status, int) or status >= 500 or status in (408, 429)
     if isinstance(error, (TimeoutError, ConnectionError)):
         return True
-    # Without a number it is about the contents: a decoder's "corrupt" is an OSError too.
-    return isinstance(error, OSError) and error.errno is not None and error.errno not in WILL_NOT_PASS
+    # An OSError without a number is about the contents, such as a decoder's "corrupt".
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in PERMANENT

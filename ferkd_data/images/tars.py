@@ -1,4 +1,7 @@
-"""WebDataset tars: members `KEY.EXTENSION`, a sample's members side by side. Read at offsets, never unpacked."""
+"""WebDataset tars as a source of images, read at offsets and never unpacked.
+
+Members are called `KEY.EXTENSION`; the members of a sample stand side by side.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,17 @@ from typing import IO, Any, cast
 
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images.class_list import ClassList, LabelCounts
-from ferkd_data.images.formats import EXTENSIONS, HEAD_BYTES, NO_IMAGES, UNSUPPORTED, decoded_kind, other_kind
-from ferkd_data.images.keys import DuplicateFilter, skip_reason_of_path
-from ferkd_data.images.refs import ImageRef, LeftOut, Reject, check_key
+from ferkd_data.images.file_kinds import (
+    EXTENSIONS,
+    HEAD_BYTES,
+    NO_IMAGES,
+    UNSUPPORTED,
+    decoded_kind,
+    other_kind,
+    skip_reason_of_path,
+)
+from ferkd_data.images.keys import DuplicateFilter, check_key
+from ferkd_data.images.refs import ImageRef, LeftOut, Reject
 from ferkd_data.images.retrying import ReopeningFile, unreadable
 from ferkd_data.storage import CHUNK_BYTES
 
@@ -35,14 +46,15 @@ TARGET_FIELDS = (
 NUMBER = re.compile(r"[-+]?\d{1,18}")
 MAX_TARGET_BYTES = 2**20
 DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
-"""Errors of tarfile for headers that claim absurd sizes or nest without end."""
+"""Errors that tarfile raises for damaged or hostile headers, such as absurd sizes and endless nesting."""
 
 
 class TarSource:
-    """Keys are the member names up to the first dot of the last component, as WebDataset splits them.
+    """A source whose images are members of tars.
 
-    Targets come from `KEY.cls` (a number, or a text that `classes` lists), or from a field of `KEY.json` such as
-    label, target, cls or class. `beside` is what `open_source` met beside the tars.
+    Keys are the member names up to the first dot of the last component, as in WebDataset. Targets come from `KEY.cls`
+    (a number, or a text that `classes` lists), or from a field of `KEY.json` such as label, target, cls or class.
+    `beside` counts the files that `open_source` met beside the tars.
     """
 
     def __init__(self, tars: list[str], classes: ClassList | None, *, beside: LeftOut | None = None) -> None:
@@ -50,7 +62,7 @@ class TarSource:
         self.classes = classes
         self.class_names = None if classes is None else classes.names
         self.left_out = LeftOut()
-        """After listing: members that are no images and belong to none, and `beside`."""
+        """Members that are no images and belong to none, and `beside`; complete after listing."""
         self._beside = beside or LeftOut()
         self._labels = LabelCounts()
 
@@ -125,7 +137,10 @@ class TarSource:
             raise SourceError(f"{name}: cannot be read as a tar ({str(error) or type(error).__name__})") from error
 
     def _belongs_to_a_sample(self, tar: str, member: tarfile.TarInfo, suffix: str, stream: ReopeningFile) -> bool:
-        """Whether WebDataset would take it; what systems add to a tar must not come between a sample's members."""
+        """Whether a member is part of a sample; otherwise it is counted as left out, or is a folder.
+
+        Files that systems add to a tar are skipped, so that they do not split a sample's members.
+        """
         if member.isdir():
             return False
         skipped = skip_reason_of_path(member.name)
@@ -169,16 +184,20 @@ def _read_at(stream: ReopeningFile, ref: ImageRef) -> bytes | ImageError:
 
 
 def _headers(tar: tarfile.TarFile, stream: ReopeningFile) -> Iterator[tarfile.TarInfo]:
-    """Every header, to the end of the file. Raises tarfile.ReadError where tarfile would stop early or turn back."""
+    """Yield every member to the end of the file.
+
+    Raises tarfile.ReadError where tarfile would stop early, or follow a header back to an earlier one.
+    """
     last = -1
     for member in tar:
-        # tarfile keeps every header it has read; a shard of millions would not fit.
+        # tarfile keeps every header that it has read; those of millions of members would not fit into memory.
         tar.members = []  # type: ignore[attr-defined]
         if member.offset <= last:
             raise tarfile.ReadError(f"the header at byte {last} leads back to byte {member.offset}")
         last = member.offset
         yield member
-    # tarfile takes a damaged header for the end, and ignores a tar behind the end: images would be lost in silence.
+    # tarfile takes a damaged header for the end, and ignores a second tar behind the end. Either would lose images in
+    # silence, so nothing but zeros may follow.
     stream.seek(tar.offset)
     while chunk := stream.read(CHUNK_BYTES):
         if chunk.strip(b"\0"):
@@ -186,19 +205,19 @@ def _headers(tar: tarfile.TarFile, stream: ReopeningFile) -> Iterator[tarfile.Ta
 
 
 def _is_plain(member: tarfile.TarInfo) -> bool:
-    """Whether the member's bytes lie in the tar as they are: no link, no sparse file."""
+    """Whether the member's bytes are stored as they are: neither a link nor a sparse file."""
     return member.isreg() and not member.issparse()
 
 
 def split_member(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the last path component."""
+    """Split a member's name into key and suffix at the first dot of its last component, as WebDataset does."""
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix
 
 
 def _image_of(tar: str, parts: list[tuple[str, tarfile.TarInfo]], stream: ReopeningFile) -> tarfile.TarInfo:
-    """The one image of a sample. Raises ImageError."""
+    """Find the image of a sample. Raises ImageError where there is none, or more than one."""
     images = [member for suffix, member in parts if _extension(suffix) in EXTENSIONS]
     if not images:
         unknown = [(suffix, member) for suffix, member in parts if _extension(suffix) not in NO_IMAGES]
@@ -218,7 +237,7 @@ def _image_of(tar: str, parts: list[tuple[str, tarfile.TarInfo]], stream: Reopen
 
 
 def _head(member: tarfile.TarInfo, stream: ReopeningFile) -> bytes:
-    """The first bytes of a member whose bytes lie in the tar. Leaves the stream where it was."""
+    """Read the first bytes of a member, none of a link or a sparse file. The stream keeps its position."""
     if not _is_plain(member):
         return b""
     position = stream.tell()
@@ -242,7 +261,7 @@ def _extension(suffix: str) -> str:
 
 
 def _label(parts: list[tuple[str, tarfile.TarInfo]], stream: ReopeningFile) -> Any:
-    """The class that a sample's members name: a number, a text, or None; anything else makes no sense.
+    """Find the label of a sample: a number, a text, None where there is none, or a value that cannot name a class.
 
     Raises ImageError.
     """
@@ -263,7 +282,7 @@ def _label(parts: list[tuple[str, tarfile.TarInfo]], stream: ReopeningFile) -> A
 
 
 def _read_member(member: tarfile.TarInfo, stream: ReopeningFile) -> bytes:
-    """Raises ImageError."""
+    """Read the first MAX_TARGET_BYTES of a member. The stream keeps its position. Raises ImageError."""
     if not _is_plain(member):
         raise ImageError("corrupt", f"{member.name} is a sparse file; store its bytes")
     position = stream.tell()

@@ -201,14 +201,14 @@ def test_a_server_that_refuses_is_not_asked_again(tmp_path):
 def test_a_damaged_parquet_row_is_a_reject_and_a_failing_one_is_read_again(monkeypatch, tmp_path):
     import pyarrow as pa
 
-    from ferkd_data.images.hf_parquet import _Cursor
+    from ferkd_data.images.parquet_rows import RowCursor
 
     images = [{"bytes": b"%d" % number, "path": f"{number}.jpg"} for number in range(5)]
     pq.write_table(pa.table({"image": images}), tmp_path / "0.parquet")
     source = open_source(tmp_path)
     refs = list(source.list_images())
     real, failures = (
-        _Cursor.advance_to,
+        RowCursor.advance_to,
         [TimeoutError("late"), OSError(5, "Input/output error"), OSError("corrupt page")],
     )
 
@@ -219,7 +219,7 @@ def test_a_damaged_parquet_row_is_a_reject_and_a_failing_one_is_read_again(monke
         assert cursor.file != "broken", "it has failed"
         return real(cursor, row)
 
-    monkeypatch.setattr(_Cursor, "advance_to", advance_to)
+    monkeypatch.setattr(RowCursor, "advance_to", advance_to)
     contents = list(source.read(refs))
     assert contents[:2] == [b"0", b"1"] and contents[3:] == [b"3", b"4"]
     assert isinstance(contents[2], ImageError) and "corrupt page" in contents[2].detail

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ferkd_data.errors import SourceError
 from ferkd_data.images import ImageRef, Reject, describe_left_out, open_source, read_class_list
-from ferkd_data.images.keys import skip_reason, split_of_file, split_of_folder
+from ferkd_data.images.file_kinds import skip_reason, split_of_file, split_of_folder
 
 
 def jpeg(color="red"):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ferkd_data.errors import ImageError
-from ferkd_data.images import hf_parquet, open_source
+from ferkd_data.images import open_source, parquet_rows
 from ferkd_data.images.parquet_pages import NotPlain, PagedColumn
 
 VALUES = st.lists(st.binary(max_size=300), min_size=1, max_size=120)
@@ -152,7 +152,7 @@ def test_what_datasets_writes_is_read_without_pyarrow(tmp_path, monkeypatch, pho
     def none(*_):
         raise AssertionError("PyArrow was asked for a row")
 
-    monkeypatch.setattr(hf_parquet._Cursor, "advance_to", none)
+    monkeypatch.setattr(parquet_rows.RowCursor, "advance_to", none)
     for ref in random.Random(0).sample(refs, len(refs)):
         assert source.read_one(ref) == contents[ref.offset]
 

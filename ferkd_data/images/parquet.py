@@ -1,10 +1,11 @@
-"""Parquet files with images in a column: a struct of bytes and path, as Hugging Face's datasets writes it, or bytes."""
+"""Parquet files as a source of images: list their rows, with keys and targets.
+
+Images are a struct of bytes and path, as Hugging Face's library datasets writes them, or plain bytes.
+`parquet_columns` finds the columns, `parquet_rows` reads the bytes.
+"""
 
 from __future__ import annotations
 
-import bisect
-import itertools
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,36 +14,31 @@ import pyarrow as pa
 
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images.class_list import ClassList, LabelCounts
-from ferkd_data.images.keys import DuplicateFilter
+from ferkd_data.images.keys import DuplicateFilter, check_key
 from ferkd_data.images.parquet_columns import describe_differing, find_columns, open_table
-from ferkd_data.images.parquet_pages import NotPlain, PagedColumn
-from ferkd_data.images.refs import ImageRef, LeftOut, Reject, check_key
-from ferkd_data.images.retrying import retried, unreadable
+from ferkd_data.images.parquet_rows import RowReader
+from ferkd_data.images.refs import ImageRef, LeftOut, Reject
 
 OWN_KEYS = ("key", "__key__")
-"""Columns whose values are keys whatever they are: the second image of a key is a reject."""
+"""Columns whose values are taken as keys without a test: a second image with the same key is a reject."""
 MAX_TEXT_CLASSES = 100_000
-"""A text column with more different values names no classes."""
-READ_ROWS = 32
-"""Rows decoded at a time: bounds what a large row group costs."""
+"""Distinct values above which a text column does not name classes."""
 LISTED_ROWS = 4096
+"""Rows of keys and labels read at a time."""
 
 Record = dict[str, Any]
 _KeyOf = Callable[[str, int, Record], str]
 
 
-KEPT_FILES = 8
-"""Files that a thread keeps open for reading single images."""
-KEPT_BYTES = 4 * 2**20
-"""Of images that are kept for each of them, at most, or a batch of READ_ROWS."""
-
-
 class ParquetSource:
-    """Keys are the column key or __key__; else id, or the stem of the image's path, if unique; else FILE/ROW.
+    """A source whose images are rows of Parquet files.
 
-    Targets are the numbers of a label column (see `parquet_columns.TARGET_COLUMNS`), or its texts: by their place in
-    `classes`, else numbered in sorted order as class folders are. Names that a ClassLabel feature gives to numbers are
-    looked up in `classes` too.
+    Keys are the first of these that exists and is unique: the column `key` or `__key__` (taken without a test), the
+    column `id`, the stem of the image's path, FILE/ROW.
+
+    Targets come from a label column (see `parquet_columns.TARGET_COLUMNS`). Numbers are targets as they are, unless a
+    ClassLabel feature names them and `classes` lists the names. Texts are looked up in `classes`; without it they are
+    numbered in sorted order, as class folders are. `beside` counts the files that `open_source` met beside these.
     """
 
     def __init__(
@@ -53,16 +49,15 @@ class ParquetSource:
         self.classes = classes
         self.columns = find_columns(root / files[0])
         self.left_out = LeftOut()
-        """After listing: what `open_source` met beside the files."""
+        """Files beside these; complete after listing."""
         self._beside = beside or LeftOut()
         self._labels = LabelCounts()
         self._key_note = ""
         self._texts: ClassList | None = None
-        """After listing: the texts of the label column, where no list of classes was given."""
+        """Texts of the label column as classes, where no list was given; complete after listing."""
         self._numbers = self._renumbered()
         self._stems = _stems(files)
-        self._kept = _Kept()
-        self._paged = _Paged()
+        self._rows = RowReader(root, self.columns.image)
         for file in files[1:]:
             differing = describe_differing(self.columns, find_columns(root / file))
             if differing:
@@ -112,46 +107,10 @@ class ParquetSource:
                 yield ImageRef(key=key, target=self._target(record), file=file, offset=row, length=-1)
 
     def read(self, refs: Iterable[ImageRef]) -> Iterator[bytes | ImageError]:
-        cursor: _Cursor | None = None
-        for ref in refs:
-            if cursor is not None and not cursor.can_reach(ref):
-                cursor = None
-            content, cursor = self._read_row(ref, cursor)
-            yield content
-
-    def _read_row(self, ref: ImageRef, cursor: _Cursor | None) -> tuple[bytes | ImageError, _Cursor | None]:
-        """The row, and the cursor to go on with: one that has failed is not used again."""
-
-        def action() -> tuple[bytes | ImageError, _Cursor]:
-            nonlocal cursor
-            mine, cursor = cursor or _Cursor(self.root, ref.file, ref.offset, self.columns.image), None
-            return mine.advance_to(ref.offset), mine
-
-        try:
-            return retried(action, f"{ref.file}, row {ref.offset}")
-        except OSError as error:
-            return unreadable(f"{ref.file}, row {ref.offset}", error), None
+        return self._rows.read(refs)
 
     def read_one(self, ref: ImageRef) -> bytes:
-        paged = self._paged.column(self.root, ref.file, self.columns.image)
-        if paged is not None:
-            try:
-                return retried(lambda: paged.read(ref.offset), f"{ref.file}, row {ref.offset}")
-            except NotPlain:
-                pass  # PyArrow reads every way to store it
-            except OSError as error:
-                raise unreadable(f"{ref.file}, row {ref.offset}", error) from error
-        kept = self._kept.files
-        # One that another thread goes on with is not in the list meanwhile.
-        place = next((i for i, cursor in enumerate(kept) if cursor.can_reach(ref)), None)
-        cursor = None if place is None else kept.pop(place)
-        data, cursor = self._read_row(ref, cursor)
-        if cursor is not None:
-            kept.append(cursor)
-            del kept[:-KEPT_FILES]
-        if isinstance(data, ImageError):
-            raise data
-        return data
+        return self._rows.read_one(ref)
 
     def _target(self, record: Record) -> int | None:
         label = None if self.columns.label is None else record.get(self.columns.label)
@@ -161,7 +120,7 @@ class ParquetSource:
         return self._numbers[number] if number < len(self._numbers) else None
 
     def _renumbered(self) -> tuple[int, ...] | None:
-        """The number in `classes` of each class that the label column names; None where it keeps its numbers.
+        """Map the label column's numbers to those in `classes`, by name; None where they are kept.
 
         Raises SourceError where only some of the names are in `classes`.
         """
@@ -170,7 +129,7 @@ class ParquetSource:
             return None
         unknown = [name for name in names if name not in self.classes.by_text]
         if len(unknown) == len(names) == len(self.classes.names):
-            return None  # other names for the same classes
+            return None  # as many names, none in common: other names for the same classes
         if unknown:
             raise SourceError(
                 f"{self.root}: class {unknown[0]!r} of the column {self.columns.label} is not in the classes file "
@@ -179,7 +138,7 @@ class ParquetSource:
         return tuple(self.classes.by_text[name] for name in names)
 
     def _distinct_texts(self) -> ClassList | None:
-        """The texts of the label column in sorted order; None where they are numbers, or too many to be classes."""
+        """Collect the texts of the label column, sorted; None where they are numbers, or too many to be classes."""
         texts: set[str] = set()
         label = str(self.columns.label)
         for _, _, record in self._records([label]):
@@ -193,7 +152,7 @@ class ParquetSource:
         return ClassList(f"the column {label}", names, names)
 
     def _choose_keys(self) -> tuple[_KeyOf, bool]:
-        """Return the function that makes a row's key, and whether it is known to give each key once."""
+        """Choose the function that makes a row's key; the second value is True where keys are known to be unique."""
         own = next((name for name in OWN_KEYS if name in self.columns.keys), None)
         if own is not None:
             return lambda file, row, record: "" if record[own] is None else str(record[own]), False
@@ -237,114 +196,13 @@ class ParquetSource:
         return [*dict.fromkeys([*self.columns.keys, *label]), *path]
 
     def _records(self, columns: list[str]) -> Iterator[tuple[str, int, Record]]:
-        """(file, row, values) of every row. Raises SourceError."""
+        """Yield (file, row, values) of every row. Raises SourceError."""
         for file in self.files:
             try:
                 for row, record in enumerate(_read_records(self.root / file, columns)):
                     yield file, row, record
             except (OSError, ValueError, pa.ArrowException) as error:
                 raise SourceError(f"{self.root / file}: cannot be read to its end ({error})") from error
-
-
-class _Kept(threading.local):
-    """What a thread has open for reading single images; nothing of it is pickled."""
-
-    def __init__(self) -> None:
-        self.files: list[_Cursor] = []
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_Kept, ())
-
-
-class _Paged:
-    """Tables of the files' pages, made when a file is first asked for and shared by all threads; never pickled.
-
-    Two threads may make the same table at once: both are right, and one stays.
-    """
-
-    def __init__(self) -> None:
-        self._columns: dict[str, PagedColumn | None] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_Paged, ())
-
-    def column(self, root: Path, file: str, column: str) -> PagedColumn | None:
-        """Return None where PyArrow has to read the file. Raises SourceError."""
-        if file not in self._columns:
-            try:
-                with open_table(root / file) as opened:
-                    self._columns[file] = PagedColumn(root / file, opened, column)
-            except NotPlain:
-                self._columns[file] = None
-        return self._columns[file]
-
-
-class _Cursor:
-    """Walks one file forward, starting at the row group that holds the first row asked for.
-
-    A row of the group that it is in is reached without opening the file again, also if it lies behind.
-    """
-
-    def __init__(self, root: Path, file: str, row: int, column: str) -> None:
-        self.file = file
-        self._column = column
-        self._opened = open_table(root / file)
-        metadata = self._opened.metadata
-        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        self._ends = list(itertools.accumulate(sizes))
-        self._group = -1
-        self._read: list[tuple[int, pa.RecordBatch]] = []
-        """(first row, batch) of the row group, as far as it has been read."""
-        self._rest: Iterator[pa.RecordBatch] = iter(())
-
-    def can_reach(self, ref: ImageRef) -> bool:
-        return self.file == ref.file
-
-    def advance_to(self, row: int) -> bytes | ImageError:
-        """Raises OSError."""
-        group = bisect.bisect_right(self._ends, row)
-        if group == len(self._ends):
-            return ImageError("unreadable", f"{self.file} has no row {row}; did it change?")
-        try:
-            batch, place = self._find(group, row)
-        except StopIteration:
-            return ImageError("unreadable", f"{self.file} has no row {row}; did it change?")
-        except pa.ArrowException as error:
-            # The reader does not go on after that.
-            self._group = -1
-            return ImageError("unreadable", f"{self.file}, row {row}: {error}")
-        return _bytes_of(batch.column(self._column)[place].as_py(), f"{self.file}, row {row}")
-
-    def _find(self, group: int, row: int) -> tuple[pa.RecordBatch, int]:
-        if group != self._group:
-            self._group, self._read = group, []
-            self._rest = self._opened.iter_batches(
-                READ_ROWS, row_groups=[group], columns=[self._column], use_threads=False
-            )
-        start = self._ends[group - 1] if group else 0
-        while not self._read or row >= self._read[-1][0] + self._read[-1][1].num_rows:
-            first = self._read[-1][0] + self._read[-1][1].num_rows if self._read else start
-            self._read.append((first, next(self._rest)))
-            self._forget()
-        for first, batch in self._read:
-            if first <= row < first + batch.num_rows:
-                return batch, row - first
-        # It was given up for memory.
-        self._group = -1
-        return self._find(group, row)
-
-    def _forget(self) -> None:
-        while len(self._read) > 1 and sum(batch.nbytes for _, batch in self._read) > KEPT_BYTES:
-            del self._read[0]
-
-
-def _bytes_of(image: Any, where: str) -> bytes | ImageError:
-    data = image.get("bytes") if isinstance(image, dict) else image
-    if data is not None:
-        return bytes(data)
-    path = image.get("path") if isinstance(image, dict) else None
-    what = f"only a path ({path}), no image bytes" if path else "no image bytes"
-    return ImageError("missing_image", f"{where} holds {what}")
 
 
 def _read_records(path: Path, columns: list[str]) -> Iterator[Record]:
@@ -357,7 +215,7 @@ def _read_records(path: Path, columns: list[str]) -> Iterator[Record]:
 
 
 def _stems(files: list[str]) -> dict[str, str]:
-    """File -> the first part of its rows' keys: its name, or its path below the root where names are not unique."""
+    """Make the first part of FILE/ROW keys for each file: its name, or its path below the root if names repeat."""
     names = {file: PurePosixPath(file).name for file in files}
     chosen = names if len(set(names.values())) == len(files) else {file: file for file in files}
     return {file: name.removesuffix(".parquet").replace(".", "-") for file, name in chosen.items()}
