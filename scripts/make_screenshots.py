@@ -1,9 +1,8 @@
 """The pictures in docs/report.md, taken of a report in Debian's Chromium:
 
-    ferkd-data demo demo-out
-    python scripts/make_screenshots.py demo-out/labels
+    python scripts/make_screenshots.py labels
 
-Only what is drawn from labels is shown, no photo: whoever has the demo may not have the right to publish its photos.
+Only what is drawn from labels is shown, no photo: whoever has a label set may not have the right to publish its photos.
 """
 
 from __future__ import annotations
