@@ -32,7 +32,7 @@ IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--layout", type=click.Choice(["parquet", "webdataset"]), help="Write the label set in this layout.")
 @click.option(
-    "--crops-per-block", type=click.IntRange(min=1), help="Of layout parquet.  [default: as it is; import: 50]"
+    "--crops-per-block", type=click.IntRange(min=1), help="Crops in one block file.  [default: as it is; import: 50]"
 )
 @click.option(
     "--from",
@@ -51,7 +51,7 @@ IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
     type=click.IntRange(min=1),
     default=default_of(fd.export_fkd, "min_crops"),
     show_default=True,
-    help="With --calibration: crops that a file holds at least, the --num_crops of FKD's script.",
+    help="With --calibration: least number of crops in a file, the --num_crops of FKD's script.",
 )
 @click.option("--images", help="The images: needed for layout webdataset and for --from.")
 @click.option("--classes", type=click.Path(path_type=Path), help="With --from: one line per class, as for build.")
@@ -59,14 +59,16 @@ IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
     "--ids", type=click.Path(path_type=Path), help="With --from dr: the images' keys in the order of their IDs."
 )
 @click.option(
-    "--num-classes", type=click.IntRange(min=2), help="With --from.  [default: fkd, relabel 1000; dr: as its files say]"
+    "--num-classes",
+    type=click.IntRange(min=2),
+    help="With --from: number of classes.  [default: 1000; dr: from its files]",
 )
 @click.option(
     "--top-k",
     type=click.IntRange(min=1),
     default=default_of(fd.import_fkd, "top_k"),
     show_default=True,
-    help="With --from fkd: classes kept of full labels. With --from relabel: classes kept.",
+    help="With --from fkd: classes kept of full distributions. With --from relabel: classes kept.",
 )
 @click.option(
     "--crops",
@@ -80,9 +82,9 @@ IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
     type=click.IntRange(min=0),
     default=default_of(fd.import_relabel, "seed"),
     show_default=True,
-    help="With --from relabel: decides the crops.",
+    help="With --from relabel: seed of the crops.",
 )
-@click.option("--teacher", help="With --from: the teacher's name.  [default: dr as it says]")
+@click.option("--teacher", help="With --from: the teacher's name.  [default: dr: from its files]")
 @click.option(
     "--teacher-size",
     type=int,
@@ -101,7 +103,7 @@ def command(
     images: str | None,
     **options: Any,
 ) -> int:
-    """Write the label set LABELS anew into the folder OUT: in another layout, from others' files, or as FKD's."""
+    """Write LABELS into the folder OUT: in another layout, imported from another project's files, or as FKD's files."""
     if [layout, source, target].count(None) != 2:
         raise UsageError("give one of --layout LAYOUT, --from fkd, --from dr, --from relabel, --to fkd")
     if calibration is not None and target is None:

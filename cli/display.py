@@ -1,11 +1,8 @@
-"""How far a command is, on stderr: live lines that fit a terminal's width, elsewhere a plain line now and then.
+"""Progress on stderr: live lines that fit a terminal's width, elsewhere a plain line now and then.
 
-A command's own module says what to show, as a `Frame`; here it is laid out. Nothing ever wraps: what does not fit is
-left out, the least important first.
-
-How far a build is: images, rate, time left, rejects, and its workers where there are several.
-
-How far a transfer or a conversion is: bytes or images, rate, time left.
+A command describes a moment as a `Frame` (builds: images, rate, time left, rejects, workers; transfers: bytes or
+images, rate, time left), and this module lays it out. Nothing ever wraps: what does not fit is left out, the least
+important first.
 """
 
 from __future__ import annotations
@@ -26,9 +23,9 @@ if TYPE_CHECKING:
     from ferkd_data.format.progress import TransferProgress
 
 LOG_SECONDS = 30.0
-"""How often a plain line is written where there is no terminal."""
+"""Seconds between plain lines where there is no terminal."""
 RATE_SECONDS = 20.0
-"""Rates and the time that is left are those of so long a while."""
+"""Seconds over which rates are taken."""
 REFRESHES_PER_SECOND = 4
 BAR_CELLS = 30
 WORKERS_SHOWN = 8
@@ -36,15 +33,15 @@ WORKERS_SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """What there is to say at one moment."""
+    """The progress of a command at one moment."""
 
     what: str
     """The command, such as `build`."""
     done: float = 0
     total: float | None = None
-    """None where it is not known; then there is no bar."""
+    """None where it is unknown; then there is no bar."""
     amount: str = ""
-    """How much is done, such as `12 of 40 images`."""
+    """The amount done, such as `12 of 40 images`."""
     details: tuple[str, ...] = ()
     """The most important first: those that fit are shown."""
     workers: tuple[str, ...] = ()
@@ -56,7 +53,7 @@ Report = Callable[[Frame], None]
 
 @contextmanager
 def show_frames(first: Frame) -> Iterator[Report]:
-    """Yields a function that shows a frame. A terminal shows `first` until then."""
+    """Yield a function that shows a frame. A terminal shows `first` until then."""
     with _live(first) if _is_terminal() else _plain() as report:
         yield report
 
@@ -80,7 +77,7 @@ def _plain() -> Iterator[Report]:
 
 
 def plain_line(frame: Frame) -> str:
-    """Everything in one line, without a bar."""
+    """Put a frame into one line, without a bar."""
     return f"{frame.what}: " + ", ".join(part for part in (frame.amount, *frame.details) if part)
 
 
@@ -123,7 +120,7 @@ class _View:
 
 
 def layout(frame: Frame, width: int, elapsed: float, *, ascii_only: bool = False) -> list[str]:
-    """The lines of a frame, none longer than `width` cells."""
+    """Lay out a frame in lines of at most `width` cells."""
     comma = ", " if ascii_only else " · "
     room = max(width, 1)
     lines = [_fitted([*_head(frame, room, ascii_only), frame.amount], room, " ")]
@@ -137,7 +134,7 @@ def layout(frame: Frame, width: int, elapsed: float, *, ascii_only: bool = False
 
 
 def _head(frame: Frame, room: int, ascii_only: bool) -> list[str]:
-    """The command, and a bar with its percentage that takes what the amount leaves."""
+    """Return the command, and a bar with its percentage that fills what the amount leaves."""
     if frame.total is None:
         return [frame.what]
     share = 1.0 if frame.total <= 0 else min(1.0, max(0.0, frame.done / frame.total))
@@ -152,7 +149,7 @@ def _head(frame: Frame, room: int, ascii_only: bool) -> list[str]:
 
 
 def _fitted(parts: list[str], room: int, between: str, *, first: str = "") -> str:
-    """As many parts as fit, in their order; a first one that is too long is cut."""
+    """Join as many parts as fit, in their order; a first one that is too long is cut."""
     line = first
     for part in (printable(part).replace("\n", " ").replace("\t", " ") for part in parts if part):
         longer = line + part if line.strip() == "" else line + between + part
@@ -171,7 +168,7 @@ def _cut(text: str, room: int) -> str:
 
 
 def _cells(text: str) -> int:
-    """Columns that a terminal needs: wide letters take two."""
+    """Return the columns that a terminal needs: wide letters take two."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len
@@ -180,13 +177,13 @@ def _cells(text: str) -> int:
 
 
 class Rate:
-    """How fast something goes, over the last while, and how long the rest takes."""
+    """The rate over the last RATE_SECONDS, and the time that the rest takes."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[float, float]] = deque([(time.monotonic(), 0.0)])
 
     def add(self, done: float) -> None:
-        """So much is done now."""
+        """Note the amount that is done now."""
         now = time.monotonic()
         self._marks.append((now, done))
         while len(self._marks) > 2 and self._marks[1][0] < now - RATE_SECONDS:
@@ -194,18 +191,18 @@ class Rate:
 
     @property
     def per_second(self) -> float:
-        """0 as long as nothing is known."""
+        """Amount per second; 0 as long as nothing is known."""
         (start, before), (end, done) = self._marks[0], self._marks[-1]
         return (done - before) / (end - start) if end > start else 0.0
 
     def left(self, total: float) -> str:
-        """`0:01:30 left`, or that it is not known yet."""
+        """Return `0:01:30 left`, or that it is not known yet."""
         rate = self.per_second
         return f"{clock((total - self._marks[-1][1]) / rate)} left" if rate > 0 else "time left not known yet"
 
 
 def clock(seconds: float) -> str:
-    """`1:02:03`, and days before it where there are any."""
+    """Return `1:02:03`, after the number of days where there are any."""
     minutes, seconds = divmod(round(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -214,13 +211,13 @@ def clock(seconds: float) -> str:
 
 @contextmanager
 def show_progress() -> Iterator[Callable[[Any], None]]:
-    """Yields a function that takes a ferkd_data.builder.Progress. Everything goes to stderr."""
+    """Yield a function that shows a ferkd_data.builder.Progress on stderr."""
     with show_frames(Frame(what="build", amount="listing images, loading teachers")) as report:
         yield lambda progress: report(frame(progress))
 
 
 def frame(progress: Any) -> Frame:
-    """What there is to show of a ferkd_data.builder.Progress."""
+    """Describe a ferkd_data.builder.Progress."""
     left = "time left not known yet" if progress.seconds_left is None else f"{clock(progress.seconds_left)} left"
     rejects = f"{progress.rejects:,} reject{'' if progress.rejects == 1 else 's'}"
     return Frame(
@@ -241,7 +238,7 @@ def frame(progress: Any) -> Frame:
 
 
 def _stragglers(progress: Any) -> tuple[str, ...]:
-    """Where several work: how many, their rates from the slowest to the fastest, and those far behind."""
+    """Describe several workers: their number, their slowest and fastest rate, and those far behind."""
     if len(progress.workers) < 2:
         return ()
     rates = [worker.crops_per_second for worker in progress.workers]
@@ -251,7 +248,7 @@ def _stragglers(progress: Any) -> tuple[str, ...]:
 
 
 def _workers(progress: Any) -> tuple[str, ...]:
-    """One line for each, those far behind first."""
+    """Return a line for each worker, those far behind first."""
     if len(progress.workers) < 2:
         return ()
     late = set(progress.stragglers)
@@ -265,12 +262,12 @@ def _workers(progress: Any) -> tuple[str, ...]:
 
 @contextmanager
 def show_transfer(what: str) -> Iterator[Callable[[TransferProgress], None]]:
-    """Yields what takes the progress of a transfer (files and bytes) or of a conversion (images, files and bytes)."""
+    """Yield a function that shows a transfer (files and bytes) or a conversion (images, files and bytes)."""
     rate = Rate()
     with show_frames(Frame(what=what, amount="starting")) as show:
 
         def report(progress: TransferProgress) -> None:
-            files = _of(progress.files, progress.files_total, "files")
+            files = _of(progress.files, progress.files_total, "file")
             size = _size(progress.bytes)
             if progress.images is None:
                 done, total = progress.bytes, progress.bytes_total
@@ -278,7 +275,7 @@ def show_transfer(what: str) -> Iterator[Callable[[TransferProgress], None]]:
                 details, speed = [files], lambda: f"{_size(rate.per_second)}/s"
             else:
                 done, total = progress.images, progress.images_total
-                amount = _of(done, total, "images")
+                amount = _of(done, total, "image")
                 details, speed = [files, size], lambda: f"{rate.per_second:,.1f} images/s"
             rate.add(done)
             details += _speed_and_time(rate, speed, done, total)
@@ -289,20 +286,23 @@ def show_transfer(what: str) -> Iterator[Callable[[TransferProgress], None]]:
 
 @contextmanager
 def show_images(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Yields what takes (images done, images in all); without a total where they are not counted beforehand."""
+    """Yield a function that shows (images done, images in all); the total is None where it is unknown."""
     rate = Rate()
     with show_frames(Frame(what=what, amount="starting")) as show:
 
         def report(done: int, total: int | None) -> None:
             rate.add(done)
             details = _speed_and_time(rate, lambda: f"{rate.per_second:,.1f} images/s", done, total)
-            show(Frame(what=what, done=done, total=total, amount=_of(done, total, "images"), details=tuple(details)))
+            show(Frame(what=what, done=done, total=total, amount=_of(done, total, "image"), details=tuple(details)))
 
         yield report
 
 
-def _of(done: int, total: int | None, what: str) -> str:
-    return f"{done:,} {what}" if total is None else f"{done:,} of {total:,} {what}"
+def _of(done: int, total: int | None, thing: str) -> str:
+    """Return `1 file`, `2 files`, or with a total `1 of 2 files`."""
+    if total is None:
+        return f"{done:,} {thing}{'' if done == 1 else 's'}"
+    return f"{done:,} of {total:,} {thing}s"
 
 
 def _speed_and_time(rate: Rate, speed: Callable[[], str], done: int, total: int | None) -> list[str]:

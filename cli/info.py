@@ -13,7 +13,7 @@ from .terminal import say, say_table
 @click.argument("labels")
 @json_option
 def command(labels: str, as_json: bool) -> int:
-    """What the label set LABELS is: teachers, settings, shards."""
+    """Print the teachers, settings and shards of the label set LABELS."""
     import ferkd_data as fd
 
     manifest = fd.open_labels(labels).manifest

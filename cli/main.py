@@ -20,24 +20,24 @@ from .terminal import Signalled, forgiving_streams, orderly_end, say, say_what_i
 
 COMMANDS = {
     "build": "Label images with a teacher ensemble and write a label set.",
-    "bench": "Which way of running a teacher is the fastest here; write it as an ONNX file.",
+    "bench": "Find the fastest way to run a teacher here; write it as an ONNX file.",
     "demo": "Build a label set from real photos and real teachers, in a few minutes on a CPU.",
-    "evaluate": "Check that every teacher is wired right: top-1, top-5, calibration error.",
+    "evaluate": "Check that every teacher is set up right: top-1, top-5, calibration error.",
     "finish": "Seal a build whose parts were labelled one by one.",
-    "report": "Write a label set as one HTML page to look at.",
-    "compare": "How far two label sets of the same images agree.",
-    "info": "What a label set is: teachers, settings, shards.",
+    "report": "Show a label set on one HTML page.",
+    "compare": "Compare two label sets of the same images.",
+    "info": "Print the teachers, settings and shards of a label set.",
     "show": "Show the crops of one image with their labels.",
     "verify": "Check every file, row and count of a label set.",
     "convert": "Write a label set in another layout; import and export FKD's files.",
     "merge": "Merge label sets: more teachers, more crops, or more images.",
-    "publish": "Send a label set to a folder or a store, with a card beside it.",
+    "publish": "Send a label set to a folder, a store or the hub, with a card.",
     "pull": "Copy a published label set, or a part of it.",
-    "stats": "The p_max table, buckets and agreements of a label set.",
+    "stats": "Print the p_max table, buckets and agreements of a label set.",
 }
 SIGNALLED = 128
-"""Exit statuses above are those of signals."""
-PATIENCE_SECONDS = 2.0
+"""Exit statuses above this are those of signals."""
+END_SECONDS = 2.0
 
 
 class LazyGroup(click.Group):
@@ -114,8 +114,8 @@ def main() -> None:
 
 
 def _end_threads(status: int) -> None:
-    """After a signal, end the process even where a thread waits for a server or a teacher, as Python would."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    """End the process after a signal, even where a thread waits for a server or a teacher."""
+    deadline = time.monotonic() + END_SECONDS
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
     for thread in others:
         thread.join(max(deadline - time.monotonic(), 0))
@@ -124,7 +124,7 @@ def _end_threads(status: int) -> None:
 
 
 def _join_thresholds(args: list[str]) -> list[str]:
-    """`--thresholds LO MID HI` as one value: click's options have a fixed number of values, this one has two forms."""
+    """Join the values of `--thresholds LO MID HI`: click's options have one number of values, this one two forms."""
     if "--thresholds" not in args:
         return args
     at = args.index("--thresholds") + 1

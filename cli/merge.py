@@ -18,7 +18,7 @@ ADDED = {"teachers": "the same crops by all teachers", "crops": "all crops", "im
 @click.command()
 @click.argument("labels", nargs=-1, required=True)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--weights", metavar="W,W,…", help="Of each label set, where they hold the same crops.")
+@click.option("--weights", metavar="W,W,…", help="Weight of each label set, where they hold the same crops.")
 def command(labels: tuple[str, ...], out: Path, weights: str | None) -> int:
     """Merge the label sets LABELS... into a new one in the folder OUT (layout parquet).
 

@@ -24,11 +24,11 @@ CLUSTER = "Clusters and batch systems"
 WATCHING = "Looking on"
 OTHERS = "Options"
 HEADINGS = (TEACHERS, LABELS, FILES, MACHINE, CLUSTER, WATCHING, OTHERS)
-"""In the order of `--help`."""
+"""Headings in the order of `--help`."""
 
 
 class GroupedOption(click.Option):
-    """An option with the heading that it stands under."""
+    """An option with its heading in `--help`."""
 
     def __init__(self, *names: Any, group: str = OTHERS, **settings: Any) -> None:
         super().__init__(*names, **settings)
@@ -78,7 +78,7 @@ class GroupedCommand(click.Command):
 
 
 def _pattern(files: list[str]) -> str:
-    """What names them all: data/train-*.tar."""
+    """Return a pattern for all files, such as data/train-*.tar."""
     start = files[0]
     while not all(file.startswith(start) for file in files):
         start = start[:-1]
@@ -115,7 +115,7 @@ TEACHER_HELP = (
 
 
 def grouped(*names: str, group: str, **settings: Any) -> Callable[[Function], Function]:
-    """`click.option`, with the heading that it stands under in `--help`."""
+    """Make a `click.option` with its heading in `--help`."""
     return click.option(*names, cls=GroupedOption, group=group, **settings)
 
 
@@ -165,7 +165,7 @@ def require_teachers(teachers: tuple[str, ...]) -> None:
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
-    """The options that were written on the command line or in a --config file, without the defaults."""
+    """Return the options given on the command line or in a --config file, without the defaults."""
     context = click.get_current_context()
     default = click.core.ParameterSource.DEFAULT
     return {name: value for name, value in values.items() if context.get_parameter_source(name) is not default}

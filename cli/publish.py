@@ -52,11 +52,11 @@ def command(
     **fields: str | None,
 ) -> int:
     """Send the label set in the folder LABELS to URL: a folder, s3://BUCKET/PATH, gs://BUCKET/PATH, or
-    hf://datasets/ORG/NAME, which is made if need be.
+    hf://datasets/ORG/NAME, which is created if it does not exist.
 
-    The label set is verified first. The digest of each file that arrived is compared; the manifest goes last. Run the
-    same command again after an interruption: what arrived is not sent again. Options of the card that are left out keep
-    what the published card says.
+    The label set is verified first. The digest of every file that arrived is compared; the manifest is sent last. Run
+    the same command again after an interruption: what arrived is not sent again. Fields of the card that are not given
+    keep their published values.
     """
     card = fd.CardFields(source_datasets=source_datasets or None, **fields)
     with show_transfer("publish") as on_progress:

@@ -18,10 +18,12 @@ from .terminal import say
 @click.command(cls=GroupedCommand, renamed={"--workers": "--threads"})
 @click.argument("url")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--crops", type=click.IntRange(min=1), help="Only the crop blocks that hold the first so many crops.")
+@click.option(
+    "--crops", type=click.IntRange(min=1), metavar="N", help="Only the crop blocks that hold the first N crops."
+)
 @click.option("--shards", metavar="LIST", help="Only these image shards, such as 0-9,12.")
 @click.option("--signed-by", type=click.Path(path_type=Path), help="A file of allowed signers, as OpenSSH has it.")
-@click.option("--signer", help="With --signed-by: which of them.")
+@click.option("--signer", help="With --signed-by: the one who must have signed.")
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
@@ -41,7 +43,7 @@ def command(
     """Copy the label set at URL (http(s)://, s3://, gs://, hf:// or a folder) into the folder OUT, all or a part.
 
     Each file is checked against the manifest; with --signed-by, the manifest against its signature before any of them
-    is fetched. Run the same command again after an interruption: it goes on.
+    is fetched. Run the same command again after an interruption: it resumes.
     """
     wanted = None if shards is None else parse_shards(shards)
     finished = (out / FILE_NAME).exists()

@@ -19,7 +19,7 @@ WEAK = 0.75
 @click.option("--classes", "num_worst", type=int, default=5, show_default=True, help="Worst classes shown.")
 @json_option
 def command(labels: str, num_worst: int, as_json: bool) -> int:
-    """The p_max table, buckets, agreements and worst classes of the label set LABELS."""
+    """Print the p_max table, buckets, agreements and worst classes of the label set LABELS."""
     import ferkd_data as fd
     from ferkd_data.labels.statistics import count_agreement, summarise
 
@@ -42,7 +42,7 @@ def command(labels: str, num_worst: int, as_json: bool) -> int:
 
 
 def print_statistics(summary: dict[str, Any], teacher_names: list[str]) -> None:
-    """The p_max table with the paper's shares, the buckets, and how the teachers agree."""
+    """Print the p_max table with the paper's shares, the buckets, and the agreement of the teachers."""
     rows = [
         [f"{row['low']:.2f}-{row['high']:.2f}", f"{row['crops']:,}", *(f"{row[name]:.2f}" for name in SHARES)]
         for row in summary["p_max"]

@@ -1,14 +1,11 @@
-"""Printing what strangers wrote: their keys, names and paths must not control the terminal.
+"""Output that is safe on a terminal, and signals that end a command.
 
-Aligned tables for a terminal.
-
-Standard output and error whose reader may be gone: `2>&1 | head -1`, a closed terminal, a full disk below a log.
-
-Signals that end a command, the same for all of them.
+Texts of strangers (keys, names, paths) are printed with control characters as escapes. Standard output and error may
+lose their reader (`2>&1 | head -1`, a closed terminal, a full disk below a log) without ending a command.
 
 SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) end a command in order at the first signal, with one line and
 status 128 + the signal's number. A second signal ends the process at once. Nothing that was finished is lost either
-way. A build first gives the shards in work some time (`--grace`) at SIGTERM and SIGHUP.
+way. A build first gives its shards in progress some time (`--grace`) at SIGTERM and SIGHUP.
 """
 
 from __future__ import annotations
@@ -27,16 +24,16 @@ from typing import Any, TextIO
 import click
 
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but tab and newline, marks that reverse the order of what is shown, lone surrogates."""
+"""Control characters but tab and newline, marks that reverse the writing direction, lone surrogates."""
 
 
 def printable(text: str) -> str:
-    r"""The same text with each such character as its escape, such as \u001b (which is also JSON's)."""
+    r"""Return a text with each UNPRINTABLE character as its escape, such as \u001b (which is also JSON's)."""
     return UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 _above: Callable[[str], None] | None = None
-"""Where lines for stderr go while a live display has the end of the terminal."""
+"""Takes lines for stderr while a live display occupies the end of the terminal."""
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -49,7 +46,7 @@ def say(text: str, *, err: bool = False) -> None:
 
 @contextmanager
 def above(write: Callable[[str], None]) -> Iterator[None]:
-    """Meanwhile, lines for stderr go through `write`: click itself would write across the display."""
+    """Send lines for stderr through `write` for as long as the context lasts: click would write across the display."""
     global _above
     _above = write
     try:
@@ -64,7 +61,7 @@ class _OnStderr(logging.Handler):
 
 
 def say_what_is_logged() -> None:
-    """From now on, the library's warnings (what is tried again, and why) are lines on stderr."""
+    """Print the library's warnings from now on (what is tried again, and why) as lines on stderr."""
     logger = logging.getLogger("ferkd_data")
     if not any(isinstance(handler, _OnStderr) for handler in logger.handlers):
         logger.addHandler(_OnStderr())
@@ -73,7 +70,7 @@ def say_what_is_logged() -> None:
 def say_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, indent: int = 0) -> None:
     """Print rows below the titles of their columns. A column whose cells begin with digits is aligned to the right.
 
-    The last column is not padded, and may be as long as it likes.
+    The last column is not padded.
     """
     lines = [[printable(cell) for cell in row] for row in (head, *rows)]
     numeric = [bool(rows) and all(row[i][:1].isdigit() for row in lines[1:] if row[i]) for i in range(len(head))]
@@ -87,7 +84,7 @@ def say_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, indent: int
 
 
 class Forgiving:
-    """A text stream that goes on into nothing once nobody can read it; all else is the stream's own."""
+    """A text stream that discards its output once nobody can read it; everything else is the stream's own."""
 
     def __init__(self, stream: TextIO, *, forgives: tuple[type[OSError], ...]) -> None:
         self._stream = stream
@@ -110,7 +107,7 @@ class Forgiving:
         return getattr(self._stream, name)
 
     def _give_up(self) -> None:
-        """Lead the descriptor to nowhere: for what is in the buffer, and for worker processes that inherit it."""
+        """Redirect the descriptor to /dev/null: for what is in the buffer, and for worker processes that inherit it."""
         with suppress(OSError, ValueError):  # a stream without a descriptor, as tests have
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -119,7 +116,7 @@ class Forgiving:
 
 @contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """A build must not end because nobody reads what it says. Results on a full disk are still an error."""
+    """Keep a command running when nobody reads its messages. Results on a full disk are still an error."""
     before = sys.stdout, sys.stderr
     # Python sets these to None where the descriptor is closed (`2>&-`).
     out, err = (stream or open(os.devnull, "w") for stream in before)  # noqa: PTH123
@@ -137,7 +134,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Signalled(KeyboardInterrupt):
-    """Raised in the main thread at the first signal; libraries treat it as they treat Ctrl-C."""
+    """Raised in the main thread at the first signal; libraries handle it as they handle Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -161,7 +158,7 @@ def orderly_end() -> Iterator[None]:
         seen = True
         raise Signalled(number)
 
-    # `nohup` and `&` in scripts leave signals ignored, and mean it.
+    # `nohup` and `&` in scripts leave signals ignored on purpose.
     taken = {number: before for number in ENDING if (before := signal.getsignal(number)) is not signal.SIG_IGN}
     for number in taken:
         signal.signal(number, on_signal)

@@ -17,9 +17,9 @@ from .terminal import say
 
 @click.command(cls=GroupedCommand, renamed={"--workers": "--threads"})
 @click.argument("labels")
-@click.option("--images", help="The images that were labelled: each must be there, with the digest that was labelled.")
+@click.option("--images", help="The labelled images: each must be there, with the digest that was labelled.")
 @click.option("--signed-by", type=click.Path(path_type=Path), help="A file of allowed signers, as OpenSSH has it.")
-@click.option("--signer", help="With --signed-by: which of them.")
+@click.option("--signer", help="With --signed-by: the one who must have signed.")
 @click.option("--threads", type=click.IntRange(min=1), help="Files checked at a time.  [default: one for each core]")
 @click.option(
     "--max-faults",

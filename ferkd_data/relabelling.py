@@ -23,18 +23,20 @@ from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 
 SAMPLE = 100
-VIEW_FIELDS = ("boxes", "flip", "operations")
-"""What makes a crop the crop that it is."""
+CROP_IDENTITY = ("boxes", "flip", "operations")
+"""Fields that must be equal for two crops to be the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RelabelReport:
+    """Differences between stored labels and new ones of the same crops."""
+
     images: int
     crops: int
     other_crops: tuple[str, ...]
     """Keys of images whose stored crops are not those of the seed."""
     largest_difference: float
-    """Of a probability that both have kept, or of one against the least that the other kept."""
+    """Largest difference of a probability that both kept, or of one against the least that the other kept."""
     mean_difference: float
     """Mean over the crops of each crop's largest difference."""
     same_top1: float
@@ -55,6 +57,8 @@ def relabel(
     resources: Resources | None = None,
 ) -> RelabelReport:
     """Draw the crops of `sample` random images again, ask the teachers again, and compare.
+
+    >>> fd.relabel("labels", images="imagenet/train", teachers=["timm:resnet50"], sample=20)  # doctest: +SKIP
 
     Differences of about 1e-3 come from float16 and other machines; more means other teachers, another preprocessing or
     other images. Raises UsageError for a label set that was merged or imported, whose crops no single seed gives.
@@ -78,7 +82,7 @@ def relabel(
     differences, same_top1, other_crops = [], [], []
     for fresh, _ in rows:
         stored = labels[fresh.key]
-        if not all(np.array_equal(getattr(fresh, name), getattr(stored, name)) for name in VIEW_FIELDS):
+        if not all(np.array_equal(getattr(fresh, name), getattr(stored, name)) for name in CROP_IDENTITY):
             other_crops.append(fresh.key)
             continue
         differences.append(difference(stored, fresh))
@@ -96,7 +100,10 @@ def relabel(
 
 
 def difference(a: ImageLabels, b: ImageLabels) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """(N,): each crop's largest difference of a probability; a class that one cut off had at most its least kept."""
+    """Return (N,): each crop's largest difference of a probability.
+
+    A class that one of them cut off had at most the least probability that it kept.
+    """
     return np.maximum(_excess(a, b), _excess(b, a))
 
 
@@ -140,7 +147,7 @@ def _job(
 
 
 def _sample(labels: LabelSet, items: Iterable[ImageRef | Reject], sample: int, seed: int) -> list[ImageRef]:
-    """References of random labelled images. Raises UsageError where the source has none of them."""
+    """Choose random labelled images of the source. Raises UsageError where it has none of them."""
     rows = np.random.default_rng(seed).choice(len(labels), size=min(sample, len(labels)), replace=False)
     keys = set()
     for row in np.sort(rows).tolist():

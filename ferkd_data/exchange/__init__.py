@@ -1,1 +1,1 @@
-"""Between people: verify a label set, publish it, fetch it, merge it with others, convert it."""
+"""Publishing and exchanging label sets: verify, publish, pull, merge, convert."""

@@ -20,7 +20,7 @@ CLASSES_SHOWN = 20
 
 
 def render_card(labels: LabelSet, fields: CardFields, url: str) -> str:
-    """Markdown with YAML front matter, of `fields` that are `completed`. Raises UsageError as `check_fields`."""
+    """Render a card as Markdown with YAML front matter. `fields` must be `completed`; raises UsageError otherwise."""
     manifest = labels.manifest
     check_fields(fields, manifest)
     contents = read_contents(labels)
@@ -58,7 +58,7 @@ def _summary(manifest: Manifest) -> str:
 
 
 def _part(manifest: Manifest) -> list[str]:
-    """A note on where the rest is, for what `pull` took out of a larger label set."""
+    """Make a note on where the rest is, for a part that `pull` took out of a larger label set."""
     origin: Any = (manifest.model_extra or {}).get("pulled_from")
     if not isinstance(origin, dict):
         return []
@@ -229,7 +229,7 @@ def _licence(manifest: Manifest, fields: CardFields) -> str:
 
 
 def _citation(labels: LabelSet, fields: CardFields, url: str) -> str:
-    """How to cite the label set, in its publisher's words or as BibTeX from what is known; then the method."""
+    """Cite the label set, in its publisher's words or as generated BibTeX; then the method."""
     place = fields.homepage or (url if "://" in url else None)
     entry = {
         "title": fields.title,
@@ -252,6 +252,6 @@ def _count(number: int, thing: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Words of others as a code span on one line: there they are neither HTML, nor links, nor cells of a table."""
+    """Put a stranger's text into a code span on one line, where it is no HTML, no link and no cell of a table."""
     shown = "".join(character if character.isprintable() else " " for character in text)
     return f"`{' '.join(shown.split()).replace('`', chr(39)).replace('|', chr(92) + '|')}`"

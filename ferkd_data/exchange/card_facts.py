@@ -1,8 +1,7 @@
-"""What only the publisher knows of a label set: its name, its licence, its author. A published card remembers it.
+"""The facts that a card shows: the publisher's fields, the columns, and the images of each class.
 
-The table of columns that a card shows, from the same descriptions as the Croissant metadata.
-
-What a card tells of a label set that its manifest does not: images of each class, and formats of the images.
+The fields (name, licence, author) are known to the publisher alone. A published card remembers them in a comment, so
+that publishing again need not repeat them. Columns have one description, for the card and for the Croissant metadata.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ MARK = re.compile(r"<!-- ferkd-data card (\{.*\}) -->")
 """The line of a generated card that holds its fields and the identity of its label set as JSON."""
 LONGEST_FIELD = 20_000
 HUB_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
-"""What the hub takes for a licence's name."""
+"""Licence names that the hub accepts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardFields:
-    """The publisher's part of a card. What is None is taken from the card that is published already, if there is one.
+    """The publisher's part of a card. Fields that are None are taken from the published card, if there is one.
 
     >>> fd.CardFields(name="Labels of ImageNet", license="cc-by-4.0", author="Vision Lab").title
     'Labels of ImageNet'
@@ -40,7 +39,7 @@ class CardFields:
     name: str | None = None
     """The title of the label set. Default: the folder's name."""
     license: str | None = None
-    """Licence of the labels: an identifier such as cc-by-4.0, or `other`. Needed for a first publication."""
+    """Licence of the labels: an identifier such as cc-by-4.0, or `other`. Required for a first publication."""
     license_name: str | None = None
     """The licence's name, where `license` is `other`."""
     license_link: str | None = None
@@ -66,9 +65,9 @@ class CardFields:
 
 
 def completed(given: CardFields, cards: list[str], *, identity: str, folder_name: str) -> CardFields:
-    """`given`, with what is None taken from the first of `cards` that knows it, and defaults for the rest.
+    """Fill the fields of `given` that are None from the first of `cards` that has them, and the rest with defaults.
 
-    Texts that are no cards of ours count as none. The day stays while the label set is the same.
+    Texts that are no generated cards are ignored. The day stays while the label set is the same.
     """
     found = given
     for card in cards:
@@ -82,7 +81,7 @@ def completed(given: CardFields, cards: list[str], *, identity: str, folder_name
 
 
 def check_fields(given: CardFields, manifest: Manifest, *, has_license_file: bool = True) -> None:
-    """Raises UsageError where the card would leave readers without a licence."""
+    """Raise UsageError where the card would leave readers without a licence."""
     if not given.license:
         raise UsageError("say under which licence the labels are, with --license cc-by-4.0 or another")
     if manifest.layout == "webdataset" and not given.image_license:
@@ -99,14 +98,14 @@ def check_fields(given: CardFields, manifest: Manifest, *, has_license_file: boo
 
 
 def mark(given: CardFields, identity: str) -> str:
-    """The line of a card by which `recalled` finds its fields again."""
+    """Return the line of a card from which `recalled` reads its fields."""
     # `>` never stands in it, so nothing in a field can end the comment.
     text = json.dumps({"identity": identity, **asdict(given)}, sort_keys=True)
     return f"<!-- ferkd-data card {text.replace('<', chr(92) + 'u003c').replace('>', chr(92) + 'u003e')} -->"
 
 
 def recalled(card: str) -> tuple[CardFields, str | None]:
-    """The fields that a generated card holds, and the identity of its label set; nothing of any other text."""
+    """Read the fields of a generated card and the identity of its label set; of other texts, empty fields and None."""
     found = MARK.search(card)
     try:
         content: Any = json.loads(found.group(1)) if found else {}
@@ -125,7 +124,7 @@ def recalled(card: str) -> tuple[CardFields, str | None]:
 
 
 def is_generated(card: str) -> bool:
-    """Whether a README.md is a card that ferkd-data wrote, and not somebody's own words."""
+    """Return whether a README.md is a card that ferkd-data wrote."""
     return MARK.search(card) is not None
 
 
@@ -170,7 +169,7 @@ MEMBERS = {
 
 
 def columns_table(manifest: Manifest) -> str:
-    """A Markdown section; N crops per image (of a block), k kept classes."""
+    """Make the Markdown section that lists the columns or members of a file."""
     index_dtype = np.dtype(class_index_dtype(manifest.num_classes))
     if manifest.layout == "webdataset":
         members = crop_arrays.shapes(manifest.num_crops, manifest.top_k, index_dtype)
@@ -196,14 +195,16 @@ def columns_table(manifest: Manifest) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
+    """Facts about the images of a label set that its manifest does not state."""
+
     images_of_class: Counter[int]
     """Images by their ground truth; those without one are left out."""
     image_suffixes: tuple[str, ...]
-    """Of the images in tars, such as jpg, the most frequent first; none in layout parquet."""
+    """Suffixes of the images in tars, such as jpg, the most frequent first; none in layout parquet."""
 
 
 def read_contents(labels: LabelSet) -> Contents:
-    """Reads the column of targets, or the headers of all tars. Raises ShardError, RemoteError."""
+    """Read the column of targets, or the headers of all tars. Raises ShardError, RemoteError."""
     classes: Counter[int] = Counter()
     suffixes: Counter[str] = Counter()
     for shard in labels.manifest.shards:

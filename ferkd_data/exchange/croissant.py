@@ -1,4 +1,4 @@
-"""Croissant metadata (ML Commons, version 1.1), so that other tools find and load the labels."""
+"""Croissant metadata (ML Commons, version 1.1), by which other tools find and load the labels."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ PER_IMAGE = ("key", "image_digest", "height", "width", "target")
 
 
 def render_croissant(labels: LabelSet, fields: CardFields, url: str) -> str:
-    """JSON-LD. Every file is listed with its SHA-256; records are those of the first crop block (layout parquet)."""
+    """Render JSON-LD: every file with its SHA-256, and the records of the first crop block (layout parquet)."""
     manifest = labels.manifest
     content: dict[str, Any] = {
         "@context": CONTEXT,

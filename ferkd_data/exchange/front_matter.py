@@ -1,6 +1,6 @@
-"""The YAML at the head of a card, which the hub and `datasets` read: configurations, features, size, licence.
+"""Parts of a card that other programs read: its YAML head, for the hub and `datasets`, and code that loads the labels.
 
-How to load a published label set, as a card shows it. A test runs each of these pieces of code.
+A test runs each piece of code.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def front_matter(manifest: Manifest, fields: CardFields, contents: Contents) -> 
 
 
 def size_category(num_images: int) -> str:
-    """The hub's name for a number of rows, such as 1M<n<10M."""
+    """Return the hub's name for a number of rows, such as 1M<n<10M."""
     return next((name for limit, name in SIZES if num_images < limit), LARGEST)
 
 
 def patterns(manifest: Manifest, block: int) -> list[str]:
-    """Globs that find the files of a crop block, in as few folders as there are."""
+    """Return the globs of a crop block's files, one for each depth of folders."""
     top, name = ("shards", "*.tar") if manifest.layout == "webdataset" else ("labels", f"*-{block:03d}.parquet")
     levels = {file.path.count("/") for shard in manifest.shards for file in shard.files}
     return [f"{top}/{'*/' * (level - 1)}{name}" for level in sorted(levels)] or [f"{top}/{name}"]
@@ -73,7 +73,7 @@ def _configs(manifest: Manifest) -> Iterator[str]:
 
 
 def config_names(manifest: Manifest) -> list[str]:
-    """One for each crop block; `default` for tars."""
+    """Return the name of each crop block's configuration; `default` for tars."""
     if manifest.layout == "webdataset":
         return ["default"]
     return [f"crops-{block:03d}" for block in range(manifest.num_blocks)]
@@ -92,7 +92,7 @@ def _features(manifest: Manifest, contents: Contents) -> Iterator[str]:
 
 
 def _columns(manifest: Manifest, contents: Contents) -> Iterator[tuple[str, str]]:
-    """Names and types as `datasets` writes them in YAML; `target` stands for the class."""
+    """Yield names and types as `datasets` writes them in YAML; `target` stands for the class."""
     index_dtype = class_index_dtype(manifest.num_classes)
     if manifest.layout == "webdataset":
         yield from (("__key__", "dtype: string"), ("__url__", "dtype: string"))
@@ -115,7 +115,7 @@ def _columns(manifest: Manifest, contents: Contents) -> Iterator[tuple[str, str]
 
 
 def distinct(names: tuple[str, ...]) -> list[str]:
-    """Class names as `datasets` wants them: no two alike. ImageNet has two cranes; the second becomes `crane (517)`."""
+    """Make class names unique, as `datasets` requires. ImageNet has two cranes; the second becomes `crane (517)`."""
     seen: set[str] = set()
     found = []
     for number, name in enumerate(names):
@@ -127,7 +127,7 @@ def distinct(names: tuple[str, ...]) -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """A YAML string in double quotes, whatever the text."""
+    """Return any text as a YAML string in double quotes."""
     return '"' + "".join(map(_escaped, text)) + '"'
 
 
@@ -144,11 +144,11 @@ def _escaped(character: str) -> str:
 
 
 LOCAL = "labels"
-"""The folder that the snippets of other places than the hub pull a label set into."""
+"""Folder that the code of the card pulls a label set into, where it is not on the hub."""
 
 
 def loading(manifest: Manifest, url: str) -> str:
-    """A Markdown section: ferkd-data, datasets, and DuckDB and Polars or webdataset."""
+    """Make the section with code for ferkd-data, datasets, and DuckDB and Polars or webdataset."""
     on_hub = url.startswith("hf://")
     sections = ["## Use", _ferkd_data(manifest, url)]
     if not on_hub:

@@ -28,12 +28,12 @@ CROPS = "crops.npy"
 SUFFIXES = (CROPS, "class_index.npy", "class_prob.npy", "target_prob.npy")
 """The members of a sample that hold labels, in the order in which they are written."""
 OPERATIONS = "operations.npy"
-"""A fifth member where crops have recorded augmentations: codes, values, erased box of each crop in a row."""
+"""A fifth member where crops have recorded augmentations: one row a crop, of codes, values and the erased box."""
 CROPS_COLUMNS = ("top", "left", "height", "width", "flip", "bucket")
 FLIP, BUCKET = 4, 5
 INDEX_DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
 MAX_ARRAYS_BYTES = 256 * 2**20
-"""Label members of a sample that are larger are refused before they are read; 500 crops at top-10 take 48 KB."""
+"""Largest label members of a sample, checked before they are read; 500 crops at top-10 take 48 KB."""
 MAX_HEADER_BYTES = 2**16
 
 _HEADERS = threading.Lock()
@@ -48,14 +48,14 @@ NPY_ERRORS = (
     RecursionError,
     tokenize.TokenError,
 )
-"""What NumPy raises for headers that are not its own."""
+"""Errors of NumPy for malformed headers."""
 
 Fields = dict[str, npt.NDArray[Any]]
 """The fields of `ImageLabels` that have an axis N, by their names."""
 
 
 def shapes(num_crops: int, top_k: int, index_dtype: Any) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    """Type and shape of each member; published in docs/format.md."""
+    """Return type and shape of each member; published in docs/format.md."""
     return {
         CROPS: (np.dtype("<u2"), (num_crops, len(CROPS_COLUMNS))),
         "class_index.npy": (np.dtype(index_dtype).newbyteorder("<"), (num_crops, top_k)),
@@ -65,7 +65,7 @@ def shapes(num_crops: int, top_k: int, index_dtype: Any) -> dict[str, tuple[np.d
 
 
 def to_members(labels: ImageLabels) -> dict[str, bytes]:
-    """The label members of a sample, in the order of `SUFFIXES`."""
+    """Return the label members of a sample, in the order of `SUFFIXES`."""
     crops = np.column_stack([labels.boxes, labels.flip, labels.bucket])
     arrays = (crops, labels.class_index, labels.class_prob, labels.target_prob)
     num_crops, top_k = labels.class_index.shape
@@ -80,13 +80,13 @@ def to_members(labels: ImageLabels) -> dict[str, bytes]:
 
 
 def _to_array(operations: Operations) -> npt.NDArray[np.int32]:
-    """(N, 2A + 4): a crop's codes, then its values, then top, left, height and width of its erased box."""
+    """Return (N, 2A + 4): a crop's codes, then its values, then top, left, height and width of its erased box."""
     parts = (operations.codes, operations.values, operations.erase)
     return np.concatenate([part.astype("<i4") for part in parts], axis=1)
 
 
 def _from_array(array: npt.NDArray[Any], num_crops: int, where: str) -> npt.NDArray[np.uint16]:
-    """The packed operations (N, W) that `_to_array` wrote. Raises ShardError for any others."""
+    """Return the packed operations (N, W) that `_to_array` wrote. Raises ShardError for any others."""
     slots, odd = divmod(array.shape[1] - BOX_WORDS, 2) if array.ndim == 2 else (0, 1)
     if odd or slots < 0 or len(array) != num_crops or array.dtype != np.dtype("<i4"):
         raise ShardError(f"{where}: is {array.dtype}{list(array.shape)}, expected int32[{num_crops}, 2 * A + 4]")
@@ -102,7 +102,7 @@ def _from_array(array: npt.NDArray[Any], num_crops: int, where: str) -> npt.NDAr
 
 
 def from_members(members: Mapping[str, bytes], where: str) -> Fields:
-    """The labels of a sample from its members, never unpickling. Raises ShardError that begins with `where`.
+    """Read the labels of a sample from its members, never unpickling. Raises ShardError that begins with `where`.
 
     Example: `from_members({"crops.npy": b"...", "class_index.npy": b"...", ...}, "00000.tar: cat/1")["boxes"]`
     """
@@ -132,7 +132,7 @@ def to_fields(
     class_prob: npt.NDArray[np.float32],
     target_prob: npt.NDArray[np.float32],
 ) -> Fields | None:
-    """Arrays of the members' types, with any leading axes, as fields; None where a flip or a bucket cannot be."""
+    """Turn arrays of the members' types, with any leading axes, into fields; None for an impossible flip or bucket."""
     flip, bucket = crops[..., FLIP], crops[..., BUCKET]
     if flip.max(initial=0) > 1 or bucket.max(initial=0) > np.iinfo(np.uint8).max:
         return None
@@ -153,7 +153,7 @@ def npy_bytes(array: npt.NDArray[Any]) -> bytes:
 
 
 def parse_npy(data: bytes, where: str) -> npt.NDArray[Any]:
-    """A view of the array in .npy bytes, never unpickling. Raises ShardError for anything but one plain array."""
+    """Return a view of the array in .npy bytes, never unpickling. Raises ShardError for anything else."""
     try:
         shape, dtype, start = read_header(data)
         array = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
@@ -165,10 +165,10 @@ def parse_npy(data: bytes, where: str) -> npt.NDArray[Any]:
 
 
 def read_header(data: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """(shape, type, where the values begin) of .npy bytes. Raises one of `NPY_ERRORS`."""
+    """Return (shape, type, offset of the values) of .npy bytes. Raises one of `NPY_ERRORS`."""
     width = 2 if data[6:7] == b"\x01" else 4
     start = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
-    # NumPy evaluates a literal for a header, which Python 3.11 cannot do in two threads at once.
+    # NumPy parses a header with ast.literal_eval, which Python 3.11 cannot do in two threads at once.
     with _HEADERS:
         shape, dtype = _parse_header(data[: min(start, MAX_HEADER_BYTES)])
     if dtype.hasobject:
@@ -178,7 +178,7 @@ def read_header(data: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
 
 @lru_cache(maxsize=64)
 def _parse_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Cached, because those of one label set are alike and evaluating one takes longer than reading the values."""
+    """Parse a header; cached, since those of a label set are alike and parsing takes longer than reading the values."""
     stream = io.BytesIO(header)
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
@@ -193,7 +193,7 @@ def _parse_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def draft_dtype(top_k: int, index_dtype: Any) -> np.dtype[np.void]:
-    """One crop as drafts of version 1 stored it: a packed record."""
+    """Return the type of one crop in drafts of version 1: a packed record."""
     boxes = [(f"box_{side}", "<u2") for side in CROPS_COLUMNS[:FLIP]]
     index = ("class_index", np.dtype(index_dtype).newbyteorder("<"), (top_k,))
     return np.dtype(

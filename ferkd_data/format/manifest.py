@@ -1,7 +1,8 @@
-"""`manifest.json`: what a label set is, from what, by whom, with which settings. Written last: the commit point.
+"""`manifest.json`: the facts of a label set (source, teachers, settings, files). It is written last: the commit point.
 
-The models here are the published schema (docs/format.md is generated from them). An unknown version is an error;
-an unknown field is kept and written back.
+The models here are the published schema; docs/format.md is generated from them. An unknown version is an error, an
+unknown field is kept and written back. `parse_manifest` checks more than the fields: that the file costs no more to
+parse than its label files justify, that all counts add up, and that the labels can be in files of the listed sizes.
 """
 
 from __future__ import annotations
@@ -28,28 +29,27 @@ FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 200 * 2**20
 """A manifest above this is refused unread: 1 billion images with 200 crops in 4 blocks need 188 MB."""
 FREE_MANIFEST_BYTES, BYTES_PER_FILE = 2**25, 256
-"""A manifest may have so many bytes, and so many for each file with a digest that it lists: ours has 193. So what a
-manifest costs to parse is what its label files cost, not its padding."""
+"""Bytes that a manifest may have, and bytes for each file with a digest that it lists (ours takes 193). So the cost of
+parsing a manifest is bounded by its label files, not by its padding."""
 LISTED_FILE = re.compile(rb'"sha256"\s*:\s*"[0-9a-f]{64}"')
 MAX_CROPS, MAX_TOP_K = 10**6, 1000
-"""So that the lists of one image stay within what Parquet and memory can hold."""
+"""Bounds on the lists of one image, within the limits of Parquet and of memory."""
 MAX_CLASSES = 2**24
 """Ranking keeps 24 bits for the class."""
 FREE_TOKENS, BYTES_PER_TOKEN, BYTES_PER_BRACKET = 250_000, 8, 40
-"""JSON of brackets, commas and colons alone takes 30 times its size in memory. In a manifest without any white space
-they are one byte in 10, opening brackets one in 60."""
+"""Brackets, commas and colons that a manifest may have, in all and for its bytes: JSON of these alone takes 30 times
+its size in memory. In a manifest without any white space they are one byte in 10, opening brackets one in 60."""
 FREE_BYTES, MAX_EXPANSION = 2**26, 100
-"""What the labels of a set may take in memory: so much, and so many times the bytes of their files. Builds give 2 to
-20 times."""
+"""Bytes that labels may take in memory: a fixed number, and a multiple of the files' bytes (2 to 20 in builds)."""
 IMAGE_BYTES, CROP_BYTES = 32, 12
-"""In memory: digest, sizes, target and a short key of an image; box, flip, bucket and target_prob of a crop."""
+"""Bytes in memory of an image's digest, sizes, target and short key; of a crop's box, flip, bucket and target_prob."""
 REJECT_BYTES = 32
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
-"""Bytes of a file's name, and of a path, that every file system and object store takes."""
+"""Bytes of a file's name, and of a path, that every file system and object store accepts."""
 PIXELS = "decoded raster, converted to RGB; EXIF orientation ignored"
 
 RECORDED_OPERATIONS = "recorded-operations-1"
-"""In `requires`: crops have recorded operations, after the list of docs/format.md as it is in version 1 of it."""
+"""Name in `requires`: crops have recorded operations, by version 1 of the list in docs/format.md."""
 KNOWN_REQUIREMENTS = (RECORDED_OPERATIONS,)
 
 Layout = Literal["parquet", "webdataset"]
@@ -144,7 +144,7 @@ class ThresholdsEntry(Record):
     top: Probability
     confidence: Literal["max", "target"]
     quantile: tuple[float, float, float] | None = None
-    """The shares asked for, where low, mid and top were derived from them."""
+    """The shares asked for, where low, mid and top were derived from shares."""
 
     @classmethod
     def of(cls, thresholds: Thresholds, asked: Thresholds | QuantileThresholds | None = None) -> ThresholdsEntry:
@@ -214,28 +214,28 @@ class Manifest(Record):
 
     @property
     def operation_words(self) -> int:
-        """W: words of recorded operations of each crop (see `augment.Operations.pack`); 0 where none are recorded."""
+        """W: uint16 words of recorded operations of each crop (see `augment.Operations.pack`); 0 without any."""
         return num_words(parse_augmentations(self.augmentations or ()))
 
     @property
     def pixel_limit(self) -> int:
-        """Pixels that a labelled image may have: `max_pixels`, or a build's default where the manifest has none."""
+        """Most pixels of a labelled image: `max_pixels`, or a build's default where the manifest has none."""
         return self.max_pixels or DEFAULT_MAX_PIXELS
 
     @property
     def num_blocks(self) -> int:
-        """Crop blocks of a shard."""
+        """Number of crop blocks of a shard."""
         return 1 if self.layout == "webdataset" else -(-self.num_crops // self.crops_per_block)
 
     def block_crops(self, block: int) -> int:
-        """Crops in a block: the last one may be short."""
+        """Return the number of crops in a block; the last one may be short."""
         if self.layout == "webdataset":
             return self.num_crops
         return min(self.crops_per_block, self.num_crops - block * self.crops_per_block)
 
     @property
     def row_bytes(self) -> int:
-        """What the labels of one image take in memory, all its crops together."""
+        """Bytes that the labels of one image take in memory, all its crops together."""
         per_class = 2 + (2 if self.num_classes <= 65536 else 4)
         per_crop = CROP_BYTES + self.top_k * per_class + 2 * self.operation_words
         return IMAGE_BYTES + self.num_crops * per_crop
@@ -245,7 +245,7 @@ class Manifest(Record):
 
 
 def parse_manifest(text: str | bytes, where: str) -> Manifest:
-    """Validate a manifest. Raises ManifestError that names the first field at fault."""
+    """Parse and check a manifest. Raises ManifestError that names the first field at fault."""
     if len(text) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"{where}: {len(text)} bytes is more than a manifest may have ({MAX_MANIFEST_BYTES})")
     data = text.encode() if isinstance(text, str) else text
@@ -263,7 +263,7 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
 
 
 class _Head(BaseModel):
-    """What says whether a JSON file is a manifest at all; everything else is passed over."""
+    """The fields by which a JSON file is recognised as a manifest; all others are ignored."""
 
     format: Any = None
     version: Any = None
@@ -271,7 +271,7 @@ class _Head(BaseModel):
 
 
 def _check_cost(data: bytes, where: str) -> None:
-    """Raises ManifestError for JSON that would take far more memory than a manifest of its size."""
+    """Raise ManifestError for JSON that would take far more memory than a manifest of its size."""
     brackets = data.count(b"[") + data.count(b"{")
     tokens = brackets + data.count(b",") + data.count(b":")
     tokens_allowed, brackets_allowed = (
@@ -310,12 +310,12 @@ def _check_version(data: bytes, where: str) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises ManifestError when the folder holds no finished label set."""
+    """Read the manifest of a folder. Raises ManifestError when it holds no finished label set."""
     return parse_manifest(read_manifest_bytes(folder), str(folder / FILE_NAME))
 
 
 def read_manifest_bytes(folder: Path) -> bytes:
-    """The manifest as it lies there, unparsed. Raises ManifestError when there is none."""
+    """Read the manifest's bytes, unparsed. Raises ManifestError when there is none."""
     path = folder / FILE_NAME
     try:
         return read_regular(path, MAX_MANIFEST_BYTES)
@@ -348,7 +348,7 @@ def _why_none(folder: Path) -> str:
 
 
 def _check_paths(paths: list[str], where: str) -> None:
-    """Raises ManifestError for files that would lie over each other, also where upper case is lower case."""
+    """Raise ManifestError for files that would overwrite each other, also on case-insensitive file systems."""
     folded = [path if path.islower() else path.lower() for path in paths]
     if len(set(folded)) < len(folded):
         twice = next(path for path, count in Counter(folded).items() if count > 1)
@@ -361,12 +361,12 @@ def _check_paths(paths: list[str], where: str) -> None:
 
 
 def identity_of(manifest: bytes) -> str:
-    """Of the label set that has this manifest.json: its SHA-256, 64 hex digits."""
+    """Return the identity of the label set with this manifest.json: its SHA-256, 64 hex digits."""
     return hashlib.sha256(manifest).hexdigest()
 
 
 def _check_proportions(manifest: Manifest, where: str) -> None:
-    """Raises ManifestError for labels that cannot be in files of the sizes that the manifest itself lists.
+    """Raise ManifestError for labels that cannot be in files of the sizes that the manifest itself lists.
 
     Readers reserve memory and disk by these claims before they have read a byte.
     """

@@ -21,7 +21,7 @@ WORK = ".ferkd-data-work.json"
 MAX_WORK_BYTES = 2**20
 
 Settings = dict[str, Any]
-"""What must be the same for a command to go on where it stopped: plain JSON values."""
+"""Settings that must be equal for a command to go on where it stopped: plain JSON values."""
 
 
 def begin(out: str | Path, settings: Settings) -> Path:
@@ -67,12 +67,12 @@ def finish(out: Path, manifest: Manifest) -> Manifest:
 
 
 def finished(out: str | Path) -> Manifest | None:
-    """The manifest of the label set that lies in `out`; None where there is none. Raises ManifestError."""
+    """Return the manifest of the label set in `out`; None where there is none. Raises ManifestError."""
     return read_manifest(Path(out)) if (Path(out) / FILE_NAME).is_file() else None
 
 
 def settings_digest(settings: Settings) -> str:
-    """16 hexadecimal digits by which a finished folder is recognised; they tell nobody a path."""
+    """Return 16 hexadecimal digits by which a finished folder is recognised; they reveal no path."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -82,7 +82,7 @@ def write_work(out: Path, settings: Settings) -> None:
 
 
 def clean(out: str | Path) -> None:
-    """Forget that something was written here, after it has ended."""
+    """Remove the work file of a command that has ended."""
     (Path(out) / WORK).unlink(missing_ok=True)
 
 

@@ -38,9 +38,9 @@ PROB_COLUMNS = ("class_prob", "target_prob")
 
 COMPRESSION_LEVEL = 9
 PAGE_SIZE_BYTES = 2**18
-"""Bytes of a data page before compression: what a viewer reads at least to show a few rows."""
+"""Bytes of a data page before compression: the least that a viewer reads to show a few rows."""
 DICTIONARY_CROPS = 20_000
-"""A block of so many crops gets dictionaries for its probabilities. They hold up to 15,361 values, all of 0..1."""
+"""Crops from which a block gets dictionaries for its probabilities. These hold up to 15,361 values, all of 0..1."""
 
 
 def file_name(shard: int, block: int) -> str:
@@ -48,7 +48,7 @@ def file_name(shard: int, block: int) -> str:
 
 
 def schema(num_crops: int, top_k: int, index_dtype: Any, operation_words: int = 0) -> pa.Schema:
-    """Every column of a block file with `num_crops` crops; published in docs/format.md."""
+    """Return the schema of a block file with `num_crops` crops; published in docs/format.md."""
 
     def per_crop(value: pa.DataType, count: int = num_crops) -> pa.DataType:
         return pa.list_(pa.field("element", value), count)
@@ -74,7 +74,7 @@ def schema(num_crops: int, top_k: int, index_dtype: Any, operation_words: int = 
 
 
 def _operation_fields(num_crops: int, words: int) -> list[pa.Field]:
-    """Columns of recorded operations: none without any, and none for their codes where only boxes are erased."""
+    """Return the columns of recorded operations: none without any, no codes where only boxes are erased."""
     if not words:
         return []
 
@@ -147,18 +147,18 @@ def write(path: Path, labels: ShardLabels) -> None:
 
 
 MAX_TEXT_BYTES = 1100
-"""Bytes that a text may take in a column chunk: keys are at most 1,024 bytes long."""
+"""Bytes that a text may take in a column chunk; keys have at most 1,024."""
 PAGE_BYTES = 65536
-"""What a column chunk may take besides its values."""
+"""Bytes that a column chunk may take besides its values."""
 MAX_DECODED_BYTES, MAX_EXPANSION = 2**30, 100
-"""A block takes at most so many bytes in memory, or so many times its file's. Builds give 2 to 20 times."""
+"""Bytes that a block may take in memory: a fixed number, or a multiple of its file (2 to 20 in builds)."""
 NULLABLE = ("target", "target_prob")
 
 
 def read_labels(
     path: Path, *, rows: int, num_crops: int, top_k: int, num_classes: int, operation_words: int = 0
 ) -> ShardLabels:
-    """One block file as arrays.
+    """Read one block file as arrays.
 
     Raises ShardError when the file is missing or truncated, when a column is missing or of another type, when it
     does not hold what the manifest says (checked in the footer and the page headers, before memory is taken).
@@ -196,7 +196,7 @@ def read_labels(
 def _packed_operations(
     path: Path, lists: Callable[[str], npt.NDArray[Any]], shape: tuple[int, int, int]
 ) -> npt.NDArray[np.uint16]:
-    """The operations (R, N, W) of a file, checked against their list. Raises ShardError."""
+    """Return the operations (R, N, W) of a file, checked against their list. Raises ShardError."""
     if not shape[2]:
         return np.empty(shape, np.uint16)
     crops, slots = shape[0] * shape[1], (shape[2] - BOX_WORDS) // 2
@@ -214,23 +214,24 @@ def _packed_operations(
 
 
 def read_keys(path: Path, *, rows: int) -> list[str]:
+    """Read the column of keys. Raises ShardError as `read_labels` does."""
     return read_texts(path, "key", rows=rows)
 
 
 def read_targets(path: Path, *, rows: int) -> npt.NDArray[np.int32]:
-    """Ground truths (rows,), -1 where unknown, whatever else they are. Raises ShardError as `read_labels` does."""
+    """Read the ground truths (rows,), -1 where unknown, unchecked. Raises ShardError as `read_labels` does."""
     table = _read(path, pa.schema([schema(1, 1, np.uint16).field("target")]), rows)
     return np.asarray(_numpy(table.column("target").combine_chunks().fill_null(UNKNOWN_TARGET)), np.int32)
 
 
 def read_texts(path: Path, column: str, *, rows: int, longest: int = MAX_TEXT_BYTES) -> list[str]:
-    """A column of texts of at most `longest` bytes. Raises ShardError as `read_labels` does."""
+    """Read a column of texts of at most `longest` bytes. Raises ShardError as `read_labels` does."""
     wanted = pa.schema([pa.field(column, pa.string())])
     return _texts(path, _read(path, wanted, rows, longest), column, longest)
 
 
 def _texts(path: Path, table: pa.Table, name: str, longest: int = MAX_TEXT_BYTES) -> list[str]:
-    """The rows share their texts: a dictionary of one long text may stand for a million rows."""
+    """Return the texts of a column. Rows share texts: one long text in a dictionary may stand for a million rows."""
     texts: list[str] = []
     for chunk in table.column(name).chunks:
         size = pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0
@@ -277,7 +278,7 @@ def _check_schema(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
 
 
 def _draft_type(field: pa.Field) -> pa.DataType:
-    """The type of a column in drafts of version 1, before 2026-11-27."""
+    """Return the type of a column in drafts of version 1, before 2026-11-27."""
     if field.name == "image_digest":
         return pa.binary(DIGEST_BYTES)
     if field.name in PROB_COLUMNS:
@@ -308,7 +309,7 @@ def _check_claims(path: Path, expected: pa.Schema, *, rows: int, longest: int) -
 
 
 def _width(kind: pa.DataType) -> int:
-    """Bits of a value, or of a list's elements."""
+    """Return the bits of a value, or of a list's elements."""
     return int((kind.value_type if pa.types.is_fixed_size_list(kind) else kind).bit_width)
 
 
@@ -317,12 +318,12 @@ def _numpy(array: pa.Array) -> npt.NDArray[Any]:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    """Whether values have no fixed length, so that one of them may be shared by a million rows of a small file."""
+    """Return whether values have no fixed length, so that a small file may share one among a million rows."""
     return bool(pa.types.is_string(kind) or pa.types.is_binary(kind))
 
 
 def _digests(path: Path, column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
-    """(rows, 16). Raises ShardError for a digest of another length."""
+    """Return the digests (rows, 16). Raises ShardError for one of another length."""
     found = [np.empty((0, DIGEST_BYTES), np.uint8)]
     for chunk in column.chunks:
         values = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk

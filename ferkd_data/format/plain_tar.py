@@ -1,8 +1,8 @@
-"""Tars just as `webdataset.Writer` makes them, read without a Python object for each member.
+"""Read tars that are just as `webdataset.Writer` makes them, without a Python object for each member.
 
-tarfile takes 40 us for a member, which is as long as hashing 50 KB. Here the headers are compared as one array: all of
-them must be alike but for name, size and checksum. Whatever is the least bit different is left to `webdataset.scan`,
-which knows every rule and every error.
+tarfile takes 40 us for a member, as long as hashing 50 KB. Here the headers are compared as one array: all of them must
+be alike but for name, size and checksum. Anything else is left to `webdataset.scan`, which knows every rule and every
+error; so this module decides nothing, it only saves time (benchmarks/plain_tars.py: `verify` takes a quarter).
 
 Legend: R images, N crops per image, k kept classes, M members, B bytes.
 """
@@ -32,12 +32,12 @@ REGULAR = b"0"
 END = bytes(BLOCK)
 ARRAYS = "".join(rf"{re.escape(suffix)}\n\1\." for suffix in crop_arrays.SUFFIXES)
 SAMPLE = re.compile(rf"^((?:[\w-]+/)*[\w-]+)\.(?:(cls)\n\1\.)?{ARRAYS}(?!cls\n)\w+\n", re.ASCII | re.MULTILINE)
-"""The members of one sample, a name to a line, in the order in which `webdataset.Writer` writes them."""
+"""The members of one sample, one name a line, in the order in which `webdataset.Writer` writes them."""
 TARGET_END, TARGET_BYTES = b".cls\0", 10
-"""Larger targets than 9 digits are left to `webdataset.scan`."""
+"""Targets of more than 9 digits are left to `webdataset.scan`."""
 NO_DIGEST = bytes(DIGEST_BYTES)
 START_BYTES = 1024
-"""Of an image: most JPEGs say their size before."""
+"""Bytes of an image that are read: most JPEGs state their size within these."""
 
 Read = Callable[[int, int], bytes]
 """Bytes of the tar by offset and length."""
@@ -45,7 +45,7 @@ Read = Callable[[int, int], bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class _Shape:
-    """What all samples of a tar have in common: where their members lie."""
+    """Positions of the members within a sample, the same for all samples of a tar."""
 
     has_target: bool
     arrays: tuple[tuple[int, int], ...]
@@ -62,13 +62,13 @@ class _Shape:
 class _Samples:
     shape: _Shape
     table: npt.NDArray[np.uint8]
-    """(R, B): the first bytes of each, to the first START_BYTES of its image."""
+    """(R, B): the first bytes of each sample, up to START_BYTES of its image."""
     images: list[tuple[int, int]]
     """(R,) of offset and size."""
 
 
 def read_labels(read: Read, *, num_crops: int, top_k: int, index_dtype: Any, digests: bool) -> ShardLabels | None:
-    """The rows of a tar, as views of its arrays where that can be; None where `webdataset.read_rows` is to decide.
+    """Read the rows of a tar, as views of its arrays where possible; None where `webdataset.read_rows` is to decide.
 
     Without `digests`, those of the images are not computed and left 0.
     """
@@ -76,12 +76,12 @@ def read_labels(read: Read, *, num_crops: int, top_k: int, index_dtype: Any, dig
         samples = _walk(read)
         return None if samples is None else _labels(read, samples, (num_crops, top_k), index_dtype, digests)
     except (ImageError, ShardError, OSError, ValueError):
-        # Found again there, and explained.
+        # `webdataset.read_rows` meets the same fault and explains it.
         return None
 
 
 def _walk(read: Read) -> _Samples | None:
-    """One read for each sample."""
+    """Read the start of each sample, one after the other."""
     shape = _shape(read)
     if shape is None:
         return None
@@ -101,7 +101,7 @@ def _walk(read: Read) -> _Samples | None:
 
 
 def _shape(read: Read) -> _Shape | None:
-    """As the first sample has it."""
+    """Return the positions in the first sample."""
     has_target = TARGET_END in read(0, BLOCK)[NAME]
     at = 2 * BLOCK if has_target else 0
     arrays = []
@@ -142,7 +142,7 @@ def _labels(
 
 
 def _keys(samples: _Samples) -> list[str] | None:
-    """(R,), or None for headers of which tarfile might think otherwise."""
+    """Return the keys (R,); None for headers that tarfile might read otherwise."""
     headers = np.stack([samples.table[:, at : at + BLOCK] for at in samples.shape.headers_at], axis=1)
     names = _names(headers.reshape(-1, BLOCK)) if len(headers) else None
     if names is None:
@@ -159,14 +159,14 @@ def _targets(samples: _Samples) -> npt.NDArray[np.int32] | None:
     sizes = _numbers(samples.table[:, SIZE])
     texts = np.ascontiguousarray(samples.table[:, BLOCK : BLOCK + TARGET_BYTES]).view(f"S{TARGET_BYTES}")[:, 0].tolist()
     fine = (sizes < TARGET_BYTES).all() and all(map(bytes.isdigit, texts))
-    # Behind a text, the writer's zeros.
+    # The writer fills up with zeros behind a text.
     if not fine or [len(text) for text in texts] != sizes.tolist():
         return None
     return np.array([int(text) for text in texts], np.int32)
 
 
 def _arrays(samples: _Samples, shape: tuple[int, int], index_dtype: Any) -> list[npt.NDArray[Any]] | None:
-    """(R, N, ...) of each label member; None unless all have the type and shape that the label set says."""
+    """Return (R, N, ...) of each label member; None unless all have the label set's type and shape."""
     arrays = []
     expected = crop_arrays.shapes(*shape, index_dtype).values()
     for (at, size), (dtype, wanted) in zip(samples.shape.arrays, expected, strict=True):
@@ -182,14 +182,14 @@ def _arrays(samples: _Samples, shape: tuple[int, int], index_dtype: Any) -> list
 
 
 def _image_size(read: Read, at: int, size: int, start: npt.NDArray[np.uint8]) -> tuple[int, int]:
-    """As `image_size` of the whole image: a JPEG's first bytes say the same, or nothing."""
+    """Return `image_size` of the whole image; a JPEG's first bytes give the same size, or none."""
     begins = start[:size].tobytes()
     found = jpeg_size(begins, ANY_SIZE) if begins.startswith(JPEG_START) else None
     return found or image_size(read(at, size))
 
 
 def _names(table: npt.NDArray[np.uint8]) -> str | None:
-    """Of (M, 512) headers, a name to a line."""
+    """Return the names in (M, 512) headers, one a line; None for headers that differ in anything else."""
     try:
         first = tarfile.TarInfo.frombuf(table[0].tobytes(), "utf-8", "strict")
     except tarfile.HeaderError:
@@ -211,13 +211,14 @@ def _checksums_hold(table: npt.NDArray[np.uint8]) -> bool:
     digits = table[:, CHECKSUM]
     if ((digits < ord("0")) | (digits > ord("7"))).any():
         return False
+    # A checksum is the sum of the header's bytes with blanks in place of the checksum itself.
     total = table.sum(axis=1, dtype=np.int64) - table[:, CHECKSUM_BYTES].sum(axis=1, dtype=np.int64)
     blanks = (CHECKSUM_BYTES.stop - CHECKSUM_BYTES.start) * ord(" ")
     return bool((_numbers(digits) == total + blanks).all())
 
 
 def _numbers(digits: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """(M, D) octal digits as numbers (M,)."""
+    """Return (M, D) octal digits as numbers (M,)."""
     powers = 8 ** np.arange(digits.shape[1], dtype=np.int64)[::-1]
     numbers: npt.NDArray[np.int64] = (digits.astype(np.int64) - ord("0")) @ powers
     return numbers

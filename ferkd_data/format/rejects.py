@@ -1,4 +1,4 @@
-"""`rejects.parquet`: every image that could not be used, with its key and the reason."""
+"""`rejects.parquet`: the images that could not be used, each with its key and the reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCHEMA = pa.schema(
 )
 BUFFERED = 4096
 LONGEST_TEXT = 16384
-"""Bytes: a path may have 4,096, and is shown with escapes."""
+"""Largest text in bytes: a path may have 4,096, each shown as an escape of 4."""
 
 
 class RejectWriter:
@@ -70,23 +70,23 @@ class RejectWriter:
 
 
 def read_rejects(path: Path) -> Iterator[Reject]:
-    """With bounded memory."""
+    """Yield the rejects of a file that this process wrote, with bounded memory."""
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(BUFFERED, columns=SCHEMA.names):
             yield from (Reject(**row) for row in batch.to_pylist())
 
 
 def rejects_entry(path: Path, rows: int) -> RejectsEntry:
-    """The manifest's entry for a rejects file that was written beside it."""
+    """Return the manifest's entry for a rejects file that was written beside it."""
     return RejectsEntry(path=path.name, rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
 def check_rejects(path: Path, rows: int) -> None:
-    """Raises ShardError for a file that does not hold `rows` rejects, or that would take memory out of proportion."""
+    """Raise ShardError for a file that does not hold `rows` rejects, or whose texts are too long."""
     for name in SCHEMA.names:
         parquet.read_texts(path, name, rows=rows, longest=LONGEST_TEXT)
 
 
 def readable(value: str) -> str:
-    """File names that are not UTF-8 are kept readable, with their bytes as escapes."""
+    """Make a file name that is not UTF-8 readable, with the bytes at fault as escapes."""
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

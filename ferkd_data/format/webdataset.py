@@ -24,7 +24,7 @@ from ferkd_data.storage import image_digest
 
 MEMBER_MODE = 0o444
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
-"""What tarfile raises for headers that nobody wrote in earnest."""
+"""Errors of tarfile for malformed headers."""
 
 
 def file_name(shard: int) -> str:
@@ -32,7 +32,7 @@ def file_name(shard: int) -> str:
 
 
 class Writer:
-    """Appends samples to a tar; times and owners are fixed, so the same rows give the same bytes."""
+    """Appends samples to a tar. Times and owners are fixed, so the same rows give the same bytes."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -50,7 +50,7 @@ class Writer:
             self._file.close()
 
     def add(self, labels: ImageLabels, image: bytes) -> None:
-        """Labels before the image, so that a reader has all of them in one read without the image."""
+        """Append a sample: its labels before the image, so that a reader gets them in one read without the image."""
         if labels.target != UNKNOWN_TARGET:
             self._member(f"{labels.key}.cls", str(labels.target).encode())
         for suffix, content in crop_arrays.to_members(labels).items():
@@ -67,7 +67,7 @@ class Writer:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Where one image's members lie in the tar."""
+    """Positions of one image's members in a tar."""
 
     key: str
     image_suffix: str
@@ -114,7 +114,7 @@ def scan(path: Path) -> Iterator[Sample]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[ImageLabels, bytes]]:
-    """Every sample of a tar with its image; one image in memory at a time. Raises ShardError as `scan` does."""
+    """Yield every sample of a tar with its image, one at a time. Raises ShardError as `scan` does."""
     with path.open("rb") if path.exists() else _missing(path) as stream:
         for sample in scan(path):
             stream.seek(sample.image_offset)

@@ -1,4 +1,4 @@
-"""Writing one image shard in either layout: aside first, renamed when whole."""
+"""Write an image shard in either layout: aside first, renamed when whole."""
 
 from __future__ import annotations
 

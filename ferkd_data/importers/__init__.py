@@ -1,1 +1,1 @@
-"""Label files of other projects, read without running their code."""
+"""Label files of other projects: read without running their code, and written for FKD's training script."""

@@ -25,7 +25,7 @@ from ferkd_data.storage import read_text
 CONFIG = "config.pth.tar"
 CROP, FLIP = "random_resized_crop", "random_horizontal_flip"
 WITHOUT_PARAMS = ("uint8", "to_tensor", "normalize")
-"""Change how pixels are kept, not which they are."""
+"""Transforms that change how pixels are stored, not their values."""
 NOT_REPLAYED = {
     "mixup": "a label of two images mixed is no label of a crop",
     "cutmix": "a label of two images mixed is no label of a crop",
@@ -49,7 +49,7 @@ class ReinforcedFiles:
     """Key -> ID."""
     num_classes: int
     teacher: str | None = None
-    """In place of the names in the configuration."""
+    """The teacher's name, in place of those in the configuration."""
 
     format: ClassVar[str] = "Dataset Reinforcement"
     seed: ClassVar[None] = None
@@ -57,7 +57,7 @@ class ReinforcedFiles:
 
     @cached_property
     def transforms(self) -> dict[str, dict[str, Any]]:
-        """Name -> settings of each transform that the configuration enables."""
+        """Settings of each transform that the configuration enables, by name."""
         return _transforms(self.folder / CONFIG, self.config)
 
     @property
@@ -71,7 +71,7 @@ class ReinforcedFiles:
 
     @property
     def teachers(self) -> tuple[TeacherEntry, ...]:
-        """As the configuration names them; the probabilities of several are averaged."""
+        """The teachers that the configuration names; the probabilities of several were averaged."""
         said = self.config.get("teacher", {})
         named = self.teacher or said.get("name") or said.get("arch") or "unknown"
         names = named.split(",") if isinstance(named, str) else [str(name) for name in named]
@@ -91,7 +91,7 @@ class ReinforcedFiles:
         )
 
     def read(self, key: str, size: tuple[int, int]) -> ForeignLabels:
-        """Raises ForeignFileError for a file that is none or cannot be replayed, ValueError for impossible crops."""
+        """Read an image's crops. Raises ForeignFileError for a malformed file, ValueError for impossible crops."""
         if key not in self.ids:
             raise ForeignFileError(f"image {key!r} has no ID")
         number = self.ids[key]
@@ -113,12 +113,12 @@ class ReinforcedFiles:
         return ForeignLabels(boxes=check_boxes(box, *size), flip=flip, class_index=index, class_prob=prob)
 
     def _place(self, params: Any) -> tuple[Any, bool]:
-        """(box, flip) of a crop. Raises ValueError for params that hold more than these."""
+        """Return (box, flip) of a crop. Raises ValueError for params that hold more than these."""
         if isinstance(params, dict):
             more = sorted(set(params) - {CROP, FLIP, *WITHOUT_PARAMS})
             if more:
                 raise ValueError(f"params of {more[0]!r}, which cannot be replayed")
-            # Each is a pair: of the image, and of one that it might have been mixed with.
+            # Each is a pair: for the image, and for one that it might have been mixed with.
             return params[CROP][0], bool(params[FLIP][0]) if FLIP in params else False
         box, *flip = params
         if len(flip) != (FLIP in self.transforms):
@@ -129,7 +129,7 @@ class ReinforcedFiles:
 def open_reinforced(
     folder: Path, ids: dict[str, int], *, num_classes: int | None = None, teacher: str | None = None
 ) -> ReinforcedFiles:
-    """Raises UsageError where there is no configuration, or one that enables what cannot be replayed."""
+    """Open a folder of files. Raises UsageError for no configuration, or one whose crops cannot be replayed."""
     path = folder / CONFIG
     if not path.is_file():
         joblib = next(folder.glob("*.jb"), None) if folder.is_dir() else None
@@ -167,7 +167,7 @@ def _transforms(path: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]
 
 
 def image_folder_ids(root: Path, folder: Path) -> dict[str, int]:
-    """Key -> ID, which is an image's number in torchvision's ImageFolder. Raises UsageError for another data set."""
+    """Map keys to IDs: an image's number in torchvision's ImageFolder. Raises UsageError for another data set."""
     from torchvision.datasets import ImageFolder
 
     ids: dict[str, int] = {}
@@ -184,7 +184,7 @@ def image_folder_ids(root: Path, folder: Path) -> dict[str, int]:
 
 
 def listed_ids(path: Path) -> dict[str, int]:
-    """Key -> ID from a text file, line n for ID n. Raises UsageError."""
+    """Map keys to IDs by a text file, line n for ID n. Raises UsageError."""
     try:
         keys = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -34,7 +34,7 @@ class FkdTeacher:
 
     name: str
     size: int = 224
-    """Pixels."""
+    """Side of the input in pixels."""
 
     def __post_init__(self) -> None:
         check_at_least(1, size=self.size)
@@ -47,7 +47,7 @@ class FkdFiles:
     folder: Path
     num_classes: int
     top_k: int
-    """Kept of full distributions; the other label types keep what they have."""
+    """Classes kept of full distributions; the other label types keep what they have."""
     teacher: FkdTeacher
 
     format: ClassVar[str] = "FKD"
@@ -56,7 +56,7 @@ class FkdFiles:
     distribution: ClassVar[CropDistributionEntry] = CropDistributionEntry(
         scale=(0.08, 0.936), ratio=(3 / 4, 4 / 3), hflip=0.5
     )
-    """The defaults of FKD's generator; its files do not say."""
+    """The defaults of FKD's generator; its files do not state them."""
 
     @property
     def teachers(self) -> tuple[TeacherEntry, ...]:
@@ -64,9 +64,9 @@ class FkdFiles:
         return (foreign_teacher(f"fkd:{name}", name, num_classes=self.num_classes, size=size),)
 
     def read(self, key: str, size: tuple[int, int]) -> ForeignLabels:
-        """Labels of any of FKD's types: `hard`, `smoothing`, `marginal_*`, or the full distribution, cut to its top-k.
+        """Read labels of any of FKD's types: `hard`, `smoothing`, `marginal_*`, or full distributions, cut to top-k.
 
-        Raises ForeignFileError for a file that is none, or holds classes or probabilities that cannot be; ValueError
+        Raises ForeignFileError for a malformed file, or one with classes or probabilities that cannot be; ValueError
         for a crop that is not inside the image.
         """
         path = file_of(self.folder, key)
@@ -88,14 +88,14 @@ class FkdFiles:
 
 
 def file_of(folder: Path, key: str) -> Path:
-    """Where FKD keeps the labels of an image."""
+    """Return the path of an image's labels in FKD's tree."""
     return inside(folder, f"{key}.tar")
 
 
 def _labels(
     path: Path, labels: npt.NDArray[Any], num_classes: int, top_k: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """(N, k) classes and probabilities from any label type; told apart by their shapes."""
+    """Return (N, k) classes and probabilities from any label type; the types differ in their shapes."""
     if labels.ndim == 3 and labels.shape[1] == 2:
         return np.rint(labels[:, 0]).astype(np.int64), labels[:, 1].astype(np.float32)
     if labels.ndim == 2 and labels.shape[1] == num_classes and num_classes > 2:
@@ -111,7 +111,7 @@ def _labels(
 
 
 def boxes_of(coords: npt.NDArray[np.float64], height: int, width: int) -> npt.NDArray[np.uint16]:
-    """(N, 4) integer boxes: corners rounded as Pillow does when FKD's loader hands it fractions of pixels.
+    """Return (N, 4) integer boxes: corners rounded as Pillow does when FKD's loader gives it fractions of pixels.
 
     Raises ValueError for a box that is not inside the image.
     """
@@ -129,7 +129,7 @@ def write_file(path: Path, labels: ImageLabels) -> None:
 
 
 def coords_of(labels: ImageLabels) -> npt.NDArray[np.float64]:
-    """(N, 4): boxes as fractions of the image's height and width."""
+    """Return (N, 4): boxes as fractions of the image's height and width."""
     return labels.boxes.astype(np.float64) / np.array([labels.height, labels.width] * 2, np.float64)
 
 

@@ -1,4 +1,4 @@
-"""FKD's files from a label set, calibrated or not, for FKD's own training script.
+"""Write FKD's files from a label set, calibrated or not, for FKD's own training script.
 
 Legend: N crops, k kept classes, K entries of a label in FKD's file, C classes.
 """
@@ -22,9 +22,9 @@ from ferkd_data.labels.rows import UNKNOWN_TARGET, ImageLabels
 from ferkd_data.storage import write_atomically
 
 ENTRIES = (5, 10)
-"""The numbers K that FKD's script knows, as its label types marginal_smoothing_k5 and marginal_smoothing_k10."""
+"""Numbers K of FKD's script: its label types marginal_smoothing_k5 and marginal_smoothing_k10."""
 MIN_CROPS = 4
-"""FKD's script draws so many different crops of an image in its default settings."""
+"""Different crops of an image that FKD's script draws in its default settings."""
 
 
 def export_fkd(
@@ -82,7 +82,7 @@ def export_fkd(
 
 
 def _entries(calibration: Calibration, top_k: int, num_classes: int) -> int:
-    """K of the files. Raises UsageError where FKD's script has no label type that holds the calibrated targets."""
+    """Return K. Raises UsageError where FKD's script has no label type that holds the calibrated targets."""
     blends = any(action.kind == "blend" for action in action_table(calibration))
     needed = top_k + 1 if blends else top_k
     fitting = [entries for entries in ENTRIES if needed <= entries < num_classes]
@@ -97,7 +97,7 @@ def _entries(calibration: Calibration, top_k: int, num_classes: int) -> int:
 def calibrated(
     row: ImageLabels, calibration: Calibration, num_classes: int, min_crops: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
-    """(coords (N, 4), flips (N,), labels (N, 2, K)) of the crops that stay in use, at least `min_crops` of them."""
+    """Return coords (N, 4), flips (N,), labels (N, 2, K) of the crops in use, at least `min_crops` of them."""
     bucket = crop_buckets(calibration, row.bucket, row.class_prob, row.target_prob)
     codes = crop_actions(calibration, bucket, row.class_index[:, 0], np.array(row.target))
     use = use_probability(calibration, codes)
@@ -127,7 +127,7 @@ def calibrated(
 def _joined(
     index: npt.NDArray[np.int64], weight: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """The last entry, the ground truth, added to the entry of the same class where there is one."""
+    """Add the last entry, the ground truth, to the entry of the same class where there is one."""
     same = index[:, :-1] == index[:, -1:]
     first = weight[:, :-1] + same * weight[:, -1:]
     last = np.where(same.any(axis=1), 0, weight[:, -1])
@@ -137,7 +137,7 @@ def _joined(
 def _soft(
     index: npt.NDArray[np.int64], weight: npt.NDArray[np.float32], floor: npt.NDArray[np.float32], entries: int
 ) -> npt.NDArray[np.float32]:
-    """(N, 2, K): classes that are not at the floor, filled up with others that are, so that the sum says the floor.
+    """Return (N, 2, K): classes above the floor, filled up with classes at the floor, so that the sum gives the floor.
 
     FKD's script gives each of the other C - K classes (1 - sum) / (C - K), which is the floor again.
     """

@@ -1,12 +1,9 @@
-"""What a pickle is made of, looked at before anything executes it.
+"""Arrays out of other people's `torch.save` files, without torch and without running any code in them.
 
-Even an unpickler that may name nothing can be told, in five bytes, to reserve 64 GB for its memo. So only the opcodes
-that `torch.save` writes for arrays, lists, dictionaries, numbers and text are let through, with small memo numbers.
-
-Arrays out of other people's `torch.save` files, without running what else may be in them, and without torch.
-
-Only the zip form (PyTorch 1.6 and later) is read, its members must be stored as they are, and its pickle may name
-nothing but what rebuilds tensors and NumPy arrays of numbers. Everything else is refused before it is looked up.
+A file passes three guards. Only the zip form (PyTorch 1.6 and later) with members stored as they are is read. The
+opcodes of its pickle are checked before the first is executed: even an unpickler that may name nothing can be told, in
+five bytes, to reserve 64 GB for its memo. And the unpickler finds no name but those that rebuild tensors and NumPy
+arrays of numbers; it calls none of the file's own.
 """
 
 from __future__ import annotations
@@ -31,12 +28,12 @@ FIXED = re.compile(
     rb"){1,4096}"
 )
 LENGTH_BYTES = {b"\x8c": 1, b"C": 1, b"U": 1, b"\x8a": 1, b"X": 4, b"B": 4, b"T": 4, b"\x8d": 8, b"\x8e": 8}
-"""Opcodes that are followed by a length of so many bytes, then by as much text or data."""
+"""Opcodes with a length of so many bytes, which is followed by that much text or data."""
 STOP, GLOBAL = b".", b"c"
 
 
 def check_opcodes(pickled: bytes) -> None:
-    """Raises ValueError for an opcode that is not needed to hold arrays, lists, dictionaries, numbers and text."""
+    """Raise ValueError for an opcode that is not needed to hold arrays, lists, dictionaries, numbers and text."""
     at = 0
     while at < len(pickled):
         run = FIXED.match(pickled, at)
@@ -58,13 +55,13 @@ def check_opcodes(pickled: bytes) -> None:
 
 
 MAX_BYTES = 2**28
-"""Of one file; FKD's 500 full distributions of 1,000 classes take 2 MB."""
+"""Largest file; FKD's 500 full distributions of 1,000 classes take 2 MB."""
 MAX_PICKLE_BYTES = 2**25
-"""Of what is not in arrays of its own; 400 crops of Dataset Reinforcement at top-10 take 60 kB."""
+"""Largest pickle beside the arrays; 400 crops of Dataset Reinforcement at top-10 take 60 kB."""
 MAX_ARRAYS = 16
-"""Each may hold a copy of what the pickle holds once."""
+"""Most arrays of a file: each may be a copy of data that the file holds once."""
 MAX_ITEMS = 2**20
-"""Numbers, texts, lists and arrays in all: a list may be named again and again, and is then counted each time."""
+"""Most numbers, texts, lists and arrays of a file; a list that is named again is counted again."""
 Numbers = np.ndarray[Any, np.dtype[Any]]
 STORAGES = {
     "DoubleStorage": "<f8",
@@ -79,11 +76,13 @@ STORAGES = {
 }
 SCALARS = frozenset((type(None), bool, int, float, str, bytes))
 NDARRAY = "numpy.ndarray"
-"""Stands for the class, which nobody may call."""
+"""Stands for the class, which cannot be called."""
 RECONSTRUCT = ("numpy.core.multiarray", "numpy._core.multiarray")
 
 
 class _ArraysOnly(pickle.Unpickler):
+    """Rebuilds tensors and arrays of numbers as NumPy arrays; every other name is an error."""
+
     def __init__(self, pickled: bytes, archive: zipfile.ZipFile, prefix: str) -> None:
         super().__init__(io.BytesIO(pickled))
         self._archive = archive
@@ -108,7 +107,7 @@ class _ArraysOnly(pickle.Unpickler):
         return known[module, name]
 
     def persistent_load(self, pid: Any) -> Numbers:
-        """A tensor's numbers: a member of the archive."""
+        """Return a tensor's numbers, a member of the archive."""
         kind, storage, key, _, count = pid
         if kind != "storage" or storage not in STORAGES:
             raise pickle.UnpicklingError(f"it holds a {kind} {storage}")
@@ -122,9 +121,9 @@ class _ArraysOnly(pickle.Unpickler):
         return found
 
     def _tensor(self, numbers: Numbers, start: int, shape: Any, strides: Any, *_: Any) -> Numbers:
-        """A view of a storage, as `torch._utils` rebuilds it; one that shows a number twice is refused.
+        """Return a copy of a view of a storage, as `torch._utils` rebuilds it; more numbers than stored are refused.
 
-        Its copy is counted, since any number of views may share a storage.
+        Each copy is counted, since any number of views may share a storage.
         """
         self._count()
         last = start + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -137,14 +136,14 @@ class _ArraysOnly(pickle.Unpickler):
         return packed
 
     def _empty_array(self, kind: str, shape: tuple[int, ...], code: bytes) -> Numbers:
-        """What NumPy's pickles begin an array with; its state brings shape and numbers."""
+        """Begin an array as NumPy's pickles do; its state brings shape and numbers."""
         if kind != NDARRAY or tuple(shape) != (0,):
             raise pickle.UnpicklingError("it holds an array of an unknown kind")
         self._count()
         return np.empty(0, np.uint8)
 
     def _latin1(self, text: str, encoding: str) -> bytes:
-        """How old pickle protocols write an array's bytes."""
+        """Return the bytes of an array as old pickle protocols write them."""
         if encoding != "latin1":
             raise pickle.UnpicklingError(f"it holds text in {encoding!r}")
         self._count()
@@ -158,7 +157,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def load_arrays(path: Path) -> Any:
-    """Lists, tuples, dictionaries, numbers and text, with every tensor and array as a NumPy array of numbers.
+    """Load lists, tuples, dictionaries, numbers and text, with every tensor and array as a NumPy array of numbers.
 
     Raises ForeignFileError for a file that holds anything else, is damaged, or is out of proportion.
     """
@@ -176,7 +175,7 @@ def load_arrays(path: Path) -> Any:
     except LabelSetError as error:
         raise ForeignFileError(str(error)) from error
     except Exception as error:
-        # An unpickler meets arbitrary bytes here, and pickle and NumPy raise of every kind on them.
+        # On arbitrary bytes, pickle and NumPy raise errors of every kind.
         raise ForeignFileError(f"{path}: is not a file of arrays alone ({error}); it was not loaded") from error
 
 
@@ -202,7 +201,7 @@ def _load(path: Path, stream: IO[bytes], size: int) -> Any:
 
 
 def _plain(path: Path, content: Any, left: list[int]) -> Any:
-    """The content without any type of its own; `left[0]` is how many items more it may have."""
+    """Return the content with built-in types and arrays only; `left[0]` counts the items that it may still have."""
     left[0] -= 1
     if left[0] < 0:
         raise ForeignFileError(f"{path}: holds more than {MAX_ITEMS} items")

@@ -1,4 +1,4 @@
-"""Labels out of other people's files, checked, and turned into rows of a label set.
+"""Labels of other projects' files, checked and turned into rows of a label set.
 
 Legend: N crops, k kept classes.
 """
@@ -48,7 +48,7 @@ class LabelFiles(Protocol):
 
     @property
     def expected(self) -> str:
-        """Where an image's labels are looked for, in words."""
+        """The path of an image's labels, in words."""
 
     @property
     def num_classes(self) -> int: ...
@@ -61,10 +61,10 @@ class LabelFiles(Protocol):
 
     @property
     def seed(self) -> int | None:
-        """The seed that the crops were drawn with; None where somebody else drew them."""
+        """The seed of the crops; None where another program drew them."""
 
     def read(self, key: str, size: tuple[int, int]) -> ForeignLabels:
-        """The labels of an image of (height, width). Raises ForeignFileError, or ValueError for impossible crops."""
+        """Read the labels of an image of (height, width). Raises ForeignFileError, ValueError for impossible crops."""
 
 
 def foreign_teacher(
@@ -94,7 +94,7 @@ def foreign_teacher(
 
 
 def check_labels(path: Path, index: npt.NDArray[np.int64], prob: npt.NDArray[np.float32], num_classes: int) -> None:
-    """Raises ForeignFileError for classes (N, k) or probabilities (N, k) that cannot be."""
+    """Raise ForeignFileError for impossible classes (N, k) or probabilities (N, k)."""
     if not np.isfinite(prob).all():
         raise ForeignFileError(f"{path}: holds numbers that are not finite")
     if index.min() < 0 or index.max() >= num_classes:
@@ -106,7 +106,7 @@ def check_labels(path: Path, index: npt.NDArray[np.int64], prob: npt.NDArray[np.
 
 
 def check_boxes(boxes: npt.NDArray[np.int64], height: int, width: int) -> npt.NDArray[np.uint16]:
-    """(N, 4) boxes as they are stored. Raises ValueError for one that is not inside the image."""
+    """Return (N, 4) boxes as they are stored. Raises ValueError for one that is not inside the image."""
     fits = (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all()
     if not fits or (boxes[:, :2] + boxes[:, 2:] > (height, width)).any():
         raise ValueError("a crop is not inside the image; are these the images that were labelled?")
@@ -123,8 +123,9 @@ def to_row(
     num_classes: int,
     thresholds: Thresholds,
 ) -> ImageLabels:
-    """A row of a label set. The ground truth's probability is unknown where it was cut off."""
+    """Make a row of a label set. The ground truth's probability is unknown where it was cut off."""
     stored = labels.class_prob.clip(0, 1).astype(np.float16)
+    # Descending by the stored probability, ties by class: float16 patterns of 0..1 are in the order of their values.
     rank = stored.view(np.int16).astype(np.int64) << CLASS_BITS
     order = np.argsort(-(rank - labels.class_index), axis=1, kind="stable")
     index = np.take_along_axis(labels.class_index, order, axis=1)

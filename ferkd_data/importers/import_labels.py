@@ -1,4 +1,4 @@
-"""`convert --from`: other people's label files into a label set of layout parquet, given the images they belong to."""
+"""`convert --from`: label files of other projects and their images, made into a label set of layout parquet."""
 
 from __future__ import annotations
 
@@ -51,11 +51,14 @@ def import_fkd(
     classes: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
-    """A label set of layout parquet from FKD's files: FOLDER/KEY.tar for each image of `images`, such as
+    """Make a label set of layout parquet from FKD's files: FOLDER/KEY.tar for each image of `images`, such as
     FOLDER/n01440764/n01440764_10026.tar.
 
     `top_k` applies to full distributions; FKD's other label types keep the k they have. An image without labels or with
     labels that cannot be read becomes a reject.
+
+    >>> teacher = fd.FkdTeacher(name="efficientnet_l2", size=475)
+    >>> fd.import_fkd("FKD", "labels", images="imagenet/train", num_classes=1000, teacher=teacher)  # doctest: +SKIP
 
     Raises SourceError; UsageError for numbers that cannot be right, and when nothing can be imported.
     """
@@ -89,10 +92,12 @@ def import_dr(
     classes: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
-    """A label set of layout parquet from Dataset Reinforcement's files: FOLDER/ID.pth.tar and FOLDER/config.pth.tar.
+    """Make a label set of layout parquet from Dataset Reinforcement's FOLDER/ID.pth.tar and FOLDER/config.pth.tar.
 
     An ID is an image's number in torchvision's ImageFolder of the training set; with `ids`, the line of that text file
-    that holds the image's key. The configuration tells the teachers and the classes' number unless you do.
+    that holds the image's key. The configuration names the teachers and the number of classes unless these are given.
+
+    >>> fd.import_dr("imagenet_plus", "labels", images="imagenet/train")  # doctest: +SKIP
 
     Raises SourceError; UsageError for crops that cannot be replayed (RandAugment, erasing, mixing) and when nothing can
     be imported.
@@ -140,7 +145,7 @@ def import_relabel(
 
     Raises SourceError; UsageError for numbers that cannot be right, and when nothing can be imported.
 
-    Example: `fd.import_relabel("relabel_imagenet", "labels", images="imagenet/train", crops=100)`
+    >>> fd.import_relabel("relabel_imagenet", "labels", images="imagenet/train", crops=100)  # doctest: +SKIP
     """
     check_at_least(1, crops=crops, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
     check_at_least(2, num_classes=num_classes)
@@ -170,15 +175,17 @@ def import_relabel(
 
 @dataclass(kw_only=True)
 class _Import:
+    """One import: its settings, and what the first images decide for all."""
+
     files: LabelFiles
     source: ImageSource
     crops_per_block: int
     images_per_shard: int
     settings: out_folder.Settings
-    """What a finished or interrupted import must have had in common with this one, besides the format and shapes."""
+    """Settings that a finished or interrupted import must share with this one, besides the format and shapes."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     shape: tuple[int, int] = (0, 0)
-    """(N crops, k classes), as the first image has them."""
+    """(N crops, k classes) of the first image."""
     first_reject: Reject | None = None
     most_pixels: int = 0
     """Pixels of the largest image so far."""
@@ -194,7 +201,7 @@ class _Import:
             return there
         out = out_folder.begin(out, self.settings)
         path = out / REJECTS_NAME
-        # Elsewhere until the end, so that a kill leaves nothing in OUT that is in the way of the next attempt.
+        # Written elsewhere until the end, so that a kill leaves no half-written rejects in OUT.
         with Scratch("import") as scratch:
             written = scratch / REJECTS_NAME
             with RejectWriter(written) as rejects:

@@ -199,9 +199,11 @@ def test_progress_goes_to_stderr(call, photos, label_set, tiny_teachers, tmp_pat
         if terminal:
             assert ("images" if name == "from" else "100 %") in err
         elif name in ("pull", "publish", "verify"):
-            assert re.search(r"([\d.]+ kB) of \1, [\d.,]+ \w+/s\n$", err)
+            assert re.search(r"([\d.]+ kB) of \1, (\d+) of \2 files, [\d.,]+ \w+/s\n$", err)
         else:
-            assert re.search(r"20 images, [\d.,]+ images/s\n$" if name == "from" else r"20 of 20 images, .*/s\n$", err)
+            assert re.search(
+                r"20 images, 1 file, [\d.]+ kB, .* images/s\n$" if name == "from" else r"20 of 20 images, .*/s\n$", err
+            )
         assert "images/s" not in out and "MB/s" not in out
         if name == "verify":
             assert json.loads(out)["ok"]
