@@ -230,12 +230,12 @@ def _licence(manifest: Manifest, fields: CardFields) -> str:
 
 def _citation(labels: LabelSet, fields: CardFields, url: str) -> str:
     """Cite the label set, in its publisher's words or as generated BibTeX; then the method."""
-    place = fields.homepage or (url if "://" in url else None)
+    address = fields.homepage or (url if "://" in url else None)
     entry = {
         "title": fields.title,
         "author": fields.author,
         "year": fields.day[:4],
-        "url": place,
+        "url": address,
         "note": f"soft labels, manifest {labels.identity[:16]}",
     }
     said = ",\n".join(f"  {name} = {{{value}}}" for name, value in entry.items() if value)

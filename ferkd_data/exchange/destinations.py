@@ -17,7 +17,7 @@ from ferkd_data.storage import default_cache_dir, remove_leftovers
 
 
 class Destination(Protocol):
-    """A place that files of one label set are sent to."""
+    """A folder, store or repository that the files of one label set are sent to."""
 
     def missing(self, files: Sequence[FileToSend]) -> list[FileToSend]:
         """Return the files that are not there with the right digest. Raises RemoteError."""
@@ -90,8 +90,8 @@ class _Journal:
     """
 
     def __init__(self, identity: str, url: str) -> None:
-        place = hashlib.sha256(url.encode()).hexdigest()[:16]
-        self._path = default_cache_dir() / "publish" / f"{place}.txt"
+        name = hashlib.sha256(url.encode()).hexdigest()[:16]
+        self._path = default_cache_dir() / "publish" / f"{name}.txt"
         self._identity = identity
         noted = self._path.read_text().split() if self._path.exists() else []
         self._arrived = set(noted[1:]) if noted[:1] == [identity] else set()

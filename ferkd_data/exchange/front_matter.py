@@ -152,8 +152,8 @@ def loading(manifest: Manifest, url: str) -> str:
     on_hub = url.startswith("hf://")
     sections = ["## Use", _ferkd_data(manifest, url)]
     if not on_hub:
-        place = url if "://" in url else "PATH/OR/URL"
-        sections.append(f"The libraries below read a copy: `ferkd-data pull {place} {LOCAL}`.")
+        location = url if "://" in url else "PATH/OR/URL"
+        sections.append(f"The libraries below read a copy: `ferkd-data pull {location} {LOCAL}`.")
     sections.append(_datasets(manifest, url if on_hub else None))
     sections += [_webdataset(manifest, url if on_hub else None)] if manifest.layout == "webdataset" else []
     sections += _tables(manifest, url if on_hub else None) if manifest.layout == "parquet" else []
@@ -161,13 +161,13 @@ def loading(manifest: Manifest, url: str) -> str:
 
 
 def _ferkd_data(manifest: Manifest, url: str) -> str:
-    place = url if "://" in url else "PATH/OR/URL"
+    location = url if "://" in url else "PATH/OR/URL"
     images = "" if manifest.layout == "webdataset" else 'images="your/images", '
     crops = min(4, manifest.num_crops)
     return (
         "With `ferkd-data`, which cuts each crop out of its image again:\n\n"
         "```python\nimport ferkd_data as fd  # pip install ferkd-data\n\n"
-        f'labels = fd.open_labels("{place}")\n'
+        f'labels = fd.open_labels("{location}")\n'
         f"loader = fd.CropLoader(labels, {images}batch_size=256, crops_per_image={crops}, size=224)\n"
         "for images, targets in loader:  # uint8 (B, 3, 224, 224), and sparse soft targets\n"
         "    loss = fd.soft_cross_entropy(model(fd.normalize(images)), targets)\n```"
@@ -185,8 +185,8 @@ def _datasets(manifest: Manifest, hub: str | None) -> str:
 
 
 def _tables(manifest: Manifest, hub: str | None) -> list[str]:
-    place = LOCAL if hub is None else hub.rstrip("/")
-    files = [f"{place}/{pattern}" for pattern in patterns(manifest, 0)]
+    location = LOCAL if hub is None else hub.rstrip("/")
+    files = [f"{location}/{pattern}" for pattern in patterns(manifest, 0)]
     k = manifest.top_k
     sql = ", ".join(f"'{file}'" for file in files)
     return [
@@ -205,8 +205,9 @@ def _webdataset(manifest: Manifest, hub: str | None) -> str:
     if hub is None:
         read, files = "", '[f"labels/{file}" for file in files]'
     else:
-        place = parse_hub_url(hub)
-        base = f"https://huggingface.co/datasets/{place.repository}/resolve/{place.revision or 'main'}/{place.folder}"
+        on_hub = parse_hub_url(hub)
+        repository = f"https://huggingface.co/datasets/{on_hub.repository}"
+        base = f"{repository}/resolve/{on_hub.revision or 'main'}/{on_hub.folder}"
         read, files = base, f'[f"{base}{{file}}" for file in files]'
     manifest_text = (
         f'urllib.request.urlopen("{read}manifest.json").read()' if read else f'open("{LOCAL}/manifest.json").read()'

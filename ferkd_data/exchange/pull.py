@@ -183,11 +183,11 @@ def _labels_in(
 
 
 def _arrived(out: Path, entry: FileEntry) -> int:
-    """Bytes of a file that is under way: those beside it or, once it has its name, all."""
+    """Return the bytes that have arrived of a file: its unfinished part or, once it has its name, all."""
     path = inside(out, entry.path)
-    for place in (part_of(path), path):
+    for candidate in (part_of(path), path):
         with suppress(FileNotFoundError):
-            return min(place.stat().st_size, entry.bytes)
+            return min(candidate.stat().st_size, entry.bytes)
     return 0
 
 

@@ -91,20 +91,20 @@ def _names(known: list[str], where: str, allowed_signers: Path) -> list[str]:
 
 def _signed(labels: LabelSet) -> tuple[bytes, bytes]:
     """Read the manifest and its signature, unparsed."""
-    place = labels.location
-    if is_remote(place):
-        remote = open_remote(place)
+    location = labels.location
+    if is_remote(location):
+        remote = open_remote(location)
         return read_remote_manifest(remote), read_remote_signature(remote)
-    file = inside(Path(place), SIGNATURE)
+    file = inside(Path(location), SIGNATURE)
     if not file.is_file():
-        raise SignatureError(_unsigned(place))
+        raise SignatureError(_unsigned(location))
     if file.stat().st_size > MAX_SIGNATURE_BYTES:
         raise SignatureError(f"{file}: {file.stat().st_size} bytes are no signature")
-    return read_manifest_bytes(Path(place)), file.read_bytes()
+    return read_manifest_bytes(Path(location)), file.read_bytes()
 
 
-def _unsigned(place: str) -> str:
-    return f"{place}: holds no {SIGNATURE}; its publisher did not sign it (publish --sign)"
+def _unsigned(location: str) -> str:
+    return f"{location}: holds no {SIGNATURE}; its publisher did not sign it (publish --sign)"
 
 
 def _ssh_keygen(arguments: list[str], stdin: bytes) -> subprocess.CompletedProcess[bytes]:

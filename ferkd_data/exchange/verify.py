@@ -204,9 +204,9 @@ class _Check:
             if not path.is_dir() and name not in listed and len(self.warnings) < self.max_faults:
                 self.warnings.append(f"{name}: is not in the manifest; nobody reads it")
 
-    def images(self, place: str) -> None:
+    def images(self, location: str) -> None:
         """Join the labels with a source by key and compare digests."""
-        source = open_source(place)
+        source = open_source(location)
         hashes = np.concatenate([found.hashes for found in self.found] or [np.empty(0, np.uint64)])
         digests = np.concatenate([found.digests for found in self.found] or [np.empty((0, 16), np.uint8)])
         order = np.argsort(hashes, kind="stable")
@@ -231,15 +231,15 @@ class _Check:
                             file=ref.file, key=ref.key, field="image_digest", message="not the image that was labelled"
                         )
                     )
-        self._missing_images(place, np.flatnonzero(~seen))
+        self._missing_images(location, np.flatnonzero(~seen))
 
-    def _missing_images(self, place: str, rows: npt.NDArray[np.int64]) -> None:
+    def _missing_images(self, location: str, rows: npt.NDArray[np.int64]) -> None:
         self.faults_found += max(len(rows) - self.max_faults, 0)
         starts = np.cumsum([0, *(len(found.hashes) for found in self.found)])
         for at in rows[: self.max_faults].tolist():
             shard = int(np.searchsorted(starts, at, side="right")) - 1
             key = self.labels.keys_of(shard)[at - int(starts[shard])]
-            self.add(Fault(file=place, key=key, message="the labelled image is missing"))
+            self.add(Fault(file=location, key=key, message="the labelled image is missing"))
 
     def report(self, total: int) -> VerifyReport:
         return VerifyReport(

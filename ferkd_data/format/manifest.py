@@ -198,7 +198,7 @@ class Manifest(Record):
     augmentations: Annotated[tuple[str, ...], Field(min_length=1, max_length=16)] | None = None
     """Augmentations that were drawn and recorded with each crop, in order; absent where there are none."""
     requires: tuple[str, ...] | None = None
-    """What a reader must know to read this label set rightly; it must refuse a name that it does not know."""
+    """Extensions that a reader must know to read this label set; it must refuse a name that it does not know."""
     pixels: str = PIXELS
     teachers: Annotated[tuple[TeacherEntry, ...], Field(min_length=1)]
     ensemble: Literal["mean", "logits", "geometric"]

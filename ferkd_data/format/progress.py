@@ -1,4 +1,4 @@
-"""How far a transfer or a conversion is."""
+"""The progress of a transfer or a conversion."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from ferkd_data.format.manifest import FileEntry
 
 @dataclass(frozen=True, kw_only=True)
 class TransferProgress:
-    """What a transfer has done so far. The first one comes before the first byte, as soon as the totals are known.
+    """The work that a transfer or conversion has done so far.
 
-    fd.pull(url, "labels", on_progress=lambda progress: print(progress.files, "of", progress.files_total))
+    The first one comes before the first byte, as soon as the totals are known.
+
+    >>> fd.pull(LABELS, "copy", on_progress=lambda p: print(p.files, "of", p.files_total) if p.bytes else None).fetched
+    1 of ...
     """
 
     files: int = 0
     """Files that are done: fetched, sent or checked; for `convert`, `merge` and imports, files that are written."""
     files_total: int | None = None
-    """None where it is not known beforehand."""
+    """None where it is unknown beforehand."""
     bytes: int = 0
-    """Bytes of these files, and for `pull` also what has come of those that are under way."""
+    """Bytes of these files; for `pull` also the bytes that have arrived of unfinished files."""
     bytes_total: int | None = None
     images: int | None = None
     """Images whose labels are written; None for commands that do not count them."""
@@ -33,7 +36,7 @@ OnProgress: TypeAlias = Callable[[TransferProgress], object]
 
 
 def with_files(progress: TransferProgress, files: Iterable[FileEntry], images: int) -> TransferProgress:
-    """The progress after these files were written too, which hold the labels of `images` images in all."""
+    """Return the progress after these files were written too, with the labels of `images` images in all."""
     written = tuple(files)
     return replace(
         progress,

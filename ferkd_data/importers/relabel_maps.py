@@ -94,10 +94,10 @@ def pooled(
     from torchvision.ops import roi_align
 
     # Pooling only the classes that the map names: a few dozen in place of a thousand.
-    named, place = np.unique(index, return_inverse=True)
+    named, cell = np.unique(index, return_inverse=True)
     side = score.shape[-1]
     maps_US = torch.zeros(len(named), side, side)
-    maps_US.scatter_(0, torch.from_numpy(place.reshape(index.shape)), torch.from_numpy(score))
+    maps_US.scatter_(0, torch.from_numpy(cell.reshape(index.shape)), torch.from_numpy(score))
     corners = boxes.astype(np.float64)
     corners[:, 2:] += corners[:, :2]
     fractions = (corners / (height, width, height, width)).astype(np.float32)

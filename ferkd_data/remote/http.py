@@ -228,16 +228,16 @@ def failure(error: Exception, url: str, *, reached: bool) -> RemoteError | Trans
     import urllib3.exceptions as of
 
     cause = _cause(error)
-    place = urlsplit(url).netloc
+    host = urlsplit(url).netloc
     if isinstance(error, of.SSLError):
-        return _of_tls(cause, url, place)
+        return _of_tls(cause, url, host)
     if isinstance(error, of.ConnectTimeoutError) and not isinstance(error, of.NewConnectionError):
-        return Transient(f"{place} cannot be reached (no answer in time)")
+        return Transient(f"{host} cannot be reached (no answer in time)")
     if isinstance(error, (of.NewConnectionError, of.ProxyError)):
-        text = f"{place} cannot be reached ({_reason(error)})"
+        text = f"{host} cannot be reached ({_reason(error)})"
         return Transient(text) if reached else RemoteError(f"{url}: {text}; check the URL and the network")
     if _speaks_no_http(cause):
-        return RemoteError(f"{url}: the server at {place} does not answer in HTTP as it should ({_short(cause)})")
+        return RemoteError(f"{url}: the server at {host} does not answer in HTTP as it should ({_short(cause)})")
     if isinstance(error, (of.ProtocolError, of.TimeoutError)):
         return Transient(f"the connection was lost ({_short(cause)})")
     return RemoteError(f"{url}: {_short(error)}")
@@ -249,16 +249,16 @@ def _cause(error: Exception) -> BaseException:
     return inner[-1] if inner else error.__cause__ or error
 
 
-def _of_tls(cause: BaseException, url: str, place: str) -> RemoteError | Transient:
+def _of_tls(cause: BaseException, url: str, host: str) -> RemoteError | Transient:
     if isinstance(cause, ssl.SSLCertVerificationError):
         said = cause.verify_message or _short(cause)
         return RemoteError(
-            f"{url}: the certificate of {place} is not trusted ({said}); add its authority to the system's, "
+            f"{url}: the certificate of {host} is not trusted ({said}); add its authority to the system's, "
             "or name a file of authorities in SSL_CERT_FILE"
         )
     if isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError, TimeoutError)):
         return Transient(f"the connection was lost ({_short(cause)})")
-    return RemoteError(f"{url}: no secure connection to {place} ({_short(cause)}); does it speak HTTPS on this port?")
+    return RemoteError(f"{url}: no secure connection to {host} ({_short(cause)}); does it speak HTTPS on this port?")
 
 
 def _reason(error: Exception) -> str:

@@ -49,9 +49,9 @@ def hub_endpoint() -> str:
 
 def hub_address(url: str) -> str:
     """Return the HTTP URL at which the hub serves the files. Raises UsageError."""
-    place = parse_hub_url(url)
-    folder = f"/{place.folder}".rstrip("/")
-    return f"{hub_endpoint()}/datasets/{place.repository}/resolve/{place.revision}{folder}"
+    location = parse_hub_url(url)
+    folder = f"/{location.folder}".rstrip("/")
+    return f"{hub_endpoint()}/datasets/{location.repository}/resolve/{location.revision}{folder}"
 
 
 def hub_headers() -> dict[str, str]:
@@ -244,8 +244,8 @@ def part_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-def is_remote(place: str | Path) -> bool:
-    return isinstance(place, str) and is_url(place)
+def is_remote(location: str | Path) -> bool:
+    return isinstance(location, str) and is_url(location)
 
 
 def open_remote(url: str, retries: Retries | None = None) -> Remote:

@@ -31,7 +31,7 @@ class GivenUpError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Retries:
-    """How often and how patiently a failing action is tried again."""
+    """The number of attempts of a failing action, and the waits between them."""
 
     attempts: int = 8
     """Attempts in a row without progress."""
