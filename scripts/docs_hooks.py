@@ -15,7 +15,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if page.file.src_uri == "index.md":
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
         markdown = readme.replace("](docs/", "](")
-        return re.sub(r"\[([^\]]*)\]\((?!https?:)([^)#]*?(?<!\.md)|SECURITY\.md)\)", r"\1 (`\2`)", markdown)
+        return re.sub(r"(?<!!)\[([^\]]*)\]\((?!https?:)([^)#]*?(?<!\.md)|SECURITY\.md)\)", r"\1 (`\2`)", markdown)
     folder = (ROOT / "docs" / page.file.src_uri).parent
 
     def unlinked(link: re.Match[str]) -> str:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from summary import interval
 
 Run = dict[str, Any]
-COLOURS = ("#6e7781", "#d1570a", "#0969da", "#1a7f37", "#8250df", "#bf3989")
+COLOURS = ("#6e7781", "#d1570a", "#0969da", "#2da44e", "#8250df", "#bf3989")
 STYLE = """
 text { font: 12px sans-serif; fill: #24292f }
 .title { font-weight: bold } .small { font-size: 11px } .grid { stroke: #d0d7de } .zero { stroke: #57606a }
@@ -30,6 +30,8 @@ text { font: 12px sans-serif; fill: #24292f }
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .grid { stroke: #30363d } .zero { stroke: #9198a1 } }
 """
 WIDTH, LEFT, GAP = 900, 400, 190
+FEWEST = 3
+"""Seeds that a difference needs to be drawn: with two, an interval is wider than the figure."""
 
 
 def scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
@@ -76,13 +78,13 @@ def curves(runs: list[Run], methods: Sequence[str], height: float) -> list[str]:
 
 
 def differences(runs: list[Run], base: str) -> dict[str, tuple[float, float, int]]:
-    """Compute mean difference, half of its interval and the number of seeds, of each method but the base."""
+    """Compute mean difference, half of its interval and the number of seeds, of each method with enough seeds."""
     top1 = {(run["method"], run["seed"]): run["top1"] for run in runs}
     paired: dict[str, list[float]] = {}
     for (method, seed), value in sorted(top1.items()):
         if method != base and (base, seed) in top1:
             paired.setdefault(method, []).append(value - top1[base, seed])
-    return {method: (*interval(values), len(values)) for method, values in paired.items() if len(values) > 1}
+    return {method: (*interval(values), len(values)) for method, values in paired.items() if len(values) >= FEWEST}
 
 
 def intervals(runs: list[Run], base: str, height: float) -> list[str]:

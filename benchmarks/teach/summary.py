@@ -1,9 +1,15 @@
-"""From runs to a table: mean, and the difference to the first method, paired by seed, with its 95 % interval."""
+"""From runs to tables: means, and differences to other methods, paired by seed, with their 95 % intervals.
+
+python benchmarks/teach/summary.py hard,fkd runs.jsonl [more.jsonl …]      differences to hard and to fkd
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -62,3 +68,15 @@ def every_run(runs: list[dict[str, Any]], methods: Sequence[str]) -> str:
     rows = [["method", *(f"seed {seed}" for seed in seeds)], ["---"] * (len(seeds) + 1)]
     rows += [[method, *(by.get((method, seed), "") for seed in seeds)] for method in methods]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    against, *files = sys.argv[1:]
+    runs = [json.loads(line) for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    methods.sort(key=lambda method: -fmean(run["top1"] for run in runs if run["method"] == method))
+    print(table(runs, methods, against.split(",")), every_run(runs, methods), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
