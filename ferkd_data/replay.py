@@ -1,7 +1,9 @@
-"""Replay: cutting a stored crop out of an image again. THE one cutter, used by the builder and the loader.
+"""Replay: cut stored crops out of an image again. The builder and the loader use this one cutter.
 
-Legend: N crops, S output side, H and W the image's sides. Pixels are uint8 RGB. A crop is cut, resized with an
-antialiased filter (Pillow's: the support grows with the reduction), and then flipped where it says so.
+A crop is cut, resized with an antialiased filter (as in Pillow, its support grows with the reduction), and then flipped
+where it says so. `replay` works on the CPU; `replay_on_device` computes the same filters as matrix products.
+
+Legend: N crops, S output side, H and W the image's sides. Pixels are uint8 RGB.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from ferkd_data.errors import UsageError
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 FLOATS = {"cuda": torch.float16}
-"""What pixels and weights are multiplied in, on devices that are faster at it than at float32."""
+"""Dtype of the matrix products on devices where float32 is slower."""
 CUT_BYTES = 2**30
-"""Memory that cutting on a device takes at a time, about; the crops of huge images are cut in several steps."""
+"""Memory for cutting on a device, approximately; crops of huge images are cut in several steps."""
 RADIUS: dict[Interpolation, float] = {"bilinear": 1.0, "bicubic": 2.0}
-"""How far a filter reaches, in pixels of the smaller picture."""
+"""Radius of each filter in pixels of the smaller image."""
 
-# The same kernels as torch.ops.aten's, begun 2 us sooner.
+# The kernels of torch.ops.aten, without 2 us of dispatch for each call.
 _RESIZE_INTO: dict[str, Any] = {
     "bilinear": torch._C._nn._upsample_bilinear2d_aa,
     "bicubic": torch._C._nn._upsample_bicubic2d_aa,
@@ -35,7 +37,10 @@ _RESIZE_INTO: dict[str, Any] = {
 
 
 def empty_batch(num_crops: int, size: int, *, shared: bool = False) -> Tensor:
-    """An uninitialised uint8 batch (N, 3, S, S) in the memory format the cutter writes fastest (channels last)."""
+    """Allocate an uninitialised uint8 batch (N, 3, S, S), channels last, which the cutter writes fastest.
+
+    `shared` puts it into shared memory, for another process to read.
+    """
     flat = num_crops * size * size * 3
     if shared:
         storage = torch.UntypedStorage._new_shared(flat, device="cpu")  # type: ignore[no-untyped-call]
@@ -53,14 +58,14 @@ def replay(
     interpolation: Interpolation = "bilinear",
     out: Tensor | None = None,
 ) -> Tensor:
-    """Cut `crops` out of a decoded image: uint8 (N, 3, S, S), channels last.
+    """Cut `crops` out of a decoded image (H, W, 3): uint8 (N, 3, S, S), channels last.
 
     The resize works across, rounds, then works down. Bilinear equals Pillow's crop-then-resize within 1 grey level
-    (1 value in 27 million differs by 2), bicubic equals Pillow's two passes in this order within 2 levels: see
-    docs/decisions.md. `out`, when given, must come from `empty_batch` (or be a slice of one along its first axis)
-    and is filled and returned.
+    (1 value in 27 million differs by 2). Bicubic equals Pillow's two passes in this order within 2 levels. See
+    docs/decisions.md. `out`, if given, comes from `empty_batch`, or is a slice of such a batch along its first axis; it
+    is filled and returned.
 
-    Raises UsageError when a box does not lie inside the image or `interpolation` is unknown.
+    Raises UsageError where a box does not lie inside the image, and for an unknown interpolation.
     """
     _check(image_HWC.shape[0], image_HWC.shape[1], crops, interpolation)
     if out is None:
@@ -70,10 +75,10 @@ def replay(
     row, column = image_HWC_t.stride(0), image_HWC_t.stride(1)
     resize_into = _RESIZE_INTO[interpolation]
     output_size = [size, size]
-    # Flipped straight into the batch: a copy fewer, in memory that stays in the cache from crop to crop.
+    # A flipped crop is resized into this one buffer, which stays in the cache, and flipped into the batch: a copy less.
     unflipped = empty_batch(1, size) if crops.flip.any() else None
     for n, ((top, left, height, width), flip) in enumerate(zip(crops.boxes.tolist(), crops.flip.tolist(), strict=True)):
-        # One view instead of two slices, which cost 3 us more.
+        # One strided tensor in place of two slices, which cost 3 us more.
         patch = image_HWC_t.as_strided((1, 3, height, width), (0, 1, row, column), top * row + left * column)
         slot = out[n : n + 1]
         if flip and unflipped is not None:
@@ -95,15 +100,13 @@ def replay_on_device(
     interpolation: Interpolation = "bilinear",
     budget: int = CUT_BYTES,
 ) -> Tensor:
-    """Crops cut on their images' own device: uint8 (N, 3, S, S), channels last, within 2 levels of `replay`.
+    """Cut crops on the device of their images: uint8 (N, 3, S, S), channels last, within 2 levels of `replay`.
 
-    The crops of the first image come first, and so on.
-
-    `boxes_N4` (int64) and `flip_N` are those of `crops` where they are on the device already. `budget` is the memory
-    that may be taken at a time, about.
+    The output is in the order of the images, then of their crops. `boxes_N4` (int64) and `flip_N` are those of `crops`,
+    if the device already has them. `budget` is the memory for intermediates in bytes, approximately.
 
     Both passes of the resize are matrix products over all crops of an image at once: a dozen kernels for each image,
-    whatever the number of its crops. On CUDA they run in float16 with float32 sums, which holds 8-bit pixels exactly.
+    whatever the number of its crops. On CUDA they run in float16, which holds 8-bit pixels exactly, with float32 sums.
     Nothing waits for the device.
 
     Raises UsageError as `replay` does.
@@ -121,13 +124,13 @@ def replay_on_device(
     for step in cutting_steps(shapes, [len(drawn) for drawn in crops], size, interpolation, budget):
         rows = slice(row, row + sum(count for _, count in step))
         taps = num_taps(int(drawn_N4[rows, 2:].max()), size, interpolation)
-        place_2NST, weight_2NST = filter_taps(
+        pixel_2NST, weight_2NST = filter_taps(
             boxes[rows], flip[rows], taps=taps, size=size, interpolation=interpolation
         )
         weight_2NST = weight_2NST.to(dtype)
         for image, count in step:
             here = slice(row - rows.start, row - rows.start + count)
-            filters = _Filters(place_2NST[:, here], weight_2NST[:, here], overshoots=interpolation == "bicubic")
+            filters = _Filters(pixel_2NST[:, here], weight_2NST[:, here], overshoots=interpolation == "bicubic")
             out_NSSC[row : row + count] = _resized(images_CHW[image], filters)
             row += count
     out = out_NSSC.permute(0, 3, 1, 2)
@@ -136,7 +139,7 @@ def replay_on_device(
 
 
 def _augment(images_NCSS: Tensor, crops: Sequence[Crops]) -> None:
-    """Replay the recorded operations, in place; exact on every device."""
+    """Replay the recorded operations in place; the result is exact on every device."""
     words = [part.operations for part in crops if part.operations is not None and part.operations.size]
     if words:
         apply_operations(images_NCSS, Operations.unpack(np.concatenate(words)))
@@ -145,11 +148,15 @@ def _augment(images_NCSS: Tensor, crops: Sequence[Crops]) -> None:
 def cutting_steps(
     shapes: Sequence[tuple[int, int]], counts: Sequence[int], size: int, interpolation: Interpolation, budget: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """(image, crops) to be cut together, in order, so many that their intermediates take about `budget` bytes."""
+    """Split the crops into steps whose intermediates take about `budget` bytes.
+
+    Yields each step as a list of (image number, number of crops), in order. A step holds at least one crop.
+    """
     step: list[tuple[int, int]] = []
     widest = products = num = 0
     for image, ((height, width), left) in enumerate(zip(shapes, counts, strict=True)):
-        # Of each crop: float32 taps with 64-bit places, as many as the widest needs; and float16 matrices.
+        # Bytes of each crop: float32 weights and int64 pixel numbers for as many taps as the widest crop of the step
+        # has; and float16 matrices.
         widest_here = 64 * num_taps(max(height, width), size, interpolation) * size
         product = (4 * width + 10 * height + 9 * size) * size
         while left:
@@ -167,31 +174,34 @@ def cutting_steps(
 
 
 class _Filters(NamedTuple):
-    place_2NST: Tensor
+    """Filters of N crops, down then across, as `filter_taps` returns them."""
+
+    pixel_2NST: Tensor
     weight_2NST: Tensor
     overshoots: bool
+    """Results may lie outside 0..255 and have to be clipped."""
 
 
 def _resized(image_CHW: Tensor, filters: _Filters) -> Tensor:
-    """Levels (N, S, S, 3) as floats."""
-    (down, across), (down_weight, across_weight) = filters.place_2NST, filters.weight_2NST
+    """Cut and resize the crops of one image: float (N, S, S, 3) with integer values."""
+    (down, across), (down_weight, across_weight) = filters.pixel_2NST, filters.weight_2NST
     num, size, taps = down.shape
-    # Pixels of no weight on the right and below: room for all taps, and rows that tensor cores can take as they are.
+    # Padding without weight on the right and below: room for all taps, and rows whose length suits tensor cores.
     height, width = image_CHW.shape[1:]
     padded_h, padded_w = _multiple(height + taps), _multiple(width + taps)
     rows_CHW = across_weight.new_zeros((3, padded_h, padded_w))
     rows_CHW[:, :height, :width] = image_CHW
     across_NSW = across_weight.new_zeros((num, size, padded_w)).scatter_(2, across, across_weight)
     down_NSH = down_weight.new_zeros((num, size, padded_h)).scatter_(2, down, down_weight)
-    # Columns before channels before rows: neither product needs its operands moved, and the batch is channels last.
+    # The order columns, channels, rows: neither product needs a transposed copy, and the batch is channels last.
     narrow = torch.mm(across_NSW.view(-1, padded_w), rows_CHW.view(-1, padded_w).t())
-    # Pillow rounds and clips between its passes, which bicubic's overshoot makes visible.
+    # Pillow rounds and clips between its passes; without that, bicubic's overshoot would show.
     narrow = _levels(narrow, filters).view(num, size * 3, padded_h)
     return _levels(torch.bmm(down_NSH, narrow.transpose(1, 2)), filters).view(num, size, size, 3)
 
 
 def _levels(values: Tensor, filters: _Filters) -> Tensor:
-    """In place."""
+    """Round to levels in place, and clip them where the filter overshoots."""
     values.round_()
     return values.clamp_(0, 255) if filters.overshoots else values
 
@@ -199,12 +209,12 @@ def _levels(values: Tensor, filters: _Filters) -> Tensor:
 def filter_taps(
     boxes_N4: Tensor, flip_N: Tensor, *, taps: int, size: int, interpolation: Interpolation
 ) -> tuple[Tensor, Tensor]:
-    """Where the pixels lie that make a row or column of a crop, and their weights: (2, N, S, taps), down then across.
+    """Compute the pixels that make each row and column of a crop, and their weights: (2, N, S, taps), down then across.
 
-    Pillow's antialiased filters: a triangle, or the cubic with a = -0.5, stretched by the reduction and normalised
-    over the pixels inside the crop. Crops that are flipped have their columns in reverse. Only the pixels that a
-    filter can reach are here: a pass over the weights of all pixels would be what cutting costs on a GPU. Those
-    behind a crop's end, by less than `taps`, have no weight.
+    The filters are Pillow's antialiased ones: a triangle, or the cubic with a = -0.5, stretched by the reduction and
+    normalised over the pixels inside the crop. A flipped crop has its columns in reverse. Only pixels within reach of
+    the filter are listed: weights of all pixels would cost more than the cutting itself on a GPU. Pixels listed behind
+    the end of a crop have weight 0.
     """
     corner_4N11 = boxes_N4.t()[:, :, None, None]
     start_2N11, length_2N11 = corner_4N11[:2], corner_4N11[2:]
@@ -225,7 +235,7 @@ def filter_taps(
 
 
 def num_taps(length: int, size: int, interpolation: Interpolation) -> int:
-    """Pixels in a row that a filter can reach in a crop of that side."""
+    """Count the consecutive pixels that a filter can reach in a crop with a side of `length`, resized to `size`."""
     return int(2 * RADIUS[interpolation] * max(1.0, length / size) + 1.5) + 1
 
 
@@ -238,6 +248,7 @@ def _triangle(distance: Tensor) -> Tensor:
 
 
 def _cubic(distance: Tensor, a: float = -0.5) -> Tensor:
+    """Evaluate Keys' cubic convolution kernel: one polynomial below distance 1, one from 1 to 2, 0 beyond."""
     near = ((a + 2.0) * distance - (a + 3.0)) * distance * distance + 1.0
     far = ((distance - 5.0) * distance + 8.0) * distance * a - 4.0 * a
     return torch.where(distance < 1.0, near, torch.where(distance < 2.0, far, 0.0))

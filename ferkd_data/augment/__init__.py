@@ -1,6 +1,6 @@
-"""Recorded augmentations: what else happens to a crop after it was cut, resized and flipped, replayed to the pixel.
+"""Recorded augmentations: operations on a crop after it was cut, resized and flipped, replayed to the pixel.
 
-A view is box + flip + recorded operations. `distribution` draws the operations when a label set is built, `operations`
+A crop is box + flip + recorded operations. `distribution` draws the operations when a label set is built; `operations`
 defines each of them in integers, so that every reader gets the same pixels.
 """
 

@@ -1,7 +1,7 @@
-"""Which operations a crop gets: augmentations as pure functions of (seed, key, crop number).
+"""Draw the operations of crops: augmentations as pure functions of (seed, key, crop number).
 
 An augmentation is written `KIND` or `KIND:OPTION,OPTION`, as in `randaugment:n=2,m=9`, `colorjitter:0.4,0.4,0.4,0.1` or
-`erase:p=0.25`. Several are applied in the order in which they are given; `erase` always comes last.
+`erase:p=0.25`. Several are applied in the given order; `erase` always comes last.
 
 Legend: N crops, A recorded operations of a crop.
 """
@@ -21,14 +21,15 @@ from ferkd_data.augment.operations import BOX_UNIT_BITS, BOX_WORDS, CODES, FACTO
 from ferkd_data.errors import UsageError
 
 WORDS = 32
-"""64-bit words of a crop for each augmentation: a whole number of Philox counters (4 words)."""
+"""64-bit random words for each crop and augmentation: a multiple of 4, the words of a Philox counter."""
 BINS = 31
-"""Magnitudes of RandAugment and TrivialAugment, as in torchvision."""
+"""Number of magnitudes of RandAugment and TrivialAugment, as in torchvision."""
 REFERENCE_SIDE = 224
-"""The side that pixels in options (blur's sigma, TrivialAugment's translation) are meant for."""
+"""Side of the crop to which pixels in options refer (blur's sigma, TrivialAugment's translation)."""
 ERASE_ATTEMPTS = 10
+"""Shapes that are tried for an erased box, as in torchvision."""
 FACTORS = ("brightness", "saturation", "contrast", "sharpness")
-"""Operations whose value is a factor: 1 plus or minus the magnitude."""
+"""Operations whose value is a factor, 1 plus or minus the magnitude."""
 
 Uniforms = npt.NDArray[np.float64]
 Drawn = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int16]]
@@ -36,15 +37,17 @@ Range = tuple[float, float]
 
 
 class _Magnitudes(NamedTuple):
-    """Fixed-point values by bin 0..30, and whether the sign is drawn too."""
+    """An operation of a search space with its magnitudes."""
 
     operation: str
     values: npt.NDArray[np.int16]
+    """Fixed-point value of each bin: (BINS,)."""
     signed: bool
+    """The sign is drawn as well."""
 
 
 def _space(*, shear: float, translate: float, degrees: float, factor: float, bits: float) -> list[_Magnitudes | None]:
-    """torchvision's operations of RandAugment and TrivialAugmentWide; None is the identity."""
+    """Make torchvision's search space of RandAugment or TrivialAugmentWide; None is the identity."""
     step = np.arange(BINS) / (BINS - 1)
 
     def values(largest: float, unit: float, offset: float = 0) -> npt.NDArray[np.int16]:
@@ -76,7 +79,7 @@ TRIVIALAUGMENT = _space(shear=0.99, translate=32 / REFERENCE_SIDE, degrees=135, 
 def _from_space(
     space: Sequence[_Magnitudes | None], choice: Uniforms, magnitude: npt.NDArray[np.int64], sign: Uniforms
 ) -> Drawn:
-    """Codes and values (N,) of operations chosen evenly from `space`."""
+    """Choose operations uniformly from `space`; return their codes and values, each (N,)."""
     number = np.floor(choice * len(space)).astype(np.int64)
     codes = np.array([0 if entry is None else CODES[entry.operation] for entry in space], np.uint8)
     table = np.stack([np.zeros(BINS, np.int16) if entry is None else entry.values for entry in space])
@@ -89,29 +92,29 @@ def _from_space(
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """One augmentation with its options. Made by `parse`; `str()` gives the text that makes the same one."""
+    """An augmentation with its options. `parse` reads one, `str` writes it."""
 
     kind: str
     options: tuple[tuple[str, float | Range], ...]
 
     @classmethod
     def parse(cls, text: str) -> Augmentation:
-        """Read `KIND` or `KIND:OPTION,…`, an option being `NAME=VALUE`, or a value in the order of the names.
+        """Parse `KIND` or `KIND:OPTION,…`; an option is `NAME=VALUE`, or a value in the order of the names.
 
-        Raises UsageError for an unknown kind or option, and for values that cannot be right.
+        Raises UsageError for an unknown kind or option, and for values outside their ranges.
         """
         kind, _, rest = text.strip().partition(":")
         if kind not in KINDS:
             raise UsageError(f"augmentation {text!r}: the kind must be one of {', '.join(KINDS)}")
         allowed = KINDS[kind].options
         given: dict[str, float | Range] = {}
-        for place, piece in enumerate(filter(None, rest.split(","))):
+        for position, piece in enumerate(filter(None, rest.split(","))):
             name, equals, value = piece.partition("=")
             if not equals:
                 positional = [option for option in allowed if option != "p"]
-                if place >= len(positional):
+                if position >= len(positional):
                     raise UsageError(f"augmentation {text!r}: {kind} takes {_names(kind)}")
-                name, value = positional[place], piece
+                name, value = positional[position], piece
             name = name.strip()
             if name not in allowed or name in given:
                 raise UsageError(
@@ -135,7 +138,7 @@ class Augmentation:
 
     @property
     def num_operations(self) -> int:
-        """A: recorded operations of this augmentation; 0 for `erase`, which has columns of its own."""
+        """Number of operations that the augmentation records (A); 0 for `erase`, which has columns of its own."""
         return KINDS[self.kind].slots(dict(self.options))
 
     def number(self, name: str) -> float:
@@ -150,7 +153,7 @@ class Augmentation:
 
 
 def parse_augmentations(texts: Iterable[str]) -> tuple[Augmentation, ...]:
-    """Augmentations in order. Raises UsageError, also for more than one `erase`."""
+    """Parse augmentations, in order. Raises UsageError, also for more than one `erase`."""
     augmentations = tuple(Augmentation.parse(text) for text in texts)
     if sum(one.kind == "erase" for one in augmentations) > 1:
         raise UsageError("erase can be given once")
@@ -158,22 +161,22 @@ def parse_augmentations(texts: Iterable[str]) -> tuple[Augmentation, ...]:
 
 
 def num_words(augmentations: Sequence[Augmentation]) -> int:
-    """W: words that `Operations.pack` takes for a crop; 0 without augmentations."""
+    """Count the words of a crop in `Operations.pack` (W); 0 without augmentations."""
     return 2 * sum(one.num_operations for one in augmentations) + BOX_WORDS if augmentations else 0
 
 
 def draw_operations(
     key: str, augmentations: Sequence[Augmentation], *, seed: int, first: int, count: int
 ) -> Operations:
-    """The operations of crops number `first` .. `first + count - 1` of the image `key`.
+    """Draw the operations of crops number `first` .. `first + count - 1` of the image `key`.
 
-    Crop n uses words 32n .. 32n+31 of a Philox stream keyed by a hash of (seed, key, place of the augmentation), so
-    that more crops, or one more augmentation behind the others, change none that were drawn.
+    Crop n uses words 32n .. 32n+31 of a Philox stream, keyed by a hash of (seed, key, number of the augmentation). So
+    further crops, or a further augmentation at the end, leave the operations drawn before unchanged.
     """
     codes, values = [], []
     erase = np.zeros((count, 4), np.uint16)
-    for place, augmentation in enumerate(augmentations):
-        stream = rng.philox("augment", place, seed, key)
+    for number, augmentation in enumerate(augmentations):
+        stream = rng.philox("augment", number, seed, key)
         stream.advance(first * (WORDS // 4))
         u = rng.uniforms(stream.random_raw(count * WORDS)).reshape(count, WORDS)
         if augmentation.kind == "erase":
@@ -188,18 +191,18 @@ def draw_operations(
 
 
 def _draw_randaugment(one: Augmentation, u: Uniforms) -> list[Drawn]:
-    """Cubuk et al., 2020, with torchvision's list of operations: `n` of them, each at bin `m` of 0..30."""
+    """Draw RandAugment (Cubuk et al., 2020): `n` of torchvision's operations, each at bin `m` of 0..30."""
     magnitude = np.full(len(u), int(one.number("m")))
     return [_from_space(RANDAUGMENT, u[:, 2 * i], magnitude, u[:, 2 * i + 1]) for i in range(int(one.number("n")))]
 
 
 def _draw_trivialaugment(one: Augmentation, u: Uniforms) -> list[Drawn]:
-    """Müller and Hutter, 2021, the wide space: one operation at a magnitude drawn evenly."""
+    """Draw TrivialAugmentWide (Müller and Hutter, 2021): one operation at a uniform magnitude."""
     return [_from_space(TRIVIALAUGMENT, u[:, 0], np.floor(u[:, 2] * BINS).astype(np.int64), u[:, 1])]
 
 
 def _draw_colorjitter(one: Augmentation, u: Uniforms) -> list[Drawn]:
-    """torchvision's ColorJitter: four factors, in an order drawn for each crop."""
+    """Draw torchvision's ColorJitter: four factors, in an order drawn for each crop."""
     names = ("brightness", "contrast", "saturation", "hue")
     values = []
     for i, name in enumerate(names):
@@ -225,7 +228,7 @@ def _with_probability(
 
 
 def _single(value: Callable[[Augmentation, Uniforms], Uniforms]) -> Callable[[Augmentation, Uniforms], list[Drawn]]:
-    """A draw of one operation, named like its kind, with probability p."""
+    """Make the draw of an augmentation with one operation of the same name, applied with probability p."""
 
     def draw(one: Augmentation, u: Uniforms) -> list[Drawn]:
         values = np.rint(value(one, u[:, 1])).astype(np.int16)
@@ -253,7 +256,7 @@ def _nothing(one: Augmentation, u: Uniforms) -> Uniforms:
 
 
 def _draw_erase(one: Augmentation, u: Uniforms) -> npt.NDArray[np.uint16]:
-    """Zhong et al., 2020, as torchvision's RandomErasing: the first of ten shapes that fits; none if none does."""
+    """Draw torchvision's RandomErasing (Zhong et al., 2020): the first of ten shapes that fits; none if none does."""
     (scale_lo, scale_hi), (ratio_lo, ratio_hi) = one.range("scale"), one.range("ratio")
     area = scale_lo + u[:, :ERASE_ATTEMPTS] * (scale_hi - scale_lo)
     log_lo, log_hi = math.log(ratio_lo), math.log(ratio_hi)
@@ -264,7 +267,7 @@ def _draw_erase(one: Augmentation, u: Uniforms) -> npt.NDArray[np.uint16]:
     height, width = heights[rows, chosen], widths[rows, chosen]
     top, left = u[:, 20] * (1 - height), u[:, 21] * (1 - width)
     there = fits.any(axis=1) & (u[:, 22] < one.number("p"))
-    # Rounded down, so that a corner and a side never add up to more than the whole.
+    # Rounded down, so that corner + side never exceeds 1: floor(a) + floor(b) <= floor(a + b).
     boxes = np.floor(np.stack([top, left, height, width], axis=1) * (1 << BOX_UNIT_BITS)) * there[:, None]
     drawn: npt.NDArray[np.uint16] = boxes.astype(np.uint16)
     return drawn

@@ -1,7 +1,7 @@
-"""The closed list of recorded operations, in integers on uint8 pixels. docs/format.md says the same in words.
+"""Define the closed list of recorded operations, in integers on uint8 pixels. docs/format.md states them in words.
 
-Integers make a replay the same on every platform, device and library version. All divisions round down, as Python's
-`//` does, and `>>` is a division by a power of two.
+Integers make a replay identical on every platform, device and library version. All divisions round down, as Python's
+`//` does; `>>` divides by a power of two.
 
 Legend: N crops, A operations of a crop, n crops that share an operation, S side. Images are uint8 (n, 3, S, S).
 """
@@ -21,27 +21,27 @@ from torch import Tensor
 from ferkd_data.errors import UsageError
 
 FILL = (124, 116, 104)
-"""The colour of what an operation uncovers or erases: ImageNet's mean."""
+"""Colour of pixels that an operation uncovers or erases: ImageNet's mean."""
 UNIT = 10_000
-"""Fixed-point values of shear, translation, hue and blur are multiples of 1/10,000; angles of 1/100 degree."""
+"""Fixed-point values of shear, translation, hue and blur are multiples of 1/10,000; angles, of 1/100 degree."""
 FACTOR = 1_000
-"""Factors of brightness, contrast, saturation and sharpness are multiples of 1/1,000."""
+"""Fixed-point factors of brightness, contrast, saturation and sharpness are multiples of 1/1,000."""
 BOX_WORDS = 4
 BOX_UNIT_BITS = 16
-"""The sides of an erased box are multiples of 1/65,536 of the crop's side."""
+"""Coordinates of an erased box are multiples of 2^-16 of the crop's side."""
 
 Operation = Callable[[Tensor, Tensor], Tensor]
-"""From images (n, 3, S, S) uint8 and their values (n,) int64 to images of the same shape; the input stays as it is."""
+"""Function of images (n, 3, S, S) uint8 and values (n,) int64 to images of the same shape; the input is unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Operations:
-    """What happens to each of N crops: up to A operations in order, then at most one erased box."""
+    """Recorded operations of N crops: for each, up to A operations in order, then at most one erased box."""
 
     codes: npt.NDArray[np.uint8]
-    """(N, A): codes out of `OPERATIONS`; 0 is none."""
+    """(N, A): codes from `OPERATIONS`; 0 for no operation."""
     values: npt.NDArray[np.int16]
-    """(N, A): the fixed-point value of each; 0 where an operation has none."""
+    """(N, A): fixed-point values; 0 for operations without a value."""
     erase: npt.NDArray[np.uint16]
     """(N, 4): top, left, height, width in 1/65,536 of the crop's side; height 0 erases nothing."""
 
@@ -50,7 +50,7 @@ class Operations:
 
     @classmethod
     def unpack(cls, words: npt.NDArray[np.uint16]) -> Operations:
-        """The operations that `pack` put into `words` (N, 2A + 4)."""
+        """Unpack the array (N, 2A + 4) that `pack` made."""
         slots = (words.shape[1] - BOX_WORDS) // 2
         return cls(
             codes=words[:, :slots].astype(np.uint8),
@@ -59,7 +59,7 @@ class Operations:
         )
 
     def pack(self) -> npt.NDArray[np.uint16]:
-        """All of it as one array (N, 2A + 4) of words: A codes, A values, the erased box. For rows kept in memory."""
+        """Pack everything into one array of words (N, 2A + 4): A codes, A values, the erased box."""
         values = np.ascontiguousarray(self.values).view(np.uint16)
         return np.concatenate([self.codes.astype(np.uint16), values, self.erase], axis=1)
 
@@ -68,10 +68,10 @@ class Operations:
 
 
 def apply_operations(images: Tensor, operations: Operations) -> None:
-    """Replay the operations of N crops in place: `images` is uint8 (N, 3, S, S), on any device.
+    """Replay the operations of N crops in place, on `images` uint8 (N, 3, S, S) on any device.
 
-    The result is the same, bit by bit, whichever crops are given together. Raises UsageError for a code or a value that
-    is in no list, which no label set that was checked holds.
+    Each crop's result is the same to the bit, whichever crops are processed together. Raises UsageError for a code or
+    value outside `OPERATIONS`, which a verified label set does not hold.
     """
     check_operations(operations)
     for codes, values in zip(operations.codes.T, operations.values.T, strict=True):
@@ -79,13 +79,13 @@ def apply_operations(images: Tensor, operations: Operations) -> None:
             rows = np.flatnonzero(codes == code)
             value = torch.from_numpy(values[rows].astype(np.int64)).to(images.device)
             index = torch.from_numpy(rows).to(images.device)
-            # Planes: most operations are twice as slow on channels-last memory.
+            # Contiguous (planar): most operations take twice as long on channels-last memory.
             images[index] = BY_CODE[code].apply(images[index].contiguous(), value)
     _erase(images, operations.erase)
 
 
 def check_operations(operations: Operations) -> None:
-    """Raise UsageError for a code, a value or a box that the list does not allow."""
+    """Raise UsageError for a code, value or erased box outside its range."""
     unknown = set(np.unique(operations.codes).tolist()) - {0, *BY_CODE}
     if unknown:
         raise UsageError(f"operation {min(unknown)} is not in the list of recorded operations")
@@ -117,58 +117,64 @@ def _each(values: Tensor) -> Tensor:
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """factor / 1000 of the image and the rest of `other`, rounded half up and clipped."""
+    """Blend: factor / 1000 of the image plus the rest of `other`, rounded half up and clipped."""
+    # Adding half the divisor before the floor division rounds half up; so it does below.
     mixed = _each(factor) * images.to(torch.int32) + (FACTOR - _each(factor)) * other
     return (mixed + FACTOR // 2).div_(FACTOR, rounding_mode="floor").clamp_(0, 255).to(torch.uint8)
 
 
 def grey(images: Tensor) -> Tensor:
-    """Luma (n, 1, S, S) int32: Pillow's weights of 16 bits (ITU-R BT.601)."""
+    """Compute luma (n, 1, S, S) int32 with Pillow's 16-bit weights (ITU-R BT.601)."""
+    # 19595 + 38470 + 7471 = 65536, so that white stays 255.
     red, green, blue = images.to(torch.int32).unbind(dim=1)
     return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16)[:, None]
 
 
 def _mapped(images: Tensor, table: Tensor) -> Tensor:
-    """Each level replaced by its entry in `table`, uint8 (n, 1 or 3, 256)."""
+    """Replace each level by its entry in `table`, uint8 (n, 1 or 3, 256)."""
     flat = images.reshape(images.shape[0], 3, -1)
     return table.expand(-1, 3, -1).gather(2, flat.to(torch.int64)).view(images.shape)
 
 
 def _levels(images: Tensor) -> Tensor:
-    """All levels as a picture of one row: uint8 (1, 1, 1, 256)."""
+    """Make an image of one row with all levels, uint8 (1, 1, 1, 256), to compute a table of an operation."""
     return torch.arange(256, device=images.device).to(torch.uint8)[None, None, None]
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with black."""
     black = torch.zeros((), dtype=torch.int32, device=images.device)
     return _mapped(images, _blend(_levels(images), black, factor)[:, :, 0])
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the mean luma of the image, rounded."""
     pixels = images.shape[2] * images.shape[3]
     mean = (grey(images).sum(dim=(1, 2, 3), keepdim=True) + pixels // 2).div(pixels, rounding_mode="floor")
     return _mapped(images, _blend(_levels(images), mean, factor)[:, :, 0])
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the luma of each pixel."""
     return _blend(images, grey(images), factor)
 
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """Against Pillow's SMOOTH filter (1 1 1, 1 5 1, 1 1 1) / 13; the outermost pixels stay."""
+    """Blend with Pillow's SMOOTH filter, (1 1 1, 1 5 1, 1 1 1) / 13; the outermost pixels are unchanged."""
     whole = images.to(torch.int32)
     smooth = whole.clone()
     if min(images.shape[2:]) > 2:
         rows = whole[:, :, :-2] + whole[:, :, 1:-1] + whole[:, :, 2:]
+        # The 3x3 sum has the centre once, and the filter five times.
         box = rows[:, :, :, :-2] + rows[:, :, :, 1:-1] + rows[:, :, :, 2:]
         smooth[:, :, 1:-1, 1:-1] = (box + 4 * whole[:, :, 1:-1, 1:-1] + 6).div_(13, rounding_mode="floor")
     return _blend(images, smooth, factor)
 
 
 def hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue by `turn` / 10,000 of a circle; the largest and the smallest channel keep their levels.
+    """Rotate the hue by `turn` / 10,000 of a circle; the largest and smallest levels of a pixel stay.
 
-    The hue is a multiple of 1/65,536 of a sixth of the circle: sector `h >> 16`, place in it `h & 65535`.
+    The hue h of HSV is a multiple of 2^-16 of a sixth of the circle: sector `h >> 16`, fraction in it `h & 65535`.
     """
     red, green, blue = images.to(torch.int32).unbind(dim=1)
     high, low = images.amax(dim=1).to(torch.int32), images.amin(dim=1).to(torch.int32)
@@ -183,6 +189,7 @@ def hue(images: Tensor, turn: Tensor) -> Tensor:
     )
     shift = (turn * (6 << 16) + UNIT // 2).div(UNIT, rounding_mode="floor")[:, None, None]
     angle = (angle + shift).remainder(6 << 16)
+    # Within a sector one channel is the largest, one the smallest, and the third rises or falls between them.
     rising = (spread * (angle & 65535) + 32768) >> 16
     up, down = low + rising, high - rising
     sector = angle >> 16
@@ -211,15 +218,17 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
 
 
 def invert(images: Tensor, _: Tensor) -> Tensor:
+    """Replace each level by 255 minus it."""
     return 255 - images
 
 
 def grayscale(images: Tensor, _: Tensor) -> Tensor:
+    """Replace each channel by the luma."""
     return grey(images).to(torch.uint8).expand_as(images)
 
 
 def autocontrast(images: Tensor, _: Tensor) -> Tensor:
-    """Stretch each channel to 0..255; a channel of one level stays."""
+    """Stretch each channel to 0..255; a channel with a single level is unchanged."""
     low, high = images.amin(dim=(2, 3), keepdim=True).to(torch.int32), images.amax(dim=(2, 3), keepdim=True)
     spread = high.to(torch.int32) - low
     divisor = spread.clamp(min=1)
@@ -228,11 +237,12 @@ def autocontrast(images: Tensor, _: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor, _: Tensor) -> Tensor:
-    """Pillow's histogram equalisation of each channel."""
+    """Equalise the histogram of each channel, as Pillow does."""
     flat = images.reshape(images.shape[0], 3, -1).to(torch.int64)
     count = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=images.device)
     count.scatter_add_(2, flat, torch.ones_like(flat))
     last = flat.amax(dim=2, keepdim=True)
+    # Pillow's step is the number of pixels below the largest level, divided by 255; 0 leaves the channel unchanged.
     step = (count.sum(dim=2, keepdim=True) - count.gather(2, last)).div(255, rounding_mode="floor")
     before = count.cumsum(dim=2) - count
     table = (before + step // 2).div(step.clamp(min=1), rounding_mode="floor").clamp_(max=255)
@@ -240,16 +250,17 @@ def equalize(images: Tensor, _: Tensor) -> Tensor:
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian of `sigma` / 10,000 of the side, across then down, 16-bit weights, edges reflected."""
+    """Blur with a Gaussian of `sigma` / 10,000 of the side: across, then down, 16-bit weights, reflected edges."""
     return torch.cat([_blurred(image[None], value) for image, value in zip(images, sigma.tolist(), strict=True)])
 
 
 def gaussian_weights(sigma: float) -> list[int]:
-    """Weights at distance 0, 1, … r = ceil(3 sigma) of a Gaussian; with both sides they add up to 65,536."""
+    """Compute a Gaussian's weights at distances 0, 1, … ceil(3 sigma); those of both sides add up to 65,536."""
     radius = math.ceil(3 * sigma)
     raw = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(radius + 1)]
     total = raw[0] + 2 * sum(raw[1:])
     weights = [round(65536 * value / total) for value in raw]
+    # The centre takes the error of rounding, so that an even area keeps its level.
     weights[0] = 65536 - 2 * sum(weights[1:])
     return weights
 
@@ -260,10 +271,10 @@ def _blurred(image: Tensor, sigma: int) -> Tensor:
         return image
     weights = gaussian_weights(sigma * side / UNIT)
     radius = len(weights) - 1
-    place = torch.arange(-radius, side + radius, device=image.device)
-    # Reflected without repeating the edge pixel; modulo its period, for a filter wider than the picture.
+    position = torch.arange(-radius, side + radius, device=image.device)
+    # Reflection without repeating the edge pixel has the period 2 (side - 1): a filter may be wider than the image.
     period = max(1, 2 * (side - 1))
-    reflected = (side - 1) - ((side - 1) - place.remainder(period)).abs()
+    reflected = (side - 1) - ((side - 1) - position.remainder(period)).abs()
     for axis in (3, 2):
         padded = image.index_select(axis, reflected).to(torch.int32)
         total = weights[0] * padded.narrow(axis, radius, side)
@@ -275,7 +286,7 @@ def _blurred(image: Tensor, sigma: int) -> Tensor:
 
 
 def _moved(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Pixels from `rows` and `columns`, int64 (n, S, S); `FILL` where those lie outside."""
+    """Gather the pixels at `rows` and `columns`, int64 (n, S, S); FILL where they lie outside."""
     side = images.shape[-1]
     inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
     index = (rows.clamp(0, side - 1) * side + columns.clamp(0, side - 1)).view(len(images), 1, -1)
@@ -285,15 +296,15 @@ def _moved(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _grid(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column numbers of the output, int64 (1, S, 1) and (1, 1, S)."""
+    """Number the rows and columns of the output: int64 (1, S, 1) and (1, 1, S)."""
     numbers = torch.arange(images.shape[-1], device=images.device)
     return numbers[None, :, None], numbers[None, None, :]
 
 
 def rotate(images: Tensor, angle: Tensor) -> Tensor:
-    """Turn counterclockwise about the centre by `angle` / 100 degrees; the nearest pixel is taken.
+    """Rotate counterclockwise about the centre by `angle` / 100 degrees, to the nearest pixel.
 
-    In half pixels from the centre, with a sine and cosine of 16 bits: (cos x - sin y, sin x + cos y).
+    The source of (x, y), in half pixels from the centre, is (cos x - sin y, sin x + cos y), in 16-bit fixed point.
     """
     side = images.shape[-1]
     radians = [math.radians(value / 100) for value in angle.tolist()]
@@ -303,6 +314,7 @@ def rotate(images: Tensor, angle: Tensor) -> Tensor:
     )
     row, column = _grid(images)
     y, x = 2 * row + 1 - side, 2 * column + 1 - side
+    # Back from half pixels and 16-bit fractions: floor((v + side) / 2) is the pixel that holds the point.
     columns = (cos * x - sin * y + (side << 16)) >> 17
     rows = (sin * x + cos * y + (side << 16)) >> 17
     return _moved(images, rows, columns)
@@ -319,12 +331,12 @@ def _sheared(images: Tensor, shear: Tensor, horizontal: bool) -> Tensor:
 
 
 def shear_x(images: Tensor, shear: Tensor) -> Tensor:
-    """Column x of row y comes from x + `shear` / 10,000 * y, measured from the upper left corner."""
+    """Take column x of row y from x + `shear` / 10,000 * y, measured from the upper left corner."""
     return _sheared(images, shear, horizontal=True)
 
 
 def shear_y(images: Tensor, shear: Tensor) -> Tensor:
-    """Row y of column x comes from y + `shear` / 10,000 * x."""
+    """Take row y of column x from y + `shear` / 10,000 * x, measured from the upper left corner."""
     return _sheared(images, shear, horizontal=False)
 
 
@@ -357,7 +369,7 @@ class Listed(NamedTuple):
     values: tuple[int, int]
     """Smallest and largest value."""
     unit: str
-    """What a value of 1 means."""
+    """Meaning of a value of 1; empty for operations without a value."""
 
 
 OPERATIONS: tuple[Listed, ...] = (

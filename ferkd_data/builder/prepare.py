@@ -29,7 +29,7 @@ from ferkd_data.images import ClassList, ImageSource, describe_left_out, read_cl
 from ferkd_data.labels.buckets import QuantileThresholds
 from ferkd_data.storage import is_url
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
-from ferkd_data.teachers.load import check_class_count, check_class_order
+from ferkd_data.teachers.probe import check_class_count, check_class_order
 
 
 @dataclass(frozen=True, kw_only=True)

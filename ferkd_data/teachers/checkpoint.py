@@ -1,7 +1,7 @@
-"""Weights from a local file: safetensors, or a PyTorch file, of which no code can run.
+"""Load weights from a local file, safetensors or PyTorch, without running code from it.
 
 Training scripts wrap the weights: in a dictionary beside the optimiser, under a prefix of DDP, torch.compile or
-Lightning, averaged (EMA) beside plain. What timm, torchvision's references, Lightning and the like write is understood.
+Lightning, averaged (EMA) beside plain. The files of timm, torchvision's references and Lightning are supported.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ WRAPPERS = (
     "model",
     "module",
 )
-"""Keys under which training scripts keep the weights; the first one present is taken, averaged weights before plain."""
+"""Keys under which training scripts store the weights. The first one present is taken: averaged weights come first."""
 COMPILED = "_orig_mod."
-"""A segment that torch.compile adds to names, at any depth."""
+"""Segment that torch.compile adds to names, at any depth."""
 IRRELEVANT = ("num_batches_tracked", "n_averaged")
-"""Counters of training, which change no answer; older files lack the first."""
+"""Counters of the training, which change no answer; older files lack the first."""
 NAMES_SHOWN = 3
 
 
 class Inert:
-    """Stands for any object that a file holds beside its tensors; making one runs no code of the file's."""
+    """Placeholder for any object that a file holds beside its tensors. Creating it runs no code from the file."""
 
     def __new__(cls, *arguments: Any, **options: Any) -> Inert:
         return super().__new__(cls)
@@ -50,9 +50,9 @@ class Inert:
 
 
 def load_checkpoint(module: nn.Module, path: Path, *, teacher: str) -> None:
-    """Load the weights in `path` into `module`, every one of them.
+    """Load all weights of `module` from `path`.
 
-    Raises TeacherError for a file that cannot be read safely, missing or unexpected keys, and wrong shapes.
+    Raises TeacherError for a file that cannot be read safely, for missing or unexpected keys, and for wrong shapes.
     """
     path = path.expanduser()
     wanted = module.state_dict()
@@ -85,16 +85,16 @@ def _read(path: Path, teacher: str) -> Any:
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise TeacherError(f"teacher {teacher}: {path} cannot be read as a checkpoint: {error}") from error
     except Exception as error:
-        # safetensors raises a class of its own, which derives from Exception alone.
+        # safetensors' own error class derives from Exception alone, and the package may not be installed.
         if type(error).__module__.startswith("safetensors"):
             raise TeacherError(f"teacher {teacher}: {path} cannot be read as a checkpoint: {error}") from error
         raise
 
 
 def _load_pickle(path: Path) -> Any:
-    """PyTorch's reader of tensors alone; other objects, such as the arguments of the training, become inert.
+    """Read a PyTorch file with `weights_only`; other objects, such as the training's arguments, become placeholders.
 
-    Raises UnpicklingError for objects that cannot be left out, and for all of them before PyTorch 2.6.
+    Raises UnpicklingError for an object that cannot be replaced, and before PyTorch 2.6 for any such object.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -111,7 +111,7 @@ def _load_pickle(path: Path) -> Any:
 
 
 def _unwrapped(content: Any, path: Path, teacher: str) -> dict[str, Any]:
-    """The innermost dictionary that holds the weights."""
+    """Find the innermost dictionary that holds the weights, and drop torch.compile's segments from its names."""
     while isinstance(content, Mapping):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
@@ -130,11 +130,11 @@ def _unwrapped(content: Any, path: Path, teacher: str) -> dict[str, Any]:
 
 
 def _fitting(state: dict[str, Any], wanted: Mapping[str, Any], path: Path, teacher: str) -> dict[str, Any]:
-    """The entries for `wanted`, under its own names. Raises TeacherError for any that is missing or too many."""
+    """Return the entries for `wanted` under the model's names. Raises TeacherError for missing and unexpected ones."""
     needed = [name for name in wanted if not name.endswith(IRRELEVANT)]
     prefix = _prefix(state, needed, path, teacher)
     missing = [name for name in needed if prefix + name not in state]
-    # Beside a model under a prefix, a file may hold others: a loss, metrics.
+    # Entries outside the prefix are not the model's: a loss, metrics.
     ours = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     unexpected = [name for name in ours if name not in wanted and not name.endswith(IRRELEVANT)]
     if missing or unexpected:
@@ -146,7 +146,10 @@ def _fitting(state: dict[str, Any], wanted: Mapping[str, Any], path: Path, teach
 
 
 def _prefix(state: Mapping[str, Any], needed: list[str], path: Path, teacher: str) -> str:
-    """The text before the model's names, such as `module.` or `model.`; empty where nothing fits better."""
+    """Find the prefix of the model's names, such as `module.` or `model.`; empty where none fits better.
+
+    Raises TeacherError where several prefixes hold the whole model, with different weights.
+    """
     if not needed or all(name in state for name in needed):
         return ""
     last = needed[-1]
@@ -169,7 +172,7 @@ def _same(state: Mapping[str, Any], one: str, other: str, names: Iterable[str]) 
 
 
 def _advice(name: str, given: Tensor, wanted: Tensor) -> str:
-    """Whether the shapes differ as those of a head for another number of classes do."""
+    """Suggest an option where the shapes differ as those of another number of classes or another size do."""
     if given.shape[1:] == wanted.shape[1:] and given.ndim in (1, 2, 4):
         return f"; was it trained with another number of classes? Then add the option ?classes={given.shape[0]}"
     if "pos" in name:

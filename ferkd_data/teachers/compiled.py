@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ferkd_data.errors import TeacherError, UsageError
-from ferkd_data.teachers.teacher import ModuleTeacher, Teacher, is_out_of_memory
+from ferkd_data.teachers.module_teacher import ModuleTeacher
+from ferkd_data.teachers.teacher import Teacher, is_out_of_memory
 
 BACKEND: Any = "inductor"
 """Compiler back end: a name, or a function as torch.compile takes it."""
@@ -36,20 +37,20 @@ def is_plain_module(teacher: Teacher) -> TypeGuard[ModuleTeacher]:
 
 
 def compile_teacher(teacher: ModuleTeacher, batch_size: int) -> ModuleTeacher:
-    """Compile a teacher now, since its first batch may have a time limit; with a smaller batch where memory runs out.
+    """Compile a teacher for `batch_size`, or for less where memory runs out. Raises TeacherError.
 
-    Raises TeacherError.
+    A test batch makes PyTorch compile now: the first batch of a build may have a time limit.
     """
     other = copy.copy(teacher)
     other.module = network = _OneSize(torch.compile(teacher.module, backend=BACKEND, dynamic=False), batch_size)
     while not _runs(other, network.batch_size):
-        # Here and not where it was caught: the exception held on to the tensors of its frames.
+        # Not in `_runs`, where the caught exception still holds the tensors of its frames.
         torch.cuda.empty_cache()
     return other
 
 
 def _runs(teacher: ModuleTeacher, batch_size: int) -> bool:
-    """Run one batch; False where memory ran out and the batch size can be made smaller."""
+    """Whether one batch runs; False where memory ran out and a smaller batch can be tried. Raises TeacherError."""
     size = teacher.preprocessing.size
     try:
         with warnings.catch_warnings():
@@ -58,14 +59,14 @@ def _runs(teacher: ModuleTeacher, batch_size: int) -> bool:
     except Exception as error:
         if is_out_of_memory(error) and batch_size > 1:
             return False
-        # The compiler's exceptions share no base but Exception.
+        # The compiler's exceptions share no base class but Exception.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TeacherError(f"teacher {teacher.spec}: cannot be compiled ({reason}); drop --compile") from error
     return True
 
 
 class _OneSize:
-    """Gives the network batches of one size, cut or filled up to it: every other size would be compiled anew."""
+    """Run a compiled module on batches of one size, by splitting and padding: another size would be compiled anew."""
 
     def __init__(self, module: Callable[[Tensor], Tensor], batch_size: int) -> None:
         self.module = module
@@ -85,6 +86,6 @@ class _OneSize:
             return self.module(padded)[: len(images_BCSS)]
         except Exception as error:
             if is_out_of_memory(error):
-                # Whoever asked comes again with half as many, which must not be filled up to what was too much.
+                # The caller tries again with half the batch, which must not be padded to the size that was too large.
                 self.batch_size = max(1, self.batch_size // 2)
             raise

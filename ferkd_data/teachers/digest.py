@@ -1,9 +1,10 @@
-"""The digest of a teacher: two teachers that can answer differently must not share one.
+"""Digest teachers: two that can answer differently must have different digests.
 
-It covers weights and buffers (persistent or not, quantised or not) with names, dtypes and shapes, the classes of all
-submodules, and their plain attributes: numbers, texts, tensors outside the state, containers of these, functions by
-name. It does not cover code, nor global variables: a teacher whose code failed at 90 % of a build is mended and the
-build resumed. For the same reason the class of the outermost module does not count where it is the user's own.
+The digest covers weights and buffers (persistent or not, quantised or not) with names, dtypes and shapes, the classes
+of all submodules, and their plain attributes: numbers, texts, tensors outside the state, containers of these, and
+functions by name. It does not cover code and global variables, so that a teacher whose code failed at 90 % of a build
+can be mended and the build resumed. For the same reason the class of the outermost module is left out where it is the
+user's own.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from ferkd_data.teachers.spec import TeacherSpec
 
 MACHINERY = frozenset(nn.Module().__dict__)
 """Attributes that every module has; parameters, buffers and submodules are covered by their own names."""
-PASSING = frozenset(
+ORIGINS = frozenset(
     {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "pretrained_cfg", "default_cfg"}
 )
-"""Attributes that say where a model came from, and not what it does."""
+"""Attributes that say where a model came from, not what it computes."""
 LIBRARIES = frozenset({"torch", "torchvision", "timm", "transformers", "open_clip"})
-"""Their private attributes change between versions while the model stays the same."""
+"""Packages whose private attributes are left out: they change between versions while the model stays the same."""
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 NAMESPACES = (argparse.Namespace, types.SimpleNamespace)
 READ_BYTES = 1 << 20
 
 
 def module_digest(module: nn.Module, spec: TeacherSpec) -> str:
-    """SHA-256 of a module before it has run; the same in every process that makes the same module.
+    """Compute the SHA-256 of a module that has not run yet; equal in every process that makes the same module.
 
-    Raises TeacherError for a module without weights of its own to read, such as one on the meta device.
+    Raises TeacherError for weights that cannot be read, such as those of a module on the meta device.
     """
     total = hashlib.sha256()
     try:
@@ -66,13 +67,13 @@ def module_digest(module: nn.Module, spec: TeacherSpec) -> str:
 
 
 def with_choices(digest: str, spec: TeacherSpec) -> str:
-    """The digest together with the options that change what the same weights answer."""
+    """Extend a digest by the spec's options that change the answers of the same weights."""
     choices = [f"{name}={getattr(spec, name)}" for name in ("output", "activation") if getattr(spec, name) is not None]
     return hashlib.sha256("\0".join([digest, *choices]).encode()).hexdigest() if choices else digest
 
 
 def onnx_digest(path: Path, spec: TeacherSpec) -> str:
-    """SHA-256 of an ONNX file and of all its weights that lie in other files, at whatever offset.
+    """Compute the SHA-256 of an ONNX file and of its weights that are stored in other files.
 
     Raises TeacherError where such a file is missing, MissingExtraError without the package onnx.
     """
@@ -90,7 +91,7 @@ def onnx_digest(path: Path, spec: TeacherSpec) -> str:
 
 
 def _external_data(path: Path, spec: TeacherSpec) -> list[tuple[str, int, int | None]]:
-    """(file, offset, length) of each tensor outside the model file, subgraphs and functions included."""
+    """List (file, offset, length) of each tensor outside the model file, also of subgraphs and functions."""
     if path.suffix == ".ort":
         return []
     from ferkd_data import extras
@@ -113,7 +114,7 @@ def _external_data(path: Path, spec: TeacherSpec) -> list[tuple[str, int, int | 
 
 
 def _tensor_messages(message: Any) -> Iterable[Any]:
-    """Every TensorProto within a protobuf message, wherever the schema allows one."""
+    """Yield every TensorProto in a protobuf message, wherever the schema allows one."""
     if message.DESCRIPTOR.name == "TensorProto":
         yield message
         return
@@ -138,7 +139,7 @@ def _add_range(update: Callable[[bytes], None], path: Path, offset: int, length:
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and all buffers, also those that a state_dict leaves out; one tensor under two names counts twice."""
+    """List parameters and buffers, also non-persistent ones; a tensor with two names is listed twice."""
     named = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -147,7 +148,7 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _extra_state(module: nn.Module) -> list[tuple[str, Any]]:
-    """Entries of the state_dict that are neither parameters nor buffers, such as the weights of quantised modules."""
+    """List entries of the state_dict that are neither parameters nor buffers, such as weights of quantised modules."""
     known = {name for name, _ in _tensors(module)}
     return [(name, value) for name, value in module.state_dict().items() if name not in known]
 
@@ -178,18 +179,18 @@ def _add_tensor(update: Callable[[bytes], None], tensor: Tensor) -> None:
 
 
 class _Walk:
-    """Adds values of any kind, in an order that does not depend on the process; each object once."""
+    """Feed values of any type to a hash, in an order that does not depend on the process; each object once."""
 
     def __init__(self, update: Callable[[bytes], None]) -> None:
         self.update = update
         self.seen: dict[int, Any] = {}
-        """By id; holding the objects keeps their ids from being given to others."""
+        """Objects by id. Holding them keeps Python from reusing their ids."""
 
     def attributes(self, module: nn.Module) -> None:
         self.seen[id(module)] = module
         from_library = _top(type(module)) in LIBRARIES
         for name, value in sorted(vars(module).items()):
-            if name in MACHINERY or name in PASSING or (from_library and name.startswith("_")):
+            if name in MACHINERY or name in ORIGINS or (from_library and name.startswith("_")):
                 continue
             self.update(f"{name}\0".encode())
             self.value(value)
@@ -221,7 +222,7 @@ class _Walk:
             for item in value:
                 self.value(item)
         elif isinstance(value, nn.Module):
-            # Kept in a list or dict, where PyTorch does not see it; those it sees come by their own names.
+            # A module in a list or dict, where PyTorch does not find it. Registered modules are walked by name.
             self.attributes(value)
             for name, tensor in _tensors(value):
                 self.update(f"{name}\0".encode())
@@ -230,7 +231,7 @@ class _Walk:
             self._add_object(value)
 
     def _add_object(self, value: Any) -> None:
-        """Of anything else, such as a generator or a file, the type alone counts."""
+        """Feed a partial, class, function or plain object; for anything else, such as a file, the type alone counts."""
         if isinstance(value, functools.partial):
             for part in (value.func, value.args, value.keywords):
                 self.value(part)
@@ -239,10 +240,10 @@ class _Walk:
         elif callable(value) and hasattr(value, "__qualname__"):
             self._function(value)
         elif isinstance(value, NAMESPACES) or (hasattr(value, "__dict__") and not _is_of_the_system(type(value))):
-            self._pairs((name, item) for name, item in vars(value).items() if name not in PASSING)
+            self._pairs((name, item) for name, item in vars(value).items() if name not in ORIGINS)
 
     def _function(self, function: Any) -> None:
-        """By name, with the values that it brings: defaults and the variables of a closure."""
+        """Feed a function's name and the values bound to it: its defaults and the variables of its closure."""
         self.update(f"{function.__qualname__}\0".encode())
         plain = inspect.unwrap(getattr(function, "__func__", function))
         self.value(getattr(plain, "__defaults__", None))
@@ -264,12 +265,12 @@ def _top(cls: type) -> str:
 
 
 def _is_of_the_system(cls: type) -> bool:
-    """Whether its objects are locks, loggers, streams and the like, which differ from run to run."""
+    """Whether a class is of Python or PyTorch: locks, loggers, streams and the like differ from run to run."""
     return _top(cls) == "torch" or _top(cls) in sys.stdlib_module_names
 
 
 def _content(cell: Any) -> Any:
-    """None for a cell that is not filled yet."""
+    """Return the value of a closure's cell; None for an empty one."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -277,7 +278,7 @@ def _content(cell: Any) -> Any:
 
 
 def _code(module: nn.Module) -> str:
-    """The program of a TorchScript or FX module, which is no Python class."""
+    """Return the program of a TorchScript or FX module, whose Python class does not tell what it computes."""
     if isinstance(module, torch.jit.ScriptModule) and not hasattr(module, "forward"):
         return ""
     code = getattr(module, "code", "") if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)) else ""

@@ -1,4 +1,4 @@
-"""Teachers from transformers: `hf:ORG/NAME[@folder]`. Their preprocessing is found by trying their image processor."""
+"""Teachers from transformers: `hf:ORG/NAME[@folder]`. Their preprocessing is measured by running their processor."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from ferkd_data import extras
 from ferkd_data.errors import TeacherError
 from ferkd_data.teachers.digest import module_digest
-from ferkd_data.teachers.spec import TeacherSpec
-from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_of, reason
+from ferkd_data.teachers.module_teacher import ModuleTeacher
+from ferkd_data.teachers.spec import TeacherSpec, preprocessing_of
+from ferkd_data.teachers.teacher import Precision, reason
 
 RESAMPLINGS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-"""Pillow's numbers, which processors use."""
-LOOK = 256
-"""Side in pixels of the images that a processor is looked at with: one column for each grey level."""
+"""Names of Pillow's numbers, which processors use."""
+PROBE_SIDE = 256
+"""Side in pixels of the images that a processor is tried on: one column for each grey level."""
 CLOSE = 1e-4
+"""Largest difference at which a measured value counts as the one in the processor's settings."""
 
 
 class HfClassifier(nn.Module):
-    """A transformers model as a function from images (B, 3, S, S) to logits (B, C)."""
+    """Wrap a transformers model as a function from RGB images (B, 3, S, S) to logits (B, C)."""
 
     def __init__(self, model: nn.Module, *, bgr: bool) -> None:
         super().__init__()
@@ -36,7 +38,7 @@ class HfClassifier(nn.Module):
 
 
 def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
-    """Raises TeacherError, MissingExtraError."""
+    """Load a model and its image processor. Raises TeacherError, MissingExtraError."""
     transformers = extras.require("transformers", extra="hf", what_for=f"teacher {spec}")
     source = str(Path(spec.checkpoint).expanduser()) if spec.checkpoint else spec.name
     if spec.checkpoint and not Path(source).is_dir():
@@ -55,7 +57,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
             f"teacher {spec}: its checkpoint lacks {len(missing)} weights ({', '.join(missing[:3])}), which would be "
             "random; it is no classifier, or not of this model"
         )
-    known, bgr = look_at(processor, spec)
+    known, bgr = measure_processor(processor, spec)
     names = tuple(model.config.id2label[number] for number in sorted(model.config.id2label))
     module = HfClassifier(model, bgr=bgr)
     return ModuleTeacher(
@@ -69,14 +71,17 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
     )
 
 
-def look_at(processor: Any, spec: TeacherSpec) -> tuple[dict[str, Any], bool]:
-    """The preprocessing that a processor does, and whether it gives BGR, from what becomes of known images.
+def measure_processor(processor: Any, spec: TeacherSpec) -> tuple[dict[str, Any], bool]:
+    """Measure a processor's preprocessing, and whether it gives BGR, on known images.
 
-    Its settings are not read: their names and meanings differ from class to class (rescaling by 1/127.5 with an
-    offset, normalising twice, warping or cropping). Raises TeacherError for what cannot be done with crops.
+    Its settings are not trusted: their names and meanings differ from class to class (rescaling by 1/127.5 with an
+    offset, normalising twice, warping or cropping). Raises TeacherError for processing that crops cannot be given.
     """
-    black, grey, white = (_seen(processor, np.full((LOOK, LOOK, 3), level, np.uint8), spec) for level in (0, 51, 255))
+    black, grey, white = (
+        _seen(processor, np.full((PROBE_SIDE, PROBE_SIDE, 3), level, np.uint8), spec) for level in (0, 51, 255)
+    )
     size = black.shape[1]
+    # Scaling and normalising are linear, output = low + pixel / 255 * (high - low), so grey 51 = 255 / 5 checks it.
     low, middle, high = (image.mean(axis=(1, 2)) for image in (black, grey, white))
     if (
         black.shape != (3, size, size)
@@ -86,9 +91,10 @@ def look_at(processor: Any, spec: TeacherSpec) -> tuple[dict[str, Any], bool]:
             f"teacher {spec}: its image processor makes {black.shape} of a square image, or does more than scaling and "
             "normalising; use a python: teacher that does the same"
         )
-    red = np.zeros((LOOK, LOOK, 3), np.uint8)
+    red = np.zeros((PROBE_SIDE, PROBE_SIDE, 3), np.uint8)
     red[..., 0] = 255
     bgr = bool(np.abs(_seen(processor, red, spec).mean(axis=(1, 2)) - low).argmax() == 2)
+    # (0 - mean) / std = low and (1 - mean) / std = high.
     std = 1 / (high - low)
     mean = -low * std
     order = slice(None, None, -1) if bgr else slice(None)
@@ -102,19 +108,19 @@ def look_at(processor: Any, spec: TeacherSpec) -> tuple[dict[str, Any], bool]:
 
 
 def _seen(processor: Any, image_HWC: npt.NDArray[np.uint8], spec: TeacherSpec) -> npt.NDArray[np.float64]:
-    """(3, S, S): the model's input for this image."""
+    """Run the processor on one image; return the model's input (3, S, S)."""
     from PIL import Image
 
     try:
         values = processor(images=Image.fromarray(image_HWC), return_tensors="pt")["pixel_values"]
         return np.asarray(values[0], np.float64)
     except Exception as error:
-        # Code of a processor's own, which may raise anything.
+        # A processor's own code may raise anything.
         raise TeacherError(f"teacher {spec}: its image processor fails on an RGB image: {reason(error)}") from error
 
 
 def _as_written(values: npt.NDArray[np.float64], written: Any) -> tuple[float, ...]:
-    """The numbers of the processor's settings where they are what it does, else what was seen, rounded."""
+    """Return the numbers in the processor's settings where they agree with the measured ones, else those, rounded."""
     if written is not None and np.shape(written) == (3,) and np.abs(values - np.asarray(written)).max() < CLOSE:
         return tuple(float(value) for value in written)
     return tuple(round(float(value), 6) for value in values)
@@ -129,10 +135,10 @@ def _interpolation(processor: Any) -> str | None:
 
 
 def _share_seen(processor: Any, mean: float, std: float, spec: TeacherSpec) -> float:
-    """Share of a square image that reaches the model, from the grey levels at the ends of a ramp."""
-    ramp = np.broadcast_to(np.arange(LOOK, dtype=np.uint8)[None, :, None], (LOOK, LOOK, 3)).copy()
+    """Measure the share of a square image's side that reaches the model, by the grey levels at the ends of a ramp."""
+    ramp = np.broadcast_to(np.arange(PROBE_SIDE, dtype=np.uint8)[None, :, None], (PROBE_SIDE, PROBE_SIDE, 3)).copy()
     levels = (_seen(processor, ramp, spec)[0] * std + mean) * 255
     row = levels[len(levels) // 2]
-    # The ends are centres of pixels, half a pixel within the part that is seen.
-    share = float(row[-1] - row[0]) / LOOK * len(row) / (len(row) - 1)
+    # The ends are centres of pixels, half a pixel inside the visible part: n pixels show n - 1 of their n steps.
+    share = float(row[-1] - row[0]) / PROBE_SIDE * len(row) / (len(row) - 1)
     return min(1.0, round(share, 2))

@@ -1,6 +1,6 @@
-"""Teachers from ONNX files: `onnx:FILE`, run by ONNX Runtime; and how to write such a file.
+"""Teachers from ONNX files, `onnx:FILE`, run by ONNX Runtime; `export_onnx` writes such a file.
 
-On a CPU, ONNX Runtime runs many convolutional networks several times faster than eager PyTorch.
+On a CPU, ONNX Runtime runs many convolutional networks several times as fast as eager PyTorch.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from ferkd_data import extras
 from ferkd_data.errors import TeacherError
 from ferkd_data.storage import write_atomically
 from ferkd_data.teachers.digest import onnx_digest, with_choices
+from ferkd_data.teachers.module_teacher import normalisation, two_pictures
 from ferkd_data.teachers.outputs import check_activation, check_shape, to_logits
-from ferkd_data.teachers.spec import Preprocessing, TeacherSpec, Triple
-from ferkd_data.teachers.teacher import Precision, is_out_of_memory, normalisation, preprocessing_of, two_pictures
+from ferkd_data.teachers.spec import Preprocessing, TeacherSpec, Triple, preprocessing_of
+from ferkd_data.teachers.teacher import Precision, is_out_of_memory
 
 PREPROCESSING_FIELD = "ferkd_data.preprocessing"
-"""Key in the model's metadata under which `export_onnx` keeps the preprocessing as JSON."""
+"""Key in the model's metadata under which `export_onnx` stores the preprocessing as JSON."""
 CUDA_PROVIDER = "CUDAExecutionProvider"
 INPUT_TYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
@@ -41,7 +42,7 @@ WARNINGS_AND_UP = 3
 
 
 class OnnxTeacher:
-    """An ONNX file, run by ONNX Runtime. Raises TeacherError, MissingExtraError."""
+    """A teacher made of an ONNX file. It runs once at construction. Raises TeacherError, MissingExtraError."""
 
     published_top1: float | None = None
     class_names: tuple[str, ...] | None = None
@@ -82,9 +83,9 @@ class OnnxTeacher:
         return other
 
     def _answer(self, images_BCSS: Tensor) -> Tensor:
-        """Output (B, C) float32 on the CPU."""
-        # One pass that converts and makes the channels planes, which ONNX wants, then two in place.
-        # From a GPU the bytes are fetched as they are, a quarter of what the same numbers take as float32.
+        """Run the model; return its output (B, C) as float32 on the CPU."""
+        # One pass converts to float32 and to planar channels, which ONNX expects; two more work in place.
+        # From a GPU, uint8 is fetched: a quarter of the bytes of float32.
         planes = torch.empty(images_BCSS.shape, dtype=torch.float32).copy_(images_BCSS.cpu())
         normalised = self.input.arranged(planes.mul_(self.scale).add_(self.shift))
         steps = self.fixed_batch or len(normalised)
@@ -97,7 +98,7 @@ class OnnxTeacher:
         try:
             output = self.session.run(self.output_names, {self.input_name: padded})[0]
         except Exception as error:
-            # ONNX Runtime's own exceptions share no base but Exception.
+            # ONNX Runtime's exceptions share no base class but Exception.
             if "onnxruntime" not in type(error).__module__:
                 raise
             if is_out_of_memory(error):
@@ -119,7 +120,7 @@ class OnnxTeacher:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = WARNINGS_AND_UP
-        # Idle threads that spin would take the cores that decode the next images.
+        # Idle threads that spin would take cores from the threads that decode the next images.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             session = runtime.InferenceSession(str(path), options, providers=providers)
@@ -127,7 +128,7 @@ class OnnxTeacher:
             if "onnxruntime" not in type(error).__module__:
                 raise
             raise TeacherError(f"teacher {self.spec}: ONNX Runtime cannot load it: {error}") from error
-        # Where a library of CUDA's is missing it says so in its log, and goes on with the CPU.
+        # Where one of CUDA's libraries is missing, ONNX Runtime only logs it and falls back to the CPU.
         if on_cuda and CUDA_PROVIDER not in session.get_providers():
             raise TeacherError(
                 f"teacher {self.spec}: ONNX Runtime cannot use CUDA here (its reason is printed above); install the "
@@ -151,7 +152,7 @@ class OnnxTeacher:
         return found
 
     def _outputs(self) -> list[str]:
-        """The output to compute, alone."""
+        """Choose the one output to compute. Raises TeacherError where the choice is not clear."""
         shapes = {each.name: each.shape for each in self.session.get_outputs()}
         wanted = self.spec.output
         if wanted is None and len(shapes) > 1:
@@ -171,7 +172,8 @@ class OnnxTeacher:
         if fixed is not None:
             known.setdefault("size", fixed)
         if self.input.dtype == np.uint8:
-            # Such a model normalises by itself: it wants the pixel values.
+            # A model that takes uint8 normalises by itself. mean 0 and std 1/255 leave the pixel values as they are:
+            # (pixel / 255 - 0) / (1 / 255) = pixel.
             known = {"mean": (0.0,), "std": (1 / 255,), **known}
         chosen = preprocessing_of(self.spec, **known)
         if fixed is not None and chosen.size != fixed:
@@ -179,14 +181,14 @@ class OnnxTeacher:
         return chosen
 
     def _first_answer(self) -> int:
-        """The number of classes, found with two pictures; or with one, where the model says nothing of its batch."""
+        """Run two test pictures and return the number of classes; falls back to batches of one picture."""
         pictures = two_pictures(self.preprocessing.size)
         try:
             output = self._answer(pictures)
         except TeacherError:
             if self.fixed_batch is not None:
                 raise
-            # A batch size of 1 that is written into the graph, and not in its input.
+            # Some graphs fix the batch size to 1 inside, although their input declares an open one.
             self.fixed_batch = 1
             output = self._answer(pictures)
         check_activation(output, self.spec)
@@ -195,13 +197,13 @@ class OnnxTeacher:
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxInput:
-    """The one input of a model; sides are numbers where they are fixed, else names or None."""
+    """The input of a model. A size in `shape` is a number where it is fixed, else a name or None."""
 
     name: str
     shape: tuple[Any, ...]
     dtype: Any
     channels_last: bool
-    """(B, S, S, 3), as TensorFlow has it."""
+    """The layout is (B, S, S, 3), as in TensorFlow, rather than (B, 3, S, S)."""
 
     @property
     def batch(self) -> int | None:
@@ -209,34 +211,35 @@ class OnnxInput:
 
     @property
     def fixed_sides(self) -> set[int]:
-        """Height and width, so far as they are fixed."""
+        """Height and width, as far as they are fixed."""
         sides = self.shape[1:3] if self.channels_last else self.shape[2:]
         return {side for side in sides if isinstance(side, int) and side > 0}
 
     def arranged(self, planes_BCSS: Tensor) -> Any:
-        """An array in the layout and type that the model takes."""
+        """Convert images (B, 3, S, S) to an array of the model's layout and dtype."""
         ordered = planes_BCSS.permute(0, 2, 3, 1).contiguous() if self.channels_last else planes_BCSS
         array = ordered.numpy()
         return (array.round() if self.dtype == np.uint8 else array).astype(self.dtype, copy=False)
 
 
 def _is_rgb(shape: Sequence[Any], axis: int) -> bool:
-    """Whether the axis can hold three channels: a 3, or a side left open while the last one is no 3."""
+    """Whether an axis can be the channels: its size is 3, or it is axis 1 of open size and the last one is not 3."""
     return shape[axis] in (3, "3") or (axis == 1 and not isinstance(shape[1], int) and shape[3] not in (3, "3"))
 
 
 def cuda_options(device: torch.device) -> dict[str, str]:
-    """Options for the GPU that was asked for, full float32, and kernels chosen without timing them."""
+    """Make ONNX Runtime's options for one GPU: float32 without TF32, and kernels chosen without timing them."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return {"device_id": str(index), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 
 
 def load(spec: TeacherSpec, *, device: str, precision: Precision) -> OnnxTeacher:
+    """Load an ONNX file. Raises TeacherError, MissingExtraError."""
     return OnnxTeacher(spec, device=device, precision=precision)
 
 
 def export_onnx(module: nn.Module, path: Path, *, preprocessing: Preprocessing) -> None:
-    """Write `module` (normalised float (B, 3, S, S) to logits) as an ONNX file that knows its preprocessing.
+    """Write `module` (normalised float (B, 3, S, S) to logits) as an ONNX file that includes its preprocessing.
 
     Raises MissingExtraError without the packages onnx and onnxscript.
     """

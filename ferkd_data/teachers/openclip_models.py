@@ -1,4 +1,4 @@
-"""Zero-shot teachers from open_clip: `openclip:ARCH@CHECKPOINT?names=FILE`, classes being what their names say."""
+"""Zero-shot teachers from open_clip, `openclip:ARCH@CHECKPOINT?names=FILE`: the names of the classes are embedded."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from ferkd_data import extras
 from ferkd_data.errors import TeacherError
 from ferkd_data.storage import read_text
 from ferkd_data.teachers.digest import module_digest
-from ferkd_data.teachers.spec import TeacherSpec
-from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_of, reason
+from ferkd_data.teachers.module_teacher import ModuleTeacher
+from ferkd_data.teachers.spec import TeacherSpec, preprocessing_of
+from ferkd_data.teachers.teacher import Precision, reason
 
 IMAGENET = "imagenet"
 SIMPLE = "simple"
 SELF_CONTAINED = ("hf-hub:", "local-dir:")
-"""Architectures whose name says where the weights are."""
+"""Prefixes of architectures whose name includes the location of the weights."""
 
 
 class ZeroShot(nn.Module):
-    """Cosine of an image's and each class's embedding, times the scale that the model was trained with."""
+    """A zero-shot classifier: logits are scale * cosine(image embedding, class embedding) + bias, as trained."""
 
     weight_DC: Tensor
     scale: Tensor
@@ -31,7 +32,7 @@ class ZeroShot(nn.Module):
 
     def __init__(self, model: Any, weight_DC: Tensor) -> None:
         super().__init__()
-        # The text tower has done its work; only models that put their image features together differently keep it.
+        # The text tower is no longer needed. Only models that compute image features in another way keep it.
         self.tower = model.visual if type(model).__name__ in ("CLIP", "CustomTextCLIP") else model
         self.whole = self.tower is model
         self.register_buffer("weight_DC", weight_DC.detach().clone())
@@ -45,7 +46,7 @@ class ZeroShot(nn.Module):
 
 
 def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
-    """Raises TeacherError, MissingExtraError."""
+    """Load a model and embed the names of the classes. Raises TeacherError, MissingExtraError."""
     open_clip = extras.require("open_clip", extra="openclip", what_for=f"teacher {spec}")
     names, templates = _names(spec, open_clip), _templates(spec, open_clip)
     try:
@@ -59,7 +60,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
         with torch.inference_mode():
             weight = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)
     except Exception as error:
-        # Architectures, hub and tokenisers each raise their own.
+        # Architectures, hub and tokenisers each raise errors of their own.
         raise TeacherError(
             f"teacher {spec}: open_clip cannot make it: {reason(error)}{_tags(open_clip, spec)}"
         ) from error
@@ -84,7 +85,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
 
 
 def _names(spec: TeacherSpec, open_clip: Any) -> list[str]:
-    """Class names in the order of the classes; a file may be one for --classes, with the names behind a tab."""
+    """Read the class names in order. A file for --classes, with the names behind a tab, is accepted too."""
     if spec.names is None:
         raise TeacherError(
             f"teacher {spec}: needs the names of the classes: ?names=FILE with one per line in the order of the "
@@ -97,7 +98,7 @@ def _names(spec: TeacherSpec, open_clip: Any) -> list[str]:
 
 
 def _templates(spec: TeacherSpec, open_clip: Any) -> list[Any]:
-    """Prompts, whose embeddings are averaged for each class."""
+    """Make the prompt functions; each class's embedding is the mean over its prompts."""
     chosen = spec.templates or IMAGENET
     if chosen in (IMAGENET, SIMPLE):
         return list(open_clip.OPENAI_IMAGENET_TEMPLATES if chosen == IMAGENET else open_clip.SIMPLE_IMAGENET_TEMPLATES)
@@ -125,7 +126,7 @@ def _lines(spec: TeacherSpec, file: str) -> list[str]:
 
 
 def _tags(open_clip: Any, spec: TeacherSpec) -> str:
-    """The pretrained weights that open_clip knows, for a spec that names none."""
+    """Suggest the pretrained weights that open_clip offers, for a spec that names none."""
     if spec.checkpoint or spec.name.startswith(SELF_CONTAINED):
         return ""
     tags = open_clip.list_pretrained_tags_by_model(spec.name)

@@ -1,4 +1,4 @@
-"""Class logits from what a model returns: the right one of several outputs, checked for shape and kind.
+"""Extract class logits from what a model returns: pick the output, check its shape, and undo an activation.
 
 Legend: B crops, C classes.
 """
@@ -16,20 +16,21 @@ from ferkd_data.errors import TeacherError
 from ferkd_data.teachers.spec import Activation, TeacherSpec
 
 LOGITS = "logits"
-"""The entry that transformers and others fill with class logits."""
+"""Entry of a result that transformers and others fill with class logits."""
 ROW_SUM_TOLERANCE = 0.02
-"""Half-precision softmaxes of 1,000 classes miss 1 by up to a hundredth."""
+"""Half-precision softmaxes of 1,000 classes miss 1 by up to 0.01."""
 TELLING_ROWS = 4
 TELLING_CLASSES = 8
-"""So many rows, or classes in a row, do not lie within 0..1 with sum 1 by chance."""
+"""Rows, or classes in a row, from which values within 0..1 with sum 1 are not taken for chance."""
 TELLING_NUMBERS = 64
-"""So many logits do not all lie within 0..1 by chance."""
+"""Numbers from which values that are all within 0..1 are not taken for chance."""
 SIGMOID_EPS = 1e-7
+"""Distance from 0 and 1 that outputs of a sigmoid are clamped to, so that their logits are finite."""
 NAMES_SHOWN = 12
 
 
 class LogitsOnly(nn.Module):
-    """A module whose `forward` returns class logits (B, C) and nothing else, around a `module` that may return more."""
+    """Wrap a module that returns several outputs, or activations, so that `forward` returns class logits (B, C)."""
 
     def __init__(self, module: nn.Module, spec: TeacherSpec) -> None:
         super().__init__()
@@ -41,10 +42,10 @@ class LogitsOnly(nn.Module):
 
 
 def pick_output(result: Any, spec: TeacherSpec) -> Tensor:
-    """The tensor that holds one row per image.
+    """Pick the tensor with one row per image from a model's result.
 
-    `result` is a tensor, or a (nested) tuple, list, mapping or dataclass, of which `spec.output` names the entry.
-    Without `spec.output`, a sole entry or the entry `logits` is taken. Raises TeacherError that lists the entries.
+    `result` is a tensor, or a tuple, list, mapping or dataclass, of which `spec.output` names the entry. Without
+    `spec.output`, the only entry or the entry `logits` is taken. Raises TeacherError that lists the entries.
     """
     if isinstance(result, Tensor):
         if spec.output is not None:
@@ -74,9 +75,9 @@ def pick_output(result: Any, spec: TeacherSpec) -> Tensor:
 
 
 def to_logits(output_BC: Tensor, activation: Activation | None) -> Tensor:
-    """Logits (B, C) whose softmax (or, for `sigmoid`, logistic function) gives back the output.
+    """Invert the activation: return logits (B, C) whose softmax (for `sigmoid`: logistic function) is the output.
 
-    Log-probabilities are logits already: their softmax is the probabilities.
+    Probabilities become their logarithms: softmax(log p) = p.
     """
     if activation == "probabilities":
         return output_BC.float().clamp(min=torch.finfo(torch.float32).tiny).log()
@@ -86,10 +87,10 @@ def to_logits(output_BC: Tensor, activation: Activation | None) -> Tensor:
 
 
 def looks_like(output_BC: Tensor) -> Activation:
-    """The kind of numbers in a model's output, judged by their range: logits are hardly ever all within 0..1.
+    """Guess the kind of numbers in an output (B, C) by their range: logits are hardly ever all within 0..1.
 
-    Rows that also sum to 1 are probabilities; others are taken for the outputs of a sigmoid. Too few numbers to tell
-    are taken for logits.
+    Numbers within 0..1 are probabilities where rows sum to 1, else outputs of a sigmoid. Too few numbers to tell are
+    taken for logits.
     """
     values = output_BC.detach().float()
     if not torch.isfinite(values).all() or values.min() < 0 or values.max() > 1 + ROW_SUM_TOLERANCE:
@@ -97,13 +98,13 @@ def looks_like(output_BC: Tensor) -> Activation:
     rows, classes = values.shape
     if ((values.sum(dim=1) - 1).abs() < ROW_SUM_TOLERANCE).all():
         return "probabilities" if rows >= TELLING_ROWS or classes >= TELLING_CLASSES else "logits"
-    # Nothing can be said of a model that gives the same for every class; it is refused elsewhere.
+    # Equal values for every class allow no guess; `probe.check_answers` refuses such a model.
     same = bool((values == values[:, :1]).all())
     return "logits" if same or values.numel() < TELLING_NUMBERS else "sigmoid"
 
 
 def check_activation(output_BC: Tensor, spec: TeacherSpec) -> None:
-    """Raise TeacherError where the output is not what the spec says it is, or probabilities where it says nothing."""
+    """Raise TeacherError where the output contradicts the spec's activation, or is probabilities without one."""
     if spec.activation is None and looks_like(output_BC) == "probabilities":
         raise TeacherError(
             f"teacher {spec}: gives probabilities (rows within 0..1 that sum to 1), not logits, and a softmax over "
@@ -123,7 +124,7 @@ def check_activation(output_BC: Tensor, spec: TeacherSpec) -> None:
 
 
 def check_shape(output: Tensor, num_images: int, spec: TeacherSpec) -> None:
-    """Raise TeacherError where the output is not (images, classes), or of another number of classes than expected."""
+    """Raise TeacherError unless the output is (num_images, C), with C = `spec.classes` where that is given."""
     if output.ndim != 2:
         raise TeacherError(
             f"teacher {spec}: gives a tensor of shape {tuple(output.shape)}, expected (B, classes); if these are "
@@ -143,14 +144,14 @@ def check_shape(output: Tensor, num_images: int, spec: TeacherSpec) -> None:
 
 
 def _rows(output: Tensor) -> Tensor:
-    """The output without sides of 1, as fully convolutional heads leave them: (B, C, 1, 1) to (B, C)."""
+    """Drop axes of size 1, which fully convolutional heads leave: (B, C, 1, 1) becomes (B, C)."""
     if output.ndim > 2 and sum(side != 1 for side in output.shape[1:]) <= 1:
         return output.flatten(1)
     return output
 
 
 def _entries(result: Any) -> dict[str, Any]:
-    """Name, or position, of each output that is there."""
+    """List the outputs of a result by name, or by number; those that are None are left out."""
     if isinstance(result, Mapping):
         entries = {str(name): value for name, value in result.items()}
     elif is_dataclass(result) and not isinstance(result, type):

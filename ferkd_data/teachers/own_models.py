@@ -1,7 +1,7 @@
-"""Teachers of the user's own: `torchscript:FILE` and `python:package.module:factory`.
+"""The user's own teachers: `torchscript:FILE` and `python:package.module:factory`.
 
-Both run code that the user brings. A `python:` factory takes no arguments and returns an `nn.Module` from normalised
-float (B, 3, S, S) to logits (B, C); a dict attribute `preprocessing` on it (size, mean, std, interpolation) is read.
+Both run the user's code. A `python:` factory takes no arguments and returns an `nn.Module` from normalised float
+(B, 3, S, S) to logits (B, C). A dict attribute `preprocessing` of the module (size, mean, std, interpolation) is read.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from ferkd_data.errors import FerkdError, TeacherError
 from ferkd_data.storage import sha256_file
 from ferkd_data.teachers.checkpoint import load_checkpoint
 from ferkd_data.teachers.digest import module_digest
-from ferkd_data.teachers.spec import TeacherSpec
-from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_of, reason
+from ferkd_data.teachers.module_teacher import ModuleTeacher
+from ferkd_data.teachers.spec import TeacherSpec, preprocessing_of
+from ferkd_data.teachers.teacher import Precision, reason
 
 KNOWN = ("size", "interpolation", "mean", "std", "crop_pct")
 
 
 def load_torchscript(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
+    """Load a TorchScript file. Raises TeacherError."""
     path = Path(spec.name).expanduser()
     if not path.is_file():
         raise TeacherError(f"teacher {spec}: no such file")
@@ -42,6 +44,7 @@ def load_torchscript(spec: TeacherSpec, *, device: str, precision: Precision) ->
 
 
 def load_python(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
+    """Import a module and call its factory. Raises TeacherError."""
     module = _make(spec)
     if spec.checkpoint is not None:
         load_checkpoint(module, Path(spec.checkpoint), teacher=str(spec))
@@ -66,14 +69,14 @@ def _make(spec: TeacherSpec) -> nn.Module:
     if not colon:
         raise TeacherError(f"teacher {spec}: must be python:package.module:factory")
     if "" not in sys.path:
-        # As with `python -m`: a teacher in the working directory needs no installation.
+        # As with `python -m`, so that a teacher in the working directory needs no installation.
         sys.path.insert(0, "")
     try:
         source = importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise TeacherError(f"teacher {spec}: {error}; is it installed, or in the working directory?") from error
     except (Exception, SystemExit) as error:
-        # The builder's own code, here and below, which may raise anything.
+        # The user's own code, here and below, may raise anything.
         raise TeacherError(f"teacher {spec}: importing {package} failed: {reason(error)}") from error
     function = getattr(source, factory, None)
     if not callable(function):

@@ -1,6 +1,4 @@
-"""A teacher as the user writes it, parsed once.
-
-    KIND:NAME[@CHECKPOINT][?option=value&option=value]
+"""Teacher specs: parse `KIND:NAME[@CHECKPOINT][?option=value&option=value]` once, and work out the preprocessing.
 
 docs/teachers.md lists the kinds and the options.
 """
@@ -8,33 +6,59 @@ docs/teachers.md lists the kinds and the options.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from ferkd_data.errors import UsageError
+from ferkd_data.errors import TeacherError, UsageError
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
 
 Kind: TypeAlias = Literal["timm", "torchvision", "hf", "openclip", "onnx", "torchscript", "python"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 Activation: TypeAlias = Literal["logits", "probabilities", "sigmoid"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 Triple: TypeAlias = tuple[float, float, float]
-WITH_CHECKPOINT: tuple[Kind, ...] = ("timm", "torchvision", "hf", "openclip", "python")
-WITH_OUTPUT: tuple[Kind, ...] = ("onnx", "torchscript", "python")
 EXAMPLE = "timm:resnet50@weights.safetensors?size=224&weight=2"
 CENTRE_SHARE = 0.875
-"""Share of the shorter side in the usual central crop (resize to 256, crop 224)."""
+"""Share of the shorter side in the usual central crop: resize to 256, crop 224."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindTraits:
+    """How a kind of teacher is loaded, and which parts its specs may have."""
+
+    load: str
+    """`MODULE.FUNCTION` in this package; the function fulfils `teacher.LoadTeacher`."""
+    takes_checkpoint: bool = False
+    """Specs may end in @CHECKPOINT; for other kinds, NAME is the file with the weights."""
+    takes_output: bool = False
+    """Specs may have the option output."""
+
+
+KINDS: dict[Kind, KindTraits] = {
+    "timm": KindTraits(load="timm_models.load", takes_checkpoint=True),
+    "torchvision": KindTraits(load="torchvision_models.load", takes_checkpoint=True),
+    "hf": KindTraits(load="hf_models.load", takes_checkpoint=True),
+    "openclip": KindTraits(load="openclip_models.load", takes_checkpoint=True),
+    "onnx": KindTraits(load="onnx_models.load", takes_output=True),
+    "torchscript": KindTraits(load="own_models.load_torchscript", takes_output=True),
+    "python": KindTraits(load="own_models.load_python", takes_checkpoint=True, takes_output=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """The input a teacher expects: square crops, (pixel / 255 - mean) / std per RGB channel."""
+    """The input that a teacher expects: square crops, each RGB channel (pixel / 255 - mean) / std.
+
+    Raises UsageError for values outside their ranges.
+    """
 
     size: int
+    """Side of the square in pixels, 1..8192."""
     interpolation: Interpolation = "bilinear"
     mean: Triple
+    """Per channel, in units of pixel values scaled to 0..1."""
     std: Triple
+    """Per channel, in units of pixel values scaled to 0..1; positive."""
     crop_pct: float = CENTRE_SHARE
     """Share of the shorter side that the central crop of `evaluate` spans; a build does not use it."""
 
@@ -51,37 +75,47 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
-    """A parsed teacher spec. Raises UsageError for options that do not go together.
+    """A teacher of an ensemble: which model, and how it is used.
 
-    >>> TeacherSpec.parse("timm:resnet50@w.pth?classes=37&weight=2").classes
-    37
+    `build(teachers=[...])` takes specs as texts or as objects of this class. `parse` reads a text, `str` writes it.
+
+    Raises UsageError for values outside their ranges, and for options that the kind does not take.
+
+    >>> spec = fd.TeacherSpec.parse("timm:resnet50@w.pth?classes=37&weight=2")
+    >>> spec.kind, spec.name, spec.checkpoint, spec.classes
+    ('timm', 'resnet50', 'w.pth', 37)
+    >>> str(spec)
+    'timm:resnet50@w.pth?classes=37&weight=2.0'
     """
 
     kind: Kind
     name: str
     """The model's name, the file (onnx, torchscript), or `package.module:factory` (python)."""
     checkpoint: str | None = None
+    """File, folder (hf) or tag (openclip) of the weights; None: the model's pretrained weights."""
     size: int | None = None
-    """Side of the square input in pixels."""
+    """Side of the square input in pixels; None here and below: as the model's library says."""
     interpolation: Interpolation | None = None
     mean: Triple | None = None
+    """Per channel, in units of pixel values scaled to 0..1."""
     std: Triple | None = None
+    """Per channel, in units of pixel values scaled to 0..1."""
     crop_pct: float | None = None
     """Share of the shorter side that the central crop of `evaluate` spans."""
     classes: int | None = None
-    """Number of classes: the head that timm and torchvision make; for every kind, what the output must have."""
+    """Number of classes: size of the head that timm and torchvision make; checked against the output of any kind."""
     output: str | None = None
     """Name or number of the output that holds the logits, where the model has several."""
     activation: Activation | None = None
-    """What the output is; None: logits, checked for looking like probabilities."""
+    """Kind of numbers in the output; None: logits, refused where they look like probabilities."""
     names: str | None = None
     """openclip: `imagenet`, or a text file with one class name per line."""
     templates: str | None = None
     """openclip: `imagenet`, `simple`, or a text file with one prompt per line, `{}` standing for the class name."""
     weight: float = 1.0
-    """Relative to the other teachers of the ensemble."""
+    """Weight relative to the other teachers of the ensemble."""
     temperature: float = 1.0
-    """The logits are divided by it."""
+    """Divisor of the logits."""
 
     def __post_init__(self) -> None:
         if not (0 < self.weight < math.inf and 0 < self.temperature < math.inf):
@@ -90,18 +124,18 @@ class TeacherSpec:
             raise UsageError(f"teacher {self.name}: crop_pct must be above 0 and at most 1, got {self.crop_pct:g}")
         if self.classes is not None and self.classes < 1:
             raise UsageError(f"teacher {self.name}: classes must be at least 1, got {self.classes}")
-        if self.checkpoint is not None and self.kind not in WITH_CHECKPOINT:
+        if self.checkpoint is not None and not KINDS[self.kind].takes_checkpoint:
             raise UsageError(
                 f"teacher {self.kind}:{self.name}: the file itself holds the weights; drop @{self.checkpoint}"
             )
-        if self.output is not None and self.kind not in WITH_OUTPUT:
-            raise UsageError(f"teacher {self.kind}:{self.name}: only {', '.join(WITH_OUTPUT)} take the option output")
-
+        if self.output is not None and not KINDS[self.kind].takes_output:
+            takers = ", ".join(kind for kind, traits in KINDS.items() if traits.takes_output)
+            raise UsageError(f"teacher {self.kind}:{self.name}: only {takers} take the option output")
         if self.kind != "openclip" and (self.names or self.templates):
             raise UsageError(f"teacher {self.kind}:{self.name}: only openclip takes the options names and templates")
 
     def __str__(self) -> str:
-        """The spec again; `TeacherSpec.parse(str(spec)) == spec`."""
+        """Write the spec as a text: `TeacherSpec.parse(str(spec)) == spec`."""
         options = {name: getattr(self, name) for name in OPTIONS}
         given = {
             k: v for k, v in options.items() if v is not None and (k, v) not in (("weight", 1.0), ("temperature", 1.0))
@@ -112,14 +146,15 @@ class TeacherSpec:
 
     @classmethod
     def parse(cls, text: str) -> TeacherSpec:
-        """Raises UsageError that names the part at fault."""
+        """Parse `KIND:NAME[@CHECKPOINT][?option=value&…]`. Raises UsageError that names the part at fault."""
         kind, colon, rest = text.partition(":")
-        if kind not in KINDS or not colon:
+        traits = next((traits for name, traits in KINDS.items() if name == kind), None)
+        if traits is None or not colon:
             raise UsageError(
                 f"teacher {text!r}: must start with one of {', '.join(k + ':' for k in KINDS)} as in {EXAMPLE}"
             )
         target, _, query = rest.partition("?")
-        name, _, checkpoint = target.partition("@") if kind in WITH_CHECKPOINT else (target, "", "")
+        name, _, checkpoint = target.partition("@") if traits.takes_checkpoint else (target, "", "")
         if not name:
             raise UsageError(f"teacher {text!r}: names no model, as in {EXAMPLE}")
         spec: dict[str, Any] = {"kind": kind, "name": name, "checkpoint": checkpoint or None}
@@ -167,7 +202,7 @@ def _triple(text: str) -> Triple:
 
 
 def _number(text: str) -> float:
-    """A decimal number, or a fraction such as 127/255."""
+    """Parse a decimal number, or a fraction such as 127/255."""
     numerator, slash, denominator = text.partition("/")
     number = float(numerator) / float(denominator) if slash else float(numerator)
     if not math.isfinite(number):
@@ -195,4 +230,52 @@ OPTIONS: dict[str, Callable[[str], object]] = {
     "weight": _number,
     "temperature": _number,
 }
-"""Name of each option -> its parser, in the order in which a spec is written."""
+"""Parser of each option, in the order in which `str` writes them."""
+
+
+def preprocessing_of(
+    spec: TeacherSpec,
+    *,
+    size: int | None = None,
+    interpolation: str | None = None,
+    mean: object = None,
+    std: object = None,
+    crop_pct: float | None = None,
+) -> Preprocessing:
+    """Work out a teacher's preprocessing from the options of its spec, else from what its library says of the model.
+
+    Raises TeacherError for a value that neither gives, and for an interpolation that crops cannot be cut with.
+    """
+    values: dict[str, Any] = {}
+    for name, value, example in (
+        ("size", size, "224"),
+        ("mean", mean, "0.485,0.456,0.406"),
+        ("std", std, "0.229,0.224,0.225"),
+    ):
+        chosen = getattr(spec, name) if getattr(spec, name) is not None else value
+        if chosen is None:
+            raise TeacherError(f"teacher {spec}: its {name} is not known; add the option, such as ?{name}={example}")
+        try:
+            values[name] = _side(chosen) if name == "size" else triple(_numbers(chosen))
+        except (TypeError, ValueError) as error:
+            raise TeacherError(f"teacher {spec}: its {name} cannot be {chosen!r}: {error}") from error
+    chosen_filter = spec.interpolation or interpolation or "bilinear"
+    if chosen_filter not in INTERPOLATIONS:
+        raise TeacherError(
+            f"teacher {spec}: its images are resized with {chosen_filter}, and crops are cut with "
+            f"{' or '.join(INTERPOLATIONS)} only; choose one, such as ?interpolation=bicubic"
+        )
+    values["crop_pct"] = spec.crop_pct or crop_pct or CENTRE_SHARE
+    return Preprocessing(interpolation=chosen_filter, **values)
+
+
+def _side(value: Any) -> int:
+    """Return the side of a square given as 224 or as (224, 224). Raises ValueError for another shape."""
+    sides = {int(side) for side in (value if isinstance(value, (list, tuple)) else [value])}
+    if len(sides) != 1:
+        raise ValueError("only square images are supported")
+    return sides.pop()
+
+
+def _numbers(value: Any) -> list[float]:
+    return [float(x) for x in (value if isinstance(value, Iterable) else [value])]

@@ -11,12 +11,13 @@ from ferkd_data import extras
 from ferkd_data.errors import TeacherError
 from ferkd_data.teachers.checkpoint import load_checkpoint
 from ferkd_data.teachers.digest import module_digest
-from ferkd_data.teachers.spec import TeacherSpec
-from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_of
+from ferkd_data.teachers.module_teacher import ModuleTeacher
+from ferkd_data.teachers.spec import TeacherSpec, preprocessing_of
+from ferkd_data.teachers.teacher import Precision
 
 
 def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
-    """Raises TeacherError, MissingExtraError."""
+    """Load a timm classifier. Raises TeacherError, MissingExtraError."""
     timm = extras.require("timm", extra="timm", what_for=f"teacher {spec}")
     module = _make(timm, spec)
     if spec.checkpoint is not None:
@@ -47,7 +48,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
 
 
 def _make(timm: Any, spec: TeacherSpec) -> nn.Module:
-    """The model with its own head, or with a head of `classes` where a checkpoint fills it."""
+    """Create the model, with a head of `classes` outputs where a checkpoint fills it. Raises TeacherError."""
     options: dict[str, Any] = {}
     if spec.checkpoint is not None and spec.classes is not None:
         options["num_classes"] = spec.classes
@@ -66,17 +67,17 @@ def _make(timm: Any, spec: TeacherSpec) -> nn.Module:
 
 
 def _has_fixed_size(timm: Any, name: str) -> bool:
-    """Whether the model is made for one input size, as vision transformers with learned positions are."""
+    """Whether the model is made for one input size, like vision transformers with learned positions."""
     try:
         config = timm.get_pretrained_cfg(name)
     except (RuntimeError, ValueError):
-        # The name of no model, or of one on a hub: `create_model` finds out.
+        # Not a model of timm's own; `create_model` tells a model on a hub from a wrong name.
         return False
     return bool(getattr(config, "fixed_input_size", False))
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """The 1,000 classes of ImageNet-1k in the usual order, readable."""
+    """Return the names of ImageNet-1k's 1,000 classes in the usual order."""
     from torchvision.models import ResNet18_Weights
 
     return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])

@@ -1,4 +1,4 @@
-"""Teachers from torchvision: `torchvision:NAME[@checkpoint]`, with the weights torchvision calls DEFAULT."""
+"""Teachers from torchvision: `torchvision:NAME[@checkpoint]`; without a checkpoint, with its DEFAULT weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import nn
 from ferkd_data.errors import TeacherError
 from ferkd_data.teachers.checkpoint import load_checkpoint
 from ferkd_data.teachers.digest import module_digest
-from ferkd_data.teachers.spec import TeacherSpec
-from ferkd_data.teachers.teacher import ModuleTeacher, Precision, preprocessing_of
+from ferkd_data.teachers.module_teacher import ModuleTeacher
+from ferkd_data.teachers.spec import TeacherSpec, preprocessing_of
+from ferkd_data.teachers.teacher import Precision
 
 
 def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
-    """Raises TeacherError."""
+    """Load a torchvision classifier. Raises TeacherError."""
     try:
         weights: Any = torchvision.models.get_model_weights(spec.name).DEFAULT
     except (ValueError, AttributeError) as error:
@@ -56,7 +57,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
 
 
 def _make(spec: TeacherSpec, weights: Any) -> nn.Module:
-    """The model with its pretrained weights, or with what a checkpoint needs."""
+    """Create the model with its pretrained weights, or with the head and size that a checkpoint needs."""
     if spec.checkpoint is None:
         pretrained: nn.Module = torchvision.models.get_model(spec.name, weights=weights)
         return pretrained
@@ -64,7 +65,7 @@ def _make(spec: TeacherSpec, weights: Any) -> nn.Module:
     if spec.size is not None and spec.name.startswith("vit_"):
         options["image_size"] = spec.size
     with warnings.catch_warnings():
-        # Some say that their random weights take long to make; the checkpoint replaces them.
+        # Some models warn that initialising their weights is slow; the checkpoint replaces these.
         warnings.simplefilter("ignore", FutureWarning)
         module: nn.Module = torchvision.models.get_model(spec.name, weights=None, **options)
     return module
@@ -75,6 +76,6 @@ def _first(sizes: Any) -> int | None:
 
 
 def _crop_pct(transforms: Any) -> float | None:
-    """Share of the shorter side that the central crop spans."""
+    """Compute the share of the shorter side that the central crop spans: crop size / resize size."""
     resized, cropped = (_first(getattr(transforms, name, None)) for name in ("resize_size", "crop_size"))
     return cropped / resized if resized and cropped and cropped <= resized else None

@@ -23,7 +23,7 @@ from ferkd_data.images import ImageRef
 from ferkd_data.loader.device_decode import DeviceWorkers
 from ferkd_data.targets import SoftTargets
 from ferkd_data.teachers import Preprocessing, TeacherSpec
-from ferkd_data.teachers.teacher import ModuleTeacher
+from ferkd_data.teachers.module_teacher import ModuleTeacher
 
 MODULES = {
     "resnet": lambda: torchvision.models.resnet18(num_classes=10),

@@ -14,9 +14,8 @@ from ferkd_data.evaluate import evaluate
 from ferkd_data.images import open_source
 from ferkd_data.teachers import TeacherSpec, load_teacher
 from ferkd_data.teachers.compiled import is_plain_module
-from ferkd_data.teachers.load import check_class_order
 from ferkd_data.teachers.outputs import looks_like
-from ferkd_data.teachers.probe import probe_teachers
+from ferkd_data.teachers.probe import check_class_order, probe_teachers
 
 
 def load(name: str):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import pickle
 import sys
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,13 +16,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ferkd_data import teachers
 from ferkd_data.crops import Crops
 from ferkd_data.demo import efficientnet_lite
 from ferkd_data.errors import MissingExtraError, TeacherError, UsageError
 from ferkd_data.images import decode_rgb
 from ferkd_data.replay import replay
-from ferkd_data.teachers import Preprocessing, TeacherSpec, load_teacher, load_teachers
+from ferkd_data.teachers import LoadTeacher, Preprocessing, TeacherSpec, load_teacher, load_teachers
 from ferkd_data.teachers.onnx_models import export_onnx
+from ferkd_data.teachers.spec import KINDS, Kind
 
 LITE = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
 NAMES = st.text("abcXYZ019_-./", min_size=1, max_size=20)
@@ -43,6 +48,21 @@ TRIPLES = st.tuples(POSITIVE, POSITIVE, POSITIVE)
 )
 def test_a_spec_survives_its_own_text(spec):
     assert TeacherSpec.parse(str(spec)) == spec
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_a_loader_that_fulfils_the_protocol(kind):
+    module, _, function = KINDS[kind].load.partition(".")
+    source = Path(teachers.__file__).parent / f"{module}.py"
+    # Read, not imported: the kind's library may be missing.
+    found = {node.name: node for node in ast.parse(source.read_text()).body if isinstance(node, ast.FunctionDef)}
+    wanted = inspect.signature(LoadTeacher.__call__)
+    assert [a.arg for a in found[function].args.args] == ["spec"] and list(wanted.parameters)[:2] == ["self", "spec"]
+    assert [a.arg for a in found[function].args.kwonlyargs] == list(wanted.parameters)[2:]
+
+
+def test_kinds_are_those_of_the_type():
+    assert tuple(KINDS) == get_args(Kind)
 
 
 def test_parsing():

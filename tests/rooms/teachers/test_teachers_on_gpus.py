@@ -11,7 +11,7 @@ import torch
 from ferkd_data.builder.labelling.forwards import current_device
 from ferkd_data.errors import TeacherError
 from ferkd_data.teachers import Preprocessing, TeacherSpec, onnx_models
-from ferkd_data.teachers.teacher import ModuleTeacher, check_precision, faithful_kernels
+from ferkd_data.teachers.module_teacher import ModuleTeacher, check_precision, faithful_kernels
 
 CUDNN, MATMUL = torch.backends.cudnn, torch.backends.cuda.matmul
 
