@@ -16,14 +16,18 @@ from .terminal import say
 @click.argument("a")
 @click.argument("b")
 @click.option(
-    "--examples", type=click.IntRange(min=0), default=5, show_default=True, help="Crops shown that differ most."
+    "--examples",
+    type=click.IntRange(min=0),
+    default=5,
+    show_default=True,
+    help="Most different crops to show.",
 )
 @json_option
 def command(a: str, b: str, examples: int, as_json: bool) -> int:
     """Compare the label sets A and B of the same images: other teachers, thresholds or crops.
 
-    Crops are compared where both have the same box of the same image. The KL divergence is that of B's soft label from
-    A's, in nats; 0 is the same label.
+    Crops are compared where both label sets have the same box of the same image. The KL divergence is that of B's soft
+    label from A's, in nats; 0 means equal labels.
     """
     import ferkd_data as fd
 

@@ -16,13 +16,13 @@ from .terminal import say
 @click.command(cls=GroupedCommand)
 @click.argument("source")
 @teacher_options
-@click.option("--limit", type=int, default=1000, show_default=True, help="Images looked at, spread over SOURCE.")
+@click.option("--limit", type=int, default=1000, show_default=True, help="Images to evaluate, spread over SOURCE.")
 @click.option(
     "--diagnose",
     type=int,
     default=200,
     show_default=True,
-    help="Images on which other common normalisations are tried as well; 0 for none.",
+    help="Images on which to try other common normalisations, too; 0 for none.",
 )
 @json_option
 def command(
@@ -36,10 +36,10 @@ def command(
     diagnose: int,
     as_json: bool,
 ) -> int:
-    """Check that every teacher is wired right, on the labelled images of SOURCE.
+    """Check on the labelled images of SOURCE that every teacher is wired right.
 
-    Prints top-1, top-5 and the expected calibration error of each teacher and of the ensemble on central crops, and
-    warns where one is near chance, far below what is published, or better under another normalisation.
+    Prints top-1, top-5 and the expected calibration error of each teacher and of the ensemble on central crops. Warns
+    where a teacher is near chance, far below its published accuracy, or better under another normalisation.
     """
     from ferkd_data.builder import Resources
     from ferkd_data.evaluate import evaluate

@@ -15,23 +15,23 @@ from .terminal import say
 @click.command()
 @click.argument("labels")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--images", metavar="SOURCE", help="The images that were labelled, to be shown with their crops.")
+@click.option("--images", metavar="SOURCE", help="The images that were labelled, to show with their crops.")
 @click.option(
     "--csv",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Also list the images whose ground truth is doubtful, at most 1,000, in this file.",
+    help="Also list the images with a doubtful ground truth, at most 1,000, in this file.",
 )
 @click.option(
     "--log-json",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The log that `build --log-json` wrote: the report then says how long the build took.",
+    help="The log that `build --log-json` wrote, so that the report states how long the build took.",
 )
 @json_option
 def command(labels: str, file: Path, images: str | None, csv: Path | None, log_json: Path | None, as_json: bool) -> int:
     """Write the label set LABELS, a folder or a URL, as one HTML file FILE to look at in a browser.
 
-    The file needs no network and no other file. LABELS may be a build that still runs, or was interrupted: the report
-    is then about its finished shards.
+    The file needs no network and no other file. LABELS may be a build that still runs, or was interrupted; the report
+    then covers its finished shards.
     """
     from ferkd_data.report import write_report
 

@@ -19,7 +19,7 @@ from .terminal import say
 @click.option(
     "--classes",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Names for the classes, one line per class as for build, where the label set has none.",
+    help="Names of the classes, one line per class as for build, for a label set without names.",
 )
 @click.option(
     "--image",
@@ -69,7 +69,7 @@ def command(
 
 
 def _names(classes: Path | None, labels: Any) -> Sequence[str] | None:
-    """The class names to show. Raises SourceError, or UsageError where their number is not that of the classes."""
+    """Choose the class names to show. Raises SourceError, and UsageError where their number is wrong."""
     from ferkd_data.errors import UsageError
     from ferkd_data.images import read_class_list
 
@@ -83,7 +83,7 @@ def _names(classes: Path | None, labels: Any) -> Sequence[str] | None:
 
 
 def describe_crop(labels: Any, image: Any, n: int, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """One crop as plain values; `names` are by default the label set's."""
+    """Describe a crop by plain values. `names` default to the label set's."""
     from ferkd_data.labels.buckets import BUCKETS
 
     names = names or labels.class_names
@@ -101,13 +101,13 @@ def describe_crop(labels: Any, image: Any, n: int, names: Sequence[str] | None =
 
 
 def print_image(labels: Any, image: Any, crops: list[dict[str, Any]], names: Sequence[str] | None = None) -> None:
-    """An aligned table, with a line above that says what its columns are."""
+    """Print an image's crops as an aligned table with a head."""
     names = names or labels.class_names
     target = "unlabelled" if image.target < 0 else (names[image.target] if names else f"class {image.target}")
     say(f"{image.key} ({image.width}x{image.height}, {target})")
     say(f"  {'crop':>4}  {'width x height + left + top':<28} {'bucket':<14} most probable classes")
     for crop in crops:
         top, left, height, width = crop["box"]
-        place = f"{width}x{height}+{left}+{top}{' flipped' if crop['flip'] else ''}"
+        box = f"{width}x{height}+{left}+{top}{' flipped' if crop['flip'] else ''}"
         text = ", ".join(f"{label['name'].split(',')[0]} {label['prob']:.2f}" for label in crop["labels"][:3])
-        say(f"  {crop['crop']:>4}  {place:<28} {crop['bucket']:<14} {text}")
+        say(f"  {crop['crop']:>4}  {box:<28} {crop['bucket']:<14} {text}")

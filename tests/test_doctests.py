@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,9 @@ def examples(name):
 
 @pytest.mark.parametrize("name", [name for name in fd.__all__ if examples(name)])
 def test_the_examples_of_a_public_name_run(name, tmp_path, monkeypatch):
-    """`fd` and `labels`, a small label set, are at hand; files are written to an empty folder."""
+    """`fd` and `labels`, a small label set, are at hand; files are written to a folder with another, with images."""
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(GOLDEN.parent / "webdataset", "labels-with-images")
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     for test in examples(name):
         test.globs.update(fd=fd, labels=fd.open_labels(GOLDEN), LABELS=str(GOLDEN), **{name: getattr(fd, name)})

@@ -1,4 +1,10 @@
-"""Something to look at: a label set as a page, an image with its boxes, a loader's next batch, two sets compared."""
+"""Look at labels: `write_report` and `LiveReport` write a label set as an HTML page, `preview` a loader's next batch;
+`show` draws one image with its crops; `compare` compares two label sets.
+
+A report is made in three steps. `collect` reads the label set once, into sums (`sketch`) and samples (`samples`,
+`suspects`). `pictures` fetches the sampled images. `page` arranges charts, tables, cards and findings, and renders them
+as one file.
+"""
 
 from __future__ import annotations
 

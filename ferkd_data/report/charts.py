@@ -1,7 +1,7 @@
-"""Charts as static SVG, each with a table of the same numbers.
+"""Draw charts as static SVG, each with a table of the same numbers.
 
-They need no script, print as they are, and take their colours from the page's style sheet, so that they follow the
-reader's light or dark mode. Everything is drawn for a width of 400 units, which is readable on a phone.
+Charts need no script, can be printed, and take their colours from the page's style sheet, which follows the reader's
+light or dark mode. All are drawn for a width of 400 units, which is readable on a phone.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from markupsafe import Markup, escape
 
 WIDTH = 400
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 40
-"""Margins of the area that is drawn in, for the axes."""
+"""Margins of the plot area, for the axes."""
 COLOUR_BAR = 18
 """Height of a heat map's colour bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
+    """Head of a table's column."""
+
     title: str
     numeric: bool = True
     unit: str = ""
@@ -29,7 +31,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table, sorted by `value` where it has one."""
+    """Cell of a table; a sortable table sorts it by `value`, if it has one."""
 
     text: str
     value: float | None = None
@@ -37,6 +39,8 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
+    """Table of a page."""
+
     caption: str
     columns: tuple[Column, ...]
     rows: Sequence[Sequence[Cell | str]]
@@ -45,16 +49,18 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
+    """Chart of a page, with the table of its numbers."""
+
     title: str
     svg: Markup
     table: Table
     note: str = ""
     legend: tuple[tuple[str, str], ...] = field(default=())
-    """(class of the style sheet, what it stands for)."""
+    """Entries of the legend: (class of the style sheet, meaning)."""
 
 
 def tag(name: str, content: str = "", /, **attributes: object) -> Markup:
-    """An SVG element. Attributes and text are escaped; `_` in an attribute's name stands for `-`."""
+    """Write an SVG element. Attributes and text are escaped; `_` in an attribute's name stands for `-`."""
     pairs = ((key.rstrip("_").replace("_", "-"), _number(value)) for key, value in attributes.items())
     given = Markup("").join(Markup(' {}="{}"').format(*pair) for pair in pairs)
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), given, content)
@@ -65,13 +71,13 @@ def _number(value: object) -> object:
 
 
 def svg(height: int, parts: Sequence[Markup], title: str, width: int = WIDTH) -> Markup:
-    """The picture of a chart, with its title for screen readers."""
+    """Write the SVG of a chart, with its title for screen readers."""
     content = tag("title", escape(title)) + Markup("").join(parts)
     return tag("svg", content, viewBox=f"0 0 {width} {height}", role="img", class_="chart", aria_label=title)
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """`12.3 %` of a share in 0..1; what is not 0 never shows as 0."""
+    """Format a share in 0..1 as `12.3 %`. A share above 0 is never shown as 0."""
     smallest = 10.0**-digits
     if 0 < 100 * share < smallest / 2:
         return f"<{smallest:.{digits}f} %"
@@ -87,7 +93,7 @@ def grouped_bars(
     note: str = "",
     first_column: str = "",
 ) -> Chart:
-    """Bars side by side for each name; `series` is (name, class of the style sheet, shares in percent)."""
+    """Draw bars side by side for each name; `series` is (name, class of the style sheet, shares in percent)."""
     slanted = len(names) > 8
     height, bottom = (250, BOTTOM + 26) if slanted else (220, BOTTOM)
     top = _nice_top(max((max(values, default=0) for _, _, values in series), default=0))
@@ -135,7 +141,7 @@ def _y_axis(top: float, plot_h: float) -> list[Markup]:
 
 
 def _nice_top(largest: float) -> float:
-    """The end of an axis: 4 steps of a round number."""
+    """Choose the end of an axis, so that a quarter of it is a round number."""
     for top in (1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 60, 80, 100):
         if largest <= top:
             return float(top)
@@ -155,9 +161,9 @@ def heat_map(
     digits: int = 2,
     note: str = "",
 ) -> Chart:
-    """A grid of cells, shaded more where the value (rows, columns) is larger; NaN is left blank.
+    """Draw a grid of cells, shaded by `values` (rows, columns); NaN is left blank.
 
-    `upwards`: the first row is the lowest. The table has at most 5 x 5 cells, each the mean of those it covers.
+    With `upwards`, the first row is the lowest. The table has at most 5 x 5 cells, each the mean over an area.
     """
     rows, columns = values.shape
     size = WIDTH - LEFT - RIGHT
@@ -172,7 +178,7 @@ def heat_map(
         if np.isfinite(value) and value >= least and largest > 0:
             y = TOP + (rows - 1 - row if upwards else row) * cell_h
             shade = max(0.03, round(float(value) / largest, 2))
-            # A little wider than its cell: no seams where pixels are cut.
+            # Slightly larger than its cell, so that no seams show between pixels.
             parts.append(
                 tag("rect", x=LEFT + column * cell_w, y=y, width=cell_w + 0.3, height=cell_h + 0.3, fill_opacity=shade)
             )
@@ -196,7 +202,7 @@ def heat_map(
 
 
 def _colour_bar(y: float, most: str) -> list[Markup]:
-    """Ten shades from 0 to the largest value, with both ends named."""
+    """Draw ten shades from 0 to the largest value, with both ends labelled."""
     width = 12
     shades = [
         tag("rect", x=LEFT + 14 + i * width, y=y, width=width + 0.3, height=10, fill_opacity=max(0.03, (i + 1) / 10))
@@ -232,18 +238,21 @@ def _coarse_table(
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """Calibration of one teacher, or of the ensemble: crops by p_max."""
+    """Calibration of one teacher, or of the ensemble, in equal bins of p_max. Shares are in 0..1."""
 
     name: str
     crops: tuple[int, ...]
+    """Crops in each bin."""
     mean_p_max: tuple[float, ...]
+    """Mean p_max in each bin."""
     accuracy: tuple[float, ...]
+    """Share of the crops in each bin whose ground truth is named."""
     ece: float
     top1: float
 
 
 def reliability_chart(curve: Reliability) -> Chart:
-    """Accuracy over confidence; on the diagonal the teacher is as often right as it says."""
+    """Draw accuracy over confidence; on the diagonal a teacher is right as often as it says."""
     height, plot = 300, 250
     left = (WIDTH - plot) // 2
     parts = []
@@ -289,9 +298,9 @@ def reliability_chart(curve: Reliability) -> Chart:
 def boxes_picture(
     picture: str, size: tuple[int, int], boxes: Sequence[tuple[Sequence[int], int, str]], title: str
 ) -> Markup:
-    """An image (height, width) with boxes (top, left, height, width), their bucket, and a label.
+    """Draw an image of `size` (height, width) with boxes: (top, left, height, width), bucket and label of each.
 
-    A box with a label is drawn thick; the others are drawn thin and first.
+    A box with a label is drawn thick, on top of the others.
     """
     height, width = size
     thick = max(width, height) / 130
@@ -304,7 +313,7 @@ def boxes_picture(
             "x": left + inset, "y": top + inset, "width": max(box_w - thick, 0.5), "height": max(box_h - thick, 0.5),
         }  # fmt: skip
         width_of_line = thick if label else thick / 2.5
-        # A dark seam, so that every colour stands out from every photo.
+        # A dark outline, so that every colour stands out from every photo.
         parts.append(tag("rect", **common, class_="seam", stroke_width=2 * width_of_line))
         parts.append(tag("rect", **common, class_=f"box b{bucket}", stroke_width=width_of_line))
         if label:

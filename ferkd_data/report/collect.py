@@ -1,11 +1,6 @@
-"""Images with the same bytes, found by their digests in bounded memory.
+"""Collect everything that a report shows, in one pass over a label set.
 
-Up to a million images all digests are compared. Beyond that only those whose last bits are 0 are: a random share of
-the *digests*, so that both copies of an image are in it or neither is, and counts can be scaled up.
-
-The one pass over a label set that a report is made from.
-
-Everything is kept as sums and samples of fixed size, so memory does not grow with the number of images.
+Only sums and samples of fixed size are kept, so memory does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -21,15 +16,23 @@ from ferkd_data.format.rejects import read_rejects
 from ferkd_data.images import Reject
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels
-from ferkd_data.report.samples import Crop, CropSample, SampledImage, Smallest, SuspectList, priorities, sampled
+from ferkd_data.report.samples import Crop, CropSample, SampledImage, Smallest, priorities, sampled
 from ferkd_data.report.sketch import POSITIVE, Sketch
+from ferkd_data.report.suspects import SuspectList
 from ferkd_data.report.temperatures import TemperatureSample
 
 DIGESTS_KEPT = 2**20
+"""Digests that are compared to find duplicates: 20 MB."""
 DTYPE = np.dtype([("digest", "<u8"), ("row", "<i8"), ("target", "<i4")])
 
 
 class Duplicates:
+    """Find images with the same bytes by their digests, in bounded memory.
+
+    Beyond `capacity` digests, only those whose last bits are 0 are compared. That is a random share of the *digests*:
+    both copies of an image are in it or neither is, so counts can be scaled up.
+    """
+
     def __init__(self, capacity: int = DIGESTS_KEPT) -> None:
         self._capacity = capacity
         self._kept = np.empty(0, DTYPE)
@@ -39,7 +42,7 @@ class Duplicates:
         self._row = 0
 
     def add(self, labels: ShardLabels) -> None:
-        """Rows are numbered in the order in which shards are added."""
+        """Add a shard. Rows are numbered in the order in which shards are added."""
         found = np.empty(len(labels), DTYPE)
         found["digest"] = np.ascontiguousarray(labels.image_digest[:, :8]).view("<u8")[:, 0]
         found["row"] = np.arange(self._row, self._row + len(labels))
@@ -54,11 +57,11 @@ class Duplicates:
 
     @property
     def share(self) -> float:
-        """Of all digests, those that were compared."""
+        """Share of the digests that were compared, in 0..1."""
         return float(2.0**-self._bits)
 
     def groups(self) -> list[npt.NDArray[np.void]]:
-        """The rows of each image that comes more than once among the digests compared, in row order."""
+        """Group the rows of each image that occurs more than once among the compared digests, in row order."""
         self._gather()
         order = np.lexsort((self._kept["row"], self._kept["digest"]))
         ranked = self._kept[order]
@@ -82,9 +85,9 @@ class Duplicates:
 
 
 SHEET_CROPS = 14
-"""Crops of each bucket that are shown."""
+"""Crops shown for each bucket."""
 STRATA, STRATUM_CROPS = 40, 3
-"""Crops over the range of p_max, from which those that change bucket are shown."""
+"""Bins of p_max, and crops sampled from each: the page shows those that change bucket as a threshold moves."""
 IMAGES_SHOWN = 6
 EXAMPLES = 8
 DUPLICATES_SHOWN = 12
@@ -92,13 +95,15 @@ DUPLICATES_SHOWN = 12
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicateGroup:
+    """Images with the same bytes; at most EXAMPLES of them."""
+
     keys: tuple[str, ...]
     targets: tuple[int, ...]
 
 
 @dataclass(kw_only=True)
 class Collected:
-    """What the pass found."""
+    """Result of the pass."""
 
     sketch: Sketch
     sheets: list[list[Crop]]
@@ -106,7 +111,7 @@ class Collected:
     wrong: list[Crop]
     """Sampled crops that are confident but wrong."""
     strata: list[Crop]
-    """Crops spread over the range of p_max, rising."""
+    """Crops spread over the range of p_max, in rising order."""
     images: list[SampledImage]
     """Sampled images."""
     suspects: SuspectList
@@ -116,15 +121,15 @@ class Collected:
     smallest_images: list[SampledImage]
     duplicates: list[DuplicateGroup]
     duplicate_groups: float
-    """How many there are: exact, or estimated where there are more images than digests are kept."""
+    """Number of groups; an estimate where there are more images than digests are kept."""
     duplicate_conflicts: float
-    """Of these, those whose copies have different ground truths."""
+    """Number of groups whose copies have different ground truths; an estimate likewise."""
     rejects: Counter[str] = field(default_factory=Counter)
     reject_examples: dict[str, list[Reject]] = field(default_factory=dict)
 
 
 class Collector:
-    """Takes shards one by one; `finish` gives what was found so far, and may be called again after more shards."""
+    """Accumulator of a label set's shards. `finish` returns the result so far, also in between."""
 
     def __init__(self, labels: LabelSet) -> None:
         self._seed = labels.manifest.seed
@@ -142,7 +147,7 @@ class Collector:
         self._reject_examples: dict[str, list[Reject]] = {}
 
     def add(self, labels: ShardLabels) -> None:
-        """Count a shard and sample from it. Raises nothing for rows that `LabelSet.shard` gives."""
+        """Count a shard's rows and sample from them."""
         first_row = self._sketch.images
         self._sketch.add(labels)
         self._suspects.add(labels, first_row)
@@ -172,9 +177,9 @@ class Collector:
             examples.append(reject)
 
     def finish(self, labels: LabelSet) -> Collected:
-        """What was found so far, of the shards of `labels`, which were added in their order.
+        """Return the result of the shards so far; `labels` holds the same shards in the order in which they were added.
 
-        The keys of duplicates are read again: raises ShardError or RemoteError where they cannot be.
+        Raises ShardError or RemoteError where the keys of duplicates, which are read again, cannot be read.
         """
         groups = self._duplicates.groups()
         conflicts = [group for group in groups if len(np.unique(group["target"])) > 1]
@@ -198,7 +203,7 @@ class Collector:
 
 
 OnImages = Callable[[int, "int | None"], None]
-"""Gets the images done so far, and how many there are."""
+"""Function that is called with (images done, images in all)."""
 
 
 def collect(labels: LabelSet, on_progress: OnImages | None = None) -> Collected:

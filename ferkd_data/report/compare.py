@@ -1,4 +1,4 @@
-"""`compare`: two label sets of the same images, crop by crop: how far the labels agree, and where they do not.
+"""Compare two label sets of the same images, crop by crop.
 
 Legend: M crops, k kept classes of one set, m of both together, C classes.
 """
@@ -23,61 +23,70 @@ from ferkd_data.targets import recover
 
 CROPS_AT_ONCE = 16384
 SMALLEST_PROB = 1e-7
-"""What a probability of 0 counts as in a KL divergence; float16 keeps nothing smaller."""
-
-
+"""Lower bound of probabilities in a KL divergence; the smallest number above 0 in float16 is about this large."""
 SAME_KL = 1e-4
-"""Labels that are nearer than this differ by rounding."""
+"""KL divergence in nats below which labels differ by rounding only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One crop on which two label sets differ."""
+    """A crop on which two label sets differ."""
 
     key: str
     crop: int
+    """Number of the crop in its image."""
     kl: float
-    """KL divergence of B's label from A's, in nats."""
+    """KL divergence of B's label from A's, KL(A || B), in nats."""
     named_a: int
-    """The most probable class of each."""
+    """A's most probable class."""
     named_b: int
+    """B's most probable class."""
     p_max_a: float
+    """Probability of A's most probable class."""
     p_max_b: float
+    """Probability of B's most probable class."""
     target: int
-    """The ground truth, -1 where unknown."""
+    """Ground-truth class; -1 where it is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What two label sets say about the crops that both have."""
+    """Result of `compare`: two label sets A and B on the crops that both have. Shares are in 0..1."""
 
     a: str
-    """Where they lie."""
+    """Folder or URL of A."""
     b: str
+    """Folder or URL of B."""
     images: int
-    """That both have."""
+    """Images in both."""
     only_a: int
-    """Images of one alone."""
+    """Images in A alone."""
     only_b: int
+    """Images in B alone."""
     crops: int
-    """That both have: the same box of the same image, flipped alike."""
+    """Crops in both: the same box of the same image, flipped alike. All further numbers are about these."""
     other_crops: int
-    """Crops of common images whose boxes differ; nothing is said of them."""
+    """Crops of common images that are not compared, since their boxes differ."""
     same_top1: float
-    """Share of the crops whose most probable class is the same, in 0..1, as are the next ones."""
+    """Share of the crops with the same most probable class."""
     right_a: float
-    """Of the crops with a ground truth, those that name it."""
+    """Share of the crops with a ground truth whose most probable class in A it is."""
     right_b: float
+    """Share of the crops with a ground truth whose most probable class in B it is."""
     only_a_right: float
+    """Share of the crops with a ground truth that A names and B does not."""
     only_b_right: float
+    """Share of the crops with a ground truth that B names and A does not."""
     mean_p_max_a: float
+    """Mean over crops of A's largest probability."""
     mean_p_max_b: float
+    """Mean over crops of B's largest probability."""
     mean_kl: float
-    """Mean over crops of the KL divergence of B's label from A's, both recovered by `smooth`, in nats."""
+    """Mean over crops of KL(A || B) in nats, with both labels recovered by `smooth`."""
     bucket_moves: tuple[tuple[int, ...], ...]
-    """Entry [i][j]: crops in bucket i of A and bucket j of B, each by its own thresholds."""
+    """4 x 4 counts: entry [i][j] are the crops in bucket i of A and bucket j of B, each by its own thresholds."""
     most_different: tuple[Difference, ...]
-    """The crops of the largest KL divergence, at most one of each image."""
+    """Crops with the largest KL divergence, at most one of each image, in falling order."""
 
 
 def compare(
@@ -85,13 +94,15 @@ def compare(
 ) -> Comparison:
     """Compare two label sets of the same images: other teachers, thresholds or crops.
 
-        fd.compare("labels-a", "labels-b").same_top1
+    `a` and `b` are opened label sets, folders or URLs. Images are joined by key; where the order differs, 16 bytes of
+    memory are used for each image of B. Crops are compared where both sets have the same box of the same image. The
+    number of crops may differ: with the same seed, the first ones are the same. `examples` is the number of crops
+    returned in `most_different`. `on_progress` is called with (images done, images in A).
 
-    Images are joined by key; where the order differs, 16 bytes are kept for each image of B.
-    Crops are compared where both sets have the same box. A different number of crops is no hindrance: with the same
-    seed the first ones are the same. `on_progress` gets (images done, images of A).
+    Raises LabelSetError where the classes differ, or no image is in both.
 
-    Raises LabelSetError where the classes are not the same, or no image is in both.
+    >>> fd.compare(labels, labels).same_top1
+    1.0
     """
     first = a if isinstance(a, LabelSet) else open_labels(a)
     second = b if isinstance(b, LabelSet) else open_labels(b)
@@ -110,7 +121,7 @@ def compare(
 
 
 def _pairs(a: LabelSet, b: LabelSet) -> Iterator[tuple[ShardLabels, ShardLabels]]:
-    """Rows of the same keys, in A's order, with as many crops as both have."""
+    """Yield rows of A and B with the same keys, in A's order, with as many crops as both have."""
     num_crops = min(a.num_crops, b.num_crops)
     index: _Index | None = None
     for entry in a.manifest.shards:
@@ -126,7 +137,7 @@ def _pairs(a: LabelSet, b: LabelSet) -> Iterator[tuple[ShardLabels, ShardLabels]
 
 
 class _Index:
-    """Where a label set has its keys: 16 bytes for each image."""
+    """Index of a label set's rows by key: 16 bytes for each image."""
 
     def __init__(self, labels: LabelSet) -> None:
         self._labels = labels
@@ -135,7 +146,7 @@ class _Index:
         self._hashes = hashes[self._rows]
 
     def joined(self, ours: ShardLabels, num_crops: int) -> Iterator[tuple[ShardLabels, ShardLabels]]:
-        """Those of our rows that the label set has too, by its shards, so that each of these is read once."""
+        """Yield those of our rows that the label set has too, shard by shard of it, so that each shard is read once."""
         wanted = rng.hashes64(ours.keys)
         at = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
         found = np.flatnonzero(self._hashes[at] == wanted)
@@ -145,7 +156,7 @@ class _Index:
             here = shards == shard
             rows, places = found[here], theirs[here] - self._labels.first_row[shard]
             other = self._labels.shard(shard).crop_range(0, num_crops)
-            # Two keys may have the same hash.
+            # Different keys may have the same hash.
             pairs = zip(rows.tolist(), places.tolist(), strict=True)
             same = np.array([ours.keys[row] == other.keys[place] for row, place in pairs])
             if same.any():
@@ -162,7 +173,7 @@ class _Sums:
     known: int = 0
     same: int = 0
     right: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, 2), np.int64))
-    """Crops with a ground truth by (A names it, B names it)."""
+    """Crops with a ground truth, counted by (A names it, B names it)."""
     p_max: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     kl: float = 0.0
     moves: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((4, 4), np.int64))
@@ -193,7 +204,7 @@ class _Sums:
             self.num_classes,
         )
         self.kl += float(kl.sum())
-        # The worst crop of each image: rows rise, so an image's crops lie side by side.
+        # The crop of each image that differs most: sorted by row, then by falling KL, it is the first of its row.
         order = np.lexsort((crops, -kl, rows))
         firsts = order[np.flatnonzero(np.diff(rows[order], prepend=-1))]
         for at in firsts[np.argsort(-kl[firsts], kind="stable")].tolist():
@@ -230,13 +241,14 @@ class _Sums:
 
 
 Labels = tuple[npt.NDArray[Any], npt.NDArray[Any]]
-"""Class numbers and probabilities (M, k)."""
+"""Class numbers and probabilities, each (M, k)."""
 
 
 def divergence(a: Labels, b: Labels, num_classes: int) -> npt.NDArray[np.float64]:
-    """KL(A || B) of each of M crops, in nats, over all classes: both are recovered by `smooth` first.
+    """Compute KL(A || B) of each of M crops over all C classes, in nats: (M,). Both are recovered by `smooth` first.
 
-    Classes that neither set keeps have the same probability in all of them, so one term stands for all.
+    `smooth` spreads the rest of the probability evenly, so all classes that neither set keeps have equal terms: one
+    term times their number.
     """
     weight_a, floor_a = _recovered(a[1], num_classes)
     weight_b, floor_b = _recovered(b[1], num_classes)

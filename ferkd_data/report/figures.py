@@ -1,4 +1,4 @@
-"""Charts of a report, made from the sums that one pass collected."""
+"""Make the charts of a report from the collected sums."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.buckets import BUCKETS
 from ferkd_data.labels.statistics import PAPER_SHARES, RANGE_EDGES
 from ferkd_data.report.charts import (
-    Cell,
     Chart,
     Column,
     Table,
@@ -22,15 +20,15 @@ from ferkd_data.report.charts import (
 )
 from ferkd_data.report.findings import ranges_of
 from ferkd_data.report.sketch import GRID, Sketch
+from ferkd_data.report.tables import BUCKET_TITLES
 
 FEWEST_IN_CELL = 10
-"""Crops that a cell of a map needs to be shaded."""
+"""Fewest crops for which a cell of a map is shaded."""
 RANGES = tuple(f"{low:g}-{high:g}".replace("0.", ".") for low, high in itertools.pairwise(RANGE_EDGES))
-BUCKET_TITLES = {name: name.replace("_", " ") for name in BUCKETS}
 
 
 def p_max_chart(sketch: Sketch) -> Chart:
-    """FerKD's histogram of p_max, the paper's beside it."""
+    """Draw the histogram of p_max in FerKD's ranges, with the paper's beside it."""
     ours = ranges_of(sketch.confidence["max"][0], RANGE_EDGES)
     series = [("this label set", "bar-a", _shares(ours)), ("FerKD paper, ImageNet", "bar-b", PAPER_SHARES)]
     chart = grouped_bars(RANGES, series, title="Crops by p_max", x_title="p_max, the largest probability")
@@ -56,7 +54,7 @@ def p_max_chart(sketch: Sketch) -> Chart:
 
 
 def truth_chart(sketch: Sketch) -> Chart | None:
-    """The same of the ground truth's probability; None where it is not stored."""
+    """Draw the histogram of the ground truth's probability; None where it is not stored."""
     if not sketch.truth.sum():
         return None
     counts = ranges_of(sketch.truth, RANGE_EDGES)
@@ -72,7 +70,7 @@ def truth_chart(sketch: Sketch) -> Chart | None:
 
 
 def top_k_chart(sketch: Sketch) -> Chart:
-    """How much probability a smaller k would keep."""
+    """Draw how much probability a smaller k would keep."""
     kept = 100 * np.cumsum(sketch.mass_by_rank) / max(sketch.crops, 1)
     names = [f"k={k + 1}" for k in range(len(kept))]
     chart = grouped_bars(
@@ -94,7 +92,7 @@ def top_k_chart(sketch: Sketch) -> Chart:
 
 
 def place_charts(sketch: Sketch) -> list[Chart]:
-    """FerKD's Fig. 1 as maps: where crops lie and how large they are, by confidence."""
+    """Draw maps of the crops' positions and sizes by confidence, after FerKD's Fig. 1."""
     cells = _map_cells(sketch.crops)
     counts = _coarser(sketch.centres.sum(axis=0), cells)
     enough = counts >= FEWEST_IN_CELL
@@ -148,7 +146,7 @@ def _coarser(grid: npt.NDArray[Any], cells: int) -> npt.NDArray[Any]:
 
 
 def in_use_chart(sketch: Sketch) -> Chart:
-    """Images by their number of crops in use under `ferkd`, in at most ten bins."""
+    """Draw the histogram of images by their number of crops in use under `ferkd`, in at most ten bins."""
     crops = sketch.num_crops
     bins = min(10, crops)
     edges = [round(i * crops / bins) for i in range(bins + 1)]
@@ -170,41 +168,6 @@ def in_use_chart(sketch: Sketch) -> Chart:
     rows = [[name, f"{count:,}", f"{100 * count / total:.2f}"] for name, count in zip(names, counts, strict=True)]
     table = Table(caption=chart.title, columns=columns, rows=rows)
     return Chart(title=chart.title, svg=chart.svg, table=table, note=chart.note)
-
-
-def epoch_table(sketch: Sketch) -> Table:
-    """The mix of buckets that an epoch draws from."""
-    fkd = sketch.buckets[0] / max(sketch.crops, 1)
-    used = max(sketch.images - int(sketch.in_use[0]), 1)
-    ferkd = sketch.epoch_share / used
-    uses = ("discarded", "softened ground truth", "soft label", "soft label")
-    rows = [
-        [BUCKET_TITLES[name], percent(float(fkd[i])), "soft label", percent(float(ferkd[i])), uses[i]]
-        for i, name in enumerate(BUCKETS)
-    ]
-    columns = (
-        Column(title="bucket", numeric=False),
-        Column(title="share under fkd"),
-        Column(title="target under fkd", numeric=False),
-        Column(title="share under ferkd"),
-        Column(title="target under ferkd", numeric=False),
-    )
-    return Table(caption="An epoch's mix of buckets, over images with crops in use", columns=columns, rows=rows)
-
-
-def agreement_table(labels: LabelSet) -> Table | None:
-    """Shares of crops on which two teachers name the same class; None where the manifest does not count it."""
-    counted, teachers = labels.statistics, labels.manifest.teachers
-    if len(teachers) < 2 or not counted.teacher_agreement or not counted.crops:
-        return None
-    columns = (Column(title="teacher", numeric=False), *(Column(title=teacher.name, unit="%") for teacher in teachers))
-    rows: list[list[Cell | str]] = [
-        [teacher.name, *(Cell(f"{100 * count / counted.crops:.1f}", count) for count in row)]
-        for teacher, row in zip(teachers, counted.teacher_agreement, strict=True)
-    ]
-    return Table(
-        caption="Share of crops on which two teachers name the same most probable class", columns=columns, rows=rows
-    )
 
 
 def _shares(counts: list[int]) -> list[float]:

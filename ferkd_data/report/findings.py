@@ -1,4 +1,4 @@
-"""Findings: the numbers of a label set in sentences, the most important first."""
+"""Turn the numbers of a label set into sentences, the most important first."""
 
 from __future__ import annotations
 
@@ -17,36 +17,39 @@ from ferkd_data.report.thresholds import suggest
 
 Level = Literal["warning", "note", "good"]
 ECE_APART, ECE_RATIO = 0.05, 2.0
-"""A teacher stands out whose calibration error is so far from the others', by difference and by ratio."""
+"""Least difference and least ratio by which a teacher's calibration error stands out from the others'."""
 SMALL_PIXELS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
+    """A sentence about a label set."""
+
     level: Level
     text: str
     section: str
-    """Where the report shows it."""
+    """Section of the report that shows the details."""
 
 
 def ensemble_reliability(sketch: Sketch, name: str) -> Reliability:
-    """Calibration of what is stored, on crops with a ground truth, in 15 equal bins of p_max."""
+    """Compute the calibration of the stored labels, on crops with a ground truth, in 15 equal bins of p_max."""
     _, known, right = sketch.confidence["max"]
     return reliability(known, right, FLOAT16_VALUES, name)
 
 
 def reliability(known: Counts, right: Counts, values: npt.NDArray[Any], name: str) -> Reliability:
-    """From counts by value of p_max, which rise: of all crops, and of those named right."""
+    """Compute a calibration curve from counts of crops, and of those named right, by rising `values` of p_max."""
     edges = np.linspace(0, 1, TEACHER_BINS + 1)
-    place = np.minimum(np.searchsorted(edges, values, side="right") - 1, TEACHER_BINS - 1)
-    crops = np.bincount(place, known, minlength=TEACHER_BINS)
-    hits = np.bincount(place, right, minlength=TEACHER_BINS)
-    mass = np.bincount(place, known * values, minlength=TEACHER_BINS)
+    bins = np.minimum(np.searchsorted(edges, values, side="right") - 1, TEACHER_BINS - 1)
+    crops = np.bincount(bins, known, minlength=TEACHER_BINS)
+    hits = np.bincount(bins, right, minlength=TEACHER_BINS)
+    mass = np.bincount(bins, known * values, minlength=TEACHER_BINS)
     return _curve(name, crops, hits, mass)
 
 
 def _curve(name: str, crops: npt.NDArray[Any], hits: npt.NDArray[Any], mass: npt.NDArray[Any]) -> Reliability:
-    """From crops, those named right, and the sum of p_max, by bin."""
+    """Compute a curve from the crops, the crops named right and the sum of p_max in each bin."""
+    # ECE = sum over bins of n_b / n * |p_b - a_b| = sum |mass_b - hits_b| / n.
     some = np.maximum(crops, 1)
     total = max(float(crops.sum()), 1.0)
     return Reliability(
@@ -60,7 +63,7 @@ def _curve(name: str, crops: npt.NDArray[Any], hits: npt.NDArray[Any], mass: npt
 
 
 def teacher_reliability(labels: LabelSet) -> list[Reliability]:
-    """Calibration of each teacher by itself, where there are several and the build counted it."""
+    """Compute each teacher's calibration; empty for one teacher, and where the build did not count it."""
     counted, teachers = labels.statistics, labels.manifest.teachers
     if len(teachers) < 2 or not counted.teacher_bin_crops:
         return []
@@ -72,7 +75,7 @@ def teacher_reliability(labels: LabelSet) -> list[Reliability]:
 
 
 def findings(labels: LabelSet, found: Collected) -> list[Finding]:
-    """What is worth knowing first: warnings, then what is fine, such as the teachers' accuracy, then notes."""
+    """List the findings: warnings, then good news such as the teachers' accuracy, then notes."""
     if not found.sketch.crops:
         return [Finding(level="note", text="No image has been labelled yet.", section="glance")]
     said = [
@@ -194,7 +197,7 @@ def _teachers(labels: LabelSet) -> list[Finding]:
 
 
 def _calibrated_apart(curves: list[Reliability]) -> list[Finding]:
-    """Name each teacher whose calibration error is far from that of every other."""
+    """Find each teacher whose calibration error is far from that of every other."""
     said = []
     for i, curve in enumerate(curves):
         others = sorted(other.ece for j, other in enumerate(curves) if j != i)
@@ -211,7 +214,7 @@ def _calibrated_apart(curves: list[Reliability]) -> list[Finding]:
             )
             said.append(Finding(level="note", text=text, section="teachers"))
         if len(curves) == 2:
-            break  # The second would say the same.
+            break  # of two teachers, both stand out
     return said
 
 
@@ -267,7 +270,7 @@ def _top_k(labels: LabelSet, found: Collected) -> list[Finding]:
 
 
 def duplicates_said(found: Collected) -> str:
-    """How many images there are several times."""
+    """Say how many images occur more than once."""
     count = found.duplicate_groups
     return f"{_about(count)} image{'s come' if count != 1 else ' comes'} more than once"
 
@@ -281,5 +284,5 @@ def _about(count: float) -> str:
 
 
 def ranges_of(counts: Counts, edges: tuple[float, ...]) -> list[int]:
-    """Crops in each range of a table; the last one holds its upper edge."""
+    """Count the crops in each range between `edges`; the last range includes its upper edge."""
     return [int(count) for count in counts_between(counts, np.array(edges))]

@@ -1,29 +1,15 @@
-"""Render a report's content as one HTML file that needs nothing else and may do nothing else.
-
-The file's Content-Security-Policy allows exactly its own style sheet and script, by their digests, and pictures that it
-carries with it. So nothing is fetched or sent, and a string out of a hostile label set could not run even if it were
-not escaped, which every one is.
-
-`write_report`: a label set as one HTML file to look at.
-
-A report that a build keeps up to date: a watcher that writes it anew after each shard, beside the labelling.
-"""
+"""Write reports: `write_report` once, `LiveReport` while a build runs."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
-import ferkd_data
 from ferkd_data import extras
 from ferkd_data.builder.watch.events import BuildFailed, BuildFinished, BuildStarted, Event, ShardDone
 from ferkd_data.errors import FerkdError, UsageError
@@ -31,93 +17,28 @@ from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.report.cards import extremes
 from ferkd_data.report.collect import Collected, OnImages, collect
-from ferkd_data.report.page import page
+from ferkd_data.report.page import render_report, write_page
 from ferkd_data.report.pictures import Pictures, no_pictures, take_pictures
-from ferkd_data.report.samples import write_csv
-from ferkd_data.report.unfinished import Progress, Unfinished, open_unfinished
-from ferkd_data.storage import write_atomically
-
-SECTIONS = (
-    ("glance", "At a glance"),
-    ("confidence", "How sure"),
-    ("thresholds", "Thresholds"),
-    ("places", "Where crops lie"),
-    ("sheets", "Crops by bucket"),
-    ("suspects", "Doubtful ground truth"),
-    ("classes", "Classes"),
-    ("teachers", "Teachers"),
-    ("quality", "Data quality"),
-    ("student", "What a student sees"),
-    ("words", "Words"),
-)
-
-
-def render(name: str, content: dict[str, Any], data: Any = None, *, script: str = "") -> str:
-    """The HTML of the template `NAME.html.j2`; `data` is what its script, a file's name or none, reads.
-
-    Raises MissingExtraError without the extra `report`.
-    """
-    jinja2 = extras.require("jinja2", extra="report", what_for="a report")
-    markup = extras.require("markupsafe", extra="report", what_for="a report").Markup
-    style, code = asset("report.css"), asset(script) if script else ""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(asset(f"{name}.html.j2"))
-    text: str = template.render(
-        **content,
-        version=ferkd_data.__version__,
-        policy=policy(style, code),
-        style=markup(style),
-        script=markup(code),
-        data=markup(inert_json(data)),
-    )
-    return text
-
-
-def asset(name: str) -> str:
-    """A file beside this module."""
-    return (resources.files("ferkd_data.report") / "assets" / name).read_text(encoding="utf-8")
-
-
-def policy(style: str, script: str) -> str:
-    """The page's Content-Security-Policy."""
-    return "; ".join(
-        [
-            "default-src 'none'",
-            "img-src data:",
-            f"style-src '{_digest(style)}'",
-            f"script-src '{_digest(script)}'" if script else "script-src 'none'",
-            "base-uri 'none'",
-            "form-action 'none'",
-        ]
-    )
-
-
-def _digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def inert_json(data: Any) -> str:
-    """JSON that cannot end the element which holds it, whatever its strings are."""
-    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def write_page(path: Path, text: str) -> None:
-    """Aside and renamed, so that a browser never loads half a file. Raises StorageFullError."""
-    with write_atomically(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+from ferkd_data.report.suspects import write_csv
+from ferkd_data.report.unfinished import Unfinished, open_unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportResult:
+    """Result of `write_report`."""
+
     path: Path
+    """The HTML file."""
     bytes: int
+    """Size of the file."""
     images: int
+    """Images in the label set."""
     crops: int
+    """Crops in the label set."""
     suspects: int
     """Images whose ground truth is doubtful."""
     pictures: str
-    """Why some pictures are missing; "" where none is."""
+    """Reason why pictures are missing; "" where none is."""
 
 
 def write_report(
@@ -129,18 +50,22 @@ def write_report(
     log_json: str | Path | None = None,
     on_progress: OnImages | None = None,
 ) -> ReportResult:
-    """Write the label set as one HTML file to look at.
+    """Write a label set as one HTML file to look at in a browser.
 
-    `fd.write_report("out", "report.html", images="imagenet/train")`
+    `labels` is an opened label set, a folder or a URL. A folder in which a build runs, or was interrupted, is reported
+    as far as its shards are finished. Every label is read once, in memory that does not grow with the label set.
 
-    It reads every label once, in memory that does not grow with the set, and a few hundred sampled images. Without
-    `images`, a label set of layout webdataset shows its own, others have no pictures. `csv` is where the images with a
-    doubtful ground truth are listed, at most 1,000. A folder in which a build is at work, or was interrupted, is
-    reported as far as its shards are finished. `log_json` is the build's log, which knows how long it took.
-    `on_progress` gets (images done, images in all).
+    `images` is the SOURCE that was labelled, of which a few hundred sampled images are read. Without it, a label set of
+    layout webdataset shows its own images, others have no pictures. `csv` is a file to list the images with a doubtful
+    ground truth in, at most 1,000. `log_json` is the log of the build, which tells how long it took. `on_progress` is
+    called with (images done, images in all).
 
     Raises MissingExtraError without the extra `report`, LabelSetError or RemoteError where the labels cannot be read,
-    SourceError or UsageError where the images are not those.
+    SourceError or UsageError where the images are not those that were labelled.
+
+    >>> result = fd.write_report(labels, "report.html")
+    >>> result.images == len(labels), result.path.stat().st_size == result.bytes
+    (True, True)
     """
     hours = None if log_json is None else hours_of(Path(log_json))
     progress = None
@@ -166,21 +91,8 @@ def write_report(
     )
 
 
-def render_report(
-    labels: LabelSet,
-    found: Collected,
-    pictures: Pictures,
-    *,
-    hours: float | None = None,
-    progress: Progress | None = None,
-) -> str:
-    """The HTML of what was collected."""
-    content = page(labels, found, pictures, hours=hours, progress=progress)
-    return render("report", {**content, "sections": SECTIONS}, content["sliders"], script="report.js")
-
-
 def pictures_for(labels: LabelSet, found: Collected, images: str | Path | ImageSource | None) -> Pictures:
-    """All that a report shows of its samples."""
+    """Take the pictures of all samples that a report shows."""
     crops = [crop for sheet in found.sheets for crop in sheet] + found.wrong + found.strata
     crops += [crop for image in found.images for crop in extremes(image)]
     thumbs = [suspect.image for group in found.suspects.shown() for suspect in group]
@@ -189,7 +101,7 @@ def pictures_for(labels: LabelSet, found: Collected, images: str | Path | ImageS
 
 
 def hours_of(log: Path) -> float:
-    """How long a build took, all of its runs together, from the log that `build --log-json` wrote.
+    """Add up the hours of all runs of a build, from the log that `build --log-json` wrote.
 
     Raises UsageError where the file is no such log.
     """
@@ -198,7 +110,7 @@ def hours_of(log: Path) -> float:
     try:
         for line in log.read_text(encoding="utf-8").splitlines():
             elapsed = float(json.loads(line)["elapsed"])
-            # Each run counts from 0.
+            # `elapsed` starts at 0 in each run.
             if elapsed < last:
                 seconds += last
             last = elapsed
@@ -210,17 +122,20 @@ def hours_of(log: Path) -> float:
 
 
 LARGEST_SHARE = 0.05
-"""Of the time, that a report may take while the build runs: after one that took a second, the next waits for 20."""
+"""Share of the time that reports may take while a build runs: after one that took 1 s, the next waits for 20 s."""
 
 
 class LiveReport:
-    """A watcher for `fd.build(..., watchers=[fd.LiveReport("report.html", images="imagenet/train")])`.
+    """A watcher of a build that keeps a report up to date, as `build --report` does.
 
-    Until the build has ended the report is about its finished shards, which are read once each. Then it is written from
-    the label set. OUT in an object store is reported at the end alone. `images` are shown with their crops.
+    While the build runs, the report covers the shards finished so far, each of which is read once. At the end it is
+    written from the label set. A build into an object store is reported at the end only. `images` is the SOURCE, shown
+    with its crops.
 
-    A report that cannot be written is said once on stderr; the build goes on. Raises MissingExtraError and UsageError
-    at the start.
+    A report that cannot be written is mentioned once on stderr, and the build goes on. Raises MissingExtraError without
+    the extra `report`, and UsageError where the folder of `path` does not exist.
+
+    >>> watcher = fd.LiveReport("report.html", images="imagenet/train")  # for fd.build(..., watchers=[watcher])
     """
 
     def __init__(self, path: str | Path, *, images: str | Path | None = None) -> None:
@@ -231,13 +146,13 @@ class LiveReport:
         self._out = ""
         self._unfinished: Unfinished | None = None
         self._complained = False
-        # The build's thread sets these, and the thread that writes reports waits for them. That thread alone touches
-        # `_unfinished`, and the file while it lives.
+        # The build's thread sets these events, and the reporting thread waits for them. While that thread lives, it
+        # alone uses `_unfinished` and writes the file; `_end` joins it before the build's thread does.
         self._shard_done, self._ended = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def see(self, event: Event) -> None:
-        """Called by the build. Quick, but at the end, where the last report is written."""
+        """Take note of an event of the build. Returns at once, except at the end, when it writes the last report."""
         if isinstance(event, BuildStarted):
             self._out = event.out
             self._thread = threading.Thread(target=self._run, name="ferkd-report", daemon=True)

@@ -1,28 +1,32 @@
-"""Everything that a report's template shows, as one plain structure.
+"""Make a report's page: arrange everything that its template shows, and render it as one HTML file.
 
-Strings of strangers (keys, class names, descriptions) are passed on as they are: the template escapes them.
+The file needs nothing else and may do nothing else: its Content-Security-Policy allows its own style sheet and script,
+by their digests, and pictures inside it. So nothing is fetched or sent. Texts from a label set (keys, class names,
+descriptions) may be hostile; the template escapes them all, and even one that was not escaped could not run.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import ferkd_data
+from ferkd_data import extras
 from ferkd_data.label_set import LabelSet
-from ferkd_data.report import figures
+from ferkd_data.report import figures, tables
 from ferkd_data.report.cards import (
-    class_table,
-    confusion_table,
+    BINS,
     image_view,
-    saves_table,
     sheets,
-    side_table,
+    slider_data,
     suspect_view,
     suspects_csv,
-    teacher_table,
-    threshold_table,
     thumb_view,
 )
 from ferkd_data.report.charts import Chart, percent, reliability_chart
@@ -35,10 +39,38 @@ from ferkd_data.report.findings import (
     teacher_reliability,
 )
 from ferkd_data.report.pictures import Pictures
-from ferkd_data.report.samples import SURE_P_MAX, SURE_SHARE, sure_below
 from ferkd_data.report.sketch import CONFIDENCES, Sketch, counts_between
-from ferkd_data.report.thresholds import BINS, class_name, slider_data, suggest
+from ferkd_data.report.suspects import SURE_P_MAX, SURE_SHARE, sure_below
+from ferkd_data.report.thresholds import suggest
 from ferkd_data.report.unfinished import Progress
+from ferkd_data.storage import write_atomically
+
+SECTIONS = (
+    ("glance", "At a glance"),
+    ("confidence", "How sure"),
+    ("thresholds", "Thresholds"),
+    ("places", "Where crops lie"),
+    ("sheets", "Crops by bucket"),
+    ("suspects", "Doubtful ground truth"),
+    ("classes", "Classes"),
+    ("teachers", "Teachers"),
+    ("quality", "Data quality"),
+    ("student", "What a student sees"),
+    ("words", "Words"),
+)
+
+
+def render_report(
+    labels: LabelSet,
+    found: Collected,
+    pictures: Pictures,
+    *,
+    hours: float | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Render what was collected as HTML."""
+    content = page(labels, found, pictures, hours=hours, progress=progress)
+    return render("report", {**content, "sections": SECTIONS}, content["sliders"], script="report.js")
 
 
 def page(
@@ -49,16 +81,16 @@ def page(
     hours: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The template's variables."""
+    """Arrange the template's variables."""
     suggestion = suggest(found.sketch)
     suspects = found.suspects.worst()
     return {
-        "title": f"Label set {place_name(labels)}",
+        "title": f"Label set {location_name(labels)}",
         "manifest": labels.manifest,
         "identity": labels.identity,
         "progress": progress,
         "facts": facts(labels, found, hours),
-        "teachers": teacher_table(labels, found.sketch),
+        "teachers": tables.teacher_table(labels, found.sketch),
         "findings": findings(labels, found),
         "pictures": pictures,
         "p_max": figures.p_max_chart(found.sketch),
@@ -68,7 +100,7 @@ def page(
         "highest": highest_bars(found.sketch),
         "suggestion": suggestion,
         "subject": subject(labels, found.sketch),
-        "choices": threshold_table(labels, found.sketch, suggestion),
+        "choices": tables.threshold_table(labels, found.sketch, suggestion),
         "sliders": slider_data(labels, found.sketch, found.strata, pictures, suggestion),
         "places": figures.place_charts(found.sketch),
         "images": [image_view(labels, image, pictures) for image in found.images],
@@ -79,20 +111,20 @@ def page(
         "confident_on": "p_max" if labels.manifest.thresholds.confidence == "max" else "ground truth's probability",
         "suspects_csv": suspects_csv(suspects, labels) if suspects else "",
         "suspects_kept": len(suspects),
-        "classes": class_table(labels, found.sketch),
+        "classes": tables.class_table(labels, found.sketch),
         "classes_seen": int((found.sketch.class_images > 0).sum()),
-        "confusions": confusion_table(labels, found.sketch),
+        "confusions": tables.confusion_table(labels, found.sketch),
         "reliability": reliability_charts(labels, found),
-        "agreement": figures.agreement_table(labels),
-        "saves": saves_table(labels),
+        "agreement": tables.agreement_table(labels),
+        "saves": tables.saves_table(labels),
         "quality": quality(labels, found, pictures),
         "in_use": figures.in_use_chart(found.sketch),
-        "epoch": figures.epoch_table(found.sketch),
+        "epoch": tables.epoch_table(found.sketch),
     }
 
 
 def suspect_groups(labels: LabelSet, found: Collected, pictures: Pictures) -> list[dict[str, Any]]:
-    """Doubtful images in two groups, each with its title, its rule, how many there are, and cards of the first."""
+    """Describe the doubtful images in two groups: title, rule, number of images, and cards of the first ones."""
     sure, related = found.suspects.shown()
     rule = (
         f"At least {percent(SURE_SHARE, 0)} of the crops name the same other class, with a mean p_max from "
@@ -109,8 +141,8 @@ def suspect_groups(labels: LabelSet, found: Collected, pictures: Pictures) -> li
     ]
 
 
-def place_name(labels: LabelSet) -> str:
-    """The label set's folder or URL; of a local folder the name alone, since a report is passed on."""
+def location_name(labels: LabelSet) -> str:
+    """Name the label set by its URL, or by its folder's name without the path, since a report is passed on."""
     return Path(labels.location).resolve().name if labels.is_local else labels.location
 
 
@@ -123,13 +155,13 @@ def subject(labels: LabelSet, sketch: Sketch) -> str:
     classes = np.flatnonzero(sketch.class_images)
     if not len(classes):
         return f"{images} without a ground truth"
-    named = ", ".join(class_name(labels, int(number)) for number in classes[:NAMED_CLASSES])
+    named = ", ".join(tables.class_name(labels, int(number)) for number in classes[:NAMED_CLASSES])
     more = ", …" if len(classes) > NAMED_CLASSES else ""
     return f"{images} of {len(classes):,} class{'' if len(classes) == 1 else 'es'} ({named}{more})"
 
 
 def facts(labels: LabelSet, found: Collected, hours: float | None) -> list[tuple[str, str]]:
-    """What the label set is, as names and values."""
+    """List the facts about a label set as (name, value)."""
     manifest, sketch = labels.manifest, found.sketch
     size = sum(file.bytes for shard in manifest.shards for file in shard.files)
     forwards = sketch.crops * len(manifest.teachers)
@@ -156,7 +188,7 @@ def facts(labels: LabelSet, found: Collected, hours: float | None) -> list[tuple
 
 
 def histogram_bars(sketch: Sketch) -> dict[str, list[tuple[float, int]]]:
-    """(height in percent of the largest, crops) of each bar of the sliders' histogram, by kind of confidence."""
+    """Compute the bars of the sliders' histogram by kind of confidence: (height in percent of the tallest, crops)."""
     edges = np.arange(BINS + 1) / BINS
     bars = {}
     for which in CONFIDENCES:
@@ -167,7 +199,7 @@ def histogram_bars(sketch: Sketch) -> dict[str, list[tuple[float, int]]]:
 
 
 def highest_bars(sketch: Sketch) -> dict[str, str]:
-    """The share of the crops that the tallest bar of the sliders' histogram stands for, by kind of confidence."""
+    """Compute the share of the crops in the tallest bar of the sliders' histogram, by kind of confidence."""
     edges = np.arange(BINS + 1) / BINS
     return {
         str(which): f"{100 * max(counts_between(sketch.confidence[which][0], edges)) / max(sketch.crops, 1):.1f} %"
@@ -176,7 +208,7 @@ def highest_bars(sketch: Sketch) -> dict[str, str]:
 
 
 def reliability_charts(labels: LabelSet, found: Collected) -> list[Chart]:
-    """The ensemble's, then each teacher's where the build counted it; none without a ground truth."""
+    """Draw the calibration of the ensemble, then of each teacher where the build counted it; empty without targets."""
     teachers = labels.manifest.teachers
     curve = ensemble_reliability(found.sketch, teachers[0].name if len(teachers) == 1 else "all teachers together")
     curves = [curve, *teacher_reliability(labels)] if sum(curve.crops) else []
@@ -184,22 +216,81 @@ def reliability_charts(labels: LabelSet, found: Collected) -> list[Chart]:
 
 
 def quality(labels: LabelSet, found: Collected, pictures: Pictures) -> dict[str, Any]:
-    """Rejects, duplicates, small images, and images without a crop in use."""
+    """Describe rejects, duplicates, small images, and images without a crop in use."""
     return {
         "rejects": [
             {"reason": reason, "count": count, "examples": found.reject_examples.get(reason, [])}
             for reason, count in found.rejects.most_common()
         ],
         "duplicates": [
-            {"keys": group.keys, "truths": [class_name(labels, target) for target in group.targets],
+            {"keys": group.keys, "truths": [tables.class_name(labels, target) for target in group.targets],
              "conflict": len(set(group.targets)) > 1}
             for group in found.duplicates
         ],
         "duplicates_said": duplicates_said(found),
         "small_pixels": SMALL_PIXELS,
-        "sides": side_table(found.sketch),
+        "sides": tables.side_table(found.sketch),
         "smallest": [thumb_view(labels, image, pictures) for image in found.smallest_images
                      if min(image.height, image.width) < SMALL_PIXELS],
         "discarded": [thumb_view(labels, image, pictures) for image in found.discarded_images],
         "discarded_count": int(found.sketch.in_use[0]),
     }  # fmt: skip
+
+
+def render(name: str, content: dict[str, Any], data: Any = None, *, script: str = "") -> str:
+    """Render the template `NAME.html.j2`. `script` names a file of JavaScript, `data` is the JSON that it reads.
+
+    Raises MissingExtraError without the extra `report`.
+    """
+    jinja2 = extras.require("jinja2", extra="report", what_for="a report")
+    markup = extras.require("markupsafe", extra="report", what_for="a report").Markup
+    style, code = asset("report.css"), asset(script) if script else ""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(asset(f"{name}.html.j2"))
+    text: str = template.render(
+        **content,
+        version=ferkd_data.__version__,
+        policy=policy(style, code),
+        style=markup(style),
+        script=markup(code),
+        data=markup(inert_json(data)),
+    )
+    return text
+
+
+def asset(name: str) -> str:
+    """Read a file from the package's folder `assets`."""
+    return (resources.files("ferkd_data.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+def policy(style: str, script: str) -> str:
+    """Write the page's Content-Security-Policy, which allows this style sheet and script by their digests."""
+    return "; ".join(
+        [
+            "default-src 'none'",
+            "img-src data:",
+            f"style-src '{_digest(style)}'",
+            f"script-src '{_digest(script)}'" if script else "script-src 'none'",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def inert_json(data: Any) -> str:
+    """Write JSON that cannot end the HTML element around it, whatever its strings are."""
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page under another name and rename it, so that a browser never loads half a file.
+
+    Raises StorageFullError.
+    """
+    with write_atomically(path) as aside:
+        aside.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Pictures of the sampled images and crops, as JPEG data URIs that a page carries with it.
+"""Take pictures of the sampled images and crops, as JPEG data URIs inside the page.
 
-An image is fetched once, whatever is cut out of it, and only one is decoded at a time. Its digest must be that of the
-image which was labelled; a picture that is not is left out, since its boxes would lie.
+Each image is read once, and one is decoded at a time. An image whose digest is not that of the labelled one is left
+out, since its boxes would be wrong.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ QUALITY = 80
 
 @dataclass(kw_only=True)
 class Pictures:
-    """What a page shows, as data URIs by key; what is missing has no picture."""
+    """Pictures of a page as data URIs, by key (and crop number); a missing one is simply absent."""
 
     images: dict[str, str]
     thumbs: dict[str, str]
     crops: dict[tuple[str, int], str]
     problem: str = ""
-    """Why some are missing; "" where none is."""
+    """Reason why pictures are missing; "" where none is."""
 
 
 def no_pictures() -> Pictures:
+    """Make an empty collection."""
     return Pictures(images={}, thumbs={}, crops={})
 
 
@@ -55,9 +56,10 @@ def take_pictures(
     thumbs: Iterable[SampledImage],
     crops: Iterable[Crop],
 ) -> Pictures:
-    """Fetch and cut them. Without a source, those of a label set of layout webdataset are its own, others have none.
+    """Read the sampled images and cut their crops.
 
-    Raises SourceError where the source cannot be listed, UsageError where none of its keys is one of the labels'.
+    Without a source, a label set of layout webdataset gives its own images, and others have no pictures. Raises
+    SourceError where the source cannot be listed, and UsageError where it has none of the keys.
     """
     images, thumbs, crops = list(images), list(thumbs), list(crops)
     wanted = {image.key: image for image in (*images, *thumbs, *(crop.image for crop in crops))}
@@ -102,7 +104,7 @@ def _problem(labels: LabelSet, wanted: dict[str, SampledImage], found: int, prob
 
 
 def source_images(source: str | Path | ImageSource, wanted: Iterable[str]) -> Iterator[tuple[str, bytes | ImageError]]:
-    """(key, encoded bytes) of those of the wanted keys that a source has, as its listing comes to them."""
+    """Yield (key, encoded bytes) of the wanted keys that a source has, in the order of its listing."""
     opened = open_source(source) if isinstance(source, (str, Path)) else source
     left = set(wanted)
     for ref in opened.list_images():
@@ -117,7 +119,7 @@ def source_images(source: str | Path | ImageSource, wanted: Iterable[str]) -> It
 
 
 def own_images(labels: LabelSet, wanted: Iterable[SampledImage]) -> Iterator[tuple[str, bytes | ImageError]]:
-    """(key, encoded bytes) out of the tars of a label set of layout webdataset, each tar read once."""
+    """Yield (key, encoded bytes) from the tars of a label set of layout webdataset; each tar is read once."""
     by_shard: dict[int, dict[str, SampledImage]] = {}
     for image in wanted:
         by_shard.setdefault(labels.position(image.row)[0], {})[image.key] = image
@@ -129,9 +131,9 @@ def own_images(labels: LabelSet, wanted: Iterable[SampledImage]) -> Iterator[tup
 
 
 def checked_pixels(image: ImageLabels, data: bytes | ImageError, pixel_limit: int) -> npt.NDArray[np.uint8]:
-    """Decode a labelled image: (H, W, 3) uint8.
+    """Decode a labelled image to (H, W, 3) uint8.
 
-    Raises ImageError where it is another one than was labelled, has more than `pixel_limit` pixels, or cannot be read.
+    Raises ImageError where it is not the image that was labelled, is larger than `pixel_limit`, or cannot be read.
     """
     if isinstance(data, ImageError):
         raise data
@@ -144,25 +146,26 @@ def checked_pixels(image: ImageLabels, data: bytes | ImageError, pixel_limit: in
 
 
 def cut(pixels: npt.NDArray[np.uint8], image: ImageLabels, number: int, size: int) -> npt.NDArray[np.uint8]:
-    """Crop `number` as a student gets it: (size, size, 3)."""
+    """Cut crop `number` as a student gets it: (size, size, 3) uint8."""
     return np.ascontiguousarray(replay(pixels, image.crops[number : number + 1], size=size)[0].permute(1, 2, 0).numpy())
 
 
 def shrunk(pixels: npt.NDArray[np.uint8], longer_side: int) -> npt.NDArray[np.uint8]:
-    """The image at most so large; a smaller one stays as it is."""
+    """Reduce an image so that its longer side is at most `longer_side`; a smaller one is unchanged."""
     picture = Image.fromarray(pixels)
     picture.thumbnail((longer_side, longer_side), Image.Resampling.BICUBIC, reducing_gap=3.0)
     return np.asarray(picture)
 
 
 def data_uri(pixels: npt.NDArray[np.uint8]) -> str:
+    """Encode pixels (H, W, 3) as a JPEG data URI."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", quality=QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def image_of(labels: LabelSet, key: str, source: str | Path | ImageSource | None) -> npt.NDArray[np.uint8]:
-    """One labelled image, decoded. Raises UsageError without images, ImageError, KeyError for an unknown key."""
+    """Read and decode one labelled image. Raises UsageError without images, ImageError, KeyError for an unknown key."""
     shard, row = labels.locate(key)
     image = labels[key]
     if source is None:

@@ -1,4 +1,4 @@
-"""`preview`: the next batch of a loader as the student gets it, as a page to look at. The loader does not move.
+"""Write a loader's next batch, as the student gets it, as a page to look at. The loader does not move.
 
 Legend: B crops of the batch, C classes.
 """
@@ -23,26 +23,32 @@ from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Work, decode_che
 from ferkd_data.loader.plan import Window
 from ferkd_data.replay import empty_batch
 from ferkd_data.report.charts import percent
-from ferkd_data.report.figures import BUCKET_TITLES
-from ferkd_data.report.make import render, write_page
+from ferkd_data.report.page import render, write_page
 from ferkd_data.report.pictures import data_uri
-from ferkd_data.report.thresholds import class_name
+from ferkd_data.report.tables import BUCKET_TITLES, class_name
 from ferkd_data.targets import SoftTargets
 
 BARS = 4
 PICTURE_PIXELS = 160
 SAME_TARGET = 1e-4
-"""Targets that differ by less in every class are the same."""
+"""Largest difference of any class's probability at which two targets count as the same."""
 
 
 def preview(loader: CropLoader, path: str | Path, *, crops: int = 16) -> Path:
-    """Write the loader's next batch as an HTML page: `fd.preview(loader, "batch.html")`.
+    """Write a loader's next batch as an HTML page, and return the page's path.
 
-    For each of up to `crops` crops: the picture as the student gets it, its bucket, what calibration did to its soft
-    label, and its partner and the mixed target where SelfMix mixed it. The loader gives the same batches as if this had
-    not been called, also in the middle of an epoch. Images of a loader with `decode_device` are cut on the CPU here.
+    It shows up to `crops` crops: the picture as the student gets it, the bucket, what calibration made of the soft
+    label, and, where SelfMix mixed it, the partner and the mixed target. The loader then gives the same batches as if
+    `preview` had not been called, also in the middle of an epoch. Images of a loader with `decode_device` are cut on
+    the CPU here.
 
-    Raises MissingExtraError without the extra `report`, and what the loader would raise for this batch.
+    Raises MissingExtraError without the extra `report`, UsageError for `crops` below 1, and the errors that the loader
+    would raise for this batch.
+
+    >>> labels = fd.open_labels("labels-with-images")
+    >>> loader = fd.CropLoader(labels, batch_size=4, size=32, crops_per_image=1, cache_dir="cache")
+    >>> fd.preview(loader, "batch.html", crops=2).name
+    'batch.html'
     """
     if crops < 1:
         raise UsageError(f"crops must be 1 or more, got {crops}")
@@ -77,7 +83,7 @@ def _facts(loader: CropLoader, window: Window, shown: int) -> list[tuple[str, st
 
 
 def _labelled(maker: BatchMaker, window: Window) -> Labelled:
-    """The window's crops with their labels, other images in the places of those that cannot be used."""
+    """Return the window's crops with their labels; other images stand in for those that cannot be used."""
 
     def look(labelled: Labelled, i: int) -> None:
         record = labelled.records[i]
@@ -93,7 +99,7 @@ def _made(maker: BatchMaker, window: Window, size: int) -> tuple[Tensor, SoftTar
 
 
 class _Batch:
-    """The next batch, before and after mixing, by slot: a crop's number in the batch."""
+    """The next batch, before and after mixing. A slot is a crop's number in the batch."""
 
     def __init__(
         self,
@@ -142,7 +148,11 @@ class _Batch:
         }
 
     def _partner(self, slot: int) -> tuple[int, float] | None:
-        """The crop of the same image that was mixed in, and this one's share: those that explain the mixed target."""
+        """Find the crop of the same image that was mixed in, and this crop's share in 0..1.
+
+        The mixed target is share * own + (1 - share) * other: least squares give the share for each candidate, and the
+        candidate that explains the target best is the partner.
+        """
         own, mixed = self._before[slot].astype(np.float64), self._targets[slot].astype(np.float64)
         found = None
         for other, (i, _) in self._places.items():

@@ -1,4 +1,4 @@
-"""`show`: one image with its crops, for a notebook or as a PNG file."""
+"""Draw one image with its crops, for a notebook or as a PNG file."""
 
 from __future__ import annotations
 
@@ -25,19 +25,25 @@ LABELS_SHOWN = 3
 BOXES_DRAWN = 40
 INK, QUIET, PAPER, GOOD, BAD = "#1b1f24", "#5a636e", "#ffffff", "#00734c", "#b3261e"
 BUCKET_COLOURS = ("#c65100", "#e69f00", "#6cc4f5", "#00508f")
-"""By bucket code, for people who do not see red and green too; the report's style sheet has the same."""
+"""Colours by bucket code, also for people who cannot tell red from green; the report's style sheet has the same."""
 
 
 class Shown:
-    """A picture that a notebook displays by itself, and that `save` writes."""
+    """A picture, returned by `show`. A notebook displays it by itself; `save` writes it; `repr` says it in words.
+
+    >>> shown = fd.show(fd.open_labels("labels-with-images"))
+    >>> shown.save("image.png")
+    >>> shown.picture.mode
+    'RGB'
+    """
 
     def __init__(self, picture: Image.Image, text: str) -> None:
         self.picture = picture
         self.text = text
-        """The same in words, for whoever does not see it."""
+        """The content in words, for readers who cannot see the picture."""
 
     def save(self, path: str | Path) -> None:
-        """Write it as a PNG file, aside and renamed."""
+        """Write a PNG file, under another name, and rename it."""
         with write_atomically(Path(path)) as aside:
             self.picture.save(aside, "PNG")
 
@@ -58,15 +64,17 @@ def show(
     crops: int = 4,
     class_names: Sequence[str] | None = None,
 ) -> Shown:
-    """An image with its boxes coloured by bucket, and its least and most confident crops with their labels.
+    """Draw an image with its boxes coloured by bucket, and its least and most confident crops with their labels.
 
-        fd.show(labels, "n01614925/imagenet_17_22", images="photos")
+    `key` is an image's key or its row number. `images` is the SOURCE that was labelled; a label set of layout
+    webdataset does without. `crops` is the number of least confident and of most confident crops. `class_names` name
+    the classes of a label set without names.
 
-    `key` is an image's key or its row number. `images` is not needed for a label set of layout webdataset. `crops` of
-    the least and of the most confident are shown. `class_names` are for a label set that has none.
+    Raises KeyError for an unknown key, UsageError without images and for `crops` below 1, ImageError where the image is
+    not the one that was labelled.
 
-    Raises KeyError for an unknown key, UsageError without images, ImageError where it is another image than the one
-    that was labelled.
+    >>> labels = fd.open_labels("labels-with-images")
+    >>> fd.show(labels, next(labels.keys()), crops=2).save("image.png")
     """
     if crops < 1:
         raise UsageError(f"crops must be 1 or more, got {crops}")
@@ -108,7 +116,7 @@ def _drawn(
 
 
 def boxes_on(image: ImageLabels, pixels: npt.NDArray[np.uint8], numbers: Sequence[int] | None = None) -> Image.Image:
-    """The image, enlarged or reduced to IMAGE_SIDE, with up to BOXES_DRAWN boxes; the surest one on top."""
+    """Draw the image with a longer side of IMAGE_SIDE and up to BOXES_DRAWN boxes, the most confident one on top."""
     scale = IMAGE_SIDE / max(image.width, image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     photo = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
@@ -120,7 +128,7 @@ def boxes_on(image: ImageLabels, pixels: npt.NDArray[np.uint8], numbers: Sequenc
         box = (left, top, max(left, left + width - 1), max(top, top + height - 1))
         wide = 4 if number in (order[0], order[-1]) else 2
         draw.rectangle(box, outline=BUCKET_COLOURS[image.bucket[number]], width=wide)
-        # A dark seam, so that every colour stands out from every photo.
+        # A dark outline, so that every colour stands out from every photo.
         draw.rectangle((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1), outline="#000000")
     return photo
 
@@ -154,7 +162,7 @@ def _legend(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: str, size: int = 12) -> None:
-    # Pillow draws a line break as one.
+    # Pillow would draw a line break.
     draw.text(place, " ".join(text.split()), fill=colour, font=ImageFont.load_default(size))
 
 

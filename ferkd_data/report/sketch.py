@@ -1,7 +1,7 @@
-"""Sums over all crops of a label set, added up shard by shard in memory that does not grow with the set.
+"""Accumulate sums over all crops of a label set, in memory that does not grow with the number of images.
 
-Confidences are stored as float16, so counting each of the 15,361 values in [0, 1] loses nothing: every histogram,
-bucket share and calibration error of the report is exact.
+Confidences are stored as float16, so counts of each of the 15,361 values in [0, 1] lose nothing: every histogram,
+bucket share and calibration error of a report is exact.
 
 Legend: R images of a shard, N crops per image, k kept classes, C classes.
 """
@@ -21,16 +21,16 @@ Counts = npt.NDArray[np.int64]
 GRID = 20
 """Cells along each side of the map of crop centres, and bins of the crops' area and confidence."""
 SIDE_EDGES = (32, 64, 128, 256, 512, 1024, 2048)
-"""Pixels of an image's shorter side."""
+"""Limits in pixels of the bins of an image's shorter side."""
 CONFUSIONS_KEPT = 100_000
 """Pairs of classes that are counted exactly; beyond twice as many, the rarest half is dropped."""
 CONFIDENCES: tuple[Confidence, ...] = ("max", "target")
 POSITIVE = 2
-"""Buckets from this code up hold confident crops."""
+"""First bucket code of confident crops."""
 
 
 class Sketch:
-    """Accumulates `ShardLabels`; `add` reads a shard once."""
+    """Accumulator of `ShardLabels`."""
 
     def __init__(self, *, num_classes: int, top_k: int, num_crops: int) -> None:
         self.num_classes, self.num_crops = num_classes, num_crops
@@ -38,7 +38,7 @@ class Sketch:
         self.confidence: dict[Confidence, Counts] = {
             which: np.zeros((3, NUM_FLOAT16), np.int64) for which in CONFIDENCES
         }
-        """By kind of confidence, by value: all crops; those with a ground truth; those named right."""
+        """Counts by kind of confidence and float16 value: all crops, crops with a ground truth, crops named right."""
         self.truth = np.zeros(NUM_FLOAT16, np.int64)
         """Crops by the stored probability of the ground truth."""
         self.truth_in_top_k = 0
@@ -46,15 +46,15 @@ class Sketch:
         self.mass_by_rank = np.zeros(top_k, np.float64)
         """Sum over crops of the first, second, ... stored probability."""
         self.buckets = np.zeros((3, len(BUCKETS)), np.int64)
-        """By stored bucket: all crops; those with a ground truth; those named right."""
+        """Counts by stored bucket: all crops, crops with a ground truth, crops named right."""
         self.centres = np.zeros((len(BUCKETS), GRID, GRID), np.int64)
-        """Crops by bucket and by the cell that their centre lies in, rows first."""
+        """Crops by bucket and by the cell (row, column) of their centre."""
         self.centre_p_max = np.zeros((GRID, GRID), np.float64)
         """Sum of p_max by cell."""
         self.areas = np.zeros((GRID, GRID), np.int64)
         """Crops by p_max (rows) and by their share of the image's area (columns)."""
         self.in_use = np.zeros(num_crops + 1, np.int64)
-        """Images by how many of their crops are not extreme hard."""
+        """Images by the number of their crops that are not extreme hard."""
         self.epoch_share = np.zeros(len(BUCKETS), np.float64)
         """Sum over images of each bucket's share among the crops that are in use under `ferkd`."""
         self.sides = np.zeros(len(SIDE_EDGES) + 1, np.int64)
@@ -67,13 +67,13 @@ class Sketch:
         self.class_p_max = np.zeros(num_classes, np.float64)
         """(C,) sum of p_max, by ground truth."""
         self.class_named = np.zeros(num_classes, np.int64)
-        """(C,) crops that are named so, whatever they are."""
+        """(C,) crops by their most probable class."""
         self.confusions: dict[tuple[int, int], int] = {}
         """Crops by (ground truth, most probable class) where these differ."""
         self.confusions_dropped = False
 
     def add(self, labels: ShardLabels) -> None:
-        """Count a shard's rows. Needs at least one."""
+        """Count the rows of a shard, at least one."""
         shape = labels.flip.shape
         p_max = labels.class_prob[..., 0]
         top1 = labels.class_index[..., 0]
@@ -153,22 +153,22 @@ def _counts(codes: npt.NDArray[Any], length: int) -> Counts:
 
 
 def _cells(shares: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Cells 0 .. GRID - 1 of shares 0..1."""
+    """Number the cells 0 .. GRID - 1 that shares in 0..1 lie in."""
     return np.clip((shares * GRID).astype(np.int64), 0, GRID - 1)
 
 
 FLOAT16_VALUES: npt.NDArray[np.float64] = np.arange(NUM_FLOAT16, dtype=np.uint16).view(np.float16).astype(np.float64)
-"""The float16 values in [0, 1] in the order of their bit patterns."""
+"""All float16 values in [0, 1]. Positive floats rise with their bit patterns, so the pattern is the index."""
 
 
 def counts_below(counts: Counts, edges: npt.NDArray[np.float64]) -> Counts:
-    """How many of the counted values lie below each edge: `assign_buckets` puts a value at an edge above it."""
+    """Count the values below each edge. A value at an edge is not below it, as in `assign_buckets`."""
     below = np.concatenate([[0], np.cumsum(counts)])
     return below[np.searchsorted(FLOAT16_VALUES, edges, side="left")].astype(np.int64)
 
 
 def counts_between(counts: Counts, edges: npt.NDArray[np.float64]) -> Counts:
-    """How many lie in each bin of `edges`; the last bin holds its upper edge too."""
+    """Count the values in each bin between `edges`; the last bin includes its upper edge."""
     below = counts_below(counts, edges)
     below[-1] = counts.sum()
     return np.diff(below)

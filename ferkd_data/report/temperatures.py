@@ -1,4 +1,4 @@
-"""The temperature at which the stored soft labels are as sure, on average, as they are right."""
+"""Fit the temperature at which the mean largest probability of the stored soft labels equals their accuracy."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels
 from ferkd_data.targets import recover
 
 CROPS_KEPT = 20_000
-"""A mean over so many crops is known to about half a percent."""
+"""Size of the sample; the error of a mean over it is about half a percent."""
 LEAST_CROPS = 200
+"""Crops below which nothing is fitted."""
 COLDEST, HOTTEST, STEPS = 0.2, 5.0, 24
-"""Each step halves the range of log T, so 24 are far below the two digits that are shown."""
+"""Range of T, and number of bisections of log T; the remaining range is far below the two digits that are shown."""
 
 
 class TemperatureSample:
@@ -39,10 +40,9 @@ class TemperatureSample:
             self._rank, self._prob, self._right = self._rank[kept], self._prob[kept], self._right[kept]
 
     def fitted(self) -> float | None:
-        """Return T for which the mean of the largest probability is the share of crops named right.
+        """Find T for which the mean largest probability equals the share of crops named right.
 
-        None with too few crops, or where no T between 0.2 and 5 does it. The mean falls as T rises, so that halving
-        the range finds it.
+        None with too few crops, or where no T between 0.2 and 5 does. The mean falls as T rises, so bisection finds it.
         """
         if len(self._rank) < LEAST_CROPS:
             return None

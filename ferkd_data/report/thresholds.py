@@ -1,9 +1,7 @@
-"""Thresholds suggested for a label set, and which clause of the rule decided each of them.
+"""Suggest thresholds for a label set, and say which clause of the rule decided each of them.
 
-The rule is a rule of thumb of this project. Every threshold has an accuracy test (how often the teachers are right near
-it or above it) and a cap (the share of all crops that its bucket may hold); whichever ends first decides.
-
-What the page's three sliders need: exact counts below each threshold, and crops that change bucket.
+The rule is this project's own rule of thumb. Every threshold has an accuracy test (how often the teachers are right
+near it or above it) and a cap (the share of all crops that its bucket may hold); whichever ends first decides.
 """
 
 from __future__ import annotations
@@ -14,18 +12,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data.label_set import LabelSet
-from ferkd_data.labels.buckets import BUCKETS, QuantileThresholds, Thresholds
+from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 from ferkd_data.report.charts import percent
-from ferkd_data.report.pictures import Pictures
-from ferkd_data.report.samples import Crop
-from ferkd_data.report.sketch import CONFIDENCES, Counts, Sketch, counts_below
+from ferkd_data.report.sketch import Counts, Sketch, counts_below
 
 Decider = Literal["accuracy", "cap", "share"]
 SUGGESTION_STEPS = 100
 """Thresholds are suggested in steps of 1 / STEPS."""
 DISCARD_BELOW, SOFTEN_BELOW, EASY_FROM = 1 / 3, 1 / 2, 0.98
-"""Accuracy tests of the three thresholds."""
+"""Shares of right crops that the three accuracy tests compare with."""
 WINDOW = 10
 """Steps below a threshold over which accuracy is counted."""
 MOST_DISCARDED, MOST_SOFTENED, MOST_EASY, SUREST = 0.1, 0.2, 0.25, 0.1
@@ -51,12 +46,12 @@ class Suggestion:
 
     @property
     def measured(self) -> int:
-        """How many of the thresholds the accuracy test decided."""
+        """Number of thresholds that the accuracy test decided."""
         return sum(clause.decided_by == "accuracy" for clause in self.clauses)
 
     @property
     def summary(self) -> str:
-        """The thresholds and what decided them; claims no more than was measured."""
+        """The thresholds and what decided them, in words that claim no more than was measured."""
         low, mid, top = (clause.value for clause in self.clauses)
         values = f"Suggested thresholds: {low:g}, {mid:g} and {top:g} on p_max."
         start = "a place to start, not a measurement of these teachers"
@@ -166,64 +161,3 @@ def _by_shares(total: Counts) -> Suggestion:
     ]
     first, second, third = clauses
     return Suggestion(thresholds=Thresholds(low=low, mid=mid, top=top), clauses=(first, second, third))
-
-
-SLIDER_STEPS = 1000
-"""Thresholds go in steps of 1 / STEPS. JavaScript and Python divide alike, so both compare with the same number."""
-BINS = 100
-"""Bars of the histogram."""
-
-
-def slider_data(
-    labels: LabelSet, sketch: Sketch, strata: list[Crop], pictures: Pictures, suggestion: Suggestion
-) -> dict[str, Any]:
-    """Plain numbers and texts for the page's script.
-
-    For each kind of confidence, `below` says for each threshold how many crops have a smaller one, as
-    `assign_buckets` compares; `known` and `right` say so of the crops with a ground truth and of those named right.
-    """
-    edges = np.arange(SLIDER_STEPS + 1) / SLIDER_STEPS
-    stored = labels.manifest.thresholds
-    quantiles = {}
-    confidence: dict[str, Any] = {}
-    for which in CONFIDENCES:
-        counts = sketch.confidence[which]
-        below = [counts_below(row, edges).tolist() for row in counts]
-        confidence[which] = {"below": below[0], "known": below[1], "right": below[2]}
-        quantiles[which] = counts.sum(axis=1).tolist()
-    return {
-        "steps": SLIDER_STEPS,
-        "bins": BINS,
-        "totals": quantiles,
-        "confidence": confidence,
-        "buckets": list(BUCKETS),
-        "stored": _thresholds(stored.absolute()),
-        "suggested": _thresholds(suggestion.thresholds),
-        "defaults": _thresholds(Thresholds()),
-        "crops": [_crop(labels, crop, pictures) for crop in strata],
-    }
-
-
-def _thresholds(thresholds: Thresholds) -> dict[str, Any]:
-    return {"values": [thresholds.low, thresholds.mid, thresholds.top], "confidence": thresholds.confidence}
-
-
-def _crop(labels: LabelSet, crop: Crop, pictures: Pictures) -> dict[str, Any]:
-    said = float(crop.image.target_prob[crop.number])
-    return {
-        "key": crop.image.key,
-        "crop": crop.number,
-        "max": crop.p_max,
-        "target": crop.p_max if np.isnan(said) else said,
-        "named": class_name(labels, crop.top1),
-        "truth": class_name(labels, crop.image.target),
-        "right": crop.top1 == crop.image.target,
-        "picture": pictures.crops.get((crop.image.key, crop.number), ""),
-    }
-
-
-def class_name(labels: LabelSet, number: int) -> str:
-    """The class as people read it: the first of its names, or its number."""
-    if number < 0:
-        return "unlabelled"
-    return labels.class_names[number].split(",")[0] if labels.class_names else f"class {number}"

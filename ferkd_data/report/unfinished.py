@@ -1,4 +1,4 @@
-"""The finished shards of a build that still runs, or was interrupted, as a label set that grows."""
+"""Read a build that still runs, or was interrupted: its finished shards form a label set that grows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NO_DIGEST = "0" * 64
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a build is that still runs."""
+    """Progress of a build that has not ended."""
 
     shards_done: int
     shards_total: int
@@ -36,7 +36,7 @@ class Progress:
 
 
 def open_unfinished(path: str | Path) -> Unfinished | None:
-    """The build in a folder; None where it holds a finished label set, or none at all, or is a URL.
+    """Open the build in a folder; None for a URL, and for a folder with a finished label set or none at all.
 
     Raises BuildError where the build has not begun to label.
     """
@@ -51,7 +51,7 @@ def open_unfinished(path: str | Path) -> Unfinished | None:
 
 
 class Unfinished:
-    """Adds up the shards of a build as they are finished."""
+    """Collect the shards of a build as they are finished."""
 
     def __init__(self, folder: BuildFolder) -> None:
         self._folder = folder
@@ -66,13 +66,13 @@ class Unfinished:
 
     @property
     def progress(self) -> Progress:
-        """How many shards were added, of how many."""
+        """Number of shards added so far, and in all."""
         summary = self._plan.summary
         total = len(self._plan.shards)
         return Progress(shards_done=total - len(self._left), shards_total=total, images_total=summary.images)
 
     def add_new_shards(self) -> int:
-        """Look for shards that were finished meanwhile, and add them; returns how many."""
+        """Add the shards that were finished since the last call; return their number."""
         found = [record for _, record in self._folder.records(sorted(self._left)) if record is not None]
         for record in found:
             self._add(record)
@@ -80,7 +80,7 @@ class Unfinished:
 
     def _add(self, record: ShardRecord) -> None:
         self._left.discard(record.index)
-        # Numbered as they come: a label set's shards have no gaps.
+        # Numbered in the order of their end: a label set's shards have no gaps.
         files = self._folder.files_now(record) if record.successors else record.files
         self._entries.append(ShardEntry(index=len(self._entries), rows=record.rows, files=files))
         self._statistics = statistics.add([self._statistics, record.statistics])
@@ -92,13 +92,13 @@ class Unfinished:
             self._collector.add(self.labels().shard(len(self._entries) - 1))
 
     def found(self) -> Collected:
-        """What the pass over the shards so far has found."""
+        """Return what was collected from the shards so far."""
         return self._collector.finish(self.labels())
 
     def labels(self) -> LabelSet:
-        """The shards so far as a label set, with the manifest that the build would write if it ended now."""
+        """Open the shards so far as a label set, with the manifest that the build would write if it ended now."""
         settings, asked = self._settings, self._settings.thresholds
-        # Quantiles are resolved at the end of a build; until then shards have provisional buckets.
+        # Quantile thresholds are resolved at the end of a build; until then, buckets are provisional.
         low, mid, top = self._thresholds or (
             (asked.low, asked.mid, asked.top) if isinstance(asked, Thresholds) else (0.0, 0.0, 1.0)
         )

@@ -17,12 +17,13 @@ from ferkd_data.calibration import Calibration, use_probability
 from ferkd_data.labels.buckets import Thresholds, assign_buckets
 from ferkd_data.labels.rows import ShardLabels
 from ferkd_data.report import temperatures
-from ferkd_data.report.cards import threshold_table
 from ferkd_data.report.charts import Reliability, percent
 from ferkd_data.report.collect import Collector, Duplicates, collect
 from ferkd_data.report.findings import _calibrated_apart, ensemble_reliability, findings
-from ferkd_data.report.samples import CSV_COLUMNS, Smallest, SuspectList, priorities
+from ferkd_data.report.samples import Smallest, priorities
 from ferkd_data.report.sketch import FLOAT16_VALUES, Sketch, counts_below, counts_between
+from ferkd_data.report.suspects import CSV_COLUMNS, SuspectList
+from ferkd_data.report.tables import threshold_table
 from ferkd_data.report.temperatures import TemperatureSample
 from ferkd_data.report.thresholds import suggest
 from ferkd_data.targets import recover

@@ -14,7 +14,8 @@ import pytest
 
 import ferkd_data as fd
 from ferkd_data.errors import BuildError, MissingExtraError, UsageError
-from ferkd_data.report.make import asset, hours_of, inert_json, policy
+from ferkd_data.report.make import hours_of
+from ferkd_data.report.page import asset, inert_json, policy
 from ferkd_data_cli.main import run
 
 
