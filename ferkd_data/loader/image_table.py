@@ -138,7 +138,8 @@ class ImageTable:
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         for batch in batches:
             _, bounds, names = batch.column("file").buffers()
-            offset, length = (batch.column(name).to_numpy() for name in ("offset", "length"))
+            # Arrow's to_numpy would import pandas where that is installed: 40 MB in every worker.
+            offset, length = (np.frombuffer(batch.column(name).buffers()[1], np.int64) for name in ("offset", "length"))
             text = np.frombuffer(names or b"", np.uint8)
             self._batches.append((np.frombuffer(bounds, np.int32), text, offset, length))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -89,3 +90,21 @@ def test_what_a_killed_training_left_goes_when_the_next_loader_opens(label_set, 
     )
     assert len(next(iter(loader))[0]) == 4
     assert not left & set(temporary.iterdir())
+
+
+def test_workers_do_not_import_pandas(label_set, photos, tmp_path):
+    """pyarrow imports it on the way from a column to NumPy; in every worker it would take 30 MB."""
+    pytest.importorskip("pandas")
+    training = os.getpid()
+
+    def transform(crop):
+        if os.getpid() != training and "pandas" in sys.modules:
+            raise AssertionError("this worker has pandas")
+        return crop
+
+    loader = fd.CropLoader(
+        fd.open_labels(label_set), images=photos, batch_size=4, num_workers=1, transform=transform, cache_dir=tmp_path
+    )
+    loader._open_workers().wait()
+    stats = [loader.stats() for _ in loader][-1]
+    assert stats.here_share < 1
