@@ -25,8 +25,7 @@ from loader_features import cpu_ms
 from loader_speed import write_labels, write_photos
 
 import ferkd_data as fd
-from ferkd_data.loader.stage_clock import NOTHING, Stage, StageClock
-from ferkd_data.loader.stats import EpochClock
+from ferkd_data.loader.clocks import NOTHING, EpochClock, Stage, StageClock
 
 BATCH = 64
 CROPS_PER_IMAGE = 4

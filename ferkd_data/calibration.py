@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -114,24 +114,24 @@ class Calibration:
         return any(text in ("soften", "blend") for text in texts) or (discards and self.all_discarded == "soften")
 
 
-Schedule: TypeAlias = "Calibration | str | Callable[[int], Calibration]"
+CalibrationSetting: TypeAlias = "Calibration | str | Callable[[int], Calibration]"
 
 
-def calibration_at(schedule: Schedule, epoch: int) -> Calibration:
+def calibration_at(setting: CalibrationSetting, epoch: int) -> Calibration:
     """The calibration of an epoch, from a Calibration, a preset's name, or a function of the epoch."""
-    if isinstance(schedule, Calibration):
-        return schedule
-    if callable(schedule):
-        given: object = schedule(epoch)
+    if isinstance(setting, Calibration):
+        return setting
+    if callable(setting):
+        given: object = setting(epoch)
         if not isinstance(given, Calibration):
             raise UsageError(f"calibration must return a Calibration for every epoch; for {epoch} it gave {given!r}")
         return given
     presets = {"fkd": Calibration.fkd, "ferkd": Calibration.ferkd, "blend": Calibration.blend}
-    if schedule not in presets:
+    if setting not in presets:
         raise UsageError(
-            f"calibration must be a Calibration, a function of the epoch, fkd, ferkd or blend; got {schedule!r}"
+            f"calibration must be a Calibration, a function of the epoch, fkd, ferkd or blend; got {setting!r}"
         )
-    return presets[schedule]()
+    return presets[setting]()
 
 
 def crop_buckets(
@@ -169,6 +169,35 @@ def use_probability(calibration: Calibration, codes: npt.NDArray[np.uint8]) -> F
     """How likely each crop is to be in use: 0 where discarded, P where thinned out, else 1."""
     shares = [0.0 if a.kind == "discard" else a.share for a in action_table(calibration)]
     return np.array(shares, np.float32)[codes]
+
+
+class Judged(NamedTuple):
+    """A calibration's verdict on stored crops, each field of the same shape (..., N)."""
+
+    bucket: npt.NDArray[np.uint8]
+    """Difficulty codes (see `buckets.BUCKETS`)."""
+    codes: npt.NDArray[np.uint8]
+    """Action codes (see `action_table`)."""
+    use: Floats
+    """Probability of being in use."""
+
+
+def judge_crops(
+    calibration: Calibration,
+    *,
+    bucket: npt.NDArray[np.uint8],
+    top1: npt.NDArray[Any],
+    class_prob: npt.NDArray[np.float16],
+    target: npt.NDArray[np.integer[Any]],
+    target_prob: npt.NDArray[np.float16],
+) -> Judged:
+    """Judge stored crops: their bucket, action and probability of being in use, before any is drawn.
+
+    `bucket`, `top1` and `target_prob` are (..., N), `class_prob` (..., N, k); `target` broadcasts against them.
+    """
+    bucket = crop_buckets(calibration, bucket, class_prob, target_prob)
+    codes = crop_actions(calibration, bucket, top1, target)
+    return Judged(bucket, codes, use_probability(calibration, codes))
 
 
 def calibrate(

@@ -1,6 +1,7 @@
-"""Which images have been compared with those labelled, so that each is hashed once and not in every epoch.
+"""Make the batches of a window: read, decode, draw, cut, calibrate and mix, in whichever process.
 
-From a window of the plan to batches: read, decode, draw, cut, calibrate. Runs in any process.
+`BatchMaker` holds what does not change in a training. Given a window of the schedule and memory for its crops, it fills
+the memory and returns the targets. Nothing that it returns depends on the process or on windows made before.
 
 Legend: I images of a window, M crops per image, B crops of a batch, S output side.
 """
@@ -8,8 +9,9 @@ Legend: I images of a window, M crops per image, B crops of a batch, S output si
 from __future__ import annotations
 
 import copy
-import mmap
-from collections.abc import Callable, Iterable
+import ctypes
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,50 +23,31 @@ from torch import Tensor
 from ferkd_data import rng
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, LoaderError, UsageError
-from ferkd_data.images import decode_rgb, image_size
+from ferkd_data.images import image_size
 from ferkd_data.images.decode import decode_reduced, divisor_for, reduced_crops
 from ferkd_data.images.retrying import IMAGES_IN_A_ROW, UnansweredImageError
 from ferkd_data.label_set import LabelSet
+from ferkd_data.loader.clocks import NOTHING, Spent, StageClock
 from ferkd_data.loader.epochs import Epochs
-from ferkd_data.loader.image_table import Images, KeyTable, give_memory_back
+from ferkd_data.loader.image_table import (
+    CheckedImages,
+    Images,
+    KeyTable,
+    check_labelled_size,
+    decode_checked,
+    give_memory_back,
+    labelled_pixels,
+)
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.labelling import BlockDraws, Drawn, draw_crops, epoch_draws, window_targets
-from ferkd_data.loader.one_core import one_thread
-from ferkd_data.loader.order import InChunks, Part, epoch_order
-from ferkd_data.loader.plan import Window, stand_in
+from ferkd_data.loader.order import FromPosition, InChunks, epoch_order
+from ferkd_data.loader.schedule import Window, stand_in
 from ferkd_data.loader.settings import LoaderSettings, without_functions
 from ferkd_data.loader.shard_files import ShardRecords
-from ferkd_data.loader.stage_clock import NOTHING, Spent, StageClock
 from ferkd_data.loader.transform import Transform, crop_seed, lent_generators, transformed
 from ferkd_data.replay import replay
 from ferkd_data.storage import image_digest
 from ferkd_data.targets import TENSORS, SoftTargets
-
-
-class CheckedImages:
-    """A bit for each row of a label set: its image was found to be the one that was labelled.
-
-    Only good images have theirs set, so a wrong one is found again in every epoch, by whichever process reads it, and
-    after a resume. The bits are shared with processes that are forked; a copy that travels by pickle begins anew. Two
-    processes that set bits of one byte at once may lose one, and that image is hashed once more.
-    """
-
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
-        self._bits: npt.NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, num_rows // 8 + 1), np.uint8)
-
-    def __contains__(self, row: int) -> bool:
-        return bool(self._bits[row >> 3] >> (row & 7) & 1)
-
-    def add(self, row: int) -> None:
-        self._bits[row >> 3] |= np.uint8(1 << (row & 7))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"num_rows": self._num_rows}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
 
 MAX_SKIPPED = 1000
 """Images in a row that may be unusable; more are a source that is gone, or labels of other images."""
@@ -236,7 +219,7 @@ class BatchMaker:
         return Labelled(rows, records[0], drawn, targets)
 
     def _records(
-        self, window: Window, order: Part, rows: npt.NDArray[np.int64], draws: tuple[BlockDraws, ...]
+        self, window: Window, order: FromPosition, rows: npt.NDArray[np.int64], draws: tuple[BlockDraws, ...]
     ) -> list[npt.NDArray[np.void]]:
         """The stored labels of these rows in each block that is drawn from."""
         blocks = {part.block for part in draws}
@@ -268,7 +251,7 @@ class BatchMaker:
         self.cache.prepare({part.block for part in self._draws(epoch)})
         give_memory_back()
 
-    def _order_of(self, epoch: int) -> Part:
+    def _order_of(self, epoch: int) -> FromPosition:
         part = self.epochs.at(epoch)
         if self._order is None or self._order[0] != part.pass_number:
             settings = self.settings
@@ -280,7 +263,7 @@ class BatchMaker:
                 shards_together=settings.shards_together,
             )
             self._order = (part.pass_number, InChunks(order, len(self.labels)))
-        return Part(self._order[1], part.first)
+        return FromPosition(self._order[1], part.first)
 
     def _draws(self, epoch: int) -> tuple[BlockDraws, ...]:
         part = self.epochs.at(epoch)
@@ -293,10 +276,10 @@ class BatchMaker:
 
     def _skip(self, row: int, error: ImageError) -> str:
         """Where and why an image is left out. Raises LoaderError where none may be."""
-        place = self._describe(row)
+        image = self._describe(row)
         if self.settings.on_error == "raise":
-            raise LoaderError(f"{place}: {error}") from error
-        return f"{place}: {error}"
+            raise LoaderError(f"{image}: {error}") from error
+        return f"{image}: {error}"
 
     def _decoded(
         self, data: bytes, record: np.void, crops: Crops, wanted: npt.NDArray[np.bool_], size: int
@@ -362,10 +345,10 @@ class BatchMaker:
         if selfmix is None:
             return
         start = 0
-        for i, (size, place) in enumerate(zip(window.batches, window.places, strict=True)):
+        for i, (size, cursor) in enumerate(zip(window.batches, window.cursors, strict=True)):
             # Seeded by what the batch holds, so that ranks mix differently and a resume mixes the same.
             first = int(window.positions[0])
-            generator = rng.generator("selfmix", self.settings.seed, place.epoch, first, i)
+            generator = rng.generator("selfmix", self.settings.seed, cursor.epoch, first, i)
             _, targets[i] = selfmix(
                 images[start : start + size],
                 targets[i],
@@ -376,34 +359,37 @@ class BatchMaker:
             start += size
 
 
-def decode_checked(data: bytes, record: np.void, pixel_limit: int) -> npt.NDArray[np.uint8]:
-    """Decode the image of a record: (H, W, 3) uint8.
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run PyTorch's kernels in the calling thread alone; other threads of the process go on as they were.
 
-    Never decodes more pixels than were labelled, or than `pixel_limit`. Raises ImageError where the image has another
-    size than was labelled, more pixels than `pixel_limit`, or cannot be decoded.
+    `torch.set_num_threads` would speak for all threads, so OpenMP is asked for the calling one. Where PyTorch was
+    built without OpenMP, nothing changes.
     """
+    before = torch.get_num_threads()
+    if before == 1 or _set_threads is None:
+        yield
+        return
+    _set_threads(1)
     try:
-        pixels = decode_rgb(data, max_pixels=labelled_pixels(record, pixel_limit))
-    except ImageError as error:
-        if error.reason == "pixel_bomb":
-            check_labelled_size(*image_size(data), record)
-        raise
-    check_labelled_size(pixels.shape[0], pixels.shape[1], record)
-    return pixels
+        yield
+    finally:
+        _set_threads(before)
 
 
-def labelled_pixels(record: np.void, pixel_limit: int) -> int:
-    """Return the pixels of the image that was labelled. Raises ImageError for more than `pixel_limit`."""
-    height, width = int(record["height"]), int(record["width"])
-    if height * width > pixel_limit:
-        raise ImageError(
-            "pixel_bomb",
-            f"it was labelled as {width}x{height} pixels; max_pixels in the manifest, or its default, is {pixel_limit}",
-        )
-    return height * width
+def _find() -> Callable[[int], None] | None:
+    """OpenMP's function that sets the calling thread's number of threads, from the library that PyTorch has loaded."""
+    try:
+        # A symbol is looked for in all that this library needs.
+        found = ctypes.CDLL(torch._C.__file__).omp_set_num_threads
+    except (OSError, AttributeError):
+        return None
+    found.argtypes, found.restype = [ctypes.c_int], None
+    before = torch.get_num_threads()
+    found(1)
+    works = torch.get_num_threads() == 1
+    found(before)
+    return found if works else None
 
 
-def check_labelled_size(height: int, width: int, record: np.void) -> None:
-    if (height, width) != (record["height"], record["width"]):
-        labelled = f"{record['width']}x{record['height']}"
-        raise ImageError("other_image", f"it is {width}x{height} pixels, {labelled} were labelled")
+_set_threads = _find()

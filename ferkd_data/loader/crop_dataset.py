@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from ferkd_data.calibration import Schedule
+from ferkd_data.calibration import CalibrationSetting
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import Work
 from ferkd_data.loader.like_dataloader import class_names, class_numbers, refuse_transform
 from ferkd_data.loader.opening import open_maker
 from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
-from ferkd_data.loader.plan import Place, Window
+from ferkd_data.loader.schedule import Cursor, Window
 from ferkd_data.loader.settings import (
     ImagesMissing,
     LoaderSettings,
@@ -103,7 +103,7 @@ class CropDataset(Dataset[Item]):
         world_size: int | None = None,
         size: int | OfEpoch = 224,
         interpolation: Interpolation = "bilinear",
-        calibration: Schedule = "ferkd",
+        calibration: CalibrationSetting = "ferkd",
         seed: int = 0,
         verify_images: Verify = "first_epoch",
         images_missing: ImagesMissing = "raise",
@@ -220,7 +220,7 @@ class CropDataset(Dataset[Item]):
         images = empty_batch(crops, shape.size, shared=get_worker_info() is not None)
         slots = np.full((1, shape.crops_per_image), -1)
         slots[0, turn * crops : (turn + 1) * crops] = np.arange(crops)
-        window = Window(epoch=epoch, positions=np.array([row]), slots=slots, batches=(crops,), places=(Place(),))
+        window = Window(epoch=epoch, positions=np.array([row]), slots=slots, batches=(crops,), cursors=(Cursor(),))
         made = self._maker.make(Work(window, images))
         targets = self._maker.targets(made)
         return images, targets.dense() if self._maker.settings.targets == "dense" else targets

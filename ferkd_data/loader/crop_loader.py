@@ -12,18 +12,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ferkd_data.calibration import Schedule
+from ferkd_data.calibration import CalibrationSetting
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet, VerifyLabels
 from ferkd_data.loader.batch_maker import BatchMaker, Made
+from ferkd_data.loader.clocks import EpochClock
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.like_dataloader import DataLoaderLike
 from ferkd_data.loader.opening import open_maker
 from ferkd_data.loader.order import OrderKind
-from ferkd_data.loader.plan import Layout, Place, Window, count_batches, read_place, saved_epoch, settled, windows
 from ferkd_data.loader.pool import Workers
+from ferkd_data.loader.schedule import Cursor, Layout, Window, count_batches, read_cursor, saved_epoch, settled, windows
 from ferkd_data.loader.settings import (
     DecodeScale,
     EpochKind,
@@ -38,7 +39,7 @@ from ferkd_data.loader.settings import (
     ranks_now,
     warn_if_alone,
 )
-from ferkd_data.loader.stats import EpochClock, LoaderStats, log_stats
+from ferkd_data.loader.stats import LoaderStats, log_stats, stats_of
 from ferkd_data.loader.transform import Transform
 from ferkd_data.replay import Interpolation
 from ferkd_data.selfmix import SelfMix
@@ -76,7 +77,7 @@ class CropLoader(DataLoaderLike):
         size: int | OfEpoch = 224,
         epoch: EpochKind = "images",
         interpolation: Interpolation = "bilinear",
-        calibration: Schedule = "ferkd",
+        calibration: CalibrationSetting = "ferkd",
         selfmix: SelfMix | None = None,
         spread: bool | int = False,
         order: OrderKind = "global",
@@ -188,7 +189,7 @@ class CropLoader(DataLoaderLike):
         self._maker = open_maker(labels, images, self.settings, cache)
         self.labels = labels = self._maker.labels
         self._check_not_empty(0)
-        self._place = Place()
+        self._cursor = Cursor()
         """After the last batch given, or where the next iteration was told to begin."""
         self._asked: int | None = None
         """The epoch of a call to `set_epoch` that no iteration has begun with yet."""
@@ -208,17 +209,17 @@ class CropLoader(DataLoaderLike):
     def __len__(self) -> int:
         """Batches of an epoch from its start, for this rank: the one under way, else the one that comes next."""
         epoch = self._start().epoch if self._under_way is None else self._under_way
-        return self._count(Place(epoch=epoch))
+        return self._count(Cursor(epoch=epoch))
 
     def _layout(self, epoch: int) -> Layout:
         return self._maker.epochs.at(epoch).layout(self.settings)
 
-    def _count(self, place: Place) -> int:
-        """Batches from a place to the end of its epoch."""
-        return count_batches(self._layout(place.epoch), place, world_size=self.world_size)
+    def _count(self, cursor: Cursor) -> int:
+        """Count the batches from a cursor to the end of its epoch."""
+        return count_batches(self._layout(cursor.epoch), cursor, world_size=self.world_size)
 
     def _check_not_empty(self, epoch: int) -> None:
-        if not self._count(Place(epoch=epoch)):
+        if not self._count(Cursor(epoch=epoch)):
             layout, settings = self._layout(epoch), self.settings
             raise UsageError(
                 f"{layout.num_images} images x {layout.crops_per_image} crops make no batch of {settings.batch_size} "
@@ -265,7 +266,7 @@ class CropLoader(DataLoaderLike):
     @property
     def epoch(self) -> int:
         """The epoch of the next batch: after an epoch's last batch, that of the epoch to come."""
-        return self._place.epoch
+        return self._cursor.epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration begin at the start of this epoch; an iteration that is under way is not disturbed.
@@ -274,8 +275,8 @@ class CropLoader(DataLoaderLike):
         Raises UsageError for what is no epoch's number.
         """
         epoch = epoch_number(epoch)
-        if not (self._resumes and epoch == self._place.epoch):
-            self._place, self._asked, self._resumes = Place(epoch=epoch), epoch, False
+        if not (self._resumes and epoch == self._cursor.epoch):
+            self._cursor, self._asked, self._resumes = Cursor(epoch=epoch), epoch, False
 
     def __iter__(self) -> Iterator[Any]:
         """A whole epoch of `len(loader)` batches or, after `load_state_dict`, the rest of the one that was saved.
@@ -292,7 +293,7 @@ class CropLoader(DataLoaderLike):
         self._check_not_empty(start.epoch)
         clock = EpochClock(start.epoch, self._count(start))
         self._maker.prepare_blocks(start.epoch)
-        self._place, self._asked = start, None
+        self._cursor, self._asked = start, None
         self._iteration += 1
         iteration, left = self._iteration, self._count(start)
         self._under_way, self._clock = start.epoch, clock
@@ -300,9 +301,10 @@ class CropLoader(DataLoaderLike):
         clock.enter("wait")
         try:
             for window, images, made in self._made(start, ranks):
-                clock.add_window(window, made)
-                for (batch, place), crops in zip(self._split(made, window, images), made.batches, strict=True):
-                    self._place, self._resumes = place, False
+                crops = sum(made.batches)
+                clock.add_window(images=len(window.positions), crops=crops, spent=made.spent, by_worker=made.by_worker)
+                for (batch, cursor), crops in zip(self._split(made, window, images), made.batches, strict=True):
+                    self._cursor, self._resumes = cursor, False
                     left -= 1
                     clock.give(crops)
                     yield batch
@@ -316,18 +318,18 @@ class CropLoader(DataLoaderLike):
             # Also where a loop leaves early, as soon as nobody holds the iterator.
             clock.enter(None)
             if self.settings.log_stats:
-                log_stats(clock.stats(self.settings), ranks)
+                log_stats(stats_of(clock.times(), self.settings), ranks)
             if self._iteration == iteration:
                 self._under_way = None
 
-    def _start(self) -> Place:
+    def _start(self) -> Cursor:
         """Where an iteration that begins now begins."""
-        place = self._place
+        cursor = self._cursor
         if self._asked is not None:
-            return Place(epoch=self._asked)
-        if self._resumes or place == Place(epoch=place.epoch):
-            return place
-        return Place(epoch=place.epoch + 1)
+            return Cursor(epoch=self._asked)
+        if self._resumes or cursor == Cursor(epoch=cursor.epoch):
+            return cursor
+        return Cursor(epoch=cursor.epoch + 1)
 
     def stats(self) -> LoaderStats:
         """Where the time of the current epoch goes, or that of the last one between epochs: see `LoaderStats`.
@@ -339,17 +341,17 @@ class CropLoader(DataLoaderLike):
         clock = self._clock
         if clock is None:
             epoch = self._start().epoch
-            clock = EpochClock(epoch, self._count(Place(epoch=epoch)))
+            clock = EpochClock(epoch, self._count(Cursor(epoch=epoch)))
             clock.enter(None)
-        return clock.stats(self.settings)
+        return stats_of(clock.times(), self.settings)
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's place after the last batch it gave, with the settings that must fit: small, and plain JSON.
+        """Return the position after the last batch given, with the settings that must fit: small, and plain JSON.
 
         After an epoch's last batch that is the start of the next epoch.
         """
-        place = self._place
-        return {"version": STATE_VERSION, "settings": self._fingerprint(place.epoch), "place": asdict(place)}
+        cursor = self._cursor
+        return {"version": STATE_VERSION, "settings": self._fingerprint(cursor.epoch), "place": asdict(cursor)}
 
     def next_window(self) -> tuple[BatchMaker, Window]:
         """The window that the next batch comes from, and a maker of its own that makes it. The loader does not move.
@@ -358,10 +360,10 @@ class CropLoader(DataLoaderLike):
         """
         labels, cache, images = pickle.loads(pickle.dumps((self._maker.labels, self._maker.cache, self._maker.images)))
         maker = BatchMaker(labels, cache, images, self._maker.settings)
-        place = self._start() if self._under_way is None else self._place
-        maker.prepare_blocks(place.epoch)
+        cursor = self._start() if self._under_way is None else self._cursor
+        maker.prepare_blocks(cursor.epoch)
         ranks = ranks_now(self.settings.rank, self.settings.world_size)
-        return maker, next(windows(self._layout(place.epoch), place, rank=ranks.rank, world_size=ranks.world_size))
+        return maker, next(windows(self._layout(cursor.epoch), cursor, rank=ranks.rank, world_size=ranks.world_size))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on with exactly the next batch; the number of workers and of ranks may differ.
@@ -377,15 +379,15 @@ class CropLoader(DataLoaderLike):
         differences = describe_differences(saved, present)
         if differences:
             raise StateMismatchError(f"this state was saved by another loader: {'; '.join(differences)}")
-        place = read_place(state.get("place"), self._layout(saved_epoch(state.get("place"))))
-        self._place, self._asked, self._resumes = self._settled(place), None, True
+        cursor = read_cursor(state.get("place"), self._layout(saved_epoch(state.get("place"))))
+        self._cursor, self._asked, self._resumes = self._settled(cursor), None, True
         self._iteration, self._under_way = self._iteration + 1, None
 
-    def _settled(self, place: Place) -> Place:
-        return settled(self._layout(place.epoch), place, world_size=self.world_size)
+    def _settled(self, cursor: Cursor) -> Cursor:
+        return settled(self._layout(cursor.epoch), cursor, world_size=self.world_size)
 
-    def _split(self, made: Made, window: Window, images: Tensor) -> Iterator[tuple[Any, Place]]:
-        """The window's batches, each with the place after it."""
+    def _split(self, made: Made, window: Window, images: Tensor) -> Iterator[tuple[Any, Cursor]]:
+        """Yield the window's batches, each with the cursor after it."""
         if made.skipped and not self.skipped:
             warnings.warn(
                 f"{made.skipped[0]}: left out, and another image of the epoch takes its place (on_error='skip'); "
@@ -398,17 +400,17 @@ class CropLoader(DataLoaderLike):
             images = images.pin_memory()
         targets = self._maker.targets(made)
         start = 0
-        for size, place in zip(made.batches, window.places, strict=True):
+        for size, cursor in zip(made.batches, window.cursors, strict=True):
             rows = slice(start, start + size)
             start += size
-            yield self._batch(images[rows], targets[rows]), self._settled(place)
+            yield self._batch(images[rows], targets[rows]), self._settled(cursor)
 
     def _batch(self, images: Tensor, targets: SoftTargets) -> Any:
         """As the user wants it."""
         wanted = targets.dense() if self.settings.targets == "dense" else targets
         return (images, wanted) if self._to_batch is None else self._to_batch(images, wanted)
 
-    def _made(self, start: Place, ranks: Ranks) -> Iterator[tuple[Window, Tensor, Made]]:
+    def _made(self, start: Cursor, ranks: Ranks) -> Iterator[tuple[Window, Tensor, Made]]:
         """The windows from `start` to the end of its epoch in order, each with its crops."""
         planned = windows(self._layout(start.epoch), start, rank=ranks.rank, world_size=ranks.world_size)
         yield from self._open_workers().make(planned)

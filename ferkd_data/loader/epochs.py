@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ferkd_data.calibration import Calibration, calibration_at
-from ferkd_data.loader.plan import Layout
+from ferkd_data.loader.schedule import Layout
 from ferkd_data.loader.settings import LoaderSettings
 
 KEPT = 3

@@ -1,16 +1,16 @@
-"""The images inside a label set of layout `webdataset`, read where their records say.
+"""The images of a label set: where each one's bytes are, what its key is, and that it is the one that was labelled.
 
-Where each image's bytes lie: an image source's references by the hash of their key, in flat memory.
+Images come from a source, joined with the labels by the hash of their key (`ImageTable`), or from the label set itself
+where its layout is `webdataset` (`OwnImages`).
 
-The table is a few files of a temporary folder, memory-mapped by every worker: a worker's own memory does not grow with
-the data set. While the table is made, 24 bytes for each image are held, and given back.
-
-Every image's key by its row, in files that are memory-mapped: for batches that carry keys.
+Tables of a whole data set are files of a temporary folder that every worker maps: a worker's own memory does not grow
+with the data set. While an `ImageTable` is made, 24 bytes for each image are held, and given back.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import resource
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,64 +22,22 @@ from torch import Tensor
 
 from ferkd_data import rng
 from ferkd_data.errors import ImageError, LabelSetError, UsageError
-from ferkd_data.images import ImageRef, ImageSource, in_groups, open_source
+from ferkd_data.images import ImageRef, ImageSource, decode_rgb, image_size, in_groups, open_source
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.order import Stage
 from ferkd_data.loader.shard_files import HeldFiles
 from ferkd_data.scratch import Scratch
 from ferkd_data.storage import OpenFile
 
-MAX_OPEN = 256
-"""Tars that a process keeps open where any may be needed next, if it may open four times as many files."""
-
-
-class OwnImages:
-    """Can be pickled."""
-
-    def __init__(self, labels: LabelSet) -> None:
-        self.labels = labels
-        self._held = HeldFiles(self._open)
-        self._at_random = HeldFiles(self._open, max_open())
-        self._staged = False
-
-    def stage(self, stage: Stage | None) -> None:
-        """Fetch the tars of this stage, in the background, and let go of all others."""
-        self._staged = stage is not None
-        if stage is not None:
-            self._held.stage(stage.now, stage.coming)
-
-    def read(self, row: int, record: np.void) -> bytes:
-        """The encoded bytes. Raises ImageError where the tar ends within the image; ShardError, RemoteError."""
-        tar = (self._held if self._staged else self._at_random).get(self.labels.position(row)[0])
-        length = int(record["image_bytes"])
-        data = tar.read(int(record["image_offset"]), length)
-        if len(data) != length:
-            raise ImageError("unreadable", f"{tar.path}: ends within the image; did the tar change?")
-        return data
-
-    def _open(self, shard: int) -> OpenFile:
-        # The digest of each image is compared where it is read (verify_images); hashing whole tars would add nothing.
-        return self.labels.open(self.labels.manifest.shards[shard].files[0], check=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"labels": self.labels}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
-
-def max_open() -> int:
-    """Tars that this process may keep open: a quarter of its files, the rest of which is the training's."""
-    return max(8, min(MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-
-
 SCHEMA = pa.schema([("file", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 FILE_NAME = "images.arrow"
 INDEX_NAME = "index.npy"
 INDEX_DTYPE = np.dtype([("key_hash", "<u8"), ("place", "<i8")])
 SPOOL_ROWS = 8192
-
-
+TEXT_NAME = "keys.txt"
+BOUNDS_NAME = "bounds.npy"
+MAX_OPEN = 256
+"""Tars that a process keeps open where any may be needed next, if it may open four times as many files."""
 Missing = Literal["raise", "drop", "later"]
 """What a labelled image that the source lacks does; see `join_images`."""
 
@@ -92,59 +50,6 @@ class Images(Protocol):
 
     def read(self, row: int, record: np.void) -> bytes:
         """The encoded bytes of a labelled image, given its row and record. Raises ImageError."""
-
-
-class ImageTable:
-    """The images of a source. Can be pickled, as long as the original, which removes `folder` with itself, exists."""
-
-    def __init__(self, source: ImageSource, scratch: Scratch) -> None:
-        self.source = source
-        self.folder = scratch.path
-        self._scratch: Scratch | None = scratch
-        self._index: npt.NDArray[np.void] | None = None
-        self._batches: list[tuple[npt.NDArray[Any], ...]] = []
-        self._starts = np.zeros(1, np.int64)
-
-    def stage(self, stage: Stage | None) -> None:
-        """Images of a source are read where they lie."""
-
-    def read(self, row: int, record: np.void) -> bytes:
-        return self.read_key(int(record["key_hash"]))
-
-    def read_key(self, key_hash: int) -> bytes:
-        """The encoded bytes of the image whose key has this hash. Raises ImageError when it cannot be read."""
-        return self.source.read_one(self.ref(key_hash))
-
-    def ref(self, key_hash: int) -> ImageRef:
-        """Where the image lies; without its key, which the labels have. Raises ImageError where there is none."""
-        if self._index is None:
-            self._open()
-            self._index = np.load(self.folder / INDEX_NAME, mmap_mode="r", allow_pickle=False)
-        hashes = self._index["key_hash"]
-        found = int(np.searchsorted(hashes, np.uint64(key_hash)))
-        if found == len(hashes) or int(hashes[found]) != key_hash:
-            raise ImageError("missing_image", "the image source has no image of this key")
-        at = int(self._index["place"][found])
-        batch = int(np.searchsorted(self._starts, at, side="right")) - 1
-        bounds, names, offsets, lengths = self._batches[batch]
-        at -= int(self._starts[batch])
-        file = names[bounds[at] : bounds[at + 1]].tobytes().decode()
-        return ImageRef(key="", target=None, file=file, offset=int(offsets[at]), length=int(lengths[at]))
-
-    def _open(self) -> None:
-        """Map the file, and look at its columns as NumPy: Arrow's scalars would cost more than reading the image."""
-        reader = pa.ipc.open_file(pa.memory_map(str(self.folder / FILE_NAME)))
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        for batch in batches:
-            _, bounds, names = batch.column("file").buffers()
-            # Arrow's to_numpy would import pandas where that is installed: 40 MB in every worker.
-            offset, length = (np.frombuffer(batch.column(name).buffers()[1], np.int64) for name in ("offset", "length"))
-            text = np.frombuffer(names or b"", np.uint8)
-            self._batches.append((np.frombuffer(bounds, np.int32), text, offset, length))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_scratch": None, "_index": None, "_batches": []}
 
 
 def open_images(
@@ -243,8 +148,97 @@ def _check_missing(
         )
 
 
-TEXT_NAME = "keys.txt"
-BOUNDS_NAME = "bounds.npy"
+class ImageTable:
+    """The images of a source. Can be pickled, as long as the original, which removes `folder` with itself, exists."""
+
+    def __init__(self, source: ImageSource, scratch: Scratch) -> None:
+        self.source = source
+        self.folder = scratch.path
+        self._scratch: Scratch | None = scratch
+        self._index: npt.NDArray[np.void] | None = None
+        self._batches: list[tuple[npt.NDArray[Any], ...]] = []
+        self._starts = np.zeros(1, np.int64)
+
+    def stage(self, stage: Stage | None) -> None:
+        """Images of a source are read where they lie."""
+
+    def read(self, row: int, record: np.void) -> bytes:
+        return self.read_key(int(record["key_hash"]))
+
+    def read_key(self, key_hash: int) -> bytes:
+        """The encoded bytes of the image whose key has this hash. Raises ImageError when it cannot be read."""
+        return self.source.read_one(self.ref(key_hash))
+
+    def ref(self, key_hash: int) -> ImageRef:
+        """Where the image lies; without its key, which the labels have. Raises ImageError where there is none."""
+        if self._index is None:
+            self._open()
+            self._index = np.load(self.folder / INDEX_NAME, mmap_mode="r", allow_pickle=False)
+        hashes = self._index["key_hash"]
+        found = int(np.searchsorted(hashes, np.uint64(key_hash)))
+        if found == len(hashes) or int(hashes[found]) != key_hash:
+            raise ImageError("missing_image", "the image source has no image of this key")
+        at = int(self._index["place"][found])
+        batch = int(np.searchsorted(self._starts, at, side="right")) - 1
+        bounds, names, offsets, lengths = self._batches[batch]
+        at -= int(self._starts[batch])
+        file = names[bounds[at] : bounds[at + 1]].tobytes().decode()
+        return ImageRef(key="", target=None, file=file, offset=int(offsets[at]), length=int(lengths[at]))
+
+    def _open(self) -> None:
+        """Map the file, and look at its columns as NumPy: Arrow's scalars would cost more than reading the image."""
+        reader = pa.ipc.open_file(pa.memory_map(str(self.folder / FILE_NAME)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        for batch in batches:
+            _, bounds, names = batch.column("file").buffers()
+            # Arrow's to_numpy would import pandas where that is installed: 40 MB in every worker.
+            offset, length = (np.frombuffer(batch.column(name).buffers()[1], np.int64) for name in ("offset", "length"))
+            text = np.frombuffer(names or b"", np.uint8)
+            self._batches.append((np.frombuffer(bounds, np.int32), text, offset, length))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_scratch": None, "_index": None, "_batches": []}
+
+
+class OwnImages:
+    """Can be pickled."""
+
+    def __init__(self, labels: LabelSet) -> None:
+        self.labels = labels
+        self._held = HeldFiles(self._open)
+        self._at_random = HeldFiles(self._open, max_open())
+        self._staged = False
+
+    def stage(self, stage: Stage | None) -> None:
+        """Fetch the tars of this stage, in the background, and let go of all others."""
+        self._staged = stage is not None
+        if stage is not None:
+            self._held.stage(stage.now, stage.coming)
+
+    def read(self, row: int, record: np.void) -> bytes:
+        """The encoded bytes. Raises ImageError where the tar ends within the image; ShardError, RemoteError."""
+        tar = (self._held if self._staged else self._at_random).get(self.labels.position(row)[0])
+        length = int(record["image_bytes"])
+        data = tar.read(int(record["image_offset"]), length)
+        if len(data) != length:
+            raise ImageError("unreadable", f"{tar.path}: ends within the image; did the tar change?")
+        return data
+
+    def _open(self, shard: int) -> OpenFile:
+        # The digest of each image is compared where it is read (verify_images); hashing whole tars would add nothing.
+        return self.labels.open(self.labels.manifest.shards[shard].files[0], check=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"labels": self.labels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def max_open() -> int:
+    """Tars that this process may keep open: a quarter of its files, the rest of which is the training's."""
+    return max(8, min(MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
 
 class KeyTable:
@@ -279,3 +273,61 @@ class KeyTable:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
+
+
+class CheckedImages:
+    """A bit for each row of a label set: its image was found to be the one that was labelled.
+
+    Only good images have theirs set, so a wrong one is found again in every epoch, by whichever process reads it, and
+    after a resume. The bits are shared with processes that are forked; a copy that travels by pickle begins anew. Two
+    processes that set bits of one byte at once may lose one, and that image is hashed once more.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._bits: npt.NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, num_rows // 8 + 1), np.uint8)
+
+    def __contains__(self, row: int) -> bool:
+        return bool(self._bits[row >> 3] >> (row & 7) & 1)
+
+    def add(self, row: int) -> None:
+        self._bits[row >> 3] |= np.uint8(1 << (row & 7))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"num_rows": self._num_rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def decode_checked(data: bytes, record: np.void, pixel_limit: int) -> npt.NDArray[np.uint8]:
+    """Decode the image of a record: (H, W, 3) uint8.
+
+    Never decodes more pixels than were labelled, or than `pixel_limit`. Raises ImageError where the image has another
+    size than was labelled, more pixels than `pixel_limit`, or cannot be decoded.
+    """
+    try:
+        pixels = decode_rgb(data, max_pixels=labelled_pixels(record, pixel_limit))
+    except ImageError as error:
+        if error.reason == "pixel_bomb":
+            check_labelled_size(*image_size(data), record)
+        raise
+    check_labelled_size(pixels.shape[0], pixels.shape[1], record)
+    return pixels
+
+
+def labelled_pixels(record: np.void, pixel_limit: int) -> int:
+    """Return the pixels of the image that was labelled. Raises ImageError for more than `pixel_limit`."""
+    height, width = int(record["height"]), int(record["width"])
+    if height * width > pixel_limit:
+        raise ImageError(
+            "pixel_bomb",
+            f"it was labelled as {width}x{height} pixels; max_pixels in the manifest, or its default, is {pixel_limit}",
+        )
+    return height * width
+
+
+def check_labelled_size(height: int, width: int, record: np.void) -> None:
+    if (height, width) != (record["height"], record["width"]):
+        labelled = f"{record['width']}x{record['height']}"
+        raise ImageError("other_image", f"it is {width}x{height} pixels, {labelled} were labelled")

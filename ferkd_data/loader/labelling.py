@@ -1,16 +1,15 @@
-"""Which crops of an image an epoch uses: without replacement, crop block by crop block, pure in (seed, key, epoch).
+"""From the stored labels of a window's images to its crops and their targets, before any image is read.
 
-An epoch draws M crops of each of its images. Draw number t, counted over all epochs, lies in cycle t // N (all N crops
-once) and, inside it, in the crop block that holds place t % N. Within a block, an image's crops come in a random order
-of its own; those that are not in use (discarded, or thinned out in this cycle) are left out, and the order begins
-again, shuffled anew, when the block has fewer crops in use than draws. So an epoch reads one block, or
-more where it crosses from one to the next.
+Three steps, all pure functions: judge every stored crop (`calibration.judge_crops`), draw M crops of each image, and
+make targets of those drawn (`calibration.calibrate`).
 
-Legend: R images, M crops per image and epoch, n crops of a block.
+An epoch draws M crops of each of its images, without replacement and crop block by crop block. Draw number t, counted
+over all epochs, lies in cycle t // N (all N crops once) and, inside it, in the crop block that holds crop t % N. Within
+a block, each image's crops come in a random order of its own. Crops that are not in use (discarded, or thinned out in
+this cycle) are left out; where the block has fewer crops in use than draws, the order begins again, shuffled anew. So
+an epoch reads one block, or more where it crosses from one to the next.
 
-From the records of a window's images to its crops and their targets: pure functions, before any image is read.
-
-Legend: I images of a window, M crops per image, B crops of a window, n crops of a block, k stored classes.
+Legend: I images of a window, M crops per image and epoch, B crops of a window, n crops of a block, k stored classes.
 """
 
 from __future__ import annotations
@@ -24,26 +23,26 @@ import numpy.typing as npt
 import torch
 
 from ferkd_data import rng
-from ferkd_data.calibration import Calibration, calibrate, crop_actions, crop_buckets, use_probability
+from ferkd_data.calibration import Calibration, Judged, calibrate, judge_crops
 from ferkd_data.class_map import map_columns
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.rows import CROP_FIELDS
-from ferkd_data.loader.plan import Window
+from ferkd_data.loader.schedule import Window
 from ferkd_data.targets import SoftTargets
 
 
 class BlockDraws(NamedTuple):
-    """The part of an epoch's draws that falls into one block."""
+    """The draws of an epoch that fall into one block."""
 
     block: int
     cycle: int
     first: int
-    """Place in the block of the first of these draws."""
+    """Index of the first of these draws within the block."""
     num: int
 
 
 def epoch_draws(drawn: int, *, crops_per_image: int, num_crops: int, crops_per_block: int) -> tuple[BlockDraws, ...]:
-    """The blocks that an epoch draws from after `drawn` draws of earlier ones, in order; their numbers add up to M."""
+    """List the blocks that an epoch draws from, in order, after `drawn` draws of earlier epochs; `num` adds up to M."""
     draws: list[BlockDraws] = []
     place, left = drawn, crops_per_image
     while left:
@@ -59,9 +58,9 @@ def epoch_draws(drawn: int, *, crops_per_image: int, num_crops: int, crops_per_b
 def draw(
     key_hash: npt.NDArray[np.uint64], use: npt.NDArray[np.float32], draws: BlockDraws, *, seed: int
 ) -> npt.NDArray[np.int64]:
-    """Crop numbers within the block: (R, draws.num).
+    """Draw crops: their numbers within the block, (I, draws.num).
 
-    `key_hash` (R,) identifies the images, `use` (R, n) is each crop's probability of being in use: 0, 1, or between
+    `key_hash` (I,) identifies the images, `use` (I, n) is each crop's probability of being in use: 0, 1, or between
     for crops that are thinned out. Where an image has none in use, all its crops are drawn from.
     """
     stream = rng.mix64(key_hash ^ np.uint64(rng.hash64("draw", seed, draws.cycle, draws.block)))[:, None]
@@ -108,30 +107,34 @@ def draw_crops(
     calibration: Calibration,
     seed: int,
 ) -> Drawn:
-    """An epoch's crops of some images, from their records (I,) in each block that it draws from."""
+    """Draw an epoch's crops of some images, given their records (I,) in each block that it draws from."""
     parts = []
     for block, part in zip(records, draws, strict=True):
-        # A view of fewer crops than were labelled ends within a block.
+        # A selection of fewer crops than were labelled ends within a block.
         shown = min(block["flip"].shape[1], labels.num_crops - part.block * labels.manifest.block_crops(0))
         columns = {name: block[name][:, :shown] for name in CROP_FIELDS} | {"target": block["target"]}
-        bucket, codes = _difficulty(labels, columns, calibration)
-        chosen = draw(block["key_hash"], use_probability(calibration, codes), part, seed=seed)
+        judged = _judge(labels, columns, calibration)
+        chosen = draw(block["key_hash"], judged.use, part, seed=seed)
         row = np.arange(len(chosen))[:, None]
         drawn = {name: columns[name][row, chosen] for name in DRAWN_FIELDS}
-        parts.append(Drawn(**drawn, bucket=bucket[row, chosen], codes=codes[row, chosen]))
+        parts.append(Drawn(**drawn, bucket=judged.bucket[row, chosen], codes=judged.codes[row, chosen]))
     if len(parts) == 1:
         return parts[0]
     return Drawn(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
 
 
-def _difficulty(
-    labels: LabelSet, columns: dict[str, npt.NDArray[Any]], calibration: Calibration
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Buckets and action codes (I, n) of stored crops, in terms of the classes that are trained on."""
+def _judge(labels: LabelSet, columns: dict[str, npt.NDArray[Any]], calibration: Calibration) -> Judged:
+    """Judge stored crops (I, n) in terms of the classes that are trained on."""
     if labels.class_map is not None:
         columns = map_columns(labels.class_map, columns, labels.manifest.thresholds.absolute())
-    bucket = crop_buckets(calibration, columns["bucket"], columns["class_prob"], columns["target_prob"])
-    return bucket, crop_actions(calibration, bucket, columns["class_index"][..., 0], columns["target"][:, None])
+    return judge_crops(
+        calibration,
+        bucket=columns["bucket"],
+        top1=columns["class_index"][..., 0],
+        class_prob=columns["class_prob"],
+        target=columns["target"][:, None],
+        target_prob=columns["target_prob"],
+    )
 
 
 def window_targets(
@@ -143,7 +146,7 @@ def window_targets(
     target: npt.NDArray[np.int32],
     calibration: Calibration,
 ) -> list[SoftTargets]:
-    """Targets for each batch of the window, in the order of the slots.
+    """Make the targets of each batch of the window, in the order of the slots.
 
     `rows` and `target` (I,) are the images' rows in `labels` and their ground truths as stored.
     """

@@ -169,7 +169,7 @@ class InChunks:
 
 
 @dataclass(frozen=True)
-class Part:
+class FromPosition:
     """An order from a position on, which is position 0 here."""
 
     order: Order

@@ -23,10 +23,10 @@ from torch import Tensor
 from ferkd_data.errors import LoaderError, UsageError
 from ferkd_data.loader.batch_maker import BatchMaker, Made, Work
 from ferkd_data.loader.channel import NOT_KEPT, BatchBuffers, MappedSlots, Slot
-from ferkd_data.loader.crew import Crew, Outcome
+from ferkd_data.loader.clocks import added, spent_on
 from ferkd_data.loader.epochs import EpochSettings
-from ferkd_data.loader.plan import Window
-from ferkd_data.loader.stage_clock import added, spent_on
+from ferkd_data.loader.processes import Outcome, Processes
+from ferkd_data.loader.schedule import Window
 from ferkd_data.loader.worker_process import Raised
 
 ATTEMPTS = 2
@@ -68,7 +68,7 @@ class Pool(Generic[J]):
         is at them any more; those that were under way at an `end` are not among them.
         """
         self._payload, self._num_workers, self._ahead, self._drop = payload, num_workers, ahead, drop
-        self._crew: Crew | None = None
+        self._processes: Processes | None = None
         self._owner = os.getpid()
         self._count = 0
         self._under_way: dict[int, J] = {}
@@ -98,47 +98,47 @@ class Pool(Generic[J]):
 
     def _fill(self, waiting: deque[J], jobs: Iterator[J]) -> bool:
         """Ask for as much as the workers that are ready may have; whether there is anything left to wait for."""
-        crew = self._started()
-        room = crew.num_ready * self._ahead if crew else 0
+        processes = self._started()
+        room = processes.num_ready * self._ahead if processes else 0
         waiting.extend(islice(jobs, max(room, 1) - len(waiting)))
         self._ask(waiting)
         return bool(waiting)
 
     def _ask(self, waiting: deque[J]) -> None:
         for job in waiting:
-            if not job.asked and not job.done and self._crew is not None:
-                worker = self._crew.idle(self._ahead)
+            if not job.asked and not job.done and self._processes is not None:
+                worker = self._processes.idle(self._ahead)
                 if worker is None:
                     return
                 job.asked = True
                 self._under_way[self._count] = job
-                self._crew.ask(worker, self._count, *job.task(worker.number))
+                self._processes.ask(worker, self._count, *job.task(worker.number))
                 self._count += 1
 
     def _wait_for(self, job: J, waiting: deque[J], here: Callable[[J], Any]) -> None:
         while not job.done:
-            if self._crew is None or (not job.asked and not self._crew.num_ready):
+            if self._processes is None or (not job.asked and not self._processes.num_ready):
                 job.result, job.done = here(job), True
             else:
                 self._hear(None)
                 self._ask(waiting)
 
-    def _started(self) -> Crew | None:
+    def _started(self) -> Processes | None:
         """The workers, told of what has happened meanwhile; None where there are none."""
-        if self._num_workers and (self._crew is None or self._owner != os.getpid()):
+        if self._num_workers and (self._processes is None or self._owner != os.getpid()):
             # A process that was forked has the file descriptors of its parent's workers, but may not use them.
             self._owner = os.getpid()
-            self._crew = Crew(self._payload(), self._num_workers)
+            self._processes = Processes(self._payload(), self._num_workers)
         self._hear(0)
-        return self._crew
+        return self._processes
 
     def wait_for_workers(self) -> None:
         """Start the workers where that has not been done, and wait until all are ready."""
-        while (crew := self._started()) is not None and crew.num_ready < self._num_workers:
+        while (processes := self._started()) is not None and processes.num_ready < self._num_workers:
             self._hear(None)
 
     def _hear(self, seconds: float | None) -> None:
-        for outcome in self._crew.outcomes(seconds) if self._crew is not None else ():
+        for outcome in self._processes.outcomes(seconds) if self._processes is not None else ():
             job = self._under_way.pop(outcome.task)
             if outcome.died is not None:
                 self._lost(job, outcome)
@@ -175,9 +175,9 @@ class Pool(Generic[J]):
 
     def end(self) -> None:
         """Let the workers go; they are started anew when they are needed again."""
-        if self._crew is not None and self._owner == os.getpid():
-            self._crew.end()
-        self._crew = None
+        if self._processes is not None and self._owner == os.getpid():
+            self._processes.end()
+        self._processes = None
         self._under_way.clear()
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
-from ferkd_data.calibration import Schedule, calibration_at
+from ferkd_data.calibration import CalibrationSetting, calibration_at
 from ferkd_data.errors import UsageError
 from ferkd_data.loader.order import OrderKind, check_order
 from ferkd_data.loader.transform import Transform
@@ -121,7 +121,7 @@ class LoaderSettings:
     epoch: EpochKind = "images"
     """An epoch is a pass over the images, or as many crops as there are images."""
     interpolation: Interpolation = "bilinear"
-    calibration: Schedule = "ferkd"
+    calibration: CalibrationSetting = "ferkd"
     selfmix: SelfMix | None = None
     spread: bool | int = False
     """Batches of a window: True for 2 * M, False for 1. See `window_batches`."""

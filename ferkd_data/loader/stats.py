@@ -1,26 +1,25 @@
-"""`LoaderStats`: where the time of an epoch goes, and the clock that measures it in the training process."""
+"""`LoaderStats`: where the time of an epoch went, what the training waited for, and what to do about it.
+
+The times come from `clocks.py`; `judge` names the bottleneck.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import textwrap
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import perf_counter
-from typing import Literal
 
 import torch
 
 from ferkd_data.html_tables import html_table
-from ferkd_data.loader.batch_maker import Made
-from ferkd_data.loader.bottleneck import Setup, cores_of_rank, judge
-from ferkd_data.loader.plan import Window
+from ferkd_data.loader.clocks import Times
 from ferkd_data.loader.settings import LoaderSettings, Ranks
-from ferkd_data.loader.stage_clock import NOTHING, STAGES, added
 
 log = logging.getLogger("ferkd_data.loader")
 
-Part = Literal["prepare", "wait", "hand_over", "step"]
 WIDTH = 79
 BAR = 20
 NO_BATCH = "no batch yet: iterate over the loader first"
@@ -158,74 +157,35 @@ def log_stats(stats: LoaderStats, ranks: Ranks) -> None:
     log.info("%s%s", rank, stats.line())
 
 
-class EpochClock:
-    """Times one iteration over a loader; its thread calls it, and any thread may ask for `stats`."""
-
-    def __init__(self, epoch: int, of_batches: int) -> None:
-        self._epoch, self._of_batches = epoch, of_batches
-        self._seconds: dict[Part, float] = dict.fromkeys(("prepare", "wait", "hand_over", "step"), 0.0)
-        self._part: Part | None = "prepare"
-        """What the training process is at; None once the iteration has ended."""
-        self._since = perf_counter()
-        self._stages = NOTHING
-        self._batches = self._crops = self._windows = self._windows_here = 0
-        self._images = 0.0
-        self._images_of_crop = 0.0
-
-    def enter(self, part: Part | None) -> None:
-        """The training process leaves what it was at, and goes on with `part`."""
-        now = perf_counter()
-        if self._part is not None:
-            self._seconds[self._part] += now - self._since
-        self._part, self._since = part, now
-
-    def add_window(self, window: Window, made: Made) -> None:
-        """A window has come, whose batches are handed over next."""
-        self.enter("hand_over")
-        self._stages = added(self._stages, made.spent)
-        self._windows += 1
-        self._windows_here += not made.by_worker
-        self._images_of_crop = len(window.positions) / max(1, sum(made.batches))
-
-    def give(self, crops: int) -> None:
-        """A batch goes to the user's loop, whose step begins."""
-        self._batches += 1
-        self._crops += crops
-        self._images += crops * self._images_of_crop
-        self.enter("step")
-
-    def stats(self, settings: LoaderSettings) -> LoaderStats:
-        seconds, part = dict(self._seconds), self._part
-        if part is not None:
-            seconds[part] += perf_counter() - self._since
-        stages = dict(zip(STAGES, self._stages, strict=True))
-        here_share = self._windows_here / self._windows if self._windows else 0.0
-        bottleneck, advice = "unknown", NO_BATCH
-        if self._batches:
-            bottleneck, advice = judge(
-                _setup(settings, self._epoch),
-                wait=seconds["wait"],
-                hand_over=seconds["hand_over"],
-                step=seconds["step"],
-                stages=stages,
-                here_share=here_share,
-            )
-        return LoaderStats(
-            epoch=self._epoch,
-            batches=self._batches,
-            of_batches=self._of_batches,
-            images=round(self._images),
-            crops=self._crops,
-            prepare_seconds=seconds["prepare"],
-            wait_seconds=seconds["wait"],
-            hand_over_seconds=seconds["hand_over"],
-            step_seconds=seconds["step"],
-            stage_seconds=stages,
-            num_workers=settings.num_workers,
-            here_share=here_share,
-            bottleneck=bottleneck,
-            advice=advice,
+def stats_of(times: Times, settings: LoaderSettings) -> LoaderStats:
+    """The statistics of an epoch, from its clock's times."""
+    bottleneck, advice = "unknown", NO_BATCH
+    seconds = times.seconds
+    if times.batches:
+        bottleneck, advice = judge(
+            _setup(settings, times.epoch),
+            wait=seconds["wait"],
+            hand_over=seconds["hand_over"],
+            step=seconds["step"],
+            stages=times.stage_seconds,
+            here_share=times.here_share,
         )
+    return LoaderStats(
+        epoch=times.epoch,
+        batches=times.batches,
+        of_batches=times.of_batches,
+        images=times.images,
+        crops=times.crops,
+        prepare_seconds=seconds["prepare"],
+        wait_seconds=seconds["wait"],
+        hand_over_seconds=seconds["hand_over"],
+        step_seconds=seconds["step"],
+        stage_seconds=times.stage_seconds,
+        num_workers=settings.num_workers,
+        here_share=times.here_share,
+        bottleneck=bottleneck,
+        advice=advice,
+    )
 
 
 def _setup(settings: LoaderSettings, epoch: int) -> Setup:
@@ -237,3 +197,125 @@ def _setup(settings: LoaderSettings, epoch: int) -> Setup:
         cuda=torch.cuda.is_available(),
         cores=cores_of_rank(),
     )
+
+
+LOADER_SHARE = 0.1
+"""Of the time between batches: what a training may wait for its loader before the loader counts as the bottleneck."""
+HERE_SHARE = 0.5
+"""Of the windows: where more were made in the training process, because no worker was ready, it is too early to judge.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The settings and the machine, as far as advice depends on them."""
+
+    num_workers: int
+    crops_per_image: int
+    spread: bool
+    decode_device: bool
+    cuda: bool
+    """Whether a GPU could decode."""
+    cores: int
+    """Cores that this rank may use."""
+
+    @property
+    def free_cores(self) -> bool:
+        return self.num_workers < self.cores
+
+
+def cores_of_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """Cores that this process may use, divided by the ranks that a launcher started on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = environment.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, cores // max(1, int(ranks))) if ranks.isdecimal() else cores
+
+
+def judge(
+    setup: Setup, *, wait: float, hand_over: float, step: float, stages: Mapping[str, float], here_share: float
+) -> tuple[str, str]:
+    """The bottleneck, and advice. Times in seconds; `stages` as in `STAGES`.
+
+    >>> setup = Setup(num_workers=2, crops_per_image=4, spread=False, decode_device=False, cuda=False, cores=8)
+    >>> judge(setup, wait=9, hand_over=0, step=1, stages={"read": 15, "decode": 3}, here_share=0)[0]
+    'read'
+    >>> judge(setup, wait=0.1, hand_over=0, step=10, stages={"read": 15, "decode": 3}, here_share=0)[0]
+    'your step'
+    """
+    if wait + hand_over < LOADER_SHARE * (wait + hand_over + step):
+        return "your step", "your training step is the bottleneck; a faster loader would gain next to nothing"
+    if hand_over > wait:
+        return "hand-over", (
+            "to_batch, pin_memory or targets='dense' takes its time in your own process, between two steps; make "
+            "to_batch cheaper"
+        )
+    if setup.num_workers and here_share > HERE_SHARE:
+        return "unknown", "too early to say: most of these batches were made while the workers were still starting"
+    slowest = max(stages, key=lambda stage: stages[stage])
+    if setup.num_workers == 0:
+        return slowest, (
+            f"set num_workers={setup.cores}: batches are made in your own process, in turn with your step; most of the "
+            f"time goes to {slowest}"
+        )
+    return slowest, ADVICE[slowest](setup)
+
+
+def _read(setup: Setup) -> str:
+    return (
+        "images and labels arrive slowly: put them on a faster or a local disk, or raise num_workers (now "
+        f"{setup.num_workers}), which wait for files side by side"
+    )
+
+
+def _decode(setup: Setup) -> str:
+    if setup.decode_device:
+        return _on_device(setup)
+    if setup.free_cores:
+        return _more_workers(setup)
+    if setup.crops_per_image == 1:
+        return "decode each image once for several crops: crops_per_image=4, spread=True"
+    if setup.cuda:
+        return "decode on the GPU: decode_device='cuda'"
+    return "make the photos smaller once, before the build, or try decode_scale='auto' where they are large"
+
+
+def _cut(setup: Setup) -> str:
+    if setup.decode_device:
+        return _on_device(setup)
+    if setup.cuda and not setup.free_cores:
+        return "cut on the GPU: decode_device='cuda'"
+    return _more_workers(setup)
+
+
+def _on_device(setup: Setup) -> str:
+    return (
+        "decode_device decodes and cuts in your own process, between two steps; without it, "
+        f"{setup.cores} workers do that beside your step"
+    )
+
+
+def _transform(setup: Setup) -> str:
+    more = f", or raise num_workers to {setup.cores}" if setup.free_cores else ""
+    return f"your transform takes most of the workers' time: make it cheaper, or apply it to batches on the GPU{more}"
+
+
+def _send(setup: Setup) -> str:
+    smaller = "spread or batch_size" if setup.spread else "batch_size"
+    return f"mapping memory takes most of the workers' time: lower {smaller}, so that a window's crops take 40 MB"
+
+
+def _more_workers(setup: Setup) -> str:
+    if setup.free_cores:
+        return f"raise num_workers from {setup.num_workers} to {setup.cores}, the cores that this process may use"
+    return f"{setup.num_workers} workers keep all {setup.cores} cores busy: more cores, or a smaller size, would help"
+
+
+ADVICE: Mapping[str, Callable[[Setup], str]] = {
+    "read": _read,
+    "decode": _decode,
+    "cut": _cut,
+    "label": _more_workers,
+    "mix": _more_workers,
+    "transform": _transform,
+    "send": _send,
+}

@@ -19,8 +19,9 @@ from ferkd_data.calibration import Action, Calibration, action_table
 from ferkd_data.errors import UsageError
 from ferkd_data.labels.buckets import BUCKETS
 from ferkd_data.loader import CropLoader
-from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Work, decode_checked
-from ferkd_data.loader.plan import Window
+from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Work
+from ferkd_data.loader.image_table import decode_checked
+from ferkd_data.loader.schedule import Window
 from ferkd_data.replay import empty_batch
 from ferkd_data.report.charts import percent
 from ferkd_data.report.page import render, write_page

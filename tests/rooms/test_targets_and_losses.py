@@ -245,7 +245,7 @@ def test_settings_that_cannot_be_right():
     for make in (lambda: SelfMix(prob=2), lambda: CutMix(alpha=0), lambda: Mixup(per="x"), lambda: SelfMix(mode="x")):
         with pytest.raises(UsageError):
             make()
-    with pytest.raises(UsageError, match="fkd or ferkd"):
+    with pytest.raises(UsageError, match="fkd, ferkd or blend"):
         calibration_at("ferdk", 0)
     assert calibration_at(lambda epoch: Calibration(epsilon=epoch / 10), 3).epsilon == 0.3
     assert calibration_at("fkd", 0) == Calibration.fkd()

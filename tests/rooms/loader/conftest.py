@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ferkd_data.loader.crew import Helper
+from ferkd_data.loader.processes import Helper
 
 
 @pytest.fixture(autouse=True, scope="session")

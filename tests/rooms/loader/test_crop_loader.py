@@ -16,7 +16,7 @@ from ferkd_data.errors import LabelSetError, LoaderError, StateMismatchError, Us
 from ferkd_data.images import decode_rgb
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.labelling import draw, epoch_draws
-from ferkd_data.loader.plan import Place, windows
+from ferkd_data.loader.schedule import Cursor, windows
 from ferkd_data.replay import replay
 from ferkd_data.storage import image_digest
 
@@ -241,7 +241,7 @@ def test_spread_batches_hold_different_images(make):
         """Largest number of crops of one image in a batch, by the images' targets under hard recovery."""
         labels = fd.open_labels(loader.labels.location)
         assert len(labels) == 20
-        window = next(windows(loader._layout(0), Place(), rank=0, world_size=1))
+        window = next(windows(loader._layout(0), Cursor(), rank=0, world_size=1))
         image_of = {int(slot): i for i, row in enumerate(window.slots) for slot in row}
         return [
             max(np.bincount([image_of[slot] for slot in range(start, start + 8)]))
@@ -445,8 +445,8 @@ def hard_at_first(epoch):
         ({"rank": 2, "world_size": 2}, r"rank must be 0\.\.1"),
         ({"order": "random"}, "order must be"),
         ({"verify_images": "sometimes"}, "verify_images"),
-        ({"calibration": "ferdk"}, "fkd or ferkd"),
-        ({"calibration": 3}, "fkd or ferkd; got 3"),
+        ({"calibration": "ferdk"}, "fkd, ferkd or blend"),
+        ({"calibration": 3}, "fkd, ferkd or blend; got 3"),
         ({"calibration": lambda epoch: None}, "must return a Calibration for every epoch; for 0 it gave None"),
         ({"selfmix": True}, "selfmix must be a SelfMix"),
         ({"size": 32.0}, r"size must be a whole number, got 32\.0"),

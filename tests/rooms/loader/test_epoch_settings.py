@@ -282,5 +282,5 @@ def test_other_sizes_and_numbers_of_crops_need_no_new_workers(make):
         batches = contents(loader)
         assert {images.shape[-1] for images, _, _ in batches} == {sides[epoch]} and same(batches, contents(alone))
         loader._workers.wait()
-        processes.append([worker.pid for worker in loader._workers._pool._crew._workers])
+        processes.append([worker.pid for worker in loader._workers._pool._processes._workers])
     assert len(processes[0]) == 2 and processes[0] == processes[1] == processes[2]

@@ -15,9 +15,9 @@ from servers import serve
 import ferkd_data as fd
 from ferkd_data.errors import LoaderError
 from ferkd_data.images import open_source
-from ferkd_data.loader import stage_clock, stats
-from ferkd_data.loader.bottleneck import ADVICE, Setup, cores_of_rank, judge
-from ferkd_data.loader.stage_clock import STAGES
+from ferkd_data.loader import clocks
+from ferkd_data.loader.clocks import STAGES
+from ferkd_data.loader.stats import ADVICE, Setup, cores_of_rank, judge
 
 SETUP = Setup(num_workers=2, crops_per_image=4, spread=False, decode_device=False, cuda=False, cores=8)
 
@@ -50,7 +50,7 @@ class Now:
 @pytest.fixture
 def now(monkeypatch):
     now = Now()
-    for module in (stats, stage_clock):
+    for module in (clocks,):
         monkeypatch.setattr(module, "perf_counter", now)
     return now
 

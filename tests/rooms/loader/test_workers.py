@@ -22,9 +22,9 @@ from label_sets import wait_until
 import ferkd_data as fd
 from ferkd_data.errors import LoaderError, UsageError
 from ferkd_data.images import open_source
+from ferkd_data.loader.batch_maker import one_thread
 from ferkd_data.loader.channel import MAPPED_BYTES, NOT_KEPT, BatchBuffers, MappedSlots
-from ferkd_data.loader.crew import MAX_DEATHS, Crew
-from ferkd_data.loader.one_core import one_thread
+from ferkd_data.loader.processes import MAX_DEATHS, Processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -43,12 +43,12 @@ def make(label_set, photos, tmp_path):
     return make_
 
 
-def crew_of(loader) -> Crew:
-    return loader._open_workers()._pool._crew
+def processes_of(loader) -> Processes:
+    return loader._open_workers()._pool._processes
 
 
 def pids_of(loader) -> list[int]:
-    return [worker.pid for worker in crew_of(loader)._workers]
+    return [worker.pid for worker in processes_of(loader)._workers]
 
 
 def parent_of(pid: int) -> int:
@@ -113,13 +113,13 @@ def test_a_job_that_kills_its_workers_is_an_error(make, photos):
 def test_workers_that_cannot_live_are_an_error_not_a_hang(make, monkeypatch):
     """A resource limit, or a machine without memory, ends each as soon as it is there."""
     loader = make(num_workers=1)
-    crew = crew_of(loader)
+    processes = processes_of(loader)
     with pytest.raises(LoaderError, match=rf"the {MAX_DEATHS + 1}th in a row; with too little memory"):
         while True:
-            wait_until(lambda: crew.num_ready or crew.outcomes(1))
+            wait_until(lambda: processes.num_ready or processes.outcomes(1))
             os.kill(pids_of(loader)[0], signal.SIGKILL)
-            while crew.num_ready:
-                crew.outcomes(1)
+            while processes.num_ready:
+                processes.outcomes(1)
     assert len(list(make())) == 10
 
 
@@ -270,7 +270,7 @@ def test_no_core_but_one_works_for_the_cutter(make, monkeypatch):
     """With threads, PyTorch starts some when a crop is cut; their number is what is seen here."""
     script = (
         "import os, sys, torch; torch.set_num_threads(4); import numpy as np;"
-        "from ferkd_data.loader.one_core import one_thread; from ferkd_data.replay import replay;"
+        "from ferkd_data.loader.batch_maker import one_thread; from ferkd_data.replay import replay;"
         "from ferkd_data.crops import Crops;"
         "image = np.zeros((500, 500, 3), np.uint8);"
         "crops = Crops(boxes=np.array([[0, 0, 400, 400]] * 4, np.uint16), flip=np.array([True] * 4));"
@@ -312,7 +312,7 @@ loader = fd.CropLoader(
 batches = iter(loader)
 next(batches)
 loader._workers.wait()
-workers = [worker.pid for worker in loader._workers._pool._crew._workers]
+workers = [worker.pid for worker in loader._workers._pool._processes._workers]
 template = int(open(f"/proc/{workers[0]}/stat").read().rpartition(")")[2].split()[1])
 helper = int(open(f"/proc/{template}/stat").read().rpartition(")")[2].split()[1])
 print(*workers, template, helper, flush=True)

@@ -111,7 +111,7 @@ class Worker:
     """What it has been asked for, in order."""
 
 
-class Crew:
+class Processes:
     """The workers of one loader. To be used by one thread at a time, of the process that made it."""
 
     def __init__(self, payload: bytes, num_workers: int) -> None:

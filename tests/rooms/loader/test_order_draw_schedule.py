@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ferkd_data import rng
 from ferkd_data.loader.labelling import draw, epoch_draws
 from ferkd_data.loader.order import InChunks, epoch_order, permute
-from ferkd_data.loader.plan import Layout, Place, count_batches, settled, stand_in, windows
+from ferkd_data.loader.schedule import Cursor, Layout, count_batches, settled, stand_in, windows
 
 
 @settings(deadline=None)
@@ -158,7 +158,7 @@ def batches(layout, place, ranks):
             flat[window.slots.reshape(-1)[wanted]] = np.flatnonzero(wanted)
             assert (flat >= 0).all()
             start = 0
-            for size, end in zip(window.batches, window.places, strict=True):
+            for size, end in zip(window.batches, window.cursors, strict=True):
                 mine.append([pairs[i] for i in flat[start : start + size]])
                 after.append(end)
                 start += size
@@ -172,8 +172,8 @@ def batches(layout, place, ranks):
 @settings(deadline=None, max_examples=150)
 @given(LAYOUTS, st.integers(1, 4))
 def test_ranks_are_disjoint_complete_and_equally_long(layout, ranks):
-    steps, places = batches(layout, Place(), ranks)
-    assert len(steps) == count_batches(layout, Place(), world_size=ranks)
+    steps, places = batches(layout, Cursor(), ranks)
+    assert len(steps) == count_batches(layout, Cursor(), world_size=ranks)
     seen = Counter(pair for step in steps for batch in step for pair in batch)
     step_images = ranks * layout.batch_images
     if layout.drop_last:
@@ -191,7 +191,7 @@ def test_ranks_are_disjoint_complete_and_equally_long(layout, ranks):
 @settings(deadline=None, max_examples=100)
 @given(LAYOUTS.filter(lambda layout: layout.spread >= layout.crops_per_image), st.integers(1, 3))
 def test_without_spread_crops_lie_side_by_side_with_it_in_different_batches(layout, ranks):
-    steps, _ = batches(layout, Place(), ranks)
+    steps, _ = batches(layout, Cursor(), ranks)
     whole = layout.num_images // (ranks * layout.batch_images)
     for number, step in enumerate(steps[:whole]):
         for batch in step:
@@ -208,7 +208,7 @@ def test_resuming_anywhere_with_any_ranks_repeats_nothing_and_skips_nothing(layo
     """Stop after some batch, go on with other ranks, stop again, go on with yet others."""
     layout = replace(layout, drop_last=False)
     seen: Counter[tuple[int, int]] = Counter()
-    place, ended = Place(), False
+    place, ended = Cursor(), False
     for ranks in (a, b, c):
         steps, places = batches(layout, place, ranks)
         assert len(steps) == count_batches(layout, place, world_size=ranks)
@@ -232,7 +232,7 @@ def test_resuming_anywhere_with_any_ranks_repeats_nothing_and_skips_nothing(layo
 @settings(deadline=None, max_examples=60)
 @given(LAYOUTS, st.integers(1, 3), st.data())
 def test_resuming_with_the_same_ranks_gives_exactly_the_next_batch(layout, ranks, data):
-    steps, places = batches(layout, Place(), ranks)
+    steps, places = batches(layout, Cursor(), ranks)
     if steps:
         stop = data.draw(st.integers(1, len(steps)))
         rest, _ = batches(layout, places[stop - 1], ranks)
@@ -255,7 +255,7 @@ def test_stand_ins_of_a_window_are_different_images(step, attempt):
 
 def test_a_place_with_no_batch_left_is_the_next_epochs_start():
     layout = Layout(num_images=11, crops_per_image=2, batch_size=4, spread=1, drop_last=True, seed=0)
-    assert settled(layout, Place(epoch=3, images=8), world_size=1) == Place(epoch=3, images=8)
-    assert settled(layout, Place(epoch=3, images=8), world_size=2) == Place(epoch=4)
-    assert settled(layout, Place(epoch=3, images=10), world_size=1) == Place(epoch=4)
-    assert settled(replace(layout, drop_last=False), Place(epoch=3, images=10), world_size=1).epoch == 3
+    assert settled(layout, Cursor(epoch=3, images=8), world_size=1) == Cursor(epoch=3, images=8)
+    assert settled(layout, Cursor(epoch=3, images=8), world_size=2) == Cursor(epoch=4)
+    assert settled(layout, Cursor(epoch=3, images=10), world_size=1) == Cursor(epoch=4)
+    assert settled(replace(layout, drop_last=False), Cursor(epoch=3, images=10), world_size=1).epoch == 3

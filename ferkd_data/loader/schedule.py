@@ -1,0 +1,244 @@
+"""The schedule: which crops go into which batch of which rank. Pure functions of the settings and a `Cursor`.
+
+The unit of work is a window: `spread` consecutive batches of a rank, made together by one worker from images that are
+decoded once. Without spreading a window is one batch, and an image's M crops lie side by side in it. With spreading
+they go to M different batches of the window.
+
+Legend: M crops per image, B crops of a batch, P batches of a window, W ranks, b = B / M images per batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd_data import rng
+from ferkd_data.errors import StateMismatchError
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The settings that shape an epoch."""
+
+    num_images: int
+    crops_per_image: int
+    batch_size: int
+    spread: int
+    """P: 1 for none."""
+    drop_last: bool
+    seed: int
+
+    @property
+    def batch_images(self) -> int:
+        return self.batch_size // self.crops_per_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cursor:
+    """How far an epoch is, between two batches, for all ranks together. A saved state holds it as `place`."""
+
+    epoch: int = 0
+    images: int = 0
+    """Images in the windows that are finished."""
+    crops: int = 0
+    """Crops consumed, by all ranks, of the window in work."""
+    window_batches: int = 0
+    """P of the window in work; 0 where none is."""
+    window_ranks: int = 0
+    """W it was begun with."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Window:
+    """Batches of a rank that one process makes together, from images that it decodes once."""
+
+    epoch: int
+    positions: Ints
+    """(I,) images, by their position in the epoch."""
+    slots: Ints
+    """(I, M): where crop m of image i goes among the window's crops; -1 where it is not wanted."""
+    batches: tuple[int, ...]
+    """Crops in each batch of the window that is still to come."""
+    cursors: tuple[Cursor, ...]
+    """The cursor after each of these batches: where a resume goes on."""
+
+
+def read_cursor(saved: Any, layout: Layout) -> Cursor:
+    """Read a cursor that `asdict` wrote. Raises StateMismatchError where it is malformed or in no epoch of `layout`."""
+    names = [field.name for field in fields(Cursor)]
+    if not isinstance(saved, dict) or set(saved) != set(names):
+        raise StateMismatchError(f"this state is damaged: its place must hold {', '.join(names)}; it is {saved!r}")
+    for name, value in saved.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+            raise StateMismatchError(f"this state is damaged: {name} of its place is {value!r}, not a number from 0 on")
+    cursor = Cursor(**{name: int(value) for name, value in saved.items()})
+    window = _window_images(layout, cursor)
+    in_window = 0 < cursor.crops < window * layout.crops_per_image
+    if cursor.images + window > layout.num_images or not (in_window or cursor.crops == window == 0):
+        raise StateMismatchError(
+            f"this state is damaged: its place is in no epoch of {layout.num_images} images with "
+            f"{layout.crops_per_image} crops of each: {saved}"
+        )
+    return cursor
+
+
+def saved_epoch(saved: Any) -> int:
+    """The epoch of a saved cursor, which decides the layout that it must fit; 0 for a damaged one."""
+    epoch = saved.get("epoch") if isinstance(saved, dict) else None
+    return max(int(epoch), 0) if isinstance(epoch, Integral) else 0
+
+
+def windows(layout: Layout, cursor: Cursor, *, rank: int, world_size: int) -> Iterator[Window]:
+    """Yield the rest of an epoch for one rank, from `cursor` on. All ranks get the same number of batches."""
+    if cursor.crops:
+        yield from _rest_of_window(layout, cursor, rank, world_size)
+        cursor = Cursor(epoch=cursor.epoch, images=cursor.images + _window_images(layout, cursor))
+    step_images = world_size * layout.batch_images
+    while (steps := (layout.num_images - cursor.images) // step_images) > 0:
+        begun = replace(cursor, window_batches=min(layout.spread, steps), window_ranks=world_size)
+        yield _window(layout, begun, 0, rank)
+        cursor = replace(cursor, images=cursor.images + begun.window_batches * step_images)
+    left = layout.num_images - cursor.images
+    if left and not layout.drop_last:
+        yield _last_window(layout, cursor, left, rank, world_size)
+
+
+def count_batches(layout: Layout, cursor: Cursor, *, world_size: int) -> int:
+    """Count the batches that `windows` yields, without making them."""
+    total = 0
+    if cursor.crops:
+        left = _window_images(layout, cursor) * layout.crops_per_image - cursor.crops
+        total += -(-left // (world_size * layout.batch_size))
+        cursor = Cursor(epoch=cursor.epoch, images=cursor.images + _window_images(layout, cursor))
+    step_images = world_size * layout.batch_images
+    steps, rest = divmod(layout.num_images - cursor.images, step_images)
+    return total + steps + (1 if rest and not layout.drop_last else 0)
+
+
+def settled(layout: Layout, cursor: Cursor, *, world_size: int) -> Cursor:
+    """Return the cursor, or the start of the next epoch where no batch of this one is left.
+
+    So the cursor after an epoch's last batch is the start of the next epoch, whether or not the loop asks for more.
+    """
+    if count_batches(layout, cursor, world_size=world_size):
+        return cursor
+    return Cursor(epoch=cursor.epoch + 1)
+
+
+def stand_in(position: int, attempt: int, step: int, *, num_images: int) -> int:
+    """The position of the image that replaces one that cannot be used; another one at each attempt.
+
+    It is the corresponding image of a later window, `step` being the images of a rank's window: near in a streamed
+    order, the same after a resume, and a different image for each position of a window. Attempts 0 to num_images - 1
+    reach every position of the epoch once, attempt 0 the position itself.
+    """
+    lap = num_images // math.gcd(step, num_images)
+    return (position + attempt * step + attempt // lap) % num_images
+
+
+def _window_images(layout: Layout, cursor: Cursor) -> int:
+    return cursor.window_batches * cursor.window_ranks * layout.batch_images
+
+
+def _batch_of_crop(layout: Layout, cursor: Cursor) -> Ints:
+    """(P * b, M): the batch, within its window, that crop m of a rank's image i goes into.
+
+    Image i begins at batch i % P, and its crops lie at the same distances from there: M distinct batches where P >= M,
+    and B crops in every batch.
+    """
+    batches = cursor.window_batches
+    key = rng.hash64("spread", layout.seed, cursor.epoch, cursor.images)
+    distance = np.argsort(rng.counter64(key, np.arange(max(batches, layout.crops_per_image))), kind="stable")
+    distance = (
+        distance[: layout.crops_per_image] if batches >= layout.crops_per_image else np.arange(layout.crops_per_image)
+    )
+    image = np.arange(batches * layout.batch_images)[:, None]
+    return np.asarray((image + distance[None]) % batches, np.int64)
+
+
+def _slots(layout: Layout, cursor: Cursor) -> Ints:
+    """(P * b, M): each crop's slot, 0 .. P * B - 1, in a rank's window, batch after batch."""
+    batch = _batch_of_crop(layout, cursor)
+    order = np.argsort(batch.reshape(-1), kind="stable")
+    slots = np.empty(order.size, np.int64)
+    slots[order] = np.arange(order.size)
+    return slots.reshape(batch.shape)
+
+
+def _window(layout: Layout, cursor: Cursor, done: int, rank: int) -> Window:
+    """A rank's window from its batch number `done` on, for the number of ranks it was begun with."""
+    size, step = layout.batch_size, cursor.window_ranks * layout.batch_size
+    images = cursor.window_batches * layout.batch_images
+    slots = _slots(layout, cursor) - done * size
+    positions = cursor.images + rank * images + np.arange(images)
+    wanted = (slots >= 0).any(axis=1)
+    rest = range(done + 1, cursor.window_batches + 1)
+    return Window(
+        epoch=cursor.epoch,
+        positions=positions[wanted],
+        slots=np.maximum(slots[wanted], -1),
+        batches=(size,) * len(rest),
+        cursors=tuple(_after(layout, cursor, batch * step) for batch in rest),
+    )
+
+
+def _after(layout: Layout, cursor: Cursor, crops: int) -> Cursor:
+    """The cursor after `crops` of the window in work."""
+    total = _window_images(layout, cursor)
+    if crops >= total * layout.crops_per_image:
+        return Cursor(epoch=cursor.epoch, images=cursor.images + total)
+    return replace(cursor, crops=crops)
+
+
+def _rest_of_window(layout: Layout, cursor: Cursor, rank: int, world_size: int) -> Iterator[Window]:
+    done, odd = divmod(cursor.crops, cursor.window_ranks * layout.batch_size)
+    if cursor.window_ranks == world_size and not odd:
+        yield _window(layout, cursor, done, rank)
+        return
+    # Another number of ranks began the window: deal out what is left of it anew, in the order they would have had it.
+    images, crops = _window_crops(layout, cursor)
+    step = world_size * layout.batch_size
+    for start in range(cursor.crops, len(images), step):
+        stop = min(start + step, len(images))
+        bounds = [start + (stop - start) * r // world_size for r in (rank, rank + 1)]
+        mine = slice(bounds[0], bounds[1])
+        yield _dealt(layout, cursor, images[mine], crops[mine], _after(layout, cursor, stop))
+
+
+def _window_crops(layout: Layout, cursor: Cursor) -> tuple[Ints, Ints]:
+    """Positions and crop numbers m of all ranks' window, ordered by batch, then rank, then slot."""
+    images = cursor.window_batches * layout.batch_images
+    slots = _slots(layout, cursor).reshape(-1)
+    rank = np.repeat(np.arange(cursor.window_ranks), slots.size)
+    slot = np.tile(slots, cursor.window_ranks)
+    order = np.lexsort((slot, rank, slot // layout.batch_size))
+    image = np.repeat(np.arange(images), layout.crops_per_image)
+    position = cursor.images + rank * images + np.tile(image, cursor.window_ranks)
+    crop = np.tile(np.arange(layout.crops_per_image), images * cursor.window_ranks)
+    return position[order], crop[order]
+
+
+def _dealt(layout: Layout, cursor: Cursor, images: Ints, crops: Ints, after: Cursor) -> Window:
+    positions, which = np.unique(images, return_inverse=True)
+    slots = np.full((len(positions), layout.crops_per_image), -1, np.int64)
+    slots[which, crops] = np.arange(len(images))
+    return Window(epoch=cursor.epoch, positions=positions, slots=slots, batches=(len(images),), cursors=(after,))
+
+
+def _last_window(layout: Layout, cursor: Cursor, left: int, rank: int, world_size: int) -> Window:
+    """The epoch's last, short batch; images from its start fill up, so that all ranks get equally many."""
+    images = -(-left // world_size)
+    positions = (cursor.images + rank * images + np.arange(images)) % layout.num_images
+    if cursor.images == 0:
+        positions %= left
+    slots = np.arange(images * layout.crops_per_image).reshape(images, layout.crops_per_image)
+    end = Cursor(epoch=cursor.epoch, images=layout.num_images)
+    return Window(epoch=cursor.epoch, positions=positions, slots=slots, batches=(slots.size,), cursors=(end,))
