@@ -140,6 +140,7 @@ def draw_crops(
     first_fit = fits.argmax(axis=1)
     rows = np.arange(count)
     box_h, box_w = heights[rows, first_fit], widths[rows, first_fit]
+    # Uniform over 0 .. height - box_h: u < 1, so the floor never reaches height - box_h + 1.
     top = np.floor(u[:, 2 * ATTEMPTS] * (height - box_h + 1)).astype(np.int64)
     left = np.floor(u[:, 2 * ATTEMPTS + 1] * (width - box_w + 1)).astype(np.int64)
 

@@ -275,6 +275,7 @@ def _better_normalisation(score: Score, gathered: _Gathered, i: int) -> Iterator
         return
     name, right = max(gathered.right_under[i].items(), key=lambda item: item[1])
     gain = right - gathered.right[i]
+    # Most hits are common to both, so sqrt(right + 1) / 2 is taken for the standard deviation of the difference.
     if gain > 2 * math.sqrt(right + 1) / 2 and gain >= 3:
         yield (
             f"{score.name}: gets {gathered.right[i]} of {gathered.diagnosed} images right as it is wired, "

@@ -263,6 +263,7 @@ class _Walk:
         stop = at + metadata[COMPRESSED]
         if not 0 <= at <= stop <= len(self._data):
             raise ValueError(f"pages at {at}..{stop} of a file of {len(self._data)} bytes")
+        # Together, chunks may claim as many bytes as the file has, which bounds the work.
         self._bytes_left -= stop - at
         if self._bytes_left < 0:
             raise ValueError("column chunks that lie over each other")

@@ -224,6 +224,7 @@ def filter_taps(
     output_S1 = torch.arange(size, device=boxes_N4.device, dtype=torch.float32)[:, None]
     backwards_2N11 = torch.stack([torch.zeros_like(flip_N), flip_N])[:, :, None, None]
     output = torch.where(backwards_2N11, (size - 1) - output_S1, output_S1)
+    # Pixel i covers i .. i + 1, so its centre is at i + 0.5, in the output as in the crop.
     centre_2NS1 = (output + 0.5) * scale
     first_2NS1 = (centre_2NS1 - RADIUS[interpolation] * stretch).floor_().clamp_(min=0.0)
     pixel_2NST = first_2NS1 + torch.arange(taps, device=boxes_N4.device, dtype=torch.float32)

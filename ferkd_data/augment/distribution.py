@@ -212,6 +212,7 @@ def _draw_colorjitter(one: Augmentation, u: Uniforms) -> list[Drawn]:
         else:
             low = max(0.0, 1 - strength)
             values.append(np.rint((low + u[:, i] * (1 + strength - low)) * FACTOR))
+    # The order of four independent uniforms is a uniform permutation.
     order = np.argsort(u[:, 4:8], axis=1)
     used = [one.number(name) > 0 for name in names]
     codes_N4 = np.array([CODES[name] if used[i] else 0 for i, name in enumerate(names)], np.uint8)[order]
@@ -257,6 +258,7 @@ def _nothing(one: Augmentation, u: Uniforms) -> Uniforms:
 
 def _draw_erase(one: Augmentation, u: Uniforms) -> npt.NDArray[np.uint16]:
     """Draw torchvision's RandomErasing (Zhong et al., 2020): the first of ten shapes that fits; none if none does."""
+    # Columns of u: 0 to 9 areas, 10 to 19 ratios, 20 top, 21 left, 22 whether to erase.
     (scale_lo, scale_hi), (ratio_lo, ratio_hi) = one.range("scale"), one.range("ratio")
     area = scale_lo + u[:, :ERASE_ATTEMPTS] * (scale_hi - scale_lo)
     log_lo, log_hi = math.log(ratio_lo), math.log(ratio_hi)

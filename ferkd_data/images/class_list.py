@@ -122,6 +122,7 @@ def _from_json(path: Path, text: str) -> list[tuple[str, str]]:
         content: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: is not JSON ({error})") from error
+    # {"tench": 0, …} becomes {"0": "tench", …}. `type` and not isinstance, since True is an int.
     if isinstance(content, dict) and content and all(type(value) is int for value in content.values()):
         content = {str(number): name for name, number in content.items()}
     if isinstance(content, dict):
@@ -156,6 +157,7 @@ def class_number(label: Any, classes: ClassList | None) -> int | None:
 
     Raises KeyError for a text that `classes` does not list, ValueError for a value that cannot name a class.
     """
+    # NaN is the only number that differs from itself.
     if label is None or (isinstance(label, float) and label != label):
         return None
     if isinstance(label, str):

@@ -187,6 +187,7 @@ def jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
+    # CMYK and others are left to Pillow, whose conversion to RGB is the reference.
     if colorspace not in ("YCbCr", "Gray"):
         return None
     _check(height, width, max_pixels)
@@ -211,6 +212,7 @@ def _opened(data: bytes, max_pixels: int | None) -> Image.Image:
 
 def _identify(data: bytes) -> Image.Image:
     for name, (magic, reader) in READERS.items():
+        # RIFF alone may also be sound or video.
         if not data.startswith(magic) or (name == "WEBP" and data[8:15] != b"WEBPVP8"):
             continue
         try:

@@ -94,6 +94,7 @@ class FolderSource:
             raise ImageError("unreadable", f"{file}: is not a regular file") from error
         except FileNotFoundError as error:
             if not self.root.is_dir():
+                # A transient error, so that the read is tried again: a network file system may come back.
                 raise TimeoutError(f"{self.root} is gone; is it a file system that was mounted?") from error
             raise
 
@@ -115,10 +116,12 @@ class FolderSource:
 
     def _list_files(self, folder: str, target: int | None, kinds: Mapping[str, str]) -> Iterator[ImageRef | Reject]:
         previous = ""
+        # Sorted by stem, files with the same key stand side by side: one name is enough to find duplicates.
         keyed = sorted((_split(name), name) for name, kind in kinds.items() if kind != "folder")
         for (stem, extension), name in keyed:
             file = f"{folder}/{name}" if folder else name
             key = f"{folder}/{stem}" if folder else stem
+            # A usual extension decides without a read of the file: a listing of millions would need as many reads.
             is_named_as_image = extension.lower() in EXTENSIONS and not name.startswith(".")
             reason = None if is_named_as_image else self._reason_to_leave_out(file, name, kinds[name])
             if reason:

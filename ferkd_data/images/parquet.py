@@ -156,6 +156,7 @@ class ParquetSource:
         own = next((name for name in OWN_KEYS if name in self.columns.keys), None)
         if own is not None:
             return lambda file, row, record: "" if record[own] is None else str(record[own]), False
+        # Each candidate costs a pass over the columns of keys alone, which are small beside the images.
         repeated = []
         for name, key_of in self._candidates():
             twice = self._first_repeated(key_of)

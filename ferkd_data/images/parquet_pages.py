@@ -112,6 +112,7 @@ class PagedColumn:
             raise NotPlain
         with open_regular_stream(self._path) as stream:
             descriptor = stream.fileno()
+            # The offsets hold for this file only; PyArrow finds out what became of another one.
             if _stamp(os.fstat(descriptor)) != self._stamp:
                 raise NotPlain
             group = self._groups.get(number)
@@ -292,7 +293,8 @@ def _length(data: bytes | memoryview) -> int:
 
 
 def _exactly(descriptor: int, size: int, at: int) -> bytes:
-    """Read `size` bytes. Raises NotPlain where the file ends before."""
+    """Read `size` bytes at offset `at`. Raises NotPlain where the file ends before."""
+    # A read may return less than was asked for, on a network file system or after a signal.
     found = os.pread(descriptor, size, at)
     while 0 < len(found) < size:
         more = os.pread(descriptor, size - len(found), at + len(found))

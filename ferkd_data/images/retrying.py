@@ -124,6 +124,7 @@ class ReopeningFile:
     def _read(self, size: int) -> bytes:
         if self._stream is None:
             self._stream = open_binary(self._path)
+        # The position is this object's, not the stream's: a stream that was opened again starts at 0.
         try:
             self._stream.seek(self._position)
             return self._stream.read(size)

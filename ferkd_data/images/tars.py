@@ -124,6 +124,7 @@ class TarSource:
                     member_key, suffix = split_member(member.name)
                     if not self._belongs_to_a_sample(name, member, suffix, stream):
                         continue
+                    # A sample's members stand side by side: another key ends it.
                     if member_key != key:
                         yield from self._sample(name, key, parts, stream)
                         key, parts = member_key, []
@@ -221,6 +222,7 @@ def _image_of(tar: str, parts: list[tuple[str, tarfile.TarInfo]], stream: Reopen
     images = [member for suffix, member in parts if _extension(suffix) in EXTENSIONS]
     if not images:
         unknown = [(suffix, member) for suffix, member in parts if _extension(suffix) not in NO_IMAGES]
+        # No name of an image: first bytes decide, as for files in a folder.
         images = [member for suffix, member in unknown if suffix not in TARGET_SUFFIXES and _is_decoded(member, stream)]
     if len(images) > 1:
         names = " and ".join(member.name for member in images[:2])
@@ -267,6 +269,7 @@ def _label(parts: list[tuple[str, tarfile.TarInfo]], stream: ReopeningFile) -> A
     """
     for suffix, member in parts:
         if suffix in TARGET_SUFFIXES:
+            # The pattern is narrower than int(), which also takes "1_000" and digits of other scripts.
             text = _read_member(member, stream).decode("utf-8", "replace").strip()
             return int(text) if NUMBER.fullmatch(text) else text
     for suffix, member in parts:

@@ -33,7 +33,7 @@ BINS = 100
 """Bars of the histogram."""
 
 
-def crop_view(labels: LabelSet, crop: Crop, pictures: Pictures) -> dict[str, Any]:
+def crop_card(labels: LabelSet, crop: Crop, pictures: Pictures) -> dict[str, Any]:
     """Describe a crop: its picture, labels and ground truth."""
     image, number = crop.image, crop.number
     top = zip(image.class_index[number].tolist(), image.class_prob[number].astype(float).tolist(), strict=True)
@@ -66,14 +66,14 @@ def box_text(image: Any, number: int) -> str:
     return f"{width}x{height} at {left}, {top}{', flipped' if image.flip[number] else ''}"
 
 
-def image_view(labels: LabelSet, image: SampledImage, pictures: Pictures) -> dict[str, Any]:
+def image_card(labels: LabelSet, image: SampledImage, pictures: Pictures) -> dict[str, Any]:
     """Describe an image: its boxes, and its least and most confident crops."""
     return {
         "key": image.key,
         "truth": class_name(labels, image.target),
         "svg": drawn_boxes(image, pictures.images.get(image.key, "")),
-        "least": [crop_view(labels, Crop(image=image, number=n), pictures) for n in ranked(image)[:EXTREMES]],
-        "most": [crop_view(labels, Crop(image=image, number=n), pictures) for n in ranked(image)[::-1][:EXTREMES]],
+        "least": [crop_card(labels, Crop(image=image, number=n), pictures) for n in ranked(image)[:EXTREMES]],
+        "most": [crop_card(labels, Crop(image=image, number=n), pictures) for n in ranked(image)[::-1][:EXTREMES]],
     }
 
 
@@ -84,7 +84,7 @@ def ranked(image: Any) -> list[int]:
 
 
 def extremes(image: SampledImage) -> list[Crop]:
-    """List the crops that `image_view` shows with pictures."""
+    """List the crops that `image_card` shows with pictures."""
     order = ranked(image)
     numbers = dict.fromkeys([*order[:EXTREMES], *order[::-1][:EXTREMES]])
     return [Crop(image=image, number=number) for number in numbers]
@@ -112,33 +112,33 @@ def sheets(labels: LabelSet, found: Collected, pictures: Pictures) -> list[dict[
         f"{thresholds.mid:g} to {thresholds.top:g}: a part of the object; keeps its soft label",
         f"from {thresholds.top:g}: keeps its soft label, or is thinned out, since it teaches little",
     )
-    views = []
+    cards = []
     for code, name in enumerate(BUCKETS):
         share = found.sketch.buckets[0, code] / max(found.sketch.crops, 1)
-        views.append(
+        cards.append(
             {
                 "name": BUCKET_TITLES[name],
                 "code": code,
                 "about": bounds[code],
                 "share": percent(float(share)),
-                "crops": [crop_view(labels, crop, pictures) for crop in found.sheets[code]],
+                "crops": [crop_card(labels, crop, pictures) for crop in found.sheets[code]],
             }
         )
     _, known, right = found.sketch.buckets[:, 2:].sum(axis=1).tolist()
-    views.append(
+    cards.append(
         {
             "name": "confident but wrong",
             "code": "wrong",
             "about": "crops of the two positive buckets whose most probable class is not the ground truth: often the "
             "ground truth is wrong, or the image shows several things",
             "share": percent((known - right) / max(found.sketch.crops, 1)),
-            "crops": [crop_view(labels, crop, pictures) for crop in found.wrong],
+            "crops": [crop_card(labels, crop, pictures) for crop in found.wrong],
         }
     )
-    return views
+    return cards
 
 
-def suspect_view(labels: LabelSet, suspect: Suspect, pictures: Pictures) -> dict[str, Any]:
+def suspect_card(labels: LabelSet, suspect: Suspect, pictures: Pictures) -> dict[str, Any]:
     """Describe an image whose ground truth is doubtful."""
     return {
         "key": suspect.image.key,
@@ -161,7 +161,7 @@ def suspects_csv(suspects: Sequence[Suspect], labels: LabelSet) -> str:
     return "data:text/csv;charset=utf-8;base64," + base64.b64encode(stream.getvalue().encode()).decode()
 
 
-def thumb_view(labels: LabelSet, image: SampledImage, pictures: Pictures) -> dict[str, Any]:
+def thumb_card(labels: LabelSet, image: SampledImage, pictures: Pictures) -> dict[str, Any]:
     """Describe an image by a small picture, its size and its class."""
     return {
         "key": image.key,

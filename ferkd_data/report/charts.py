@@ -216,6 +216,7 @@ def _coarse_table(
     values: npt.NDArray[np.float64], title: str, y_title: str, x_title: str, value_title: str, digits: int
 ) -> Table:
     rows, columns = (min(5, size) for size in values.shape)
+    # (rows, cells, columns, cells): means over axes 1 and 3 are means over blocks of cells.
     trimmed = values.reshape(rows, values.shape[0] // rows, columns, values.shape[1] // columns)
     known = np.isfinite(trimmed)
     sums = np.where(known, trimmed, 0).sum(axis=(1, 3))

@@ -75,6 +75,7 @@ class Duplicates:
 
     def _shrink(self) -> None:
         self._gather()
+        # Each further bit halves the share of digests that are compared; a digest that was dropped never comes back.
         while len(self._kept) > self._capacity:
             self._bits += 1
             self._kept = self._kept[self._chosen(self._kept)]

@@ -128,6 +128,7 @@ def _pairs(a: LabelSet, b: LabelSet) -> Iterator[tuple[ShardLabels, ShardLabels]
         if not entry.rows:
             continue
         ours = a.shard(entry.index).crop_range(0, num_crops)
+        # Two builds of one source have the same shards, and need no index.
         alike = entry.index < len(b.manifest.shards) and b.manifest.shards[entry.index].rows == entry.rows
         if alike and b.keys_of(entry.index) == list(ours.keys):
             yield ours, b.shard(entry.index).crop_range(0, num_crops)
@@ -154,13 +155,13 @@ class _Index:
         shards = np.searchsorted(self._labels.first_row, theirs, side="right") - 1
         for shard in np.unique(shards).tolist():
             here = shards == shard
-            rows, places = found[here], theirs[here] - self._labels.first_row[shard]
+            rows, others = found[here], theirs[here] - self._labels.first_row[shard]
             other = self._labels.shard(shard).crop_range(0, num_crops)
             # Different keys may have the same hash.
-            pairs = zip(rows.tolist(), places.tolist(), strict=True)
-            same = np.array([ours.keys[row] == other.keys[place] for row, place in pairs])
+            pairs = zip(rows.tolist(), others.tolist(), strict=True)
+            same = np.array([ours.keys[row] == other.keys[at] for row, at in pairs])
             if same.any():
-                yield ours.take(rows[same]), other.take(places[same])
+                yield ours.take(rows[same]), other.take(others[same])
 
 
 @dataclass(kw_only=True)
@@ -254,6 +255,7 @@ def divergence(a: Labels, b: Labels, num_classes: int) -> npt.NDArray[np.float64
     weight_b, floor_b = _recovered(b[1], num_classes)
     index_a, index_b = a[0].astype(np.int64), b[0].astype(np.int64)
     a_at_a, b_at_b = weight_a + floor_a, weight_b + floor_b
+    # (M, k, k): which class of A is which of B. Each matches at most one, so the sums pick the other side's weight.
     match = index_a[:, :, None] == index_b[:, None, :]
     b_at_a = floor_b + (match * weight_b[:, None, :]).sum(axis=2)
     a_at_b = floor_a + (match * weight_a[:, :, None]).sum(axis=1)

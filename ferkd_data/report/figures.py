@@ -91,7 +91,7 @@ def top_k_chart(sketch: Sketch) -> Chart:
     return Chart(title=chart.title, svg=chart.svg, table=table, note=chart.note)
 
 
-def place_charts(sketch: Sketch) -> list[Chart]:
+def map_charts(sketch: Sketch) -> list[Chart]:
     """Draw maps of the crops' positions and sizes by confidence, after FerKD's Fig. 1."""
     cells = _map_cells(sketch.crops)
     counts = _coarser(sketch.centres.sum(axis=0), cells)

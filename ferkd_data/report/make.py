@@ -179,6 +179,7 @@ class LiveReport:
             self._shard_done.clear()
             if self._ended.is_set():
                 return
+            # Shards that end while a report is written or waited for are in the next one together.
             started = time.monotonic()
             self._try(self._write_so_far)
             if self._ended.wait((time.monotonic() - started) / LARGEST_SHARE):

@@ -22,12 +22,12 @@ from ferkd_data.label_set import LabelSet
 from ferkd_data.report import figures, tables
 from ferkd_data.report.cards import (
     BINS,
-    image_view,
+    image_card,
     sheets,
     slider_data,
-    suspect_view,
+    suspect_card,
     suspects_csv,
-    thumb_view,
+    thumb_card,
 )
 from ferkd_data.report.charts import Chart, percent, reliability_chart
 from ferkd_data.report.collect import Collected
@@ -102,8 +102,8 @@ def page(
         "subject": subject(labels, found.sketch),
         "choices": tables.threshold_table(labels, found.sketch, suggestion),
         "sliders": slider_data(labels, found.sketch, found.strata, pictures, suggestion),
-        "places": figures.place_charts(found.sketch),
-        "images": [image_view(labels, image, pictures) for image in found.images],
+        "places": figures.map_charts(found.sketch),
+        "images": [image_card(labels, image, pictures) for image in found.images],
         "sheets": sheets(labels, found, pictures),
         "suspects": suspect_groups(labels, found, pictures),
         "suspects_found": found.suspects.found,
@@ -133,7 +133,7 @@ def suspect_groups(labels: LabelSet, found: Collected, pictures: Pictures) -> li
     )
     other = "All others: the class is often a related one, or the image shows several things. Both labels may be right."
     return [
-        {"title": title, "rule": rule, "count": count, "cards": [suspect_view(labels, one, pictures) for one in group]}
+        {"title": title, "rule": rule, "count": count, "cards": [suspect_card(labels, one, pictures) for one in group]}
         for title, rule, count, group in (
             ("Surely wrong", rule, found.suspects.sure, sure),
             ("Related or ambiguous class", other, found.suspects.found - found.suspects.sure, related),
@@ -230,9 +230,9 @@ def quality(labels: LabelSet, found: Collected, pictures: Pictures) -> dict[str,
         "duplicates_said": duplicates_said(found),
         "small_pixels": SMALL_PIXELS,
         "sides": tables.side_table(found.sketch),
-        "smallest": [thumb_view(labels, image, pictures) for image in found.smallest_images
+        "smallest": [thumb_card(labels, image, pictures) for image in found.smallest_images
                      if min(image.height, image.width) < SMALL_PIXELS],
-        "discarded": [thumb_view(labels, image, pictures) for image in found.discarded_images],
+        "discarded": [thumb_card(labels, image, pictures) for image in found.discarded_images],
         "discarded_count": int(found.sketch.in_use[0]),
     }  # fmt: skip
 
@@ -283,6 +283,7 @@ def _digest(text: str) -> str:
 
 def inert_json(data: Any) -> str:
     """Write JSON that cannot end the HTML element around it, whatever its strings are."""
+    # `</script>` would end the element even inside a string; \u003c is the same character to JSON.
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

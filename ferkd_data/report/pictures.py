@@ -153,6 +153,7 @@ def cut(pixels: npt.NDArray[np.uint8], image: ImageLabels, number: int, size: in
 def shrunk(pixels: npt.NDArray[np.uint8], longer_side: int) -> npt.NDArray[np.uint8]:
     """Reduce an image so that its longer side is at most `longer_side`; a smaller one is unchanged."""
     picture = Image.fromarray(pixels)
+    # `reducing_gap` first reduces by a whole number, which is faster and cannot be seen at 3.
     picture.thumbnail((longer_side, longer_side), Image.Resampling.BICUBIC, reducing_gap=3.0)
     return np.asarray(picture)
 

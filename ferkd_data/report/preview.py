@@ -55,6 +55,7 @@ def preview(loader: CropLoader, path: str | Path, *, crops: int = 16) -> Path:
         raise UsageError(f"crops must be 1 or more, got {crops}")
     maker, window = loader.next_window()
     size = maker.epochs.at(window.epoch).size
+    # A second maker without SelfMix gives the same window before mixing.
     plain = BatchMaker(maker.labels, maker.cache, maker.images, replace(maker.settings, selfmix=None))
     labelled = _labelled(plain, window)
     before, before_targets = _made(plain, window, size)
@@ -119,10 +120,10 @@ class _Batch:
         self._targets = after[1][:first].dense().numpy()
         self._before = before[1][:first].dense().numpy()
         self._hard = before[1].hard
-        self._places = {int(slot): at for at, slot in np.ndenumerate(window.slots) if 0 <= slot < first}
+        self._crop_at = {int(slot): at for at, slot in np.ndenumerate(window.slots) if 0 <= slot < first}
 
     def card(self, slot: int) -> dict[str, Any]:
-        i, m = self._places[slot]
+        i, m = self._crop_at[slot]
         drawn = self._labelled.drawn
         bucket, code = int(drawn.bucket[i, m]), int(drawn.codes[i, m])
         mixed = self._mixes and bool(np.abs(self._targets[slot] - self._before[slot]).max() > SAME_TARGET)
@@ -156,8 +157,8 @@ class _Batch:
         """
         own, mixed = self._before[slot].astype(np.float64), self._targets[slot].astype(np.float64)
         found = None
-        for other, (i, _) in self._places.items():
-            if other == slot or i != self._places[slot][0]:
+        for other, (i, _) in self._crop_at.items():
+            if other == slot or i != self._crop_at[slot][0]:
                 continue
             apart = own - self._before[other]
             length = float(apart @ apart)
@@ -186,8 +187,8 @@ class _Batch:
         return wrong + _in_words(action, self._calibration, truth)
 
     def _key(self, row: int) -> str:
-        shard, place = self._labels.position(row)
-        return self._labels.keys_of(shard)[place]
+        shard, at = self._labels.position(row)
+        return self._labels.keys_of(shard)[at]
 
 
 def _in_words(action: Action, calibration: Calibration, truth: int) -> str:

@@ -87,11 +87,14 @@ class CropSample:
         self, labels: ShardLabels, first_row: int, priority: npt.NDArray[np.float64], group: npt.NDArray[np.int64]
     ) -> None:
         """Add a shard: `priority` and `group` are (R, N); a crop with a negative group belongs to none."""
+        # Only a crop below its group's bound can enter, hardly any after a few shards. A crop without a group has index
+        # -1, the last bound, and no priority is below -1.
         bounds = np.array([kept.bound for kept in self._groups] + [-1.0])
         alive = np.flatnonzero(priority < bounds[np.maximum(group, -1)])
         groups, ranks = group.reshape(-1)[alive], priority.reshape(-1)[alive]
         for number in np.unique(groups).tolist():
             here = np.flatnonzero(groups == number)
+            # Of the crops of one shard, no more than the capacity can stay.
             if len(here) > self._capacity:
                 here = here[np.argpartition(ranks[here], self._capacity)[: self._capacity]]
             for at in alive[here].tolist():

@@ -109,8 +109,8 @@ def _drawn(
     for title, numbers in rows:
         _write(draw, (left, top - 2), title, QUIET)
         for column, number in enumerate(numbers):
-            place = (left + column * (CROP_SIDE + GAP), top + LINE)
-            _crop(picture, draw, place, (image, pixels, number), names)
+            corner = (left + column * (CROP_SIDE + GAP), top + LINE)
+            _crop(picture, draw, corner, (image, pixels, number), names)
         top += row_height
     return picture
 
@@ -136,13 +136,13 @@ def boxes_on(image: ImageLabels, pixels: npt.NDArray[np.uint8], numbers: Sequenc
 def _crop(
     picture: Image.Image,
     draw: ImageDraw.ImageDraw,
-    place: tuple[int, int],
+    corner: tuple[int, int],
     crop: tuple[ImageLabels, npt.NDArray[np.uint8], int],
     names: Sequence[str] | None,
 ) -> None:
     image, pixels, number = crop
-    x, y = place
-    picture.paste(Image.fromarray(cut(pixels, image, number, CROP_SIDE)), place)
+    x, y = corner
+    picture.paste(Image.fromarray(cut(pixels, image, number, CROP_SIDE)), corner)
     frame = (x - 2, y - 2, x + CROP_SIDE + 1, y + CROP_SIDE + 1)
     draw.rectangle(frame, outline=BUCKET_COLOURS[image.bucket[number]], width=3)
     y += CROP_SIDE + 3
@@ -161,9 +161,9 @@ def _legend(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
         x += 112
 
 
-def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: str, size: int = 12) -> None:
+def _write(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, colour: str, size: int = 12) -> None:
     # Pillow would draw a line break.
-    draw.text(place, " ".join(text.split()), fill=colour, font=ImageFont.load_default(size))
+    draw.text(corner, " ".join(text.split()), fill=colour, font=ImageFont.load_default(size))
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:

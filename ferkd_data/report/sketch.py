@@ -91,11 +91,11 @@ class Sketch:
         self.mass_by_rank += labels.class_prob.sum(axis=(0, 1), dtype=np.float64)
         for row, mask in enumerate((None, known, right)):
             self.buckets[row] += _counts(labels.bucket if mask is None else labels.bucket[mask], len(BUCKETS))
-        self._add_places(labels, p_max.astype(np.float32))
+        self._add_positions(labels, p_max.astype(np.float32))
         self._add_images(labels)
         self._add_classes(labels, p_max, top1, right)
 
-    def _add_places(self, labels: ShardLabels, p_max: npt.NDArray[np.float32]) -> None:
+    def _add_positions(self, labels: ShardLabels, p_max: npt.NDArray[np.float32]) -> None:
         boxes: npt.NDArray[np.float32] = labels.boxes.astype(np.float32)
         height = np.maximum(labels.height, 1).astype(np.float32)[:, None]
         width = np.maximum(labels.width, 1).astype(np.float32)[:, None]
@@ -126,15 +126,16 @@ class Sketch:
         self.class_named[named] += how_often
         images = np.flatnonzero(labels.target != UNKNOWN_TARGET)
         self.unlabelled_images += len(labels) - len(images)
-        classes, place = np.unique(labels.target[images], return_inverse=True)
-        self.class_images[classes] += _counts(place, len(classes))
+        classes, index = np.unique(labels.target[images], return_inverse=True)
+        self.class_images[classes] += _counts(index, len(classes))
         for sums, values in (
             (self.class_right, right[images].sum(axis=1)),
             (self.class_p_max, p_max[images].sum(axis=1, dtype=np.float64)),
         ):
-            sums[classes] += np.bincount(place, values, minlength=len(classes)).astype(sums.dtype)
+            sums[classes] += np.bincount(index, values, minlength=len(classes)).astype(sums.dtype)
         wrong = ~right[images]
         truth = np.broadcast_to(labels.target[images].astype(np.int64)[:, None], wrong.shape)[wrong]
+        # One number for a pair of classes, truth * C + named, makes counting pairs a count of numbers.
         pairs, counts = np.unique(truth * self.num_classes + top1[images][wrong].astype(np.int64), return_counts=True)
         for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
             names = divmod(pair, self.num_classes)
@@ -145,6 +146,7 @@ class Sketch:
 
 
 def _patterns(values: npt.NDArray[np.float16]) -> npt.NDArray[np.uint16]:
+    """View float16 values as their bit patterns, which number the values of [0, 1] in rising order."""
     return np.ascontiguousarray(values).view(np.uint16)
 
 

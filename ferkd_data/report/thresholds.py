@@ -60,8 +60,8 @@ class Suggestion:
         if not self.measured:
             return f"{values} Limits on the size of the buckets decided all three: {start}."
         by_accuracy = " and the ".join(
-            place
-            for place, clause in zip(("first", "second", "third"), self.clauses, strict=True)
+            name
+            for name, clause in zip(("first", "second", "third"), self.clauses, strict=True)
             if clause.decided_by == "accuracy"
         )
         if self.measured == 3:
@@ -80,6 +80,7 @@ def suggest(sketch: Sketch) -> Suggestion:
         return _by_shares(total)
     edges = np.arange(SUGGESTION_STEPS + 1) / SUGGESTION_STEPS
     below, known_below, right_below = (counts_below(counts, edges) for counts in (total, known, right))
+    # Counts of the WINDOW steps below each edge: differences of cumulative counts.
     near = [row - np.concatenate([np.zeros(WINDOW, np.int64), row[:-WINDOW]]) for row in (known_below, right_below)]
     low, low_by = _lower(edges, near[1] <= DISCARD_BELOW * near[0], below <= MOST_DISCARDED * sketch.crops)
     softened = below - below[round(low * SUGGESTION_STEPS)]

@@ -58,6 +58,7 @@ def load_checkpoint(module: nn.Module, path: Path, *, teacher: str) -> None:
     wanted = module.state_dict()
     state = _fitting(_unwrapped(_read(path, teacher), path, teacher), wanted, path, teacher)
     for name, value in wanted.items():
+        # Counters that an older file lacks keep the model's values.
         given = state.setdefault(name, value)
         if isinstance(given, Inert) or isinstance(given, Tensor) != isinstance(value, Tensor):
             raise TeacherError(f"teacher {teacher}: {path}: {name} is not what the model needs, {type(value).__name__}")
@@ -152,6 +153,7 @@ def _prefix(state: Mapping[str, Any], needed: list[str], path: Path, teacher: st
     """
     if not needed or all(name in state for name in needed):
         return ""
+    # A prefix of the whole model stands before every name, so before this one too: few candidates remain.
     last = needed[-1]
     candidates = {name[: -len(last)] for name in state if name.endswith(f".{last}")}
     whole = sorted(prefix for prefix in candidates if all(prefix + name in state for name in needed))
@@ -163,6 +165,7 @@ def _prefix(state: Mapping[str, Any], needed: list[str], path: Path, teacher: st
         )
     if whole:
         return whole[0]
+    # No prefix holds everything: that of the most names gives the most useful message.
     hits = {prefix: sum(prefix + name in state for name in needed) for prefix in ["", *sorted(candidates)]}
     return max(hits, key=lambda prefix: hits[prefix])
 

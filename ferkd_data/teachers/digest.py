@@ -48,6 +48,7 @@ def module_digest(module: nn.Module, spec: TeacherSpec) -> str:
     total = hashlib.sha256()
     try:
         walk = _Walk(total.update)
+        # Every field ends with NUL, so that different fields never give the same bytes.
         for name, submodule in module.named_modules(remove_duplicate=False):
             kind = type(submodule).__qualname__ if name or _top(type(submodule)) in LIBRARIES else ""
             total.update(f"module\0{name}\0{kind}\0".encode())
@@ -156,6 +157,7 @@ def _extra_state(module: nn.Module) -> list[tuple[str, Any]]:
 def _add_tensor(update: Callable[[bytes], None], tensor: Tensor) -> None:
     tensor = tensor.detach()
     update(f"{tensor.dtype}\0{tuple(tensor.shape)}\0{tensor.layout}\0".encode())
+    # Tensor subclasses, such as quantised weights of torchao, are made of plain tensors.
     if hasattr(tensor, "__tensor_flatten__"):
         names, context = tensor.__tensor_flatten__()
         update(f"{type(tensor).__qualname__}\0{context}\0".encode())

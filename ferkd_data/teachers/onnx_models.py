@@ -94,6 +94,7 @@ class OnnxTeacher:
 
     def _run(self, batch: Any) -> Any:
         short = 0 if self.fixed_batch is None else self.fixed_batch - len(batch)
+        # Copies of the last image fill up a fixed batch; their rows are cut off again below.
         padded = np.concatenate([batch, np.repeat(batch[-1:], short, axis=0)]) if short else batch
         try:
             output = self.session.run(self.output_names, {self.input_name: padded})[0]

@@ -201,6 +201,7 @@ def check_class_order(class_names: Sequence[str] | None, teacher: Teacher) -> No
     if class_names is None or theirs is None or len(class_names) != len(theirs):
         return
     known, wrong = _common_classes(class_names, theirs)
+    # Few common names mean another vocabulary, such as WordNet IDs beside English: nothing can be compared.
     if len(known) < max(2, len(class_names) / 2) or not wrong:
         return
     if len(known) == len(class_names) or len(wrong) > CONTRADICTIONS * len(known):

@@ -1,4 +1,4 @@
-"""Which operations a crop gets: pure, stable when more is asked for, and distributed as their authors say."""
+"""Drawing operations: a pure function, stable under further crops, distributed as in the papers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recorded operations: the same pixels for ever, and near what torchvision's operations of that name do."""
+"""Recorded operations: pixels that never change, near those of torchvision's operations of the same names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ferkd_data.errors import UsageError
 
 
 def picture(side: int = 32, number: int = 0) -> torch.Tensor:
-    """A smooth picture with some noise: uint8 (1, 3, S, S), from integers alone."""
+    """Make a smooth picture with some noise from integers alone: uint8 (1, 3, S, S)."""
     y, x = np.mgrid[:side, :side]
     noise = np.random.default_rng(number).integers(0, 40, (3, side, side))
     waves = np.stack([x * 7 + y * 3, (x * y) // 4, 255 - x * 5]) + number * 11
@@ -65,7 +65,7 @@ GOLDEN = {
     "grayscale": "69a8c7ceb8a5edcb",
     "blur": "1983bfaff62e3129",
 }
-"""The beginning of the SHA-256 of each operation's result on the same picture."""
+"""First digits of the SHA-256 of each operation's result on the same picture."""
 
 
 @pytest.mark.parametrize("name", list(CODES))
@@ -185,7 +185,7 @@ def test_an_unknown_code_is_an_error():
 
 
 def test_codes_are_what_they_were():
-    """Label sets hold these numbers."""
+    """Label sets store these numbers."""
     assert [(operation.code, operation.name) for operation in OPERATIONS] == list(
         enumerate(
             "shear_x shear_y translate_x translate_y rotate brightness contrast saturation sharpness hue posterize "

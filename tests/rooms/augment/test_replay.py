@@ -1,4 +1,4 @@
-"""A view with recorded operations: what the teachers saw is what the student gets, and what everybody reads back."""
+"""Crops with recorded operations: teachers and students get the same pixels, and every reader the same operations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYOUTS = ("parquet", "webdataset")
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def augmented(request, tmp_path_factory, photos, tiny_teachers):
-    """20 images with 10 crops each, in the layout."""
+    """Build 20 images with 10 crops each, in the layout."""
     out = tmp_path_factory.mktemp("augmented") / request.param
     fd.build(photos, out, teachers=[tiny_teachers], augment=AUGMENT, layout=request.param, **SMALL)
     return out
@@ -39,7 +39,7 @@ def loaded(augmented, photos, tmp_path, **changes):
 
 
 def test_the_student_gets_what_the_teacher_saw(augmented, photos, tmp_path, tiny_teachers):
-    """The teacher, asked about the loader's pixels, says again what is stored."""
+    """The teacher gives the stored labels again for the loader's pixels."""
     teacher = load_teacher(TeacherSpec.parse(tiny_teachers), device="cpu", precision="fp32")
     labels = fd.open_labels(augmented)
     seen = 0

@@ -1,4 +1,4 @@
-"""Every encoding becomes RGB as Pillow's convert("RGB") makes it."""
+"""Decoding: every encoding becomes the RGB of Pillow's convert("RGB")."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def encoded(kind, mode, width, height, seed, **options):
 
 
 def reference(data):
-    """Pillow's picture, and of 16-bit grey the high byte, since Pillow's own conversion cuts it off at 255."""
+    """Decode with Pillow; 16-bit grey to its high byte, since Pillow's own conversion clips it at 255."""
     with Image.open(io.BytesIO(data)) as image:
         if image.mode == "I;16":
             return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
@@ -95,7 +95,7 @@ def test_the_first_frame_of_an_animation():
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(COMBINATIONS), st.data())
 def test_damaged_bytes_give_an_image_or_a_known_reason(combination, data):
-    """Whatever happens to the bytes: pixels of the size in the header, or an ImageError. Nothing else, no warning."""
+    """Damaged bytes give pixels of the size in the header, or an ImageError; nothing else, and no warning."""
     good = bytearray(encoded(*combination, 24, 16, 1))
     for _ in range(data.draw(st.integers(0, 6))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
@@ -264,7 +264,7 @@ def in_mode(ramp, mode):
 
 
 def test_nothing_that_is_set_elsewhere_changes_the_pixels():
-    """A stranger's module sets what it likes; half a picture stays a reject, a whole one the same picture."""
+    """Another module may set Pillow's switches: half a picture stays a reject, a whole one keeps its pixels."""
     script = """
 import io, sys, warnings
 import numpy as np

@@ -1,4 +1,4 @@
-"""Sources as people have them: every file is used, rejected or counted, and nothing is guessed in silence."""
+"""Sources as they occur in practice: every file is used, rejected or counted, and nothing is guessed in silence."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def write_tar(path, members):
 
 
 def test_a_tar_made_on_macos(tmp_path):
-    """tar on macOS puts a ._ member before each, which webdataset passes over."""
+    """tar on macOS writes a ._ member before each member; webdataset skips them."""
     members = []
     for number in range(4):
         for name, data in ((f"{number}.jpg", jpeg()), (f"{number}.cls", b"%d" % number)):
@@ -238,7 +238,7 @@ def test_a_folder_that_img2dataset_wrote(tmp_path):
 
 
 def test_img2dataset_s_other_forms(tmp_path):
-    """output_format=files writes folders of numbers, which are no classes; output_format=parquet a column of bytes."""
+    """img2dataset writes numbered folders, which are no classes (files), or a column of bytes (parquet)."""
     put(tmp_path, "files/00000/000000000.jpg", "files/00001/000010000.jpg")
     put(tmp_path, "files/00000/000000000.txt", data=b"a cat")
     for shard in ("00000", "00001"):
@@ -266,7 +266,7 @@ def structs(*paths):
 
 
 def test_base_names_that_repeat_in_every_class(tmp_path):
-    """datasets keeps only 0000.jpg of cat/0000.jpg: no image may be lost to that."""
+    """datasets stores cat/0000.jpg as 0000.jpg: no image may be lost as a duplicate."""
     for number in range(3):
         write_parquet(
             tmp_path / f"data/train-0000{number}-of-00003.parquet", structs("0000.jpg", "0001.jpg"), label=[0, 1]

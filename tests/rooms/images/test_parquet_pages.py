@@ -1,4 +1,4 @@
-"""Single values out of Parquet pages are those that PyArrow gives, or are left to PyArrow."""
+"""Single values read from Parquet pages equal PyArrow's, or are left to PyArrow."""
 
 from __future__ import annotations
 

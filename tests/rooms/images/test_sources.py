@@ -205,7 +205,7 @@ def test_listing_a_tar_takes_the_same_memory_for_ten_times_the_images(tmp_path):
 
 
 def peak_of_listing(source, num_images):
-    """The lower of two: pathlib interns names, and once in a while Python's table of those grows, by megabytes."""
+    """Take the lower of two measurements: pathlib interns names, whose table in Python sometimes grows by megabytes."""
     peaks = []
     for _ in range(2):
         tracemalloc.start()
@@ -257,7 +257,7 @@ def test_samples_that_cannot_be_used(tmp_path):
 
 
 def test_files_of_other_formats_in_folders(tmp_path):
-    """By their bytes: a JPEG that is called .tif is a JPEG."""
+    """Formats are told by their bytes: a JPEG that is called .tif is a JPEG."""
     for name in ("a.tiff", "b.HEIC"):
         (tmp_path / name).write_bytes(b"MM\0*" + bytes(40))
     for name in ("c.jpg", "d.v2.jpg", "e.tif", "f.heic"):

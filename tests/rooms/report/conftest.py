@@ -1,4 +1,4 @@
-"""A label set with hostile names and faults of every kind, and a real browser to look at its report."""
+"""Fixtures: a label set with hostile names and faults of every kind, and a real browser for its report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOSTILE = (
     "{{ 7 * 7 }}{% for x in y %}",
     "</title><!-- ]]> ${1} `x`",
 )
-"""Names of classes. The slash of a key would be a folder, so keys have another stroke in its place."""
+"""Hostile names of classes. Keys have another character in place of the slash, which would make a folder."""
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def hostile_photos(tmp_path_factory: pytest.TempPathFactory, make_photos) -> Pat
 
 @pytest.fixture(scope="session")
 def hostile_labels(tmp_path_factory: pytest.TempPathFactory, hostile_photos: Path, tiny_teachers: str) -> Path:
-    """Its label set, of 31 images, 12 crops and 2 teachers, whose class names are hostile too."""
+    """Label set of the hostile photos: 31 images, 12 crops, 2 teachers, hostile class names."""
     out = tmp_path_factory.mktemp("hostile-labels") / "out"
     classes = out.parent / "classes.txt"
     names = [*HOSTILE, *(f"plain {number}" for number in range(5, 10))]
@@ -52,14 +52,14 @@ def hostile_labels(tmp_path_factory: pytest.TempPathFactory, hostile_photos: Pat
 
 @pytest.fixture(scope="session")
 def page(tmp_path_factory: pytest.TempPathFactory, hostile_labels: Path, hostile_photos: Path) -> Path:
-    """The report of the hostile label set, with pictures."""
+    """Report of the hostile label set, with pictures."""
     path = tmp_path_factory.mktemp("report") / "report.html"
     fd.write_report(hostile_labels, path, images=hostile_photos)
     return path
 
 
 class Browser:
-    """A headless Chromium; what it sends and what goes wrong in a page is seen."""
+    """A headless Chromium that records requests and errors of its page."""
 
     def __init__(self, driver) -> None:
         self.driver = driver
@@ -76,12 +76,12 @@ class Browser:
         return self.driver.execute_script(script, *arguments)
 
     def requests(self) -> list[str]:
-        """URLs that were asked for since `open`."""
+        """List the URLs requested since `open`."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
 
     def complaints(self) -> list[str]:
-        """What is in the console."""
+        """List the messages in the console."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def set(self, element: str, value: float) -> None:

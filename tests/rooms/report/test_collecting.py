@@ -30,7 +30,7 @@ from ferkd_data.targets import recover
 
 
 def made_up(num_images: int, *, seed: int = 0, num_crops: int = 8, classes: int = 6, start: int = 0) -> ShardLabels:
-    """Labels without images; about half of the images have no ground truth."""
+    """Make labels without images; about half of the rows have no ground truth."""
     generator = np.random.default_rng([seed, start])
     prob = -np.sort(-generator.dirichlet([0.3] * classes, (num_images, num_crops)), axis=2)[..., :3].astype(np.float16)
     index = np.argsort(generator.random((num_images, num_crops, classes)), axis=2)[..., :3].astype(np.uint16)
@@ -274,7 +274,7 @@ def test_suggested_thresholds_are_in_their_order_and_fit(found):
 
 
 def sketch_of(p_max: np.ndarray, right: np.ndarray) -> Sketch:
-    """Crops with a ground truth, of these values of p_max."""
+    """Make crops with a ground truth and these values of p_max."""
     sketch = Sketch(num_classes=10, top_k=3, num_crops=1)
     sketch.crops = sketch.images = len(p_max)
     patterns = p_max.astype(np.float16).view(np.uint16)
@@ -322,7 +322,7 @@ def test_without_ground_truth_everything_still_works(tmp_path, make_photos, tiny
 
 
 def right_on(share: float, num_images: int = 300, start: int = 0) -> ShardLabels:
-    """Made-up labels whose most probable class is the ground truth on about this share of the crops."""
+    """Make labels whose most probable class is the ground truth on about this share of the crops."""
     labels = made_up(num_images, start=start)
     target = np.full(num_images, 5, np.int32)
     hit = np.random.default_rng(3).random(labels.flip.shape) < share

@@ -1,4 +1,4 @@
-"""Two label sets side by side: counts by hand, KL against dense distributions, any order of images."""
+"""Comparing two label sets: counts by hand, KL against dense distributions, any order of images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = {"crops": 10, "crops_per_block": 4, "top_k": 4, "images_per_shard": 8, "
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, photos, tiny_teachers):
-    """The images of `label_set` by another teacher, in other shards, with fewer crops."""
+    """Label the images of `label_set` with another teacher, in other shards, with fewer crops."""
     out = tmp_path_factory.mktemp("other") / "out"
     thresholds = fd.Thresholds(low=0.3, mid=0.5, top=0.9)
     teachers = ["python:ferkd_tiny_teachers:third"]

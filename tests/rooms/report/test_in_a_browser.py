@@ -1,4 +1,4 @@
-"""The report as a real browser shows it: it runs, sends nothing, and its numbers are right."""
+"""The report in a real browser: it runs, sends nothing, and its numbers are right."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ARTEFACTS = os.environ.get("FERKD_DATA_SCREENSHOTS")
 
 
 def screenshot(browser, name: str) -> None:
-    """Keep what the page looks like, where FERKD_DATA_SCREENSHOTS names a folder."""
+    """Save a picture of the page where FERKD_DATA_SCREENSHOTS names a folder."""
     if ARTEFACTS:
         found = browser.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
         Path(ARTEFACTS).mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def bucket_rows(browser) -> list[list[str]]:
 
 
 def expected_rows(labels: fd.LabelSet, thresholds: fd.Thresholds) -> list[list[str]]:
-    """By `crop_buckets` on the labels themselves."""
+    """Count by `crop_buckets` on the labels themselves."""
     counts = np.zeros((3, len(BUCKETS)), np.int64)
     for shard in labels.shards():
         calibration = fd.Calibration(thresholds=thresholds)

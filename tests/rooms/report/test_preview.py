@@ -1,4 +1,4 @@
-"""The next batch as a page: what it says is what the loader gives, and the loader does not move."""
+"""The next batch as a page: it shows what the loader gives, and the loader does not move."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of one image, and what a notebook shows of label sets and targets."""
+"""Pictures of one image, and tables of label sets and targets in a notebook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report as a file: of any label set, with and without images, while a build runs, and what is refused."""
+"""Writing a report: of any label set, with and without images, while a build runs; and refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ferkd_data_cli.main import run
 
 
 class Links(HTMLParser):
-    """Every address that an element of a page names."""
+    """Collect every address in a page's elements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def test_it_is_imported_only_when_used():
 
 
 class ReportReader:
-    """Looks at the report file whenever a shard is done, after the report had its chance."""
+    """A watcher that reads the report whenever a shard is done, after LiveReport has seen it."""
 
     def __init__(self, path):
         self.path, self.seen = path, []
@@ -201,7 +201,7 @@ def test_a_build_keeps_its_report_up_to_date(tmp_path, photos, tiny_teachers, la
     live, reader = fd.LiveReport(file, images=photos), ReportReader(file)
 
     class InTurn:
-        """Waits after each shard until the report is about it."""
+        """Wait after each shard until the report covers it."""
 
         def see(self, event):
             if type(event).__name__ == "ShardDone":

@@ -1,4 +1,4 @@
-"""Checkpoints as the training scripts of others write them, by their own code where it can be had."""
+"""Checkpoints as other projects' training scripts write them, by their own code where it is available."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ferkd_data.teachers import TeacherSpec, load_teacher
 
 
 class Net(odd_teachers.Linear):
-    """With a BatchNorm, whose counter old checkpoints lack."""
+    """A network with a BatchNorm, whose counter is missing in old checkpoints."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__(classes)
@@ -49,16 +49,16 @@ def load(path, options=""):
 
 
 def other(net: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights that must not be taken."""
+    """Make weights that must not be loaded."""
     return {name: value + 1 for name, value in net.state_dict().items()}
 
 
 class NoSuchClassHere:
-    """Pickled by a reference that the reader cannot follow safely."""
+    """An object that is pickled by a reference, which the reader cannot follow safely."""
 
 
 def timm_train(net, path):
-    """timm's own saver: EMA beside plain, and the arguments of the command line."""
+    """Save with timm's CheckpointSaver: EMA beside plain weights, and the arguments of the command line."""
     import timm.utils
 
     plain = copy.deepcopy(net)
@@ -75,7 +75,7 @@ def timm_train(net, path):
 
 
 def torchvision_reference(net, path):
-    """What its references/classification/train.py keeps: AveragedModel is what its EMA class derives from."""
+    """torchvision's references/classification/train.py saves an EMA class that derives from AveragedModel."""
     averaged = torch.optim.swa_utils.AveragedModel(net, use_buffers=True)
     assert "n_averaged" in averaged.state_dict()
     torch.save(
@@ -149,7 +149,7 @@ def nested(net, path):
 
 
 def objects_of_all_kinds_beside(net, path):
-    """numpy numbers, paths, a class of the training's own: none is made."""
+    """NumPy numbers, paths and a class of the training script are not created."""
     beside = {
         "own": NoSuchClassHere(),
         "best": np.float64(0.7),

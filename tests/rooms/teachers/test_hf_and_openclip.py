@@ -39,7 +39,7 @@ def convnext():
 
 
 def efficientnet():
-    """Which rescales with an offset, and normalises twice."""
+    """A processor that rescales with an offset, and normalises twice."""
     config = transformers.EfficientNetConfig(
         image_size=40, width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=128, num_labels=3
     )
@@ -58,7 +58,7 @@ def efficientnet():
 
 
 def mobilevit():
-    """Which takes BGR, and does not normalise."""
+    """A processor that gives BGR, and does not normalise."""
     config = transformers.MobileViTConfig(
         image_size=64, hidden_sizes=[16, 16, 16], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16], num_attention_heads=2
     )
@@ -201,7 +201,7 @@ TINY_CLIP = {
 
 @pytest.fixture
 def clip(tmp_path, monkeypatch):
-    """`tiny-clip` for open_clip, and weights of it."""
+    """Register the architecture `tiny-clip` with open_clip, and save weights for it."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))

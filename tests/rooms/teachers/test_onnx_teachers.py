@@ -37,7 +37,7 @@ def model(
     tail=False,
     softmax=False,
 ):
-    """The mean of each channel times (3, 9) weights; `features` are the means."""
+    """A network whose logits are the channels' means times (3, 9) weights; `features` are the means."""
     numpy_dtype = helper.tensor_dtype_to_np_dtype(dtype)
     working = TensorProto.FLOAT if dtype == TensorProto.UINT8 else dtype
     nodes = [helper.make_node("Cast", ["images"], ["cast"], to=working)]

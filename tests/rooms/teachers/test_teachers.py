@@ -1,4 +1,4 @@
-"""Teachers of every kind, with the real ones where there are any."""
+"""Teachers of every kind, with real models where they are available."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What teachers ask of a GPU, as far as it shows without one."""
+"""Settings that teachers make on a GPU, as far as they can be tested without one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CUDNN, MATMUL = torch.backends.cudnn, torch.backends.cuda.matmul
 
 
 def tf32():
-    """Whether convolutions and products may round to it."""
+    """Tell whether convolutions and matrix products may use TF32."""
     newer = getattr(CUDNN, "conv", None)
     if newer is None:
         return CUDNN.allow_tf32, MATMUL.allow_tf32
@@ -26,7 +26,7 @@ def tf32():
 
 @pytest.fixture
 def as_before():
-    """Without checking anything: a user may have set what does not go together."""
+    """Set TF32 without checks: a user may have set contradictory values."""
     before = CUDNN.benchmark, torch.get_float32_matmul_precision()
     newer = [place for place in (getattr(CUDNN, "conv", None), MATMUL) if hasattr(place, "fp32_precision")]
     values = [place.fp32_precision for place in newer]
@@ -101,7 +101,7 @@ def test_the_current_device_is_the_workers(monkeypatch):
 
 
 class Runtime:
-    """ONNX Runtime where it has CUDA, and a session that says what it runs on."""
+    """Stand in for ONNX Runtime with CUDA, with a session that reports its providers."""
 
     def __init__(self, works: bool) -> None:
         self.works = works
