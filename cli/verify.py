@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -47,16 +48,14 @@ def command(
     threads: int | None,
     max_faults: int,
     deep: bool,
-    teachers: tuple[str, ...],
-    classes: Path | None,
-    sample: int,
     as_json: bool,
+    **relabelling: Any,
 ) -> int:
     """Check every file, row and count of the label set LABELS, a folder or a URL.
 
     One line for each fault: file, row, image, crop, field and what is wrong. Exit status 1 when there is any.
     """
-    if deep and (images is None or not teachers):
+    if deep and (images is None or not relabelling["teachers"]):
         raise UsageError("--deep needs --images (what was labelled) and --teacher (who labelled it)")
     with show_transfer("verify") as on_progress:
         report = fd.verify(
@@ -70,7 +69,7 @@ def command(
         )
     again = None
     if deep and report.ok:
-        again = fd.relabel(labels, images=str(images), teachers=teachers, classes=classes, sample=sample)
+        again = fd.relabel(labels, images=str(images), **relabelling)
     if as_json:
         print_json({**report.to_dict(), **({"deep": asdict(again)} if again else {})})
         return 0 if report.ok else 1

@@ -65,6 +65,7 @@ class Store:
             self._target.upload(file.file, file.name, size=file.bytes, sha256=file.sha256)
 
         self._journal.begin()
+        # Threads only send; this generator alone writes the journal, after the digest of a file was compared.
         with Threads(self._threads, thread_name_prefix="ferkd-publish") as executor:
             for sent, _ in as_they_end(executor, send, files, ahead=2 * self._threads):
                 for file, _ in sent:

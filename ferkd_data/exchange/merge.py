@@ -123,6 +123,7 @@ def _kind(sets: Sequence[LabelSet]) -> Kind:
                 f"{first.location} and {labels.location}: only some images are in both, {lacking.keys_of(shard)[at]!r} "
                 "is not; merge takes the same images, or no common ones"
             )
+    # Keys are compared by their 64-bit hashes: 8 bytes for each image, and no key stays in memory.
     same = [bool(np.isin(theirs, hashes[0]).any()) for theirs in hashes[1:]]
     if all(same):
         differs = any(getattr(first.manifest, n) != getattr(s.manifest, n) for s in sets for n in SAME_CROPS)

@@ -137,13 +137,13 @@ def _fetch_files(remote: Remote, out: Path, part: Manifest, threads: int, on_pro
     fetched = shown = 0
 
     def fetch(entry: FileEntry) -> bool:
-        came = bring(entry)
+        was_fetched = bring(entry)
         # The digest says that the file is the listed one; reading it checks that its labels are possible.
         if entry.path in shard_of:
             labels.block(*shard_of[entry.path])
         else:
             check_rejects(inside(out, entry.path), part.rejects.rows)
-        return came
+        return was_fetched
 
     def bring(entry: FileEntry) -> bool:
         path = inside(out, entry.path)
@@ -152,14 +152,15 @@ def _fetch_files(remote: Remote, out: Path, part: Manifest, threads: int, on_pro
         remote.download(entry.path, path, size=entry.bytes, sha256=entry.sha256)
         return True
 
+    # Each file is written and read by one thread; `labels` reads different blocks in each, and only this thread counts.
     with Threads(threads, thread_name_prefix="ferkd-pull") as executor:
         try:
-            for came, under_way in as_they_end(executor, fetch, entries, ahead=2 * threads, seconds=LOOK_SECONDS):
-                for entry, was_fetched in came:
+            for ended, unfinished in as_they_end(executor, fetch, entries, ahead=2 * threads, seconds=LOOK_SECONDS):
+                for entry, was_fetched in ended:
                     fetched += was_fetched
                     progress = replace(progress, files=progress.files + 1, bytes=progress.bytes + entry.bytes)
                 # A file that arrived damaged is fetched again: until then, the number stands still.
-                shown = max(shown, progress.bytes + sum(_arrived(out, entry) for entry in under_way))
+                shown = max(shown, progress.bytes + sum(_arrived(out, entry) for entry in unfinished))
                 report(replace(progress, bytes=shown))
         except BaseException:
             # Threads end at their next bytes, so that none writes to a file that the next pull continues.

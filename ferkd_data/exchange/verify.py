@@ -73,6 +73,7 @@ def verify(
     progress = TransferProgress(files_total=len(pairs), bytes_total=total)
     report = on_progress or (lambda progress: None)
     report(progress)
+    # Threads check files in any order; this thread alone takes their results, in the order of the manifest.
     with Threads(threads or os.cpu_count() or 1, thread_name_prefix="ferkd-verify") as executor:
         blocks = executor.map(files.file, *zip(*pairs, strict=True)) if pairs else iter(())
         for entry in labels.manifest.shards:

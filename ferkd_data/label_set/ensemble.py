@@ -126,6 +126,7 @@ def _told(
     all_prob = np.concatenate([prob.astype(np.float32), known[:, None]], axis=1)
     cut = np.maximum(1 - all_prob.sum(axis=1), 0)
     others = num_classes - index.shape[1] - extra
+    # Recovery `smooth`: each class that was neither kept nor the ground truth gets the same share of the mass cut off.
     rest = np.where(others > 0, cut / np.maximum(others, 1), 0).astype(np.float32)
     return _Told(all_index, all_prob, rest, cut)
 
@@ -134,6 +135,7 @@ def _mean(
     told: Sequence[_Told], shares: npt.NDArray[np.float32], top_k: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16], npt.NDArray[np.float32]]:
     candidates = np.concatenate([one.index for one in told], axis=1)
+    # A class that several label sets kept is a candidate once: where an earlier column names it, the later one goes.
     earlier = np.tril(np.ones((candidates.shape[1],) * 2, np.bool_), -1)
     again = ((candidates[:, :, None] == candidates[:, None, :]) & earlier).any(axis=2)
     mean = np.zeros(candidates.shape, np.float32)

@@ -296,6 +296,7 @@ class LabelSet:
     def _load_key_index(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
         if self._key_index is None:
             hashes = self.key_hashes()
+            # Sorted hashes with their rows: a look-up is a binary search, and no key stays in memory.
             order = np.argsort(hashes, kind="stable")
             self._key_index = hashes[order], order
         return self._key_index
