@@ -1,4 +1,4 @@
-"""Calibration: turning a stored soft label into the training target, by the crop's bucket (FerKD, ICCV 2023).
+"""Calibration: turn a stored soft label into the training target, by the bucket of its crop (FerKD, ICCV 2023).
 
 Legend: B crops, k stored classes, C classes.
 """
@@ -26,7 +26,7 @@ THIN = re.compile(r"thin\((\d*\.?\d+)\)")
 
 @dataclass(frozen=True)
 class Action:
-    """What happens to the crops of a bucket."""
+    """A policy for the crops of a bucket."""
 
     kind: Kind
     share: float = 1.0
@@ -34,7 +34,7 @@ class Action:
 
     @classmethod
     def parse(cls, text: str) -> Action:
-        """`discard`, `soften`, `blend`, `keep` or `thin(P)`. Raises UsageError."""
+        """Read `discard`, `soften`, `blend`, `keep` or `thin(P)`. Raises UsageError for anything else."""
         if text in ("discard", "soften", "blend", "keep"):
             return cls(text)  # type: ignore[arg-type]
         match = THIN.fullmatch(text.replace(" ", ""))
@@ -45,17 +45,33 @@ class Action:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """One policy for each bucket, and what else decides a target. The defaults are FerKD's (`Calibration.ferkd()`)."""
+    """One policy for each difficulty bucket, and the settings of targets (FerKD: Shen, ICCV 2023).
+
+    A policy is one of:
+
+    - "keep": the soft label.
+    - "soften": the smoothed ground truth: 1 - epsilon on its class, epsilon spread evenly over the others.
+    - "blend": `blend_weight` of the soft label, and the rest of the smoothed ground truth.
+    - "discard": the crop is not drawn.
+    - "thin(P)": the soft label; a share P of these crops is in use, drawn anew for each pass over an image's crops.
+
+    The defaults are FerKD's, `Calibration.ferkd()`. Where the ground truth is unknown, soften and blend keep the soft
+    label. Raises UsageError for an unknown policy or a value out of range.
+
+    >>> mine = fd.Calibration(moderate_hard="blend", blend_weight=0.7, easy_positive="thin(0.5)")
+    >>> mine.extreme_hard, mine.moderate_hard
+    ('discard', 'blend')
+    """
 
     extreme_hard: str = "discard"
     moderate_hard: str = "soften"
     hard_positive: str = "keep"
     easy_positive: str = "keep"
     confident_but_wrong: str | None = None
-    """Policy for crops of the two positive buckets whose most probable class is not the ground truth; None: no other
-    than their bucket's."""
+    """Policy for crops of the two positive buckets whose most probable class is not the ground truth; None: that of
+    their bucket."""
     all_discarded: Literal["soften", "keep"] = "soften"
-    """What becomes of crops drawn from an image that has none in use: the image is seen all the same."""
+    """Policy for an image that has no crop in use: the image is trained on all the same."""
     thresholds: Thresholds | None = None
     """None: the buckets as stored. Otherwise buckets are derived anew from the stored probabilities."""
     epsilon: float = 0.1
@@ -63,9 +79,9 @@ class Calibration:
     blend_weight: float = 0.5
     """Share of the soft label in a blend with the softened ground truth."""
     recovery: Recovery = "smooth"
-    """How the classes that were not stored get their probability (see `targets.recover`)."""
+    """Rule by which classes that were not stored get their probability (see `targets.recover`)."""
     temperature: float = 1.0
-    """Of the recovered soft label."""
+    """Temperature of the recovered soft label."""
 
     def __post_init__(self) -> None:
         for name in BUCKETS:
@@ -103,7 +119,7 @@ class Calibration:
 
     @property
     def actions(self) -> tuple[Action, ...]:
-        """By bucket code."""
+        """The policies by bucket code."""
         return tuple(Action.parse(getattr(self, name)) for name in BUCKETS)
 
     @property
@@ -118,7 +134,10 @@ CalibrationSetting: TypeAlias = "Calibration | str | Callable[[int], Calibration
 
 
 def calibration_at(setting: CalibrationSetting, epoch: int) -> Calibration:
-    """The calibration of an epoch, from a Calibration, a preset's name, or a function of the epoch."""
+    """Return the calibration of an epoch, from a Calibration, a preset's name, or a function of the epoch.
+
+    Raises UsageError for an unknown name, and where the function returns something else.
+    """
     if isinstance(setting, Calibration):
         return setting
     if callable(setting):
@@ -140,7 +159,7 @@ def crop_buckets(
     class_prob: npt.NDArray[np.float16],
     target_prob: npt.NDArray[np.float16],
 ) -> npt.NDArray[np.uint8]:
-    """Buckets (...,) as stored, or for the calibration's own thresholds; class_prob is (..., k)."""
+    """Return buckets (...,) as stored, or by the calibration's own thresholds; class_prob is (..., k)."""
     if calibration.thresholds is None:
         return bucket
     return buckets_of(class_prob, target_prob, calibration.thresholds)
@@ -152,7 +171,7 @@ def crop_actions(
     top1: npt.NDArray[Any],
     target: npt.NDArray[np.integer[Any]],
 ) -> npt.NDArray[np.uint8]:
-    """Codes (...,) into `action_table`; `target` broadcasts against `bucket` and `top1`."""
+    """Return codes (...,) into `action_table`; `target` broadcasts against `bucket` and `top1`."""
     if calibration.confident_but_wrong is None:
         return bucket
     wrong = (bucket >= 2) & (target != UNKNOWN_TARGET) & (top1.astype(np.int64) != target)
@@ -166,7 +185,7 @@ def action_table(calibration: Calibration) -> tuple[Action, ...]:
 
 
 def use_probability(calibration: Calibration, codes: npt.NDArray[np.uint8]) -> Floats:
-    """How likely each crop is to be in use: 0 where discarded, P where thinned out, else 1."""
+    """Return each crop's probability of being in use: 0 where discarded, P where thinned out, else 1."""
     shares = [0.0 if a.kind == "discard" else a.share for a in action_table(calibration)]
     return np.array(shares, np.float32)[codes]
 
@@ -210,7 +229,7 @@ def calibrate(
     num_classes: int,
     class_map: ClassMap | None = None,
 ) -> SoftTargets:
-    """Targets of B crops from class_index and class_prob (B, k), action codes (B,), and target (B,), -1 where unknown.
+    """Make targets from class_index and class_prob (B, k), action codes (B,) and target (B,), -1 where unknown.
 
     class_index and num_classes are the teacher's, as stored. With a class map, soft labels are recovered over these
     classes and mapped then; `target` and the targets returned are of the new classes.
@@ -244,7 +263,7 @@ def calibrate(
 
 
 def _soft_share(calibration: Calibration) -> Floats:
-    """By action code: the share of the soft label in the target."""
+    """Return the share of the soft label in a target, by action code."""
     fallback = 0.0 if calibration.all_discarded == "soften" else 1.0
     shares = {"discard": fallback, "soften": 0.0, "blend": calibration.blend_weight, "keep": 1.0, "thin": 1.0}
     return np.array([shares[action.kind] for action in action_table(calibration)], np.float32)

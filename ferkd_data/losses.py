@@ -1,4 +1,4 @@
-"""Losses on sparse targets, without ever making a target of shape (B, C).
+"""Losses on sparse targets, computed without making targets of shape (B, C).
 
 Legend: B crops, C classes, K sparse entries.
 """
@@ -19,10 +19,17 @@ UNKNOWN = -1
 
 
 def soft_cross_entropy(logits: Tensor, targets: SoftTargets | Tensor, *, reduction: Reduction = "mean") -> Tensor:
-    """-sum over classes of target * log_softmax(logits), for logits (B, C) and SoftTargets or dense targets (B, C).
+    """Cross-entropy with soft targets, in nats: -sum over classes of target * log_softmax(logits).
 
-    Computed in float32 (float64 for logits of that type), also under autocast. Raises UsageError where the shapes do
-    not fit.
+    logits: (B, C), any floating-point type. targets: SoftTargets of B crops, or dense ones (B, C). Gives a scalar, or
+    (B,) with reduction="none".
+
+    Computed in float32 (float64 for logits of that type), also under autocast. Sparse targets stay sparse: forward and
+    backward hold one array (B, C) each. Raises UsageError where the shapes do not fit, and for class numbers (B,).
+
+    >>> import torch
+    >>> fd.soft_cross_entropy(torch.zeros(1, 4), torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
+    tensor(1.3863)
     """
     _check(logits, targets)
     if isinstance(targets, Tensor):
@@ -52,7 +59,10 @@ def kl_div(
     Takes SoftTargets or dense targets (B, C). Raises UsageError where shapes do not fit, and for a temperature that is
     not positive and finite.
 
-        loss = fd.kl_div(logits, targets, temperature=4)
+    >>> import torch
+    >>> targets = torch.tensor([[0.15, 0.05, 0.75, 0.05]])
+    >>> fd.kl_div(torch.zeros(1, 4), targets, temperature=4)
+    tensor(0.6744)
     """
     check_positive("temperature", temperature)
     target_temperature = temperature if target_temperature is None else target_temperature
@@ -83,8 +93,13 @@ class SoftTargetLoss(nn.Module):
     (1 - hard_weight) of that and hard_weight of the cross-entropy with the ground truth in `targets.hard`, over the
     crops whose ground truth is known.
 
-        criterion = fd.SoftTargetLoss()
-        loss = criterion(model(images), targets)
+    Raises UsageError when it is made with values out of range, and when called with shapes that do not fit or, with
+    `hard_weight`, without a ground truth.
+
+    >>> import torch
+    >>> criterion = fd.SoftTargetLoss(temperature=2)
+    >>> criterion(torch.zeros(1, 4), torch.tensor([[0.15, 0.05, 0.75, 0.05]]))
+    tensor(0.6886)
     """
 
     def __init__(self, *, temperature: float = 1.0, hard_weight: float = 0.0, reduction: Reduction = "mean") -> None:

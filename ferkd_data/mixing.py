@@ -1,14 +1,12 @@
-"""Blending uint8 images with PyTorch's resize kernel: the only loop over bytes at hand that is vectorised on a CPU.
+"""CutMix (Yun et al., ICCV 2019) and Mixup (Zhang et al., ICLR 2018) on batches of images and their targets.
 
-Two images that lie one behind the other in memory are the two rows of one picture. The row between them, at a distance
-f from the first, is 1 - f of the one and f of the other, rounded to the nearest level and a half up. The kernel's
-weights have 14 bits or more, so for shares that are multiples of 1/128 it is exact.
+Images are (B, 3, H, W), uint8 or float, on any device. Random numbers are drawn on the CPU from the `rng` given, a few
+per batch or sample: a batch mixed on a GPU is the batch mixed on a CPU, and nothing waits for the device.
 
-CutMix and Mixup on batches of images and their targets.
-
-CutMix: Yun et al., ICCV 2019. Mixup: Zhang et al., ICLR 2018. Images are (B, 3, H, W), uint8 or float, on any device.
-What is random is drawn on the CPU from the `rng` given, as a few numbers per batch or sample, so that a batch mixed on
-a GPU is the batch mixed on a CPU and nothing waits for the device.
+On a CPU, uint8 images are blended by PyTorch's resize kernel, the only loop over bytes at hand that is vectorised. Two
+images that lie one behind the other in memory are the two rows of one picture. The row between them, at a distance f
+from the first, is 1 - f of the one and f of the other, rounded to the nearest level, a half up. The kernel's weights
+have 14 bits or more, so it is exact for shares that are multiples of 1/128.
 """
 
 from __future__ import annotations
@@ -27,12 +25,12 @@ from ferkd_data.errors import UsageError
 from ferkd_data.targets import SoftTargets, check_positive
 
 CHANNELS = 3
-"""How many bytes the kernel takes for a pixel: 3 and 4 are vectorised."""
+"""Bytes that the kernel takes for a pixel; it is vectorised for 3 and 4."""
 _resize_into: Any = torch._C._nn.upsample_bilinear2d
 
 
 def can_blend(images: Tensor) -> bool:
-    """Whether these images can be taken as runs of bytes, and the kernel is vectorised here."""
+    """Whether `blend_cycles` takes these images: uint8, dense in memory, and the kernel is vectorised here."""
     one = images[:1]
     dense = one.is_contiguous() or one.is_contiguous(memory_format=torch.channels_last)
     whole = one.numel() % CHANNELS == 0
@@ -96,7 +94,20 @@ LEVELS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class CutMix:
-    """Paste a rectangle of another image; the target's share is the area that stayed."""
+    """CutMix: paste a rectangle of another image of the batch; a target's share is the area that stayed.
+
+    Calling it takes images (B, 3, H, W) and SoftTargets of B crops, and returns both mixed; the images given stay as
+    they are unless `inplace`. Raises UsageError for values out of range, and where B differs.
+
+    >>> import numpy as np, torch
+    >>> images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    >>> targets = fd.SoftTargets(
+    ...     index=torch.tensor([[0], [1], [2], [3]]), weight=torch.ones(4, 1), floor=torch.zeros(4), num_classes=5
+    ... )
+    >>> mixed, soft = fd.CutMix(alpha=1.0)(images, targets, rng=np.random.default_rng(0))
+    >>> mixed.shape, soft
+    (torch.Size([4, 3, 32, 32]), SoftTargets(4 rows, 5 classes, 2 sparse entries, float32 on cpu))
+    """
 
     prob: float = 1.0
     """Probability that a batch (or sample) is mixed."""
@@ -117,7 +128,19 @@ class CutMix:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixup:
-    """Blend with another image; the target's share is the image's."""
+    """Mixup: blend with another image of the batch; images and targets get the same share, from Beta(alpha, alpha).
+
+    Called as `CutMix` is. uint8 images stay uint8, rounded to the nearest level.
+
+    >>> import numpy as np, torch
+    >>> images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    >>> targets = fd.SoftTargets(
+    ...     index=torch.tensor([[0], [1], [2], [3]]), weight=torch.ones(4, 1), floor=torch.zeros(4), num_classes=5
+    ... )
+    >>> mixed, soft = fd.Mixup(alpha=0.2)(images, targets, rng=np.random.default_rng(0))
+    >>> mixed.dtype, soft.dense().sum(dim=1)
+    (torch.uint8, tensor([1., 1., 1., 1.]))
+    """
 
     prob: float = 1.0
     alpha: float = 0.2
@@ -278,7 +301,7 @@ def _place(box: list[int], channels_last: bool) -> tuple[Any, ...]:
 
 
 def _half(partner: npt.NDArray[np.int64], share: Tensor) -> Tensor:
-    """(B,) int16: what is added before levels are cut off. A half goes up, but down where two images keep their sum."""
+    """Return the rounding term (B,) int16. A half is rounded up, but down where two images keep their sum."""
     half = torch.full((len(partner),), LEVELS // 2, dtype=torch.int16)
     shares = share.tolist()
     half[[cycle[1] for cycle in cycles(partner) if keeps_sum(cycle, shares)]] -= 1
@@ -297,7 +320,7 @@ def _blend(image: Tensor, other: Tensor, share: Tensor, half: Tensor) -> Tensor:
 def _rectangles(
     count: int, height: int, width: int, prob: float, alpha: float, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """(count, 4): top, left, bottom, right, clipped to the image; empty where nothing is to be mixed."""
+    """Draw rectangles (count, 4): top, left, bottom, right, clipped to the image; empty where nothing is mixed."""
     own = np.where(rng.random(count) < prob, rng.beta(alpha, alpha, count), 1.0)
     side = np.sqrt(1 - own)
     box_h, box_w = (side * height).astype(np.int64), (side * width).astype(np.int64)

@@ -1,6 +1,6 @@
 """SelfMix: CutMix or Mixup between two crops of the same image (FerKD, ICCV 2023).
 
-It disturbs soft labels far less than mixing strangers does.
+Crops of one image have similar soft labels, so that mixing them changes targets less than mixing images does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,19 @@ from ferkd_data.targets import SoftTargets
 
 @dataclass(frozen=True, kw_only=True)
 class SelfMix:
-    """Mixes within groups of consecutive crops of one image, as `CropLoader` lays out its batches."""
+    """SelfMix: CutMix or Mixup within groups of consecutive crops of one image (FerKD, ICCV 2023).
+
+    `CropLoader(selfmix=...)` applies it; called by hand, it takes images (B, 3, H, W), uint8 or float, and SoftTargets
+    whose groups of `crops_per_image` are crops of one image. Raises UsageError for values out of range.
+
+    >>> import numpy as np, torch
+    >>> loader = fd.CropLoader(fd.open_labels("labels-with-images"), batch_size=4, crops_per_image=2, size=32)
+    >>> images, targets = next(iter(loader))
+    >>> mix = fd.SelfMix(prob=0.5, mode="both")
+    >>> images, targets = mix(images, targets, crops_per_image=2, rng=np.random.default_rng(0))
+    >>> images.shape
+    torch.Size([4, 3, 32, 32])
+    """
 
     prob: float = 0.5
     alpha: float = 1.0
@@ -52,7 +64,7 @@ class SelfMix:
 
 
 def partners(num: int, crops_per_image: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """For each crop, another crop of its own image, by the same random rule in every group.
+    """Pair each crop with another crop of its image, (B,), by the same random rule in every group.
 
     An even group is cut into pairs that mix with each other, as the rounds of a tournament are; an odd one is turned
     by a step.

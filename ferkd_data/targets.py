@@ -1,4 +1,4 @@
-"""Training targets: a sparse vector plus a uniform floor, for as long as possible.
+"""Training targets, kept as a sparse vector plus a uniform floor; dense (B, C) only where a user asks for it.
 
 Legend: B crops, K sparse entries, C classes, k stored classes. The target of row b is `floor[b]` on each of the C
 classes, plus `weight[b, j]` at class `index[b, j]`. Entries of one class add up; padding has weight 0.
@@ -30,10 +30,22 @@ Number: TypeAlias = float
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SoftTargets:
-    """Targets of B crops, and what else a loader knows of each crop.
+    """Soft targets of B crops over C classes, and what else a loader knows of each crop.
+
+    The target of crop b is `floor[b]` on each of the C classes, plus `weight[b, j]` at class `index[b, j]`: FKD's
+    recovery of a distribution from its top k (Shen and Xing, ECCV 2022) without an array (B, C). Losses take it as it
+    is; `dense()` makes the array.
 
     The fields from `hard` on are None unless a loader filled them in. After mixing, `hard`, `bucket`, `rows` and `keys`
-    are those of the crop that has the larger share of the mixed one (on a tie, of the crop in whose place it is).
+    are those of the crop with the larger share; on a tie, of the crop that was mixed into.
+
+    >>> import torch
+    >>> index, weight = torch.tensor([[2, 0]]), torch.tensor([[0.7, 0.1]])
+    >>> targets = fd.SoftTargets(index=index, weight=weight, floor=torch.tensor([0.05]), num_classes=4)
+    >>> targets
+    SoftTargets(1 rows, 4 classes, 2 sparse entries, float32 on cpu)
+    >>> targets.dense()
+    tensor([[0.1500, 0.0500, 0.7500, 0.0500]])
     """
 
     index: Tensor
@@ -68,7 +80,7 @@ class SoftTargets:
         )
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the most probable classes of the first rows."""
+        """Show the most probable classes of the first rows, for notebooks."""
         shown = self[:ROWS_IN_HTML].to("cpu")
         dense = shown.dense()
         count = min(CLASSES_IN_HTML, self.num_classes)
@@ -84,7 +96,7 @@ class SoftTargets:
         return html_table(title, rows, head=("crop", f"the {count} largest", "ground truth"))
 
     def __getitem__(self, rows: slice | Tensor) -> SoftTargets:
-        """Some rows, by a slice, row numbers or a bool mask."""
+        """Select some crops, by a slice, an int64 tensor of numbers or a bool mask."""
         keys = None
         if self.keys is not None:
             chosen = range(len(self))[rows] if isinstance(rows, slice) else torch.arange(len(self))[rows.cpu()].tolist()
@@ -97,11 +109,11 @@ class SoftTargets:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of weights and floor."""
+        """The type of `weight` and `floor`."""
         return self.weight.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> SoftTargets:
-        """Targets on another device or in another floating-point type; called as `torch.Tensor.to` is.
+        """Convert to another device or floating-point type; called as `torch.Tensor.to` is.
 
         `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16, non_blocking=True)`, `to(other)` with a tensor or
         other targets. A type changes weights, floor and shares; class indices and codes stay integers.
@@ -145,13 +157,13 @@ class SoftTargets:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def dense(self) -> Tensor:
-        """The plain targets (B, C), none below 0, in the type of the weights (float32 from a loader)."""
+        """Return plain targets (B, C), none below 0, in the type of `weight` (float32 from a loader)."""
         target = self.floor[:, None].repeat(1, self.num_classes)
         # A class stored as 0 has the weight -floor; rounding must not leave -1e-12 of it, of which a log is NaN.
         return target.scatter_add_(1, self.index, self.weight).clamp_(min=0)
 
     def tempered(self, temperature: Number) -> SoftTargets:
-        """Each target with a temperature T: every probability becomes p^(1/T), divided by their sum.
+        """Apply a temperature T to each target: every probability becomes p^(1/T), divided by the sum of all.
 
         T above 1 makes targets softer. This is what a teacher's softmax at temperature T gives, as far as the stored
         probabilities tell: the classes under the floor are taken to be equally probable. Entries of one class are
@@ -170,9 +182,9 @@ class SoftTargets:
         return replace(self, index=index, weight=powers / total[:, None] - floor[:, None], floor=floor)
 
     def merged(self) -> tuple[Tensor, Tensor]:
-        """Class indices and whole probabilities (B, K), the entries of one class added up in one place.
+        """Return class indices and whole probabilities (B, K), with the entries of one class added up in one of them.
 
-        A place left over stands for a class that has the floor alone, and has the index of another entry.
+        An entry left over stands for a class that has the floor alone, and has the index of another entry.
         """
         index, order = self.index.sort(dim=1)
         new_class = (index.diff(dim=1, prepend=index[:, :1]) != 0).cumsum(dim=1)
@@ -181,11 +193,11 @@ class SoftTargets:
         return index.scatter(1, new_class, index), (weight + self.floor[:, None]).clamp_(min=0)
 
     def total(self) -> Tensor:
-        """The sum (B,) of each row: 1, but for rounding."""
+        """Return the sum (B,) of each target: 1, but for rounding."""
         return self.weight.sum(dim=1) + self.floor * self.num_classes
 
     def mix(self, partner: Tensor, share: Tensor) -> SoftTargets:
-        """Row b becomes share[b] of itself and 1 - share[b] of row partner[b]; K doubles.
+        """Mix targets: target b becomes share[b] of itself and 1 - share[b] of target partner[b]. K doubles.
 
         `partner` is int64 (B,), `share` float32 (B,), both on the targets' device.
         """
@@ -213,7 +225,7 @@ class SoftTargets:
         return replace(mixed, **known)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> SoftTargets:
-        """Every tensor changed."""
+        """Apply `change` to every tensor."""
         changed: dict[str, Any] = {
             name: change(tensor) for name in TENSORS if (tensor := getattr(self, name)) is not None
         }
@@ -221,7 +233,7 @@ class SoftTargets:
 
     @classmethod
     def cat(cls, parts: list[SoftTargets]) -> SoftTargets:
-        """Rows of several targets of equal K, one after the other; with the fields that all of them have."""
+        """Join targets of equal K, one after the other, with the fields that all of them have."""
         joined: dict[str, Any] = {}
         for name in (*TENSORS, "keys"):
             values = [getattr(part, name) for part in parts]
@@ -242,7 +254,7 @@ def check_positive(name: str, value: float) -> None:
 def recover(
     class_prob: npt.NDArray[Any], *, num_classes: int, mode: Recovery = "smooth", temperature: float = 1.0
 ) -> tuple[Floats, Floats]:
-    """Weights (B, k) and floor (B,) of a distribution over all classes, from its stored top-k (B, k), after FKD.
+    """Recover distributions over all classes from their stored top k (B, k), after FKD: weights (B, k), floor (B,).
 
     smooth: the missing mass is spread evenly over the other C - k classes. renorm: the top-k are rescaled to sum to 1.
     hard: all mass on the first class. label_smoothing: the first probability is kept, the rest spread evenly over the

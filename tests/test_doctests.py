@@ -27,6 +27,7 @@ def examples(name):
 def test_the_examples_of_a_public_name_run(name, tmp_path, monkeypatch):
     """`fd` and `labels`, a small label set, are at hand; files are written to a folder with another, with images."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FERKD_DATA_CACHE", str(tmp_path / "cache"))
     shutil.copytree(GOLDEN.parent / "webdataset", "labels-with-images")
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     for test in examples(name):

@@ -1,6 +1,7 @@
-"""Messages between the processes of a loader, each with the file descriptors that go with it, over a Unix socket.
+"""What goes between the processes of a loader: messages over a Unix socket, and memory that holds crops.
 
-Memory for batches, used again as soon as nobody looks at the batch any more.
+A `Channel` carries pickled messages with file descriptors. A `Slot` is memory for the crops of a window; the training
+owns it, lends it to a worker, then to the user as a batch, and uses it again when no tensor refers to it any more.
 
 Fresh memory costs a page fault for every 4 KiB: for uint8 crops, a tenth of the time that cutting them takes. A slot
 that workers fill is an anonymous file, mapped in the training as long as it exists. Mapping it in a worker costs a
@@ -31,7 +32,7 @@ from ferkd_data.errors import LoaderError
 HEADER = struct.Struct("!QI")
 """Bytes of the message that follows, and the number of its descriptors."""
 MAX_DESCRIPTORS = 2
-"""Of a message."""
+"""Descriptors that a message may have."""
 CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
@@ -48,7 +49,7 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, message: Any, descriptors: Sequence[int] = ()) -> None:
-        """The receiver gets descriptors of its own for the same open files.
+        """Send a message. The receiver gets descriptors of its own for the same open files.
 
         Raises OSError when the other end is gone.
         """
@@ -57,7 +58,7 @@ class Channel:
         self._socket.sendall(content)
 
     def receive(self) -> tuple[Any, list[int]]:
-        """A message and its descriptors, which the caller closes. Raises EOFError when the other end is gone."""
+        """Receive a message and descriptors, which the caller closes. Raises EOFError when the other end is gone."""
         try:
             header, descriptors, _, _ = socket.recv_fds(self._socket, HEADER.size, MAX_DESCRIPTORS, CLOSE_ON_EXEC)
             while header and len(header) < HEADER.size:
@@ -87,13 +88,13 @@ class Channel:
 
 
 def channel_pair() -> tuple[Channel, socket.socket]:
-    """An end for this process, and one to hand over: as a descriptor that goes with a message, or at a start."""
+    """Make a channel: this process's end, and the socket of the other, to send with a message or pass at a start."""
     ours, theirs = socket.socketpair()
     return Channel(ours), theirs
 
 
 def anonymous_file(size: int) -> int:
-    """The descriptor of a file without a name, of `size` zero bytes: memory that other processes can map.
+    """Make a file without a name, of `size` zero bytes, that other processes can map; returns its descriptor.
 
     On Linux it is a memfd, which takes nothing from /dev/shm; elsewhere a temporary file that is removed at once.
     """
@@ -113,7 +114,7 @@ def anonymous_file(size: int) -> int:
 
 
 def write_all(descriptor: int, content: memoryview | bytes) -> None:
-    """Append the whole content: a system writes 2 GiB at a time at most."""
+    """Write the whole content, however long: a system writes at most 2 GiB at a time."""
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -121,7 +122,7 @@ def write_all(descriptor: int, content: memoryview | bytes) -> None:
 
 POPULATE = getattr(mmap, "MAP_POPULATE", 0)
 MAPPED_BYTES = 40 * 10**6
-"""Of slots that a worker keeps mapped, at most."""
+"""Bytes of slots that a worker keeps mapped, at most."""
 NOT_KEPT = -1
 
 
@@ -151,13 +152,13 @@ class Slot:
 
 
 class MappedSlots:
-    """The slots that a worker works in."""
+    """The slots that a worker has mapped, by number."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Tensor] = {}
 
     def images(self, number: int, descriptor: int, num_crops: int, size: int) -> Tensor:
-        """A slot's images, as `Slot.images`."""
+        """Map a slot, or find it mapped: its images, as `Slot.images` gives them."""
         shape = (num_crops, 3, size, size)
         found = self._kept.get(number)
         if found is not None and found.shape == shape:
@@ -174,7 +175,10 @@ class MappedSlots:
 
 
 class BatchBuffers:
-    """Slots for windows of one shape, of which at most `keep` are kept while nobody uses them."""
+    """Slots for windows of one shape, at most `keep` of which are kept while unused.
+
+    Used by the training's thread; only `give_back` may run in any thread.
+    """
 
     def __init__(self, *, keep: int, shared: bool) -> None:
         self._keep = keep
@@ -185,10 +189,10 @@ class BatchBuffers:
         self._free: list[Slot] = []
 
     def take(self, num_crops: int, size: int, user: int | None = None) -> Slot:
-        """A slot that nobody uses, for so many crops of this size; if possible one that this worker had before.
+        """Take an unused slot for `num_crops` crops of this size; if possible one that this worker had before.
 
-        Slots of the shape that was asked for before are not kept any longer.
-        Raises LoaderError when the machine has less memory than `keep` slots take.
+        A new shape drops the slots of the shape before.
+        Raises LoaderError when the machine has less memory than `keep` slots need.
         """
         if (num_crops, size) != self._shape:
             self._shape, self._kept, self._free = (num_crops, size), weakref.WeakSet(), []
@@ -220,7 +224,7 @@ class BatchBuffers:
             self._free.append(slot)
 
     def lend(self, slot: Slot, num_crops: int) -> Tensor:
-        """A slot's first crops as a tensor of their own. The slot is free again when it and its views are gone."""
+        """Lend a slot's first crops as a tensor. The slot is free again when no tensor refers to that memory."""
         if slot.number == NOT_KEPT and self._shared:
             # Users may hold thousands of batches, but not as many open files.
             slot.close()
@@ -237,8 +241,8 @@ class BatchBuffers:
         num_crops, size = self._shape
         megabytes = slots * _num_bytes(num_crops, size) / 1e6
         return LoaderError(
-            f"{slots} windows of {num_crops} crops of {size} pixels take {megabytes:,.0f} MB of memory, which are not "
-            f"there ({why}); lower num_workers, prefetch_factor, batch_size or spread"
+            f"{slots} windows of {num_crops} crops of {size} pixels need {megabytes:,.0f} MB of memory, which could "
+            f"not be allocated ({why}); lower num_workers, prefetch_factor, batch_size or spread"
         )
 
 

@@ -81,12 +81,17 @@ class Turns:
 
 
 class CropDataset(Dataset[Item]):
-    """Map-style: `dataset[row]` is `(crops, targets)` of one image, uint8 (M, 3, S, S) and `SoftTargets` of M rows.
+    """A map-style data set: `dataset[row]` is `(crops, targets)` of one image, uint8 (M, 3, S, S) and `SoftTargets`.
 
     Give `dataset.collate` to the DataLoader. Each reading of a row draws the row's next M crops, so that a DataLoader
     moves on from epoch to epoch by itself, also with workers. `set_epoch(e)` lets rows go on with the crops of epoch e:
     call it before each epoch where training may resume, or where epochs may end early. Crops that a row gave in an
-    earlier epoch are left out. A reading is a pure function of (seed, key, place), its place in the row's order.
+    earlier epoch are left out. A reading is a pure function of (seed, key, number), its number in the row's order.
+
+    >>> dataset = fd.CropDataset(fd.open_labels("labels-with-images"), crops_per_image=2, size=32)
+    >>> crops, targets = dataset[0]
+    >>> len(dataset), crops.shape, len(targets)
+    (4, torch.Size([2, 3, 32, 32]), 2)
 
         dataset = fd.CropDataset(labels, images="imagenet/train")
         loader = DataLoader(dataset, batch_size=256, shuffle=True, collate_fn=dataset.collate, num_workers=8)

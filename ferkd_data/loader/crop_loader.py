@@ -57,6 +57,17 @@ class CropLoader(DataLoaderLike):
     An epoch has `len(loader)` batches, however a loop ends it; each iteration is the next epoch, and only after
     `load_state_dict` the rest of one. The same seed gives the same batches with any number of workers.
 
+    >>> loader = fd.CropLoader(fd.open_labels("labels-with-images"), batch_size=4, crops_per_image=2, size=32)
+    >>> len(loader)
+    2
+    >>> images, targets = next(iter(loader))
+    >>> images.shape, images.dtype
+    (torch.Size([4, 3, 32, 32]), torch.uint8)
+    >>> targets
+    SoftTargets(4 rows, 6 classes, 3 sparse entries, float32 on cpu, with hard, hard_partner, bucket, rows)
+
+    In a training:
+
         loader = fd.CropLoader(fd.open_labels("labels"), images="imagenet/train", batch_size=1024, num_workers=8)
         for epoch in range(75):
             loader.set_epoch(epoch)
@@ -247,7 +258,7 @@ class CropLoader(DataLoaderLike):
         return "\n".join(lines + ([f"  also:    {', '.join(different)}"] if different else []))
 
     def __getitem__(self, index: Any) -> NoReturn:
-        """For who wraps it: a DataLoader asks what it is given for items."""
+        """Refuse: a DataLoader that wraps this loader asks it for items."""
         raise UsageError(
             "CropLoader gives whole batches and has workers of its own (num_workers=...): iterate over it as it is, "
             "without a torch DataLoader around it; CropDataset is for a DataLoader of your own"

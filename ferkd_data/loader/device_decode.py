@@ -67,7 +67,7 @@ class EncodedJob(Job):
 
 
 class DeviceWorkers:
-    """As `Workers`, but the crops come into being on `device`, in the process that asks for them."""
+    """The counterpart of `pool.Workers` that decodes and cuts on `device`, in the training process."""
 
     def __init__(self, maker: BatchMaker, device: torch.device, num_workers: int, prefetch_factor: int) -> None:
         self._maker, self._device = maker, device
@@ -159,7 +159,7 @@ class DeviceWorkers:
 
 
 class EncodeWork:
-    """What workers do."""
+    """The work of a worker: read, check and label a window; the images travel back in a file."""
 
     def __init__(self, maker: BatchMaker) -> None:
         self.maker = maker
@@ -176,7 +176,10 @@ class EncodeWork:
 
 
 def encode(maker: BatchMaker, window: Window) -> tuple[Encoded, list[npt.NDArray[np.uint8]]]:
-    """A window without its data, and the data: an array for each image. Raises LoaderError as `BatchMaker.filled`."""
+    """Read a window: everything but its images' data, and the data as an array for each image.
+
+    Raises LoaderError as `BatchMaker.filled` does.
+    """
     count, pixel_limit = len(window.positions), maker.labels.manifest.pixel_limit
     parts, sizes, is_jpeg = [np.empty(0, np.uint8)] * count, np.zeros((count, 2), np.int64), np.zeros(count, np.bool_)
 
@@ -209,7 +212,7 @@ def _joined(encoded: Encoded, parts: list[npt.NDArray[np.uint8]]) -> Encoded:
 
 
 def _mapped(descriptor: int) -> Tensor:
-    """The content of a worker's file, which is closed."""
+    """Map the content of a worker's file, and close its descriptor."""
     try:
         size = os.fstat(descriptor).st_size
         if not size:

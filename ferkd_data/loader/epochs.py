@@ -1,4 +1,4 @@
-"""Settings that may change from epoch to epoch, and which images an epoch has: pure functions of settings and number.
+"""Evaluate the settings of an epoch, and which images it has: pure functions of the settings and its number.
 
 A pass goes over all images once, in an order of its own. With epoch="images" each pass is an epoch. With epoch="crops"
 a pass is cut into M epochs of as many crops as there are images, and each image comes in one of them.
@@ -19,7 +19,7 @@ from ferkd_data.loader.schedule import Layout
 from ferkd_data.loader.settings import LoaderSettings
 
 KEPT = 3
-"""Epochs whose settings are remembered: the ones that workers make ahead of and behind the present one."""
+"""Epochs whose settings are kept: workers may be an epoch ahead of or behind the training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class EpochSettings:
     window_batches: int
     """P: batches of a window."""
     pass_number: int
-    """The pass over all images that this epoch is a part of."""
+    """The pass over all images that this epoch belongs to."""
     first: int
     """Images of the pass that lie before this epoch."""
     num_images: int
@@ -91,7 +91,7 @@ class Epochs:
         return described
 
     def learn(self, epoch: int, settings: EpochSettings) -> None:
-        """Take over what another process has evaluated."""
+        """Take over the settings that another process has evaluated."""
         self._known[epoch] = settings
         if len(self._known) > KEPT:
             self._known.popitem(last=False)
@@ -110,36 +110,36 @@ def _described(setting: Any) -> Any:
 
 def epoch_settings(settings: LoaderSettings, num_images: int, epoch: int) -> EpochSettings:
     """Raises UsageError where a function of the epoch gives what cannot be."""
-    place = _place_of(settings, epoch)
+    found = _in_pass(settings, epoch)
     first, count = 0, num_images
     if settings.epoch == "crops":
-        first, count = _part(num_images, place.part, place.crops_per_image, settings.drop_last)
+        first, count = _slice_of_pass(num_images, found.number, found.crops_per_image, settings.drop_last)
     return EpochSettings(
         calibration=calibration_at(settings.calibration, epoch),
         size=settings.size_at(epoch),
-        crops_per_image=place.crops_per_image,
-        window_batches=settings.window_batches_of(place.crops_per_image),
-        pass_number=place.pass_number,
+        crops_per_image=found.crops_per_image,
+        window_batches=settings.window_batches_of(found.crops_per_image),
+        pass_number=found.pass_number,
         first=first,
         num_images=count,
-        drawn=place.drawn,
+        drawn=found.drawn,
     )
 
 
 class _InPass(NamedTuple):
     pass_number: int
-    part: int
+    number: int
     crops_per_image: int
     drawn: int
 
 
-def _place_of(settings: LoaderSettings, epoch: int) -> _InPass:
-    """Where in which pass an epoch is."""
+def _in_pass(settings: LoaderSettings, epoch: int) -> _InPass:
+    """Find the pass of an epoch, and the epoch's number within it."""
     by_crops = settings.epoch == "crops"
     if not callable(settings.crops_per_image):
         per_image = settings.crops_per_image
-        number, part = divmod(epoch, per_image) if by_crops else (epoch, 0)
-        return _InPass(number, part, per_image, number * per_image)
+        pass_number, number = divmod(epoch, per_image) if by_crops else (epoch, 0)
+        return _InPass(pass_number, number, per_image, pass_number * per_image)
     begin = drawn = 0
     for number in itertools.count():
         # A pass keeps the M of its first epoch to its end, or its images would not all come as often.
@@ -151,13 +151,13 @@ def _place_of(settings: LoaderSettings, epoch: int) -> _InPass:
     raise AssertionError("unreachable")
 
 
-def _part(num_images: int, part: int, parts: int, drop_last: bool) -> tuple[int, int]:
-    """First image and number of images of one of `parts` parts of a pass.
+def _slice_of_pass(num_images: int, number: int, epochs: int, drop_last: bool) -> tuple[int, int]:
+    """Return the first image and the number of images of epoch `number` of a pass that is cut into `epochs` epochs.
 
-    They are equally long with drop_last, and a few images of the pass come in none of them. Otherwise they differ by an
-    image.
+    With drop_last they are equally long, and up to epochs - 1 images of the pass come in none of them. Otherwise their
+    lengths differ by at most one image.
     """
-    first = part * num_images // parts
+    first = number * num_images // epochs
     if drop_last:
-        return first, num_images // parts
-    return first, (part + 1) * num_images // parts - first
+        return first, num_images // epochs
+    return first, (number + 1) * num_images // epochs - first

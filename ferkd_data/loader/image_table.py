@@ -39,14 +39,14 @@ BOUNDS_NAME = "bounds.npy"
 MAX_OPEN = 256
 """Tars that a process keeps open where any may be needed next, if it may open four times as many files."""
 Missing = Literal["raise", "drop", "later"]
-"""What a labelled image that the source lacks does; see `join_images`."""
+"""What to do with a labelled image that the source lacks; see `join_images`."""
 
 
 class Images(Protocol):
     """The images of a label set. Can be pickled."""
 
     def stage(self, stage: Stage | None) -> None:
-        """Told before each piece of an epoch, so that what it needs can be fetched together."""
+        """Announce the shards of the windows to come, so that they can be fetched together."""
 
     def read(self, row: int, record: np.void) -> bytes:
         """The encoded bytes of a labelled image, given its row and record. Raises ImageError."""
@@ -94,7 +94,7 @@ def join_images(labels: LabelSet, source: ImageSource, *, missing: Missing) -> t
 
 
 def give_memory_back() -> None:
-    """What a join or the unpacking of labels held goes to the system; Arrow and the C library would keep it."""
+    """Return freed memory to the system; Arrow and the C library would keep what joining or unpacking labels held."""
     pa.default_memory_pool().release_unused()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -202,7 +202,7 @@ class ImageTable:
 
 
 class OwnImages:
-    """Can be pickled."""
+    """The images inside a label set of layout `webdataset`, read where their records say. Can be pickled."""
 
     def __init__(self, labels: LabelSet) -> None:
         self.labels = labels

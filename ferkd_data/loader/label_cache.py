@@ -1,8 +1,6 @@
-"""A crop block's rows as records of one size, which many processes map into their memory.
+"""A crop block as one memory-mapped file of fixed-size records, so that labels can be read at random.
 
 Legend: N crops of a block, k kept classes.
-
-A crop block as one memory-mapped file of fixed-size records, so that labels can be read at random.
 
 A global shuffle touches every shard at once. The block is unpacked once for all workers and ranks of a host, into
 `block-BBB.npy` under a folder named by the label set's digest, written aside and renamed.
@@ -46,8 +44,8 @@ from ferkd_data.storage import (
 CHECKSUM = "crc32"
 """The last field of a record."""
 Records = npt.NDArray[np.void]
-PLACE = ("image_offset", "image_bytes")
-"""Where an image lies in its shard's tar, in layout webdataset."""
+LOCATION_FIELDS = ("image_offset", "image_bytes")
+"""Fields that locate an image in its shard's tar, in layout webdataset."""
 
 
 def record_dtype(labels: LabelSet, block: int) -> np.dtype[np.void]:
@@ -67,7 +65,7 @@ def record_dtype(labels: LabelSet, block: int) -> np.dtype[np.void]:
             ("flip", "?", (num_crops,)),
             ("bucket", "u1", (num_crops,)),
             ("operations", "<u2", (num_crops, manifest.operation_words)),
-            *((name, "<i8") for name in PLACE if manifest.layout == "webdataset"),
+            *((name, "<i8") for name in LOCATION_FIELDS if manifest.layout == "webdataset"),
             (CHECKSUM, "<u4"),
         ]
     )
@@ -77,10 +75,10 @@ def fill(part: Records, rows: ShardLabels, labels: LabelSet, shard: int) -> None
     """Write `rows`, a crop block of one shard, into `part` of as many records. Raises ShardError, RemoteError."""
     part["key_hash"] = rng.hashes64(rows.keys)
     if labels.manifest.layout == "webdataset":
-        for name, places in zip(PLACE, labels.image_locations(shard).T, strict=True):
+        for name, places in zip(LOCATION_FIELDS, labels.image_locations(shard).T, strict=True):
             part[name] = places
     for name in part.dtype.names or ():
-        if name not in ("key_hash", CHECKSUM, *PLACE):
+        if name not in ("key_hash", CHECKSUM, *LOCATION_FIELDS):
             part[name] = getattr(rows, name)
     part[CHECKSUM] = _checksums(part)
 
@@ -101,13 +99,13 @@ def _checksums(records: Records) -> npt.NDArray[np.uint32]:
 log = logging.getLogger("ferkd_data.loader")
 
 FETCH_AHEAD = 4
-"""Files of a remote label set that are on their way at once."""
+"""Files of a remote label set that are fetched at once."""
 STALE_SECONDS = 86400.0
-"""Where there are no locks, a file that was not opened for so long is taken for unused."""
+"""Seconds after which a file that was not opened counts as unused, where there are no locks."""
 
 
 class LabelCache:
-    """Blocks of one label set, unpacked when first asked for. Can be pickled; maps are opened where they are used."""
+    """Blocks of one label set, unpacked when first asked for. Can be pickled: each process maps files for itself."""
 
     def __init__(self, labels: LabelSet, cache_dir: Path) -> None:
         self.labels = labels
@@ -115,14 +113,14 @@ class LabelCache:
         self._open: dict[int, _OpenBlock] = {}
 
     def take(self, block: int, rows: npt.NDArray[np.int64]) -> Records:
-        """The records of these rows, as `block` has them, each compared with its checksum."""
+        """Return the records of these rows, each compared with its checksum."""
         found: Records = self.block(block)[rows]
         if not are_intact(found):
             self._discard(block, rows)
             found = self.block(block)[rows]
             if not are_intact(found):
                 raise LoaderError(
-                    f"{self._path(block)}: damaged again right after it was written; is the disk at its end?"
+                    f"{self._path(block)}: damaged again right after it was written; is the disk failing?"
                 )
         return found
 
@@ -133,7 +131,7 @@ class LabelCache:
         self.drop_except(blocks)
 
     def block(self, block: int) -> Records:
-        """Records of every row, read-only and memory-mapped: (images,).
+        """Return the records of all rows, read-only and memory-mapped, (images,); unpack the block where needed.
 
         Raises ShardError for a damaged shard, StorageFullError when the cache's disk is full, LoaderError where the
         cache cannot be written to.
@@ -182,10 +180,10 @@ class LabelCache:
                 self._path(block).unlink(missing_ok=True)
 
     def _load(self, path: Path, block: int) -> _OpenBlock | None:
-        """None where the file is missing, short, or of another kind."""
+        """Open a block; None where its file is missing, short, or of another kind."""
         try:
             file = OpenFile(path)
-            # Held until nobody looks at the records any more: others see that the block is in use.
+            # Held as long as the records are referred to: other processes see that the block is in use.
             lock(file.descriptor, fcntl.LOCK_SH)
             if not os.fstat(file.descriptor).st_nlink:
                 return None
@@ -223,7 +221,11 @@ class LabelCache:
         return _opened(file, dtype, len(self.labels))
 
     def _fetched_ahead(self, block: int) -> Iterator[int]:
-        """The shards that have rows, each once its file is on this host; the next ones come meanwhile."""
+        """Yield the shards that have rows, each once its file is on this host.
+
+        Threads of the executor fetch the next files meanwhile. They only fill the label set's cache, so that nothing is
+        shared with this thread but their futures.
+        """
         pending: deque[tuple[int, Future[None]]] = deque()
         with ThreadPoolExecutor(FETCH_AHEAD, thread_name_prefix="ferkd-fetch") as executor:
             for entry in self.labels.manifest.shards:
@@ -253,7 +255,7 @@ class _OpenBlock(NamedTuple):
 def _opened(file: OpenFile, dtype: np.dtype[np.void], rows: int) -> _OpenBlock:
     """Map a block. Raises ValueError where the file holds something else, or ends too early."""
     content, header = file.map(), _header(dtype, rows)
-    # Compared and not parsed: what a damaged header can do to NumPy's parser has no end.
+    # Compared, not parsed: a damaged header can make NumPy's parser do anything.
     if content[: len(header)] != header:
         raise ValueError("it is no block of this label set")
     return _OpenBlock(np.frombuffer(content, dtype, rows, len(header)), file)

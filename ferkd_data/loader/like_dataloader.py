@@ -1,4 +1,4 @@
-"""What training loops ask of a DataLoader besides its batches, for loaders and data sets that replay labels."""
+"""The attributes of torch's DataLoader that training loops use, for loaders and data sets that replay labels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def class_numbers(labels: LabelSet) -> dict[str, int]:
 
 
 def refuse_transform(transform: Any) -> NoReturn:
-    """For loops that set `dataset.transform`, as timm's create_loader does."""
+    """Raise UsageError for loops that set `dataset.transform`, as timm's create_loader does."""
     raise UsageError(
         f"crops are replayed as the teachers saw them; dataset.transform = {type(transform).__name__} cannot change "
         "that, and options such as --scale, --hflip, --aa, --color-jitter and --train-interpolation have no effect. "

@@ -1,4 +1,7 @@
-"""`open_maker`: from labels, images and settings to the maker of batches."""
+"""Join labels and images for `CropLoader` and `CropDataset`, and warn of what users should know before the first batch.
+
+Apart from `batch_maker.py`, which runs in workers: this happens once, in the training process.
+"""
 
 from __future__ import annotations
 

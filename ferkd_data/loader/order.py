@@ -1,6 +1,6 @@
-"""In which order images come: pure functions of (seed, epoch) that need no list of all images.
+"""The order of images in an epoch: pure functions of (seed, epoch) that need no list of all images.
 
-A position counts the images of an epoch; a row is an image's place in the label set.
+A position is an image's number in an epoch's order; a row is its number in the label set.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ OrderKind = Literal["global", "shards", "sequential"]
 ORDERS: tuple[OrderKind, ...] = get_args(OrderKind)
 ROUNDS = 6
 """Rounds of the Feistel network; 4 suffice for a random permutation in theory (Luby and Rackoff, 1988)."""
-
-
 KNOWN_CHUNKS = 4
-"""Chunks that are kept."""
+"""Number of chunks that `InChunks` keeps."""
 
 
 class Stage(NamedTuple):
@@ -41,13 +39,14 @@ class Order(Protocol):
         """The rows at these positions of the epoch, element by element."""
 
     def stage(self, positions: Rows) -> Stage | None:
-        """The shards of these positions; None where any shard may be needed at any time."""
+        """Return the shards of these positions; None where any shard may be needed at any time."""
 
 
 def permute(positions: Rows, size: int, key: int) -> Rows:
-    """A pseudo-random permutation of 0 .. size - 1, evaluated where asked: no table, whatever the size.
+    """Evaluate a pseudo-random permutation of 0 .. size - 1 at some positions, without a table, whatever the size.
 
-    A Feistel network permutes the next power of four; what falls outside the range is sent through again.
+    A Feistel network permutes 0 .. 4**h - 1, the next power of four. A value outside the range is sent through again
+    until it falls inside (cycle walking), which leaves a permutation of the range.
     """
     half = max(1, ((max(size - 1, 1)).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -142,7 +141,7 @@ class ShardShuffle:
 
 
 class InChunks:
-    """Another order, worked out for many positions at once: for those of one batch it would cost 2 % of the loading."""
+    """Another order, evaluated for a chunk of positions at once: batch by batch it would cost 2 % of the loading."""
 
     def __init__(self, order: Order, num_images: int, *, chunk: int = 4096) -> None:
         self._order, self._num_images, self._chunk = order, num_images, chunk

@@ -1,9 +1,8 @@
-"""Jobs for a loader's worker processes: asked for ahead of time, given back in order, done again where a worker dies.
+"""Hand jobs out to worker processes ahead of time, and give their results back in order.
 
-Until the first worker is ready, a second or more after the start, jobs are done in this process, so that the first
-batch is there as early as with no workers at all. It does not matter which process does a job.
-
-The windows of a loader as batches of crops, made by worker processes or by this one.
+`Pool` does this for any job; `Workers` for the windows of a loader, whose crops go into shared memory. A job whose
+worker dies is done again. Until the first worker is ready, a second or more after the start, jobs are done in this
+process, so that the first batch comes as early as without workers. A job's result does not depend on who does it.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from ferkd_data.loader.schedule import Window
 from ferkd_data.loader.worker_process import Raised
 
 ATTEMPTS = 2
-"""A job at which so many workers died is not tried again."""
+"""Times that a job is tried when the worker at it dies."""
 
 
 @dataclass(eq=False)
 class Job:
-    """Something that a worker, or this process, can do. Subclasses add what their users need to know of it."""
+    """A piece of work for a worker or this process. Subclasses add what their users need to know of it."""
 
     def task(self, worker: int) -> tuple[Any, tuple[int, ...]]:
-        """What is sent to a worker: a picklable message, and descriptors that go with it."""
+        """Return the message for a worker, which must be picklable, and the descriptors that go with it."""
         raise NotImplementedError
 
     result: Any = None
@@ -49,19 +48,19 @@ class Job:
     send_seconds: float = 0.0
     """CPU time that its worker took to send a result, measured at the worker's job before this one."""
     asked: bool = False
-    """Whether a worker has it, which goes for jobs that are done too."""
+    """Whether it was sent to a worker; stays True when it is done."""
     done: bool = False
     wanted: bool = True
     """False when the iteration that it was for is over."""
     deaths: int = 0
-    """Workers that died at it."""
+    """Number of workers that died at it."""
 
 
 J = TypeVar("J", bound=Job)
 
 
 class Pool(Generic[J]):
-    """`num_workers` processes, each with up to `ahead` jobs. To be used by one thread at a time."""
+    """`num_workers` processes, each with up to `ahead` jobs in its queue. Used by one thread at a time."""
 
     def __init__(self, payload: Callable[[], bytes], num_workers: int, ahead: int, drop: Callable[[J], None]) -> None:
         """`payload` pickles the work when workers are started. `drop` gets the jobs that nobody takes, once no process
@@ -74,7 +73,7 @@ class Pool(Generic[J]):
         self._under_way: dict[int, J] = {}
 
     def run(self, jobs: Iterator[J], here: Callable[[J], Any]) -> Iterator[J]:
-        """The jobs in order, each with its result; `here` does one in this process.
+        """Yield the jobs in order, each with its result; `here` does one in this process.
 
         What a worker raised is raised here. Raises LoaderError when workers die again and again.
         """
@@ -97,7 +96,7 @@ class Pool(Generic[J]):
             self._leave(waiting)
 
     def _fill(self, waiting: deque[J], jobs: Iterator[J]) -> bool:
-        """Ask for as much as the workers that are ready may have; whether there is anything left to wait for."""
+        """Send as many jobs as the ready workers may have. Returns whether there is anything left to wait for."""
         processes = self._started()
         room = processes.num_ready * self._ahead if processes else 0
         waiting.extend(islice(jobs, max(room, 1) - len(waiting)))
@@ -124,7 +123,7 @@ class Pool(Generic[J]):
                 self._ask(waiting)
 
     def _started(self) -> Processes | None:
-        """The workers, told of what has happened meanwhile; None where there are none."""
+        """Return the workers, started where needed and with their messages received; None without workers."""
         if self._num_workers and (self._processes is None or self._owner != os.getpid()):
             # A process that was forked has the file descriptors of its parent's workers, but may not use them.
             self._owner = os.getpid()
@@ -162,7 +161,7 @@ class Pool(Generic[J]):
             )
 
     def _forget_others(self) -> None:
-        """Nobody takes what another iteration, which this one ends, has under way."""
+        """Mark the jobs of an earlier iteration, which this one ends, as unwanted."""
         for job in self._under_way.values():
             job.wanted = False
 
@@ -174,7 +173,7 @@ class Pool(Generic[J]):
                 self._drop(job)
 
     def end(self) -> None:
-        """Let the workers go; they are started anew when they are needed again."""
+        """End the workers; they are started anew when they are needed again."""
         if self._processes is not None and self._owner == os.getpid():
             self._processes.end()
         self._processes = None
@@ -187,7 +186,7 @@ def _close(descriptors: tuple[int, ...]) -> None:
 
 
 def _error_of(raised: Raised) -> BaseException:
-    """The error itself, with the worker's traceback as its cause."""
+    """Return the error itself, with the worker's traceback as its cause."""
     if raised.error is None:
         return LoaderError(f"a loader worker failed:\n{raised.text}")
     raised.error.__cause__ = raised.error.__cause__ or _WorkerTraceback(raised.text)
@@ -202,11 +201,11 @@ class _WorkerTraceback(Exception):
 
 
 HELD_BATCHES = 3
-"""Windows that a user's loop holds at a time, as long as it does not collect them: memory beyond those in work."""
+"""Windows that a user's loop holds at a time, unless it collects batches: memory beyond that of windows in work."""
 
 
 class WindowTask(NamedTuple):
-    """What travels to a worker."""
+    """The message that asks a worker for a window."""
 
     window: Window
     settings: EpochSettings
@@ -216,7 +215,7 @@ class WindowTask(NamedTuple):
 
 
 class CropWork:
-    """What workers do: the crops go into the slot that comes with the task; only targets travel back."""
+    """The work of a worker: it writes the crops into the slot that comes with the task, and sends the targets back."""
 
     def __init__(self, maker: BatchMaker) -> None:
         self.maker = maker
@@ -230,7 +229,7 @@ class CropWork:
 
 
 def window_shape(maker: BatchMaker, settings: EpochSettings) -> tuple[int, int]:
-    """Crops of a whole window of an epoch, and their size."""
+    """Return the number of crops of a whole window of an epoch, and their size S."""
     return settings.window_batches * maker.settings.batch_size, settings.size
 
 
@@ -247,7 +246,7 @@ class CropJob(Job):
 
 
 def timed(job: Job, made: Made) -> Made:
-    """What a job gave, with what is known of its time in the training process only."""
+    """Add to a job's result what only the training process knows of its time."""
     spent = added(made.spent, spent_on(send=job.send_seconds))
     return made._replace(spent=spent, by_worker=job.by_worker)
 
@@ -268,7 +267,7 @@ class Workers:
         self._pool = Pool(lambda: pickled(CropWork(maker.for_workers())), num_workers, prefetch_factor, drop)
 
     def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:
-        """The windows with their crops and targets, in order. Raises what making them raises."""
+        """Yield the windows in order, with their crops and targets. Raises what making them raises."""
         for job in self._pool.run(map(self._job, windows), self._here):
             made = timed(job, job.result)
             assert job.slot is not None
@@ -293,7 +292,7 @@ class Workers:
 
 
 def pickled(work: object) -> bytes:
-    """For worker processes, which never see the user's script or notebook: what is defined there goes by value.
+    """Pickle work for worker processes. They never import the user's script or notebook: its definitions go by value.
 
     Raises UsageError for what cannot be pickled.
     """

@@ -1,6 +1,6 @@
-"""The processes behind a loader, seen from the training: started, asked, and replaced when they die.
+"""Start, ask, replace and end the worker processes of a loader, from the training process.
 
-See `worker_process` for what each of them is. Nothing here knows what the work is.
+`worker_process.py` is what runs in them. Nothing here knows what the work is: `pool.py` decides who does what.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ main(int(sys.argv[2]))
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Workers share the cores already, and a process that has threads cannot be forked."""
 MAX_DEATHS = 3
-"""Processes that may die in a row, with no task done in between."""
+"""Number of processes that may die in a row, with no task done in between."""
 
 
 class Helper:
-    """The process that all loaders of a training have in common. Ends with the last of them."""
+    """The process that all loaders of a training share, from which their templates fork. Ends with the last loader.
+
+    Loaders of several threads may share it: the class's lock is held while one is made, and while a message is sent.
+    """
 
     _shared: ClassVar[weakref.ref[Helper] | None] = None
     _lock: ClassVar[threading.Lock] = threading.Lock()
@@ -72,7 +75,7 @@ class Helper:
             return helper
 
     def start_template(self, payload: bytes, control: socket.socket) -> None:
-        """Have a template of this pickled work, with `control` as its socket, once the helper has started.
+        """Ask for a template of this pickled work, with `control` as its socket; it starts once the helper is up.
 
         Raises OSError when the helper is gone.
         """
@@ -87,18 +90,18 @@ class Helper:
 
 
 class Outcome(NamedTuple):
-    """Of a task: what came of it, or that its worker died."""
+    """The result of a task, or the death of its worker."""
 
     task: int
     result: Any = None
-    """What the work gave. An error is raised by `value`."""
+    """What the work returned, or `Raised`."""
     descriptors: tuple[int, ...] = ()
     died: str | None = None
-    """How the worker ended that had the task."""
+    """How the worker that had the task ended; None where it did the task."""
     in_work: bool = False
-    """With `died`: whether it was this task that the worker was at."""
+    """With `died`: whether the worker had begun this task."""
     send_seconds: float = 0.0
-    """CPU time that the worker took to send the result before this one."""
+    """CPU seconds that the worker took to send its previous result."""
 
 
 @dataclass(eq=False)
@@ -108,11 +111,14 @@ class Worker:
     pid: int | None = None
     """None until it is ready."""
     tasks: deque[int] = field(default_factory=deque)
-    """What it has been asked for, in order."""
+    """Tasks that it has been asked for and has not answered, in order."""
 
 
 class Processes:
-    """The workers of one loader. To be used by one thread at a time, of the process that made it."""
+    """The worker processes of one loader. Used by one thread at a time, of the process that made this object.
+
+    It owns the other end of each worker's socket: closing an end lets the process go.
+    """
 
     def __init__(self, payload: bytes, num_workers: int) -> None:
         self._payload = payload
@@ -121,7 +127,7 @@ class Processes:
         self._in_transit: list[socket.socket] = []
         weakref.finalize(self, _close, self._channels)
         self._deaths = 0
-        """Processes that died since a task was last done."""
+        """Number of processes that died since a task was last done."""
         self._start()
 
     def _start(self) -> None:
@@ -147,7 +153,7 @@ class Processes:
         return worker
 
     def _hand_over(self, sent: socket.socket) -> None:
-        """Close this process's copy, so that the other one's end is noticed here.
+        """Close this process's copy of a socket that was sent, so that the end of its new owner is noticed here.
 
         macOS loses what is closed before it has arrived: there, it stays open until the workers are ready.
         """
@@ -164,7 +170,7 @@ class Processes:
         self._selector.register(channel, EVENT_READ, worker)
 
     def idle(self, limit: int) -> Worker | None:
-        """Of the workers that are ready, the one with the fewest tasks; None where all have `limit`."""
+        """Return the ready worker with the fewest tasks; None where all have `limit` of them."""
         ready = [worker for worker in self._workers if worker.pid is not None and len(worker.tasks) < limit]
         return min(ready, key=lambda worker: len(worker.tasks), default=None)
 
@@ -177,11 +183,11 @@ class Processes:
         try:
             worker.channel.send(Do(number, task), descriptors)
         except OSError:
-            # It is gone, which `outcomes` will find too.
+            # It has died; `outcomes` will notice and replace it.
             log.debug("a worker left before it could be asked")
 
     def outcomes(self, seconds: float | None) -> list[Outcome]:
-        """What has come of tasks; waits for something to happen, but not longer than that.
+        """Collect results and deaths; wait for the first of them, at most `seconds` (None: as long as it takes).
 
         Raises LoaderError when processes die as soon as they are started, or the work cannot be unpickled.
         """
@@ -233,7 +239,7 @@ class Processes:
         try:
             self._workers[worker.number] = self._start_worker(worker.number)
         except OSError:
-            # The template is gone as well, which is heard next.
+            # The template has died as well; the next look at its socket will tell.
             worker.pid = None
         return _lost(worker, how)
 
@@ -262,7 +268,7 @@ class Processes:
         return f"exit status {os.waitstatus_to_exitcode(status)}"
 
     def end(self) -> None:
-        """Let all processes go."""
+        """Close all sockets, at which the processes end."""
         _close(self._channels)
         self._workers = []
 
@@ -279,6 +285,6 @@ def _close(channels: set[Channel]) -> None:
 def _end(channel: Channel, process: subprocess.Popen[bytes], owner: int) -> None:
     channel.close()
     if os.getpid() == owner:
-        # Its templates end by themselves, when their sockets close. It has nothing to put in order.
+        # Its templates end by themselves when their sockets close. The helper holds nothing that must be saved.
         process.kill()
         process.wait()

@@ -1,6 +1,4 @@
-"""Which part of the images this process trains on, where several processes train together.
-
-`LoaderSettings`: everything that decides what a loader gives, checked when it is made.
+"""`LoaderSettings`: everything that decides what a loader gives, checked when it is made; and the ranks of a training.
 
 `CropLoader` and `CropDataset` take the same values as flat keyword arguments and bring them here; the parts of the
 loader read them from here. To add a setting, add a field with its check, and a parameter of `CropLoader`.
@@ -26,7 +24,7 @@ from ferkd_data.replay import INTERPOLATIONS, Interpolation
 from ferkd_data.selfmix import SelfMix
 
 LAUNCHERS = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
-"""Variables that torchrun, Accelerate, DeepSpeed and MPI set for the processes they start."""
+"""Environment variables that torchrun, Accelerate, DeepSpeed and MPI set for the processes they start."""
 
 
 class Ranks(NamedTuple):
@@ -46,7 +44,7 @@ def check_ranks(rank: int | None, world_size: int | None) -> None:
 
 
 def ranks_now(rank: int | None, world_size: int | None) -> Ranks:
-    """As given, else as torch.distributed has them where it is initialised, else one process alone."""
+    """Return the ranks given, else those of torch.distributed where it is initialised, else one process alone."""
     if rank is not None and world_size is not None:
         return Ranks(rank, world_size)
     import torch.distributed as dist
@@ -57,9 +55,9 @@ def ranks_now(rank: int | None, world_size: int | None) -> Ranks:
 
 
 def warn_if_alone(ranks: Ranks, given: int | None, environment: Mapping[str, str] = os.environ) -> None:
-    """Warn where a launcher started several processes, and this one is about to train on everything.
+    """Warn where a launcher started several processes, and this one is about to train on all images.
 
-    `given` is the world size that the user asked for: whoever says 1 means it.
+    `given` is the world size that the user asked for: 1 is then meant.
     """
     if ranks.world_size > 1 or given is not None:
         return
@@ -142,7 +140,7 @@ class LoaderSettings:
     verify_images: Verify = "first_epoch"
     on_error: OnError = "raise"
     images_missing: ImagesMissing = "raise"
-    """What labelled images that the source lacks do."""
+    """What to do with labelled images that the source lacks."""
     keys: bool = False
     """Whether targets have the key of each crop's image."""
     transform: Transform | None = None
@@ -173,14 +171,14 @@ class LoaderSettings:
         calibration_at(self.calibration, 0)
 
     def size_at(self, epoch: int) -> int:
-        """S in an epoch. Raises UsageError for a size that cannot be."""
+        """Return S of an epoch. Raises UsageError for a size out of range."""
         size = _of_epoch("size", self.size, epoch)
         if not 1 <= size <= MAX_SIZE:
             raise UsageError(f"size must be 1..{MAX_SIZE}, got {size}{_in_epoch(self.size, epoch)}")
         return size
 
     def crops_at(self, epoch: int) -> int:
-        """M in an epoch. Raises UsageError where it does not fit the other settings."""
+        """Return M of an epoch. Raises UsageError where it does not fit the other settings."""
         crops = _of_epoch("crops_per_image", self.crops_per_image, epoch)
         where = _in_epoch(self.crops_per_image, epoch)
         if crops < 1:
@@ -198,7 +196,7 @@ class LoaderSettings:
         return crops
 
     def window_batches_of(self, crops_per_image: int) -> int:
-        """P, the batches that a rank makes together from images that are decoded once, for this M."""
+        """Return P, the batches of a window, for this M."""
         if isinstance(self.spread, bool):
             return 2 * crops_per_image if self.spread else 1
         return self.spread
@@ -249,7 +247,7 @@ def _whole_number(name: str, value: Any) -> int:
 
 
 def _of_epoch(name: str, value: int | OfEpoch, epoch: int) -> int:
-    """A number that may be a function of the epoch."""
+    """Evaluate a number that may be a function of the epoch."""
     if not callable(value):
         return value
     given: object = value(epoch)
@@ -263,7 +261,7 @@ def _in_epoch(value: int | OfEpoch, epoch: int) -> str:
 
 
 def without_functions(settings: LoaderSettings) -> LoaderSettings:
-    """A copy for processes that are told what the functions of the epoch give; in it, these are None."""
+    """Return a copy without functions of the epoch, for processes that are told their values."""
     sent = copy.copy(settings)
     for name in ("calibration", *OF_EPOCH):
         if callable(getattr(sent, name)):

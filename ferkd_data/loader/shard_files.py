@@ -1,8 +1,8 @@
-"""Files of the shards in work, kept open by one process; those of the next shards are fetched in the background.
+"""Read labels shard by shard: keep the files of the shards in work open, and fetch the next ones meanwhile.
 
-The workers of a loader deal the fetching out among themselves: what one has fetched, the others find in the cache.
-
-Labels that are read shard by shard: each (shard, crop block) is unpacked when it is needed, or a little before.
+`HeldFiles` keeps files open and fetches ahead. The workers of a loader share the fetching out among themselves: what
+one has fetched, the others find in the cache. `ShardRecords` gives the labels: each (shard, crop block) is unpacked
+when it is needed, or a little before.
 
 The unpacked records lie in the cache beside the shards, as files named by what they hold; all processes of a host map
 the same file. Shards already passed go when the cache is full.
@@ -34,9 +34,9 @@ from ferkd_data.storage import FREE_CACHE, write_atomically
 K = TypeVar("K")
 T = TypeVar("T")
 THREADS = 4
-"""Files that all workers of a loader together have on their way, at least one each."""
+"""Fetching threads of all workers of a loader together; each has at least one."""
 LAST_SECONDS = 5.0
-"""That a process waits at its end for what is being fetched, all in all."""
+"""Seconds that a process waits at its end for fetching threads, all in all."""
 
 _share = (0, 1)
 """This process's number among a loader's workers, and how many they are."""
@@ -49,7 +49,11 @@ def set_share(number: int, of: int) -> None:
 
 
 class HeldFiles(Generic[K, T]):
-    """`held.get(key)` is what `open_one(key)` gave; closed with its last reference. To be used by one thread."""
+    """`held.get(key)` is what `open_one(key)` gave; closed with its last reference.
+
+    One thread uses it; threads of the fetcher call `fetch` beside it. Both only set or remove single entries of
+    dictionaries, which is one step each under the interpreter's lock; a file that both open is kept once.
+    """
 
     def __init__(self, open_one: Callable[[K], T], limit: int | None = None) -> None:
         """`limit` is how many files may be open that no stage has named."""
@@ -78,7 +82,7 @@ class HeldFiles(Generic[K, T]):
             del self._open[key], self._wanted[key]
 
     def stage(self, now: Iterable[K], coming: Iterable[K]) -> None:
-        """Let go of all others, and fetch this worker's share of these, in the background."""
+        """Close all other files, and fetch this worker's share of these in the background."""
         wanted = dict.fromkeys((*now, *coming))
         fresh = [key for key in wanted if key not in self._wanted]
         self._wanted = wanted
@@ -106,7 +110,7 @@ class HeldFiles(Generic[K, T]):
 
 
 class _Fetcher:
-    """A few threads that do not keep what they work for alive."""
+    """A few fetching threads. They hold a weak reference to what they work for, and end with it."""
 
     living: ClassVar[weakref.WeakSet[_Fetcher]] = weakref.WeakSet()
 
@@ -143,7 +147,7 @@ class _Fetcher:
 
 @atexit.register
 def _end_all() -> None:
-    """A thread that comes back from a library's code when Python is gone already would crash the process."""
+    """End all fetching threads: one that returns from a library after Python has ended would crash the process."""
     fetchers, deadline = list(_Fetcher.living), time.monotonic() + LAST_SECONDS
     for fetcher in fetchers:
         fetcher.end()
@@ -156,7 +160,7 @@ log = logging.getLogger("ferkd_data.loader")
 
 
 class ShardRecords:
-    """The same rows as a `LabelCache` gives, for orders that go from shard to shard. Can be pickled."""
+    """The records that a `LabelCache` gives, for orders that go from shard to shard. Can be pickled."""
 
     def __init__(self, labels: LabelSet, cache_dir: Path) -> None:
         self.labels = labels
@@ -176,7 +180,7 @@ class ShardRecords:
             self._held.stage(now, coming)
 
     def take(self, block: int, rows: npt.NDArray[np.int64]) -> Records:
-        """The records of these rows. Raises ShardError, RemoteError, StorageFullError."""
+        """Return the records of these rows. Raises ShardError, RemoteError, StorageFullError."""
         first = self.labels.first_row
         shards = np.searchsorted(first, rows, side="right") - 1
         found = np.empty(len(rows), record_dtype(self.labels, block))
@@ -194,7 +198,7 @@ class ShardRecords:
             self._held.drop((shard, block))
             found = self._held.get((shard, block))[rows]
             if not are_intact(found):
-                raise LoaderError(f"{path}: damaged again right after it was written; is the disk at its end?")
+                raise LoaderError(f"{path}: damaged again right after it was written; is the disk failing?")
         return found
 
     def _open(self, key: tuple[int, int]) -> Records:

@@ -1,4 +1,4 @@
-"""What the processes that read one data set must agree on: the epoch, and which of its crops each row gives next.
+"""State that the processes which read one data set share: the epoch, and which of its crops each row gives next.
 
 It lies in a temporary file that all of them map: worker processes by fork, spawn or fork server, whether they live for
 one epoch or for many. A lock on the file makes each change one step.
@@ -21,7 +21,7 @@ from ferkd_data.scratch import Scratch
 
 FILE_NAME = "epoch.bin"
 RUNS = 16
-"""Iterations over a stream that may be under way at once."""
+"""Number of iterations over a stream that may be under way at once."""
 HEADER = np.dtype(
     [
         ("epoch", "<i8"),

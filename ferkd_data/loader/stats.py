@@ -32,8 +32,12 @@ class LoaderStats:
     Times are wall time in seconds. The training process divides its own into waiting, hand-over and your step; the
     stages are summed over the processes that made the batches, which work side by side.
 
-        stats = loader.stats()
-        stats.bottleneck, stats.wait_share    # ("your step", 0.01)
+    >>> loader = fd.CropLoader(fd.open_labels("labels-with-images"), batch_size=4, crops_per_image=2, size=32)
+    >>> for images, targets in loader:
+    ...     pass
+    >>> stats = loader.stats()
+    >>> stats.batches, stats.images, stats.crops
+    (2, 4, 8)
     """
 
     epoch: int
@@ -41,7 +45,7 @@ class LoaderStats:
     batches: int
     """Batches given."""
     of_batches: int
-    """Batches that the iteration has: those of the epoch, or of its rest after `load_state_dict`."""
+    """Batches of the whole iteration: of the epoch or, after `load_state_dict`, of its rest."""
     images: int
     """Images that were read and decoded for these batches."""
     crops: int

@@ -23,7 +23,7 @@ from ferkd_data.errors import LoaderError
 Transform: TypeAlias = Callable[[Tensor], Tensor]
 
 TRIES = 8
-"""Seeds with which a transform is tried."""
+"""Number of seeds with which a transform is tried."""
 _LOCK = threading.Lock()
 """Held while the global generators are not the user's: loaders in several threads of a process take turns."""
 
@@ -77,8 +77,8 @@ def crop_seed(seed: int, key_hash: int, draw: int) -> int:
 def draws_elsewhere(transform: Transform, size: int) -> bool:
     """Whether a transform gives different crops for the same seed, so that it draws from a generator of its own.
 
-    Tried on noise, for several seeds, since many transforms change a crop only at times. One that fails is not judged:
-    it fails on the first crop too, which then is named.
+    It is tried on noise, with several seeds, since many transforms change a crop only at times. One that fails is not
+    judged: it fails on the first crop too, in an error that names the crop.
     """
     crop = torch.from_numpy(rng.generator("noise").integers(0, 256, (3, size, size), np.uint8))
     with lent_generators():

@@ -1,4 +1,4 @@
-"""The processes that work for a loader, as they run: a helper, a template for each loader, and its workers.
+"""Run in the processes of a loader: a helper, a template for each loader, and its workers.
 
     training ── starts ──> helper: has imported PyTorch and the loader, and nothing of the user's; one thread
                              └── forks ──> template: has unpickled the work of one loader
@@ -37,11 +37,11 @@ from ferkd_data.loader.channel import Channel
 from ferkd_data.loader.shard_files import set_share
 
 LOOK_SECONDS = 1.0
-"""Between two looks at whether the parent is still there."""
+"""Seconds between two looks at whether the parent still exists."""
 
 
 class Work(Protocol):
-    """What the workers of a loader do. Is pickled once, for the template."""
+    """The work of a loader's workers. Pickled once, for the template."""
 
     def __call__(self, task: Any, descriptors: list[int]) -> tuple[Any, list[int]]:
         """The result of a task, and descriptors that go with it; those given came with the task."""
@@ -52,7 +52,7 @@ class Fork(NamedTuple):
 
     number: int
     of: int
-    """Workers of the loader, all in all."""
+    """Number of the loader's workers."""
 
 
 class Wait(NamedTuple):
@@ -77,7 +77,7 @@ class Do(NamedTuple):
 class Done(NamedTuple):
     number: int
     result: Any
-    """What the work gave, or `Raised`."""
+    """What the work returned, or `Raised`."""
     send_seconds: float = 0.0
     """CPU time that sending this worker's result before this one took, which is only known afterwards."""
 
@@ -140,8 +140,8 @@ def _worker(work: Work, place: Fork, descriptor: int) -> NoReturn:
     np.random.seed(seed % 2**32)  # noqa: NPY002
     channel = Channel(socket.socket(fileno=descriptor))
     asked: queue.SimpleQueue[tuple[Do, list[int]]] = queue.SimpleQueue()
-    # It takes what is sent at once, so that neither side ever waits to send while the other one does, and it ends the
-    # process together with the training, whatever the main thread is busy with.
+    # This thread alone receives; the main thread alone sends. It takes messages at once, so that the two sides never
+    # both wait to send, and it ends the process with the training, whatever the main thread is busy with.
     threading.Thread(target=_listen, args=(channel, asked), name="ferkd-listen", daemon=True).start()
     try:
         channel.send(Ready(os.getpid()))
@@ -174,7 +174,7 @@ def _listen(channel: Channel, asked: queue.SimpleQueue[tuple[Do, list[int]]]) ->
 
 
 def _next(channel: Channel) -> tuple[Any, list[int]]:
-    """The next message; without training or parent, the end of the process."""
+    """Wait for the next message. Ends the process where the training or the parent is gone."""
     parent = os.getppid()
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
@@ -188,7 +188,7 @@ def _next(channel: Channel) -> tuple[Any, list[int]]:
 
 
 def _be(run: Callable[..., NoReturn], *arguments: Any) -> NoReturn:
-    """Run in a process just forked, of whose parent's frames and exit handlers nothing must run here."""
+    """Run `run` in a process just forked, in which no frame and no exit handler of its parent may go on."""
     try:
         run(*arguments)
     except BaseException:

@@ -99,14 +99,19 @@ def test_a_block_in_use_stays_and_one_that_nobody_uses_goes(label_set, tmp_path)
 @pytest.mark.parametrize("order", ["global", "shards"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_without_locks(train, tmp_path, order, workers):
-    """Python's flock is replaced in all processes: a file system without locks cannot be had here."""
+    """Python's flock is replaced in all processes: a file system without locks cannot be had here.
+
+    The temporary folder is their own: processes that have locks would take folders without one for left behind.
+    """
     (tmp_path / "site").mkdir()
+    (tmp_path / "scratch").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(
         "import fcntl\ndef flock(*_): raise OSError(38, 'Function not implemented')\nfcntl.flock = flock\n"
     )
     path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
     alone = epochs_of(train(cache=tmp_path / "alone"))
-    together = [train(first, 10, workers=workers, order=order, PYTHONPATH=path) for first in range(2)]
+    own = {"PYTHONPATH": path, "TMPDIR": str(tmp_path / "scratch")}
+    together = [train(first, 10, workers=workers, order=order, **own) for first in range(2)]
     found = [epochs_of(training) for training in together]
     if order == "global":
         assert found == [alone, alone]
