@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.images import ImageRef, ImageSource, Reject, decode_rgb, open_source
-from ferkd_data.labels.ensemble import Ensemble, combine
+from ferkd_data.labels.soft_labels import Ensemble, combine
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.probe import (
     centre_crop,

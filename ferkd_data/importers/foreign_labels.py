@@ -15,7 +15,8 @@ import numpy.typing as npt
 from ferkd_data.errors import ForeignFileError
 from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
 from ferkd_data.labels.buckets import Thresholds, buckets_of
-from ferkd_data.labels.rows import CLASS_BITS, UNKNOWN_TARGET, ImageLabels, class_index_dtype
+from ferkd_data.labels.rows import UNKNOWN_TARGET, ImageLabels, class_index_dtype
+from ferkd_data.labels.soft_labels import CLASS_BITS
 
 HIGHEST_TOTAL = 1 + 1e-3
 """Largest sum of a crop's probabilities that rounding explains."""

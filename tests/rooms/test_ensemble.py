@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ferkd_data.errors import TeacherError, UsageError
-from ferkd_data.labels.ensemble import check_logits, combine, raise_if_wrong
+from ferkd_data.labels.soft_labels import check_logits, combine, raise_if_wrong
 
 WEIGHTS, TEMPERATURES = (1.0, 3.0), (1.0, 2.5)
 

@@ -16,7 +16,7 @@ from ferkd_data.labels.buckets import (
     confidence_counts,
     parse_thresholds,
 )
-from ferkd_data.labels.rows import soft_labels
+from ferkd_data.labels.soft_labels import soft_labels
 
 FLOAT16 = hnp.arrays(np.float16, st.integers(1, 300), elements=st.floats(0, 1, width=16))
 

@@ -12,7 +12,8 @@ from ferkd_data.errors import LabelSetError
 from ferkd_data.exchange.checks import row_faults
 from ferkd_data.label_set.ensemble import merge_labels
 from ferkd_data.labels.buckets import Thresholds
-from ferkd_data.labels.rows import ShardLabels, soft_labels
+from ferkd_data.labels.rows import ShardLabels
+from ferkd_data.labels.soft_labels import soft_labels
 
 CROPS = 6
 HALF = 2.0**-10

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ferkd_data.augment import draw_operations
+from ferkd_data.augment.distribution import Augmentation
 from ferkd_data.builder.labelling.forwards import Staging
 from ferkd_data.builder.labelling.job import Tools
 from ferkd_data.builder.settings import BuildSettings
@@ -100,10 +101,11 @@ def crop_batches(refs: Sequence[ImageRef], tools: Tools, first_crop: int) -> Ite
     bytes.
     """
     settings, resources = tools.job.settings, tools.job.resources
+    augmentations = settings.augmentations  # parsed once, not for each image
     inputs = list(dict.fromkeys(map(input_of, tools.teachers)))
 
     def decode(item: tuple[ImageRef, bytes | ImageError]) -> DecodedImage | Reject:
-        return _decode(*item, settings=settings, first_crop=first_crop)
+        return _decode(*item, settings=settings, augmentations=augmentations, first_crop=first_crop)
 
     def cut(item: list[Slice] | Reject) -> CropBatch | Reject:
         return item if isinstance(item, Reject) else _cut(item, inputs, tools.staging)
@@ -155,33 +157,25 @@ def in_background(items: Iterable[Item], *, depth: int) -> Iterator[Item]:
 
 
 def _decode(
-    ref: ImageRef, data: bytes | ImageError, *, settings: BuildSettings, first_crop: int
+    ref: ImageRef,
+    data: bytes | ImageError,
+    *,
+    settings: BuildSettings,
+    augmentations: Sequence[Augmentation],
+    first_crop: int,
 ) -> DecodedImage | Reject:
     try:
         if isinstance(data, ImageError):
             raise data
         pixels = decode_rgb(data, max_pixels=settings.max_pixels)
         height, width = pixels.shape[:2]
-        crops = draw_crops(
-            ref.key,
-            height,
-            width,
-            seed=settings.seed,
-            first=first_crop,
-            count=settings.crops - first_crop,
-            distribution=settings.distribution,
-        )
-        if settings.augmentations:
-            crops = replace(crops, operations=_operations(ref.key, settings, first_crop))
+        wanted = {"seed": settings.seed, "first": first_crop, "count": settings.crops - first_crop}
+        crops = draw_crops(ref.key, height, width, distribution=settings.distribution, **wanted)
+        if augmentations:
+            crops = replace(crops, operations=draw_operations(ref.key, augmentations, **wanted).pack())
     except ImageError as error:
         return Reject(key=ref.key, reason=error.reason, detail=error.detail)
     return DecodedImage(ref=ref, data=data, digest=image_digest(data), pixels=pixels, crops=crops)
-
-
-def _operations(key: str, settings: BuildSettings, first_crop: int) -> npt.NDArray[np.uint16]:
-    count = settings.crops - first_crop
-    drawn = draw_operations(key, settings.augmentations, seed=settings.seed, first=first_crop, count=count)
-    return drawn.pack()
 
 
 def _slices(images: Iterable[DecodedImage | Reject], batch_size: int) -> Iterator[list[Slice] | Reject]:

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from ferkd_data.errors import FerkdError, TeacherError
-from ferkd_data.teachers import Teacher
+from ferkd_data.teachers import Teacher, TeacherSpec
 from ferkd_data.teachers.teacher import is_out_of_memory
 
 
 class Observer(Protocol):
     """Hears when teachers are asked; called in the thread that asks them."""
 
-    def asking(self, teacher: str) -> None:
-        """Called when this process begins to wait for a teacher."""
+    def asking(self, teachers: Sequence[TeacherSpec]) -> None:
+        """Called when this process begins to wait for these teachers."""
 
     def answered(self) -> None:
         """Called when the wait is over."""
@@ -42,7 +42,7 @@ class Observer(Protocol):
 class NullObserver:
     """An observer that does nothing."""
 
-    def asking(self, teacher: str) -> None:
+    def asking(self, teachers: Sequence[TeacherSpec]) -> None:
         pass
 
     def answered(self) -> None:
@@ -57,22 +57,21 @@ class Forwards:
     """Runs teachers on batches. Belongs to the thread that labels."""
 
     observer: Observer = field(default_factory=NullObserver)
-    _most: dict[str, int] = field(default_factory=dict)
+    _most: dict[TeacherSpec, int] = field(default_factory=dict)
     """By teacher: crops that it gets at a time, where memory ran out with more."""
 
     def logits(self, teacher: Teacher, images_BCSS: Tensor) -> Tensor:
         """Return (B, C) float32 for pixels (B, 3, S, S) uint8. Raises TeacherError."""
-        name = str(teacher.spec)
-        self.observer.asking(name)
-        while (logits := self._try(teacher, images_BCSS, name)) is None:
+        self.observer.asking([teacher.spec])
+        while (logits := self._try(teacher, images_BCSS)) is None:
             # Not in the except block: there, the exception still refers to the tensors of its frames.
             torch.cuda.empty_cache()
-            self.observer.halved(name, self._most[name])
+            self.observer.halved(str(teacher.spec), self._most[teacher.spec])
         return logits
 
-    def _try(self, teacher: Teacher, images_BCSS: Tensor, name: str) -> Tensor | None:
+    def _try(self, teacher: Teacher, images_BCSS: Tensor) -> Tensor | None:
         """Return None where memory ran out; the next try then has half as many crops at a time."""
-        step = min(len(images_BCSS), self._most.get(name, len(images_BCSS)))
+        step = min(len(images_BCSS), self._most.get(teacher.spec, len(images_BCSS)))
         try:
             if step == len(images_BCSS):
                 return teacher.logits(images_BCSS)
@@ -82,14 +81,14 @@ class Forwards:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise TeacherError(
-                    f"teacher {name}: failed on {len(images_BCSS)} crops: {type(error).__name__}: {error}"
+                    f"teacher {teacher.spec}: failed on {len(images_BCSS)} crops: {type(error).__name__}: {error}"
                 ) from error
             if step <= 1:
                 raise TeacherError(
-                    f"teacher {name}: the device has too little memory for a single crop; end what else runs on it, "
-                    "or use fewer --workers or teachers"
+                    f"teacher {teacher.spec}: the device has too little memory for a single crop; end what else runs "
+                    "on it, or use fewer --workers or teachers"
                 ) from error
-            self._most[name] = step // 2
+            self._most[teacher.spec] = step // 2
             return None
 
 

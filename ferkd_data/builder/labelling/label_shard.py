@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ferkd_data.builder.labelling.counts import TeacherCounts, count_batch
 from ferkd_data.builder.labelling.crop_batches import CropBatch, DecodedImage, crop_batches, input_of
 from ferkd_data.builder.labelling.forwards import Fetched
 from ferkd_data.builder.labelling.job import Tools
@@ -23,11 +24,53 @@ from ferkd_data.errors import BuildError
 from ferkd_data.format.writers import Row
 from ferkd_data.images import ImageRef, Reject
 from ferkd_data.labels.buckets import Thresholds, buckets_of
-from ferkd_data.labels.ensemble import check_logits, combine, raise_if_wrong
-from ferkd_data.labels.rows import NO_OPERATIONS, DeviceLabels, ImageLabels, SoftLabels, soft_labels
+from ferkd_data.labels.rows import NO_OPERATIONS, UNKNOWN_TARGET, ImageLabels
+from ferkd_data.labels.soft_labels import DeviceLabels, SoftLabels, check_logits, combine, raise_if_wrong, soft_labels
+from ferkd_data.labels.statistics import P_MAX_UNITS, TEACHER_BINS
 
 ASKED_AHEAD = 2
 """Batches that a device has to do while the host deals with the answers to the one before."""
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherCounts:
+    """Sums over crops: of a batch, or of all batches of a shard. Integers all, so that their order does not matter."""
+
+    agreement: Tensor
+    """(T, T) int64: crops on which two teachers name the same class first."""
+    right_together: Tensor
+    """(T, T) int64: crops on which both name the ground truth; on the diagonal, each by itself."""
+    calibration: Tensor
+    """(3, T, TEACHER_BINS) int64, by the teacher's own p_max: crops with a ground truth; those that it names right; the
+    sum of p_max in units of 1 / P_MAX_UNITS."""
+
+    @classmethod
+    def zeros(cls, num_teachers: int) -> TeacherCounts:
+        square = (num_teachers, num_teachers)
+        return cls(
+            agreement=torch.zeros(square, dtype=torch.int64),
+            right_together=torch.zeros(square, dtype=torch.int64),
+            calibration=torch.zeros((3, num_teachers, TEACHER_BINS), dtype=torch.int64),
+        )
+
+    def __add__(self, other: TeacherCounts) -> TeacherCounts:
+        return TeacherCounts(
+            agreement=self.agreement + other.agreement,
+            right_together=self.right_together + other.right_together,
+            calibration=self.calibration + other.calibration,
+        )
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the fields of `Statistics` that are counted by teacher."""
+        crops, right, p_max = map(_rows, self.calibration)
+        return {
+            "teacher_top1_matches_target": tuple(self.right_together.diagonal().tolist()),
+            "teacher_agreement": _rows(self.agreement),
+            "teacher_right_together": _rows(self.right_together),
+            "teacher_bin_crops": crops,
+            "teacher_bin_right": right,
+            "teacher_bin_p_max": p_max,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,7 +150,7 @@ def _ask(batch: CropBatch, tools: Tools) -> _Answer:
 
 def _receive(answer: _Answer, tools: Tools) -> tuple[CropBatch, SoftLabels, TeacherCounts]:
     # A GPU is asked without waiting, so a teacher that hangs there is waited for here.
-    tools.forwards.observer.asking(", ".join(str(teacher.spec) for teacher in tools.teachers))
+    tools.forwards.observer.asking([teacher.spec for teacher in tools.teachers])
     try:
         answer.fetched.wait()
     except RuntimeError as error:
@@ -118,7 +161,7 @@ def _receive(answer: _Answer, tools: Tools) -> tuple[CropBatch, SoftLabels, Teac
         ) from error
     class_index, class_prob, target_prob, wrong_T, *counted = answer.fetched.tensors
     for wrong, teacher in zip(wrong_T, tools.teachers, strict=True):
-        raise_if_wrong(wrong, str(teacher.spec))
+        raise_if_wrong(wrong, teacher.spec)
     tools.forwards.observer.answered()
     labels = replace(answer.labels, class_index=class_index, class_prob=class_prob, target_prob=target_prob)
     return answer.batch, labels.to_numpy(), TeacherCounts(*counted)
@@ -172,3 +215,31 @@ def _check_rejects_are_fine(reject: Reject, tools: Tools) -> None:
             f"image {reject.key!r} cannot be used ({reject.reason}: {reject.detail}); repair or remove it and run the "
             "same command again, or let rejects be collected with --on-error reject"
         )
+
+
+def count_batch(logits_TBC: Sequence[Tensor], temperatures: Sequence[float], target: Tensor) -> list[Tensor]:
+    """Compute the three sums of `TeacherCounts` for one batch, on the device of the logits, without waiting for it."""
+    top1_TB = torch.stack([logits.argmax(dim=1) for logits in logits_TBC])
+    known = target != UNKNOWN_TARGET
+    right_TB = (top1_TB == target) & known
+    agreement = (top1_TB[:, None] == top1_TB[None]).sum(dim=2)
+    right_together = (right_TB[:, None] & right_TB[None]).sum(dim=2)
+    p_max_TB = torch.stack([_p_max(logits, t) for logits, t in zip(logits_TBC, temperatures, strict=True)])
+    # A teacher's NaN ends the build, but only when this batch is fetched, and an index must be in range until then.
+    p_max_TB = p_max_TB.nan_to_num(0).clamp(0, 1)
+    bin_TB = (p_max_TB * TEACHER_BINS).long().clamp(max=TEACHER_BINS - 1)
+    values = torch.stack(
+        [known.expand_as(bin_TB).long(), right_TB.long(), known * (p_max_TB * P_MAX_UNITS).round().long()]
+    )
+    calibration = values.new_zeros((3, len(logits_TBC), TEACHER_BINS))
+    return [agreement, right_together, calibration.scatter_add_(2, bin_TB.expand_as(values), values)]
+
+
+def _p_max(logits: Tensor, temperature: float) -> Tensor:
+    # The largest softmax is exp(max - logsumexp): no (B, C) softmax has to be stored.
+    scaled = logits.float() / temperature
+    return (scaled.amax(dim=1) - scaled.logsumexp(dim=1)).exp()
+
+
+def _rows(table: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row) for row in table.tolist())

@@ -19,15 +19,17 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from ferkd_data.builder.labelling.counts import RowCounts, TeacherCounts
 from ferkd_data.builder.labelling.job import Tools
-from ferkd_data.builder.labelling.label_shard import LabelledBatch, label_shard
+from ferkd_data.builder.labelling.label_shard import LabelledBatch, TeacherCounts, label_shard
 from ferkd_data.builder.locks import explain_unwritable
 from ferkd_data.builder.plan import Plan
 from ferkd_data.builder.state import BuildFolder, ShardRecord
 from ferkd_data.errors import BuildError
 from ferkd_data.format.writers import Row, write_shard
 from ferkd_data.images import Reject
+from ferkd_data.labels import statistics
+from ferkd_data.labels.rows import ImageLabels, ShardLabels
+from ferkd_data.labels.statistics import Statistics
 
 ROWS_AHEAD = 64
 """Rows that may wait to be written. A slow disk then slows the teachers down, and does not fill the memory."""
@@ -37,6 +39,33 @@ LOOK_SECONDS = 0.5
 OnBatch = Callable[[int, int], None]
 """Called with the number of crops just labelled, and of images rejected so far in this shard."""
 OnSaved = Callable[[ShardRecord], None]
+
+
+ROWS_AT_ONCE = 64
+"""Rows that are counted together."""
+
+
+class RowCounts:
+    """Accumulator of the statistics of rows. Belongs to the thread that writes the rows."""
+
+    def __init__(self) -> None:
+        self._pending: list[ImageLabels] = []
+        self._total = Statistics()
+
+    def add(self, labels: ImageLabels) -> None:
+        self._pending.append(labels)
+        if len(self._pending) == ROWS_AT_ONCE:
+            self._count()
+
+    def total(self) -> Statistics:
+        self._count()
+        return self._total
+
+    def _count(self) -> None:
+        if self._pending:
+            rows = ShardLabels.from_rows(self._pending)
+            self._total = statistics.add([self._total, statistics.shard_statistics(rows)])
+            self._pending = []
 
 
 class BrokenOffError(Exception):

@@ -38,6 +38,7 @@ from ferkd_data.builder.workers.messages import (
     Slow,
 )
 from ferkd_data.images import ImageRef
+from ferkd_data.teachers import TeacherSpec
 
 Result = TypeVar("Result")
 
@@ -105,18 +106,18 @@ class _Watch:
 
     def __init__(self, *, sign_of_life: bool) -> None:
         self.sign_of_life = sign_of_life
-        self.teacher = ""
+        self.teachers: Sequence[TeacherSpec] = ()
         self.since = 0.0
         self.crops = self.told = self.rejects = 0
         self.queue: SimpleQueue[Halved | Finished] = SimpleQueue()
 
-    def asking(self, teacher: str) -> None:
-        # The time first: a reader that sees the new teacher must not see the old time.
+    def asking(self, teachers: Sequence[TeacherSpec]) -> None:
+        # The time first: a reader that sees the new teachers must not see the old time.
         self.since = time.monotonic()
-        self.teacher = teacher
+        self.teachers = teachers
 
     def answered(self) -> None:
-        self.teacher = ""
+        self.teachers = ()
 
     def halved(self, teacher: str, crops: int) -> None:
         self.queue.put(Halved(teacher, crops))
@@ -125,9 +126,9 @@ class _Watch:
         self.queue.put(Finished(record.index))
 
     def late(self, limit_seconds: float) -> str:
-        """Return the teacher that is waited for longer than that, or an empty string."""
-        teacher = self.teacher
-        return teacher if time.monotonic() - self.since > limit_seconds else ""
+        """Return the names of teachers that are waited for longer than that, or an empty string."""
+        teachers = self.teachers
+        return ", ".join(map(str, teachers)) if time.monotonic() - self.since > limit_seconds else ""
 
     def begin(self) -> None:
         """Start counting anew. Called between shards, when the labelling thread is idle."""

@@ -9,7 +9,7 @@ from label_sets import SMALL, same_label_sets
 import ferkd_data as fd
 from ferkd_data.builder.labelling.forwards import Forwards
 from ferkd_data.errors import TeacherError
-from ferkd_data.labels.ensemble import check_logits
+from ferkd_data.labels.soft_labels import check_logits
 from ferkd_data.teachers import TeacherSpec, load_teachers
 
 GREEDY = """
@@ -55,7 +55,7 @@ class Heard:
     def __init__(self):
         self.halvings = []
 
-    def asking(self, teacher):
+    def asking(self, teachers):
         pass
 
     def answered(self):

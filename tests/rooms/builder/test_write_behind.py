@@ -12,8 +12,7 @@ from label_sets import SMALL, same_files
 
 import ferkd_data as fd
 from ferkd_data.builder.labelling import write_behind
-from ferkd_data.builder.labelling.counts import TeacherCounts
-from ferkd_data.builder.labelling.label_shard import LabelledBatch
+from ferkd_data.builder.labelling.label_shard import LabelledBatch, TeacherCounts
 from ferkd_data.builder.labelling.write_behind import ROWS_AHEAD, BrokenOffError, RowQueue, ShardEnd, WriteBehind
 from ferkd_data.builder.state import BuildFolder
 from ferkd_data.errors import BuildError
