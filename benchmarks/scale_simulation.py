@@ -24,7 +24,8 @@ from pathlib import Path
 
 from synthetic import NO_TEACHER
 
-from ferkd_data.builder.state import BuildFolder, ShardRecord
+from ferkd_data.builder.shard_files import ShardRecord
+from ferkd_data.builder.state import BuildFolder
 from ferkd_data.builder.stop import Stop
 from ferkd_data.builder.watch.progress import ProgressCounter
 from ferkd_data.builder.workers.messages import Labelled, Message, Ready
@@ -133,8 +134,8 @@ def record_us(folder: BuildFolder) -> tuple[float, float]:
         index=0, rows=IMAGES, files=(), rejects=(), statistics=Statistics(), thresholds=(0.15, 0.3, 0.95)
     )
     (folder.path / "shards").mkdir(parents=True)
-    writes = [timed(lambda i=i: folder.save(record.model_copy(update={"index": i}))) for i in range(RECORDS)]
-    reads = [timed(lambda i=i: folder.record(i)) for i in range(RECORDS)]
+    writes = [timed(lambda i=i: folder.files.save(record.model_copy(update={"index": i}))) for i in range(RECORDS)]
+    reads = [timed(lambda i=i: folder.files.record(i)) for i in range(RECORDS)]
     return statistics.median(writes) * 1e6, statistics.median(reads) * 1e6
 
 

@@ -35,7 +35,7 @@ def label_shards(
     job, placement = prepared.job, prepared.placement
     counter = _counter(prepared, plan, shards, watcher)
     todo = []
-    for shard, record in folder.records(shards):
+    for shard, record in folder.files.records(shards):
         if record is None:
             todo.append(shard)
         else:

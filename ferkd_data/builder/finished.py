@@ -10,8 +10,9 @@ from typing import Any
 from ferkd_data.builder.locks import clean_up_after_end
 from ferkd_data.builder.plan import digest_of_listing
 from ferkd_data.builder.prepare import Request
-from ferkd_data.builder.state import FOLDER, digest_of_location
-from ferkd_data.builder.store_folder import StoreFolder
+from ferkd_data.builder.shard_files import FOLDER
+from ferkd_data.builder.state import digest_of_location
+from ferkd_data.builder.store_files import StoreFiles
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import BuildError, RemoteError, SettingsMismatchError
 from ferkd_data.format.manifest import (
@@ -88,7 +89,7 @@ def _manifest_at(location: Path | str) -> Manifest | None:
     if isinstance(location, Path):
         return read_manifest(location) if (location / FILE_NAME).is_file() else None
     try:
-        text = StoreFolder(location).remote.read(FILE_NAME, max_bytes=MAX_MANIFEST_BYTES)
+        text = StoreFiles(location).remote.read(FILE_NAME, max_bytes=MAX_MANIFEST_BYTES)
     except RemoteError as error:
         if error.status == 404:
             return None

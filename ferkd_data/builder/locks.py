@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 
 from ferkd_data.builder.plan import Part
-from ferkd_data.builder.state import FOLDER, PART_LOCK, BuildFolder, is_lock
+from ferkd_data.builder.shard_files import FOLDER
+from ferkd_data.builder.state import PART_LOCK, BuildFolder, is_lock
 from ferkd_data.errors import BuildError, BuildLockedError
 from ferkd_data.format.manifest import FILE_NAME
 from ferkd_data.format.rejects import REJECTS_FILE

@@ -21,7 +21,7 @@ from ferkd_data.builder.labelling.job import Job, same_working_folder
 from ferkd_data.builder.plan import Plan, load_or_make_plan
 from ferkd_data.builder.settings import BuildKeywords, BuildSettings, Resources, renamed_workers
 from ferkd_data.builder.state import EXTENDS, BuildFolder, Facts, digest_of_location
-from ferkd_data.builder.store_folder import location_of
+from ferkd_data.builder.store_files import location_of
 from ferkd_data.builder.workers.ray_cluster import Placement, open_placement
 from ferkd_data.errors import BuildError, FerkdError, UsageError
 from ferkd_data.format.manifest import TeacherEntry, identity_of, read_manifest_bytes
@@ -134,7 +134,7 @@ class Prepared:
                 folder.clear()
             raise
         folder.save_facts(facts)
-        folder.share()
+        folder.files.share()
         return plan, facts
 
     def let_teachers_go(self) -> None:

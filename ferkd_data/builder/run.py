@@ -30,7 +30,7 @@ from ferkd_data.builder.seal import seal
 from ferkd_data.builder.settings import BuildKeywords, BuildSettings, Resources, SettingsKeywords
 from ferkd_data.builder.state import BuildFolder, Facts
 from ferkd_data.builder.stop import Stop
-from ferkd_data.builder.store_folder import location_of, open_out
+from ferkd_data.builder.store_files import location_of, open_out
 from ferkd_data.builder.watch.events import BuildFinished, OnProgress, Watcher, Watchers
 from ferkd_data.errors import BuildError, UsageError
 from ferkd_data.format.manifest import FILE_NAME, Manifest, read_manifest
@@ -216,7 +216,7 @@ def finish(out: str | Path) -> BuildResult:
             check_unfinished(location)
         settings, facts = folder.saved_settings(), folder.saved_facts()
         plan = open_plan(folder.path)
-        missing = [shard for shard in plan.shards if folder.record(shard) is None]
+        missing = [shard for shard in plan.shards if folder.files.record(shard) is None]
         if missing:
             named = ", ".join(map(str, missing[:SHARDS_NAMED])) + (", …" if len(missing) > SHARDS_NAMED else "")
             divisions = {part.of for part in folder.parts()}
@@ -254,6 +254,6 @@ def _seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts
     ending = seal_extension if folder.extends is not None else seal
     with explain_unwritable(folder.location):
         manifest = ending(folder, plan, settings, facts, ferkd_data.__version__)
-        folder.commit(manifest)
+        folder.files.commit(manifest)
         folder.remove()
     return BuildResult(out=folder.location, manifest=manifest)

@@ -1,4 +1,4 @@
-"""The end of a build: thresholds by quantile where asked for, rejects, and last of all the manifest."""
+"""The end of a build: quantile thresholds where asked for, rejects, and last of all the manifest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 from ferkd_data.augment.distribution import num_words
 from ferkd_data.builder.plan import Plan
 from ferkd_data.builder.settings import BuildSettings
-from ferkd_data.builder.state import BuildFolder, Facts, ShardRecord
+from ferkd_data.builder.shard_files import ShardRecord
+from ferkd_data.builder.state import BuildFolder, Facts
 from ferkd_data.errors import BuildError
 from ferkd_data.format import parquet, webdataset
 from ferkd_data.format.manifest import (
@@ -43,11 +44,13 @@ from ferkd_data.storage import write_atomically
 
 
 def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts, version: str) -> Manifest:
-    """Write rejects.parquet and manifest.json; every shard must have its record. Can be run again after a kill.
+    """Write rejects.parquet and manifest.json of a build whose shards all have their record.
 
-    Raises BuildError where every image was rejected: nothing is written then, and the build begins anew.
+    Can be run again after a kill. Raises BuildError where every image was rejected: then no label set is written, and
+    the same command begins anew.
     """
-    _check_any_labelled(folder, plan)
+    if not any(folder.existing_record(shard).rows for shard in plan.shards):
+        raise _start_over(folder, plan)
     thresholds = _final_thresholds(folder, plan, settings, facts.num_classes)
     records = [_with_thresholds(folder, shard, settings, thresholds, facts.num_classes) for shard in plan.shards]
     manifest = manifest_of(
@@ -69,7 +72,7 @@ def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts,
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a build has labelled, as its manifest counts it."""
+    """The contents of a label set, as its manifest counts them."""
 
     shards: tuple[ShardEntry, ...]
     rejects: RejectsEntry
@@ -77,11 +80,11 @@ class Contents:
     """Images of the source that were labelled or rejected."""
     statistics: Statistics
     thresholds: Thresholds
-    """Those of the stored buckets: numbers also where quantiles were asked for."""
+    """Thresholds of the stored buckets: numbers also where quantiles were asked for."""
 
 
 def manifest_of(settings: BuildSettings, facts: Facts, plan: Plan, contents: Contents, version: str) -> Manifest:
-    """The manifest of a build with these contents; `version` is that of ferkd-data. Nothing is read or written."""
+    """Return the manifest of a build with these contents; `version` is that of ferkd-data. Does no I/O."""
     return Manifest(
         created_by=CreatedBy(name="ferkd-data", version=version),
         layout=settings.layout,
@@ -114,18 +117,13 @@ def manifest_of(settings: BuildSettings, facts: Facts, plan: Plan, contents: Con
     )
 
 
-def _check_any_labelled(folder: BuildFolder, plan: Plan) -> None:
-    reasons: Counter[str] = Counter()
-    for shard in plan.shards:
-        record = folder.existing_record(shard)
-        if record.rows:
-            return
-        reasons.update(reject.reason for reject in record.rejects)
-    reasons.update(reject.reason for reject in read_rejects(plan.folder / "plan-rejects.parquet"))
+def _start_over(folder: BuildFolder, plan: Plan) -> BuildError:
+    """Forget a build in which every image was rejected, keep the list of rejects, and return the error to raise."""
     written = write_rejects(folder, plan, REJECTS_NAME)
+    reasons = Counter(reject.reason for reject in read_rejects(folder.out / REJECTS_NAME))
     kept = folder.start_over(folder.out / REJECTS_NAME)
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    raise BuildError(
+    return BuildError(
         f"{folder.location}: no label set was written, since every one of the {written.rows} images was rejected "
         f"({counts}); {kept} says why for each. Mend the images and run the same command again"
     )
@@ -138,7 +136,7 @@ def _final_thresholds(folder: BuildFolder, plan: Plan, settings: BuildSettings, 
     for shard in plan.shards:
         record = folder.existing_record(shard)
         if record.rows:
-            with folder.at_hand(record):
+            with folder.files.at_hand(record):
                 labels = _read(folder.out, record, settings, num_classes)
             counts += confidence_counts(
                 confidence(labels.class_prob, labels.target_prob, settings.thresholds.confidence)
@@ -149,7 +147,7 @@ def _final_thresholds(folder: BuildFolder, plan: Plan, settings: BuildSettings, 
 def _with_thresholds(
     folder: BuildFolder, shard: int, settings: BuildSettings, thresholds: Thresholds, num_classes: int
 ) -> ShardRecord:
-    """The shard's record, its buckets assigned anew where they were provisional."""
+    """Return the shard's record, after assigning its buckets anew where they were provisional."""
     record = folder.existing_record(shard)
     final = (thresholds.low, thresholds.mid, thresholds.top)
     if record.thresholds == final or not record.rows:
@@ -164,9 +162,9 @@ def _with_thresholds(
 
     def announce(files: tuple[BlockEntry, ...]) -> None:
         # A kill while files get their names must leave no shard that looks damaged.
-        folder.announce(record.model_copy(update={"successors": files}))
+        folder.files.announce(record.model_copy(update={"successors": files}))
 
-    with folder.at_hand(record):
+    with folder.files.at_hand(record):
         _, files = write_shard(
             folder.out,
             shard,
@@ -179,7 +177,7 @@ def _with_thresholds(
         final_record = record.model_copy(
             update={"files": files, "statistics": changed, "thresholds": final, "successors": ()}
         )
-        folder.save(final_record)
+        folder.files.save(final_record)
     return final_record
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import ferkd_data
 from ferkd_data.builder.plan import open_plan
 from ferkd_data.builder.seal import Contents, manifest_of
-from ferkd_data.builder.state import FOLDER, BuildFolder, ShardRecord
+from ferkd_data.builder.shard_files import FOLDER, DiskFiles, ShardRecord
+from ferkd_data.builder.state import BuildFolder
 from ferkd_data.errors import BuildError
 from ferkd_data.format.manifest import (
     FILE_NAME,
@@ -73,7 +74,7 @@ class Unfinished:
 
     def add_new_shards(self) -> int:
         """Add the shards that were finished since the last call; return their number."""
-        found = [record for _, record in self._folder.records(sorted(self._left)) if record is not None]
+        found = [record for _, record in self._folder.files.records(sorted(self._left)) if record is not None]
         for record in found:
             self._add(record)
         return len(found)
@@ -81,7 +82,7 @@ class Unfinished:
     def _add(self, record: ShardRecord) -> None:
         self._left.discard(record.index)
         # Numbered in the order of their end: a label set's shards have no gaps.
-        files = self._folder.files_now(record) if record.successors else record.files
+        files = DiskFiles(self._folder.out).files_now(record) if record.successors else record.files
         self._entries.append(ShardEntry(index=len(self._entries), rows=record.rows, files=files))
         self._statistics = statistics.add([self._statistics, record.statistics])
         self._rejects += len(record.rejects)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import ferkd_data as fd
-from ferkd_data.builder.state import FOLDER
+from ferkd_data.builder.shard_files import FOLDER
 from ferkd_data.format import crop_arrays, parquet, webdataset
 from ferkd_data.labels.rows import CROP_FIELDS
 

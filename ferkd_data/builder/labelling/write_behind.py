@@ -23,7 +23,8 @@ from ferkd_data.builder.labelling.job import Tools
 from ferkd_data.builder.labelling.label_shard import LabelledBatch, TeacherCounts, label_shard
 from ferkd_data.builder.locks import explain_unwritable
 from ferkd_data.builder.plan import Plan
-from ferkd_data.builder.state import BuildFolder, ShardRecord
+from ferkd_data.builder.shard_files import ShardRecord
+from ferkd_data.builder.state import BuildFolder
 from ferkd_data.errors import BuildError
 from ferkd_data.format.writers import Row, write_shard
 from ferkd_data.images import Reject
@@ -193,7 +194,7 @@ class WriteBehind:
         """Runs in a writing thread. The record is saved after the files, since it vouches for them."""
         with explain_unwritable(self.folder.location):
             record = self._write_shard(shard, rows)
-            self.folder.save(record)
+            self.folder.files.save(record)
         return record
 
     def _write_shard(self, shard: int, rows: RowQueue) -> ShardRecord:

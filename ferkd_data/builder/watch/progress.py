@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-from ferkd_data.builder.state import ShardRecord
+from ferkd_data.builder.shard_files import ShardRecord
 from ferkd_data.builder.watch.events import (
     BatchHalved,
     ImageRejected,

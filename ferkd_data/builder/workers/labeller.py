@@ -23,8 +23,8 @@ from ferkd_data.builder.labelling.job import Job, Tools, open_tools
 from ferkd_data.builder.labelling.measuring import measure
 from ferkd_data.builder.labelling.write_behind import WriteBehind
 from ferkd_data.builder.plan import open_plan
-from ferkd_data.builder.state import ShardRecord
-from ferkd_data.builder.store_folder import folder_of
+from ferkd_data.builder.shard_files import ShardRecord
+from ferkd_data.builder.store_files import folder_of
 from ferkd_data.builder.workers.messages import (
     Computed,
     Failed,

@@ -275,7 +275,7 @@ class WorkerPool(Generic[AnyWorker]):
     def _look_for_records(self) -> None:
         now, in_vain = time.monotonic(), False
         for shard, unseen in [(shard, unseen) for shard, unseen in self.unseen.items() if unseen.look_at <= now]:
-            record = self.folder.record(shard)
+            record = self.folder.files.record(shard)
             if record is not None:
                 del self.unseen[shard]
                 self.counter.shard_done(record, unseen.worker)
@@ -286,7 +286,7 @@ class WorkerPool(Generic[AnyWorker]):
             else:
                 unseen.look_at, in_vain = now + POLL_SECONDS, True
         if in_vain:
-            self.folder.look_again()
+            self.folder.files.look_again()
 
     def _bury(self, member: Member[AnyWorker], lost: WorkerLostError) -> None:
         """Put the shards of a worker that died back, and start a new one. Raises BuildError where that is hopeless."""
@@ -297,7 +297,7 @@ class WorkerPool(Generic[AnyWorker]):
         self.counter.worker_died(member.number, str(lost), held)
         self.held.difference_update(held)
         for shard in held:
-            if self.folder.record(shard) is not None:
+            if self.folder.files.record(shard) is not None:
                 self._expect_record(shard, member)
             else:
                 self.todo.give_back(shard, f"{member} {lost}")

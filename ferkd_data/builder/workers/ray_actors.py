@@ -14,7 +14,7 @@ from typing import Any
 
 import ferkd_data
 from ferkd_data.builder.labelling.job import Job
-from ferkd_data.builder.store_folder import folder_of
+from ferkd_data.builder.store_files import folder_of
 from ferkd_data.builder.workers.labeller import Labeller
 from ferkd_data.builder.workers.messages import Computed, Measured, Message, Ready, Settled, WorkerLostError
 from ferkd_data.builder.workers.ray_cluster import Cluster, log
@@ -156,7 +156,7 @@ class Actor:
         """Raises BuildError where this node has another version, or does not see OUT."""
         join_driver(self.driver_folder, self.driver_version)
         if self.labeller.job.out is not None:
-            folder_of(self.labeller.job.out).join()
+            folder_of(self.labeller.job.out).files.join()
 
 
 def join_driver(folder: str, version: str) -> None:

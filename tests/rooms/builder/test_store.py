@@ -14,7 +14,7 @@ from servers import s3_store
 import ferkd_data as fd
 from ferkd_data.builder import build_part, finish
 from ferkd_data.builder import run as run_module
-from ferkd_data.builder.store_folder import StoreFolder
+from ferkd_data.builder.store_files import StoreFiles
 from ferkd_data.builder.watch.events import ShardDone
 from ferkd_data.errors import BuildError, BuildLockedError, UsageError
 from ferkd_data.remote import Remote, open_remote
@@ -210,4 +210,4 @@ def test_what_stores_do_not_do(photos, teachers, arguments, message):
 
 def test_a_worker_that_comes_when_all_is_done_says_so(store):
     with pytest.raises(BuildError, match="holds no unfinished build"):
-        StoreFolder(OUT).join()
+        StoreFiles(OUT).join()

@@ -12,7 +12,7 @@ from label_sets import SMALL
 import ferkd_data as fd
 from ferkd_data.builder import JsonLog, MetricsFile, build_part
 from ferkd_data.builder.engines import _TellHalvings
-from ferkd_data.builder.state import ShardRecord
+from ferkd_data.builder.shard_files import ShardRecord
 from ferkd_data.builder.watch import progress as counting
 from ferkd_data.builder.watch.events import (
     BatchHalved,

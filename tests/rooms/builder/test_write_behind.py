@@ -14,7 +14,7 @@ import ferkd_data as fd
 from ferkd_data.builder.labelling import write_behind
 from ferkd_data.builder.labelling.label_shard import LabelledBatch, TeacherCounts
 from ferkd_data.builder.labelling.write_behind import ROWS_AHEAD, BrokenOffError, RowQueue, ShardEnd, WriteBehind
-from ferkd_data.builder.state import BuildFolder
+from ferkd_data.builder.shard_files import DiskFiles
 from ferkd_data.errors import BuildError
 
 SECONDS = 30
@@ -27,14 +27,14 @@ FOUR_SHARDS = {**SMALL, "images_per_shard": 5}
 def saving(monkeypatch):
     """What a test does to the saving of a shard's record: a function of the record, called in the thread that saves."""
     before: list = []
-    save = BuildFolder.save
+    save = DiskFiles.save
 
     def saved(folder, record):
         for function in before:
             function(record)
         save(folder, record)
 
-    monkeypatch.setattr(BuildFolder, "save", saved)
+    monkeypatch.setattr(DiskFiles, "save", saved)
     return before
 
 
