@@ -29,72 +29,6 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["ferkd_data.builder", "ferkd_data.label_set", "ferkd_data.loader"]
 )
 
-TINY_TEACHERS = '''
-"""Teachers that cost nothing, for tests of everything but the teachers."""
-import os, time
-import torch
-from torch import nn
-
-
-class Tiny(nn.Module):
-    preprocessing = {"size": 32, "mean": (0.5,), "std": (0.25,)}
-
-    def __init__(self, seed, classes=10):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.pool = nn.AdaptiveAvgPool2d(4)
-        self.head = nn.Linear(48, classes)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.randn(classes, 48, generator=generator) * 2)
-            self.head.bias.zero_()
-
-    def forward(self, x):
-        time.sleep(float(os.environ.get("TINY_SLEEP", "0")))
-        return self.head(self.pool(x).flatten(1))
-
-
-def first():
-    return Tiny(1)
-
-
-def second():
-    return Tiny(2)
-
-
-def third():
-    return Tiny(5)
-
-
-def eleven_classes():
-    return Tiny(3, 11)
-
-
-class Broken(Tiny):
-    def forward(self, x):
-        return super().forward(x) * float("nan")
-
-
-def nan():
-    return Broken(1)
-
-
-class Flat(Tiny):
-    def forward(self, x):
-        return super().forward(x) * 0
-
-
-def flat():
-    return Flat(1)
-
-
-def not_there():
-    raise OSError("no weights")
-
-
-def not_a_module():
-    return 3
-'''
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
@@ -106,12 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_teachers(tmp_path_factory: pytest.TempPathFactory) -> str:
+def tiny_teachers() -> str:
     """Makes `python:ferkd_tiny_teachers:first` and its siblings importable, in subprocesses too."""
-    folder = tmp_path_factory.mktemp("teachers")
-    (folder / "ferkd_tiny_teachers.py").write_text(TINY_TEACHERS)
-    sys.path.insert(0, str(folder))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    folder = str(Path(__file__).parent / "teacher_modules")
+    sys.path.insert(0, folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
     importlib.import_module("ferkd_tiny_teachers")
     return "python:ferkd_tiny_teachers:first"
 

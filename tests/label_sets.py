@@ -12,6 +12,7 @@ import ferkd_data as fd
 from ferkd_data.labels.rows import ShardLabels, same_labels
 from ferkd_data.storage import sha256_file
 
+TEACHER_MODULES = Path(__file__).parent / "teacher_modules"
 SMALL = {"crops": 10, "crops_per_block": 4, "top_k": 4, "images_per_shard": 8, "device": "cpu"}
 
 

@@ -114,6 +114,21 @@ def check_acyclic(graph: dict[str, set[str]]) -> None:
         visit(name, ())
 
 
+def test_the_command_line_uses_public_names_only():
+    """No name with a leading underscore: a command that needs one shows that other programs need it too."""
+    for path in (ROOT.parent / "cli").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ferkd_data"):
+                names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [part for alias in node.names for part in alias.name.split(".")]
+            elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith(("fd.", "ferkd_data.")):
+                names = [node.attr]
+            private = [name for name in names if name.startswith("_") and not name.endswith("__")]
+            assert not private, f"{path.name}: uses {private}"
+
+
 def test_public_names_exist_and_are_listed():
     for name in ferkd_data.__all__:
         assert getattr(ferkd_data, name) is not None

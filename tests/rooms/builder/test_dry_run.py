@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
-from label_sets import SMALL
+from label_sets import SMALL, TEACHER_MODULES
 
 from ferkd_data.builder import dry_run
 from ferkd_data.builder.labelling import measuring as module
@@ -15,41 +16,12 @@ from ferkd_data.builder.labelling.measuring import Sample
 from ferkd_data.errors import BuildError, TeacherError, UsageError
 from ferkd_data_cli.main import run
 
-TEACHERS = '''
-"""Teachers that leave a mark, or die, where they are asked a batch."""
-import os
-from pathlib import Path
-import torch
-from ferkd_tiny_teachers import Tiny
-
-class Marking(Tiny):
-    def forward(self, x):
-        if len(x) > 1:
-            (Path(__file__).parent / f"{os.getpid()}-with-{torch.get_num_threads()}-threads").touch()
-        return super().forward(x)
-
-
-def marking():
-    return Marking(1)
-
-
-class Dying(Tiny):
-    def forward(self, x):
-        if len(x) > 1:
-            os._exit(9)
-        return super().forward(x)
-
-
-def dying():
-    return Dying(1)
-'''
-
 
 @pytest.fixture
 def teachers(tiny_teachers, tmp_path, monkeypatch):
     """The spec's beginning; `python:marking_teachers:` and a factory."""
     (tmp_path / "modules").mkdir()
-    (tmp_path / "modules/marking_teachers.py").write_text(TEACHERS)
+    shutil.copy(TEACHER_MODULES / "marking_teachers.py", tmp_path / "modules")
     monkeypatch.syspath_prepend(tmp_path / "modules")
     yield "python:marking_teachers:"
     sys.modules.pop("marking_teachers", None)

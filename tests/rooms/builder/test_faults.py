@@ -18,50 +18,6 @@ from ferkd_data.images import open_source
 from ferkd_data.images.retrying import ReopeningFile, retried
 from ferkd_data.remote import Retries
 
-MOODY = '''
-"""Teachers that have one bad batch as long as a file is there."""
-import os
-from pathlib import Path
-from ferkd_tiny_teachers import Tiny
-
-
-class Moody(Tiny):
-    asked = 0
-
-    def bad(self, x):
-        self.asked += len(x) > 1
-        return self.asked == 4 and Path(os.environ["FERKD_MOOD"]).exists()
-
-
-class Raising(Moody):
-    def forward(self, x):
-        if self.bad(x):
-            raise RuntimeError("CUDA error: device-side assert triggered")
-        return super().forward(x)
-
-
-class Equal(Moody):
-    def forward(self, x):
-        return super().forward(x) * (0 if self.bad(x) else 1)
-
-
-class NaN(Moody):
-    def forward(self, x):
-        return super().forward(x) * (float("nan") if self.bad(x) else 1)
-
-
-def raising():
-    return Raising(1)
-
-
-def equal():
-    return Equal(1)
-
-
-def nan():
-    return NaN(1)
-'''
-
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
@@ -88,8 +44,6 @@ def test_a_full_disk_loses_nothing(photos, tiny_teachers, tmp_path, small_disk, 
 def test_one_bad_batch_stops_the_build_by_name_and_it_resumes(
     photos, tiny_teachers, tmp_path, monkeypatch, mood, message
 ):
-    (tmp_path / "moody_teachers.py").write_text(MOODY)
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("FERKD_MOOD", str(tmp_path / "mood"))
     teacher, out = f"python:moody_teachers:{mood}", tmp_path / "out"
     (tmp_path / "mood").touch()

@@ -12,42 +12,9 @@ from ferkd_data.errors import TeacherError
 from ferkd_data.labels.soft_labels import check_logits
 from ferkd_data.teachers import TeacherSpec, load_teachers
 
-GREEDY = """
-import torch
-from ferkd_tiny_teachers import Tiny
-
-
-class Greedy(Tiny):
-    most = 5
-
-    def forward(self, x):
-        if len(x) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return super().forward(x)
-
-
-def greedy():
-    return Greedy(1)
-
-
-class Raising(Tiny):
-    def forward(self, x):
-        if len(x) > 1:
-            raise KeyError("no such layer")
-        return super().forward(x)
-
-
-def raising():
-    return Raising(1)
-"""
-
 
 @pytest.fixture
-def greedy(tiny_teachers, tmp_path, monkeypatch):
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    (folder / "greedy_teachers.py").write_text(GREEDY)
-    monkeypatch.syspath_prepend(folder)
+def greedy(tiny_teachers):
     return "python:greedy_teachers:greedy"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from label_sets import SMALL, build_with_two, same_files, wait_until
+from label_sets import SMALL, TEACHER_MODULES, build_with_two, same_files, wait_until
 
 import ferkd_data as fd
 from ferkd_data.builder import Resources
@@ -25,82 +26,13 @@ from ferkd_data.builder.workers.processes import WorkerProcess, WorkerProcesses
 from ferkd_data.errors import BuildError, TeacherError, UsageError
 from ferkd_data.teachers import load_teachers
 
-DEADLY = '''
-"""Teachers that end the process they run in."""
-import ctypes, os, signal, time
-from pathlib import Path
-from ferkd_tiny_teachers import Tiny
-
-LIVES = Path(__file__).parent.with_name("lives")
-
-
-class Deadly(Tiny):
-    """Dies on its real batches as long as it finds lives to take; a probe is one image."""
-
-    def forward(self, x):
-        if len(x) > 1:
-            for life in LIVES.glob("*"):
-                try:
-                    life.unlink()
-                except FileNotFoundError:
-                    continue
-                os.kill(os.getpid(), signal.SIGKILL)
-        return super().forward(x)
-
-
-def deadly():
-    return Deadly(1)
-
-
-class Slow(Tiny):
-    def forward(self, x):
-        if len(x) > 1:
-            (LIVES / f"asleep-{os.getpid()}").touch()
-            time.sleep(600)
-        return super().forward(x)
-
-
-def slow():
-    return Slow(1)
-
-
-class Frozen(Tiny):
-    """Hangs in C code that keeps all other threads of its process from running."""
-
-    def forward(self, x):
-        if len(x) > 1:
-            ctypes.PyDLL(None).sleep(600)
-        return super().forward(x)
-
-
-def frozen():
-    return Frozen(1)
-
-
-class Late(Tiny):
-    """Says nothing that makes sense of its real batches."""
-
-    def forward(self, x):
-        return super().forward(x) * (float("nan") if len(x) > 1 else 1)
-
-
-def late():
-    return Late(1)
-
-
-def unborn():
-    if "FERKD_DRIVER" not in os.environ or int(os.environ["FERKD_DRIVER"]) != os.getpid():
-        os.kill(os.getpid(), signal.SIGKILL)
-    return Tiny(1)
-'''
-
 
 @pytest.fixture
 def deadly(tiny_teachers, tmp_path, monkeypatch):
     """The spec's beginning; `python:deadly_teachers:` and a factory."""
     folder = tmp_path / "modules"
     folder.mkdir()
-    (folder / "deadly_teachers.py").write_text(DEADLY)
+    shutil.copy(TEACHER_MODULES / "deadly_teachers.py", folder)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("FERKD_DRIVER", str(os.getpid()))
     (tmp_path / "lives").mkdir()

@@ -91,7 +91,7 @@ def quick(monkeypatch):
 
 def pool_of(scripts, teacher_timeout=None, stop=None):
     folder = mock.Mock(location="out")
-    folder.record.side_effect = lambda shard: mock.Mock(index=shard) if shard in scripts.saved else None
+    folder.files.record.side_effect = lambda shard: mock.Mock(index=shard) if shard in scripts.saved else None
     return WorkerPool(scripts, folder, mock.Mock(), stop or Stop(), teacher_timeout)
 
 
@@ -147,12 +147,12 @@ def test_a_record_that_is_seen_late_and_one_that_never_is(monkeypatch):
     scripts = Scripts()
     made = pool_of(scripts)
     seen = iter([None, None, mock.Mock(index=0)])
-    made.folder.record.side_effect = lambda shard: next(seen)
+    made.folder.files.record.side_effect = lambda shard: next(seen)
     made.label([0])
-    assert done(made) == [0] and made.folder.look_again.call_count == 2
+    assert done(made) == [0] and made.folder.files.look_again.call_count == 2
     monkeypatch.setattr(pool, "VISIBLE_SECONDS", 0.05)
     made = pool_of(Scripts())
-    made.folder.record.side_effect = lambda shard: None
+    made.folder.files.record.side_effect = lambda shard: None
     with pytest.raises(BuildError, match="shard 0: worker 0 finished it; its files are not in out"):
         made.label([0])
 
@@ -161,7 +161,7 @@ def test_others_work_on_while_a_record_is_waited_for():
     scripts = Scripts()
     made = pool_of(scripts)
     hidden = iter([None] * 3)
-    made.folder.record.side_effect = lambda shard: (
+    made.folder.files.record.side_effect = lambda shard: (
         next(hidden, mock.Mock(index=0)) if shard == 0 else mock.Mock(index=1)
     )
     made.label([0, 1])

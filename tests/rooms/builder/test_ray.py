@@ -29,86 +29,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
 ]
 
-TEACHERS = '''
-"""Teachers that look into a folder for what is to happen to them. The driver shows them a few images too."""
-import os, signal, sys, time
-from pathlib import Path
-from ferkd_tiny_teachers import Tiny
-
-FOLDER = Path(os.environ["RAY_TEACHERS_FOLDER"])
-IN_WORKER = any("default_worker" in argument for argument in sys.argv)
-
-
-class Deadly(Tiny):
-    """Ends its process as long as it finds lives to take."""
-
-    def forward(self, x):
-        for life in FOLDER.glob("life-*") if IN_WORKER and len(x) > 1 else ():
-            life.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().forward(x)
-
-
-def deadly():
-    return Deadly(1)
-
-
-class Slow(Tiny):
-    """Slow while a file `slow` is there; waits while a file says that its process is to, or all for somebody beside."""
-
-    def forward(self, x):
-        if IN_WORKER and len(x) > 1:
-            (FOLDER / f"at-work-{os.getpid()}").touch()
-            until = time.monotonic() + 60
-            while self.waits():
-                if time.monotonic() > until:
-                    raise TimeoutError("waited in vain")
-                time.sleep(0.05)
-            if (FOLDER / "slow").exists():
-                time.sleep(0.4)
-        return super().forward(x)
-
-    def waits(self):
-        alone = len(list(FOLDER.glob("at-work-*"))) < 2
-        return (FOLDER / f"wait-{os.getpid()}").exists() or ((FOLDER / "together").exists() and alone)
-
-
-def slow():
-    return Slow(1)
-
-
-class Hanging(Tiny):
-    def forward(self, x):
-        if IN_WORKER and len(x) > 1:
-            time.sleep(60)
-        return super().forward(x)
-
-
-def hanging():
-    return Hanging(1)
-
-
-class NaN(Tiny):
-    """Gives NaN, but not to the driver, which would find out first."""
-
-    def forward(self, x):
-        return super().forward(x) * (float("nan") if IN_WORKER and len(x) > 1 else 1)
-
-
-def nan():
-    return NaN(1)
-'''
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_teachers):
     """Where the teachers look; `python:ray_teachers:` is importable on every node."""
     folder = tmp_path_factory.mktemp("ray-teachers")
-    (folder / "ray_teachers.py").write_text(TEACHERS)
     with pytest.MonkeyPatch.context() as patch, s3_store(patch, "bucket"):
         patch.setenv("FERKD_DATA_CACHE", str(folder / "cache-of-the-nodes"))
-        patch.syspath_prepend(folder)
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ["PYTHONPATH"]]))
         patch.setenv("RAY_TEACHERS_FOLDER", str(folder))
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")

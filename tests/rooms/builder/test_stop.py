@@ -20,38 +20,9 @@ from ferkd_data_cli.main import run
 STOPPED = 143
 OPTIONS = ("--crops", "10", "--crops-per-block", "4", "--top-k", "4", "--images-per-shard", "4", "--device", "cpu")
 
-GATED = '''
-"""A teacher that answers for one shard, and then says nothing until there is a file `open`."""
-import os, time
-from pathlib import Path
-from ferkd_tiny_teachers import Tiny
-
-FOLDER = Path(os.environ["GATED_FOLDER"])
-
-
-class Gated(Tiny):
-    crops = 0
-
-    def forward(self, x):
-        while self.crops >= 4 * 10 and not (FOLDER / "open").exists():
-            if any(FOLDER.glob("out/.build/shards/*.json")):
-                (FOLDER / "waits").touch()
-            time.sleep(0.01)
-        self.crops += len(x) if len(x) > 1 else 0
-        return super().forward(x)
-
-
-def gated():
-    return Gated(1)
-'''
-
 
 @pytest.fixture
 def gated(tiny_teachers, tmp_path, monkeypatch):
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules/gated_teachers.py").write_text(GATED)
-    monkeypatch.syspath_prepend(tmp_path / "modules")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "modules"), os.environ["PYTHONPATH"]]))
     monkeypatch.setenv("GATED_FOLDER", str(tmp_path))
     yield "python:gated_teachers:gated"
     del sys.modules["gated_teachers"]

@@ -29,33 +29,6 @@ from ferkd_data.labels.statistics import Statistics
 from ferkd_data_cli.display import frame, plain_line
 from ferkd_data_cli.main import run
 
-DEADLY = '''
-import os, signal
-from pathlib import Path
-from ferkd_tiny_teachers import Tiny
-
-
-class Deadly(Tiny):
-    """Dies once, on a real batch: a probe is one image."""
-
-    def forward(self, x):
-        if len(x) > 1 and take(Path(os.environ["WATCHED_LIFE"])):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().forward(x)
-
-
-def take(life):
-    try:
-        life.unlink()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def once():
-    return Deadly(1)
-'''
-
 
 def events(path):
     return [json.loads(text) for text in path.read_text().splitlines()]
@@ -106,9 +79,6 @@ def test_the_log_of_a_build_and_of_its_extension(make_photos, tiny_teachers, tmp
 
 
 def test_a_worker_that_dies_and_the_reason_of_a_failure(photos, tiny_teachers, tmp_path, monkeypatch):
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules/watched_teachers.py").write_text(DEADLY)
-    monkeypatch.syspath_prepend(tmp_path / "modules")
     monkeypatch.setenv("WATCHED_LIFE", str(tmp_path / "life"))
     (tmp_path / "life").touch()
     log = tmp_path / "log"

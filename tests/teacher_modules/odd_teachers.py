@@ -129,6 +129,10 @@ def features_after_a_relu():
     return Wrapped(lambda features, logits: features.relu())
 
 
+def another_when_exported():
+    return Wrapped(lambda features, logits: logits * (0.5 if torch.compiler.is_exporting() else 1))
+
+
 def constant():
     return Wrapped(lambda features, logits: logits * 0 + torch.arange(10.0))
 

@@ -1,0 +1,67 @@
+"""Teachers that cost nothing, for tests of everything but the teachers."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    def __init__(self, seed, classes=10):
+        super().__init__()
+        self.preprocessing = {"size": 32, "mean": (0.5,), "std": (0.25,)}
+        generator = torch.Generator().manual_seed(seed)
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.head = nn.Linear(48, classes)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.randn(classes, 48, generator=generator) * 2)
+            self.head.bias.zero_()
+
+    def forward(self, x):
+        time.sleep(float(os.environ.get("TINY_SLEEP", "0")))
+        return self.head(self.pool(x).flatten(1))
+
+
+def first():
+    return Tiny(1)
+
+
+def second():
+    return Tiny(2)
+
+
+def third():
+    return Tiny(5)
+
+
+def eleven_classes():
+    return Tiny(3, 11)
+
+
+class Broken(Tiny):
+    def forward(self, x):
+        return super().forward(x) * float("nan")
+
+
+def nan():
+    return Broken(1)
+
+
+class Flat(Tiny):
+    def forward(self, x):
+        return super().forward(x) * 0
+
+
+def flat():
+    return Flat(1)
+
+
+def not_there():
+    raise OSError("no weights")
+
+
+def not_a_module():
+    return 3

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from ferkd_tiny_teachers import Tiny
+
+
+class Deadly(Tiny):
+    """Dies once, on a real batch: a probe is one image."""
+
+    def forward(self, x):
+        if len(x) > 1 and take(Path(os.environ["WATCHED_LIFE"])):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+def take(life):
+    try:
+        life.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def once():
+    return Deadly(1)
