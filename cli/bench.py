@@ -22,10 +22,12 @@ from .options import TEACHER_HELP, json_option, print_json
     help="auto: bf16 on cuda, fp32 on a CPU.",
 )
 @click.option(
-    "--batch-sizes", default=None, metavar="N,N", help="Crops at a time.  [default: 4,8,32; cuda: 64 to 1024]"
+    "--batch-sizes", default=None, metavar="N,N", help="Crops in a batch.  [default: 4,8,32; cuda: 64 to 1024]"
 )
 @click.option("--threads", default=None, metavar="N,N", help="Threads that compute.  [default: 1 and all]")
-@click.option("--seconds", type=float, default=1.0, show_default=True, help="Of each measurement; there are three.")
+@click.option(
+    "--seconds", type=float, default=1.0, show_default=True, help="Seconds of each measurement; there are three."
+)
 @click.option(
     "--compile/--no-compile",
     "compiled",
@@ -38,7 +40,7 @@ from .options import TEACHER_HELP, json_option, print_json
     type=click.Path(dir_okay=False, path_type=Path),
     default=None,
     metavar="FILE.onnx",
-    help="Measure nothing; write the teacher as an ONNX file for onnx:FILE.onnx, after checking that it says the same.",
+    help="Measure nothing. Write the teacher as an ONNX file for onnx:FILE.onnx, if its probabilities are the same.",
 )
 @json_option
 def command(

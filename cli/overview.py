@@ -1,4 +1,4 @@
-"""What a build has understood, in about ten lines on stderr."""
+"""The overview of a build, in about ten lines on stderr."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from .terminal import say
 
 SHOWN = 6
-"""Reasons in one line."""
+"""Most reasons in one line."""
 
 
 class ShowOverview:
@@ -18,7 +18,7 @@ class ShowOverview:
         self.overview: Any = None
 
     def see(self, event: Any) -> None:
-        from ferkd_data.builder.watch.events import Overview
+        from ferkd_data.builder import Overview
 
         if isinstance(event, Overview):
             self.overview = event
@@ -27,7 +27,7 @@ class ShowOverview:
 
 
 def lines(overview: Any) -> Iterator[str]:
-    """The overview as a table of two columns."""
+    """Yield the overview as a table of two columns."""
     images, known = overview.images, overview.images_with_target
     yield _line("source", f"{overview.source}: {count(images, 'image')} in {count(overview.shards, 'shard')}")
     yield _line("ground truth", f"known for {known:,}, unknown for {images - known:,}")
@@ -48,7 +48,7 @@ def lines(overview: Any) -> Iterator[str]:
 
 
 def left_out(counts: Mapping[str, int], examples: Mapping[str, str] | None = None) -> str:
-    """`3 system files (.DS_Store), 1 .txt file (notes.txt)`."""
+    """Return counts by reason: `3 system files (.DS_Store), 1 .txt file (notes.txt)`."""
     from ferkd_data.images import describe_left_out
 
     order = sorted(counts.items(), key=lambda item: (-item[1], item))
@@ -62,7 +62,7 @@ def left_out(counts: Mapping[str, int], examples: Mapping[str, str] | None = Non
 
 
 def count(number: int, thing: str) -> str:
-    """`1 image`, `1,200 images`."""
+    """Return a number with its noun: `1 image`, `1,200 images`."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 

@@ -30,48 +30,54 @@ from ferkd_data.teachers.teacher import is_out_of_memory
 
 Way: TypeAlias = Literal["eager", "channels-last", "compile", "onnx", "as it is"]
 OF_A_BUILD = ("channels-last", "as it is")
-"""Ways in which a build runs a teacher unless told otherwise."""
+"""Ways in which a build runs a teacher by default."""
 CPU_BATCHES = (4, 8, 32)
 CUDA_BATCHES = (64, 128, 256, 512, 1024)
 TOLERANCE = 1e-3
-"""How far a probability of an exported teacher may be from the eager one's: about what float16 labels can tell."""
+"""Largest allowed difference of a probability between an exported and the eager teacher: about float16's step."""
 CHECKED_CROPS = 16
 ROUNDS = 3
 WORTH = 1.1
-"""A way that is not this much faster than what a build does anyway is not worth advice."""
+"""Speed-up over the build's default below which a way is not advised."""
 ALIKE = 0.97
-"""Batch sizes that come so near to the fastest are as good; the smallest of them is advised, which leaves memory."""
+"""Share of the fastest rate at which a batch size counts as equal. The smallest such size is advised."""
 ASKED_AT_ONCE = 4
-"""Batches that a GPU gets before the host waits for it, as a build does not wait for each either."""
+"""Batches that a GPU gets before the host waits for it, since a build does not wait for each either."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
+    """The rate of a teacher, run in one way."""
+
     way: Way
     batch_size: int
     threads: int
     crops_per_second: float
     """Median of the rounds."""
     ratio: float
-    """To the same teacher eager, at its best batch size and number of threads."""
+    """Rate divided by that of the same teacher eager, at its best batch size and number of threads."""
     largest_difference: float
-    """Of any probability, against eager."""
+    """Largest difference of a probability from the eager teacher's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherTimings:
+    """All timings of one teacher, and advice."""
+
     spec: str
     timings: tuple[Timing, ...]
     failures: dict[str, str]
-    """Way, or way and batch size -> why it cannot be had."""
+    """Reason why a way, or a way at a batch size, could not be timed."""
     advice: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherBench:
+    """The result of `bench_teachers`."""
+
     device: str
     cores: int
-    """Threads that PyTorch computes with here, unless told otherwise."""
+    """Threads that PyTorch computes with here by default."""
     teachers: tuple[TeacherTimings, ...]
 
 
@@ -87,8 +93,16 @@ def bench_teachers(
 ) -> TeacherBench:
     """Time each teacher in every way that works for it, by turns in three rounds of `seconds` for each way.
 
-    `threads` are 1 and all by default (on a GPU, all). Compiling takes a minute or more for each teacher, and
-    `compiled=False` leaves it out. Raises UsageError, TeacherError.
+    Args:
+        teachers: Specs such as "timm:resnet50".
+        device: "cpu", "cuda" or "cuda:N".
+        precision: "auto", "fp32", "bf16" or "fp16".
+        batch_sizes: Crops at a time; 4, 8 and 32 on a CPU, 64 to 1024 on a GPU by default.
+        threads: Threads that compute; 1 and all by default, on a GPU all.
+        compiled: Also try torch.compile, which takes a minute or more for each teacher.
+        seconds: Length of each measurement.
+
+    Raises UsageError, TeacherError.
     """
     cores = torch.get_num_threads()
     batch_sizes = tuple(batch_sizes or (CPU_BATCHES if device == "cpu" else CUDA_BATCHES))
@@ -105,7 +119,7 @@ def bench_teachers(
 
 
 def export_teacher(teacher: str | TeacherSpec, path: Path) -> TeacherSpec:
-    """Write a teacher as an ONNX file, and give the spec to use from now on.
+    """Write a teacher as an ONNX file, and return the spec to use from now on.
 
     Raises TeacherError, and writes nothing, where its probabilities are further than TOLERANCE from the eager ones.
     """
@@ -122,7 +136,7 @@ def export_teacher(teacher: str | TeacherSpec, path: Path) -> TeacherSpec:
 
 
 class _Bench:
-    """The timings of one teacher."""
+    """Takes the timings of one teacher."""
 
     def __init__(
         self,
@@ -152,7 +166,7 @@ class _Bench:
                 "crops at a time; try smaller --batch-sizes"
             )
         if compiled and is_plain_module(self.teacher):
-            # For the one batch size that promises most: each costs a compilation.
+            # Only for the batch size that promises most, since each size costs a compilation.
             at_once = [size for way, size, count in self.rates if (way, count) == ("channels-last", max(self.threads))]
             best = max(at_once, key=lambda size: self._rate(("channels-last", size, max(self.threads))))
             self._time(self._compiled(self.teacher, best), [best])
@@ -173,7 +187,7 @@ class _Bench:
         return replace(found, advice=advice(found, cores))
 
     def _ways(self) -> dict[tuple[Way, int], Teacher]:
-        """(way, threads) -> the teacher; an ONNX session has the number of its threads built in."""
+        """Return the teacher for each (way, threads). The number of threads is fixed in an ONNX session."""
         if not is_plain_module(self.teacher):
             return {("as it is", threads): self._with(threads, self.teacher) for threads in self.threads}
         ways: dict[tuple[Way, int], Teacher] = {}
@@ -198,7 +212,7 @@ class _Bench:
 
     def _compiled(self, teacher: ModuleTeacher, batch_size: int) -> dict[tuple[Way, int], Teacher]:
         try:
-            # What it compiles has the number of threads built in as well.
+            # The number of threads is fixed in the compiled code too.
             return {("compile", max(self.threads)): compile_teacher(teacher, batch_size)}
         except TeacherError as error:
             self.failures["compile"] = str(error)
@@ -226,7 +240,7 @@ class _Bench:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        # Here and not where it was caught: the exception held on to the tensors of its frames.
+        # Not in the except block: there, the exception still refers to the tensors of its frames.
         torch.cuda.empty_cache()
         self.failures[f"{way}, batch {count}"] = "out of memory"
         self.rates.pop(key, None)
@@ -236,7 +250,7 @@ class _Bench:
 
 
 def advice(found: TeacherTimings, cores: int) -> str:
-    """One line: what to give to `build`, counting a way with one thread once for each core."""
+    """Return one line with the options for `build`. A way with one thread counts once for each core."""
 
     def on_all_cores(timing: Timing) -> float:
         return timing.crops_per_second * max(1, cores // timing.threads)
@@ -263,7 +277,7 @@ def advice(found: TeacherTimings, cores: int) -> str:
 
 
 def _in_planes(teacher: ModuleTeacher) -> ModuleTeacher:
-    """As PyTorch makes a module: every channel a plane of its own."""
+    """Return the teacher in PyTorch's default memory format, in which every channel is a plane of its own."""
     other = copy.copy(teacher)
     other.memory_format = torch.contiguous_format
     module = teacher.module
@@ -313,7 +327,7 @@ def _measure(teacher: Teacher, batch_BCSS: Tensor, seconds: float) -> float:
 
 
 def _largest_difference(eager: Teacher, other: Teacher) -> float:
-    """Of any probability of any class on the same pictures; a number that is none when either gives none."""
+    """Return the largest difference of a probability on the same pictures; NaN where either teacher gives NaN."""
     pictures = _pictures(CHECKED_CROPS, eager.preprocessing.size)
     first, second = (teacher.logits(pictures).cpu().softmax(dim=1) for teacher in (eager, other))
     return float((first - second).abs().max())
@@ -324,7 +338,7 @@ def _repeated(pictures: Tensor, count: int) -> Tensor:
 
 
 def _pictures(count: int, size: int) -> Tensor:
-    """Smooth colours with some noise, the same every time."""
+    """Return `count` pictures of smooth colours with some noise, the same every time."""
     generator = torch.Generator().manual_seed(0)
     smooth = torch.rand((count, 3, 6, 6), generator=generator) * 255
     large = nn.functional.interpolate(smooth, size=(size, size), mode="bicubic")

@@ -1,4 +1,4 @@
-"""The builder: images and teachers in, a label set out."""
+"""The builder: makes a label set of images and teachers. `build` in run.py is the way in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ferkd_data.builder.dry_run import Estimate, dry_run
 from ferkd_data.builder.run import BuildResult, PartResult, build, build_part, finish
 from ferkd_data.builder.settings import BuildSettings, Resources
 from ferkd_data.builder.stop import Stop, stop_on_sigterm
-from ferkd_data.builder.watch.events import Event, Progress, Watcher
+from ferkd_data.builder.watch.events import Event, Overview, Progress, Watcher
 from ferkd_data.builder.watch.logs import JsonLog, MetricsFile
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Event",
     "JsonLog",
     "MetricsFile",
+    "Overview",
     "PartResult",
     "Progress",
     "Resources",

@@ -1,10 +1,11 @@
-"""The finished label set that a build extends: what it fixes, and whether it can be extended at all.
+"""Extend a finished label set: more crops for its images, new images, or both.
 
-The plan of an extension: the images of a label set that get more crops, in its own shards; then the new images.
+- `Base`: the finished label set, the settings that it fixes, and whether it can be extended at all.
+- `load_or_make_extension`: the plan. Images that get more crops keep their shards and rows; new images follow.
+- `seal_extension`: the end. New files lie beside the old ones, and a new manifest replaces the old one at once.
 
-Its digest is that of the label set's plan where no image is new, else over that digest and the new keys and targets.
-
-The end of an extension: new files beside the old ones, and a manifest that takes the old one's place at once.
+The digest of the plan is that of the label set's plan where no image is new, else that of this digest followed by the
+new keys and targets.
 """
 
 from __future__ import annotations
@@ -46,11 +47,13 @@ from ferkd_data.labels.rows import UNKNOWN_TARGET
 from ferkd_data.storage import write_atomically
 
 NOT_COMPARED = {"spec", "name"}
-"""Of a teacher: how it was called."""
+"""Fields of a teacher's entry that only say how it was named."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
+    """A finished label set that is to be extended."""
+
     out: Path
     manifest: Manifest
     identity: str
@@ -62,20 +65,20 @@ class Base:
 
     @property
     def precision(self) -> str:
-        """Of all teachers; auto where they differ."""
+        """The precision of all teachers; auto where they differ."""
         found = {teacher.precision for teacher in self.manifest.teachers}
         return found.pop() if len(found) == 1 else "auto"
 
     @property
     def classes(self) -> ClassList | None:
-        """The classes as they were numbered, where the label set says by which folders or texts."""
+        """The classes as they were numbered, where the manifest has their folders or texts."""
         folders, names = self.manifest.source.class_folders, self.manifest.class_names
         if folders is None:
             return None
         return ClassList(str(self.out / FILE_NAME), folders, names if names and len(names) == len(folders) else folders)
 
     def settings(self, given: Mapping[str, Any]) -> BuildSettings:
-        """Those of the extended label set. Only `crops`, `images_per_shard` and `max_pixels` are free.
+        """Return the settings of the extension. Only `crops`, `images_per_shard` and `max_pixels` are free.
 
         Raises SettingsMismatchError that names both values where one that is given contradicts the manifest,
         UsageError where the number of crops cannot be reached.
@@ -99,7 +102,7 @@ class Base:
         return BuildSettings(**{**free, **given, **fixed, "crops": crops})
 
     def check_teachers(self, entries: Sequence[TeacherEntry]) -> None:
-        """Raises SettingsMismatchError that names both values where these would say something else."""
+        """Raise SettingsMismatchError, which names both values, where these teachers would give other labels."""
         saved, present = ([_compared(entry) for entry in each] for each in (self.manifest.teachers, entries))
         lines = describe_differences({"teachers": saved}, {"teachers": present})
         if lines:
@@ -109,7 +112,7 @@ class Base:
             )
 
     def check_class_names(self, names: tuple[str, ...] | None) -> None:
-        """Raises SettingsMismatchError where the source's class numbers mean something else."""
+        """Raise SettingsMismatchError where the source's class numbers have another meaning."""
         saved = self.manifest.class_names
         if saved is None or names is None or saved == names:
             return
@@ -117,7 +120,7 @@ class Base:
         raise SettingsMismatchError(f"{self.out}: the source has other classes than the label set: {lines[0]}")
 
     def _stored(self) -> dict[str, Any]:
-        """Settings that the manifest decides."""
+        """Return the settings that the manifest fixes."""
         manifest = self.manifest
         return {
             "top_k": manifest.top_k,
@@ -130,14 +133,14 @@ class Base:
         }
 
     def _comparable(self, value: Any) -> Any:
-        """Quantiles that are those of the manifest stand for the thresholds that were found with them."""
+        """Replace quantiles that are those of the manifest by the thresholds that were derived from them."""
         stored = self.manifest.thresholds
         if isinstance(value, QuantileThresholds) and stored.quantile == (value.low, value.mid, value.top):
             return replace(stored.absolute(), confidence=value.confidence)
         return value
 
     def _crops_per_block(self, crops: int) -> int:
-        """Raises UsageError where more crops would mean to write a file anew."""
+        """Return the block size. Raises UsageError where more crops would mean to rewrite a file."""
         has, block = self.manifest.num_crops, self.manifest.crops_per_block
         if crops < has:
             raise UsageError(f"{self.out}: has {has} crops per image already, asked for {crops}; give {has} or more")
@@ -166,7 +169,10 @@ class Base:
 
 
 def open_base(out: Path) -> Base:
-    """Raises ManifestError where there is no finished label set, UsageError for one that no single build wrote."""
+    """Open the label set in `out`.
+
+    Raises ManifestError where there is no finished one, UsageError for one that was imported or merged.
+    """
     text = read_manifest_bytes(out)
     manifest = parse_manifest(text, str(out / FILE_NAME))
     for mark, how in (("imported_from", "imported"), ("merged_from", "merged")):
@@ -194,11 +200,11 @@ def _largest_divisor(number: int, at_most: int) -> int:
 
 
 CHUNK = 4096
-"""Items that are dealt with together."""
+"""Images that are looked up together."""
 
 
 def load_or_make_extension(source: ImageSource, folder: Path, base: Base, settings: BuildSettings) -> Plan:
-    """The plan that an earlier run of this extension made, or a new one.
+    """Return the plan that an earlier run of this extension made, or make one.
 
     Raises SourceError for a labelled image that is to get more crops and is not in the source any more,
     SettingsMismatchError for one that has another target there.
@@ -209,6 +215,8 @@ def load_or_make_extension(source: ImageSource, folder: Path, base: Base, settin
 
 
 class _Extension:
+    """Makes the plan of an extension."""
+
     def __init__(self, source: ImageSource, folder: Path, base: Base, settings: BuildSettings) -> None:
         self.source = source
         self.folder = folder
@@ -283,8 +291,8 @@ class _Extension:
     def _identities(self) -> Iterator[tuple[Sequence[str], list[int | None], list[bytes | None]]]:
         """Yield (keys, targets, digests) of each shard of the label set; digests in layout parquet alone.
 
-        Every file of the label set is read and checked, since the extended set vouches for the old files too. Raises
-        ShardError for one that was damaged, or that says what no label set may say.
+        Reads and checks every file of the label set, since the extended set vouches for the old files too. Raises
+        ShardError for a file that is damaged or breaks the format.
         """
         for entry in filter(attrgetter("rows"), self.base.manifest.shards):
             first = self.labels.block(entry.index, 0)
@@ -296,9 +304,9 @@ class _Extension:
 
 
 def seal_extension(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts, version: str) -> Manifest:
-    """The manifest of the old and the new labels together; the old one where nothing came to it.
+    """Write the manifest of the old and the new labels together; return the old one where nothing was added.
 
-    Until the manifest is written, and whatever was killed before, OUT is the old label set. Can be run again.
+    Until the manifest is written OUT is the old label set, whatever is killed before. Can be run again.
     """
     old = open_base(folder.out).manifest
     shards = tuple(_shards(folder, plan, old))
@@ -339,7 +347,7 @@ def seal_extension(folder: BuildFolder, plan: Plan, settings: BuildSettings, fac
 
 
 def _shards(folder: BuildFolder, plan: Plan, old: Manifest) -> Iterator[ShardEntry]:
-    """Those of the old label set, with their new blocks; then the new ones, but for empty ones at the end."""
+    """Yield the old shards with their new blocks, then the new shards without empty ones at the end."""
     for entry in old.shards:
         if entry.index not in plan.shards:
             yield entry
@@ -356,7 +364,7 @@ def _shards(folder: BuildFolder, plan: Plan, old: Manifest) -> Iterator[ShardEnt
 
 
 def _rejects(folder: BuildFolder, plan: Plan, old: Manifest) -> RejectsEntry:
-    """A file of another name, since the old manifest is in force; the old one where it would be the same."""
+    """Write the rejects under a new name, since the old manifest is in force; keep the old file if it is the same."""
     new = write_rejects(folder, plan, _next_name(old.rejects.path))
     if new.sha256 != old.rejects.sha256:
         return new
@@ -365,12 +373,12 @@ def _rejects(folder: BuildFolder, plan: Plan, old: Manifest) -> RejectsEntry:
 
 
 def _next_name(path: str) -> str:
-    """rejects.parquet, rejects-2.parquet, rejects-3.parquet, ..."""
+    """Return the next name: rejects.parquet, rejects-2.parquet, rejects-3.parquet, ..."""
     found = re.fullmatch(r"rejects-(\d+)", PurePosixPath(path).stem)
     return f"rejects-{int(found[1]) + 1 if found else 2}.parquet"
 
 
 def _description(old: Manifest, plan: Plan, facts: Facts) -> str:
-    """Of the new source, or of both where the old images are not in it."""
+    """Describe the new source, or both sources where the old images are not in the new one."""
     before = old.source.description
     return facts.source if plan.summary.all_listed or facts.source in before else f"{before}; {facts.source}"

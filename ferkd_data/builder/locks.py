@@ -1,4 +1,4 @@
-"""Who may work on a folder OUT: locks that the system releases when their process dies."""
+"""Locks of OUT: which processes may work on it. The system releases a lock when its process dies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ferkd_data.storage import remove_leftovers
 
 @contextmanager
 def open_build_folder(out: Path, *, overwrite: bool, extend: bool = False) -> Iterator[BuildFolder]:
-    """Take OUT for this process, for as long as the context lasts.
+    """Lock OUT for this process while the context lasts.
 
     Raises BuildLockedError when a live process builds there; BuildError for a finished label set (without `overwrite`
     or `extend`), for a folder that is not ours, and where nothing can be written.
@@ -49,7 +49,7 @@ def open_build_folder(out: Path, *, overwrite: bool, extend: bool = False) -> It
 
 @contextmanager
 def open_part_folder(out: Path, part: Part, *, extend: bool = False) -> Iterator[BuildFolder]:
-    """Take one part of OUT for this process, beside processes that take other parts.
+    """Lock one part of OUT for this process, beside processes that lock other parts.
 
     Raises BuildLockedError when a live process builds the whole or this part, BuildError as `open_build_folder` does.
     """
@@ -74,12 +74,12 @@ def check_unfinished(out: Path) -> None:
 
 
 def clean_up_after_end(out: Path) -> bool:
-    """Remove what a build left that was killed after it wrote the manifest. Whether there was anything.
+    """Remove what a build left that was killed after it wrote the manifest; return whether there was anything.
 
-    An unfinished extension stays, and so does the folder of a process that lives.
+    An unfinished extension stays, and so does the state of a process that is alive.
     """
     folder = BuildFolder(out)
-    # Whoever may only read OUT has nothing to clean up either.
+    # A user who may only read OUT cannot clean up, and need not: the label set is finished.
     with suppress(BuildLockedError, PermissionError, FileNotFoundError), locked(folder.path / "lock", out):
         if not folder.has_ended:
             return False
@@ -92,13 +92,16 @@ def clean_up_after_end(out: Path) -> bool:
 
 
 def locked(path: Path, out: Path | str, *, shared: bool = False) -> AbstractContextManager[None]:
-    """Hold this file's lock. Raises BuildLockedError when another process has it; `out` is what that says."""
+    """Hold the lock of a file. Raises BuildLockedError, which names `out`, when another process has it."""
     return held(path, out, work="build", refusal=BuildLockedError, shared=shared)
 
 
 @contextmanager
 def explain_unwritable(out: Path | str, *, only_if_named: bool = False) -> Iterator[None]:
-    """Turn an OSError into a BuildError that says what to do about OUT; with `only_if_named`, one that names OUT."""
+    """Turn an OSError into a BuildError that says what to do about OUT.
+
+    With `only_if_named`, only an OSError that names OUT: others may come from the source or a teacher.
+    """
     try:
         yield
     except OSError as error:
@@ -113,7 +116,7 @@ def explain_unwritable(out: Path | str, *, only_if_named: bool = False) -> Itera
 
 
 def check_out(out: Path) -> None:
-    """Raise BuildError for what is no folder of ours, or cannot be written to; before minutes of loading teachers."""
+    """Raise BuildError for a folder that is not ours or cannot be written to, before the teachers are loaded."""
     if out.exists() and not out.is_dir():
         raise BuildError(f"{out}: is a file; give a folder as OUT (a pattern in SOURCE needs quotes)")
     if out.is_dir() and any(out.iterdir()) and not (out / FOLDER).is_dir() and not (out / FILE_NAME).is_file():
@@ -130,7 +133,7 @@ def check_out(out: Path) -> None:
 def _clear(folder: BuildFolder) -> None:
     """Remove what a build wrote, and nothing else.
 
-    The state comes first and the manifest second: a kill leaves a label set that is whole, or no build at all.
+    The state goes first and the manifest second: a kill in between leaves a whole label set, or no build at all.
     """
     folder.clear()
     (folder.out / FILE_NAME).unlink(missing_ok=True)
@@ -160,7 +163,7 @@ def _only_locks(folder: Path) -> bool:
 
 
 def _remove_if_only_locks(folder: Path) -> None:
-    """Leave no folder behind where no build began, nor an empty OUT that was made for it."""
+    """Remove `.build/` where no build began, and an empty OUT that was made for it."""
     with suppress(OSError):
         if _only_locks(folder):
             shutil.rmtree(folder)

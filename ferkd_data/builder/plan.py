@@ -1,8 +1,7 @@
 """The plan: which images a build labels, in which order, in which shard. Made once, then fixed.
 
-One row group of `plan.parquet` is one image shard, so that any shard can be worked on knowing its own rows only.
-
-One part of a build for a batch system: every n-th shard.
+One row group of `plan.parquet` is one image shard, so a worker reads the rows of its own shard only. `Part` chooses the
+shards of one part of a build for a batch system: every n-th.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ from ferkd_data.labels.rows import DIGEST_BYTES
 from ferkd_data.storage import write_atomically
 
 FORMAT: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["target"], "write_statistics": False}
-"""Keys and files are never the same twice; and a footer of 2,500 row groups is to be read with every shard."""
+"""Keys and files do not repeat, so a dictionary would cost space. Statistics would fill the footer, which every worker
+reads for each shard: 10 million images have 2,500 row groups."""
 REF_FIELDS = ("key", "target", "file", "offset", "length")
 DIGEST = pa.binary(DIGEST_BYTES)
 DIGESTED_TOGETHER = 4096
@@ -43,10 +43,12 @@ SCHEMA = pa.schema(
         pa.field("image_digest", DIGEST),
     ]
 )
-"""`image_digest` is known of an image that has labels already, and must be the same when it gets more."""
+"""`image_digest` is set for an image that has labels already: it must be the same when it gets more crops."""
 
 
 class PlanSummary(BaseModel):
+    """`plan.json`: what is known of the whole plan without reading its rows."""
+
     model_config = ConfigDict(frozen=True)
 
     version: int = 1
@@ -57,31 +59,33 @@ class PlanSummary(BaseModel):
     max_target: int
     rejects: int
     shards: int
-    """Planned ones."""
+    """Planned shards."""
     sha256: str
-    """Over every key and target in their order; of an extended label set, see ferkd_data.builder.extension."""
+    """Digest of every key and target in their order; in an extension, see ferkd_data.builder.extension."""
     class_names: tuple[str, ...] | None
     class_folders: tuple[str, ...] | None = None
     """Class folders, or texts of labels, in the order of their numbers."""
     left_out: dict[str, int] = {}
-    """Files met beside the images, by reason (see ferkd_data.images.refs)."""
+    """Number of files that are no images, by reason (see ferkd_data.images.refs)."""
     left_out_examples: dict[str, str] = {}
     notes: tuple[str, ...] = ()
     """Remarks about how the source was read, a sentence each."""
     first_shard: int = 0
-    """The number of the first planned shard. Those before it are finished: they are an extended label set's."""
+    """The number of the first planned shard. In an extension, shards before it are finished."""
     known_shards: int = 0
-    """So many of the planned shards, the first, are of images that an extended label set has labels of."""
+    """In an extension: the number of planned shards, from the first on, whose images have labels already."""
     known_images: int = 0
-    """Their images."""
+    """Images of the known shards."""
     known_crops: int = 0
-    """Crops that each of their images has already."""
+    """Crops that each image of the known shards has already."""
     all_listed: bool = True
     """Whether the source still has every image of an extended label set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
+    """A plan that is made; rows are read when they are asked for."""
+
     folder: Path
     summary: PlanSummary
 
@@ -91,27 +95,27 @@ class Plan:
         return range(self.summary.first_shard, self.summary.first_shard + self.summary.shards)
 
     def is_known(self, shard: int) -> bool:
-        """Whether its images have labels already, and get more crops."""
+        """Return whether the images of a shard have labels already, and get more crops."""
         return shard - self.summary.first_shard < self.summary.known_shards
 
     def first_crop(self, shard: int) -> int:
-        """Where the crops begin that this build labels."""
+        """Return the number of the first crop that this build labels in a shard."""
         return self.summary.known_crops if self.is_known(shard) else 0
 
     def refs(self, shard: int) -> list[ImageRef]:
-        """The images of one shard."""
+        """Return the images of one shard."""
         columns = self._read(shard, REF_FIELDS)
         return [ImageRef(**dict(zip(REF_FIELDS, row, strict=True))) for row in zip(*columns, strict=True)]
 
     def digests(self, shard: int) -> list[bytes]:
-        """Digests of the images of a known shard, from when they were labelled."""
+        """Return the digests that the images of a known shard had when they were labelled."""
         return self._read(shard, ("image_digest",))[0]
 
     def count_images(self, shards: Iterable[int]) -> int:
         return sum(self.shard_images(shards))
 
     def shard_images(self, shards: Iterable[int]) -> list[int]:
-        """Number of images in each of these shards."""
+        """Return the number of images in each of these shards."""
         metadata = pq.read_metadata(self.folder / "plan.parquet")
         return [metadata.row_group(shard - self.summary.first_shard).num_rows for shard in shards]
 
@@ -122,7 +126,7 @@ class Plan:
 
 
 def load_or_make_plan(source: ImageSource, folder: Path, *, images_per_shard: int) -> Plan:
-    """The plan that an earlier run of this build made, or a new one; written aside and renamed.
+    """Return the plan that an earlier run of this build made, or make one.
 
     Raises SourceError when the source holds no image at all.
     """
@@ -138,19 +142,19 @@ def load_or_make_plan(source: ImageSource, folder: Path, *, images_per_shard: in
 
 
 def open_plan(folder: Path) -> Plan:
-    """The plan that was made here."""
+    """Open the plan in `folder`."""
     return Plan(folder=folder, summary=PlanSummary.model_validate_json((folder / "plan.json").read_bytes()))
 
 
 def save_plan(folder: Path, summary: PlanSummary) -> Plan:
-    """The last step: the plan is made once plan.json is there."""
+    """Write plan.json. This is the last step: without it, no plan is there."""
     with write_atomically(folder / "plan.json") as aside:
         aside.write_text(summary.model_dump_json(indent=1))
     return Plan(folder=folder, summary=summary)
 
 
 class PlanWriter:
-    """Writes shard after shard, and the rejects beside them; whole when the context ends without an error."""
+    """Writes the plan shard by shard, and rejects beside it. An error that ends the context leaves no file."""
 
     def __init__(self, folder: Path, digest_of: str = "") -> None:
         self.folder = folder
@@ -178,7 +182,7 @@ class PlanWriter:
         self.rejects += 1
 
     def add_shard(self, rows: pa.Table, *, are_known: bool = False) -> None:
-        """Images that are known have labels already."""
+        """Add a shard. `are_known`: its images have labels already, so they do not count in the digest."""
         self._plan.write_table(rows, row_group_size=max(len(rows), 1))
         targets = rows["target"]
         self.shards += 1
@@ -190,7 +194,7 @@ class PlanWriter:
             self.digest.update(_digested(pairs))
 
     def summary(self, source: ImageSource) -> PlanSummary:
-        """The summary of the plan, once `source` was listed to its end."""
+        """Return the summary of the plan. `source` must have been listed to its end."""
         return PlanSummary(
             images=self.images,
             labelled_images=self.labelled,
@@ -207,7 +211,7 @@ class PlanWriter:
 
 
 def digest_of_listing(source: ImageSource) -> str:
-    """`PlanSummary.sha256` of a plan that was made of this source now."""
+    """Return the `PlanSummary.sha256` that a plan of this source would have now."""
     digest = hashlib.sha256(b"")
     listed = (item for item in source.list_images() if isinstance(item, ImageRef))
     for refs in in_groups(listed, DIGESTED_TOGETHER):
@@ -243,6 +247,12 @@ PATTERN = re.compile(r"(\d+)/(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
+    """Part `number` of `of` of a build: every `of`-th shard.
+
+    >>> Part.parse("3/8").shards(range(20))
+    [2, 10, 18]
+    """
+
     number: int
     """1 .. of"""
     of: int
@@ -265,5 +275,5 @@ class Part:
         return shard % self.of == self.number - 1
 
     def shards(self, planned: range) -> list[int]:
-        """Spread over the whole, since a source's images are often sorted by size or class."""
+        """Return this part's shards, spread over the whole, since images are often sorted by size or class."""
         return [shard for shard in planned if self.has(shard)]

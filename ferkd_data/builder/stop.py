@@ -1,4 +1,4 @@
-"""A request to end soon, as a pre-empted job gets it: the shards in work may be finished within a grace time."""
+"""Stop a build early, as a pre-empted job must: shards in work may be finished within a grace time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ GRACE_SECONDS = 20.0
 
 
 class Stop:
-    """Asked for by a signal handler or another thread, looked at by the engines."""
+    """A request to stop. A signal handler or another thread makes it; engines look at it between batches.
+
+    `request` only sets a time, which is read as a whole, so no lock is needed. Raises UsageError for a negative grace
+    time.
+    """
 
     def __init__(self, grace_seconds: float = GRACE_SECONDS) -> None:
         if grace_seconds < 0:
@@ -24,20 +28,20 @@ class Stop:
         self._requested_at: float | None = None
         self._labelling = False
         self.signal_number: int = signal.SIGTERM
-        """The signal that asked, for the exit status."""
+        """The signal that made the request, for the exit status."""
 
     @property
     def requested(self) -> bool:
-        """No new shard is begun."""
+        """Whether a stop was requested: no new shard is begun."""
         return self._requested_at is not None
 
     @property
     def expired(self) -> bool:
-        """The shards in work are dropped."""
+        """Whether the grace time is over: shards in work are dropped."""
         return self._requested_at is not None and time.monotonic() - self._requested_at >= self.grace_seconds
 
     def request(self) -> None:
-        """Raises BuildStoppedError at once where no shard is in work."""
+        """Request a stop. Raises BuildStoppedError at once where no shard is in work."""
         if self._requested_at is None:
             self._requested_at = time.monotonic()
         if not self._labelling:
@@ -45,7 +49,7 @@ class Stop:
 
     @contextmanager
     def labelling(self) -> Iterator[None]:
-        """While shards are in work, a request waits for the engine to look at it."""
+        """Have requests wait for the engine while the context lasts, since shards are in work."""
         if self.requested:
             raise self.error()
         self._labelling = True
@@ -62,9 +66,9 @@ class Stop:
 
 @contextmanager
 def stop_on_sigterm(grace_seconds: float = GRACE_SECONDS) -> Iterator[Stop]:
-    """A Stop that SIGTERM and SIGHUP (a closed terminal) ask for. A second one does what it would do without this.
+    """Yield a Stop that SIGTERM and SIGHUP (a closed terminal) request. A second signal has its ordinary effect.
 
-    Only the main thread can have it. A signal that is ignored, as SIGHUP is under `nohup`, stays ignored.
+    Must be used in the main thread. A signal that is ignored, as SIGHUP is under `nohup`, stays ignored.
     """
     stop = Stop(grace_seconds)
 

@@ -1,7 +1,8 @@
-"""A crop's difficulty, read off the soft label (FerKD, ICCV 2023).
+"""Buckets: a crop's difficulty, read off its soft label (FerKD, ICCV 2023).
 
-A bucket is decided by a confidence: the soft label's largest probability (p_max), or the probability of the ground
-truth. Both are stored as float16, and the comparisons are made on the stored values.
+A bucket follows from a confidence: the soft label's largest probability (p_max), or the probability of the ground
+truth. Both are stored as float16, and thresholds are compared with the stored values, so that a reader finds the same
+buckets.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ferkd_data.errors import UsageError
 BUCKETS = ("extreme_hard", "moderate_hard", "hard_positive", "easy_positive")
 """Names by code 0..3."""
 NUM_FLOAT16 = 0x3C01
-"""How many float16 values lie in [0, 1]; their bit patterns 0x0000..0x3C00 are in their order."""
+"""Number of float16 values in [0, 1]. Their bit patterns 0x0000..0x3C00 have the order of the values."""
 
 Confidence = Literal["max", "target"]
 QUANTILE_PREFIX = "quantile:"
@@ -26,7 +27,14 @@ QUANTILE_PREFIX = "quantile:"
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """extreme_hard < low <= moderate_hard < mid <= hard_positive < top <= easy_positive."""
+    """Thresholds of the buckets: extreme_hard < low <= moderate_hard < mid <= hard_positive < top <= easy_positive.
+
+    Raises UsageError unless 0 <= low <= mid <= top <= 1. FerKD discards extreme_hard crops, gives moderate_hard ones
+    the softened ground truth, and keeps the soft label of the others. The default values are ours.
+
+    >>> Thresholds(low=0.1, mid=0.25).top
+    0.95
+    """
 
     low: float = 0.15
     mid: float = 0.3
@@ -40,7 +48,12 @@ class Thresholds:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantileThresholds:
-    """Thresholds given as shares of the label set's own crops, since teachers differ in sharpness."""
+    """Thresholds given as shares of the label set's own crops, since teachers differ in sharpness.
+
+    Raises UsageError unless 0 <= low <= mid <= top <= 1.
+
+    >>> asked = QuantileThresholds(low=0.01, mid=0.03, top=0.9)  # build(..., thresholds=asked)
+    """
 
     low: float = 0.01
     mid: float = 0.03
@@ -78,13 +91,13 @@ def parse_thresholds(pieces: Sequence[str], confidence: Confidence = "max") -> T
 def confidence(
     class_prob: npt.NDArray[np.float16], target_prob: npt.NDArray[np.float16], which: Confidence
 ) -> npt.NDArray[np.float16]:
-    """The confidences (...,) of crops with class_prob (..., k) and target_prob (...,)."""
+    """Return the confidences (...,) of crops with class_prob (..., k) and target_prob (...,)."""
     p_max = class_prob[..., 0]
     return p_max if which == "max" else np.where(np.isnan(target_prob), p_max, target_prob)
 
 
 def assign_buckets(confidences: npt.NDArray[np.float16], thresholds: Thresholds) -> npt.NDArray[np.uint8]:
-    """Bucket codes of the same shape."""
+    """Return the bucket codes 0..3 of confidences, in their shape."""
     edges = np.array([thresholds.low, thresholds.mid, thresholds.top])
     return np.searchsorted(edges, confidences.astype(np.float64), side="right").astype(np.uint8)
 
@@ -103,15 +116,19 @@ def buckets_of(
 
 
 def confidence_counts(confidences: npt.NDArray[np.float16]) -> npt.NDArray[np.int64]:
-    """How often each float16 value in [0, 1] occurs: (NUM_FLOAT16,), indexed by bit pattern."""
+    """Count how often each float16 value in [0, 1] occurs: (NUM_FLOAT16,), indexed by bit pattern."""
     patterns = np.ascontiguousarray(confidences).reshape(-1).view(np.uint16)
     return np.bincount(patterns, minlength=NUM_FLOAT16)
 
 
 def from_patterns(patterns: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """The values of float16 patterns of 0..1, exactly, and 15 times as fast as NumPy; of other patterns, anything."""
+    """Convert the bit patterns of float16 values in 0..1 to float32, exactly. Other patterns give any value.
+
+    This is 15 times as fast as NumPy's own conversion.
+    """
     wide = patterns.astype(np.uint32)
-    # The exponent's bias is 15 in float16 and 127 in float32.
+    # Shifted by 13 bits, the fields of float16 lie where float32 has its own. The exponent's bias is 15 in float16 and
+    # 127 in float32, so the value is too small by 2**(127 - 15). Subnormal numbers come out right too.
     wide <<= 13
     values = wide.view(np.float32)
     values *= np.float32(2.0**112)

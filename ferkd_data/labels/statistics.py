@@ -1,4 +1,4 @@
-"""What can be said of a label set as a whole, as sums that add up shard by shard.
+"""Statistics of a label set, as sums that add up shard by shard.
 
 The p_max histogram has bins of 0.005, so that FerKD's ranges (multiples of 0.05) are sums of whole bins.
 Legend: R images, N crops, T teachers.
@@ -20,9 +20,9 @@ from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels
 
 NUM_BINS = 200
 NUM_PATTERNS = 2**16
-"""Of a float16."""
+"""Bit patterns of float16."""
 VALUES_AT_ONCE = 2**16
-"""So that they stay in a core's cache."""
+"""Values that are added at a time, so that they stay in a core's cache."""
 RANGE_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 """FerKD's p_max ranges: each holds its lower edge, the last one both."""
 PAPER_SHARES = (0.43, 0.89, 1.29, 2.03, 3.66, 4.35, 5.04, 7.76, 8.14, 28.73, 37.34, 0.33)
@@ -39,6 +39,8 @@ Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
 
 class Statistics(BaseModel):
+    """Sums over the crops of a shard or a label set. `a + b` are the statistics of both together."""
+
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     crops: Count = 0
@@ -71,7 +73,7 @@ class Statistics(BaseModel):
         return add([self, other])
 
     def fits(self, num_teachers: int) -> bool:
-        """Whether what is counted per teacher is of so many teachers, or not counted."""
+        """Return whether the counts per teacher are of `num_teachers` teachers, or absent."""
         squares = (self.teacher_agreement, self.teacher_right_together)
         binned = (self.teacher_bin_crops, self.teacher_bin_right, self.teacher_bin_p_max)
         lists = (self.teacher_top1_matches_target, *squares, *binned)
@@ -83,7 +85,7 @@ class Statistics(BaseModel):
 
 
 def add(parts: Iterable[Statistics]) -> Statistics:
-    """The statistics of the union of disjoint crops."""
+    """Return the statistics of the union of disjoint crops."""
     filled = [part for part in parts if part.crops]
     if not filled:
         return Statistics()
@@ -94,7 +96,7 @@ def add(parts: Iterable[Statistics]) -> Statistics:
 
 def _sum(values: list[object]) -> object:
     if () in values:
-        # Counted in some parts only, such as those that an older version wrote: nothing can be said of the whole.
+        # Some parts lack these counts, such as those that an older version wrote: the whole has none either.
         return ()
     if isinstance(values[0], (int, float)):
         return sum(values)  # type: ignore[arg-type]
@@ -110,7 +112,7 @@ def crop_statistics(
     bucket: npt.NDArray[np.uint8],
     target: npt.NDArray[np.integer],
 ) -> Statistics:
-    """Statistics of stored columns: class_index, class_prob (R, N, k); target_prob, bucket (R, N); target (R,)."""
+    """Return the statistics of columns class_index, class_prob (R, N, k); target_prob, bucket (R, N); target (R,)."""
     known = target != UNKNOWN_TARGET
     said = target_prob if known.all() else target_prob[known]
     num_crops = target_prob.shape[1]
@@ -127,14 +129,14 @@ def crop_statistics(
 
 
 def _counts(values: npt.NDArray[np.float16]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """The distinct values and how often each occurs: there are few, and converting all takes longer than counting."""
+    """Return the distinct values and their counts. There are few, and converting all values would take longer."""
     counts = np.bincount(np.ascontiguousarray(values).reshape(-1).view(np.uint16), minlength=NUM_PATTERNS)
     patterns = np.flatnonzero(counts)
     return patterns.astype(np.uint16).view(np.float16).astype(np.float64), counts[patterns]
 
 
 def _total(values: npt.NDArray[np.float16]) -> float:
-    """Their sum; float64 adds float16 up without rounding."""
+    """Return the sum of the values. float64 adds float16 values without rounding."""
     total = 0.0
     step = max(1, VALUES_AT_ONCE * len(values) // max(values.size, 1))
     for at in range(0, len(values), step):
@@ -190,9 +192,9 @@ def p_max_table(statistics: Statistics) -> list[Range]:
 
 
 def summarise(statistics: Statistics) -> dict[str, Any]:
-    """What `ferkd-data stats` prints: shares in percent in the tables, agreements in 0..1.
+    """Return what `ferkd-data stats` prints: shares in percent in the tables, agreements in 0..1.
 
-    What is said of the ground truth is None, or an empty list, where no crop has one.
+    Entries about the ground truth are None, or an empty list, where no crop has one.
     """
     crops = max(statistics.crops, 1)
     known = statistics.crops_with_target > 0

@@ -1,4 +1,4 @@
-"""What happens in a build, as records, and who may watch it: one small protocol for displays, logs and metrics."""
+"""Events of a build, and the protocol of those who watch it: displays, logs, metrics, reports."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ferkd_data.teachers.probe import TeacherProbe
 
 @dataclass(frozen=True, kw_only=True)
 class Overview:
-    """What a build has understood of its images and teachers, before it labels anything."""
+    """The images and teachers as the build understands them, before it labels anything."""
 
     source: str
     images: int
-    """To be labelled, without those that the listing rejected."""
+    """Images to be labelled, without those that the listing rejected."""
     images_with_target: int
     rejects: dict[str, int]
-    """By the listing: reason -> images."""
+    """Images that the listing rejected, by reason."""
     left_out: dict[str, int]
-    """Files that are no images, by reason (see ferkd_data.images.refs)."""
+    """Number of files that are no images, by reason (see ferkd_data.images.refs)."""
     left_out_examples: dict[str, str]
     notes: tuple[str, ...]
-    """What a person should know of how the source was read."""
+    """Remarks for a person about how the source was read."""
     num_classes: int
     first_class: str | None
     """Name of class 0, where classes have names."""
@@ -32,7 +32,7 @@ class Overview:
     shards: int
     crops_per_image: int
     teachers: tuple[TeacherProbe, ...]
-    """What each teacher says of a few images; none where all shards are labelled, or where it could not be asked."""
+    """Each teacher's answers to a few images; empty where all shards are labelled, or memory was short."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,30 +44,34 @@ class BuildStarted:
     teachers: tuple[str, ...]
     settings: dict[str, Any]
     devices: tuple[str, ...]
-    """Of each worker."""
+    """The device of each worker."""
     extends: bool
     shards: int
     shards_done: int
-    """By earlier runs of this build."""
+    """Shards finished by earlier runs of this build."""
     images: int
     crops: int
-    """Still to be labelled."""
+    """Crops still to be labelled."""
     forwards: int
-    """These crops through every teacher."""
+    """Forward passes of these crops: crops x teachers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerStarted:
+    """A worker has loaded its teachers."""
+
     worker: int
     device: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerDied:
+    """A worker is gone; a new one takes its place."""
+
     worker: int
     how: str
     shards: tuple[int, ...]
-    """What it labelled or wrote, which other workers get."""
+    """Shards that it labelled or wrote. Other workers get them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +85,23 @@ class BatchHalved:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardDone:
+    """A shard is labelled, written and recorded."""
+
     shard: int
     worker: int
     seconds: float
     images: int
-    """Labelled ones."""
+    """Images that were labelled."""
     crops: int
     rejects: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRejected:
+    """An image cannot be used."""
+
     shard: int | None
-    """None where the listing of the source rejected it."""
+    """None where the listing of the source rejected the image."""
     key: str
     reason: str
     detail: str
@@ -101,11 +109,13 @@ class ImageRejected:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerProgress:
+    """The rate of one worker."""
+
     worker: int
     shard: int
-    """The image shard that it last spoke of."""
+    """The image shard of its last report."""
     crops_per_second: float
-    """Over the last minute."""
+    """Rate over the last minute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,22 +127,22 @@ class Progress:
     shards_done: int
     shards_total: int
     images_done: int
-    """Labelled or rejected, also by earlier runs of this build."""
+    """Images labelled or rejected, also by earlier runs of this build."""
     images_total: int
     crops_done: int
-    """By this run."""
+    """Crops labelled by this run."""
     rejects: int
     crops_per_second: float
-    """Over this run."""
+    """Rate over this run."""
     seconds_left: float | None
     workers: tuple[WorkerProgress, ...] = ()
     """Every worker that has labelled anything, in the order of their numbers; up to a second old."""
     stragglers: tuple[int, ...] = ()
     """Workers with a shard in work that label at less than half of the median rate, or not at all for a minute."""
     forwards_done: int = 0
-    """Crops through teachers by this run, those of shards that were lost included: what it has cost so far."""
+    """Forward passes of this run so far, also in shards that were lost."""
     forwards_total: int = 0
-    """What this run needs in all."""
+    """Forward passes that this run needs in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +156,8 @@ class BuildFinished:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildFailed:
+    """The build ended with an error, or was stopped."""
+
     error: str
     """The exception's class."""
     reason: str
@@ -167,13 +179,16 @@ OnProgress = Callable[[Progress], None]
 
 
 class Watcher(Protocol):
-    """Called in the driver's thread, between batches: be quick. What it raises ends the build."""
+    """Sees every event of a build.
+
+    Called in the driver's thread, between batches, so it must be quick. An exception that it raises ends the build.
+    """
 
     def see(self, event: Event) -> None: ...
 
 
 class Watchers:
-    """All who watch one build, as one watcher."""
+    """Several watchers, and a function of the progress, as one watcher."""
 
     def __init__(self, watchers: Sequence[Watcher] = (), on_progress: OnProgress | None = None) -> None:
         self._watchers = tuple(watchers)
@@ -187,10 +202,11 @@ class Watchers:
 
     @contextmanager
     def told_of_failure(self) -> Iterator[None]:
+        """Report an exception that leaves the context as BuildFailed."""
         try:
             yield
         except BaseException as error:
-            # A log on a full disk must not take the place of the reason why the build failed.
+            # A watcher's own error, such as a log on a full disk, must not hide why the build failed.
             with suppress(OSError):
                 self.see(BuildFailed(error=type(error).__name__, reason=str(error)))
             raise

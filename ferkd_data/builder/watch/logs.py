@@ -1,6 +1,7 @@
-"""A build's log for machines: one JSON object in a line, on the disk with each event.
+"""Watchers for machines: `JsonLog`, one JSON object in a line, and `MetricsFile` for Prometheus.
 
-A build's figures for Prometheus: a file in the format of the node exporter's textfile collector.
+The metrics file has the format of the node exporter's textfile collector. Both go on after an error of their own file:
+a full log disk must not end a build of a week.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ PROGRESS_SECONDS = 10.0
 
 
 class JsonLog:
-    """Appends to a file.
+    """Appends events to a file: progress every few seconds, all others as they come.
 
-    A line has `event`, `time` (UTC) and `elapsed` seconds since the log was opened, then the event's own fields.
-
-    A log that cannot be written any more is said once on stderr; the build goes on. Raises UsageError at the start.
+    A line has `event`, `time` (UTC) and `elapsed` seconds since the log was opened, then the event's own fields. Where
+    the log cannot be written any more, that is said once on stderr. Raises UsageError where it cannot be opened.
     """
 
     def __init__(self, path: Path, progress_seconds: float = PROGRESS_SECONDS) -> None:
@@ -40,7 +40,7 @@ class JsonLog:
         self._opened = time.monotonic()
         self._logged_progress = float("-inf")
         self._progress: Progress | None = None
-        """The newest, where it was not logged."""
+        """The newest progress, unless it is logged."""
         self._broken = False
 
     def see(self, event: Event) -> None:
@@ -60,7 +60,7 @@ class JsonLog:
         stamp = datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
         line = {"event": name_of(event), "time": stamp, "elapsed": round(now - self._opened, 3), **asdict(event)}
         try:
-            # Opened anew for each, so that it may be moved away meanwhile, and several parts may share it.
+            # Opened for each event, so that the file may be rotated, and several parts may share it.
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
         except OSError as error:
@@ -70,7 +70,7 @@ class JsonLog:
 
 
 def name_of(event: Event) -> str:
-    """`shard_done` for a ShardDone."""
+    """Return the name of an event in the log: `shard_done` for a ShardDone."""
     return re.sub(r"(?<!^)([A-Z])", r"_\1", type(event).__name__).lower()
 
 
@@ -81,17 +81,17 @@ GAUGES = {
     "shards_done": "Image shards that are whole.",
     "shards_total": "Image shards of the build.",
     "rejects": "Images that could not be used.",
-    "forwards_done": "Crops through teachers by this run.",
-    "forwards_total": "What this run needs in all.",
+    "forwards_done": "Forward passes of this run.",
+    "forwards_total": "Forward passes that this run needs in all.",
     "crops_per_second": "Rate over this run.",
     "seconds_left": "Expected time to the end.",
 }
 
 
 class MetricsFile:
-    """Written anew every few seconds, aside and renamed.
+    """Rewrites a file every few seconds, atomically, since a collector may read it at any time.
 
-    Figures that cannot be written any more are said once on stderr; the build goes on. Raises UsageError at the start.
+    Where it cannot be written any more, that is said once on stderr. Raises UsageError where it cannot be created.
     """
 
     def __init__(self, path: Path, write_seconds: float = WRITE_SECONDS) -> None:

@@ -1,4 +1,4 @@
-"""Adds up what engines report of one or many workers, and tells whoever watches."""
+"""Sum up the reports of one or many workers, and tell the watchers."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from ferkd_data.builder.watch.events import (
 __all__ = ["OnProgress", "Progress", "ProgressCounter", "WorkerProgress"]
 
 RATE_SECONDS = 60.0
-"""What "the last minute" is, of a worker's rate."""
+"""Length of the time over which a worker's rate is taken."""
 MARK_SECONDS = 1.0
-"""How often a rate is noted, and the workers are summed up."""
+"""How often a worker's rate is noted, and the workers are summed up."""
 TICK_SECONDS = 5.0
-"""Without a batch for so long, progress is told all the same: workers that hang show."""
+"""Time without a batch after which progress is told all the same, so that workers that hang show."""
 STRAGGLER_SHARE = 0.5
-"""Of the median rate."""
+"""A straggler labels at less than this share of the median rate."""
 STRAGGLER_SECONDS = 30.0
-"""A worker has so long to get going."""
+"""Time that a worker has to get going before it may count as a straggler."""
 
 
 @dataclass(kw_only=True)
 class _Worker:
     started: float
-    """Later by all the time that it had no work: its rate does not suffer from that."""
+    """Start of its work, moved later by all the time that it had none, which must not lower its rate."""
     shard: int = 0
     idle_since: float | None = None
     crops: int = 0
     marks: deque[tuple[float, int]] = field(default_factory=deque)
-    """(time, crops until then) within the last minute, and the newest before it."""
+    """(time, crops until then) within the last minute, and the newest such pair before it."""
 
     def __post_init__(self) -> None:
         self.marks.append((self.started, 0))
@@ -75,7 +75,7 @@ class _Shard:
     begun: float
     crops_per_image: int
     crops: int = 0
-    """Labelled."""
+    """Crops labelled so far."""
     rejects: int = 0
 
     @property
@@ -84,12 +84,12 @@ class _Shard:
 
     @property
     def crops_passed(self) -> int:
-        """Labelled, or of images that were rejected."""
+        """Crops labelled, and crops of images that were rejected."""
         return self.crops + self.rejects * self.crops_per_image
 
 
 class _InWork:
-    """Shards that are labelled now, and their sums: kept, since each of a thousand workers makes them change."""
+    """The shards in work, and their sums. These are kept up to date, since a thousand workers change them often."""
 
     def __init__(self) -> None:
         self.images_done = self.crops_passed = self.rejects = 0
@@ -123,7 +123,10 @@ class _InWork:
 
 @dataclass(kw_only=True)
 class ProgressCounter:
-    """What an engine calls: a worker started, a batch was labelled, a shard is done, and so on."""
+    """Takes the reports of an engine (a worker started, a batch was labelled, …) and makes events of them.
+
+    Belongs to the driver's one thread.
+    """
 
     watcher: Watcher
     crops_of: Callable[[int], int]
@@ -134,14 +137,14 @@ class ProgressCounter:
     num_teachers: int
     shards_done: int = 0
     images_before: int = 0
-    """Done in earlier shards or runs."""
+    """Images of finished shards, also of earlier runs."""
     crops_before: int = 0
     crops_found: int = 0
-    """By earlier runs."""
+    """Crops labelled by earlier runs."""
     rejects_before: int = 0
     crops_done: int = 0
     crops_rejected: int = 0
-    """That this run would have labelled, had their images been fit."""
+    """Crops of rejected images, which this run does not label."""
     started: float = field(default_factory=time.monotonic)
     _in_work: _InWork = field(default_factory=_InWork)
     _workers: dict[int, _Worker] = field(default_factory=dict)
@@ -214,7 +217,7 @@ class ProgressCounter:
         self._tell(shard, now)
 
     def tick(self) -> None:
-        """From an engine that waits for workers."""
+        """Called by an engine while it waits for workers."""
         now = time.monotonic()
         if now - self._told_at >= TICK_SECONDS:
             self._tell(self._last_shard, now)
@@ -254,7 +257,7 @@ class ProgressCounter:
         )
 
     def _sum_up(self, now: float) -> tuple[tuple[WorkerProgress, ...], tuple[int, ...]]:
-        """Not for every batch: a thousand workers send many of them."""
+        """Return the workers' rates and the stragglers, at most once a second: a thousand workers send many batches."""
         if now - self._summed_at >= MARK_SECONDS:
             self._summed_at = now
             rates = {number: state.rate(now) for number, state in sorted(self._workers.items())}
