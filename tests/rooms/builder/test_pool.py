@@ -204,7 +204,8 @@ def test_a_worker_that_dies_before_it_can_be_started_is_lost():
 def test_a_shard_does_not_begin_with_the_rejects_of_the_one_before(job, monkeypatch):
     """Its worker may say that it lives before it has got to the new one."""
     monkeypatch.setattr("ferkd_data.builder.workers.labeller.REPORT_SECONDS", 0.01)
-    labeller, told = Labeller(replace(job, teacher_timeout=60), "cpu"), threading.Event()
+    job = replace(job, resources=replace(job.resources, teacher_timeout=60))
+    labeller, told = Labeller(job, "cpu"), threading.Event()
     labeller.watch.labelled(0, 3)
     busy = mock.Mock(label=lambda *_: told.wait(30))
     monkeypatch.setattr(labeller, "_behind", busy, raising=False)
