@@ -60,7 +60,7 @@ def _check_pixels(images: Tensor) -> None:
     if images.is_floating_point():
         raise UsageError(
             f"normalize takes uint8 images; these are {images.dtype}. Say max_value=1 for floats in 0..1, "
-            "max_value=255 for floats in 0..255; images that are normalised already need no normalize"
+            "max_value=255 for floats in 0..255; images that are already normalised must not be normalised again"
         )
     if images.dtype != torch.uint8:
         raise UsageError(f"normalize takes uint8 images of 0..255; these are {images.dtype}")

@@ -106,7 +106,7 @@ def _bytes(data: bytes, at: int, size: int) -> tuple[bytes, int]:
 
 def _byte(data: bytes, at: int) -> tuple[int, int]:
     if not 0 <= at < len(data):
-        raise ValueError("bytes behind the end")
+        raise ValueError("the data ends too early")
     return data[at], at + 1
 
 
@@ -266,7 +266,7 @@ class _Walk:
         # Together, chunks may claim as many bytes as the file has, which bounds the work.
         self._bytes_left -= stop - at
         if self._bytes_left < 0:
-            raise ValueError("column chunks that lie over each other")
+            raise ValueError("column chunks that overlap")
         return at, stop
 
     def _page_bytes(self, metadata: dict[int, Any]) -> int:

@@ -113,12 +113,12 @@ class Augmentation:
             if not equals:
                 positional = [option for option in allowed if option != "p"]
                 if position >= len(positional):
-                    raise UsageError(f"augmentation {text!r}: {kind} takes {_names(kind)}")
+                    raise UsageError(f"augmentation {text!r}: too many values without names; {_names(kind)}")
                 name, value = positional[position], piece
             name = name.strip()
             if name not in allowed or name in given:
                 raise UsageError(
-                    f"augmentation {text!r}: {name!r} is no option of {kind}, or there twice; {_names(kind)}"
+                    f"augmentation {text!r}: {name!r} is not an option of {kind}, or is given twice; {_names(kind)}"
                 )
             given[name] = _number_or_range(text, name, value, isinstance(allowed[name].default, tuple))
         options = {name: given.get(name, option.default) for name, option in allowed.items()}
@@ -349,7 +349,7 @@ def _number_or_range(text: str, name: str, value: str, wants_range: bool) -> flo
     try:
         numbers = (float(low), float(high)) if dots else (float(low), float(low))
     except ValueError as error:
-        raise UsageError(f"augmentation {text!r}: {name} is no number: {value!r}") from error
+        raise UsageError(f"augmentation {text!r}: {name} must be a number, got {value!r}") from error
     if dots and not wants_range:
-        raise UsageError(f"augmentation {text!r}: {name} is one number, not a range")
+        raise UsageError(f"augmentation {text!r}: {name} must be one number, not a range")
     return numbers if wants_range else numbers[0]

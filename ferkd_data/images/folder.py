@@ -129,7 +129,7 @@ class FolderSource:
                 continue
             try:
                 if kinds[name] != "file":
-                    raise ImageError("unreadable", f"{file}: not a file, or a link that leads to none")
+                    raise ImageError("unreadable", f"{file}: not a file, or a broken link")
                 if not is_named_as_image:
                     self._check_format(file)
                 check_key(key)

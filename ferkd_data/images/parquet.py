@@ -61,7 +61,9 @@ class ParquetSource:
         for file in files[1:]:
             differing = describe_differing(self.columns, find_columns(root / file))
             if differing:
-                raise SourceError(f"{root / file}: has {differing[0]} where {files[0]} has the other; give them apart")
+                raise SourceError(
+                    f"{root / file}: has {differing[0]} where {files[0]} has the other; give them as two sources"
+                )
 
     @property
     def description(self) -> str:

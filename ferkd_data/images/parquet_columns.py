@@ -127,7 +127,7 @@ def _image_column(path: Path, schema: pa.Schema, features: Mapping[str, Any]) ->
         )
     known = [name for name in IMAGE_COLUMNS if name in found]
     if not known and len(found) > 1:
-        raise SourceError(f"{path}: holds images in {' and '.join(found)}; call the one that is meant `image`")
+        raise SourceError(f"{path}: holds images in {' and '.join(found)}; rename the one to use to `image`")
     return (known or found)[0]
 
 

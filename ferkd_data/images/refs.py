@@ -55,7 +55,7 @@ REASONS: dict[str, str] = {
 # Slots halve the memory of a listed shard.
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRef:
-    """Where an image of a source is stored, with its key and its ground truth."""
+    """Reference to an image of a source: its key, its ground truth and its location."""
 
     key: str
     target: int | None

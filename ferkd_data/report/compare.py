@@ -51,7 +51,12 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Result of `compare`: two label sets A and B on the crops that both have. Shares are in 0..1."""
+    """Result of `compare`: two label sets A and B on the crops that both have. Shares are in 0..1.
+
+    >>> result = fd.compare(labels, labels)
+    >>> result.images == len(labels), result.only_a, result.mean_kl, result.most_different
+    (True, 0, 0.0, ())
+    """
 
     a: str
     """Folder or URL of A."""

@@ -25,7 +25,12 @@ from ferkd_data.report.unfinished import Unfinished, open_unfinished
 
 @dataclass(frozen=True, kw_only=True)
 class ReportResult:
-    """Result of `write_report`."""
+    """Result of `write_report`.
+
+    >>> result = fd.write_report(labels, "report.html")
+    >>> result.pictures, result.crops == result.images * labels.num_crops
+    ('', True)
+    """
 
     path: Path
     """The HTML file."""

@@ -93,7 +93,7 @@ def take_pictures(
 def _problem(labels: LabelSet, wanted: dict[str, SampledImage], found: int, problems: list[str]) -> str:
     if wanted and not found:
         raise UsageError(
-            f"{labels.location}: the images have none of the keys that were looked for, such as "
+            f"{labels.location}: the images given have none of the keys sampled, such as "
             f"{next(iter(wanted))!r}; is it the same data set, with the same folder as its root?"
         )
     missing = len(wanted) - found
@@ -138,7 +138,7 @@ def checked_pixels(image: ImageLabels, data: bytes | ImageError, pixel_limit: in
     if isinstance(data, ImageError):
         raise data
     if any(image.image_digest) and image_digest(data) != image.image_digest:
-        raise ImageError("other_image", "is another image than the one that was labelled")
+        raise ImageError("other_image", "is not the image that was labelled")
     pixels = decode_rgb(data, max_pixels=pixel_limit)
     if pixels.shape[:2] != (image.height, image.width):
         raise ImageError("other_image", "has another size than the image that was labelled")
@@ -178,4 +178,4 @@ def image_of(labels: LabelSet, key: str, source: str | Path | ImageSource | None
         found = source_images(source, [key])
     for _, data in found:
         return checked_pixels(image, data, labels.manifest.pixel_limit)
-    raise FerkdError(f"{key!r}: the images have no image of this key")
+    raise FerkdError(f"{key!r}: no image has this key in the images given")

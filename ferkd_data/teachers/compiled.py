@@ -24,7 +24,9 @@ def compile_teachers(teachers: Sequence[Teacher], batch_size: int) -> list[Teach
     Raises UsageError when no teacher can be compiled, TeacherError when compiling one fails.
     """
     if not any(map(is_plain_module, teachers)):
-        raise UsageError("compile: ONNX and TorchScript teachers cannot be compiled, and there is no other; drop it")
+        raise UsageError(
+            "compile: ONNX and TorchScript teachers cannot be compiled, and there are no others; drop the option"
+        )
     return [compile_teacher(teacher, batch_size) if is_plain_module(teacher) else teacher for teacher in teachers]
 
 

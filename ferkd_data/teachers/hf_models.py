@@ -55,7 +55,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
         missing = sorted(found["missing_keys"])
         raise TeacherError(
             f"teacher {spec}: its checkpoint lacks {len(missing)} weights ({', '.join(missing[:3])}), which would be "
-            "random; it is no classifier, or not of this model"
+            "random; it is not a classifier, or belongs to another model"
         )
     known, bgr = measure_processor(processor, spec)
     names = tuple(model.config.id2label[number] for number in sorted(model.config.id2label))
@@ -88,8 +88,8 @@ def measure_processor(processor: Any, spec: TeacherSpec) -> tuple[dict[str, Any]
         or np.abs(low + (high - low) / 5 - middle).max() > 0.02 * np.abs(high - low).max()
     ):
         raise TeacherError(
-            f"teacher {spec}: its image processor makes {black.shape} of a square image, or does more than scaling and "
-            "normalising; use a python: teacher that does the same"
+            f"teacher {spec}: its image processor turns a square image into {black.shape}, or does more than scaling "
+            "and normalising; write a python: teacher that does the same"
         )
     red = np.zeros((PROBE_SIDE, PROBE_SIDE, 3), np.uint8)
     red[..., 0] = 255

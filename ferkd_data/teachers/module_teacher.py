@@ -61,7 +61,7 @@ class ModuleTeacher:
             ready = _ready(module, self.device, self.memory_format)
         except torch.cuda.OutOfMemoryError as error:
             raise TeacherError(
-                f"teacher {spec}: {device} has too little memory for its weights; end what else runs there, or use "
+                f"teacher {spec}: {device} has too little memory for its weights; end other programs there, or use "
                 "fewer --workers or teachers"
             ) from error
         self.module: Callable[[Tensor], Tensor] = ready
@@ -85,7 +85,7 @@ class ModuleTeacher:
         if logits.shape != (len(images_BCSS), self.num_classes):
             check_shape(logits, len(images_BCSS), self.spec)
             raise TeacherError(
-                f"teacher {self.spec}: gave {logits.shape[1]} classes, after {self.num_classes} at its start"
+                f"teacher {self.spec}: returned {logits.shape[1]} classes, after {self.num_classes} in its first run"
             )
         answer: Tensor = logits.float()
         return answer

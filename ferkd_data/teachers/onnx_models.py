@@ -72,7 +72,7 @@ class OnnxTeacher:
         output = self._answer(images_BCSS)
         if output.shape[1] != self.num_classes:
             raise TeacherError(
-                f"teacher {self.spec}: gave {output.shape[1]} classes, after {self.num_classes} at its start"
+                f"teacher {self.spec}: returned {output.shape[1]} classes, after {self.num_classes} in its first run"
             )
         return to_logits(output, self.spec.activation).to(images_BCSS.device, non_blocking=True)
 

@@ -113,13 +113,13 @@ def check_activation(output_BC: Tensor, spec: TeacherSpec) -> None:
     sums = output_BC.float().sum(dim=1)
     if spec.activation == "probabilities" and not ((sums - 1).abs() < ROW_SUM_TOLERANCE).all():
         raise TeacherError(
-            f"teacher {spec}: was said to give probabilities, but its rows are not within 0..1 with sum 1 (row sums "
+            f"teacher {spec}: is declared to give probabilities, but its rows are not within 0..1 with sum 1 (row sums "
             f"{_range(sums)}, values {_range(output_BC)}); drop the option activation"
         )
     if spec.activation == "sigmoid" and (output_BC.min() < 0 or output_BC.max() > 1):
         raise TeacherError(
-            f"teacher {spec}: was said to give outputs of a sigmoid, but its values are {_range(output_BC)}; drop the "
-            "option activation"
+            f"teacher {spec}: is declared to give outputs of a sigmoid, but its values are {_range(output_BC)}; drop "
+            "the option activation"
         )
 
 

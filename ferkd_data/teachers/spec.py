@@ -24,7 +24,7 @@ CENTRE_SHARE = 0.875
 
 @dataclass(frozen=True, kw_only=True)
 class KindTraits:
-    """How a kind of teacher is loaded, and which parts its specs may have."""
+    """Loader of a kind of teacher, and the parts that its specs may have."""
 
     load: str
     """`MODULE.FUNCTION` in this package; the function fulfils `teacher.LoadTeacher`."""

@@ -395,7 +395,7 @@ def test_an_image_column_by_its_feature(tmp_path):
         table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}),
         tmp_path / "x.parquet",
     )
-    with pytest.raises(SourceError, match="holds images in mask and scan; call the one that is meant `image`"):
+    with pytest.raises(SourceError, match="holds images in mask and scan; rename the one to use to `image`"):
         open_source(tmp_path)
 
 
