@@ -6,6 +6,7 @@ a misspelt one. A test compares them with the fields of `BuildSettings` and `Res
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Sequence
@@ -28,6 +29,12 @@ CPU_BATCH = 8
 CUDA_BATCH = 256
 MOST_THREADS = 8
 """Decoding threads of a worker unless told otherwise: more of them wait for the teachers."""
+
+
+@functools.cache
+def _parsed(augment: tuple[str, ...]) -> tuple[Augmentation, ...]:
+    """Parse augmentations once: each image asks for them."""
+    return parse_augmentations(augment)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +80,7 @@ class BuildSettings:
 
     @property
     def augmentations(self) -> tuple[Augmentation, ...]:
-        return parse_augmentations(self.augment)
+        return _parsed(tuple(self.augment))
 
     @property
     def shard_images(self) -> int:

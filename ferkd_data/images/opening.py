@@ -45,7 +45,7 @@ def open_source(
         return _open_folder(path, listed)
     if is_url(text):
         if _is_parquet(text):
-            raise SourceError(f"{text}: Parquet files are read from disk only; download them and give their folder")
+            raise SourceError(f"{text}: Parquet is read from disk only; download the files and give their folder")
         return TarSource(expand(text), listed)
     if path.is_file():
         return _open_files([text], listed)

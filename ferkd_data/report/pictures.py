@@ -138,7 +138,7 @@ def checked_pixels(image: ImageLabels, data: bytes | ImageError, pixel_limit: in
     if isinstance(data, ImageError):
         raise data
     if any(image.image_digest) and image_digest(data) != image.image_digest:
-        raise ImageError("other_image", "is not the image that was labelled")
+        raise ImageError("other_image", "is another image than the one that was labelled")
     pixels = decode_rgb(data, max_pixels=pixel_limit)
     if pixels.shape[:2] != (image.height, image.width):
         raise ImageError("other_image", "has another size than the image that was labelled")
