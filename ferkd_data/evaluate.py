@@ -192,6 +192,7 @@ def _choose(source: ImageSource, limit: int | None) -> tuple[list[ImageRef], int
         else:
             labelled += 1
             max_target = max(max_target, item.target)
+    # Every step-th labelled image: class folders come one after the other, so the first ones would be of one class.
     step = 1 if limit is None else max(1, math.ceil(labelled / limit))
     known = (item for item in source.list_images() if isinstance(item, ImageRef) and item.target is not None)
     return list(itertools.islice(known, 0, None, step)), rejects, unlabelled, max_target

@@ -153,6 +153,7 @@ def _ask_for_a_folder(path: Path, files: list[str]) -> None:
 def _beside(path: Path, taken: set[str]) -> LeftOut:
     """Count all files below `path` except those that are read."""
     found = LeftOut()
+    # Sorting `folders` in place makes os.walk descend in order, so that the examples are the same every time.
     for folder, folders, files in os.walk(path):
         folders.sort()
         for name in sorted(files):

@@ -97,6 +97,7 @@ class ParquetSource:
             self._texts = self._distinct_texts()
         key_of, is_unique = self._choose_keys()
         with DuplicateFilter() as duplicates:
+            # Keys that `_choose_keys` found unique need no second filter.
             for file, row, record in self._records(self._listed_columns()):
                 key = key_of(file, row, record)
                 try:
@@ -130,6 +131,7 @@ class ParquetSource:
         if names is None or self.classes is None:
             return None
         unknown = [name for name in names if name not in self.classes.by_text]
+        # None of the names is in the list: it names the same classes in another vocabulary, such as WordNet IDs.
         if len(unknown) == len(names) == len(self.classes.names):
             return None  # as many names, none in common: other names for the same classes
         if unknown:

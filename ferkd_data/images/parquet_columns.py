@@ -138,6 +138,7 @@ def _image_columns(path: Path, schema: pa.Schema, features: Mapping[str, Any]) -
     structs = [name for name in fitting if pa.types.is_struct(schema.field(name).type)]
     named = [name for name in IMAGE_COLUMNS if name in fitting]
     binaries = [name for name in named if name not in structs]
+    # Without a declaration or a struct, the name and the bytes decide: a column of masks or hashes is binary, too.
     certain = [name for name in fitting if name in (*declared, *structs)]
     return certain or [name for name in binaries or fitting if _begins_with_an_image(path, name)]
 

@@ -127,6 +127,7 @@ class LeftOut:
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
         """Count files under a reason: one of KINDS, or an extension such as `.txt`."""
+        # A folder may hold files with thousands of different extensions, such as numbered backups.
         if reason.startswith(".") and reason not in self.counts:
             if sum(known.startswith(".") for known in self.counts) >= MAX_EXTENSIONS:
                 reason = "other"

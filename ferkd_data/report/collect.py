@@ -63,6 +63,7 @@ class Duplicates:
     def groups(self) -> list[npt.NDArray[np.void]]:
         """Group the rows of each image that occurs more than once among the compared digests, in row order."""
         self._gather()
+        # Sorted by digest, then by row, copies stand side by side; a new digest starts a group.
         order = np.lexsort((self._kept["row"], self._kept["digest"]))
         ranked = self._kept[order]
         starts = np.flatnonzero(np.concatenate([[True], ranked["digest"][1:] != ranked["digest"][:-1]]))
@@ -153,6 +154,7 @@ class Collector:
         self._sketch.add(labels)
         self._suspects.add(labels, first_row)
         self._duplicates.add(labels)
+        # Crops and images have priorities of their own, so that showing more of the ones does not change the others.
         crop, image = priorities(labels, self._seed)
         self._sheets.add(labels, first_row, crop, labels.bucket.astype(np.int64))
         self._temperatures.add(labels, crop)

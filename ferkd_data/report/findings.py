@@ -93,10 +93,13 @@ def findings(labels: LabelSet, found: Collected) -> list[Finding]:
 
 
 def _accuracy(labels: LabelSet, found: Collected) -> list[Finding]:
+    """Say how often the teachers name the ground truth, and warn near chance."""
     _, known, right = found.sketch.confidence["max"]
     if not known.sum():
         text = "No ground truth is known, so nothing here says whether the teachers are right."
         return [Finding(level="note", text=text, section="teachers")]
+    # Rules of thumb: near chance is below three times chance, or 60 % of two classes; crops of background keep even a
+    # good teacher well below its accuracy on whole images, so half of the crops is good.
     share, chance = right.sum() / known.sum(), 1 / labels.num_classes
     text = f"The teachers name the ground truth on {percent(share)} of the crops"
     if share < max(3 * chance, 0.05) or (labels.num_classes == 2 and share < 0.6):
@@ -116,6 +119,7 @@ def _accuracy(labels: LabelSet, found: Collected) -> list[Finding]:
 
 
 def _buckets(labels: LabelSet, found: Collected) -> list[Finding]:
+    """Say what the stored thresholds do, which ones are suggested, and where a bucket is too large or empty."""
     sketch, thresholds = found.sketch, labels.manifest.thresholds
     hard, moderate, _, easy = (sketch.buckets[0] / sketch.crops).tolist()
     said = [
@@ -151,11 +155,13 @@ def _buckets(labels: LabelSet, found: Collected) -> list[Finding]:
 
 
 def _calibration(found: Collected) -> list[Finding]:
+    """Say where the labels are less or more sure than right, by 5 % or more, and which temperature mends it."""
     curve = ensemble_reliability(found.sketch, "ensemble")
     total = sum(curve.crops)
     if not total:
         return []
     mean = sum(crops * p for crops, p in zip(curve.crops, curve.mean_p_max, strict=True)) / total
+    # Positive where the teachers are right more often than they say.
     gap = curve.top1 - mean
     if abs(gap) < 0.05:
         return []
@@ -174,10 +180,12 @@ def _calibration(found: Collected) -> list[Finding]:
 
 
 def _teachers(labels: LabelSet) -> list[Finding]:
+    """Warn of a teacher that disagrees with the others, or is right less than half as often as the best."""
     counted, teachers = labels.statistics, labels.manifest.teachers
     said = []
     if len(teachers) > 1 and counted.teacher_agreement and counted.crops:
         agreement = np.array(counted.teacher_agreement) / counted.crops
+        # Mean agreement with the others; each teacher agrees with itself on all crops, which is the 1.
         others = (agreement.sum(axis=1) - 1) / (len(teachers) - 1)
         worst = int(others.argmin())
         rest = np.delete(others, worst)

@@ -193,6 +193,7 @@ class LiveReport:
     def _try(self, write: Callable[[], None]) -> None:
         try:
             write()
+        # A report must not end a build that may have run for days.
         except (OSError, FerkdError) as error:
             if not self._complained:
                 print(f"ferkd-data: report {self._path}: cannot be written ({error})", file=sys.stderr)

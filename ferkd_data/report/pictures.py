@@ -66,6 +66,7 @@ def take_pictures(
     taken = no_pictures()
     if source is None and labels.manifest.layout != "webdataset":
         return taken
+    # An image may be needed whole, small, and for several crops: it is read and decoded once for all of them.
     whole, small = {image.key for image in images}, {image.key for image in thumbs}
     numbers: dict[str, list[int]] = {}
     for crop in crops:

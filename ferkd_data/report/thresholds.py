@@ -78,6 +78,7 @@ def suggest(sketch: Sketch) -> Suggestion:
     total, known, right = sketch.confidence["max"]
     if not known.sum():
         return _by_shares(total)
+    # All three conditions are evaluated at every step at once; cumulative counts make each a comparison of arrays.
     edges = np.arange(SUGGESTION_STEPS + 1) / SUGGESTION_STEPS
     below, known_below, right_below = (counts_below(counts, edges) for counts in (total, known, right))
     # Counts of the WINDOW steps below each edge: differences of cumulative counts.

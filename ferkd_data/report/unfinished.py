@@ -58,6 +58,7 @@ class Unfinished:
         self._folder = folder
         self._settings, self._facts = folder.saved_settings(), folder.saved_facts()
         self._plan = open_plan(folder.path)
+        # Shards not seen as finished yet. The build writes a record for each when its files are in place.
         self._left = set(self._plan.shards)
         self._entries: list[ShardEntry] = []
         self._rejects = 0

@@ -99,6 +99,7 @@ class ModuleTeacher:
     def _answer(self, images_BCSS: Tensor) -> Any:
         """Normalise the images and run the module; return whatever it returns."""
         pixels = images_BCSS.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
+        # One kernel from uint8 to the input dtype; the module then runs under autocast where precision asks for it.
         normalised = scaled(pixels, self.scale, self.shift, self.input_dtype)
         with (
             faithful_kernels(self.precision) if self.device.type == "cuda" else nullcontext(),

@@ -156,6 +156,7 @@ def _entries(result: Any) -> dict[str, Any]:
         entries = {str(name): value for name, value in result.items()}
     elif is_dataclass(result) and not isinstance(result, type):
         entries = {field.name: getattr(result, field.name) for field in fields(result)}
+    # A named tuple, whose names are more useful in a message than numbers.
     elif isinstance(result, tuple) and hasattr(result, "_fields"):
         entries = dict(zip(result._fields, result, strict=True))
     elif isinstance(result, Sequence) and not isinstance(result, (str, bytes)):

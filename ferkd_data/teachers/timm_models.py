@@ -52,6 +52,7 @@ def _make(timm: Any, spec: TeacherSpec) -> nn.Module:
     options: dict[str, Any] = {}
     if spec.checkpoint is not None and spec.classes is not None:
         options["num_classes"] = spec.classes
+    # Convolutional networks take any size and refuse the argument; position embeddings have to be resized.
     if spec.size is not None and _has_fixed_size(timm, spec.name):
         options["img_size"] = spec.size
     try:
