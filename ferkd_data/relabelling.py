@@ -111,6 +111,7 @@ def _excess(a: ImageLabels, b: ImageLabels) -> np.ndarray[tuple[int], np.dtype[n
     found = a.class_index[:, :, None] == b.class_index[:, None, :]
     there = np.where(found, b.class_prob[:, None, :], 0).sum(axis=2, dtype=np.float32)
     prob = a.class_prob.astype(np.float32)
+    # What b cut off had at most its least kept probability: only an excess above that is a difference.
     least = b.class_prob[:, -1:].astype(np.float32)
     both = np.abs(prob - there)
     cut_off = np.maximum(prob - least, 0)

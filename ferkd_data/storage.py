@@ -43,6 +43,7 @@ def write_atomically(path: Path, *, sync: bool = True, advice: str = GO_ON) -> I
             yield aside
             if sync:
                 _sync(aside)
+        # Renaming within a folder is atomic: readers see the old file or the new one.
         aside.replace(path)
         if sync:
             _sync(path.parent)

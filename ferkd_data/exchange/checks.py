@@ -162,6 +162,7 @@ class FileCheck:
                 plain = None
                 if self.manifest.layout == "webdataset":
                     plain = read_plain_tar(self.manifest, entry.index, hashed.read, digests=self.digests)
+                # The tar was parsed while it was hashed; its rows count only if the digest is right.
                 if hashed.sha256() != file.sha256:
                     raise ShardError(f"{opened.path}: the bytes are not those of the manifest (SHA-256 differs)")
                 # Other libraries see only bytes that are those of the manifest.

@@ -111,6 +111,7 @@ def _rows(source: LabelSet, shard: ShardEntry, layout: Layout, table: ImageTable
                 yield row, image
     else:
         for row in labels:
+            # Keys join, digests decide: an image of the same key may be another version.
             image = table.read_key(rng.hash64(row.key))
             if image_digest(image) != row.image_digest:
                 raise LabelSetError(f"image {row.key!r} is not the one that was labelled (its digest differs)")

@@ -120,7 +120,7 @@ class Hub:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         errors = self._errors
-        # The library has changed its HTTP client more than once; its own error derives from the client's.
+        # Its bases are errors of the HTTP client, which the library has changed more than once.
         http_errors = errors.HfHubHTTPError.__bases__
         try:
             yield

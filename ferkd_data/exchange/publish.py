@@ -103,9 +103,11 @@ def publish(
         report(progress)
         # Leftovers of another label set; a signature among them would stay beside an unsigned one.
         stale = [] if same else sorted({FILE_NAME, SIGNATURE} - {file.name for file in files})
+        # Order is the commit protocol: old manifest away, files, new manifest.
         for file in destination.send(missing, instead_of=stale):
             progress = replace(progress, files=progress.files + 1, bytes=progress.bytes + file.bytes)
             report(progress)
+        # Sends nothing where this very manifest is there already.
         list(destination.send(destination.missing([manifest])))
         destination.finish()
     return PublishResult(url=url, sent=(*missing, *last), skipped=skipped)

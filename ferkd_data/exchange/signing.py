@@ -111,6 +111,7 @@ def _ssh_keygen(arguments: list[str], stdin: bytes) -> subprocess.CompletedProce
     program = shutil.which("ssh-keygen")
     if program is None:
         raise SignatureError("signatures need ssh-keygen (OpenSSH 8.2 or newer), which is not installed")
+    # A list of arguments and no shell: names of signers and files cannot become commands.
     return subprocess.run([program, "-Y", *arguments], input=stdin, capture_output=True, check=False)
 
 

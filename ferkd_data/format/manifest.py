@@ -249,6 +249,7 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
     if len(text) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"{where}: {len(text)} bytes is more than a manifest may have ({MAX_MANIFEST_BYTES})")
     data = text.encode() if isinstance(text, str) else text
+    # In this order: cost before parsing, the version before fields that another version may have, then the contents.
     _check_cost(data, where)
     _check_version(data, where)
     try:
@@ -349,6 +350,7 @@ def _why_none(folder: Path) -> str:
 
 def _check_paths(paths: list[str], where: str) -> None:
     """Raise ManifestError for files that would overwrite each other, also on case-insensitive file systems."""
+    # Case-insensitive file systems (macOS) would write one file over the other.
     folded = [path if path.islower() else path.lower() for path in paths]
     if len(set(folded)) < len(folded):
         twice = next(path for path, count in Counter(folded).items() if count > 1)
@@ -398,6 +400,7 @@ def _check_whole(manifest: Manifest, where: str) -> None:
     rows = sum(shard.rows for shard in manifest.shards)
     if rows != manifest.num_images:
         raise ManifestError(f"{where}: the shards hold {rows} rows, num_images says {manifest.num_images}")
+    # Readers index shards and blocks by their position in these lists.
     for position, shard in enumerate(manifest.shards):
         if shard.index != position:
             raise ManifestError(f"{where}: shard {shard.index} stands where shard {position} belongs")

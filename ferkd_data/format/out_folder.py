@@ -36,6 +36,7 @@ def begin(out: str | Path, settings: Settings) -> Path:
     if (out / FILE_NAME).exists():
         raise UsageError(f"{out}: holds another label set; give a new folder")
     there = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    # Only the work file, or nothing: the folder is ours to take.
     if set(there) <= {WORK}:
         out.mkdir(parents=True, exist_ok=True)
         write_work(out, settings)
@@ -56,6 +57,7 @@ def finish(out: Path, manifest: Manifest) -> Manifest:
     Raises ManifestError for a manifest that no reader would accept.
     """
     parse_manifest(manifest.to_json(), str(out / FILE_NAME))
+    # An attempt with other block sizes leaves files of ours that this manifest does not list.
     listed = {file.path for shard in manifest.shards for file in shard.files} | {manifest.rejects.path}
     for path in [*(out / "labels").rglob("*"), *(out / "shards").rglob("*"), *out.glob("rejects*")]:
         ours = SHARD_FILE.fullmatch(path.name) or REJECTS_FILE.fullmatch(path.name)

@@ -100,6 +100,7 @@ def _operation_columns(words: npt.NDArray[np.uint16]) -> dict[str, pa.Array]:
 def to_table(labels: ShardLabels) -> pa.Table:
     num_crops, top_k = labels.class_index.shape[1:]
     layout = schema(num_crops, top_k, labels.class_index.dtype, labels.operations.shape[2])
+    # Unknown values are NaN or -1 in memory and null in the file, where other tools expect nulls.
     unknown_prob = np.isnan(labels.target_prob).reshape(-1)
     columns = {
         "key": pa.array(list(labels.keys), pa.string()),
@@ -136,10 +137,13 @@ def write(path: Path, labels: ShardLabels) -> None:
         path,
         compression="zstd",
         compression_level=COMPRESSION_LEVEL,
+        # One row group: a reader wants all images of a block, and statistics for several would repeat themselves.
         row_group_size=max(len(labels), 1),
         use_dictionary=with_dictionary,
+        # Pages of version 1 and these encodings are what readers of the last two years understand (docs/format.md).
         data_page_version="1.0",
         data_page_size=PAGE_SIZE_BYTES,
+        # Minimum and maximum of a list column help no reader.
         write_statistics=["key", "target"],
         write_page_index=True,
         store_schema=True,
@@ -246,10 +250,12 @@ def _texts(path: Path, table: pa.Table, name: str, longest: int = MAX_TEXT_BYTES
 
 
 def _read(path: Path, expected: pa.Schema, rows: int, longest: int = MAX_TEXT_BYTES) -> pa.Table:
+    # Texts are read as dictionaries: a small file may repeat one long text for a million rows.
     shared = [field.name for field in expected if _is_bytes(field.type)]
     try:
         _check_claims(path, expected, rows=rows, longest=longest)
         with pq.ParquetFile(path, read_dictionary=shared) as file:
+            # Only after the claims were checked: Arrow takes memory as a page header says.
             _check_schema(path, file.schema_arrow, expected)
             table = file.read(columns=expected.names, use_threads=False)
     except FileNotFoundError as error:
@@ -299,6 +305,7 @@ def _check_claims(path: Path, expected: pa.Schema, *, rows: int, longest: int) -
         raise ShardError(f"{path}: {path.stat().st_size} bytes that would become {decoded} in memory")
     for chunk in claims.chunks:
         name = chunk.column
+        # 20 bytes for each value are more than any of our types takes in any encoding.
         each = longest if pa.types.is_string(expected.field(name).type) else 20 * per_row[name]
         values, limit = per_row[name] * chunk.rows, PAGE_BYTES + chunk.rows * each
         if chunk.values != values or chunk.bytes > limit:

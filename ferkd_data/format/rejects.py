@@ -53,6 +53,7 @@ class RejectWriter:
     def add(self, reject: Reject) -> None:
         self.rows += 1
         self._pending.append(reject)
+        # A build may reject millions of images: memory holds BUFFERED of them.
         if len(self._pending) == BUFFERED:
             self._flush()
 

@@ -61,7 +61,7 @@ class Writer:
         member = tarfile.TarInfo(name)
         member.size, member.mode = len(content), MEMBER_MODE
         self._tar.addfile(member, io.BytesIO(content))
-        # tarfile keeps an object for each member that it has written.
+        # Forget it: tarfile keeps an object for each member that it has written.
         self._tar.members = []  # type: ignore[attr-defined]
 
 
@@ -90,10 +90,12 @@ def scan(path: Path) -> Iterator[Sample]:
         size = path.stat().st_size
         with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
+                # tarfile would keep an object for each member that it has passed.
                 tar.members = []  # type: ignore[attr-defined]
                 member_key, suffix = _split_member(path, member)
                 if not 0 <= member.size <= size - member.offset_data:
                     raise ShardError(f"{path}: truncated: {size} bytes, member {member.name!r} claims {member.size}")
+                # The members of a sample are neighbours: another key ends the sample.
                 if member_key != key and parts:
                     yield _sample(path, key, parts, stream)
                     parts = {}
@@ -190,6 +192,7 @@ def _sample(path: Path, key: str, parts: dict[str, tarfile.TarInfo], stream: io.
 def _read_target(path: Path, key: str, member: tarfile.TarInfo | None, stream: io.BufferedReader) -> int:
     if member is None:
         return UNKNOWN_TARGET
+    # Put back afterwards: tarfile uses this stream too.
     position = stream.tell()
     stream.seek(member.offset_data)
     text = stream.read(min(member.size, 16))

@@ -44,6 +44,7 @@ def write_shard(
 def _write_blocks(
     folder: Path, index: int, rows: Iterable[Row], starts: list[int], first_block: int, announce: Announce
 ) -> tuple[int, tuple[BlockEntry, ...]]:
+    # A block file holds a column after the other, so the shard has to be complete first; a tar is written row by row.
     collected = [labels for labels, _ in rows]
     if not collected:
         return 0, ()

@@ -117,6 +117,7 @@ def boxes_of(coords: npt.NDArray[np.float64], height: int, width: int) -> npt.ND
     """
     top, left = coords[:, 0] * height, coords[:, 1] * width
     bottom, right = top + coords[:, 2] * height, left + coords[:, 3] * width
+    # Corners are rounded, not sizes: rint rounds halves to even, as Pillow's crop does.
     corners = np.rint(np.stack([top, left, bottom, right], axis=1)).astype(np.int64)
     boxes = np.stack([corners[:, 0], corners[:, 1], *(corners[:, 2:] - corners[:, :2]).T], axis=1)
     return check_boxes(boxes, height, width)

@@ -103,6 +103,7 @@ def calibrated(
     use = use_probability(calibration, codes)
     # A crop that is thinned out is left out for good, by a draw that depends on the image and the crop alone.
     kept = rng.generator("fkd export", row.key).random(len(use)) < use
+    # FKD's script needs crops of every image, also of one whose crops are all discarded.
     if not kept.any():
         kept = use > 0 if (use > 0).any() else np.ones(len(use), np.bool_)
     crops = np.flatnonzero(kept)
@@ -148,6 +149,7 @@ def _soft(
     order = np.argsort(weight == 0, axis=1, kind="stable")[:, :entries]
     index, weight = np.take_along_axis(index, order, axis=1), np.take_along_axis(weight, order, axis=1)
     listed = weight != 0
+    # Among 2K classes at least K are not listed, so there are enough to fill up with.
     others = np.arange(2 * entries)
     taken = ((index[:, :, None] == others) & listed[:, :, None]).any(axis=1)
     filler = np.argsort(taken, axis=1, kind="stable")[:, :entries]

@@ -223,6 +223,7 @@ class _Import:
         progress = TransferProgress(images=0)
         report = on_progress or (lambda progress: None)
         report(progress)
+        # Empty groups make no shard, so shards are numbered by those that are written.
         for group in in_groups(self.source.list_images(), self.images_per_shard):
             rows = list(self._rows(group, rejects))
             if rows:

@@ -141,8 +141,10 @@ def _open(path: Path, size: int) -> OpenFile | None:
         # Not a regular file, so not one of ours.
         path.unlink(missing_ok=True)
         return None
+    # From here on no process removes it: removing needs the exclusive lock (`_remove`).
     lock(file.descriptor, fcntl.LOCK_SH)
     found = os.fstat(file.descriptor)
+    # No link is left where it was removed between opening and locking.
     if found.st_nlink and found.st_size == size:
         return file
     if found.st_nlink:
@@ -216,6 +218,7 @@ class LocalFiles:
             raise _cannot_be_opened(path, error) from error
         if file.size != entry.bytes:
             raise _of_another_size(path, file.size, entry)
+        # Hashed before anything parses it: damaged bytes never reach Arrow or NumPy.
         if check and sha256_once(file) != entry.sha256:
             raise ShardError(
                 f"{path}: the bytes are not those of the manifest (SHA-256 differs): the file was damaged or changed; "

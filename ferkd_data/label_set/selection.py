@@ -88,6 +88,7 @@ def split_rows(labels: Selectable, share: Any, seed: Any) -> tuple[Rows, Rows]:
         raise UsageError(f"the share of a split must be a number between 0 and 1, got {share!r}")
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise UsageError(f"the seed of a split must be a whole number, got {seed!r}")
+    # A key's side is a function of (seed, key) alone: images that come or go change no other image's side.
     words = rng.mix64(labels.key_hashes() ^ np.uint64(rng.hash64("split", int(seed))))
     inside = rng.uniforms(words) < float(share)
     if inside.all() or not inside.any():

@@ -57,6 +57,7 @@ class SelectionReader:
             entry.model_copy(update={"rows": count, "files": entry.files if count else ()})
             for entry, count in zip(base.manifest.shards, counts, strict=True)
         )
+        # Shards keep their numbers, also where no row is left, so that `base` finds its files by the same number.
         changes = {"num_images": len(rows), "shards": shards, "statistics": Statistics()}
         self.manifest = base.manifest.model_copy(update=changes)
         self.num_crops = base.num_crops

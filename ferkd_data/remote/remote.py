@@ -131,6 +131,7 @@ class Remote:
         """
         part = part_of(to)
         to.parent.mkdir(parents=True, exist_ok=True)
+        # Once anew after a wrong digest: the half that lay there may have been of an older version.
         for again in (True, False):
             with explain_full_disk(to):
                 self._fill(name, part, size)
@@ -169,6 +170,8 @@ class Remote:
         def there() -> int:
             return part.stat().st_size if part.exists() else -1
 
+        # A body may end early because the connection was lost, or because the file is shorter than listed. The same end
+        # twice means the latter.
         ended_at: set[int] = set()
 
         def attempt() -> None:
@@ -207,6 +210,7 @@ class Remote:
 
     def stop(self) -> None:
         """End the downloads of other threads at their next bytes or attempts, when a pull is interrupted."""
+        # Frozen, so written past __setattr__; one assignment, which other threads see as a whole.
         self.__dict__["stopped"] = True
 
     def _check_stopped(self) -> None:

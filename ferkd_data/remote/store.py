@@ -77,6 +77,7 @@ class StoreTransport:
                 with write_atomically(Path(path)) as aside:
                     shutil.copyfile(file, aside)
                 return
+            # An object appears when the stream is closed, so a killed upload leaves no half object.
             with file.open("rb") as source, file_system.open_output_stream(path) as sink:
                 while chunk := source.read(STORE_CHUNK_BYTES):
                     sink.write(chunk)
