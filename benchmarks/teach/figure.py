@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from summary import interval
+from summary import FEWEST, interval
 
 Run = dict[str, Any]
 COLOURS = ("#6e7781", "#d1570a", "#0969da", "#2da44e", "#8250df", "#bf3989")
@@ -30,8 +30,6 @@ text { font: 12px sans-serif; fill: #24292f }
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .grid { stroke: #30363d } .zero { stroke: #9198a1 } }
 """
 WIDTH, LEFT, GAP = 900, 400, 190
-FEWEST = 3
-"""Seeds that a difference needs to be drawn: with two, an interval is wider than the figure."""
 
 
 def scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:

@@ -16,6 +16,9 @@ from typing import Any
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t by degrees of freedom, two-sided 95 %."""
 
+FEWEST = 3
+"""Seeds that a difference needs to be shown with an interval: with two, the interval itself is mostly chance."""
+
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
     """Mean of paired differences and half the width of its 95 % interval; infinite for fewer than two."""
@@ -30,13 +33,16 @@ COLUMNS = (("top1", ".1f"), ("agreement", ".1f"), ("nll", ".2f"), ("ece", ".1f")
 
 
 def difference(runs: Sequence[dict[str, Any]], method: str, base: str) -> str:
-    """Render the paired difference in points of top-1; one inside its 95 % interval is called none."""
+    """Render the paired difference in points of top-1; one inside its 95 % interval is called none.
+
+    Fewer seeds than FEWEST have no interval.
+    """
     by = {(line["method"], line["seed"]): line["top1"] for line in runs}
     seeds = sorted(seed for name, seed in by if name == method and (base, seed) in by)
     if method == base or not seeds:
         return ""
     mean, half = interval([by[method, seed] - by[base, seed] for seed in seeds])
-    if math.isinf(half):
+    if len(seeds) < FEWEST:
         return f"{mean:+.1f}"
     return f"{mean:+.1f} ± {half:.1f}" + (" (none)" if abs(mean) <= half else "")
 
