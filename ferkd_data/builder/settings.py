@@ -185,7 +185,7 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerResources:
-    """What each worker of a build gets, as numbers. Made of `Resources` once, then handed on as a whole."""
+    """Resources of each worker of a build, as numbers. Made of `Resources` once, then handed on as a whole."""
 
     batch_size: int
     """Crops per forward pass."""

@@ -44,7 +44,7 @@ class ShardRecord(BaseModel):
 
 
 class ShardFiles(Protocol):
-    """Where the files of labelled shards are kept, with a record for each: on a disk, or in a store."""
+    """The files of labelled shards and a record for each, on a disk or in a store."""
 
     @property
     def location(self) -> Path | str:

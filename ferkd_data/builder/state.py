@@ -76,7 +76,7 @@ class BuildFolder:
     def __init__(self, out: Path, files: ShardFiles | None = None) -> None:
         """`files` are on the disk below `out` unless they are kept elsewhere."""
         self.out = out
-        """Where this host writes the label set's files."""
+        """The folder in which this host writes the label set's files."""
         self.path = out / FOLDER
         self.files = DiskFiles(out) if files is None else files
 

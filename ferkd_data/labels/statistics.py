@@ -219,7 +219,7 @@ def summarise(statistics: Statistics) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How often the most probable class is the ground truth, counted over crops whose ground truth is known."""
+    """Counts of how often the most probable class is the ground truth, over crops whose ground truth is known."""
 
     by_class: tuple[tuple[int, int, float], ...]
     """(class, crops, share of them that are right) for every class seen, the worst first."""

@@ -62,7 +62,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
-    """What one process labels shards with. Opened once, used by its labelling thread for all its shards."""
+    """The means to label shards in one process. Opened once, used by its labelling thread for all its shards."""
 
     job: Job
     device: str

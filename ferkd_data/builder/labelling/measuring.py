@@ -17,7 +17,7 @@ from ferkd_data.scratch import Scratch
 from ferkd_data.teachers import Teacher
 
 MEASURE_SECONDS = 15.0
-"""How long the whole loop is timed."""
+"""Time that the whole loop is measured for."""
 TEACHER_BATCHES = 3
 
 

@@ -75,7 +75,7 @@ class BrokenOffError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEnd:
-    """What is known of a shard when its last row is made."""
+    """Follows the last row of a shard: all that is known of the shard besides its rows."""
 
     rejects: tuple[Reject, ...]
     counts: TeacherCounts

@@ -1,1 +1,1 @@
-"""What a build tells: events, progress, and files for machines."""
+"""Events of a build, its progress, and files for machines."""

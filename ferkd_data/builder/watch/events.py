@@ -120,7 +120,7 @@ class WorkerProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a build is. The one event that comes with every batch."""
+    """Progress of the build. The one event that comes with every batch."""
 
     shard: int
     """The image shard in work."""

@@ -167,7 +167,7 @@ class ProgressCounter:
             self._workers[worker].idle_since = time.monotonic()
 
     def worker_died(self, worker: int, how: str, shards: Sequence[int] = ()) -> None:
-        """What it had labelled of `shards` has to be labelled again."""
+        """Note a death. The crops that the worker had labelled of `shards` have to be labelled again."""
         self._workers.pop(worker, None)
         for shard in shards:
             self._in_work.end(shard)

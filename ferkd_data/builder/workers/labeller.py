@@ -99,7 +99,7 @@ class Labeller:
 
 
 class _Watch:
-    """How far the labelling thread is. Written by that thread, read by the one that reports.
+    """Progress of the labelling thread. Written by that thread, read by the one that reports.
 
     Each attribute is one reference, replaced as a whole, so reading needs no lock: an old value is as good.
     """

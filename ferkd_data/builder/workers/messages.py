@@ -120,7 +120,7 @@ class Workers(Protocol[AnyWorker]):
     """Starts workers of one kind, and waits for their messages."""
 
     when_none_gets_ready: str
-    """What the user may try then."""
+    """Advice to the user where workers die before they are ready."""
 
     def room(self) -> int:
         """Return how many there can be now. Asked again from time to time."""

@@ -39,11 +39,11 @@ DEATHS_AT_START = 3
 """Deaths of one worker in a row, before it was ready, after which the build ends."""
 POLL_SECONDS = 0.5
 LEAVE_SECONDS = 30.0
-"""How long a worker may take to leave when there is no more to do."""
+"""Time that a worker may take to leave when there is no more to do."""
 ROOM_SECONDS = 10.0
 """How often the driver asks how many workers there is room for."""
 VISIBLE_SECONDS = 90.0
-"""How much later a network file system may show a file that another node wrote."""
+"""Delay after which a network file system shows a file that another node wrote."""
 SILENT_SECONDS = 10.0
 """Silence beyond the teacher timeout after which a worker counts as hanging: it should report every second."""
 
@@ -112,7 +112,7 @@ def too_slow(teacher: str, shard: int | None, limit_seconds: float, worker: str)
 
 @dataclass(kw_only=True, eq=False)
 class Member(Generic[AnyWorker]):
-    """A place in the pool: its present worker, and the shards that are with it."""
+    """A member of the pool: its present worker, which is replaced when it dies, and the shards that are with it."""
 
     number: int
     worker: AnyWorker

@@ -1,4 +1,4 @@
-"""Where the workers of a build run: on this machine, or on a Ray cluster with the connection to it.
+"""`Placement`: where the workers of a build run. `Cluster`: a Ray cluster, and the connection to it.
 
 Ray decides on which node a worker runs and which nodes are added. A build says what one worker needs, and asks for as
 many as there is room for and a few more. These wait: an autoscaler adds nodes for them, and a node that joins later is
@@ -80,7 +80,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where the workers of a build run, and what each of them gets."""
+    """The devices of a build's workers, here or on a cluster, and the resources of each worker."""
 
     devices: list[str]
     """The device of each worker on this machine; on a cluster, the kind of device of all."""
