@@ -28,8 +28,10 @@ from ferkd_data.storage import HashedFile
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
+    """A fault, and where it is: a file and, as far as it is known, row, image, crop and field."""
+
     file: str
-    """Relative to the label set; of the image source for faults found with `images`."""
+    """Path relative to the label set; for faults found with `images`, a file of the image source."""
     message: str
     row: int | None = None
     key: str | None = None
@@ -46,14 +48,26 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
+    """The result of `verify`: counts, and the faults that were found.
+
+    >>> report = fd.verify(LABELS)
+    >>> report.ok, report.images, report.faults
+    (True, 4, ())
+    """
+
     files: int
+    """Files checked: shard files, manifest and rejects."""
     bytes: int
+    """Bytes of the shard files."""
     images: int
     crops: int
+    """Crops of all images together."""
     faults: tuple[Fault, ...]
-    """The first ones, at most as many as were asked for."""
+    """The first faults, at most `max_faults`."""
     faults_found: int
+    """Number of all faults."""
     warnings: tuple[str, ...]
+    """Lines about things that are no faults, such as files that the manifest does not list."""
     signer: str | None = None
     """Who signed the manifest, where that was asked for."""
 
@@ -67,6 +81,8 @@ class VerifyReport:
 
 @dataclass(frozen=True, kw_only=True)
 class RowFault:
+    """A fault of a row, before the file is known."""
+
     row: int
     crop: int | None
     """None where the fault is the image's, not one crop's."""
