@@ -55,7 +55,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
         missing = sorted(found["missing_keys"])
         raise TeacherError(
             f"teacher {spec}: its checkpoint lacks {len(missing)} weights ({', '.join(missing[:3])}), which would be "
-            "random; it is not a classifier, or belongs to another model"
+            "random; it has no classifier, or belongs to another model"
         )
     known, bgr = measure_processor(processor, spec)
     names = tuple(model.config.id2label[number] for number in sorted(model.config.id2label))
