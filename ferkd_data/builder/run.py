@@ -111,6 +111,15 @@ def build(
         changes: Fields of BuildSettings (crops=200, top_k=5, seed=0, …) and of Resources (device="cuda", …).
 
     Raises UsageError, SourceError, TeacherError, BuildError (see ferkd_data.errors).
+
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> Path("photos").mkdir()
+    >>> Image.linear_gradient("L").save("photos/grey.png")
+    >>> teacher = "python:torchvision.models:squeezenet1_1?size=64&mean=0.5&std=0.25"  # with random weights
+    >>> result = fd.build("photos", "labels", teachers=[teacher], crops=4, device="cpu")
+    >>> result.manifest.num_images, result.manifest.num_crops, result.rejects
+    (1, 4, 0)
     """
     watcher = Watchers(watchers, on_progress)
     with watcher.told_of_failure():

@@ -42,6 +42,9 @@ class BuildSettings:
     """All that decides what a build writes, apart from the images and the teachers.
 
     Raises UsageError for a value out of range.
+
+    >>> list(BuildSettings(crops=120).block_starts)  # the first crop of each block file
+    [0, 50, 100]
     """
 
     crops: int = 200
@@ -97,6 +100,9 @@ class Resources:
     """Processors, memory and time that a build may use, as the user asks for them. None of it changes the labels.
 
     Raises UsageError for a value that no machine could have.
+
+    >>> Resources(device="cpu", workers=2).resolved_devices()
+    ['cpu', 'cpu']
     """
 
     device: str = "auto"
