@@ -215,7 +215,7 @@ def test_a_worker_keeps_a_few_megabytes_mapped():
 
 def test_memory_that_is_not_there():
     buffers = BatchBuffers(keep=9, shared=True)
-    with pytest.raises(LoaderError, match=r"9 windows of 1000000 crops of 8192 pixels take 1,811,939,328 MB.*has"):
+    with pytest.raises(LoaderError, match=r"9 windows of 1000000 crops of 8192 pixels need 1,811,939,328 MB.*has"):
         buffers.take(1_000_000, 8192)
 
 
