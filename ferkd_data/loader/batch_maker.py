@@ -50,10 +50,12 @@ from ferkd_data.storage import image_digest
 from ferkd_data.targets import TENSORS, SoftTargets
 
 MAX_SKIPPED = 1000
-"""Images in a row that may be unusable; more are a source that is gone, or labels of other images."""
+"""Images in a row that may be unusable. More mean that the source is gone, or the labels are of other images."""
 
 
 class Work(NamedTuple):
+    """A window to make, and the memory for its crops."""
+
     window: Window
     out: Tensor
     """uint8 (at least the sum of the window's batches, 3, S, S): where the crops go."""
@@ -70,15 +72,15 @@ class Made(NamedTuple):
     batches: list[int]
     """Crops in each batch."""
     skipped: list[str]
-    """Key and reason of each image of the window that could not be used, and whose place another one took."""
+    """Key and reason of each image of the window that could not be used, and was replaced by another one."""
     spent: Spent = NOTHING
-    """The time that making it took."""
+    """Seconds that making it took, by stage."""
     by_worker: bool = False
     """Whether a worker made it, and not the training process."""
 
     @classmethod
     def of(cls, targets: SoftTargets, window: Window, skipped: list[str]) -> Made:
-        """The window's targets, on the CPU, batch after batch."""
+        """Hold the window's targets, on the CPU, batch after batch."""
         arrays = {name: tensor.numpy() for name in TENSORS if (tensor := getattr(targets, name)) is not None}
         return cls(arrays, list(window.batches), skipped)
 
@@ -88,7 +90,7 @@ class Made(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """A window's crops before any image is read."""
+    """The labels of a window's crops, before any image is read. The leading axis of arrays is I."""
 
     rows: npt.NDArray[np.int64]
     records: npt.NDArray[np.void]
@@ -98,9 +100,10 @@ class Labelled(NamedTuple):
 
 
 class BatchMaker:
-    """`maker.make(work)` is a pure function of the window and the settings, whichever process calls it.
+    """Makes windows. `make(work)` is a pure function of the window and the settings, whichever process calls it.
 
-    Only `Made.spent`, the time that it took, differs from call to call.
+    Only `Made.spent`, the time that it took, differs from call to call. A maker is used by one thread at a time: it
+    keeps open files, the order of the present pass and a clock between windows.
     """
 
     def __init__(
@@ -120,12 +123,16 @@ class BatchMaker:
         self.clock = StageClock()
         self._checked = CheckedImages(len(labels))
         self._newest = -1
-        """The latest epoch so far."""
+        """The latest epoch so far; a later one lets go of crop blocks that it does not draw from."""
         self.epochs = Epochs(settings, len(labels))
         self._order: tuple[int, InChunks] | None = None
         self._shard_rows = np.array([shard.rows for shard in labels.manifest.shards], np.int64)
 
     def make(self, work: Work) -> Made:
+        """Fill `work.out` with the window's crops and return their targets.
+
+        Raises LoaderError where an image cannot be used and must not be skipped.
+        """
         window = work.window
         images = work.out[: sum(window.batches)]
         together = (window.slots[:, 0] >= 0) & (np.diff(window.slots, axis=1) == 1).all(axis=1)
@@ -139,7 +146,8 @@ class BatchMaker:
             try:
                 with self.clock.cut:
                     self._cut_image(pixels, window.slots[i], crops, bool(together[i]), images)
-            except UsageError as error:  # a box outside the image: what replay takes for a mistake of its caller
+            except UsageError as error:
+                # A box outside the image. For replay it is its caller's mistake; here it is one of the label.
                 raise LoaderError(f"{self._describe(int(labelled.rows[i]))}: {error}") from error
             if self.settings.transform is not None:
                 with self.clock.transform:
@@ -151,9 +159,9 @@ class BatchMaker:
         return made._replace(spent=self.clock.take())
 
     def for_workers(self) -> BatchMaker:
-        """A copy that can be sent to processes which are told the settings of each epoch by `epochs.learn`.
+        """Return a copy to pickle for processes, which are told the settings of each epoch by `epochs.learn`.
 
-        Functions of the epoch stay here: they may be what cannot be pickled.
+        Functions of the epoch stay here, as they may not be picklable.
         """
         maker = copy.copy(self)
         maker.settings = without_functions(self.settings)
@@ -163,11 +171,11 @@ class BatchMaker:
         return maker
 
     def filled(self, window: Window, use: Callable[[Labelled, int], None]) -> tuple[Labelled, list[str]]:
-        """The labels of a window that has an image in every place, and the key and reason of each one that was skipped.
+        """Use every image of a window; return its labels, and the key and reason of each image that was skipped.
 
-        `use(labelled, i)` takes the image in place i, and raises ImageError where that cannot be used. With
-        on_error="skip" another image of the epoch then takes the place; see `stand_in`. So a batch is always full, and
-        what is in it depends on nothing but its window.
+        `use(labelled, i)` uses image i of the window, and raises ImageError where it cannot. With on_error="skip",
+        another image of the epoch then replaces it (see `stand_in`). So a batch is always full, and its content depends
+        on its window alone.
 
         Raises LoaderError where no image may be skipped, or MAX_SKIPPED in a row cannot be used.
         """
@@ -190,10 +198,10 @@ class BatchMaker:
             failed = self._use(labelled, failed, use)
         return labelled, list(skipped.values())
 
-    def _use(self, labelled: Labelled, places: Iterable[int], use: Callable[[Labelled, int], None]) -> dict[int, str]:
-        """Places whose image cannot be used -> its key and the reason."""
+    def _use(self, labelled: Labelled, images: Iterable[int], use: Callable[[Labelled, int], None]) -> dict[int, str]:
+        """Use these images of a window. Maps each one that cannot be used, by its number, to its key and the reason."""
         failed, unanswered = {}, 0
-        for i in places:
+        for i in images:
             try:
                 use(labelled, i)
             except ImageError as error:
@@ -204,7 +212,7 @@ class BatchMaker:
         return failed
 
     def labelled(self, window: Window) -> Labelled:
-        """Which crops the window has, with the targets they have before any mixing."""
+        """Read the labels of a window: its crops, with their targets before any mixing."""
         with self.clock.label:
             order = self._order_of(window.epoch)
             rows = order.rows(window.positions)
@@ -221,7 +229,7 @@ class BatchMaker:
     def _records(
         self, window: Window, order: FromPosition, rows: npt.NDArray[np.int64], draws: tuple[BlockDraws, ...]
     ) -> list[npt.NDArray[np.void]]:
-        """The stored labels of these rows in each block that is drawn from."""
+        """Read the stored labels of these rows in each block that is drawn from."""
         blocks = {part.block for part in draws}
         if window.epoch > self._newest:
             self._newest = window.epoch
@@ -240,14 +248,14 @@ class BatchMaker:
         return Made.of(targets[0] if len(targets) == 1 else SoftTargets.cat(targets), window, skipped)
 
     def targets(self, made: Made) -> SoftTargets:
-        """A window's targets as users get them, with keys where they want them."""
+        """Return a window's targets as users get them, with keys where they want them."""
         targets = made.targets(self.labels.num_classes)
         if self.keys is None or targets.rows is None:
             return targets
         return replace(targets, keys=self.keys.take(targets.rows))
 
     def prepare_blocks(self, epoch: int) -> None:
-        """See to what an epoch needs before workers ask for it."""
+        """Unpack the crop blocks of an epoch before workers ask for them."""
         self.cache.prepare({part.block for part in self._draws(epoch)})
         give_memory_back()
 
@@ -275,7 +283,7 @@ class BatchMaker:
         )
 
     def _skip(self, row: int, error: ImageError) -> str:
-        """Where and why an image is left out. Raises LoaderError where none may be."""
+        """Return key and reason of an image that is skipped. Raises LoaderError where none may be."""
         image = self._describe(row)
         if self.settings.on_error == "raise":
             raise LoaderError(f"{image}: {error}") from error
@@ -284,7 +292,7 @@ class BatchMaker:
     def _decoded(
         self, data: bytes, record: np.void, crops: Crops, wanted: npt.NDArray[np.bool_], size: int
     ) -> tuple[npt.NDArray[np.uint8], Crops]:
-        """The image with its crops; both reduced where `decode_scale` allows it for the wanted crops."""
+        """Decode an image, (H, W, 3); both it and its crops are reduced where `decode_scale` allows it."""
         divisor = 1
         if self.settings.decode_scale == "auto" and wanted.any():
             divisor = divisor_for(crops.boxes[wanted], size)
@@ -310,7 +318,7 @@ class BatchMaker:
                 replay(pixels, one, size=size, interpolation=interpolation, out=out[slot : slot + 1])
 
     def _transform(self, transform: Transform, window: Window, labelled: Labelled, i: int, images: Tensor) -> None:
-        """Put the crops of the image in place i through the user's transform, where they lie."""
+        """Apply the user's transform to the crops of image i of the window, in `images` itself."""
         key_hash, drawn = int(labelled.records[i]["key_hash"]), self.epochs.at(window.epoch).drawn
         with lent_generators():
             for m, slot in enumerate(window.slots[i].tolist()):
@@ -321,7 +329,7 @@ class BatchMaker:
                         crop.copy_(given)
 
     def read(self, row: int, record: np.void) -> bytes:
-        """An image's encoded bytes. Raises ImageError when it is missing, or another one than was labelled."""
+        """Read an image's encoded bytes. Raises ImageError when it is missing, or is not the one that was labelled."""
         with self.clock.read:
             data = self.images.read(row, record)
             verify = self.settings.verify_images
@@ -346,7 +354,7 @@ class BatchMaker:
             return
         start = 0
         for i, (size, cursor) in enumerate(zip(window.batches, window.cursors, strict=True)):
-            # Seeded by what the batch holds, so that ranks mix differently and a resume mixes the same.
+            # Seeded by the batch's first position, so that ranks mix differently and a resume mixes the same.
             first = int(window.positions[0])
             generator = rng.generator("selfmix", self.settings.seed, cursor.epoch, first, i)
             _, targets[i] = selfmix(
@@ -361,10 +369,13 @@ class BatchMaker:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run PyTorch's kernels in the calling thread alone; other threads of the process go on as they were.
+    """Run PyTorch's kernels in the calling thread alone; other threads of the process keep their settings.
 
-    `torch.set_num_threads` would speak for all threads, so OpenMP is asked for the calling one. Where PyTorch was
-    built without OpenMP, nothing changes.
+    PyTorch shares even the kernel of one crop among all its compute threads, which then busily wait for each other:
+    where other processes want the cores too, 27 times the CPU time of one thread was measured.
+
+    `torch.set_num_threads` would change all threads, so this sets OpenMP's number for the calling one. Where PyTorch
+    was built without OpenMP, nothing changes.
     """
     before = torch.get_num_threads()
     if before == 1 or _set_threads is None:
@@ -378,9 +389,9 @@ def one_thread() -> Iterator[None]:
 
 
 def _find() -> Callable[[int], None] | None:
-    """OpenMP's function that sets the calling thread's number of threads, from the library that PyTorch has loaded."""
+    """Find OpenMP's function that sets the calling thread's number of threads, in the library that PyTorch loaded."""
     try:
-        # A symbol is looked for in all that this library needs.
+        # The loader looks for a symbol in this library and in all that it needs.
         found = ctypes.CDLL(torch._C.__file__).omp_set_num_threads
     except (OSError, AttributeError):
         return None
