@@ -153,6 +153,7 @@ def measure_with(workers: Workers[AnyWorker], shards: Sequence[Sequence[ImageRef
             for worker in workers.with_news(waiting, POLL_SECONDS):
                 message = _hear(worker, workers.when_none_gets_ready)
                 if isinstance(message, Ready):
+                    # Nobody measures while others still load their teachers: these would take its cores.
                     num_ready += 1
                     if num_ready == len(started):
                         for each, refs in zip(started, shards, strict=True):

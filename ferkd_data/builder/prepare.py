@@ -139,6 +139,7 @@ class Prepared:
 
     def let_teachers_go(self) -> None:
         """Free the driver's teachers. Workers have their own, and these would only take memory of the first device."""
+        # The list itself is emptied: others refer to it, and the teachers must have no reference left.
         self.ensemble.clear()
         torch.cuda.empty_cache()
 
@@ -182,6 +183,7 @@ def open_request(request: Request) -> Iterator[Prepared]:
     Raises SourceError, TeacherError, UsageError, SettingsMismatchError for an extension by other teachers.
     """
     settings, base = request.settings, request.base
+    # The cluster first: it fails in seconds, where loading teachers takes minutes.
     with open_placement(request.resources) as placement:
         job = Job(
             source=request.source,

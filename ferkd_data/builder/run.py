@@ -139,6 +139,7 @@ def build(
         if finished is not None:
             _confirm(finished, request)
             return _result_of(finished)
+        # Before the teachers are loaded, which takes minutes.
         if isinstance(request.out, Path):
             check_out(request.out)
         with open_request(request) as prepared, open_out(request.out, overwrite=overwrite, extend=extend) as folder:
@@ -191,6 +192,7 @@ def build_part(
             open_part_folder(location, mine, extend=prepared.base is not None) as folder,
         ):
             with explain_unwritable(folder.out, only_if_named=True):
+                # Parts begin at the same time: the first one makes the plan, the others wait and find it.
                 with folder.alone():
                     plan, _ = prepared.begin(folder)
                 shards = mine.shards(plan.shards)

@@ -132,6 +132,7 @@ def _start_over(folder: BuildFolder, plan: Plan) -> BuildError:
 def _final_thresholds(folder: BuildFolder, plan: Plan, settings: BuildSettings, num_classes: int) -> Thresholds:
     if isinstance(settings.thresholds, Thresholds):
         return settings.thresholds
+    # float16 has 15,361 values in 0..1: counts of each give exact quantiles of any number of crops in bounded memory.
     counts = np.zeros(NUM_FLOAT16, np.int64)
     for shard in plan.shards:
         record = folder.existing_record(shard)

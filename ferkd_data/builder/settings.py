@@ -76,6 +76,7 @@ class BuildSettings:
         if self.ensemble not in ("mean", "logits", "geometric"):
             raise UsageError(f"ensemble must be mean, logits or geometric, got {self.ensemble!r}")
 
+        # A string is a sequence of strings, too.
         if isinstance(self.augment, str):
             raise UsageError(f"augment is a list of augmentations, as in augment=[{self.augment!r}]")
         # As parsed, so that two ways to write the same are the same settings.

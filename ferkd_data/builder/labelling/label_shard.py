@@ -144,6 +144,7 @@ def _ask(batch: CropBatch, tools: Tools) -> _Answer:
     labels = soft_labels(prob_BC, target, top_k=tools.job.settings.top_k)
     wrong = [check_logits(logits, t) for logits, t in zip(logits_TBC, temperatures, strict=True)]
     counted = count_batch(logits_TBC, temperatures, target)
+    # One list, so that everything is fetched in one go and the host waits for the device once per batch.
     results = [labels.class_index, labels.class_prob, labels.target_prob, torch.stack(wrong), *counted]
     return _Answer(batch=batch, labels=labels, fetched=tools.staging.fetch(results))
 

@@ -169,8 +169,10 @@ class WriteBehind:
                 on_batch(item.crops, len(rejects))
                 for row in item.rows:
                     rows.put(row, writer)
+                    # Between rows, since a shard may take an hour: its record then does not wait for the next shard.
                     if self._before is not None and self._before.done():
                         self.settle()
+            # Before the end is handed over: only then can this shard become the one before.
             self.settle()
             rows.close(ShardEnd(rejects=tuple(rejects), counts=counts), writer)
         except BaseException:

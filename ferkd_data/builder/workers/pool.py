@@ -176,6 +176,7 @@ class WorkerPool(Generic[AnyWorker]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # All are told first, so that they leave at the same time and not one after the other.
         for member in self.members:
             member.worker.leave()
         for member in self.members:
@@ -187,6 +188,7 @@ class WorkerPool(Generic[AnyWorker]):
         while self.todo or self._in_work():
             if self.stop.expired or (self.stop.requested and not self._in_work()):
                 raise self.stop.error()
+            # Workers first, so that a new one loads its teachers while shards are given to the others.
             self._grow()
             self.free = [member for member in self.free if not self._give(member)]
             self._listen()
@@ -203,6 +205,7 @@ class WorkerPool(Generic[AnyWorker]):
             self.room, self.room_from = self.workers.room(), now
         while len(self.members) < min(self.room, len(self.todo) + self._in_work()):
             number = len(self.members)
+            # A member's number is its index: `with_news` returns workers, which are found again by it.
             self.members.append(Member(number=number, worker=self.workers.start(number)))
 
     def _give(self, member: Member[AnyWorker]) -> bool:
@@ -292,11 +295,13 @@ class WorkerPool(Generic[AnyWorker]):
         """Put the shards of a worker that died back, and start a new one. Raises BuildError where that is hopeless."""
         if self.stop.requested:  # a batch system that stops a job often signals all its processes
             raise self.stop.error()
+        # The process must be gone before another worker writes the same files.
         member.worker.end(LEAVE_SECONDS)
         held = member.held
         self.counter.worker_died(member.number, str(lost), held)
         self.held.difference_update(held)
         for shard in held:
+            # It may have died after the record was saved, and before it could say so.
             if self.folder.files.record(shard) is not None:
                 self._expect_record(shard, member)
             else:

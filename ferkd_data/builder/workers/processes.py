@@ -91,6 +91,7 @@ class WorkerProcesses:
         # A process that died while it was started shows on its pipe.
         with _interrupts_held(), contextlib.suppress(BrokenPipeError):
             process.start()
+        # With the worker alone holding its end, the pipe closes when the worker dies.
         theirs.close()
         return WorkerProcess(number, device, process, ours)
 

@@ -113,6 +113,7 @@ class RayWorkers:
         if not calls:
             time.sleep(seconds)
             return []
+        # Ray returns at most `num_returns`: the first call waits for any news, the second collects all there is.
         ray.wait(calls, num_returns=1, timeout=seconds)
         ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
         spoke = {id(call) for call in ready}
