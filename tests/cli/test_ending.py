@@ -44,7 +44,7 @@ def wait_for_a_shard(out, process):
 def test_signals_end_a_build_that_goes_on_later(photos, tiny_teachers, tmp_path, processes, number, twice):
     """To all processes of the terminal, as Ctrl-C and a closed window send them; the second within half a second."""
     out = tmp_path / "out"
-    arguments = arguments_of(photos, out, tiny_teachers, "--processes", processes, "--grace", "0")
+    arguments = arguments_of(photos, out, tiny_teachers, "--workers", processes, "--grace", "0")
     process = start(arguments, stderr=subprocess.PIPE, start_new_session=True)
     wait_for_a_shard(out, process)
     os.killpg(process.pid, number)
@@ -76,7 +76,7 @@ def test_under_nohup_a_closed_terminal_does_not_matter(photos, tiny_teachers, tm
 def test_a_reader_that_is_gone_does_not_end_a_build(photos, tiny_teachers, tmp_path, processes):
     """2>&1 | head -1"""
     out = tmp_path / "out"
-    arguments = arguments_of(photos, out, tiny_teachers, "--processes", processes)
+    arguments = arguments_of(photos, out, tiny_teachers, "--workers", processes)
     process = start(arguments, "0.02", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process.stdout.readline()
     process.stdout.close()

@@ -18,16 +18,16 @@ def test_a_second_build_gives_the_same_bytes(photos, tiny_teachers, tmp_path, la
 
 @pytest.mark.usefixtures("quick_workers")
 @pytest.mark.parametrize("layout", ["parquet", "webdataset"])
-def test_two_processes_give_the_same_bytes_as_one(photos, tiny_teachers, tmp_path, layout):
+def test_two_workers_give_the_same_bytes_as_one(photos, tiny_teachers, tmp_path, layout):
     seen = []
-    for processes in (1, 2):
-        torch.set_num_threads(3 - processes)
+    for workers in (1, 2):
+        torch.set_num_threads(3 - workers)
         fd.build(
             photos,
-            tmp_path / str(processes),
+            tmp_path / str(workers),
             teachers=[tiny_teachers],
             layout=layout,
-            processes=processes,
+            workers=workers,
             on_progress=seen.append,
             **SMALL,
         )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 
 class Tiny(nn.Module):
+    preprocessing: ClassVar = {"size": 32, "mean": (0.5,), "std": (0.25,)}
+
     def __init__(self, seed, classes=10):
         super().__init__()
-        self.preprocessing = {"size": 32, "mean": (0.5,), "std": (0.25,)}
         generator = torch.Generator().manual_seed(seed)
         self.pool = nn.AdaptiveAvgPool2d(4)
         self.head = nn.Linear(48, classes)

@@ -102,7 +102,7 @@ def test_no_memory_for_cutting_means_smaller_steps(photos, tiny_teachers, tmp_pa
     resized, sizes = replay._resized, []
 
     def small(image, filters):
-        sizes.append(filters.place_2NST.shape[1])
+        sizes.append(filters.pixel_2NST.shape[1])
         if sizes[-1] > 4:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return resized(image, filters)
