@@ -14,6 +14,7 @@ from label_sets import SMALL, files_below, same_label_sets
 import ferkd_data as fd
 from ferkd_data import storage
 from ferkd_data.errors import UsageError
+from ferkd_data.format.progress import OnProgress
 from ferkd_data_cli.main import run
 
 SECOND = "python:ferkd_tiny_teachers:second"
@@ -104,6 +105,7 @@ KILLED = (
     "format/out_folder.py",
     "exchange/convert.py",
     "exchange/merge.py",
+    "exchange/pull.py",
 )
 WRITING = ("write_atomically",)
 
@@ -135,13 +137,20 @@ def killed_at(command: tuple[str, str, str], boundary: int) -> int:
                 frame.f_trace = trace if frame.f_code.co_filename.endswith(KILLED) else None
                 frame = frame.f_back
 
-    kind, source, out = command
-    if kind == "publish":
-        fd.publish(source, out, card=CARD, threads=1, on_progress=on_progress)
-    else:
-        fd.convert(source, out, layout="parquet", crops_per_block=2, on_progress=on_progress)
+    carry_out(*command, on_progress=on_progress)
     sys.settrace(None)
     return seen
+
+
+def carry_out(kind: str, source: str, out: str, *, on_progress: OnProgress | None = None) -> None:
+    if kind == "publish":
+        fd.publish(source, out, card=CARD, threads=1, on_progress=on_progress)
+    elif kind == "convert":
+        fd.convert(source, out, layout="parquet", crops_per_block=2, on_progress=on_progress)
+    elif kind == "merge":
+        fd.merge([source, source], out, weights=[2, 1], on_progress=on_progress)
+    else:
+        fd.pull(source, out, crops=None if kind == "pull" else 2, threads=1, on_progress=on_progress)
 
 
 def killed_everywhere(kind: str, source: str, folder: str, answer: Path) -> None:
@@ -159,7 +168,7 @@ def killed_everywhere(kind: str, source: str, folder: str, answer: Path) -> None
     answer.write_text(f"{boundary} {status}")
 
 
-@pytest.mark.parametrize("kind", ["publish", "convert"])
+@pytest.mark.parametrize("kind", ["publish", "convert", "merge", "pull", "pull a part"])
 def test_a_kill_at_any_line_of_the_end_loses_nothing(kind, tmp_path, quick_process, monkeypatch):
     """By a real signal in a real process; then the same command in this one."""
     source = shutil.copytree(GOLDEN / "parquet", tmp_path / "source")
@@ -172,10 +181,7 @@ def test_a_kill_at_any_line_of_the_end_loses_nothing(kind, tmp_path, quick_proce
     assert status == 0 and boundaries > 25, "the last one has ended, and the end has more lines than that"
     for boundary in range(1, boundaries + 1):
         out = tmp_path / str(boundary)
-        if kind == "publish":
-            fd.publish(source, str(out), card=CARD)
-        else:
-            fd.convert(source, out, layout="parquet", crops_per_block=2)
+        carry_out(kind, str(source), str(out))
         assert same_label_sets(tmp_path / str(boundaries), out), f"boundary {boundary}"
         verified = fd.verify(out)
         assert verified.ok and not verified.warnings, f"boundary {boundary}: {verified}"
