@@ -29,7 +29,7 @@ from ferkd_data.labels import statistics
 from ferkd_data.labels.statistics import Statistics, shard_statistics
 from ferkd_data.locks import held
 from ferkd_data.remote import Remote, Retries, is_remote, open_remote, part_of
-from ferkd_data.storage import inside, sha256_file, write_atomically
+from ferkd_data.storage import inside, remove_leftovers, sha256_file, write_atomically
 
 README = "README.md"
 BESIDE = (README, "LICENSE")
@@ -96,6 +96,8 @@ def pull(
     part = _selected(whole, url, crops, shards)
     with _alone(out):
         _check_place(out, part)
+        # What a killed pull had begun to write; its unfinished downloads have other names, and are gone on with.
+        remove_leftovers(out)
         fetched = _fetch_files(remote, out, part, threads, on_progress)
         _fetch_beside(remote, out, BESIDE[1:] if part is not whole else BESIDE, folder)
         if part is not whole:
