@@ -73,7 +73,8 @@ class Calibration:
     all_discarded: Literal["soften", "keep"] = "soften"
     """Policy for an image that has no crop in use: the image is trained on all the same."""
     thresholds: Thresholds | None = None
-    """None: the buckets as stored. Otherwise buckets are derived anew from the stored probabilities."""
+    """None: the buckets as stored. Otherwise buckets are derived anew from the stored probabilities, as they are read;
+    no file changes."""
     epsilon: float = 0.1
     """Softened ground truth: 1 - epsilon on the class, epsilon spread evenly over the others."""
     blend_weight: float = 0.5

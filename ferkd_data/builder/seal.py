@@ -52,7 +52,7 @@ def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts,
     if not any(folder.existing_record(shard).rows for shard in plan.shards):
         raise _start_over(folder, plan)
     thresholds = _final_thresholds(folder, plan, settings, facts.num_classes)
-    records = [_with_thresholds(folder, shard, settings, thresholds, facts.num_classes) for shard in plan.shards]
+    records = [_rewrite_buckets(folder, shard, settings, thresholds, facts.num_classes) for shard in plan.shards]
     manifest = manifest_of(
         settings,
         facts,
@@ -145,10 +145,14 @@ def _final_thresholds(folder: BuildFolder, plan: Plan, settings: BuildSettings, 
     return settings.thresholds.resolve(counts)
 
 
-def _with_thresholds(
+def _rewrite_buckets(
     folder: BuildFolder, shard: int, settings: BuildSettings, thresholds: Thresholds, num_classes: int
 ) -> ShardRecord:
-    """Return the shard's record, after assigning its buckets anew where they were provisional."""
+    """Rewrite a shard's files with final buckets where they were provisional, and return its record.
+
+    The record names the thresholds that its files were written with. The kind of confidence cannot differ: it is a
+    setting of the build.
+    """
     record = folder.existing_record(shard)
     final = (thresholds.low, thresholds.mid, thresholds.top)
     if record.thresholds == final or not record.rows:

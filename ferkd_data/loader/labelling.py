@@ -9,7 +9,8 @@ a block, each image's crops come in a random order of its own. Crops that are no
 this cycle) are left out; where the block has fewer crops in use than draws, the order begins again, shuffled anew. So
 an epoch reads one block, or more where it crosses from one to the next.
 
-Legend: I images of a window, M crops per image and epoch, B crops of a window, n crops of a block, k stored classes.
+Legend: I images of a window, N crops of an image, M of them drawn in an epoch, B crops of a window, n crops of a block,
+k stored classes.
 """
 
 from __future__ import annotations

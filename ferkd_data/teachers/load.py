@@ -45,7 +45,7 @@ def load_teachers(
 
 def _precision(spec: TeacherSpec, device: str, wanted: str) -> Precision:
     if wanted == "auto":
-        return "bf16" if device.startswith("cuda") and spec.kind != "onnx" else "fp32"
+        return "bf16" if device.startswith("cuda") and KINDS[spec.kind].takes_precision else "fp32"
     if wanted not in ("fp32", "bf16", "fp16"):
         raise TeacherError(f"precision must be auto, fp32, bf16 or fp16, got {wanted!r}")
     return wanted  # type: ignore[return-value]

@@ -32,6 +32,8 @@ class KindTraits:
     """Specs may end in @CHECKPOINT; for other kinds, NAME is the file with the weights."""
     takes_output: bool = False
     """Specs may have the option output."""
+    takes_precision: bool = True
+    """The teacher can run below float32, so that it does on a GPU unless something else is asked for."""
 
 
 KINDS: dict[Kind, KindTraits] = {
@@ -39,7 +41,7 @@ KINDS: dict[Kind, KindTraits] = {
     "torchvision": KindTraits(load="torchvision_models.load", takes_checkpoint=True),
     "hf": KindTraits(load="hf_models.load", takes_checkpoint=True),
     "openclip": KindTraits(load="openclip_models.load", takes_checkpoint=True),
-    "onnx": KindTraits(load="onnx_models.load", takes_output=True),
+    "onnx": KindTraits(load="onnx_models.load", takes_output=True, takes_precision=False),
     "torchscript": KindTraits(load="own_models.load_torchscript", takes_output=True),
     "python": KindTraits(load="own_models.load_python", takes_checkpoint=True, takes_output=True),
 }

@@ -35,7 +35,8 @@ class Teacher(Protocol):
     """Input that `logits` expects; normalisation is the teacher's own work."""
     num_classes: int
     digest: str
-    """SHA-256, 64 hex digits, over everything that decides the answers: see ferkd_data.teachers.digest."""
+    """SHA-256, 64 hex digits, over everything that decides the answers, so that two different teachers never share one:
+    weights, code or graph, and what is done to the input. `digest.py` has the pieces for modules and files."""
     precision: Precision
     class_names: tuple[str, ...] | None
     """Names of the classes in the order of the outputs, where the model knows them."""

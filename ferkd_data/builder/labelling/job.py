@@ -50,9 +50,10 @@ class Job:
 
     @property
     def thresholds(self) -> Thresholds:
-        """Thresholds of the buckets that are stored; a stand-in until the end of the build where they are quantiles."""
+        """Thresholds of the buckets that are stored: provisional ones during the build where they are quantiles."""
         asked = self.settings.thresholds
         if isinstance(asked, QuantileThresholds):
+            # Quantiles are known when all crops are. Until then nearly all crops count as hard_positive.
             return Thresholds(low=0, mid=0, top=1, confidence=asked.confidence)
         return asked
 

@@ -40,7 +40,7 @@ class TeacherCounts:
     """(T, T) int64: crops on which two teachers name the same class first."""
     right_together: Tensor
     """(T, T) int64: crops on which both name the ground truth; on the diagonal, each by itself."""
-    calibration: Tensor
+    reliability: Tensor
     """(3, T, TEACHER_BINS) int64, by the teacher's own p_max: crops with a ground truth; those that it names right; the
     sum of p_max in units of 1 / P_MAX_UNITS."""
 
@@ -50,19 +50,19 @@ class TeacherCounts:
         return cls(
             agreement=torch.zeros(square, dtype=torch.int64),
             right_together=torch.zeros(square, dtype=torch.int64),
-            calibration=torch.zeros((3, num_teachers, TEACHER_BINS), dtype=torch.int64),
+            reliability=torch.zeros((3, num_teachers, TEACHER_BINS), dtype=torch.int64),
         )
 
     def __add__(self, other: TeacherCounts) -> TeacherCounts:
         return TeacherCounts(
             agreement=self.agreement + other.agreement,
             right_together=self.right_together + other.right_together,
-            calibration=self.calibration + other.calibration,
+            reliability=self.reliability + other.reliability,
         )
 
     def statistics(self) -> dict[str, Any]:
         """Return the fields of `Statistics` that are counted by teacher."""
-        crops, right, p_max = map(_rows, self.calibration)
+        crops, right, p_max = map(_rows, self.reliability)
         return {
             "teacher_top1_matches_target": tuple(self.right_together.diagonal().tolist()),
             "teacher_agreement": _rows(self.agreement),
@@ -232,8 +232,8 @@ def count_batch(logits_TBC: Sequence[Tensor], temperatures: Sequence[float], tar
     values = torch.stack(
         [known.expand_as(bin_TB).long(), right_TB.long(), known * (p_max_TB * P_MAX_UNITS).round().long()]
     )
-    calibration = values.new_zeros((3, len(logits_TBC), TEACHER_BINS))
-    return [agreement, right_together, calibration.scatter_add_(2, bin_TB.expand_as(values), values)]
+    reliability = values.new_zeros((3, len(logits_TBC), TEACHER_BINS))
+    return [agreement, right_together, reliability.scatter_add_(2, bin_TB.expand_as(values), values)]
 
 
 def _p_max(logits: Tensor, temperature: float) -> Tensor:
