@@ -205,6 +205,8 @@ class Remote:
                     part.unlink()
                     raise self._another(name, f"has more than the {size} bytes that the manifest lists")
                 stream.write(chunk)
+                # What has arrived is counted by the file's size, and goes on from there after a kill.
+                stream.flush()
             if stream.tell() < size:
                 raise _Short(f"the connection ended after {stream.tell()} of {size} bytes", stream.tell())
 

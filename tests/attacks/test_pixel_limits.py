@@ -12,7 +12,7 @@ from label_sets import SMALL, edit_manifest
 import ferkd_data as fd
 from ferkd_data.errors import FerkdError, ImageError, LoaderError
 from ferkd_data.images import DEFAULT_MAX_PIXELS
-from ferkd_data.loader import batch_maker, device_decode
+from ferkd_data.loader import batch_maker, device_decode, image_table
 
 PIXELS = 64 * 48
 """Of each photo."""
@@ -40,7 +40,7 @@ def no_decoding(monkeypatch):
         raise AssertionError("decoded")
 
     for module, name in (
-        (batch_maker, "decode_rgb"),
+        (image_table, "decode_rgb"),
         (batch_maker, "decode_reduced"),
         (device_decode, "decode_rgb"),
         (device_decode, "_decode"),

@@ -359,6 +359,14 @@ def outcome(act: Callable[[], object]) -> str:
     return "passed"
 
 
+def disk_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512 if path.is_file() else 0
+    except FileNotFoundError:
+        # A thread that ends still removes its own files.
+        return 0
+
+
 def meet_one(folder: Path, out: Path, photos: Path, teacher: str) -> None:
     """One line for each use: name, what came of it, seconds, peak of memory so far in MB, bytes written so far."""
 
@@ -373,7 +381,7 @@ def meet_one(folder: Path, out: Path, photos: Path, teacher: str) -> None:
         what = outcome(act)
         signal.alarm(0)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        written = sum(path.stat().st_blocks * 512 for path in out.rglob("*") if path.is_file())
+        written = sum(map(disk_bytes, out.rglob("*")))
         print(use, what, f"{time.monotonic() - start:.2f}", peak, written, sep="\t", flush=True)
     for path in sorted(out.rglob("manifest.json")):
         print("written", path.relative_to(out).parts[0], 0, 0, 0, sep="\t", flush=True)

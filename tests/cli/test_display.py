@@ -207,7 +207,7 @@ def test_a_transfer_says_all_from_its_start(label_set, tmp_path, columns):
     def pause(name):
         if name.endswith(".parquet"):
             server.in_the_middle = None
-            time.sleep(3)
+            time.sleep(4)  # seconds in which a busy machine draws at least one screen
 
     with serve(label_set) as server:
         server.in_the_middle = pause

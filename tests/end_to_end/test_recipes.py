@@ -22,7 +22,7 @@ import ferkd_data as fd
 from ferkd_data.errors import UsageError
 
 RECIPES = Path(__file__).parent.parent.parent / "docs/recipes"
-PAGES = sorted(path.stem for path in RECIPES.glob("*.md"))
+PAGES = sorted(path.stem for path in RECIPES.glob("*.md") if "```diff" in path.read_text(encoding="utf-8"))
 IMAGES, BATCH = 20, 4
 STEPS = IMAGES // BATCH
 """Of an epoch, with epoch="crops"."""

@@ -36,7 +36,7 @@ MODULES = {
 def pretended(monkeypatch):
     pretend_cuda(monkeypatch)
     # Pretended tensors have no values that could look like logits or not.
-    monkeypatch.setattr("ferkd_data.teachers.teacher.check_activation", lambda output, spec: None)
+    monkeypatch.setattr("ferkd_data.teachers.module_teacher.check_activation", lambda output, spec: None)
 
 
 def teacher(module, *, precision="bf16", size=64, interpolation="bilinear"):
