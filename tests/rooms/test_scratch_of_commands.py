@@ -18,7 +18,7 @@ from pathlib import Path
 import ferkd_data as fd
 from ferkd_data.bench import bench_teachers
 from ferkd_data.builder import dry_run
-from ferkd_data.builder.estimate import measuring
+from ferkd_data.builder.labelling import measuring
 from ferkd_data.scratch import Scratch
 
 enter, seen = Scratch.__enter__, 0
@@ -47,7 +47,7 @@ def signed():
 Scratch.__enter__ = die
 measuring.MEASURE_SECONDS = 0.01
 card = fd.CardFields(name="x", license="mit", author="a")
-build = {"teachers": [teacher], "device": "cpu", "crops": 2, "top_k": 3, "workers": 1}
+build = {"teachers": [teacher], "device": "cpu", "crops": 2, "top_k": 3, "threads": 1}
 {
     "bench": lambda: bench_teachers([teacher], compiled=False, seconds=0.01),
     "dry run": lambda: dry_run(photos, **build),
