@@ -200,6 +200,7 @@ def _bounded(kind: Any, seconds: float) -> Any:
                 timer.cancel()
             if ended.is_set():
                 # A head that was cut may look whole.
+                response.close()
                 raise TimeoutError("timed out")
             return response
 
