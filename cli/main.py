@@ -16,7 +16,15 @@ import click
 import ferkd_data
 from ferkd_data.errors import FerkdError
 
-from .terminal import Signalled, forgiving_streams, orderly_end, say, say_what_is_logged
+from .terminal import (
+    Signalled,
+    end_at_once,
+    forgiving_streams,
+    handle_ending,
+    orderly_end,
+    say,
+    say_what_is_logged,
+)
 
 COMMANDS = {
     "build": "Label images with a teacher ensemble and write a label set.",
@@ -109,7 +117,10 @@ def _interrupted(error: BaseException) -> int:
 def main() -> None:
     status = run(sys.argv[1:])
     if status > SIGNALLED:
+        handle_ending(end_at_once)
         _end_threads(status)
+        # Python gives handlers back while it leaves, and a second signal would change the status then.
+        handle_ending(signal.SIG_IGN)
     sys.exit(status)
 
 

@@ -141,6 +141,20 @@ class Signalled(KeyboardInterrupt):
         self.number = number
 
 
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """End the process at a second signal."""
+    with suppress(OSError):
+        os.write(2, b"\nferkd-data: ended at once; run the same command again to go on\n")
+    os._exit(128 + number)
+
+
+def handle_ending(handler: Any) -> None:
+    """Give all of ENDING a handler, but for signals that are ignored: `nohup` and `&` in scripts do so on purpose."""
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 @contextmanager
 def orderly_end() -> Iterator[None]:
     """Handle ENDING until the context ends. Does nothing outside the main thread, and for signals that are ignored."""
@@ -152,9 +166,7 @@ def orderly_end() -> Iterator[None]:
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal seen
         if seen:
-            with suppress(OSError):
-                os.write(2, b"\nferkd-data: ended at once; run the same command again to go on\n")
-            os._exit(128 + number)
+            end_at_once(number, frame)
         seen = True
         raise Signalled(number)
 
