@@ -44,7 +44,7 @@ def test_readme_says_what_ci_runs():
     ci = (ROOT / ".ci/run").read_text()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "pip install --quiet -e '.[dev]'" in ci and "pip install -e '.[dev]'" in readme
-    assert re.search(r"^pytest -n 2\b", ci, re.MULTILINE) and "pytest -n 2" in readme
+    assert re.search(r"^pytest -n 2$", ci, re.MULTILINE) and "pytest -n 2" in readme
 
 
 def test_decisions_are_numbered_and_the_index_names_each():
