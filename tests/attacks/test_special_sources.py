@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import signal
 
 import pytest
-from attacks.test_waits import HUNG_SECONDS, SPECIAL
+from attacks.test_waits import SPECIAL
 from label_sets import SMALL
 
 import ferkd_data as fd
@@ -15,17 +14,7 @@ from ferkd_data.images import ImageRef, Reject, open_source
 from ferkd_data.loader import CropLoader
 from ferkd_data_cli.main import run
 
-
-@pytest.fixture(autouse=True)
-def in_time():
-    def hung(*_):
-        raise TimeoutError("it waits")
-
-    before = signal.signal(signal.SIGALRM, hung)
-    signal.alarm(HUNG_SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("in_time")
 
 
 def device(path):

@@ -20,21 +20,7 @@ from ferkd_data.importers.foreign_arrays import load_arrays
 from ferkd_data.label_set.files import ShardCache
 from ferkd_data.storage import open_regular_stream, read_regular, sha256_file
 
-HUNG_SECONDS = 60
-
-
-@pytest.fixture(autouse=True)
-def in_time():
-    """A wait for ever becomes an error, where it can be interrupted at all."""
-
-    def hung(*_):
-        raise TimeoutError("it waits")
-
-    before = signal.signal(signal.SIGALRM, hung)
-    signal.alarm(HUNG_SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("in_time")
 
 
 def fifo(path: Path) -> None:
