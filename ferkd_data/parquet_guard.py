@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import mmap
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
     if kind == STRUCT:
         return read_struct(data, at, depth + 1)
     if kind == BINARY:
-        size, at = _varint(data, at)
+        size, at = read_varint(data, at)
         return _bytes(data, at, size)
     if kind == DOUBLE:
         return _bytes(data, at, DOUBLE_BYTES)
@@ -73,7 +74,7 @@ def _list(data: bytes, at: int, depth: int) -> tuple[list[Any], int]:
     head, at = _byte(data, at)
     count = head >> 4
     if count == LONG_LIST:
-        count, at = _varint(data, at)
+        count, at = read_varint(data, at)
     items = []
     for _ in range(count):
         item, at = _value(data, at, head & 15, depth)
@@ -83,11 +84,11 @@ def _list(data: bytes, at: int, depth: int) -> tuple[list[Any], int]:
 
 def _zigzag(data: bytes, at: int) -> tuple[int, int]:
     """Read a signed number: Thrift stores 0, -1, 1, -2, … as 0, 1, 2, 3, …"""
-    value, at = _varint(data, at)
+    value, at = read_varint(data, at)
     return (value >> 1) ^ -(value & 1), at
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
     """Read an unsigned number of 7 bits per byte, lowest first; the top bit says that more follow."""
     value = 0
     for shift in range(0, 70, 7):
@@ -133,6 +134,14 @@ CHUNK_METADATA = 3
 PATH, NUM_VALUES, UNCOMPRESSED, COMPRESSED, DATA_PAGE, DICTIONARY_PAGE = 3, 5, 6, 7, 9, 11
 PAGE_UNCOMPRESSED, PAGE_COMPRESSED = 2, 3
 """Field numbers in Parquet's Thrift definition."""
+
+
+def read_page_header(head: Callable[[int], bytes]) -> tuple[dict[int, Any], int]:
+    """Read the header of a page, and return its size too. `head(n)` gives the first n bytes. Raises ValueError."""
+    try:
+        return read_struct(head(USUAL_HEADER_BYTES), 0)
+    except ValueError:
+        return read_struct(head(MAX_PAGE_HEADER_BYTES), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +283,7 @@ class _Walk:
         total = 0
         while at < stop:
             self._count()
-            header, size = self._page_header(at)
+            header, size = read_page_header(partial(self._bytes, at))
             uncompressed, compressed = header[PAGE_UNCOMPRESSED], header[PAGE_COMPRESSED]
             if uncompressed < 0 or compressed < 0:
                 raise ValueError(f"a page of {compressed} bytes that become {uncompressed}")
@@ -282,11 +291,8 @@ class _Walk:
             at += size + compressed
         return total
 
-    def _page_header(self, at: int) -> tuple[dict[int, Any], int]:
-        try:
-            return read_struct(self._data[at : at + USUAL_HEADER_BYTES], 0)
-        except ValueError:
-            return read_struct(self._data[at : at + MAX_PAGE_HEADER_BYTES], 0)
+    def _bytes(self, at: int, size: int) -> bytes:
+        return self._data[at : at + size]
 
     def _count(self) -> None:
         self._parts_left -= 1

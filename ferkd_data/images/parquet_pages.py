@@ -25,15 +25,19 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ferkd_data.parquet_guard import read_struct
+from ferkd_data.parquet_guard import (
+    PAGE_COMPRESSED,
+    PAGE_UNCOMPRESSED,
+    USUAL_HEADER_BYTES,
+    read_page_header,
+    read_varint,
+)
 from ferkd_data.storage import open_regular_stream
 
 MAX_PAGE_BYTES = 64 * 2**20
 """Larger pages are left to PyArrow."""
 MAX_PAGES = 100_000
 """Largest number of pages in a row group."""
-HEADER_BYTES, LONG_HEADER_BYTES = 512, 2**16
-"""Bytes read for a page header: nearly always enough, and enough for long statistics."""
 SMALL_VALUE_BYTES = 16 * 2**10
 """Mean size of values below which reading their whole page costs less than one call for each length."""
 LENGTH_BYTES = 4
@@ -43,7 +47,7 @@ CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd", "BROTLI": "brotli"
 
 DATA, DICTIONARY, DATA_V2 = 0, 2, 3
 PLAIN = 0
-TYPE, UNCOMPRESSED, COMPRESSED, HEADER_V1, HEADER_V2 = 1, 2, 3, 5, 8
+TYPE, HEADER_V1, HEADER_V2 = 1, 5, 8
 NUM_VALUES, V1_ENCODING, V2_ENCODING, V2_LEVELS, V2_LISTS, V2_IS_COMPRESSED = 1, 2, 4, 5, 6, 7
 """Numbers in Parquet's Thrift definition of PageHeader, DataPageHeader and DataPageHeaderV2."""
 
@@ -132,7 +136,7 @@ class PagedColumn:
         pages: list[_Page | None] = []
         while at < stop:
             header, size = _page_header(descriptor, at, stop)
-            kind, body = header.get(TYPE), header.get(COMPRESSED, -1)
+            kind, body = header.get(TYPE), header.get(PAGE_COMPRESSED, -1)
             if body < 0 or at + size + body > stop or len(pages) == MAX_PAGES:
                 raise NotPlain
             if kind in (DATA, DATA_V2):
@@ -155,7 +159,7 @@ class PagedColumn:
             found = bytes(values[at + LENGTH_BYTES : at + LENGTH_BYTES + length])
         else:
             at, stop = page.start, page.start + page.size
-            at += self._skip_levels(_exactly(descriptor, min(page.size, HEADER_BYTES), at), page, index)
+            at += self._skip_levels(_exactly(descriptor, min(page.size, USUAL_HEADER_BYTES), at), page, index)
             for _ in range(index):
                 at += LENGTH_BYTES + _length(_exactly(descriptor, LENGTH_BYTES, at))
                 if at >= stop:
@@ -215,7 +219,7 @@ def _leaf(metadata: pq.FileMetaData, column: str) -> int:
 
 
 def _page(header: dict[int, Any], start: int, compressed: bool) -> _Page | None:
-    size, uncompressed = header[COMPRESSED], header.get(UNCOMPRESSED, -1)
+    size, uncompressed = header[PAGE_COMPRESSED], header.get(PAGE_UNCOMPRESSED, -1)
     if not 0 <= uncompressed <= MAX_PAGE_BYTES or size > MAX_PAGE_BYTES:
         return None
     level_bytes = None
@@ -241,12 +245,10 @@ def _values(header: dict[int, Any]) -> int:
 
 
 def _page_header(descriptor: int, at: int, stop: int) -> tuple[dict[int, Any], int]:
-    for size in (HEADER_BYTES, LONG_HEADER_BYTES):
-        try:
-            return read_struct(os.pread(descriptor, min(size, stop - at), at), 0)
-        except ValueError:
-            continue
-    raise NotPlain
+    try:
+        return read_page_header(lambda size: os.pread(descriptor, min(size, stop - at), at))
+    except ValueError as error:
+        raise NotPlain from error
 
 
 def _levels(data: bytes, width: int, count: int) -> npt.NDArray[np.int64]:
@@ -257,33 +259,25 @@ def _levels(data: bytes, width: int, count: int) -> npt.NDArray[np.int64]:
     found: list[npt.NDArray[np.int64]] = []
     at = have = 0
     while have < count:
-        head, at = _varint(data, at)
+        try:
+            head, at = read_varint(data, at)
+        except ValueError as error:
+            raise NotPlain from error
+        size = (head >> 1) * width if head & 1 else (width + 7) // 8
+        if at + size > len(data):
+            raise NotPlain
         if head & 1:
-            size = (head >> 1) * width
             bits = np.unpackbits(np.frombuffer(data[at : at + size], np.uint8), bitorder="little")
             found.append(bits.reshape(-1, width).astype(np.int64) @ (1 << np.arange(width)))
         else:
-            size = (width + 7) // 8
             # A hostile run may claim billions of values: no more than are needed are made.
             run = min(head >> 1, count - have)
             found.append(np.full(run, int.from_bytes(data[at : at + size], "little"), np.int64))
-        if at + size > len(data) or not len(found[-1]):
+        if not len(found[-1]):
             raise NotPlain
         at += size
         have += len(found[-1])
     return np.concatenate(found)[:count]
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 35, 7):
-        if at >= len(data):
-            break
-        value |= (data[at] & 127) << shift
-        at += 1
-        if data[at - 1] < 128:
-            return value, at
-    raise NotPlain
 
 
 def _length(data: bytes | memoryview) -> int:
