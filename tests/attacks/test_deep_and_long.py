@@ -22,6 +22,8 @@ DEEP = "[" * 200_000
 LONG = "1" + "0" * 6000
 """Python turns no text of more than 4,300 digits into a number."""
 
+pytestmark = pytest.mark.usefixtures("no_collection")
+
 
 @pytest.mark.parametrize("text", [DEEP, f"[{LONG}]", '{"a": ' * 50_000])
 def test_a_list_of_classes(photos, tmp_path, text):

@@ -58,6 +58,7 @@ def test_hostile_manifest(copy, name):
         fd.open_labels(copy)
 
 
+@pytest.mark.usefixtures("no_collection")
 def test_deeply_nested_json_and_cut_json(copy):
     (copy / "manifest.json").write_text("[" * 200_000)
     with pytest.raises(ManifestError, match="not JSON"):
