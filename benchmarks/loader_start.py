@@ -69,8 +69,10 @@ def measure(kind: str, folder: Path, workers: int, batch: int) -> dict[str, floa
     for _ in range(2):
         for _ in stream:
             steps.append(step() / OPERATIONS * 1e6)
-            for process in psutil.Process().children(recursive=True):
-                largest = max(largest, pss_mb(process.pid))
+            processes = psutil.Process().children(recursive=True)
+            parents = {process.ppid() for process in processes}
+            # Those with children are the helper and the template that our workers are forked from.
+            largest = max([largest, *(pss_mb(process.pid) for process in processes if process.pid not in parents)])
         stream = iter(loader)
     return {"first": first, "pss": largest, "alone": alone, "step": statistics.median(steps)}
 
