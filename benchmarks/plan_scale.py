@@ -72,7 +72,7 @@ class MadeUp:
 def write_labels(folder: Path, source: MadeUp) -> None:
     """One crop of one class for each image."""
     crop = {
-        "boxes": np.ones((1, 4), np.uint16),
+        "boxes": np.array([[0, 0, 1, 1]], np.uint16),
         "flip": np.zeros(1, np.bool_),
         "class_index": np.zeros((1, 1), np.uint16),
         "class_prob": np.full((1, 1), 0.5, np.float16),
