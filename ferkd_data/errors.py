@@ -46,6 +46,8 @@ class FerkdError(Exception):
     exit_code = 1
 
 
+# A ValueError, and MissingExtraError an ImportError, as Python's own calls would raise: callers that guard these need
+# not know this package.
 class UsageError(FerkdError, ValueError):
     exit_code = 2
 
@@ -62,9 +64,13 @@ class ImageError(FerkdError):
     """`reason` is one of the reasons documented in docs/format.md; `detail` is free text for people."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        # Both go to Exception, which pickles an error as its class and these arguments.
+        super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 class TeacherError(FerkdError):
@@ -88,6 +94,7 @@ class StorageFullError(BuildError):
 
 
 class BuildStoppedError(BuildError):
+    # What a shell reports of a process that SIGTERM ended: 128 + 15. `Stop.error` puts another signal's number in.
     exit_code = 143
 
 
@@ -139,11 +146,13 @@ def check_at_least(least: int, **numbers: Any) -> None:
     >>> check_at_least(1, threads=4, crops=None)
     """
     for name, number in numbers.items():
+        # Integral, not int: NumPy's integers are registered with it.
         if number is not None and (not isinstance(number, Integral) or number < least):
             raise UsageError(f"{name} must be a whole number, at least {least}; got {number!r}")
 
 
 def renamed(old: str, new: str, value: T) -> T:
     """Return `value`, given under the old name of an argument, with a DeprecationWarning at the caller's caller."""
+    # Level 1 is this line, 2 the function of ours with the old argument, 3 the line of the user that calls that.
     warnings.warn(f"{old}= is now called {new}=; the old name will be removed", DeprecationWarning, stacklevel=3)
     return value

@@ -36,6 +36,7 @@ class HubLocation:
 
 def parse_hub_url(url: str) -> HubLocation:
     """Parse an hf:// URL. Raises UsageError."""
+    # Revisions with a slash (refs/pr/1) are not taken: they could not be told from a folder.
     match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[\w.-]+)*)/?", url)
     if match is None or ".." in url:
         raise UsageError(f"{url}: is not of the form hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
@@ -56,9 +57,11 @@ def hub_address(url: str) -> str:
 
 def hub_headers() -> dict[str, str]:
     """Return the header with the user's token, where there is one: from the hub's own variable or login file."""
-    token = os.environ.get("HF_TOKEN")
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    if token is None and (home / "token").is_file():
+    # As the hub's own library does: an empty variable counts as unset, as containers pass it, and a secret read from a
+    # file may end in a newline, which no header may hold.
+    token = os.environ.get("HF_TOKEN", "").strip()
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    if not token and (home / "token").is_file():
         token = (home / "token").read_text(encoding="utf-8").strip()
     return {"Authorization": f"Bearer {token}"} if token else {}
 
@@ -78,6 +81,8 @@ class Remote:
     url: str
     retries: Retries = field(default_factory=Retries)
 
+    # Made at the first use. Two threads that come first at once may make one each: the one stored last stays, and both
+    # work. It is not pickled (see __getstate__).
     @cached_property
     def transport(self) -> Transport:
         scheme = self.url.partition("://")[0]
@@ -87,6 +92,7 @@ class Remote:
             made = HttpTransport(hub_address(self.url), self.retries.timeout, hub_headers(), LOG_IN["hf"])
         else:
             made = StoreTransport(self.url)
+        # A copy in another process knows that the server has answered, and is as patient when it restarts.
         made.reached = self.__dict__.get("reached", False)
         return made
 
@@ -95,6 +101,7 @@ class Remote:
         data = bytearray()
 
         def attempt() -> bytes:
+            # From where the last attempt ended. A server without ranges begins anew at 0, and so do we.
             first, chunks = self.transport.read(name, len(data))
             del data[first:]
             with closing(chunks):
@@ -195,12 +202,14 @@ class Remote:
         self._persist(name, attempt, progress=there)
 
     def _append(self, name: str, part: Path, start: int, size: int) -> None:
+        # `first` is `start`, or 0 where the server has no ranges or another version: then what lay there is cut off.
         first, chunks = self.transport.read(name, start)
         with closing(chunks), part.open("r+b" if part.exists() else "wb") as stream:
             stream.seek(first)
             stream.truncate()
             for chunk in chunks:
                 self._check_stopped()
+                # Checked before it is written: a server must not fill the disk.
                 if stream.tell() + len(chunk) > size:
                     part.unlink()
                     raise self._another(name, f"has more than the {size} bytes that the manifest lists")
@@ -233,6 +242,7 @@ class Remote:
             raise RemoteError(f"{error}; what arrived is kept: try again later") from error.__cause__
 
     def __getstate__(self) -> dict[str, Any]:
+        # Not `self.transport` alone, which would open a connection only to be pickled.
         reached = "transport" in self.__dict__ and self.transport.reached
         return {"url": self.url, "retries": self.retries, "reached": reached}
 
@@ -256,6 +266,7 @@ def is_remote(location: str | Path) -> bool:
 
 def open_remote(url: str, retries: Retries | None = None) -> Remote:
     """Return the folder at a URL; nothing is contacted yet. Raises UsageError for a scheme that is not read."""
+    # fsspec would take `a::b` for a chain of file systems.
     if url.partition("://")[0] not in SCHEMES or "::" in url:
         raise UsageError(f"{url}: label sets are read from and written to {', '.join(SCHEMES)} URLs only")
     if url.startswith("hf:"):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+JITTER = random.SystemRandom()
 LOG = logging.getLogger("ferkd_data.remote")
 """Warns of what is tried again: Python prints warnings on stderr where nobody has asked for anything else."""
 
@@ -42,7 +43,9 @@ class Retries:
     """Seconds without a byte, for the head of an answer, and for LEAST_BYTES of a file."""
 
     def wait(self, attempt: int) -> None:
-        time.sleep(min(self.first_wait * 2**attempt, self.longest_wait) * random.uniform(0.5, 1.0))
+        # Jitter keeps a thousand workers that lost the same server from coming back in the same moment. Not from the
+        # global generator: its draws belong to the training, and forked workers would all draw the same.
+        time.sleep(min(self.first_wait * 2**attempt, self.longest_wait) * JITTER.uniform(0.5, 1.0))
 
     def run(
         self,
@@ -62,6 +65,7 @@ class Retries:
         failures = 0
         while True:
             before_attempt()
+            # Each attempt is measured against its own start, so that progress before it does not count twice.
             reached = progress()
             try:
                 return action()

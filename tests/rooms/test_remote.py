@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import random
 import shutil
 import time
 from dataclasses import replace as replace_fields
@@ -19,7 +20,7 @@ from ferkd_data.errors import ManifestError, RemoteError, StorageFullError, Usag
 from ferkd_data.format.manifest import FileEntry
 from ferkd_data.label_set import files as shard_cache
 from ferkd_data.label_set.files import ShardCache
-from ferkd_data.remote import Remote, Retries, open_remote, part_of
+from ferkd_data.remote import Remote, Retries, hub_headers, open_remote, part_of
 
 QUICK = Retries(attempts=3, first_wait=0.001, timeout=5)
 DATA = np.random.default_rng(0).bytes(3_000_000)
@@ -238,6 +239,29 @@ def test_the_hub(label_set, tmp_path, monkeypatch):
     ):
         with pytest.raises(UsageError, match="is not of the form"):
             open_remote(wrong)
+
+
+@pytest.mark.parametrize(
+    ("variable", "sent"),
+    [(" secret\n", "secret"), ("", "of the file"), (None, "of the file")],
+    ids=["a newline at the end", "empty", "none"],
+)
+def test_the_token_is_found_as_the_hubs_library_finds_it(tmp_path, monkeypatch, variable, sent):
+    """An empty variable used to hide the token of `hf auth login`, and a newline ended in an error about the header."""
+    (tmp_path / "token").write_text("of the file\n")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    if variable is None:
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+    else:
+        monkeypatch.setenv("HF_TOKEN", variable)
+    assert hub_headers() == {"Authorization": f"Bearer {sent}"}
+
+
+def test_trying_again_draws_nothing_from_the_trainings_generator(server, tmp_path):
+    before = random.getstate()
+    server.unavailable = 2
+    download(server, tmp_path / "a.parquet")
+    assert random.getstate() == before
 
 
 def test_a_remote_can_be_pickled(server):

@@ -3,13 +3,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import pickle
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ferkd_data.errors import LabelSetError, SourceError, StorageFullError
+from ferkd_data.errors import ImageError, LabelSetError, SourceError, StorageFullError
+from ferkd_data.images.retrying import UnansweredImageError
 from ferkd_data.storage import (
+    default_cache_dir,
     expand,
     image_digest,
     inside,
@@ -174,3 +177,19 @@ def test_a_pattern_that_matches_nothing_is_an_error(tmp_path, pattern):
     (tmp_path / "a-000.tar").touch()
     with pytest.raises(SourceError, match="no such file"):
         expand(str(tmp_path / pattern))
+
+
+def test_an_empty_variable_names_no_cache_folder(monkeypatch, tmp_path):
+    """Containers often pass on variables that are empty: a relative folder would move with the working folder."""
+    monkeypatch.delenv("FERKD_DATA_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / ".cache/ferkd-data"
+
+
+@pytest.mark.parametrize("error", [ImageError("corrupt", "bad data"), UnansweredImageError("unreadable", "no answer")])
+def test_an_image_error_passes_between_processes(error):
+    """As one that user code meets in a worker of a pool: it comes back as it was, not as an error of unpickling."""
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error)
+    assert (again.reason, again.detail) == (error.reason, error.detail)
