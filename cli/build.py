@@ -116,8 +116,8 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     group=LABELS,
     default="0.15 0.3 0.95",
     show_default=True,
-    metavar="LO MID HI",
-    help="Bucket thresholds, or quantile:LO,MID,HI for shares of this set's own crops.",
+    metavar="LOW MID TOP",
+    help="Bucket thresholds, or quantile:LOW,MID,TOP for shares of this set's own crops.",
 )
 @grouped(
     "--confidence",

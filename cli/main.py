@@ -135,7 +135,7 @@ def _end_threads(status: int) -> None:
 
 
 def _join_thresholds(args: list[str]) -> list[str]:
-    """Join the values of `--thresholds LO MID HI`: click's options have one number of values, this one two forms."""
+    """Join the values of `--thresholds LOW MID TOP`: click's options have one number of values, this one two forms."""
     if "--thresholds" not in args:
         return args
     at = args.index("--thresholds") + 1

@@ -127,6 +127,7 @@ def draw_crops(
     """
     check_size(height, width)
     stream = rng.philox("crop", seed, key)
+    # In counters of 4 words: the stream stands at word 24 * first without having drawn those before.
     stream.advance(first * (WORDS_PER_CROP // 4))
     u = rng.uniforms(stream.random_raw(count * WORDS_PER_CROP)).reshape(count, WORDS_PER_CROP)
 
@@ -134,9 +135,11 @@ def draw_crops(
     area = height * width * _between(u[:, 0:ATTEMPTS], *distribution.scale)
     log_lo, log_hi = math.log(distribution.ratio[0]), math.log(distribution.ratio[1])
     ratio = np.exp(_between(u[:, ATTEMPTS : 2 * ATTEMPTS], log_lo, log_hi))
+    # width * height = area and width / height = ratio. rint rounds halves to even, as torchvision's `round` does.
     widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    # The first True of a row; 0 for a row without any, whose box is replaced below before it is stored as uint16.
     first_fit = fits.argmax(axis=1)
     rows = np.arange(count)
     box_h, box_w = heights[rows, first_fit], widths[rows, first_fit]
@@ -154,6 +157,7 @@ def central_box(height: int, width: int, distribution: CropDistribution) -> Box:
     """Return the largest central box with an allowed ratio, to which RandomResizedCrop falls back."""
     ratio_lo, ratio_hi = distribution.ratio
     box_h, box_w = height, width
+    # Narrower than allowed: the whole width, less height. Wider than allowed: the whole height, less width.
     if width / height < ratio_lo:
         box_h = min(height, max(1, round(width / ratio_lo)))
     elif width / height > ratio_hi:

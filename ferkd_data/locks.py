@@ -30,11 +30,14 @@ def locked_for_cache(path: Path) -> Iterator[bool]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # For writing: NFS has an exclusive lock only for a descriptor that may write. There is no content to lose.
         lock_file = path.open("w")
     except OSError as error:
         raise LoaderError(
             f"{path.parent}: labels cannot be kept there ({error.strerror}); give cache_dir=, or set FERKD_DATA_CACHE"
         ) from error
+    # Closing the file lets the lock go. The file stays: removed here, a process that waits for it and one that comes
+    # later would lock two different files.
     with lock_file:
         yield lock(lock_file.fileno(), fcntl.LOCK_EX)
 
@@ -44,6 +47,7 @@ def lock(descriptor: int, kind: int) -> bool:
     try:
         fcntl.flock(descriptor, kind)
     except BlockingIOError:
+        # An OSError too, but an answer: somebody else has the lock.
         raise
     except OSError as error:
         if error.errno not in NO_LOCKS:
@@ -61,6 +65,7 @@ def held(
     Raises `refusal` when another process has it; the error names the `location` and the `work` that is done there, such
     as "build". The number of the process that holds the lock alone is in the file.
     """
+    # Not truncated: until the lock is ours, the file holds the number of the process that has it.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -73,13 +78,16 @@ def held(
             raise refusal(
                 f"{location}: its file system gives no locks ({error.strerror}); use another folder"
             ) from error
+        # After the lock, not before: its last holder may have removed the file until the moment it let go.
         if not is_still_there(path, descriptor):
             raise refusal(f"{location}: another {work} has just ended here; run the command again")
         os.ftruncate(descriptor, 0)
+        # There may be many shared holders; a single number would blame one of them.
         if not shared:
             os.write(descriptor, str(os.getpid()).encode())
         yield
     finally:
+        # Closing lets the lock go, whatever happened above.
         os.close(descriptor)
 
 

@@ -46,6 +46,7 @@ def normalize(
     if not dtype.is_floating_point:
         raise UsageError(f"normalised images need a floating-point dtype, got {dtype}")
     # Folded into one multiply-add: (p / m - mean) / std = p / (m std) + (-mean / std).
+    # In float64, so that each constant is rounded to float32 once.
     means = torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
     stds = torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
     scale = (1 / (max_value * stds)).to(images.device, torch.float32, non_blocking=True)
@@ -91,6 +92,7 @@ def scaled(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> 
 
 
 def _in_one_kernel(images: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    # `empty_like` keeps the memory format; uint8 pixels are converted within the kernel, without a copy in float32.
     return torch.addcmul(shift, images, scale, out=torch.empty_like(images, dtype=dtype))
 
 
@@ -99,10 +101,12 @@ def _on_cpu(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
     PyTorch does not vectorise operands that broadcast along an inner axis of 3.
     """
+    # A copy also of float32 images: the steps below write in place.
     floats = images.to(torch.float32, copy=True)
     if not floats.is_contiguous(memory_format=torch.channels_last):
         return floats.mul_(scale).add_(shift)
     width = images.shape[3]
+    # A view, (B, H, W * 3): channels-last memory lies in this order. Row by row, the three numbers repeat W times.
     rows = floats.permute(0, 2, 3, 1).flatten(start_dim=2)
     rows.mul_(scale.flatten().repeat(width)).add_(shift.flatten().repeat(width))
     return floats

@@ -24,6 +24,8 @@ from ferkd_data.storage import open_regular_stream
 
 TRUE, FALSE, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = 1, 2, 3, (4, 5, 6), 7, 8, (9, 10), 12
 MAX_DEPTH = 16
+"""Structs and lists within each other. Parquet needs 8 levels; without a limit, a hostile file ends in a
+RecursionError."""
 DOUBLE_BYTES = 8
 LONG_LIST = 15
 """Length in a list's head that means that the real length follows as a number."""
@@ -37,6 +39,7 @@ def read_struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], i
     number = 0
     while True:
         head, at = _byte(data, at)
+        # A struct ends with a field of kind 0.
         if head == 0:
             return fields, at
         # The upper half of a head is the distance from the last field's number; 0 means that the number follows.
@@ -45,6 +48,7 @@ def read_struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], i
         else:
             number, at = _zigzag(data, at)
         kind = head & 15
+        # As a field a boolean has no byte: its kind is its value. In a list each has one (see `_value`).
         if kind in (TRUE, FALSE):
             fields[number] = kind == TRUE
         else:
@@ -75,6 +79,7 @@ def _list(data: bytes, at: int, depth: int) -> tuple[list[Any], int]:
     count = head >> 4
     if count == LONG_LIST:
         count, at = read_varint(data, at)
+    # A hostile count ends soon: every item takes at least one byte, and reading beyond the data raises.
     items = []
     for _ in range(count):
         item, at = _value(data, at, head & 15, depth)
@@ -91,6 +96,7 @@ def _zigzag(data: bytes, at: int) -> tuple[int, int]:
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
     """Read an unsigned number of 7 bits per byte, lowest first; the top bit says that more follow."""
     value = 0
+    # Ten bytes of 7 bits are enough for 64, the longest number in Thrift.
     for shift in range(0, 70, 7):
         byte, at = _byte(data, at)
         value |= (byte & 127) << shift
@@ -246,6 +252,7 @@ class _Walk:
 
     def chunks(self, group: dict[int, Any], columns: list[str]) -> Iterator[Chunk]:
         for column in group[GROUP_COLUMNS]:
+            # Columns that nobody asked for are counted too: a hostile footer may list millions of them.
             self._count()
             metadata = column[CHUNK_METADATA]
             name = metadata[PATH][0].decode("utf-8", "replace")
@@ -261,6 +268,7 @@ class _Walk:
             self._count()
             metadata = column[CHUNK_METADATA]
             metadata[PATH][0].decode("utf-8", "replace")
+            # Nothing is done with the number; `index` raises where a hostile footer has a text or a list in its place.
             operator.index(metadata[UNCOMPRESSED])
             self._location(metadata)
 
@@ -268,6 +276,8 @@ class _Walk:
         """Return the offsets at which a chunk's pages begin and end; (0, 0) without values, when Arrow reads none."""
         if not metadata[NUM_VALUES]:
             return 0, 0
+        # A dictionary comes before the pages that refer to it. Offset 0 stands for none: the file's magic number is
+        # there.
         at = min(metadata[DATA_PAGE], metadata.get(DICTIONARY_PAGE) or metadata[DATA_PAGE])
         stop = at + metadata[COMPRESSED]
         if not 0 <= at <= stop <= len(self._data):
@@ -283,6 +293,7 @@ class _Walk:
         total = 0
         while at < stop:
             self._count()
+            # `at` always grows, since a header has at least one byte and `compressed` is not negative: the walk ends.
             header, size = read_page_header(partial(self._bytes, at))
             uncompressed, compressed = header[PAGE_UNCOMPRESSED], header[PAGE_COMPRESSED]
             if uncompressed < 0 or compressed < 0:

@@ -67,6 +67,7 @@ def replay(
 
     Raises UsageError where a box does not lie inside the image, and for an unknown interpolation.
     """
+    # Before anything is cut: `as_strided` below takes any offset, and would read other rows in silence.
     _check(image_HWC.shape[0], image_HWC.shape[1], crops, interpolation)
     if out is None:
         out = empty_batch(len(crops), size)

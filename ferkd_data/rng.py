@@ -22,6 +22,7 @@ def digest(*parts: Part, size_bytes: int = 16) -> bytes:
     state = hashlib.blake2b(digest_size=size_bytes)
     for part in parts:
         if isinstance(part, str):
+            # Keys come from file names, and Python reads bytes that are not UTF-8 as lone surrogates.
             tag, value = b"s", part.encode("utf-8", "surrogateescape")
         elif isinstance(part, bytes):
             tag, value = b"b", part
@@ -33,7 +34,8 @@ def digest(*parts: Part, size_bytes: int = 16) -> bytes:
 
 def philox(*parts: Part) -> np.random.Philox:
     """Return the counter-based bit generator whose key is the hash of `parts`, at counter 0."""
-    return np.random.Philox(key=np.frombuffer(digest(*parts), dtype=np.uint64))
+    # Read as little-endian everywhere: a crop must not depend on the machine's byte order.
+    return np.random.Philox(key=np.frombuffer(digest(*parts), dtype="<u8").astype(np.uint64))
 
 
 def generator(*parts: Part) -> np.random.Generator:
@@ -52,11 +54,13 @@ def hash64(*parts: Part) -> int:
 
 def hashes64(texts: Sequence[str]) -> UInt64s:
     """Return `hash64` of each text."""
+    # Little-endian on every machine, as `hash64` reads them: caches store these numbers, and they are compared.
     return np.frombuffer(b"".join([digest(text, size_bytes=8) for text in texts]), "<u8").astype(np.uint64)
 
 
 def uniforms(raw: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     """Turn raw 64-bit words into doubles in [0, 1), of the same shape."""
+    # A double holds 53 bits, so the upper 53 convert exactly; rounding all 64 could give 1.0.
     doubles: npt.NDArray[np.float64] = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return doubles
 
@@ -64,6 +68,7 @@ def uniforms(raw: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
 def mix64(words: Any) -> UInt64s:
     """Scramble 64-bit words, element by element (the finaliser of SplitMix64, Steele et al., 2014)."""
     z: UInt64s = np.asarray(words, dtype=np.uint64)
+    # Products wrap at 2**64, as the generator's definition says. NumPy would warn where `words` is a single number.
     with np.errstate(over="ignore"):
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -33,7 +33,7 @@ class Scratch:
     """
 
     def __init__(self, kind: str) -> None:
-        """`kind` is a word for the folder's name. Raises OSError where the temporary folder cannot be written."""
+        """Make a folder with `kind` in its name. Raises OSError where the temporary folder cannot be written."""
         _sweep()
         self.path, lock = _locked_folder(kind)
         self._finalizer = weakref.finalize(self, _remove, self.path, lock, os.getpid())
@@ -53,12 +53,12 @@ class Scratch:
 
 
 def _host() -> str:
-    """A name for this machine; where machines share a temporary folder, locks may not reach from one to another."""
+    """Name this machine: where machines share a temporary folder, locks may not reach from one to another."""
     return f"{rng.hash64(socket.gethostname()):016x}"
 
 
 def _locked_folder(kind: str) -> tuple[Path, int]:
-    """A new folder, and the descriptor that holds its lock."""
+    """Make a folder; return it with the descriptor that holds its lock."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-{_host()}-"))
         try:
@@ -90,6 +90,7 @@ def _sweep() -> None:
 
 def _remove_if_left(path: Path) -> None:
     """Remove a folder if its owner is gone. Raises OSError when it is locked, or cannot be removed."""
+    # The temporary folder is everybody's: a link is not followed, and a FIFO of this name is not waited for.
     try:
         lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -114,6 +115,7 @@ def _remove_folder(path: Path) -> None:
 
 
 def _remove(path: Path, lock: int, owner: int) -> None:
+    # A forked child inherits the finalizer, and its parent still works in the folder.
     if os.getpid() != owner:
         return
     # Somebody may have emptied the temporary folder.

@@ -42,12 +42,16 @@ def write_atomically(path: Path, *, sync: bool = True, advice: str = GO_ON) -> I
         with explain_full_disk(path, advice):
             yield aside
             if sync:
+                # Content before name: after a power failure, a file renamed first could have its final name and no
+                # bytes.
                 _sync(aside)
         # Renaming within a folder is atomic: readers see the old file or the new one.
         aside.replace(path)
         if sync:
+            # The new name is an entry of the folder, which has to reach the disk as well.
             _sync(path.parent)
     finally:
+        # Renamed, it is gone already; after an error, what was written is of no use.
         aside.unlink(missing_ok=True)
 
 
@@ -68,6 +72,7 @@ def explain_full_disk(path: Path, advice: str = GO_ON) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        # Libraries that wrap an OSError may keep the system's words and lose its number.
         if error.errno in NO_SPACE or any(os.strerror(code) in str(error) for code in NO_SPACE):
             raise StorageFullError(f"{path}: no space left on the disk; {advice}") from error
         raise
@@ -86,7 +91,8 @@ def default_cache_dir() -> Path:
     chosen = os.environ.get("FERKD_DATA_CACHE")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ferkd-data"
+    # An empty variable counts as unset, as the XDG specification says.
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ferkd-data"
 
 
 def open_regular(path: Path | str) -> int:
@@ -98,6 +104,7 @@ def open_regular(path: Path | str) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
+        # What Linux answers for a socket, and for a device without a driver.
         if error.errno == errno.ENXIO:
             raise LabelSetError(f"{path}: is not a regular file") from error
         raise
@@ -135,6 +142,7 @@ class OpenFile:
 
     def __init__(self, path: Path) -> None:
         """Raises as `open_regular` does."""
+        # Set first, so that `__del__` of an object whose file could not be opened finds nothing to close.
         self.descriptor = -1
         self.path = path
         self.descriptor = open_regular(path)
@@ -145,6 +153,7 @@ class OpenFile:
 
     def read(self, offset: int, length: int) -> bytes:
         """Read `length` bytes at `offset`, or fewer where the file ends."""
+        # pread leaves the descriptor's position alone, so that threads need no lock.
         return os.pread(self.descriptor, length, offset)
 
     def map(self) -> mmap.mmap:
@@ -186,11 +195,11 @@ Threads share it: each entry is written whole, and two threads that hash one fil
 
 def sha256_once(file: OpenFile) -> str:
     """Return the SHA-256 of an open file, computed once in this process for as long as the file stays as it is."""
+    # Taken before hashing: a file that is written to meanwhile has another state the next time, and is hashed again.
     state = _state_of(file)
     found = _DIGESTS.get(state)
     if found is None:
         found = HashedFile(file).sha256()
-        # A file that was written to meanwhile is hashed again the next time.
         _DIGESTS[state] = found
     return found
 
@@ -198,6 +207,8 @@ def sha256_once(file: OpenFile) -> str:
 def _state_of(file: OpenFile) -> tuple[int, ...]:
     """Identify a file and its content by device, inode, size and times, as the file system states them."""
     found = os.fstat(file.descriptor)
+    # The change time too: tar and rsync set the modification time back, and no program can set the
+    # change time.
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
@@ -212,6 +223,8 @@ class HashedFile:
 
     def read(self, offset: int, length: int) -> bytes:
         """Read `length` bytes at `offset`, or fewer where the file ends; ascending offsets are read once only."""
+        # Hash up to the chunk that holds the offset. One chunk is kept: what lies before it, or crosses its end, is
+        # read again.
         while offset >= self._start + len(self._chunk) and self._hash_more():
             pass
         at = offset - self._start
@@ -241,6 +254,7 @@ def image_digest(data: bytes) -> bytes:
 
 def inside(folder: Path, name: str) -> Path:
     """Return `folder / name`. Raises LabelSetError when that would lie outside `folder`, also through a link."""
+    # The text first, which costs no system call; then the file system, since a link inside the folder may lead out.
     parts = name.split("/")
     if not name or name.startswith("/") or "\\" in name or "\0" in name or ".." in parts:
         raise LabelSetError(f"{folder}: {name!r} is not a path inside the label set")
@@ -264,6 +278,7 @@ def open_binary(path: str) -> IO[bytes]:
     try:
         if not is_url(path):
             return open_regular_stream(Path(path))
+        # Not at the top: sources on a disk need no fsspec.
         import fsspec
 
         return cast(IO[bytes], fsspec.open(path, "rb").open())
@@ -280,6 +295,7 @@ def expand(pattern: str) -> list[str]:
     """
     import braceexpand
 
+    # An ordered set: alternatives of braces may name the same file, which must be listed once, at its first position.
     found: dict[str, Any] = {}
     try:
         alternatives = list(braceexpand.braceexpand(pattern))
@@ -294,6 +310,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def _matches(alternative: str) -> list[str]:
+    # Tried as a name before as a pattern: file names may contain brackets and question marks.
     if is_url(alternative) or Path(alternative).is_file():
         return [alternative]
     return sorted(glob.glob(alternative, recursive=True))  # noqa: PTH207

@@ -29,7 +29,7 @@ REFERENCE_SIDE = 224
 ERASE_ATTEMPTS = 10
 """Shapes that are tried for an erased box, as in torchvision."""
 FACTORS = ("brightness", "saturation", "contrast", "sharpness")
-"""Operations whose value is a factor, 1 plus or minus the magnitude."""
+"""Operations whose value is a factor, 1 plus or minus the magnitude; in the order of torchvision's search spaces."""
 
 Uniforms = npt.NDArray[np.float64]
 Drawn = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int16]]
@@ -53,10 +53,7 @@ def _space(*, shear: float, translate: float, degrees: float, factor: float, bit
     def values(largest: float, unit: float, offset: float = 0) -> npt.NDArray[np.int16]:
         return np.rint((offset + largest * step) * unit).astype(np.int16)
 
-    factors = [
-        _Magnitudes(name, values(factor, FACTOR), True)
-        for name in ("brightness", "saturation", "contrast", "sharpness")
-    ]
+    factors = [_Magnitudes(name, values(factor, FACTOR), True) for name in FACTORS]
     return [
         None,
         _Magnitudes("shear_x", values(shear, UNIT), True),
@@ -72,6 +69,8 @@ def _space(*, shear: float, translate: float, degrees: float, factor: float, bit
     ]
 
 
+# Largest magnitudes as in torchvision's RandAugment and TrivialAugmentWide. The former translates by 150 / 331 of the
+# side, the latter by 32 pixels, which are stored as a share of the usual crop so that every input size sees the same.
 RANDAUGMENT = _space(shear=0.3, translate=150 / 331, degrees=30, factor=0.9, bits=4)
 TRIVIALAUGMENT = _space(shear=0.99, translate=32 / REFERENCE_SIDE, degrees=135, factor=0.99, bits=6)
 
@@ -111,6 +110,7 @@ class Augmentation:
         for position, piece in enumerate(filter(None, rest.split(","))):
             name, equals, value = piece.partition("=")
             if not equals:
+                # `p` needs its name, so that colorjitter's four values stand in the order of torchvision's arguments.
                 positional = [option for option in allowed if option != "p"]
                 if position >= len(positional):
                     raise UsageError(f"augmentation {text!r}: too many values without names; {_names(kind)}")
@@ -177,6 +177,7 @@ def draw_operations(
     erase = np.zeros((count, 4), np.uint16)
     for number, augmentation in enumerate(augmentations):
         stream = rng.philox("augment", number, seed, key)
+        # In counters of 4 words, as in `crops.draw_crops`.
         stream.advance(first * (WORDS // 4))
         u = rng.uniforms(stream.random_raw(count * WORDS)).reshape(count, WORDS)
         if augmentation.kind == "erase":
@@ -210,6 +211,7 @@ def _draw_colorjitter(one: Augmentation, u: Uniforms) -> list[Drawn]:
         if name == "hue":
             values.append(np.rint((2 * u[:, i] - 1) * strength * UNIT))
         else:
+            # torchvision's range of a factor: 1 - strength .. 1 + strength, never negative.
             low = max(0.0, 1 - strength)
             values.append(np.rint((low + u[:, i] * (1 + strength - low)) * FACTOR))
     # The order of four independent uniforms is a uniform permutation.
@@ -292,6 +294,7 @@ def _one(_: dict[str, float | Range]) -> int:
 
 
 _P = _Option(1.0, (0, 1))
+# Each operation takes two random words.
 _LARGEST_RANDAUGMENT = WORDS // 2
 
 KINDS: dict[str, _Kind] = {
@@ -303,12 +306,14 @@ KINDS: dict[str, _Kind] = {
     "trivialaugment": _Kind({}, _one, _draw_trivialaugment),
     "colorjitter": _Kind(
         {
+            # At most 30: a factor of 1 + 30, in units of 1/1,000, has to fit into int16.
             "brightness": _Option(0.4, (0, 30)),
             "contrast": _Option(0.4, (0, 30)),
             "saturation": _Option(0.4, (0, 30)),
             "hue": _Option(0.1, (0, 0.5)),
             "p": _P,
         },
+        # Always four slots, unused ones with code 0: all crops of a label set have the same number (docs/format.md).
         lambda _: 4,
         _draw_colorjitter,
     ),
@@ -318,7 +323,7 @@ KINDS: dict[str, _Kind] = {
     "solarize": _Kind(
         {"threshold": _Option(128.0, (0, 256), True), "p": _P},
         _one,
-        _single(lambda one, u: u * 0 + one.number("threshold")),
+        _single(_threshold),
     ),
     "equalize": _Kind({"p": _P}, _one, _single(_nothing)),
     "autocontrast": _Kind({"p": _P}, _one, _single(_nothing)),

@@ -54,6 +54,7 @@ class Operations:
         slots = (words.shape[1] - BOX_WORDS) // 2
         return cls(
             codes=words[:, :slots].astype(np.uint8),
+            # Negative values are in two's complement: `pack` viewed them as unsigned, this views them back.
             values=np.ascontiguousarray(words[:, slots : 2 * slots]).view(np.int16),
             erase=words[:, 2 * slots :],
         )
@@ -75,6 +76,8 @@ def apply_operations(images: Tensor, operations: Operations) -> None:
     """
     check_operations(operations)
     for codes, values in zip(operations.codes.T, operations.values.T, strict=True):
+        # Slot by slot, since the order of a crop's operations counts. Within a slot each crop has one operation, so the
+        # codes may be taken in any order, with all crops of a code in one call.
         for code in np.unique(codes[codes > 0]).tolist():
             rows = np.flatnonzero(codes == code)
             value = torch.from_numpy(values[rows].astype(np.int64)).to(images.device)
@@ -96,6 +99,7 @@ def check_operations(operations: Operations) -> None:
             raise UsageError(
                 f"operation {operation.name} takes values {low}..{high}, got {values.min()}..{values.max()}"
             )
+    # In int64, since two uint16 would wrap at the very limit that is checked.
     end = operations.erase[:, :2].astype(np.int64) + operations.erase[:, 2:]
     if (end > 1 << BOX_UNIT_BITS).any():
         raise UsageError("an erased box does not lie inside the crop")
@@ -119,6 +123,7 @@ def _each(values: Tensor) -> Tensor:
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     """Blend: factor / 1000 of the image plus the rest of `other`, rounded half up and clipped."""
     # Adding half the divisor before the floor division rounds half up; so it does below.
+    # int32 suffices: a factor is at most 32,000, and 2 * 32,000 * 255 is below 2**24.
     mixed = _each(factor) * images.to(torch.int32) + (FACTOR - _each(factor)) * other
     return (mixed + FACTOR // 2).div_(FACTOR, rounding_mode="floor").clamp_(0, 255).to(torch.uint8)
 
@@ -182,6 +187,7 @@ def hue(images: Tensor, turn: Tensor) -> Tensor:
     divisor = spread.clamp(min=1)
 
     def part(a: Tensor, b: Tensor, sector: int) -> Tensor:
+        # Differences are at most 255, so shifted by 16 bits they stay below 2**24.
         return ((a - b) << 16).div(divisor, rounding_mode="floor") + (sector << 16)
 
     angle = torch.where(
@@ -232,6 +238,7 @@ def autocontrast(images: Tensor, _: Tensor) -> Tensor:
     low, high = images.amin(dim=(2, 3), keepdim=True).to(torch.int32), images.amax(dim=(2, 3), keepdim=True)
     spread = high.to(torch.int32) - low
     divisor = spread.clamp(min=1)
+    # The divisor is 1 where the channel has a single level; `where` takes the image itself there.
     stretched = ((images.to(torch.int32) - low) * 255 + divisor // 2).div(divisor, rounding_mode="floor")
     return torch.where(spread > 0, stretched, images.to(torch.int32)).to(torch.uint8)
 
@@ -277,6 +284,7 @@ def _blurred(image: Tensor, sigma: int) -> Tensor:
     reflected = (side - 1) - ((side - 1) - position.remainder(period)).abs()
     for axis in (3, 2):
         padded = image.index_select(axis, reflected).to(torch.int32)
+        # The weights add up to 65,536, so the sum is at most 255 * 65,536, within int32.
         total = weights[0] * padded.narrow(axis, radius, side)
         for distance, weight in enumerate(weights[1:], 1):
             both = padded.narrow(axis, radius - distance, side) + padded.narrow(axis, radius + distance, side)

@@ -35,7 +35,9 @@ INDEX_DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
 MAX_ARRAYS_BYTES = 256 * 2**20
 """Largest label members of a sample, checked before they are read; 500 crops at top-10 take 48 KB."""
 MAX_HEADER_BYTES = 2**16
+"""Bytes of a .npy header that are parsed; ours has 128, and more than this is a hostile literal."""
 
+# Held while NumPy parses a header, by whichever thread of this process reads a tar (see `read_header`).
 _HEADERS = threading.Lock()
 NPY_ERRORS = (
     ValueError,
@@ -92,6 +94,7 @@ def _from_array(array: npt.NDArray[Any], num_crops: int, where: str) -> npt.NDAr
         raise ShardError(f"{where}: is {array.dtype}{list(array.shape)}, expected int32[{num_crops}, 2 * A + 4]")
     codes, values, erase = array[:, :slots], array[:, slots : 2 * slots], array[:, 2 * slots :]
     operations = Operations(codes=codes.astype(np.uint8), values=values.astype(np.int16), erase=erase.astype(np.uint16))
+    # Back and forth: the conversions above wrap, so an impossible number comes back as another one.
     if not np.array_equal(_to_array(operations), array):
         raise ShardError(f"{where}: holds numbers that no operation has")
     try:
@@ -106,11 +109,13 @@ def from_members(members: Mapping[str, bytes], where: str) -> Fields:
 
     Example: `from_members({"crops.npy": b"...", "class_index.npy": b"...", ...}, "00000.tar: cat/1")["boxes"]`
     """
+    # One label member, `crops.npy`: a draft of version 1. `webdataset._sample` has refused any other number.
     if len(members) == 1:
         return _from_draft(parse_npy(members[CROPS], f"{where}.{CROPS}"), f"{where}.{CROPS}")
     arrays = {suffix: parse_npy(content, f"{where}.{suffix}") for suffix, content in members.items()}
     index = arrays["class_index.npy"]
     num_crops, top_k = index.shape if index.ndim == 2 else (0, 0)
+    # Any other type is compared with uint16 below, and named in the error.
     index_dtype = index.dtype if index.dtype in INDEX_DTYPES else INDEX_DTYPES[0]
     for suffix, (dtype, shape) in shapes(num_crops, top_k, index_dtype).items():
         if arrays[suffix].dtype != dtype or arrays[suffix].shape != shape:
@@ -159,6 +164,7 @@ def parse_npy(data: bytes, where: str) -> npt.NDArray[Any]:
         array = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
     except NPY_ERRORS as error:
         raise ShardError(f"{where}: not a plain NumPy array ({error})") from error
+    # Bytes behind the values would be copied from label set to label set, and seen by nobody.
     if start + array.nbytes != len(data):
         raise ShardError(f"{where}: not a plain NumPy array ({len(data) - start} bytes for {array.nbytes} of values)")
     return array
@@ -166,6 +172,7 @@ def parse_npy(data: bytes, where: str) -> npt.NDArray[Any]:
 
 def read_header(data: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     """Return (shape, type, offset of the values) of .npy bytes. Raises one of `NPY_ERRORS`."""
+    # Magic number (6 bytes), version (2), then the header's length: 2 bytes in version 1.0, 4 in 2.0.
     width = 2 if data[6:7] == b"\x01" else 4
     start = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
     # NumPy parses a header with ast.literal_eval, which Python 3.11 cannot do in two threads at once.
@@ -187,6 +194,7 @@ def _parse_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
         shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
     else:
         raise ValueError(f"version {version} of the .npy format")
+    # NumPy writes such a file for a transposed array; as a view of the bytes it would be read crossed.
     if fortran and len(shape) > 1:
         raise ValueError("in Fortran's order")
     return shape, dtype

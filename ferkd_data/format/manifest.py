@@ -236,6 +236,7 @@ class Manifest(Record):
     @property
     def row_bytes(self) -> int:
         """Bytes that the labels of one image take in memory, all its crops together."""
+        # A float16 and an index.
         per_class = 2 + (2 if self.num_classes <= 65536 else 4)
         per_crop = CROP_BYTES + self.top_k * per_class + 2 * self.operation_words
         return IMAGE_BYTES + self.num_crops * per_crop
@@ -296,6 +297,7 @@ def _check_version(data: bytes, where: str) -> None:
         raise ManifestError(f"{where}: not JSON ({first['msg']}); was the file cut short?") from error
     if head.format != "ferkd-data":
         raise ManifestError(f"{where}: not the manifest of a ferkd-data label set")
+    # In Python true equals 1.
     if isinstance(head.version, bool) or head.version != FORMAT_VERSION:
         raise ManifestError(
             f"{where}: format version {str(head.version)[:40]!s} is not known to this ferkd-data, which reads version "
@@ -388,6 +390,7 @@ def _check_proportions(manifest: Manifest, where: str) -> None:
 
 def _check_augmentations(manifest: Manifest, where: str) -> None:
     try:
+        # Parsed here, since readers take the number of a crop's operations from these texts.
         parse_augmentations(manifest.augmentations or ())
     except UsageError as error:
         raise ManifestError(f"{where}: {error}") from error

@@ -30,6 +30,7 @@ def begin(out: str | Path, settings: Settings) -> Path:
     Raises UsageError for any other folder, and for a file.
     """
     out = Path(out)
+    # Nothing is written before all refusals: a folder that is refused stays as it was.
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; give a new folder")
     work = _read(out)
@@ -47,6 +48,7 @@ def begin(out: str | Path, settings: Settings) -> Path:
             f"{out}: an interrupted command of other settings was writing here ({_told(work)}; now {_told(settings)}); "
             "give a new folder, or remove this one"
         )
+    # Only one command works here, so these are of a killed one. What it finished is written anew.
     remove_leftovers(out)
     return out
 
@@ -56,6 +58,7 @@ def finish(out: Path, manifest: Manifest) -> Manifest:
 
     Raises ManifestError for a manifest that no reader would accept.
     """
+    # As a reader would, before it becomes the commit point.
     parse_manifest(manifest.to_json(), str(out / FILE_NAME))
     # An attempt with other block sizes leaves files of ours that this manifest does not list.
     listed = {file.path for shard in manifest.shards for file in shard.files} | {manifest.rejects.path}
@@ -63,6 +66,8 @@ def finish(out: Path, manifest: Manifest) -> Manifest:
         ours = SHARD_FILE.fullmatch(path.name) or REJECTS_FILE.fullmatch(path.name)
         if ours and path.relative_to(out).as_posix() not in listed:
             path.unlink()
+    # After unlisted files are gone, before the work file is: a kill at any point leaves a folder that `begin` takes
+    # again, or a whole label set.
     write_manifest(out, manifest)
     (out / WORK).unlink(missing_ok=True)
     return manifest
@@ -93,6 +98,7 @@ def _read(out: Path) -> Settings | None:
     if not path.is_file():
         return None
     try:
+        # Settings take some hundred bytes: a larger file is not ours.
         if path.stat().st_size > MAX_WORK_BYTES:
             raise ValueError("too large")
         content = json.loads(path.read_bytes())

@@ -36,6 +36,7 @@ ERASE_COLUMNS = ("erase_top", "erase_left", "erase_height", "erase_width")
 PROB_COLUMNS = ("class_prob", "target_prob")
 """Float16 values, stored as float32."""
 
+# Level 19 would save 0.5 bytes a crop, for four times the CPU time of all writing (benchmarks/label_size.py).
 COMPRESSION_LEVEL = 9
 PAGE_SIZE_BYTES = 2**18
 """Bytes of a data page before compression: the least that a viewer reads to show a few rows."""
@@ -117,6 +118,7 @@ def to_table(labels: ShardLabels) -> pa.Table:
         **_operation_columns(labels.operations),
     }
     arrays = [
+        # Without a copy: a list of fixed size is its flat values and a length.
         pa.FixedSizeListArray.from_arrays(columns[field.name], type=field.type)
         if pa.types.is_fixed_size_list(field.type)
         else columns[field.name]
@@ -129,7 +131,9 @@ def write(path: Path, labels: ShardLabels) -> None:
     """Write one block file. The caller renames it when it is whole."""
     table = to_table(labels)
     operations = [name for name in ("op_code", "op_value", *ERASE_COLUMNS) if name in table.column_names]
+    # Not class_index, for which a dictionary took 0.3 bytes a crop more (benchmarks/label_size.py).
     with_dictionary = ["target", *(f"{name}.list.element" for name in (*BOX_COLUMNS, "bucket", *operations))]
+    # Below that, the dictionary would take more than it saves.
     if len(labels) * labels.num_crops >= DICTIONARY_CROPS:
         with_dictionary += [f"{name}.list.element" for name in PROB_COLUMNS]
     pq.write_table(
@@ -146,6 +150,7 @@ def write(path: Path, labels: ShardLabels) -> None:
         # Minimum and maximum of a list column help no reader.
         write_statistics=["key", "target"],
         write_page_index=True,
+        # Arrow's own schema, from which our reader has the lists' fixed size: Parquet knows lists of any length only.
         store_schema=True,
     )
 
@@ -171,6 +176,7 @@ def read_labels(
     table = _read(path, schema(num_crops, top_k, index_dtype, operation_words), rows)
 
     def lists(name: str) -> npt.NDArray[Any]:
+        # The table has a chunk for each row group, and files of others may have many.
         flat = table.column(name).combine_chunks().flatten()
         if flat.null_count and name not in NULLABLE:
             raise ShardError(f"{path}: column {name!r} holds nulls")
@@ -293,12 +299,14 @@ def _draft_type(field: pa.Field) -> pa.DataType:
 
 
 def _check_claims(path: Path, expected: pa.Schema, *, rows: int, longest: int) -> None:
+    # Of our columns alone: further ones are ignored (docs/format.md), whatever they claim.
     claims = read_claims(path, expected.names)
     if claims.rows != rows:
         raise ShardError(f"{path}: holds {claims.rows} rows, the manifest says {rows}")
     if claims.row_groups > max(rows, 1):
         raise ShardError(f"{path}: claims {claims.row_groups} row groups for {rows} rows")
     per_row = {field.name: getattr(field.type, "list_size", 1) for field in expected}
+    # In bits: booleans have one. Texts and digests are read as indices of 32 bits into a dictionary.
     widths = [32 if _is_bytes(field.type) else _width(field.type) for field in expected]
     decoded = rows * sum(width * per_row[name] for name, width in zip(expected.names, widths, strict=True)) // 8
     if decoded > max(MAX_DECODED_BYTES, MAX_EXPANSION * path.stat().st_size):

@@ -24,6 +24,8 @@ from ferkd_data.images.decode import ANY_SIZE, JPEG_START, image_size, jpeg_size
 from ferkd_data.labels.rows import DIGEST_BYTES, UNKNOWN_TARGET, ShardLabels
 from ferkd_data.storage import image_digest
 
+# The header of POSIX: name, mode and owners, size as 11 octal digits and an end, time, checksum as 6 digits and an end,
+# then type, link name and the rest.
 BLOCK, NAME, NAME_BYTES = tarfile.BLOCKSIZE, slice(0, 100), 100
 OWNERS, SIZE, SIZE_END, TIME = slice(100, 124), slice(124, 135), 135, slice(136, 148)
 CHECKSUM, CHECKSUM_END, CHECKSUM_BYTES = slice(148, 154), slice(154, 156), slice(148, 156)
@@ -89,6 +91,8 @@ def _walk(read: Read) -> _Samples | None:
     length = shape.image_at + START_BYTES
     starts, images = [], []
     at = 0
+    # One read for each sample gets all its labels and the start of its image. At a truncated end the size is no number,
+    # which raises ValueError, and the tar is left to the other reader.
     while (start := read(at, length))[:BLOCK] != END:
         size = int(start[size_at:size_end], 8)
         if size < 0:
@@ -144,11 +148,13 @@ def _labels(
 def _keys(samples: _Samples) -> list[str] | None:
     """Return the keys (R,); None for headers that tarfile might read otherwise."""
     headers = np.stack([samples.table[:, at : at + BLOCK] for at in samples.shape.headers_at], axis=1)
+    # All members of all samples as one table of headers.
     names = _names(headers.reshape(-1, BLOCK)) if len(headers) else None
     if names is None:
         return None
     found = SAMPLE.findall(names)
     keys = [key for key, _ in found]
+    # A pattern that skipped something, such as a foreign member, has found fewer samples than there are.
     whole = len(found) == len(headers) and all(bool(target) == samples.shape.has_target for _, target in found)
     return keys if whole and len(set(keys)) == len(keys) else None
 
@@ -170,10 +176,12 @@ def _arrays(samples: _Samples, shape: tuple[int, int], index_dtype: Any) -> list
     arrays = []
     expected = crop_arrays.shapes(*shape, index_dtype).values()
     for (at, size), (dtype, wanted) in zip(samples.shape.arrays, expected, strict=True):
+        # One .npy header is parsed; all others have to be equal to it, byte by byte.
         first = crop_arrays.parse_npy(samples.table[0, at : at + size].tobytes(), "")
         if first.dtype != dtype or first.shape != wanted:
             return None
         values_at = at + size - first.nbytes
+        # The size in the tar's header, and the .npy header.
         for part in (samples.table[:, at - BLOCK :][:, SIZE], samples.table[:, at:values_at]):
             if (part != part[0]).any():
                 return None
@@ -194,9 +202,11 @@ def _names(table: npt.NDArray[np.uint8]) -> str | None:
         first = tarfile.TarInfo.frombuf(table[0].tobytes(), "utf-8", "strict")
     except tarfile.HeaderError:
         return None
+    # The first header is tarfile's to judge. One that equals it but for name, size and checksum is judged the same.
     alike = all((table[:, part] == table[0, part]).all() for part in (OWNERS, TIME, CHECKSUM_END, REST))
     if not alike or first.type != REGULAR or first.linkname or table[0, PREFIX].any():
         return None
+    # tarfile also takes blanks, signs and base 256 for a size; this reader knows digits alone.
     digits = table[:, SIZE]
     if ((digits < ord("0")) | (digits > ord("7"))).any() or table[:, SIZE_END].any() or not _checksums_hold(table):
         return None
@@ -219,6 +229,7 @@ def _checksums_hold(table: npt.NDArray[np.uint8]) -> bool:
 
 def _numbers(digits: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     """Return (M, D) octal digits as numbers (M,)."""
+    # 11 octal digits have 33 bits.
     powers = 8 ** np.arange(digits.shape[1], dtype=np.int64)[::-1]
     numbers: npt.NDArray[np.int64] = (digits.astype(np.int64) - ord("0")) @ powers
     return numbers

@@ -37,6 +37,7 @@ OnProgress: TypeAlias = Callable[[TransferProgress], object]
 
 def with_files(progress: TransferProgress, files: Iterable[FileEntry], images: int) -> TransferProgress:
     """Return the progress after these files were written too, with the labels of `images` images in all."""
+    # `files` may be an iterator, and is gone through twice.
     written = tuple(files)
     return replace(
         progress,

@@ -45,6 +45,8 @@ class RejectWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            # After an error nobody keeps the file: `write_atomically` removes it, and only the descriptor has to be
+            # closed.
             if kind is None:
                 self._flush()
         finally:
@@ -85,6 +87,7 @@ def rejects_entry(path: Path, rows: int) -> RejectsEntry:
 def check_rejects(path: Path, rows: int) -> None:
     """Raise ShardError for a file that does not hold `rows` rejects, or whose texts are too long."""
     for name in SCHEMA.names:
+        # Column by column, so that one of them is in memory.
         parquet.read_texts(path, name, rows=rows, longest=LONGEST_TEXT)
 
 

@@ -88,6 +88,7 @@ def scan(path: Path) -> Iterator[Sample]:
     key = ""
     try:
         size = path.stat().st_size
+        # `r:` and not `r`: no decompression, whose output nothing bounds.
         with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 # tarfile would keep an object for each member that it has passed.

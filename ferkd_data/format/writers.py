@@ -50,12 +50,14 @@ def _write_blocks(
         return 0, ()
     labels = ShardLabels.from_rows(collected)
     files = []
+    # The stack renames the blocks at its end: all are whole by then, and an error before leaves no file.
     with contextlib.ExitStack() as stack:
         for number, (start, stop) in enumerate(zip(starts, [*starts[1:], labels.num_crops], strict=True)):
             name = parquet.file_name(index, first_block + number)
             aside = stack.enter_context(write_atomically(folder / name))
             parquet.write(aside, labels.crop_range(start, stop))
             files.append(_entry(aside, name, first_block + number))
+        # Before the first rename: whoever is told knows which digests to expect, if a kill comes between two renames.
         announce(tuple(files))
     return len(labels), tuple(files)
 
@@ -70,6 +72,7 @@ def _write_tar(folder: Path, index: int, rows: Iterable[Row], announce: Announce
                 count += 1
         files = (_entry(aside, name, 0),)
         announce(files)
+    # Rows are counted by writing them, so the empty tar is there. A shard without rows has no files (docs/format.md).
     if count == 0:
         (folder / name).unlink()
         return 0, ()
@@ -77,5 +80,5 @@ def _write_tar(folder: Path, index: int, rows: Iterable[Row], announce: Announce
 
 
 def _entry(path: Path, name: str, block: int) -> BlockEntry:
-    """The entry of a file that will be called `name`."""
+    """Return the entry of a file that will be called `name`."""
     return BlockEntry(path=name, block=block, bytes=path.stat().st_size, sha256=sha256_file(path))

@@ -64,10 +64,11 @@ class QuantileThresholds:
         _check("quantiles", (self.low, self.mid, self.top), self.confidence)
 
     def resolve(self, counts: npt.NDArray[np.int64]) -> Thresholds:
-        """The absolute thresholds for the confidences counted by `confidence_counts`, exactly.
+        """Return the absolute thresholds for the confidences counted by `confidence_counts`, exactly.
 
         A threshold is the smallest stored value that has at least its share of all crops below it.
         """
+        # below[i]: crops with a smaller pattern than i. So the first i with enough below it is the smallest threshold.
         below = np.concatenate([[0], np.cumsum(counts)])
         wanted = np.array([self.low, self.mid, self.top]) * below[-1]
         patterns = np.minimum(np.searchsorted(below, wanted, side="left"), NUM_FLOAT16 - 1)
@@ -76,7 +77,7 @@ class QuantileThresholds:
 
 
 def parse_thresholds(pieces: Sequence[str], confidence: Confidence = "max") -> Thresholds | QuantileThresholds:
-    """`("0.15", "0.3", "0.95")` or `("quantile:0.01,0.03,0.9",)`. Raises UsageError."""
+    """Parse `("0.15", "0.3", "0.95")` or `("quantile:0.01,0.03,0.9",)`. Raises UsageError."""
     text = " ".join(pieces)
     kind = QuantileThresholds if text.startswith(QUANTILE_PREFIX) else Thresholds
     try:
@@ -84,7 +85,7 @@ def parse_thresholds(pieces: Sequence[str], confidence: Confidence = "max") -> T
     except ValueError:
         values = []
     if len(values) != 3:
-        raise UsageError(f"thresholds must be LO MID HI or quantile:LO,MID,HI, got {text!r}")
+        raise UsageError(f"thresholds must be LOW MID TOP or quantile:LOW,MID,TOP, got {text!r}")
     return kind(low=values[0], mid=values[1], top=values[2], confidence=confidence)
 
 
@@ -98,6 +99,8 @@ def confidence(
 
 def assign_buckets(confidences: npt.NDArray[np.float16], thresholds: Thresholds) -> npt.NDArray[np.uint8]:
     """Return the bucket codes 0..3 of confidences, in their shape."""
+    # float64 holds every float16 exactly: the stored value is compared, not a rounded threshold. `right` puts a
+    # confidence that equals a threshold above it, as `<` and `<=` in `Thresholds` say.
     edges = np.array([thresholds.low, thresholds.mid, thresholds.top])
     return np.searchsorted(edges, confidences.astype(np.float64), side="right").astype(np.uint8)
 
@@ -117,6 +120,7 @@ def buckets_of(
 
 def confidence_counts(confidences: npt.NDArray[np.float16]) -> npt.NDArray[np.int64]:
     """Count how often each float16 value in [0, 1] occurs: (NUM_FLOAT16,), indexed by bit pattern."""
+    # The pattern is the index, which sorts nothing and needs no bins: patterns of 0..1 are in the order of the values.
     patterns = np.ascontiguousarray(confidences).reshape(-1).view(np.uint16)
     return np.bincount(patterns, minlength=NUM_FLOAT16)
 
@@ -137,6 +141,6 @@ def from_patterns(patterns: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 
 def _check(name: str, values: tuple[float, float, float], which: Any) -> None:
     if not 0 <= values[0] <= values[1] <= values[2] <= 1:
-        raise UsageError(f"{name} must be 0 <= LO <= MID <= HI <= 1, got {' '.join(map(str, values))}")
+        raise UsageError(f"{name} must be 0 <= LOW <= MID <= TOP <= 1, got {' '.join(map(str, values))}")
     if which not in ("max", "target"):
         raise UsageError(f"confidence must be max or target, got {which!r}")

@@ -32,6 +32,7 @@ MAX_TOTAL = 1 + 2**-10
 CLEAR_TOTAL = MAX_TOTAL - 2**-12
 """A float32 sum of up to 2,048 probabilities below this is at most MAX_TOTAL whatever the rounding."""
 CROPS_AT_ONCE = 16384
+"""Crops in a slice of rows: at top-5, their probabilities and classes take 320 KB, which a core's cache holds."""
 INFINITY, NO_SIGN, MINUS_ZERO = 0x7C00, 0x7FFF, 0x8000
 VALUES = np.arange(NUM_FLOAT16, dtype=np.uint16).view(np.float16).astype(np.float64)
 """The numbers from 0 to 1 that float16 has, by their patterns."""
@@ -95,12 +96,12 @@ class _Columns:
 
 
 def _crops_last(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """(R, N, k) as (k, R, N)."""
+    """Copy an array (R, N, k) to (k, R, N), contiguous."""
     return np.ascontiguousarray(np.moveaxis(values, 2, 0))
 
 
 def _patterns(values: npt.NDArray[np.float16]) -> Patterns:
-    """The bit patterns of values, with that of -0 as 0."""
+    """Return the bit patterns of float16 values, with -0 turned into 0."""
     patterns = values.view(np.uint16)
     return np.where(patterns == MINUS_ZERO, np.uint16(0), patterns) if (patterns == MINUS_ZERO).any() else patterns
 
@@ -117,6 +118,7 @@ def refusing_rules(num_classes: int) -> Rules:
         refusal = f"hold class {largest} in a label set of {num_classes} classes"
         beyond = c.index.max(axis=0) >= num_classes
         yield Rule("class_index", beyond, f"{{value}}, classes are 0..{num_classes - 1}", refusal)
+        # Each class against those 1, 2, … k - 1 positions on: all pairs, without sorting k classes of every crop.
         twice = np.zeros(beyond.shape, np.bool_)
         for apart in range(1, len(c.index)):
             twice |= (c.index[apart:] == c.index[:-apart]).any(axis=0)
@@ -144,6 +146,7 @@ def _box_rules(c: _Columns) -> Iterator[Rule]:
 def _probability_rules(c: _Columns) -> Iterator[Rule]:
     prob = c.prob
     odd = prob.max(axis=0) >= NUM_FLOAT16
+    # Never in a sound label set, so that these masks cost nothing there.
     if odd.any():
         infinite = (prob & NO_SIGN) >= INFINITY
         yield Rule("class_prob", infinite.any(axis=0), "{value} is not finite", "are not all finite")
@@ -160,7 +163,7 @@ def _probability_rules(c: _Columns) -> Iterator[Rule]:
 
 
 def _too_much(prob: Patterns) -> BoolArray:
-    """(R, N): crops whose probabilities sum to more than MAX_TOTAL, exactly."""
+    """Mark the crops (R, N) whose probabilities sum to more than MAX_TOTAL, exactly."""
     above: BoolArray = from_patterns(prob).sum(axis=0) > CLEAR_TOTAL
     if above.any():
         # float64 adds float16 up without rounding.
@@ -207,6 +210,7 @@ def _is_nan(patterns: Patterns) -> BoolArray:
 
 def _buckets(confidence: Patterns, thresholds: Thresholds) -> npt.NDArray[np.uint8]:
     """Assign buckets as `buckets.assign_buckets` does, to patterns of 0..1."""
+    # The pattern of the first value that reaches each threshold: confidence >= threshold becomes a test of integers.
     low, mid, top = np.searchsorted(VALUES, [thresholds.low, thresholds.mid, thresholds.top]).astype(np.uint16)
     buckets: npt.NDArray[np.uint8] = (confidence >= low).view(np.uint8) + (confidence >= mid).view(np.uint8)
     buckets += (confidence >= top).view(np.uint8)
@@ -251,6 +255,7 @@ def check_rows(path: str, labels: ShardLabels, num_classes: int) -> None:
     Every class and target must be one of the classes, every probability in 0..1, and each crop's box inside its image.
     Agreement of the columns with each other is for `verify` to report, as trainers may derive buckets anew.
     """
+    # The set decides, and the slower Counter only names the key.
     if len(set(labels.keys)) < len(labels):
         twice = next(key for key, count in Counter(labels.keys).items() if count > 1)
         raise ShardError(f"{path}: holds image {twice!r} twice; {DO_NOT_TRAIN}")
@@ -263,6 +268,7 @@ def check_rows(path: str, labels: ShardLabels, num_classes: int) -> None:
     rows = broken_rows(labels, refusing_rules(num_classes))
     if len(rows) == 0:
         return
+    # A second time for these few alone, to name the crop and its value: a sound label set never comes here.
     some = labels.take(rows)
     for rule in crop_rules(some, refusing_rules(num_classes)):
         if rule.broken.any():

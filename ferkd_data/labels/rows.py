@@ -50,6 +50,7 @@ class ImageLabels:
     """(N, W): recorded augmentations, as `augment.Operations.pack` puts them; W = 0 where none are."""
 
     def __post_init__(self) -> None:
+        # Not a default of the field, since its shape is that of the row; and frozen, so past the class's __setattr__.
         if self.operations is NO_OPERATIONS:
             object.__setattr__(self, "operations", np.empty((*self.flip.shape, 0), np.uint16))
 
@@ -112,6 +113,7 @@ class ShardLabels:
 
     def crop_range(self, start: int, stop: int) -> ShardLabels:
         """Return the same rows with crops `start` .. `stop - 1` only."""
+        # Views: the blocks of a shard share the memory of the whole.
         return replace(self, **{name: getattr(self, name)[:, start:stop] for name in CROP_FIELDS})
 
     def take(self, rows: npt.NDArray[np.int64]) -> ShardLabels:
@@ -126,6 +128,7 @@ class ShardLabels:
         return cls(
             keys=[row.key for row in rows],
             image_digest=digests.reshape(len(rows), DIGEST_BYTES),
+            # Sides fit uint16: `crops.check_size` has refused longer ones.
             height=np.array([row.height for row in rows], np.uint16),
             width=np.array([row.width for row in rows], np.uint16),
             target=np.array([row.target for row in rows], np.int32),
@@ -151,6 +154,7 @@ def same_labels(a: ShardLabels, b: ShardLabels) -> bool:
     """Return whether two shards hold the same rows, value by value; NaN equals NaN."""
     if list(a.keys) != list(b.keys):
         return False
+    # Only target_prob has NaN, for "unknown".
     names = [f.name for f in fields(ShardLabels) if f.name != "keys"]
     return all(np.array_equal(getattr(a, name), getattr(b, name), equal_nan=name == "target_prob") for name in names)
 
@@ -163,6 +167,8 @@ def to_float16(values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
 
 def identity_of_images(labels: ShardLabels) -> bytes:
     """Return the BLAKE2b-128 (16 bytes) of the keys, image digests, sizes and targets."""
+    # Keys hold no control characters (docs/format.md), so the joint of two keys cannot be mistaken. Files of others may
+    # hold anything, and must not end in an encoding error here.
     state = hashlib.blake2b("\0".join(labels.keys).encode("utf-8", "surrogatepass"), digest_size=16)
     for values in (labels.image_digest, labels.height, labels.width, labels.target):
         state.update(np.ascontiguousarray(values).data)

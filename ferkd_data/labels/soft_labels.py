@@ -38,6 +38,7 @@ def combine(
     """
     total = sum(weights)
     shares = [weight / total for weight in weights]
+    # float32 whatever the teacher's precision: in half precision, a softmax of 1,000 classes misses 1 by up to 0.01.
     scaled = [z.float() / t for z, t in zip(logits, temperatures, strict=True)]
     if mode == "mean":
         return _weighted_sum([z.softmax(dim=1) for z in scaled], shares)
@@ -56,6 +57,7 @@ def check_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
     classes have the same probability everywhere, also where the logits differ by too little to show in it.
     """
     scaled = logits.float() / temperature
+    # A tensor, not a bool: asking for the value here would make the host wait for the device.
     wrong = ~torch.isfinite(scaled).all()
     if logits.shape[0] > 1 and logits.shape[1] > 1:
         prob = scaled.softmax(dim=1)
@@ -119,6 +121,7 @@ def soft_labels(prob_BC: Tensor, target_B: Tensor, *, top_k: int) -> DeviceLabel
     rank += (1 << CLASS_BITS) - 1 - torch.arange(num_classes, device=prob_BC.device)
     best = rank.topk(top_k, dim=1, sorted=True).values
     class_index = (1 << CLASS_BITS) - 1 - (best & ((1 << CLASS_BITS) - 1))
+    # Unknown targets (-1) take class 0 here, to keep the index in range, and NaN below.
     target_prob = stored.gather(1, target_B.clamp(min=0)[:, None])[:, 0]
     return DeviceLabels(
         class_index=class_index,
@@ -129,6 +132,7 @@ def soft_labels(prob_BC: Tensor, target_B: Tensor, *, top_k: int) -> DeviceLabel
 
 
 def _weighted_sum(parts: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    # A tensor of its own, which the additions may write into.
     total = parts[0] * shares[0]
     for part, share in zip(parts[1:], shares[1:], strict=True):
         total = total.add_(part, alpha=share)

@@ -89,6 +89,7 @@ def add(parts: Iterable[Statistics]) -> Statistics:
     filled = [part for part in parts if part.crops]
     if not filled:
         return Statistics()
+    # Declared fields alone: an unknown field of a newer version may be no sum.
     names = Statistics.model_fields
     sums = {name: _sum([getattr(part, name) for part in filled]) for name in names}
     return Statistics.model_validate(sums)
@@ -138,17 +139,19 @@ def _counts(values: npt.NDArray[np.float16]) -> tuple[npt.NDArray[np.float64], n
 def _total(values: npt.NDArray[np.float16]) -> float:
     """Return the sum of the values. float64 adds float16 values without rounding."""
     total = 0.0
+    # Rows that hold about VALUES_AT_ONCE values.
     step = max(1, VALUES_AT_ONCE * len(values) // max(values.size, 1))
     for at in range(0, len(values), step):
         part = values[at : at + step]
         patterns = np.ascontiguousarray(part).view(np.uint16)
+        # `from_patterns` is for 0..1. -0, which readers take for 0, has a pattern beyond these.
         usual = patterns.max(initial=0) < NUM_FLOAT16
         total += float(from_patterns(patterns).sum(dtype=np.float64) if usual else part.astype(np.float64).sum())
     return total
 
 
 def shard_statistics(labels: ShardLabels) -> Statistics:
-    """Statistics of a shard's rows; without those per teacher, which only a build can know."""
+    """Return the statistics of a shard's rows, without those per teacher, which only a build can know."""
     return crop_statistics(
         class_index=labels.class_index,
         class_prob=labels.class_prob,
@@ -159,15 +162,19 @@ def shard_statistics(labels: ShardLabels) -> Statistics:
 
 
 def histogram(p_max: npt.NDArray[np.float64], counts: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
-    """Crops in NUM_BINS equal bins of [0, 1], each once or as often as `counts` says.
+    """Count crops in NUM_BINS equal bins of [0, 1], each once or as often as `counts` says: int64 (NUM_BINS,).
 
     Exact at the edges, because an edge times 200 is compared as a whole.
     """
+    # 0.29 * 200 is 57.99999999999999 in float64. A float16 below an edge is at least 4e-7 bins away from it, so that
+    # 1e-9 moves none of those into the wrong bin.
     bins = np.clip(np.floor(p_max.reshape(-1) * NUM_BINS + 1e-9), 0, NUM_BINS - 1).astype(np.int64)
     return np.bincount(bins, counts, minlength=NUM_BINS).astype(np.int64)
 
 
 class Range(NamedTuple):
+    """A row of FerKD's table: the crops with low <= p_max < high."""
+
     low: float
     high: float
     crops: int
@@ -179,7 +186,7 @@ class Range(NamedTuple):
 
 
 def p_max_table(statistics: Statistics) -> list[Range]:
-    """FerKD's table for this label set."""
+    """Return FerKD's table for this label set: a row for each range of RANGE_EDGES."""
     counts = np.asarray(statistics.p_max_histogram, dtype=np.int64)
     total = max(int(counts.sum()), 1)
     rows = []

@@ -33,6 +33,7 @@ class HttpTransport:
     """Files of an HTTP server. Threads share it: urllib3's pool is safe, and a file is read by one thread at a time."""
 
     def __init__(self, url: str, timeout: float, headers: dict[str, str] | None = None, log_in: str = "") -> None:
+        # Not at the top: reading from a disk needs no HTTP client.
         import urllib3
 
         self._url, self._log_in = url, log_in
@@ -40,6 +41,7 @@ class HttpTransport:
         self._headers = {"Accept-Encoding": "identity", **(headers or {})}
         connect = min(timeout, CONNECT_SECONDS)
         self._timeout = timeout
+        # No retries of its own: `Retries` has the one loop, and resumes where urllib3 would begin anew.
         self._pool = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=connect, read=timeout), retries=False, maxsize=16
         )
@@ -50,22 +52,27 @@ class HttpTransport:
         """Whether the server has answered, with anything that is HTTP."""
 
     def read(self, name: str, start: int) -> tuple[int, Chunks]:
+        # If-Range: the server sends the rest of this very version, or the whole of a newer one (status 200).
         version = self._versions.get(name) if start else None
         condition = {"If-Range": version} if version else {}
         response = self._request("GET", name, {"Range": f"bytes={start}-", **condition} if start else {})
         # Dropped only after the answer: a server that answers 503 first may answer with another version next.
         self._versions.pop(name, None)
         found = response.headers.get("ETag", "")
+        # Weak tags (W/) promise the same meaning, not the same bytes, so If-Range may not use them.
         if found and not found.startswith("W/"):
             self._versions[name] = found
         if response.headers.get("Content-Encoding", "identity") != "identity":
             response.close()
             raise RemoteError(f"{self._url}/{name}: the server sends it compressed, though asked not to")
         if response.status == 200:
+            # The whole file: what was asked for, or from a server without ranges. The caller starts again at byte 0.
             return 0, self._chunks(response, name)
+        # A server that ignored If-Range and sends the rest of another version.
         if version and found and found != version:
             response.close()
             return self.read(name, 0)
+        # Said in no header, the bytes could be any: joined to the first half they would make a third file.
         if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             response.close()
             raise RemoteError(f"{self._url}/{name}: asked for bytes from {start}, the server sent others")
@@ -80,6 +87,7 @@ class HttpTransport:
             raise
         _let_go(response)
         length = response.headers.get("Content-Length", "")
+        # -1: there, of unknown size. It equals no size of a manifest.
         return int(length) if length.isdecimal() else -1
 
     def write(self, name: str, file: Path) -> None:
@@ -187,6 +195,8 @@ def _bounded(kind: Any, seconds: float) -> Any:
                         # The thread that reads sees the end of the connection. Not TLS's own way, which would wait.
                         socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
+            # A thread for each request, for as long as the head takes: urllib3 has no limit for the whole of it. A
+            # daemon, so that a server that never answers does not keep the program from ending.
             timer = threading.Timer(seconds, end)
             timer.daemon = True
             timer.start()
@@ -232,11 +242,14 @@ def failure(error: Exception, url: str, *, reached: bool) -> RemoteError | Trans
     host = urlsplit(url).netloc
     if isinstance(error, of.SSLError):
         return _of_tls(cause, url, host)
+    # NewConnectionError is a ConnectTimeoutError in urllib3, and is told apart from it below.
     if isinstance(error, of.ConnectTimeoutError) and not isinstance(error, of.NewConnectionError):
         return Transient(f"{host} cannot be reached (no answer in time)")
+    # Refused, or an unknown host.
     if isinstance(error, (of.NewConnectionError, of.ProxyError)):
         text = f"{host} cannot be reached ({_reason(error)})"
         return Transient(text) if reached else RemoteError(f"{url}: {text}; check the URL and the network")
+    # Before ProtocolError, in which urllib3 wraps these too: trying again would not teach the server HTTP.
     if _speaks_no_http(cause):
         return RemoteError(f"{url}: the server at {host} does not answer in HTTP as it should ({_short(cause)})")
     if isinstance(error, (of.ProtocolError, of.TimeoutError)):

@@ -18,6 +18,7 @@ from ferkd_data.remote.transport import TRANSIENT, Chunks, log_in_to, refused
 from ferkd_data.storage import CHUNK_BYTES, NO_SPACE, open_regular_stream, write_atomically
 
 STORE_CHUNK_BYTES = 8 * CHUNK_BYTES
+"""Each read of a store is a request of its own, which takes tens of milliseconds however short it is."""
 DENIED = (
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY_ID",
@@ -44,7 +45,7 @@ class StoreTransport:
         reached = self.reached
         with self._explained(self._url):
             file_system, root = fs.FileSystem.from_uri(self._url)
-        # Making a file system contacts no server.
+        # Making a file system contacts no server, so this does not count as an answer.
         self.reached = reached
         return file_system, root.rstrip("/")
 
@@ -87,6 +88,7 @@ class StoreTransport:
 
         file_system, root = self._target
         with self._explained(self._url):
+            # Object stores have no folders: one that nobody has written to is not found, and is empty.
             found = file_system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
         return {info.path.removeprefix(f"{root}/"): info.size for info in found if info.is_file}
 
@@ -129,9 +131,11 @@ class StoreTransport:
         except PermissionError as error:
             raise refused(what, 403) from error
         except (OSError, ValueError, pa.ArrowException) as error:
+            # The disk of a local target: `explain_full_disk` says what to do about it.
             if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise
             text = str(error)
+            # Arrow's errors carry a server's status in words only.
             status = re.search(r"HTTP status (\d{3})", text)
             number = int(status.group(1)) if status else None
             if number is not None and 400 <= number < 500 and number not in TRANSIENT:

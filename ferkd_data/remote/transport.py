@@ -11,6 +11,7 @@ from ferkd_data.errors import RemoteError
 NOT_FOUND = (404, 410)
 FORBIDDEN = (401, 403)
 TRANSIENT = (408, 425, 429)
+"""Statuses below 500 that may pass: time-out, too early, too many requests."""
 LOG_IN = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run: aws configure",
     "gs": "run: gcloud auth application-default login (public data: gs://anonymous@BUCKET/...)",
