@@ -19,28 +19,35 @@ from .options import TEACHER_HELP, json_option, print_json
     type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
     default="auto",
     show_default=True,
-    help="auto: bf16 on cuda, fp32 on a CPU.",
+    help="Precision of the teachers. auto: bf16 on cuda, fp32 on a CPU.",
 )
 @click.option(
-    "--batch-sizes", default=None, metavar="N,N", help="Crops in a batch.  [default: 4,8,32; cuda: 64 to 1024]"
+    "--batch-sizes", default=None, metavar="N,N", help="Batch sizes to try.  [default: 4,8,32; on cuda 64 to 1024]"
 )
-@click.option("--threads", default=None, metavar="N,N", help="Threads that compute.  [default: 1 and all]")
 @click.option(
-    "--seconds", type=float, default=1.0, show_default=True, help="Seconds of each measurement; there are three."
+    "--threads", default=None, metavar="N,N", help="Numbers of compute threads to try.  [default: 1, and all cores]"
+)
+@click.option(
+    "--seconds",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Seconds per measurement. Each is repeated three times and the median is taken.",
 )
 @click.option(
     "--compile/--no-compile",
     "compiled",
     default=True,
     show_default=True,
-    help="Also try torch.compile, which takes a minute or more for each teacher.",
+    help="Also try torch.compile, which takes a minute or more per teacher.",
 )
 @click.option(
     "--export",
     type=click.Path(dir_okay=False, path_type=Path),
     default=None,
     metavar="FILE.onnx",
-    help="Measure nothing. Write the teacher as an ONNX file for onnx:FILE.onnx, if its probabilities are the same.",
+    help="Measure nothing. Write the teacher as an ONNX file, to use as onnx:FILE.onnx, if it gives the same "
+    "probabilities.",
 )
 @json_option
 def command(
@@ -54,10 +61,10 @@ def command(
     export: Path | None,
     as_json: bool,
 ) -> int:
-    """Time each teacher on this machine: eager, channels-last, torch.compile, ONNX Runtime.
+    """Time each teacher on this machine in eager mode, channels-last, with torch.compile and with ONNX Runtime.
 
-    Prints crops per second, the ratio to eager at its best, the largest difference of a probability from eager,
-    and one line of advice on what to give to `ferkd-data build`.
+    Prints crops per second, the ratio to the best eager result, the largest difference of a probability from eager
+    mode, and one line of advice on the options for `ferkd-data build`.
     """
     from ferkd_data.bench import bench_teachers
     from ferkd_data.builder import Resources

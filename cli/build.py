@@ -55,7 +55,7 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     type=int,
     default=SETTINGS.crops_per_block,
     show_default=True,
-    help="Crops in one block file.",
+    help="Crops in one block file, the unit that a trainer can download alone.",
 )
 @grouped(
     "--top-k", group=LABELS, type=int, default=SETTINGS.top_k, show_default=True, help="Classes kept for each crop."
@@ -66,34 +66,34 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     type=click.Choice(["parquet", "webdataset"]),
     default=SETTINGS.layout,
     show_default=True,
-    help="parquet: labels alone. webdataset: images and labels together in tars.",
+    help="parquet: labels only. webdataset: images and labels together in tars.",
 )
 @grouped(
     "--images-per-shard",
     group=FILES,
     type=int,
     default=SETTINGS.images_per_shard,
-    help="Images in one shard.  [default: 4096 for parquet, 1024 for webdataset]",
+    help="Images per shard.  [default: 4096 for parquet, 1024 for webdataset]",
 )
-@grouped(
-    "--seed", group=LABELS, type=int, default=SETTINGS.seed, show_default=True, help="Seed of the boxes and flips."
-)
+@grouped("--seed", group=LABELS, type=int, default=SETTINGS.seed, show_default=True, help="Seed of the crops.")
 @grouped(
     "--scale",
     group=LABELS,
     type=float,
     nargs=2,
+    metavar="MIN MAX",
     default=SETTINGS.distribution.scale,
     show_default=True,
-    help="Smallest and largest share of the image's area in a crop.",
+    help="Smallest and largest area of a crop, as a share of the image's area.",
 )
 @grouped(
     "--ratio",
     group=LABELS,
     type=float,
     nargs=2,
+    metavar="MIN MAX",
     default=SETTINGS.distribution.ratio,
-    help="Smallest and largest width / height of a crop.  [default: 3/4 4/3]",
+    help="Smallest and largest aspect ratio (width / height) of a crop.  [default: 3/4 4/3]",
 )
 @grouped(
     "--hflip",
@@ -101,7 +101,7 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     type=float,
     default=SETTINGS.distribution.hflip,
     show_default=True,
-    help="Probability of a flip.",
+    help="Probability of a horizontal flip.",
 )
 @grouped(
     "--augment",
@@ -109,7 +109,7 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     multiple=True,
     metavar="SPEC",
     help="Draw an augmentation for each crop and record it, such as randaugment:n=2,m=9, "
-    "colorjitter:0.4,0.4,0.4,0.1 or erase:p=0.25 (docs/augment.md). Give several to apply them in order.",
+    "colorjitter:0.4,0.4,0.4,0.1 or erase:p=0.25 (docs/augment.md). Repeat it to apply several, in order.",
 )
 @grouped(
     "--thresholds",
@@ -117,7 +117,8 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     default="0.15 0.3 0.95",
     show_default=True,
     metavar="LOW MID TOP",
-    help="Bucket thresholds, or quantile:LOW,MID,TOP for shares of this set's own crops.",
+    help="Bucket thresholds, or quantile:LOW,MID,TOP as shares of this label set's own crops. A loader can use others "
+    "later.",
 )
 @grouped(
     "--confidence",
@@ -125,7 +126,7 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     type=click.Choice(["max", "target"]),
     default=SETTINGS.thresholds.confidence,
     show_default=True,
-    help="The value that thresholds are compared with: p_max, or the ground truth's probability.",
+    help="Value compared with the thresholds: the largest probability, or that of the ground truth.",
 )
 @grouped(
     "--max-pixels",
@@ -133,7 +134,7 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     type=int,
     default=SETTINGS.max_pixels,
     show_default=True,
-    help="Reject images with more pixels.",
+    help="Reject images with more pixels than this.",
 )
 @grouped(
     "--batch-size",
@@ -146,23 +147,23 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     "--compile",
     group=MACHINE,
     is_flag=True,
-    help="Run PyTorch teachers through torch.compile. It takes minutes at the start of each worker, and a C++ "
-    "compiler; `ferkd-data bench` says whether it pays.",
+    help="Run PyTorch teachers through torch.compile. Needs a C++ compiler, and minutes at the start of each worker; "
+    "`ferkd-data bench` measures whether it pays.",
 )
 @grouped(
     "--workers",
     group=MACHINE,
     type=NUMBER_OR_AUTO,
     default=RESOURCES.workers,
-    help="Worker processes on each device; with --engine ray, of the whole cluster.  [default: auto: 1; on a cluster, "
-    "as many as it has room for]",
+    help="Worker processes per device; with --engine ray, in the whole cluster.  [default: auto: 1; on a cluster, as "
+    "many as it has room for]",
 )
 @grouped(
     "--threads",
     group=MACHINE,
     type=NUMBER_OR_AUTO,
     default=RESOURCES.threads,
-    help="Threads of each worker that decode and cut.  [default: auto: half of its cores, up to 8]",
+    help="Threads per worker that decode and cut images.  [default: auto: half of its cores, up to 8]",
 )
 @grouped(
     "--teacher-timeout",
@@ -170,7 +171,7 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     type=float,
     default=RESOURCES.teacher_timeout,
     metavar="SECONDS",
-    help="Stop when a teacher takes longer for a batch.  [default: no limit]",
+    help="Stop the build when a teacher takes longer than this for one batch.  [default: no limit]",
 )
 @grouped(
     "--grace",
@@ -187,14 +188,15 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     type=click.Choice(["local", "ray"]),
     default=RESOURCES.engine,
     show_default=True,
-    help="local: this machine. ray: a Ray cluster, whose nodes all see SOURCE and OUT.",
+    help="local: this machine. ray: a Ray cluster, all of whose nodes can reach SOURCE and OUT.",
 )
 @grouped(
     "--ray-address",
     group=CLUSTER,
     default=RESOURCES.ray_address,
     metavar="HOST:PORT",
-    help="The cluster, or auto for the one that runs here.  [default: $RAY_ADDRESS, else a Ray for this build alone]",
+    help="Address of the cluster; auto: the one on this machine.  [default: $RAY_ADDRESS, else a Ray started for this "
+    "build]",
 )
 @grouped(
     "--gpus-per-teacher",
@@ -202,7 +204,7 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     type=float,
     default=RESOURCES.gpus_per_teacher,
     show_default=True,
-    help="Share of a GPU for each worker on a Ray cluster: with 0.5, two workers share one.",
+    help="Share of a GPU per worker on a Ray cluster: 0.5 puts two workers on each GPU.",
 )
 @grouped(
     "--on-error",
@@ -210,26 +212,27 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     type=click.Choice(["reject", "fail"]),
     default=default_of(fd.build, "on_error"),
     show_default=True,
-    help="reject: list unusable images in rejects.parquet. fail: stop at the first one.",
+    help="reject: list unusable images in rejects.parquet and go on. fail: stop at the first one.",
 )
 @grouped(
     "--part",
     group=CLUSTER,
     default=None,
     metavar="I/N",
-    help="Label part I of N, beside the others, then run `ferkd-data finish OUT` (for batch systems).",
+    help="Label only part I of N, such as 3/16, for batch systems. Parts may run at the same time; when all are done, "
+    "run `ferkd-data finish OUT`.",
 )
 @grouped(
     "--log-json",
     group=WATCHING,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Append events to this file, one JSON object in a line.",
+    help="Append events to this file, one JSON object per line.",
 )
 @grouped(
     "--metrics",
     group=WATCHING,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Keep this file up to date for Prometheus' node exporter (its textfile collector).",
+    help="Keep metrics for Prometheus up to date in this file (textfile collector of the node exporter).",
 )
 @grouped(
     "--report",
@@ -237,21 +240,21 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     group=WATCHING,
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.html",
-    help="Keep an HTML report up to date after each shard (see `ferkd-data report`).",
+    help="Write an HTML report and update it after each shard (see `ferkd-data report`).",
 )
 @grouped("--overwrite", group=FILES, is_flag=True, help="Replace the label set or unfinished build in OUT.")
 @grouped(
     "--extend",
     group=FILES,
     is_flag=True,
-    help="Add more --crops, the images of SOURCE that it lacks, or both to the finished label set in OUT. Its manifest "
-    "gives all else, also teachers and classes. With --overwrite, restart an unfinished extension.",
+    help="Add more --crops, new images of SOURCE, or both to the finished label set in OUT. Teachers, classes and all "
+    "other settings come from its manifest. With --overwrite, restart an unfinished extension.",
 )
 @grouped(
     "--dry-run",
     group=WATCHING,
     is_flag=True,
-    help="Print an overview, then estimate time and disk space of the build, or of the --part, with the options given.",
+    help="Print an overview and estimate time and disk space for the given options. Writes nothing to OUT.",
 )
 @json_option
 @config_option
@@ -278,14 +281,14 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Label the images of SOURCE with an ensemble of teachers and write the label set OUT, a folder or a
-    s3:// or gs:// URL.
+    """Label crops of the images of SOURCE with an ensemble of teachers and write the label set OUT, a folder or
+    an s3:// or gs:// URL.
 
     SOURCE is a folder of class folders, a flat folder of images, WebDataset tars, or Parquet files with a column of
-    images; tars and Parquet files as a folder or as a glob or brace pattern in quotes. Before it starts, the build
-    says what it has understood of all this.
+    images. Tars and Parquet files are given as a folder, or as a glob or brace pattern in quotes. Before labelling,
+    the build prints what it found: images, classes, files left out, and the teachers' answers to 32 images.
 
-    Run the same command again to resume a build that was interrupted; for one that has ended it does nothing.
+    Run the same command again to resume an interrupted build. On a finished one it does nothing.
     """
     from ferkd_data.builder import JsonLog, MetricsFile, stop_on_sigterm
     from ferkd_data.labels.buckets import parse_thresholds

@@ -20,13 +20,13 @@ from .terminal import say
     type=click.IntRange(min=0),
     default=5,
     show_default=True,
-    help="Most different crops to show.",
+    help="Number of the most different crops to show.",
 )
 @json_option
 def command(a: str, b: str, examples: int, as_json: bool) -> int:
-    """Compare the label sets A and B of the same images: other teachers, thresholds or crops.
+    """Compare two label sets of the same images, A and B, that differ in teachers, thresholds or crops.
 
-    Crops are compared where both label sets have the same box of the same image. The KL divergence is that of B's soft
+    Compares the crops that both label sets have: the same box of the same image. The KL divergence is that of B's soft
     label from A's, in nats; 0 means equal labels.
     """
     import ferkd_data as fd

@@ -25,6 +25,7 @@ IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
     "relabel": (fd.import_relabel, ("num_classes", "top_k", "crops", "seed")),
 }
 """By the value of --from: the function, and the options that it takes besides those of every import."""
+CALIBRATIONS = {"fkd": fd.Calibration.fkd, "ferkd": fd.Calibration.ferkd, "blend": fd.Calibration.blend}
 
 
 @click.command()
@@ -32,31 +33,33 @@ IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--layout", type=click.Choice(["parquet", "webdataset"]), help="Write the label set in this layout.")
 @click.option(
-    "--crops-per-block", type=click.IntRange(min=1), help="Crops in one block file.  [default: as it is; import: 50]"
+    "--crops-per-block", type=click.IntRange(min=1), help="Crops per block file.  [default: unchanged; 50 with --from]"
 )
 @click.option(
     "--from",
     "source",
     type=click.Choice(["fkd", "dr", "relabel"]),
-    help="LABELS is a folder of FKD's, Dataset Reinforcement's or ReLabel's files, one per image.",
+    help="Import: LABELS is a folder of FKD's, Dataset Reinforcement's or ReLabel's files, one per image.",
 )
-@click.option("--to", "target", type=click.Choice(["fkd"]), help="Write FKD's files, for its own training script.")
+@click.option("--to", "target", type=click.Choice(["fkd"]), help="Export FKD's files, for its own training script.")
 @click.option(
     "--calibration",
-    type=click.Choice(["fkd", "ferkd", "blend"]),
-    help="With --to fkd: write calibrated targets, as FerKD trains on.  [default: the labels as they are]",
+    type=click.Choice(list(CALIBRATIONS)),
+    help="With --to fkd: write calibrated targets, as FerKD trains on.  [default: the stored labels]",
 )
 @click.option(
     "--min-crops",
     type=click.IntRange(min=1),
     default=default_of(fd.export_fkd, "min_crops"),
     show_default=True,
-    help="With --calibration: least number of crops in a file, the --num_crops of FKD's script.",
+    help="With --calibration: least number of crops per file; the --num_crops of FKD's script.",
 )
-@click.option("--images", help="The images: needed for layout webdataset and for --from.")
-@click.option("--classes", type=click.Path(path_type=Path), help="With --from: one line per class, as for build.")
+@click.option("--images", help="The labelled images. Required for --layout webdataset and for --from.")
+@click.option("--classes", type=click.Path(path_type=Path), help="With --from: class list, as for build.")
 @click.option(
-    "--ids", type=click.Path(path_type=Path), help="With --from dr: the images' keys in the order of their IDs."
+    "--ids",
+    type=click.Path(path_type=Path),
+    help="With --from dr: text file with the images' keys, in the order of their IDs.",
 )
 @click.option(
     "--num-classes",
@@ -68,14 +71,14 @@ IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
     type=click.IntRange(min=1),
     default=default_of(fd.import_fkd, "top_k"),
     show_default=True,
-    help="With --from fkd: classes kept of full distributions. With --from relabel: classes kept.",
+    help="With --from fkd (full distributions) and relabel: number of classes kept per crop.",
 )
 @click.option(
     "--crops",
     type=click.IntRange(min=1),
     default=default_of(fd.import_relabel, "crops"),
     show_default=True,
-    help="With --from relabel: crops of each image.",
+    help="With --from relabel: crops per image.",
 )
 @click.option(
     "--seed",
@@ -84,13 +87,15 @@ IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
     show_default=True,
     help="With --from relabel: seed of the crops.",
 )
-@click.option("--teacher", help="With --from: the teacher's name.  [default: dr: from its files]")
+@click.option(
+    "--teacher", help="With --from fkd (required) and dr: name of the teacher.  [default: dr: from its files]"
+)
 @click.option(
     "--teacher-size",
     type=int,
     default=default_of(fd.FkdTeacher, "size"),
     show_default=True,
-    help="With --from fkd: its input size.",
+    help="With --from fkd: input size of the teacher in pixels.",
 )
 def command(
     labels: Path,
@@ -103,15 +108,19 @@ def command(
     images: str | None,
     **options: Any,
 ) -> int:
-    """Write LABELS into the folder OUT: in another layout, imported from another project's files, or as FKD's files."""
+    """Convert LABELS and write the result to the folder OUT.
+
+    Give one of --layout (write a label set in another layout), --from (import another project's files) and --to
+    (export for FKD's training script).
+    """
     if [layout, source, target].count(None) != 2:
-        raise UsageError("give one of --layout LAYOUT, --from fkd, --from dr, --from relabel, --to fkd")
+        raise UsageError("give one of --layout LAYOUT, --from fkd, --from dr, --from relabel and --to fkd")
     if calibration is not None and target is None:
-        raise UsageError("--calibration is for --to fkd; a loader calibrates what it reads: CropLoader(calibration=…)")
+        raise UsageError("--calibration is for --to fkd; a loader calibrates as it reads: CropLoader(calibration=…)")
     if source is not None and images is None:
-        raise UsageError(f"--from {source} needs --images (the labelled images)")
+        raise UsageError(f"--from {source} needs --images SOURCE, the labelled images")
     if source == "fkd" and options["teacher"] is None:
-        raise UsageError("--from fkd needs --teacher (its name)")
+        raise UsageError("--from fkd needs --teacher NAME, the name of the teacher")
     if target is not None:
         return _export(labels, out, calibration, min_crops)
     finished = (out / FILE_NAME).exists()
@@ -128,7 +137,7 @@ def command(
                 on_progress=show,
             )
     if finished:
-        say(f"{out}: was finished already; nothing was written")
+        say(f"{out}: already finished; nothing was written")
     _report(out, manifest, imported=source is not None)
     return DONE_WITH_REJECTS if source is not None and manifest.rejects.rows else 0
 
@@ -146,11 +155,10 @@ def _import(
 
 
 def _export(labels: Path, out: Path, calibration: str | None, min_crops: int) -> int:
-    presets = {"fkd": fd.Calibration.fkd, "ferkd": fd.Calibration.ferkd}
-    chosen = None if calibration is None else presets[calibration]()
+    chosen = None if calibration is None else CALIBRATIONS[calibration]()
     with show_transfer("convert") as show:
         label_type = fd.export_fkd(labels, out, calibration=chosen, min_crops=min_crops, on_progress=show)
-    say(f"{out}: written for FKD's training script; its --soft_label_type is {label_type}")
+    say(f"{out}: written for FKD's training script; run it with --soft_label_type {label_type}")
     return 0
 
 

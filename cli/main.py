@@ -27,21 +27,21 @@ from .terminal import (
 )
 
 COMMANDS = {
-    "build": "Label images with a teacher ensemble and write a label set.",
-    "bench": "Find the fastest way to run a teacher here; write it as an ONNX file.",
+    "build": "Label crops of images with an ensemble of teachers and write a label set.",
+    "bench": "Find the fastest way to run a teacher on this machine; export it as ONNX.",
     "demo": "Build a label set from real photos and real teachers, in a few minutes on a CPU.",
-    "evaluate": "Check that every teacher is set up right: top-1, top-5, calibration error.",
-    "finish": "Seal a build whose parts were labelled one by one.",
-    "report": "Show a label set on one HTML page.",
+    "evaluate": "Check that each teacher is set up correctly: accuracy and calibration error.",
+    "finish": "Complete a build whose parts were labelled with --part.",
+    "report": "Write a label set as one HTML page: thresholds, crops, classes, teachers.",
     "compare": "Compare two label sets of the same images.",
     "info": "Print the teachers, settings and shards of a label set.",
     "show": "Show the crops of one image with their labels.",
     "verify": "Check every file, row and count of a label set.",
-    "convert": "Write a label set in another layout; import and export FKD's files.",
+    "convert": "Change the layout; import FKD, Dataset Reinforcement or ReLabel; export FKD.",
     "merge": "Merge label sets: more teachers, more crops, or more images.",
-    "publish": "Send a label set to a folder, a store or the hub, with a card.",
-    "pull": "Copy a published label set, or a part of it.",
-    "stats": "Print the p_max table, buckets and agreements of a label set.",
+    "publish": "Send a label set to a folder, an object store or the Hugging Face hub.",
+    "pull": "Download a published label set, or a part of it.",
+    "stats": "Print the confidence table, buckets and accuracy of a label set.",
 }
 SIGNALLED = 128
 """Exit statuses above this are those of signals."""
@@ -67,13 +67,14 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(ferkd_data.__version__, prog_name="ferkd-data")
-@click.option("--debug", is_flag=True, help="Show a traceback when something fails (anywhere on the line).")
+@click.option("--debug", is_flag=True, help="Show a traceback on failure. May stand anywhere in the command.")
 def cli(debug: bool) -> None:
-    """Run the giant teachers once: soft labels for crops, and a loader that replays them.
+    """Build, check, inspect and share data sets of soft labels for knowledge distillation.
 
     \b
-    Exit status: 0 done, also if it was done before; 1 could not; 2 wrong usage; 3 done, with rejects;
-    130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP: the same command goes on where it stopped.
+    Exit status: 0 success, also if nothing was left to do; 1 failure; 2 wrong usage;
+    3 success, but some images were rejected; 130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP:
+    run the same command again to resume.
     """
 
 

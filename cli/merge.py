@@ -18,12 +18,14 @@ ADDED = {"teachers": "the same crops by all teachers", "crops": "all crops", "im
 @click.command()
 @click.argument("labels", nargs=-1, required=True)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--weights", metavar="W,W,…", help="Weight of each label set, where they hold the same crops.")
+@click.option(
+    "--weights", metavar="W,W,…", help="Weight of each label set, if they hold the same crops by different teachers."
+)
 def command(labels: tuple[str, ...], out: Path, weights: str | None) -> int:
-    """Merge the label sets LABELS... into a new one in the folder OUT (layout parquet).
+    """Merge the label sets LABELS... into a new one of layout parquet in the folder OUT.
 
-    The same crops by other teachers become their ensemble; other crops of the same images (another seed) become more
-    crops; other images become more images. Which of these it is, is seen from the label sets.
+    The command sees what to combine: the same crops labelled by different teachers become their ensemble; different
+    crops of the same images (another seed) become more crops per image; different images become more images.
     """
     import ferkd_data as fd
 
@@ -33,16 +35,16 @@ def command(labels: tuple[str, ...], out: Path, weights: str | None) -> int:
         result = fd.merge(labels, out, weights=numbers, on_progress=on_progress)
     manifest = result.manifest
     if finished:
-        say(f"{out}: was finished already; nothing was written")
+        say(f"{out}: already finished; nothing was written")
     say(
         f"{out}: {ADDED[result.kind]}: {manifest.num_images:,} images with {manifest.num_crops} crops, "
         f"top-{manifest.top_k} of {len(manifest.teachers)} teachers"
     )
     if result.kind == "teachers":
         say(
-            "a probability differs from that of a build with all teachers at once by at most "
-            f"{result.mean_uncertain:.4f} on the mean crop, {result.max_uncertain:.4f} on the worst: the mass that the "
-            "label sets cut off"
+            "probabilities differ from a build with all teachers at once by at most "
+            f"{result.mean_uncertain:.4f} on average, {result.max_uncertain:.4f} on the worst crop: the mass outside "
+            "the stored top-k"
         )
     return 0
 

@@ -18,10 +18,10 @@ from .terminal import say
 
 TEACHERS = "Teachers and classes"
 LABELS = "Crops and labels"
-FILES = "What is written"
+FILES = "Output"
 MACHINE = "This machine"
 CLUSTER = "Clusters and batch systems"
-WATCHING = "Looking on"
+WATCHING = "Monitoring and configuration"
 OTHERS = "Options"
 HEADINGS = (TEACHERS, LABELS, FILES, MACHINE, CLUSTER, WATCHING, OTHERS)
 """Headings in the order of `--help`."""
@@ -109,8 +109,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 TEACHER_HELP = (
     "A teacher: timm:NAME[@FILE], torchvision:NAME[@FILE], hf:ORG/NAME[@FOLDER], openclip:ARCH@TAG?names=FILE, "
     "onnx:FILE, torchscript:FILE or python:module:factory, with options after ? (size, mean, std, interpolation, "
-    "classes, output, activation, weight, temperature, crop_pct), such as 'timm:resnet50?weight=2'. Give it once "
-    "for each teacher; docs/teachers.md has the whole of it."
+    "classes, output, activation, weight, temperature, crop_pct), such as 'timm:resnet50?weight=2'. Repeat it "
+    "for each teacher. docs/teachers.md describes all kinds and options."
 )
 
 
@@ -126,16 +126,15 @@ def teacher_options(function: Function) -> Function:
             "--classes",
             group=TEACHERS,
             type=click.Path(dir_okay=False, path_type=Path),
-            help="Which class has which number: one line per class in the order of the teachers' outputs, its folder "
-            "and optionally a tab and a name. Kaggle's LOC_synset_mapping.txt, timm's class maps and JSON lists are "
-            "read too.",
+            help="Class list: one line per class in the order of the teachers' outputs, with the class folder and "
+            "optionally a tab and a name. Kaggle's LOC_synset_mapping.txt, timm's class maps and JSON lists also work.",
         ),
         grouped(
             "--device",
             group=MACHINE,
             default="auto",
             show_default=True,
-            help="auto, cpu, cuda or cuda:N; for a build also cuda:0,1 or all.",
+            help="auto, cpu, cuda or cuda:N. `build` also takes several GPUs: cuda:0,1 or all.",
         ),
         grouped(
             "--precision",
@@ -143,7 +142,7 @@ def teacher_options(function: Function) -> Function:
             type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
             default="auto",
             show_default=True,
-            help="auto: bf16 on cuda, fp32 on a CPU and for ONNX teachers.",
+            help="Precision of the teachers. auto: bf16 on cuda, fp32 on a CPU and for ONNX teachers.",
         ),
         grouped(
             "--ensemble",
@@ -151,7 +150,8 @@ def teacher_options(function: Function) -> Function:
             type=click.Choice(["mean", "logits", "geometric"]),
             default="mean",
             show_default=True,
-            help="How the teachers are combined: mean of probabilities, of logits, or geometric mean.",
+            help="Combine the teachers by the mean of their probabilities, the mean of their logits, or the geometric "
+            "mean.",
         ),
     ]
     for option in reversed(options):

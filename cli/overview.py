@@ -44,7 +44,7 @@ def lines(overview: Any) -> Iterator[str]:
         yield _line("", _answers(teacher))
         for hint in teacher.hints:
             yield _line("hint", hint)
-    yield _line("to do", f"{overview.crops_per_image} crops of each image")
+    yield _line("to do", f"{count(overview.crops_per_image, 'crop')} per image")
 
 
 def left_out(counts: Mapping[str, int], examples: Mapping[str, str] | None = None) -> str:

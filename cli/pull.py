@@ -19,17 +19,24 @@ from .terminal import say
 @click.argument("url")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--crops", type=click.IntRange(min=1), metavar="N", help="Only the crop blocks that hold the first N crops."
+    "--crops",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Fetch only the crop blocks with the first N crops of each image.",
 )
-@click.option("--shards", metavar="LIST", help="Only these image shards, such as 0-9,12.")
-@click.option("--signed-by", type=click.Path(path_type=Path), help="A file of allowed signers, as OpenSSH has it.")
-@click.option("--signer", help="With --signed-by: the one who must have signed.")
+@click.option("--shards", metavar="LIST", help="Fetch only these image shards, such as 0-9,12.")
+@click.option(
+    "--signed-by",
+    type=click.Path(path_type=Path),
+    help="OpenSSH file of allowed signers, one of whom must have signed the manifest.",
+)
+@click.option("--signer", help="With --signed-by: name of the signer to require.")
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
     default=default_of(fd.pull, "threads"),
     show_default=True,
-    help="Files fetched at once.",
+    help="Number of files fetched at a time.",
 )
 def command(
     url: str,
@@ -40,10 +47,10 @@ def command(
     signer: str | None,
     threads: int,
 ) -> int:
-    """Copy the label set at URL (http(s)://, s3://, gs://, hf:// or a folder) into the folder OUT, all or a part.
+    """Copy the label set at URL, or a part of it, to the folder OUT. URL is https://, s3://, gs://, hf:// or a folder.
 
-    Each file is checked against the manifest; with --signed-by, the manifest against its signature before any of them
-    is fetched. Run the same command again after an interruption: it resumes.
+    Each file is checked against the manifest. With --signed-by, the signature of the manifest is checked before any
+    other file is fetched. Run the same command again after an interruption: it resumes.
     """
     wanted = None if shards is None else parse_shards(shards)
     finished = (out / FILE_NAME).exists()
@@ -62,11 +69,11 @@ def command(
     fetched = f"{result.fetched} file{'' if result.fetched == 1 else 's'} fetched"
     say(
         f"{out}: {result.manifest.num_images:,} images with {result.manifest.num_crops} crops, {size / 1e6:,.2f} MB; "
-        f"{'was complete already' if finished and not result.fetched else fetched}"
+        f"{'already complete' if finished and not result.fetched else fetched}"
     )
     if result.signer:
-        of = "the manifest of the whole" if "pulled_from" in (result.manifest.model_extra or {}) else "its manifest"
-        say(f"{of} is signed by {result.signer}")
+        partial = "pulled_from" in (result.manifest.model_extra or {})
+        say(f"the manifest{' of the whole label set' if partial else ''} is signed by {result.signer}")
     return 0
 
 

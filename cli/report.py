@@ -9,28 +9,29 @@ import click
 
 from .display import show_images
 from .options import json_option, print_json
+from .overview import count
 from .terminal import say
 
 
 @click.command()
 @click.argument("labels")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--images", metavar="SOURCE", help="The images that were labelled, to show with their crops.")
+@click.option("--images", metavar="SOURCE", help="The labelled images, so that the page shows pictures.")
 @click.option(
     "--csv",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Also list the images with a doubtful ground truth, at most 1,000, in this file.",
+    help="Also write a CSV file of images whose ground truth is doubtful, at most 1,000.",
 )
 @click.option(
     "--log-json",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The log that `build --log-json` wrote, so that the report states how long the build took.",
+    help="Log written by `build --log-json`, so that the report says how long the build took.",
 )
 @json_option
 def command(labels: str, file: Path, images: str | None, csv: Path | None, log_json: Path | None, as_json: bool) -> int:
-    """Write the label set LABELS, a folder or a URL, as one HTML file FILE to look at in a browser.
+    """Write a report on the label set LABELS, a folder or a URL, to the HTML file FILE.
 
-    The file needs no network and no other file. LABELS may be a build that still runs, or was interrupted; the report
+    The page needs no network and no other file. LABELS may be a build that is running or was interrupted; the report
     then covers its finished shards.
     """
     from ferkd_data.report import write_report
@@ -42,7 +43,7 @@ def command(labels: str, file: Path, images: str | None, csv: Path | None, log_j
         return 0
     say(
         f"{file}: {result.images:,} images with {result.crops:,} crops, {result.bytes / 1e6:,.2f} MB; "
-        f"{result.suspects:,} images have a doubtful ground truth"
+        f"{count(result.suspects, 'image')} with doubtful ground truth"
     )
     if result.pictures:
         say(f"warning: {result.pictures}", err=True)

@@ -15,20 +15,22 @@ from .terminal import say
 @click.command()
 @click.argument("labels")
 @click.argument("key", required=False)
-@click.option("--crops", "num_crops", type=click.IntRange(min=1), default=8, show_default=True, help="Crops shown.")
+@click.option(
+    "--crops", "num_crops", type=click.IntRange(min=1), default=8, show_default=True, help="Number of crops to show."
+)
 @click.option(
     "--classes",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Names of the classes, one line per class as for build, for a label set without names.",
+    help="Class list with names, as for build, for a label set without class names.",
 )
 @click.option(
     "--image",
     "picture",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.png",
-    help="Write a picture: the image with its boxes, and its least and most confident crops with their labels.",
+    help="Write a picture of the image with its boxes, and of its least and most confident crops with their labels.",
 )
-@click.option("--images", metavar="SOURCE", help="With --image: the images that were labelled.")
+@click.option("--images", metavar="SOURCE", help="With --image: the labelled images.")
 @json_option
 def command(
     labels: str,
@@ -39,10 +41,10 @@ def command(
     images: str | None,
     as_json: bool,
 ) -> int:
-    """Show crops of the image KEY (by default the first one) of the label set LABELS with their labels.
+    """Show the crops of one image of the label set LABELS, with their labels. KEY defaults to the first image.
 
-    A box such as 104x88+12+30 is 104 pixels wide and 88 high, 12 from the left edge of the image and 30 from the top.
-    "flipped" crops are mirrored after they are cut.
+    A box such as 104x88+12+30 is 104 pixels wide and 88 pixels high; its corner is 12 pixels from the left edge of the
+    image and 30 from the top. Crops marked "flipped" are mirrored after they are cut.
     """
     import ferkd_data as fd
     from ferkd_data.errors import UsageError

@@ -16,10 +16,14 @@ WEAK = 0.75
 
 @click.command()
 @click.argument("labels")
-@click.option("--classes", "num_worst", type=int, default=5, show_default=True, help="Worst classes shown.")
+@click.option("--classes", "num_worst", type=int, default=5, show_default=True, help="Number of worst classes to show.")
 @json_option
 def command(labels: str, num_worst: int, as_json: bool) -> int:
-    """Print the p_max table, buckets, agreements and worst classes of the label set LABELS."""
+    """Print statistics of the label set LABELS, a folder or a URL.
+
+    The tables show the crops by p_max (the largest probability of a soft label) and by bucket, how often the teachers
+    are right and agree with each other, and the worst classes.
+    """
     import ferkd_data as fd
     from ferkd_data.labels.statistics import count_agreement, summarise
 

@@ -13,31 +13,38 @@ from ferkd_data.errors import UsageError
 
 from .display import show_transfer
 from .options import GroupedCommand, default_of, json_option, print_json
+from .overview import count
 from .terminal import say
 
 
 @click.command(cls=GroupedCommand, renamed={"--workers": "--threads"})
 @click.argument("labels")
-@click.option("--images", help="The labelled images: each must be there, with the digest that was labelled.")
-@click.option("--signed-by", type=click.Path(path_type=Path), help="A file of allowed signers, as OpenSSH has it.")
-@click.option("--signer", help="With --signed-by: the one who must have signed.")
-@click.option("--threads", type=click.IntRange(min=1), help="Files checked at a time.  [default: one for each core]")
+@click.option("--images", help="Also check that each labelled image is in this source, unchanged.")
+@click.option(
+    "--signed-by",
+    type=click.Path(path_type=Path),
+    help="OpenSSH file of allowed signers, one of whom must have signed the manifest.",
+)
+@click.option("--signer", help="With --signed-by: name of the signer to require.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Number of files checked at a time.  [default: one per core]"
+)
 @click.option(
     "--max-faults",
     type=click.IntRange(min=1),
     default=default_of(fd.verify, "max_faults"),
     show_default=True,
-    help="Faults printed.",
+    help="Number of faults to print.",
 )
-@click.option("--deep", is_flag=True, help="Also label a sample again; needs --images and --teacher.")
+@click.option("--deep", is_flag=True, help="Also label a sample of images again. Needs --images and --teacher.")
 @click.option("--teacher", "teachers", multiple=True, metavar="SPEC", help="With --deep: a teacher, as for build.")
-@click.option("--classes", type=click.Path(path_type=Path), help="With --deep: one line per class, as for build.")
+@click.option("--classes", type=click.Path(path_type=Path), help="With --deep: class list, as for build.")
 @click.option(
     "--sample",
     type=click.IntRange(min=1),
     default=default_of(fd.relabel, "sample"),
     show_default=True,
-    help="With --deep: images.",
+    help="With --deep: number of images to label again.",
 )
 @json_option
 def command(
@@ -53,10 +60,10 @@ def command(
 ) -> int:
     """Check every file, row and count of the label set LABELS, a folder or a URL.
 
-    One line for each fault: file, row, image, crop, field and what is wrong. Exit status 1 when there is any.
+    Prints one line per fault: file, row, image, crop, field and what is wrong. The exit status is 1 if there are any.
     """
     if deep and (images is None or not relabelling["teachers"]):
-        raise UsageError("--deep needs --images (what was labelled) and --teacher (who labelled it)")
+        raise UsageError("--deep needs --images SOURCE (the labelled images) and each --teacher SPEC of the build")
     with show_transfer("verify") as on_progress:
         report = fd.verify(
             labels,
@@ -80,21 +87,21 @@ def command(
     hidden = report.faults_found - len(report.faults)
     if hidden:
         say(f"... and {hidden:,} more faults (--max-faults)")
-    verdict = "whole" if report.ok else f"{report.faults_found:,} faults"
+    verdict = "no faults" if report.ok else count(report.faults_found, "fault")
     say(
-        f"{labels}: {verdict}: {report.files:,} files, {report.bytes / 1e6:,.1f} MB, {report.images:,} images, "
+        f"{labels}: {verdict} in {report.files:,} files, {report.bytes / 1e6:,.1f} MB, {report.images:,} images, "
         f"{report.crops:,} crops"
     )
     if report.signer:
-        say(f"its manifest is signed by {report.signer}")
+        say(f"the manifest is signed by {report.signer}")
     if again:
         say(
-            f"labelled again: {again.crops:,} crops of {again.images} images; largest difference of a probability "
-            f"{again.largest_difference:.4f}, {again.mean_difference:.4f} on the mean crop; most probable class the "
-            f"same for {again.same_top1:.1%}"
+            f"labelled again: {count(again.crops, 'crop')} of {count(again.images, 'image')}; probabilities differ by "
+            f"at most {again.largest_difference:.4f}, {again.mean_difference:.4f} on average; same most probable class "
+            f"for {again.same_top1:.1%} of the crops"
         )
         for key in again.other_crops[:max_faults]:
-            say(f"image {key!r}: its crops are not those of the manifest's seed")
+            say(f"image {key!r}: the manifest's seed gives other crops")
         for spec in again.other_weights:
-            say(f"warning: {spec}: other weights than those of the manifest's teachers", err=True)
+            say(f"warning: {spec}: its weights are not those of the manifest's teachers", err=True)
     return 0 if report.ok and not (again and again.other_crops) else 1

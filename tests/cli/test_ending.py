@@ -141,10 +141,10 @@ def test_help_of_build_is_in_groups(capsys):
     assert headings == [
         "Teachers and classes:",
         "Crops and labels:",
-        "What is written:",
+        "Output:",
         "This machine:",
         "Clusters and batch systems:",
-        "Looking on:",
+        "Monitoring and configuration:",
         "Options:",
     ]
     assert text.count("--crops-per-block") == 1

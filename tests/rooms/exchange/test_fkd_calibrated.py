@@ -99,11 +99,24 @@ def test_what_fkds_files_cannot_hold_is_refused(label_set, photos, tiny_teachers
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("preset", ["fkd", "ferkd", "blend"])
+def test_every_preset_of_the_command_is_exported(preset, label_set, tmp_path, capsys):
+    command = ["convert", str(label_set), str(tmp_path / "fkd"), "--to", "fkd", "--calibration", preset]
+    assert run(command) == 0
+    assert "run it with --soft_label_type marginal_smoothing_k" in capsys.readouterr().out
+    fd.export_fkd(label_set, tmp_path / "same", calibration=getattr(fd.Calibration, preset)())
+    names = sorted(path.relative_to(tmp_path / "fkd") for path in (tmp_path / "fkd").rglob("*.tar"))
+    assert names
+    for name in names:
+        by_command, by_function = torch.load(tmp_path / "fkd" / name), torch.load(tmp_path / "same" / name)
+        torch.testing.assert_close(by_command, by_function, rtol=0, atol=0)
+
+
 def test_the_command(label_set, tmp_path, capsys):
     command = ["convert", str(label_set), str(tmp_path / "fkd"), "--to", "fkd", "--calibration", "ferkd"]
     for _ in range(2):
         assert run(command) == 0
-        assert "its --soft_label_type is marginal_smoothing_k5" in capsys.readouterr().out
+        assert "run it with --soft_label_type marginal_smoothing_k5" in capsys.readouterr().out
     assert run([*command[:-1], "fkd"]) == 2
     assert "an interrupted command of other settings" not in capsys.readouterr().out
     assert run(["convert", str(label_set), str(tmp_path / "x"), "--layout", "parquet", "--calibration", "fkd"]) == 2

@@ -352,8 +352,8 @@ def test_the_commands(label_set, tmp_path, capsys):
     assert run(["publish", str(label_set), place, "--license", "mit"]) == 0
     assert "13 files" in capsys.readouterr().out
     assert run(["publish", str(label_set), place]) == 0
-    assert "is published already, all of its 13 files" in capsys.readouterr().out
-    for said in ("3 files fetched", "was complete already"):
+    assert "already published, all 13 files" in capsys.readouterr().out
+    for said in ("3 files fetched", "already complete"):
         assert run(["pull", place, str(tmp_path / "mine"), "--crops", "4", "--shards", "0-1"]) == 0
         out = capsys.readouterr().out
         assert "16 images with 4 crops" in out and said in out

@@ -196,7 +196,7 @@ def test_the_commands(label_set, key, allowed, tmp_path, capsys):
     capsys.readouterr()
     assert run([*mine, "--signer", "eve@x"]) == 1
     assert run([*mine, "--crops", "4"]) == 0
-    assert capsys.readouterr().out.endswith("\nthe manifest of the whole is signed by lab@x\n")
+    assert capsys.readouterr().out.endswith("\nthe manifest of the whole label set is signed by lab@x\n")
     for command in (["verify", place], ["pull", place, str(tmp_path / "x")]):
         assert run([*command, "--signer", "eve@x"]) == 2
         assert "--signer needs --signed-by" in capsys.readouterr().err

@@ -246,7 +246,7 @@ def test_faults_that_nobody_wants_listed_are_faults(copy):
 
 def test_the_command(copy, capsys):
     assert run(["verify", str(copy)]) == 0
-    assert "whole: 11 files" in capsys.readouterr().out
+    assert "no faults in 11 files" in capsys.readouterr().out
     damage(copy, "bucket", 200)
     assert run(["verify", str(copy), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
