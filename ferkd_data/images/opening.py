@@ -61,12 +61,15 @@ def open_source(
 def _open_folder(path: Path, classes: ClassList | None) -> TarSource | FolderSource | ParquetSource:
     tars = sorted(str(tar) for tar in path.glob("*.tar") if tar.is_file() and not skip_reason(tar.name))
     tables = _find_parquet(path)
+    # One file speaks for all here; ParquetSource compares the columns of the others with its.
     tables_hold_images = bool(tables) and holds_images(path / tables[0])
     if tars and tables_hold_images:
         raise SourceError(f"{path}: holds tars and Parquet files with images; say which: '{path}/*.tar' or a pattern")
     if tars:
         _ask_for_a_split(path, [PurePosixPath(tar).name for tar in tars], ".tar")
         return TarSource(tars, classes, beside=_beside(path, set(tars)))
+    # Tables of labels often lie beside class folders. Beside nothing else they are SOURCE, and opening them says what
+    # they lack.
     if not tables or (not tables_hold_images and folder_holds_images(path)):
         return open_folder(path, classes)
     _ask_for_a_split(path, tables, ".parquet")
@@ -101,16 +104,18 @@ def _find_parquet(root: Path) -> list[str]:
     if not _may_hold_parquet(root, LEVELS):
         return []
     found = [path.relative_to(root).as_posix() for path in root.rglob("*") if _is_parquet(path.name) and path.is_file()]
+    # Sorted, since the order of rows is the order of the plan.
     return sorted(name for name in found if not any(map(skip_reason, name.split("/"))))
 
 
 def _may_hold_parquet(folder: Path, levels: int) -> bool:
-    """Whether Parquet files may lie below `folder`, judged by the first NAMES_TRIED entries of each folder.
+    """Guess whether Parquet files lie below `folder`, by the first NAMES_TRIED entries of each folder.
 
     Class folders may hold millions of images, and are not worth being listed twice.
     """
     with os.scandir(folder) as entries:
         first = sorted(islice(entries, NAMES_TRIED), key=attrgetter("name"))
+    # In SOURCE itself every name counts: labels.parquet may stand behind a thousand class folders.
     has_tables = any(folder.glob("*.parquet")) if levels == LEVELS else any(_is_parquet(entry.name) for entry in first)
     if has_tables:
         return True
@@ -121,7 +126,8 @@ def _may_hold_parquet(folder: Path, levels: int) -> bool:
 def _ask_for_a_split(path: Path, files: list[str], extension: str) -> None:
     """Raise SourceError where the files belong to several splits; suggest a pattern for one of them."""
     splits = splits_of_files(files)
-    if len(splits) < 2 or set(splits) == {"", next(iter(splits))}:
+    # One split beside files that name none is not a choice between splits.
+    if len(splits.keys() - {""}) < 2:
         return
     counts = ", ".join(f"{name or 'others'} ({len(files)})" for name, files in sorted(splits.items()))
     first = next(files[0] for name, files in sorted(splits.items()) if name)

@@ -31,7 +31,7 @@ _KeyOf = Callable[[str, int, Record], str]
 
 
 class ParquetSource:
-    """A source whose images are rows of Parquet files.
+    """Source of images that are rows of Parquet files.
 
     Keys are the first of these that exists and is unique: the column `key` or `__key__` (taken without a test), the
     column `id`, the stem of the image's path, FILE/ROW.
@@ -93,6 +93,7 @@ class ParquetSource:
     def list_images(self) -> Iterator[ImageRef | Reject]:
         self.left_out.start_from(self._beside)
         self._labels = LabelCounts()
+        # A pass of its own, before the first image: numbers depend on the sorted set of all texts.
         if self.columns.label_kind == "text" and self.classes is None:
             self._texts = self._distinct_texts()
         key_of, is_unique = self._choose_keys()
@@ -120,6 +121,7 @@ class ParquetSource:
         number = self._labels.count(label, self.classes or self._texts)
         if number is None or self._numbers is None:
             return number
+        # A number beyond the ClassLabel's names has no name to look up: unknown ground truth.
         return self._numbers[number] if number < len(self._numbers) else None
 
     def _renumbered(self) -> tuple[int, ...] | None:
@@ -131,9 +133,9 @@ class ParquetSource:
         if names is None or self.classes is None:
             return None
         unknown = [name for name in names if name not in self.classes.by_text]
-        # None of the names is in the list: it names the same classes in another vocabulary, such as WordNet IDs.
+        # As many names and none in common: the list names the same classes in another vocabulary, such as WordNet IDs.
         if len(unknown) == len(names) == len(self.classes.names):
-            return None  # as many names, none in common: other names for the same classes
+            return None
         if unknown:
             raise SourceError(
                 f"{self.root}: class {unknown[0]!r} of the column {self.columns.label} is not in the classes file "
@@ -169,7 +171,8 @@ class ParquetSource:
             repeated.append(f"{name} has {twice!r} twice")
         if repeated:
             self._key_note = f"keys are made of file and row, since {' and '.join(repeated)}"
-        return self._file_and_row, True
+        # Names that differ in a dot and a hyphen alone have the same stem (see `_stems`): then later rows are rejects.
+        return self._file_and_row, len(set(self._stems.values())) == len(self.files)
 
     def _candidates(self) -> Iterator[tuple[str, _KeyOf]]:
         if "id" in self.columns.keys:
@@ -220,7 +223,8 @@ def _read_records(path: Path, columns: list[str]) -> Iterator[Record]:
 
 
 def _stems(files: list[str]) -> dict[str, str]:
-    """Make the first part of FILE/ROW keys for each file: its name, or its path below the root if names repeat."""
+    """Make FILE of each file's FILE/ROW keys: its name, or its path below the root where names repeat."""
     names = {file: PurePosixPath(file).name for file in files}
     chosen = names if len(set(names.values())) == len(files) else {file: file for file in files}
+    # A dot would make the key unfit for tars (see `keys.check_key`).
     return {file: name.removesuffix(".parquet").replace(".", "-") for file, name in chosen.items()}

@@ -315,6 +315,24 @@ def test_several_splits_are_asked_about_and_a_pattern_takes_one(tmp_path, files)
     assert len(listed(open_source(f"{tmp_path}/{{{','.join(files)}}}"))) == len(files)
 
 
+@pytest.mark.parametrize("other", ["a.parquet", "z.parquet"])
+def test_one_split_beside_files_that_name_none_is_no_choice(tmp_path, other):
+    """It used to be asked about where the other file came first in the alphabet."""
+    write_parquet(tmp_path / "train-0.parquet", structs("k0.jpg"))
+    write_parquet(tmp_path / other, structs("k1.jpg"))
+    assert sorted(listed(open_source(tmp_path))) == ["k0", "k1"]
+
+
+def test_files_whose_names_give_the_same_key_lose_nothing_in_silence(tmp_path):
+    """A key has no dots, so both files are called shard-1 in it; both were labelled, under the same keys."""
+    for name in ("shard.1.parquet", "shard-1.parquet"):
+        write_parquet(tmp_path / name, structs(None, None))
+    found = listed(open_source(tmp_path))
+    assert sorted(found) == ["shard-1/00000000", "shard-1/00000001"]
+    items = list(open_source(tmp_path).list_images())
+    assert [item.reason for item in items if isinstance(item, Reject)] == ["duplicate_key", "duplicate_key"]
+
+
 def test_configurations_in_folders_are_asked_about(tmp_path):
     write_parquet(tmp_path / "small/0.parquet", structs("a.jpg"))
     write_parquet(tmp_path / "large/0.parquet", structs("a.jpg", "b.jpg"))
