@@ -26,7 +26,9 @@ from ferkd_data.images.refs import MAX_TARGET
 from ferkd_data.storage import read_text
 
 WORDNET_LINE = re.compile(r"(n\d{8})[ ,]+(\S.*)")
+"""A line of Kaggle's LOC_synset_mapping.txt: n01440764 tench, Tinca tinca."""
 NUMBERED_NAME = re.compile(r"\d+(\s|$)")
+"""A name that begins with a number, as in the development kit's map_clsloc.txt: n02119789 1 kit_fox."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,10 @@ def _read_text(path: Path) -> str:
 
 def _from_lines(path: Path, text: str) -> list[tuple[str, str]]:
     lines = [line.rstrip() for line in text.split("\n")]
+    # Empty lines at the end are an editor's. Between others they would move all classes behind them.
     while lines and not lines[-1]:
         lines.pop()
+    # All lines, since a folder may be called n01440764 in a file of another form.
     if lines and all(map(WORDNET_LINE.fullmatch, lines)):
         return _from_wordnet_lines(path, lines)
     pairs = []
@@ -130,6 +134,7 @@ def _from_json(path: Path, text: str) -> list[tuple[str, str]]:
         if set(numbers) != set(content):
             raise SourceError(f"{path}: its classes are not numbered 0 to {len(content) - 1}, each once")
         content = [content[number] for number in numbers]
+    # None stands for an entry that is not understood; one of them refuses the whole file.
     pairs = [_pair(entry) for entry in content] if isinstance(content, list) else [None]
     if None in pairs:
         raise SourceError(
@@ -166,6 +171,7 @@ def class_number(label: Any, classes: ClassList | None) -> int | None:
         raise ValueError(label)
     if not isinstance(label, (int, float)):
         raise ValueError(label)
+    # Booleans and whole floats arrive here too: columns of labels hold 3.0 where some values are missing.
     number = int(label)
     if number > MAX_TARGET:
         raise ValueError(label)
@@ -201,6 +207,7 @@ class LabelCounts:
     def count(self, label: Any, classes: ClassList | None, suffixes: Sequence[str] = ()) -> int | None:
         """Count the label of one image and return its class number; None where the class is unknown."""
         self.images += 1
+        # Samples have a few suffixes; a damaged tar may have a new one in every sample.
         if len(self.suffixes) < MAX_SUFFIXES:
             self.suffixes.update(suffixes)
         number = None

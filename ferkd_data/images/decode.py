@@ -54,8 +54,10 @@ CONVERTED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
 DIVISORS = (8, 4, 2)
+"""Reductions that libjpeg-turbo's inverse DCT does cheaply, the largest first."""
 MARGIN = 2
-"""Least ratio of a reduced crop's sides to the output's sides."""
+"""Least ratio of a reduced crop's sides to the output's sides. With 1, levels differ about twice as much
+(docs/decisions.md)."""
 GIF_HEADER_BYTES = 13
 PNG_SIGNATURE_BYTES = 8
 ANIMATION_CHUNKS = (b"acTL", b"fcTL", b"fdAT")
@@ -115,6 +117,7 @@ def decode_reduced(data: bytes, divisor: int) -> npt.NDArray[np.uint8] | None:
     libjpeg-turbo reduces within the inverse DCT, at a fraction of the cost of a full decode. Returns None for an image
     that only `decode_rgb` decodes.
     """
+    # No limit of pixels: a build has accepted this image with its own, and what is decoded here is smaller.
     size = jpeg_size(data, 2**32) if data.startswith(JPEG_START) else None
     if size is None:
         return None
@@ -123,6 +126,7 @@ def decode_reduced(data: bytes, divisor: int) -> npt.NDArray[np.uint8] | None:
         pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
     except ValueError:
         return None
+    # simplejpeg takes the sides as a lower bound, and may not find a reduction that gives exactly these.
     return pixels if pixels.shape[:2] == (height, width) else None
 
 
@@ -220,6 +224,7 @@ def _identify(data: bytes) -> Image.Image:
         except (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError, struct.error) as error:
             if str(error) == NO_SIZE and (name != "JPEG" or JPEG_FRAME.search(data)):
                 raise ImageError("zero_sized", f"a {name} file whose header gives no size") from error
+            # Readers call a header that ends too early anything; a file of this length has hardly more than a header.
             reason = "truncated" if len(data) < 1024 or "truncated" in str(error) else "corrupt"
             raise ImageError(reason, f"starts like a {name} file, but: {error}") from error
     known = other_kind(data[:HEAD_BYTES])
@@ -253,6 +258,7 @@ def divisor_for(boxes_N4: npt.NDArray[np.uint16], size: int) -> int:
 def reduced_crops(crops: Crops, divisor: int, height: int, width: int) -> Crops:
     """Map crops to an image of `height` x `width` pixels that was reduced by `divisor`; edges to the nearest pixel."""
     boxes = crops.boxes.astype(np.int64)
+    # Edges are rounded, not sides, so that boxes that touch still do.
     start = np.rint(boxes[:, :2] / divisor).astype(np.int64)
     end = np.minimum(np.rint((boxes[:, :2] + boxes[:, 2:]) / divisor).astype(np.int64), [height, width])
     return replace(crops, boxes=np.concatenate([start, end - start], axis=1).astype(np.uint16))
@@ -262,6 +268,7 @@ HELD: tuple[tuple[Any, str, Any], ...] = (
     (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
     # `decode_rgb` checks the size itself, before anything is decoded.
     (Image, "MAX_IMAGE_PIXELS", None),
+    # Pillow's defaults from here on.
     (PngImagePlugin, "MAX_TEXT_CHUNK", 2**20),
     (PngImagePlugin, "MAX_TEXT_MEMORY", 2**26),
     (GifImagePlugin, "LOADING_STRATEGY", GifImagePlugin.LoadingStrategy.RGB_AFTER_FIRST),
@@ -280,6 +287,7 @@ def hold_pillow_globals() -> Iterator[None]:
     """Hold the values in HELD until the context ends; any number of threads may be inside."""
     global _users, _saved
     with _lock:
+        # Found by the first thread that enters, not at import: the program may have set its own since.
         if not _users:
             _saved = tuple(getattr(module, name) for module, name, _ in HELD)
         for module, name, value in HELD:
@@ -341,6 +349,7 @@ def still_png(data: bytes) -> bytes:
         # A chunk is its length (4 bytes, big-endian), its type (4), its data and a checksum (4).
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         if data[at + 4 : at + 8] not in ANIMATION_CHUNKS:
+            # A length that leads beyond the file keeps what is there, which the decoder then refuses.
             kept.append(data[at:end])
         at = end
     return b"".join(kept)

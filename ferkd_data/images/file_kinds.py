@@ -33,6 +33,8 @@ SYSTEM_NAMES = frozenset(
 ) | {"system volume information"}
 """Files and folders that systems, file servers and tools leave among images, in lower case."""
 SYSTEM_STARTS = ("._", ".trash-", ".nfs", ".fuse_hidden", ".synologyworkingdirectory")
+"""macOS's AppleDouble files (`._cat.jpg` beside cat.jpg, in tars too), desktops' trash, files that NFS and FUSE keep
+for a process that still has them open, a Synology server's own."""
 SPLITS = {
     "train": ("train", "training", "trainset"),
     "validation": ("val", "valid", "validation", "dev", "eval", "valset"),
@@ -44,6 +46,7 @@ SPLIT_FOLDER = re.compile(
 )
 """Folders named after a split, also with an addition: val2017, test_images."""
 HUGGING_FACE_FILE = re.compile(r"(.+)-\d{5}-of-\d{5}")
+"""Names that `push_to_hub` gives, after any split: unlabeled-00000-of-00004."""
 
 _DECODED = (
     ("JPEG", 0, b"\xff\xd8\xff"),

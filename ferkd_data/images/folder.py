@@ -29,7 +29,7 @@ SHOWN = 4
 
 
 class FolderSource:
-    """A source whose images are files.
+    """Source of images that are files below a folder.
 
     Keys are paths below the root, without extension and with forward slashes. `class_folders` maps each class folder to
     its target, or to None where the target is unknown. `class_folders=None` is a flat folder: the images lie in the
@@ -58,8 +58,11 @@ class FolderSource:
         return (f"images in folders below a class folder count for that class: those in {self._nested} for {above}",)
 
     def list_images(self) -> Iterator[ImageRef | Reject]:
+        # A listing may be asked for again, as for the comparison with a finished build: it counts anew.
         self.left_out.start_from(LeftOut())
         self._nested = ""
+        # Only folders above count as a loop. Two links to one folder are two folders of images, as ImageFolder follows
+        # them.
         above = {_identity(self.root)}
         found = _entries(self.root)
         if self.class_folders is None:
@@ -171,7 +174,7 @@ class FolderSource:
             raise ImageError("unsupported_format", f"{file}: {other_kind(head) or _extension(file)}")
 
     def _count_if_skipped(self, folder: str, name: str) -> bool:
-        """Whether a folder is hidden or belongs to a system. Counts its files as left out if so."""
+        """Return whether a folder is hidden or belongs to a system, and count its files as left out if so."""
         reason = skip_reason(name)
         if reason:
             file = f"{folder}/{name}" if folder else name
@@ -217,6 +220,7 @@ def open_folder(root: Path, classes: ClassList | None) -> FolderSource:
         return FolderSource(root, dict.fromkeys(folders), classes)
     _check_levels(root, [name for name in folders if name not in named])
     if classes is None:
+        # Sorted by `_entries`, so these are ImageFolder's numbers.
         classes = ClassList(str(root), tuple(folders), tuple(folders))
         return FolderSource(root, classes.numbers, classes)
     unknown = [name for name in folders if name not in named]
@@ -250,12 +254,12 @@ def _check_levels(root: Path, folders: list[str]) -> None:
 
 
 def _written_by_img2dataset(root: Path, folders: list[str]) -> bool:
-    """Whether the folders are shards of img2dataset (00000 beside 00000.parquet), and so no classes."""
+    """Return whether the folders are shards of img2dataset (00000 beside 00000.parquet), and so no classes."""
     return all(name.isdecimal() and (root / f"{name}.parquet").is_file() for name in folders)
 
 
 def folder_holds_images(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> bool:
-    """Whether an image lies in `folder` or below. Stops at the first one. Raises SourceError."""
+    """Return whether an image lies in `folder` or below; stops at the first one. Raises SourceError."""
     identity = _identity(folder)
     if identity in above:
         return False
@@ -272,6 +276,7 @@ def folder_holds_images(folder: Path, above: frozenset[tuple[int, int]] = frozen
                     return True
     except OSError as error:
         raise SourceError(f"{folder}: cannot be listed ({error.strerror})") from error
+    # Files of this folder before folders in it: of class folders, one entry is usually enough.
     return any(folder_holds_images(folder / name, above | {identity}) for name in sorted(folders))
 
 
@@ -281,7 +286,7 @@ def _first_image(folder: Path, kinds: Mapping[str, str]) -> str | None:
 
 
 def _is_image(path: Path, kind: str) -> bool:
-    """Whether a file is an image: by its name, or by its first bytes where the name says nothing."""
+    """Tell an image by the name of the file, or by its first bytes where the name says nothing."""
     extension = _extension(path.name)
     if extension in EXTENSIONS or extension in UNSUPPORTED:
         return True

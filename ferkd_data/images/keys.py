@@ -61,6 +61,7 @@ class DuplicateFilter:
 
     def __enter__(self) -> DuplicateFilter:
         self._folder = Scratch("keys")
+        # isolation_level None: this class begins the one transaction itself. It is never committed.
         self._database = sqlite3.connect(f"{self._folder.path}/keys.sqlite", isolation_level=None)
         # The database lives as long as this object, so it needs neither a journal nor its pages on disk.
         for pragma in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{CACHE_KIB}"):
@@ -76,8 +77,9 @@ class DuplicateFilter:
         self._folder.remove()
 
     def seen(self, key: str) -> bool:
-        """Whether `key` was passed before. Raises StorageFullError."""
+        """Return whether `key` was passed before, and remember it. Raises StorageFullError."""
         try:
+            # 128 bits: among a billion keys, two different ones have the same hash with a probability of 1e-21.
             found = self._database.execute("INSERT OR IGNORE INTO keys VALUES (?)", (rng.digest(key),))
         except sqlite3.OperationalError as error:
             raise scratch_full(self._folder.path, error) from error

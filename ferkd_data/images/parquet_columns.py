@@ -111,7 +111,7 @@ def read_schema(path: Path) -> pa.Schema:
 
 
 def holds_images(path: Path) -> bool:
-    """Whether a Parquet file has a column of images. Raises SourceError for a file that is not Parquet."""
+    """Return whether a Parquet file has a column of images. Raises SourceError for a file that is not Parquet."""
     schema = read_schema(path)
     return bool(_image_columns(path, schema, _features(schema)))
 
@@ -155,7 +155,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _begins_with_an_image(path: Path, column: str) -> bool:
-    """Whether the first value that is not null begins like an image; True where all of the first rows are null."""
+    """Return whether the first value that is not null begins like an image; True where the first rows are null."""
     with open_table(path) as file:
         batch = next(file.iter_batches(FIRST_ROWS, columns=[column], use_threads=False), None)
     values = [] if batch is None else batch.column(0).drop_null().to_pylist()

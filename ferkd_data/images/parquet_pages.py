@@ -53,7 +53,7 @@ NUM_VALUES, V1_ENCODING, V2_ENCODING, V2_LEVELS, V2_LISTS, V2_IS_COMPRESSED = 1,
 
 
 class NotPlain(Exception):
-    """The value is stored in a way that only PyArrow reads."""
+    """Raised for a value that is stored in a way that only PyArrow reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,7 @@ class PagedColumn:
         if leaf.max_repetition_level or leaf.physical_type != "BYTE_ARRAY":
             raise NotPlain
         self._max_level = leaf.max_definition_level
+        # Only numbers are kept: the caller closes `file`, and its metadata would hold every column of every group.
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         self._ends = list(itertools.accumulate(group.num_rows for group in groups))
         chunks = [group.column(index) for group in groups]
@@ -123,6 +124,8 @@ class PagedColumn:
             if group is None:
                 group = self._groups[number] = self._walk(descriptor, number)
             row -= self._ends[number - 1] if number else 0
+            # The last page that begins at this row or before it. Pages without rows share their first row with the
+            # next.
             index = bisect.bisect_right(group.first_rows, row) - 1
             page = group.pages[index]
             if page is None:
@@ -145,6 +148,7 @@ class PagedColumn:
                 pages.append(page)
                 rows += _values(header)
             at += size + body
+        # Headers and footer disagree: then no row can be placed.
         if rows != self._ends[number] - (self._ends[number - 1] if number else 0):
             raise NotPlain
         return _Group(first_rows, pages)
@@ -175,6 +179,7 @@ class PagedColumn:
     def _unpacked(self, descriptor: int, number: int, page: _Page, index: int) -> tuple[memoryview, int]:
         """Return a decompressed page, and the offset at which its values begin."""
         kept = getattr(self._last, "page", None)
+        # A page's offset names it: all pages are of this one, unchanged file.
         if kept is None or kept[0] != page.start:
             body = _exactly(descriptor, page.size, page.start)
             ahead = page.level_bytes or 0
@@ -203,6 +208,7 @@ class PagedColumn:
             begin, ahead = LENGTH_BYTES, _length(data[:LENGTH_BYTES])
         if begin + ahead > len(data):
             raise NotPlain
+        # Levels have as many bits as the largest needs: one for a column that may be null, two for one in a struct.
         levels = _levels(data[begin : begin + ahead], self._max_level.bit_length(), index + 1)
         if (levels != self._max_level).any():
             raise NotPlain

@@ -66,6 +66,7 @@ class RowReader:
 
     def read_one(self, ref: ImageRef) -> bytes:
         """Read the bytes of one image. Raises ImageError."""
+        # The cheap way first: without it, one image costs all before it in its row group.
         paged = self._pages.column(self._root, ref.file, self._column)
         if paged is not None:
             try:
@@ -80,6 +81,7 @@ class RowReader:
         cursor = None if position is None else kept.pop(position)
         data, cursor = self._read_row(ref, cursor)
         if cursor is not None:
+            # The one used last stands last; the one not used for longest is dropped, which closes its file.
             kept.append(cursor)
             del kept[:-KEPT_FILES]
         if isinstance(data, ImageError):
@@ -141,7 +143,7 @@ class RowCursor:
         self._rest: Iterator[pa.RecordBatch] = iter(())
 
     def can_reach(self, ref: ImageRef) -> bool:
-        """Whether `ref` is in the file of this cursor."""
+        """Return whether `ref` is in the file of this cursor."""
         return self.file == ref.file
 
     def advance_to(self, row: int) -> bytes | ImageError:

@@ -21,6 +21,7 @@ IMAGES_IN_A_ROW = 3
 """Consecutive unanswered images that mean that the source is down, rather than that single sectors are bad."""
 CLIENTS = ("aiohttp", "fsspec", "botocore", "aiobotocore", "gcsfs", "requests", "urllib3")
 """Packages of network clients, whose errors are often no OSError."""
+# Answers about the file or the path, which the next attempt would get again.
 PERMANENT = (
     errno.ENOENT,
     errno.EACCES,
@@ -36,11 +37,11 @@ T = TypeVar("T")
 
 
 class NoAnswerError(OSError):
-    """An action failed in every attempt, each time in a way that may be transient."""
+    """Raised where an action failed in every attempt, each time in a way that may be transient."""
 
 
 class UnansweredImageError(ImageError):
-    """An image could not be read because its source did not answer; the image itself may be sound."""
+    """Raised for an image whose source did not answer; the image itself may be sound."""
 
 
 def retried(action: Callable[[], T], what: str) -> T:

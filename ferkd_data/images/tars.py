@@ -44,13 +44,15 @@ TARGET_FIELDS = (
     "label_name",
 )
 NUMBER = re.compile(r"[-+]?\d{1,18}")
+"""Whole numbers within int64; longer ones are texts, which name no class."""
 MAX_TARGET_BYTES = 2**20
+"""Bytes of a label member that are read: a hostile one may have gigabytes."""
 DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
 """Errors that tarfile raises for damaged or hostile headers, such as absurd sizes and endless nesting."""
 
 
 class TarSource:
-    """A source whose images are members of tars.
+    """Source of images that are members of tars.
 
     Keys are the member names up to the first dot of the last component, as in WebDataset. Targets come from `KEY.cls`
     (a number, or a text that `classes` lists), or from a field of `KEY.json` such as label, target, cls or class.
@@ -109,6 +111,7 @@ class TarSource:
                 stream.close()
 
     def read_one(self, ref: ImageRef) -> bytes:
+        # A stream for each image, since threads call this at the same time.
         with ReopeningFile(ref.file) as stream:
             data = _read_at(stream, ref)
         if isinstance(data, ImageError):
@@ -117,6 +120,8 @@ class TarSource:
 
     def _list_tar(self, name: str) -> Iterator[ImageRef | Reject]:
         try:
+            # `r:` and not `r`: no decompression, since images are later read at their offsets. tarfile sees one file,
+            # however often that is opened again.
             with ReopeningFile(name) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as tar:
                 parts: list[tuple[str, tarfile.TarInfo]] = []
                 key = None
@@ -138,7 +143,7 @@ class TarSource:
             raise SourceError(f"{name}: cannot be read as a tar ({str(error) or type(error).__name__})") from error
 
     def _belongs_to_a_sample(self, tar: str, member: tarfile.TarInfo, suffix: str, stream: ReopeningFile) -> bool:
-        """Whether a member is part of a sample; otherwise it is counted as left out, or is a folder.
+        """Return whether a member belongs to a sample; count any other as left out, unless it is a folder.
 
         Files that systems add to a tar are skipped, so that they do not split a sample's members.
         """
@@ -206,12 +211,13 @@ def _headers(tar: tarfile.TarFile, stream: ReopeningFile) -> Iterator[tarfile.Ta
 
 
 def _is_plain(member: tarfile.TarInfo) -> bool:
-    """Whether the member's bytes are stored as they are: neither a link nor a sparse file."""
+    """Return whether the member's bytes are stored as they are: neither a link nor a sparse file."""
     return member.isreg() and not member.issparse()
 
 
 def split_member(name: str) -> tuple[str, str]:
     """Split a member's name into key and suffix at the first dot of its last component, as WebDataset does."""
+    # `tar -C folder .` writes names with ./ in front.
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix
@@ -280,6 +286,7 @@ def _label(parts: list[tuple[str, tarfile.TarInfo]], stream: ReopeningFile) -> A
                 return b"not JSON"
             fields = content if isinstance(content, dict) else {}
             label = next((fields[name] for name in TARGET_FIELDS if fields.get(name) is not None), None)
+            # Bytes are no value that names a class: `class_number` refuses them, and the note shows them.
             return b"true or false" if isinstance(label, bool) else label
     return None
 

@@ -55,6 +55,7 @@ def load_checkpoint(module: nn.Module, path: Path, *, teacher: str) -> None:
     Raises TeacherError for a file that cannot be read safely, for missing or unexpected keys, and for wrong shapes.
     """
     path = path.expanduser()
+    # A dictionary of references: the module's own tensors are replaced by `load_state_dict` alone, after every check.
     wanted = module.state_dict()
     state = _fitting(_unwrapped(_read(path, teacher), path, teacher), wanted, path, teacher)
     for name, value in wanted.items():
@@ -100,6 +101,7 @@ def _load_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
+        # PyTorch 2.6 and later.
         list_others = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
         try:
             others = list_others(path) if list_others else []
@@ -107,6 +109,8 @@ def _load_pickle(path: Path) -> Any:
             others = []
         if not others:
             raise
+    # Each name that the file would import stands for Inert, whose methods do nothing. PyTorch's reader still builds no
+    # other object.
     with torch.serialization.safe_globals([(Inert, name) for name in others]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -114,6 +118,7 @@ def _load_pickle(path: Path) -> Any:
 def _unwrapped(content: Any, path: Path, teacher: str) -> dict[str, Any]:
     """Find the innermost dictionary that holds the weights, and drop torch.compile's segments from its names."""
     while isinstance(content, Mapping):
+        # Wrappers nest: Lightning and EMA each add one.
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break

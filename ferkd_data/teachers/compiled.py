@@ -31,7 +31,7 @@ def compile_teachers(teachers: Sequence[Teacher], batch_size: int) -> list[Teach
 
 
 def is_plain_module(teacher: Teacher) -> TypeGuard[ModuleTeacher]:
-    """Whether a teacher is a PyTorch module that can be compiled or exported."""
+    """Return whether a teacher is a PyTorch module that can be compiled or exported."""
     module = teacher.module if isinstance(teacher, ModuleTeacher) else None
     if not isinstance(module, nn.Module):
         return False
@@ -43,6 +43,7 @@ def compile_teacher(teacher: ModuleTeacher, batch_size: int) -> ModuleTeacher:
 
     A test batch makes PyTorch compile now: the first batch of a build may have a time limit.
     """
+    # A shallow copy: weights are shared, and the teacher that was given still runs without the compiler.
     other = copy.copy(teacher)
     other.module = network = _OneSize(torch.compile(teacher.module, backend=BACKEND, dynamic=False), batch_size)
     while not _runs(other, network.batch_size):
@@ -52,7 +53,7 @@ def compile_teacher(teacher: ModuleTeacher, batch_size: int) -> ModuleTeacher:
 
 
 def _runs(teacher: ModuleTeacher, batch_size: int) -> bool:
-    """Whether one batch runs; False where memory ran out and a smaller batch can be tried. Raises TeacherError."""
+    """Run one batch; return False where memory ran out and a smaller batch can be tried. Raises TeacherError."""
     size = teacher.preprocessing.size
     try:
         with warnings.catch_warnings():
@@ -82,6 +83,7 @@ class _OneSize:
         short = self.batch_size - len(images_BCSS)
         padded = images_BCSS
         if short:
+            # Rows do not depend on each other, so any crop fills up; these answers are cut off below.
             fill = images_BCSS[-1:].expand(short, -1, -1, -1)
             padded = torch.cat([images_BCSS, fill]).contiguous(memory_format=torch.channels_last)
         try:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ferkd_data import extras
 from ferkd_data.errors import TeacherError
 from ferkd_data.teachers.spec import TeacherSpec
 
@@ -93,10 +94,9 @@ def onnx_digest(path: Path, spec: TeacherSpec) -> str:
 
 def _external_data(path: Path, spec: TeacherSpec) -> list[tuple[str, int, int | None]]:
     """List (file, offset, length) of each tensor outside the model file, also of subgraphs and functions."""
+    # ONNX Runtime's own format is one flatbuffer, which the package onnx does not read.
     if path.suffix == ".ort":
         return []
-    from ferkd_data import extras
-
     onnx = extras.require("onnx", extra="onnx", what_for=f"teacher {spec}")
     extras.require("onnx.external_data_helper", extra="onnx", what_for=f"teacher {spec}")
     try:
@@ -176,6 +176,7 @@ def _add_tensor(update: Callable[[bytes], None], tensor: Tensor) -> None:
         dense = tensor.to_dense()
         _add_tensor(update, dense)
     else:
+        # Conjugation and negation may be pending flags on the same bytes.
         plain = tensor.cpu().resolve_conj().resolve_neg().contiguous()
         update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
 
@@ -196,6 +197,7 @@ class _Walk:
                 continue
             self.update(f"{name}\0".encode())
             self.value(value)
+        # Hooks change answers too, and MACHINERY leaves out the dictionaries that hold them.
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             self.value(hook)
 
@@ -203,6 +205,7 @@ class _Walk:
         self.update(f"{type(value).__qualname__}\0".encode())
         if value is None or isinstance(value, PLAIN):
             self.update(f"{value!r}\0".encode())
+        # Once, so that objects that refer to each other come to an end; plain values above are their own identity.
         elif id(value) not in self.seen:
             self.seen[id(value)] = value
             self._add(value)
@@ -249,10 +252,12 @@ class _Walk:
         self.update(f"{function.__qualname__}\0".encode())
         plain = inspect.unwrap(getattr(function, "__func__", function))
         self.value(getattr(plain, "__defaults__", None))
+        # Two closures of one function answer differently where they hold other values.
         for cell in getattr(plain, "__closure__", None) or ():
             self.value(_content(cell))
 
     def _pairs(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        # By name alone: sets come in another order in each process, and values need not be comparable.
         for key, value in sorted(((_name(key), value) for key, value in pairs), key=lambda pair: pair[0]):
             self.update(f"{key}\0".encode())
             self.value(value)
@@ -267,7 +272,7 @@ def _top(cls: type) -> str:
 
 
 def _is_of_the_system(cls: type) -> bool:
-    """Whether a class is of Python or PyTorch: locks, loggers, streams and the like differ from run to run."""
+    """Recognise a class of Python or PyTorch: locks, loggers, streams and the like differ from run to run."""
     return _top(cls) == "torch" or _top(cls) in sys.stdlib_module_names
 
 

@@ -51,6 +51,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
             f"teacher {spec}: transformers cannot load it ({reason(error)}); for a local folder, write "
             f"hf:{spec.name}@FOLDER"
         ) from error
+    # transformers fills them at random and only logs it.
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise TeacherError(
@@ -67,6 +68,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
         digest=module_digest(module, spec),
         device=device,
         precision=precision,
+        # LABEL_0, LABEL_1, … are transformers' own names for classes without names.
         class_names=None if names[0] == "LABEL_0" else names,
     )
 
@@ -93,6 +95,7 @@ def measure_processor(processor: Any, spec: TeacherSpec) -> tuple[dict[str, Any]
         )
     red = np.zeros((PROBE_SIDE, PROBE_SIDE, 3), np.uint8)
     red[..., 0] = 255
+    # The channel in which a red image differs from a black one.
     bgr = bool(np.abs(_seen(processor, red, spec).mean(axis=(1, 2)) - low).argmax() == 2)
     # (0 - mean) / std = low and (1 - mean) / std = high.
     std = 1 / (high - low)

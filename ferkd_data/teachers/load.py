@@ -44,6 +44,7 @@ def load_teachers(
 
 
 def _precision(spec: TeacherSpec, device: str, wanted: str) -> Precision:
+    # bf16 and not fp16: it has float32's range, so that no activation of a large network overflows.
     if wanted == "auto":
         return "bf16" if device.startswith("cuda") and KINDS[spec.kind].takes_precision else "fp32"
     if wanted not in ("fp32", "bf16", "fp16"):

@@ -87,10 +87,12 @@ class ModuleTeacher:
             raise TeacherError(
                 f"teacher {self.spec}: returned {logits.shape[1]} classes, after {self.num_classes} in its first run"
             )
+        # Out of autocast's half precision before anything is computed from them.
         answer: Tensor = logits.float()
         return answer
 
     def renormalised(self, mean: Triple, std: Triple) -> ModuleTeacher:
+        # Shares the module: only the constants of the input differ.
         other = copy.copy(self)
         other.preprocessing = replace(self.preprocessing, mean=mean, std=std)
         other.scale, other.shift = normalisation(other.preprocessing, self.device)
@@ -111,6 +113,7 @@ class ModuleTeacher:
     def _first_answer(self, module: nn.Module) -> int:
         """Run a test picture and return the number of classes. Makes `self.module` return logits alone."""
         size = self.preprocessing.size
+        # The noise alone: one image is the least that every model takes, and fits where a batch does not.
         pictures = two_pictures(size)[1:]
         try:
             result = self._answer(pictures)

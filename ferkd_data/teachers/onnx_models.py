@@ -105,6 +105,7 @@ class OnnxTeacher:
             if is_out_of_memory(error):
                 raise torch.cuda.OutOfMemoryError(str(error)) from error
             raise TeacherError(f"teacher {self.spec}: cannot run on {padded.shape}: {error}") from error
+        # (B, C, 1, 1), as fully convolutional heads give it, to (B, C).
         output = output.reshape(len(output), -1) if sum(side != 1 for side in output.shape[1:]) <= 1 else output
         check_shape(torch.from_numpy(output), len(padded), self.spec)
         return output[: len(batch)].astype(np.float32, copy=False)
@@ -119,6 +120,7 @@ class OnnxTeacher:
                 )
             providers.insert(0, (CUDA_PROVIDER, cuda_options(torch.device(device))))
         options = runtime.SessionOptions()
+        # As many threads as PyTorch has in this worker; by default ONNX Runtime takes one for each core of the machine.
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = WARNINGS_AND_UP
         # Idle threads that spin would take cores from the threads that decode the next images.
@@ -224,7 +226,7 @@ class OnnxInput:
 
 
 def _is_rgb(shape: Sequence[Any], axis: int) -> bool:
-    """Whether an axis can be the channels: its size is 3, or it is axis 1 of open size and the last one is not 3."""
+    """Tell whether an axis can be the channels: its size is 3, or it is axis 1 of open size and the last is not 3."""
     return shape[axis] in (3, "3") or (axis == 1 and not isinstance(shape[1], int) and shape[3] not in (3, "3"))
 
 
@@ -274,4 +276,5 @@ def export_onnx(module: nn.Module, path: Path, *, preprocessing: Preprocessing) 
         fields = ("size", "interpolation", "mean", "std")
         known = {name: getattr(preprocessing, name) for name in fields}
         onnx.helper.set_model_props(model, {PREPROCESSING_FIELD: json.dumps(known)})
+        # Metadata goes into the file itself, so that the preprocessing cannot be lost beside it.
         onnx.save(model, str(aside))

@@ -94,6 +94,7 @@ def _names(spec: TeacherSpec, open_clip: Any) -> list[str]:
     if spec.names == IMAGENET:
         return list(open_clip.IMAGENET_CLASSNAMES)
     lines = _lines(spec, spec.names)
+    # Prompts are sentences: folder names such as golden_retriever lose their underscores.
     return [line.partition("\t")[2] or line.replace("_", " ") for line in lines]
 
 

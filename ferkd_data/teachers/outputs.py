@@ -80,6 +80,7 @@ def to_logits(output_BC: Tensor, activation: Activation | None) -> Tensor:
     Probabilities become their logarithms: softmax(log p) = p.
     """
     if activation == "probabilities":
+        # A probability that was rounded to 0 gets a finite logarithm, -87: the checks refuse infinite logits.
         return output_BC.float().clamp(min=torch.finfo(torch.float32).tiny).log()
     if activation == "sigmoid":
         return torch.logit(output_BC.float(), eps=SIGMOID_EPS)
@@ -93,6 +94,7 @@ def looks_like(output_BC: Tensor) -> Activation:
     taken for logits.
     """
     values = output_BC.detach().float()
+    # The frequent case, decided by the range alone.
     if not torch.isfinite(values).all() or values.min() < 0 or values.max() > 1 + ROW_SUM_TOLERANCE:
         return "logits"
     rows, classes = values.shape

@@ -34,6 +34,8 @@ def load_torchscript(spec: TeacherSpec, *, device: str, precision: Precision) ->
         raise TeacherError(f"teacher {spec}: no such file")
     try:
         with warnings.catch_warnings():
+            # PyTorch announces the end of TorchScript at every load; the user of a finished file can do nothing about
+            # it.
             warnings.filterwarnings("ignore", message=".*torch.jit.*")
             module: Any = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:

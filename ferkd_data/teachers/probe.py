@@ -73,6 +73,8 @@ def centre_crop(image_HWC: npt.NDArray[np.uint8], teacher: Teacher) -> Tensor:
     """Cut the central square that the teacher's own evaluation uses, as uint8 (1, 3, S, S)."""
     wanted = teacher.preprocessing
     height, width = image_HWC.shape[:2]
+    # Resizing to S / crop_pct and cropping S is, but for rounding, cutting this square and
+    # resizing it to S.
     side = max(1, round(min(height, width) * wanted.crop_pct))
     box = np.array([[(height - side) // 2, (width - side) // 2, side, side]], np.uint16)
     crops = Crops(boxes=box, flip=np.array([False]))

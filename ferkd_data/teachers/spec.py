@@ -24,7 +24,7 @@ CENTRE_SHARE = 0.875
 
 @dataclass(frozen=True, kw_only=True)
 class KindTraits:
-    """Loader of a kind of teacher, and the parts that its specs may have."""
+    """Loader of a kind of teacher, and what its specs may hold."""
 
     load: str
     """`MODULE.FUNCTION` in this package; the function fulfils `teacher.LoadTeacher`."""
@@ -139,6 +139,7 @@ class TeacherSpec:
     def __str__(self) -> str:
         """Write the spec as a text: `TeacherSpec.parse(str(spec)) == spec`."""
         options = {name: getattr(self, name) for name in OPTIONS}
+        # Without defaults, so that a spec and the same spec with weight=1 have one text: it is stored and compared.
         given = {
             k: v for k, v in options.items() if v is not None and (k, v) not in (("weight", 1.0), ("temperature", 1.0))
         }
@@ -148,7 +149,7 @@ class TeacherSpec:
 
     @classmethod
     def parse(cls, text: str) -> TeacherSpec:
-        """Parse `KIND:NAME[@CHECKPOINT][?option=value&…]`. Raises UsageError that names the part at fault."""
+        """Parse `KIND:NAME[@CHECKPOINT][?option=value&…]`. Raises UsageError that names the piece at fault."""
         kind, colon, rest = text.partition(":")
         traits = next((traits for name, traits in KINDS.items() if name == kind), None)
         if traits is None or not colon:
@@ -156,6 +157,7 @@ class TeacherSpec:
                 f"teacher {text!r}: must start with one of {', '.join(k + ':' for k in KINDS)} as in {EXAMPLE}"
             )
         target, _, query = rest.partition("?")
+        # Where the name is a file, an @ in it is part of the name.
         name, _, checkpoint = target.partition("@") if traits.takes_checkpoint else (target, "", "")
         if not name:
             raise UsageError(f"teacher {text!r}: names no model, as in {EXAMPLE}")
@@ -196,6 +198,7 @@ def triple(values: Sequence[float]) -> Triple:
     """Return three values, one for each channel, from three or from one. Raises ValueError for another number."""
     if len(values) not in (1, 3):
         raise ValueError("takes one value, or three separated by commas")
+    # Positions 0, 1, 2 of three values; all of them position 0 of one.
     return values[0], values[len(values) // 2], values[-1]
 
 
@@ -207,6 +210,7 @@ def _number(text: str) -> float:
     """Parse a decimal number, or a fraction such as 127/255."""
     numerator, slash, denominator = text.partition("/")
     number = float(numerator) / float(denominator) if slash else float(numerator)
+    # float() takes "nan" and "inf".
     if not math.isfinite(number):
         raise ValueError("must be a finite number")
     return number

@@ -63,7 +63,8 @@ class LoadTeacher(Protocol):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out. Such errors do not share a class; a smaller batch may fit."""
+    """Recognise an error that says that memory ran out: such errors share no class. A smaller batch may fit."""
+    # By text, since cuBLAS, a compiler and ONNX Runtime raise a plain RuntimeError or a class of their own.
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
 
 

@@ -31,6 +31,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
     preprocessing = preprocessing_of(
         spec,
         size=height,
+        # "random" is what some models were trained with; how to evaluate them is open, so the default is taken.
         interpolation=None if config["interpolation"] == "random" else config["interpolation"],
         mean=config["mean"],
         std=config["std"],
@@ -43,6 +44,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
         digest=module_digest(module, spec),
         device=device,
         precision=precision,
+        # timm tells the subset by the number of classes.
         class_names=imagenet_names() if timm.data.infer_imagenet_subset(module) == "imagenet-1k" else None,
     )
 
@@ -68,7 +70,7 @@ def _make(timm: Any, spec: TeacherSpec) -> nn.Module:
 
 
 def _has_fixed_size(timm: Any, name: str) -> bool:
-    """Whether the model is made for one input size, like vision transformers with learned positions."""
+    """Return whether the model is made for one input size, like vision transformers with learned positions."""
     try:
         config = timm.get_pretrained_cfg(name)
     except (RuntimeError, ValueError):

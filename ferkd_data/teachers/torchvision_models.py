@@ -42,6 +42,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
         std=getattr(transforms, "std", None),
         crop_pct=_crop_pct(transforms),
     )
+    # The accuracy is that of torchvision's head.
     own_head = spec.classes is not None and spec.classes != len(weights.meta.get("categories", ()))
     published = None if own_head else weights.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1")
     return ModuleTeacher(
