@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
 
-from ferkd_data.errors import LabelSetError, SourceError, StorageFullError
+from ferkd_data.errors import LabelSetError, SourceError, StorageFullError, UsageError
 
 CHUNK_BYTES = 2**20
 HASHED_BYTES = 2**18
@@ -33,8 +33,11 @@ def write_atomically(path: Path, *, sync: bool = True, advice: str = GO_ON) -> I
 
     Without `sync`, a power failure may lose the file, which is good enough for one that can be made again.
 
-    Raises StorageFullError when the disk is full.
+    Raises StorageFullError when the disk is full, UsageError where `path` is a device, a FIFO or a socket.
     """
+    # Renaming would put a file in its place: for root, in that of /dev/null.
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"{path}: is a device, a FIFO or a socket; name a file to write to")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Processes of two machines can have the same number.
     aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")

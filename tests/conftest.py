@@ -56,7 +56,6 @@ def no_collection() -> Iterator[None]:
 
     Any finalizer fails there, also one of another test, and pytest would count that as this test's failure.
     """
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

@@ -229,7 +229,9 @@ def _identify(data: bytes) -> Image.Image:
             raise ImageError(reason, f"starts like a {name} file, but: {error}") from error
     known = other_kind(data[:HEAD_BYTES])
     if known:
-        raise ImageError("unsupported_format", f"the bytes are those of a {known} image")
+        raise ImageError(
+            "unsupported_format", f"the format {known}, which is not read here; convert it to JPEG, PNG or WebP"
+        )
     raise ImageError("not_an_image", f"no image format known here (first bytes {data[:8]!r})")
 
 
