@@ -264,7 +264,7 @@ class _Names:
     def hint(self) -> str:
         if self.names is None:
             return f"the classes are numbered 0..{self.num_classes - 1} and have no names"
-        return f"there are classes 0..{self.num_classes - 1}, such as {self.names[0]!r}"
+        return f"classes are 0..{self.num_classes - 1}, with names such as {self.names[0]!r}"
 
 
 def _new_classes(classes: NewClasses, num_old: int, old_names: Sequence[str] | None) -> tuple[Ints, list[str] | None]:

@@ -136,7 +136,7 @@ def _key_mask(labels: Selectable, keys: Iterable[str]) -> Mask:
         shown = ", ".join(sorted(map(repr, unknown))[:NAMES_SHOWN]) + (", ..." if len(unknown) > NAMES_SHOWN else "")
         ours = labels.keys_of(next(labels.filled_shards()).index)[0]
         raise UsageError(
-            f"{labels.location}: {len(unknown)} of {len(wanted)} keys are unknown: {shown}; there are such as {ours!r}"
+            f"{labels.location}: {len(unknown)} of {len(wanted)} keys are unknown: {shown}; keys look like {ours!r}"
         )
     return mask
 

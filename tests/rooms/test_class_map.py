@@ -266,7 +266,7 @@ def test_more_classes_than_are_used_and_names_of_ones_own():
 @pytest.mark.parametrize(
     ("classes", "more", "match"),
     [
-        ({"dog": 0}, {}, r"1 of 1 classes are unknown: 'dog'; there are classes 0\.\.4, such as 'tabby'"),
+        ({"dog": 0}, {}, r"1 of 1 classes are unknown: 'dog'; classes are 0\.\.4, with names such as 'tabby'"),
         ({9: 0}, {}, "unknown: 9"),
         ({0: 1, "tabby": 1}, {}, "names an old class twice"),
         ({0: -5}, {}, "a new class is a number from 0, a name, or None"),

@@ -120,11 +120,11 @@ def test_a_view_says_what_it_is(labels):
     ("criteria", "match"),
     [
         ({}, "needs at least one of"),
-        ({"keys": ["nobody", "class0/photo0000"]}, r"1 of 2 keys are unknown: 'nobody'; there are such as 'class0/"),
+        ({"keys": ["nobody", "class0/photo0000"]}, r"1 of 2 keys are unknown: 'nobody'; keys look like 'class0/"),
         ({"keys": [f"x{i}" for i in range(9)]}, r"9 of 9 keys are unknown: 'x0', .*'x4', \.\.\.;"),
         ({"keys": []}, "no image of 20 is selected by keys="),
         ({"classes": []}, "no image of 20 is selected by classes="),
-        ({"classes": [10]}, r"1 of 1 classes are unknown: 10; there are classes 0\.\.9, such as 'class0'"),
+        ({"classes": [10]}, r"1 of 1 classes are unknown: 10; classes are 0\.\.9, with names such as 'class0'"),
         ({"classes": [-1]}, "unknown: -1"),
         ({"classes": [True]}, "unknown: True"),
         ({"classes": ["dog", "cat"]}, "2 of 2 classes are unknown: 'dog', 'cat'"),
