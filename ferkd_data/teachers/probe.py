@@ -215,19 +215,30 @@ def check_class_order(class_names: Sequence[str] | None, teacher: Teacher) -> No
 
 
 def _common_classes(ours: Sequence[str], theirs: Sequence[str]) -> tuple[list[int], list[int]]:
-    """List our classes whose name both sides have, and those among them that have another number on their side."""
-    numbers: dict[str, set[int]] = {}
-    for number, name in enumerate(theirs):
-        for synonym in _synonyms(name):
-            numbers.setdefault(synonym, set()).add(number)
+    """List our classes whose name both sides have, and those among them that have another number on their side.
+
+    A synonym that two of our classes have tells nothing. ImageNet has two cranes and two maillots, which some lists of
+    its names tell apart and some do not.
+    """
+    numbers = _numbers_by_synonym(theirs)
+    unambiguous = {synonym for synonym, found in _numbers_by_synonym(ours).items() if len(found) == 1}
     known, wrong = [], []
     for number, name in enumerate(ours):
-        found = set().union(*(numbers.get(synonym, set()) for synonym in _synonyms(name)))
+        found = set().union(*(numbers.get(synonym, set()) for synonym in _synonyms(name) & unambiguous))
         if found:
             known.append(number)
             if number not in found:
                 wrong.append(number)
     return known, wrong
+
+
+def _numbers_by_synonym(names: Sequence[str]) -> dict[str, set[int]]:
+    """Map each synonym to the classes that have it."""
+    numbers: dict[str, set[int]] = {}
+    for number, name in enumerate(names):
+        for synonym in _synonyms(name):
+            numbers.setdefault(synonym, set()).add(number)
+    return numbers
 
 
 def _synonyms(name: str) -> set[str]:

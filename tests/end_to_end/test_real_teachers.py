@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
+import torch
+import transformers
 
 import ferkd_data as fd
-from ferkd_data.demo import write_demo
+from ferkd_data.demo import efficientnet_lite, write_demo
 from ferkd_data.evaluate import evaluate
 from ferkd_data_cli.main import run
 
@@ -52,3 +56,47 @@ def test_evaluate_finds_a_wrong_normalisation(demo):
 def test_the_demo_finds_its_material_only_in_packages(demo):
     assert all(Path(spec.removeprefix("onnx:")).exists() for spec in demo.teachers)
     assert len(demo.classes.read_text().splitlines()) == 1000
+
+
+@pytest.fixture(scope="module")
+def timm_network():
+    """timm's EfficientNet-Lite 0 with the pretrained weights of the demo, which come in another package."""
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    # The layers of both have the same order and shapes, under other names.
+    weights = efficientnet_lite(0).state_dict().values()
+    network.load_state_dict(dict(zip(network.state_dict(), weights, strict=True)))
+    return network
+
+
+def test_one_pretrained_network_by_every_way_in(demo, timm_network, tmp_path):
+    """An ONNX file, a checkpoint of timm's, and a folder of transformers': the same answers to real photos."""
+    torch.save(timm_network.state_dict(), tmp_path / "lite0.pt")
+    config = transformers.TimmWrapperConfig.from_dict(
+        {
+            "architecture": "tf_efficientnet_lite0",
+            "num_classes": 1000,
+            "label_names": [line.split("\t")[1] for line in demo.classes.read_text(encoding="utf-8").splitlines()],
+            "pretrained_cfg": {**timm_network.pretrained_cfg, "mean": [127 / 255] * 3, "std": [128 / 255] * 3},
+        }
+    )
+    wrapped = transformers.TimmWrapperForImageClassification(config).eval()
+    wrapped.timm_model.load_state_dict(timm_network.state_dict())
+    wrapped.save_pretrained(tmp_path / "hf")
+    teachers = [
+        demo.teachers[0],
+        f"timm:tf_efficientnet_lite0@{tmp_path}/lite0.pt?mean=127/255&std=128/255&interpolation=bilinear",
+        f"hf:timm/tf_efficientnet_lite0@{tmp_path}/hf?interpolation=bilinear",
+    ]
+    scores = evaluate(demo.photos, teachers=teachers, classes=demo.classes).scores
+    assert {score.top1 for score in scores[:3]} == {scores[0].top1} and scores[0].top1 >= 0.8
+    sets = []
+    for number, teacher in enumerate(teachers):
+        out = tmp_path / str(number)
+        fd.build(demo.photos, out, teachers=[teacher], classes=demo.classes, crops=2, precision="fp32")
+        sets.append(fd.open_labels(out))
+    for first, *others in zip(*sets, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(other.boxes, first.boxes)
+            np.testing.assert_array_equal(other.class_index[:, 0], first.class_index[:, 0])
+            # ONNX Runtime and PyTorch add in different orders; float16 has steps of 2 ** -11 below 1.
+            np.testing.assert_allclose(other.target_prob, first.target_prob, atol=2e-3)

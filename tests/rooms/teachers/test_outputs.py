@@ -229,6 +229,15 @@ def test_classes_in_another_order():
         check_class_order((*hundred[:98], "class 99", "class 98"), named(*hundred))
 
 
+def test_two_lists_of_imagenet_that_tell_its_cranes_and_maillots_apart_or_not():
+    ours = ("cat", "dog", "tench", "goldfish", "crane", "crane", "maillot", "maillot, tank suit")
+    theirs = ("cat", "dog", "tench", "goldfish", "crane bird", "crane", "maillot", "maillot tank suit")
+    check_class_order(ours, named(*theirs))
+    check_class_order(theirs, named(*ours))
+    with pytest.raises(UsageError, match=r"class 0 is 'dog' here and 'cat' there"):
+        check_class_order(("dog", "cat", *ours[2:]), named(*theirs))
+
+
 def test_random_weights_are_noticed_by_a_resume_and_by_workers(photos, tmp_path, quick_workers):
     teacher = "python:odd_teachers:random_weights"
     with pytest.raises(
