@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from .options import json_option, print_json
@@ -22,7 +24,7 @@ def command(labels: str, as_json: bool) -> int:
         return 0
     size = sum(file.bytes for shard in manifest.shards for file in shard.files)
     files = sum(len(shard.files) for shard in manifest.shards)
-    thresholds, crops = manifest.thresholds, manifest.crop_distribution
+    thresholds = manifest.thresholds
     rows = {
         "layout": manifest.layout,
         "images": f"{manifest.num_images:,} ({manifest.rejects.rows:,} rejected)",
@@ -31,9 +33,7 @@ def command(labels: str, as_json: bool) -> int:
         "size": f"{size / 1e6:.2f} MB in {files} files, {size / max(manifest.statistics.crops, 1):.1f} bytes per crop",
         "source": manifest.source.description,
         **({"left out": left_out(manifest.source.left_out)} if manifest.source.left_out else {}),
-        "distribution": f"scale {crops.scale[0]:g}..{crops.scale[1]:g}, "
-        f"ratio {crops.ratio[0]:.3g}..{crops.ratio[1]:.3g}, "
-        f"hflip {crops.hflip:g}, seed {manifest.seed}",
+        **_distributions(manifest),
         **({"augmented by": ", ".join(manifest.augmentations)} if manifest.augmentations else {}),
         "thresholds": f"{thresholds.low:g} {thresholds.mid:g} {thresholds.top:g} on "
         + ("p_max" if thresholds.confidence == "max" else "the ground truth's probability"),
@@ -57,3 +57,21 @@ def command(labels: str, as_json: bool) -> int:
     ]
     say_table(["teacher", "input", "interpolation", "weight", "temperature", "precision", "weights"], teachers)
     return 0
+
+
+def _distributions(manifest: Any) -> dict[str, str]:
+    """Describe the distribution of all crops, or that of each kind."""
+    if not manifest.kinds:
+        return {"distribution": f"{_told(manifest.crop_distribution)}, seed {manifest.seed}"}
+    kinds = {
+        f"kind {kind.name}": f"{kind.crops} crops for students of {kind.size} px, {_told(kind.distribution)}"
+        for kind in manifest.kinds
+    }
+    return {**kinds, "seed": str(manifest.seed)}
+
+
+def _told(crops: Any) -> str:
+    return (
+        f"scale {crops.scale[0]:g}..{crops.scale[1]:g}, ratio {crops.ratio[0]:.3g}..{crops.ratio[1]:.3g}, "
+        f"hflip {crops.hflip:g}"
+    )

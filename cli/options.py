@@ -49,6 +49,8 @@ class GroupedCommand(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
+            if "unexpected extra argument" in error.message and "--crop-kinds" in given:
+                raise click.UsageError(f"{error.message} Give --crop-kinds once for each kind.", ctx) from error
             files = [arg for arg in given if arg.endswith((".tar", ".parquet")) and Path(arg).is_file()]
             if "unexpected extra argument" not in error.message or len(files) < 2:
                 raise

@@ -44,6 +44,8 @@ def lines(overview: Any) -> Iterator[str]:
         yield _line("", _answers(teacher))
         for hint in teacher.hints:
             yield _line("hint", hint)
+    for kind in overview.crop_kinds:
+        yield _line("crop kind", kind)
     yield _line("to do", f"{count(overview.crops_per_image, 'crop')} per image")
 
 

@@ -24,6 +24,7 @@ from .terminal import say
     metavar="N",
     help="Fetch only the crop blocks with the first N crops of each image.",
 )
+@click.option("--crop-kind", metavar="NAME", help="Fetch only the crops of this kind, of a label set with crop kinds.")
 @click.option("--shards", metavar="LIST", help="Fetch only these image shards, such as 0-9,12.")
 @click.option(
     "--signed-by",
@@ -42,6 +43,7 @@ def command(
     url: str,
     out: Path,
     crops: int | None,
+    crop_kind: str | None,
     shards: str | None,
     signed_by: Path | None,
     signer: str | None,
@@ -59,6 +61,7 @@ def command(
             url,
             out,
             crops=crops,
+            crop_kind=crop_kind,
             shards=wanted,
             signed_by=signed_by,
             signer=signer,

@@ -16,7 +16,12 @@ from .terminal import say
 @click.argument("labels")
 @click.argument("key", required=False)
 @click.option(
-    "--crops", "num_crops", type=click.IntRange(min=1), default=8, show_default=True, help="Number of crops to show."
+    "--crops",
+    "num_crops",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Number of crops to show; of each kind, where there are crop kinds.",
 )
 @click.option(
     "--classes",
@@ -61,7 +66,7 @@ def command(
     if picture is not None:
         shown = min(num_crops, 8)
         fd.show(opened, image.key, images=images, crops=shown, class_names=names).save(picture)
-    crops = [describe_crop(opened, image, n, names) for n in range(min(num_crops, opened.num_crops))]
+    crops = [describe_crop(opened, image, n, names) for n in shown_crops(opened, num_crops)]
     if as_json:
         content = {"key": image.key, "height": image.height, "width": image.width, "target": image.target}
         print_json({**content, "crops": crops})
@@ -84,17 +89,31 @@ def _names(classes: Path | None, labels: Any) -> Sequence[str] | None:
     return names
 
 
+def shown_crops(labels: Any, num_crops: int) -> list[int]:
+    """Return the numbers of the first crops, or of the first ones of each crop kind."""
+    from ferkd_data.crop_kinds import kind_starts
+
+    kinds = labels.crop_kinds
+    if len(kinds) < 2:
+        return list(range(min(num_crops, labels.num_crops)))
+    starts = zip(kinds, kind_starts(kinds), strict=True)
+    return [n for kind, start in starts for n in range(start, start + min(num_crops, kind.crops))]
+
+
 def describe_crop(labels: Any, image: Any, n: int, names: Sequence[str] | None = None) -> dict[str, Any]:
     """Describe a crop by plain values. `names` default to the label set's."""
+    from ferkd_data.crop_kinds import kind_of_crop
     from ferkd_data.labels.buckets import BUCKETS
 
     names = names or labels.class_names
+    kind = kind_of_crop(labels.crop_kinds, n)
     top = [
         {"class": int(i), "name": names[i] if names else str(i), "prob": round(float(p), 4)}
         for i, p in zip(image.class_index[n], image.class_prob[n], strict=True)
     ]
     return {
         "crop": n,
+        **({"kind": kind.name} if kind else {}),
         "box": image.boxes[n].tolist(),
         "flip": bool(image.flip[n]),
         "bucket": BUCKETS[image.bucket[n]],
@@ -107,9 +126,13 @@ def print_image(labels: Any, image: Any, crops: list[dict[str, Any]], names: Seq
     names = names or labels.class_names
     target = "unlabelled" if image.target < 0 else (names[image.target] if names else f"class {image.target}")
     say(f"{image.key} ({image.width}x{image.height}, {target})")
-    say(f"  {'crop':>4}  {'width x height + left + top':<28} {'bucket':<14} most probable classes")
+    wide = max([4, *(len(crop["kind"]) for crop in crops if "kind" in crop)])
+    with_kind = any("kind" in crop for crop in crops)
+    head = f"{'kind':<{wide}}  " if with_kind else ""
+    say(f"  {'crop':>4}  {head}{'width x height + left + top':<28} {'bucket':<14} most probable classes")
     for crop in crops:
         top, left, height, width = crop["box"]
         box = f"{width}x{height}+{left}+{top}{' flipped' if crop['flip'] else ''}"
         text = ", ".join(f"{label['name'].split(',')[0]} {label['prob']:.2f}" for label in crop["labels"][:3])
-        say(f"  {crop['crop']:>4}  {box:<28} {crop['bucket']:<14} {text}")
+        kind = f"{crop['kind']:<{wide}}  " if with_kind else ""
+        say(f"  {crop['crop']:>4}  {kind}{box:<28} {crop['bucket']:<14} {text}")

@@ -22,7 +22,7 @@ def command(labels: str, num_worst: int, as_json: bool) -> int:
     """Print statistics of the label set LABELS, a folder or a URL.
 
     The tables show the crops by p_max (the largest probability of a soft label) and by bucket, how often the teachers
-    are right and agree with each other, and the worst classes.
+    are right and agree with each other, the worst classes, and each crop kind's buckets.
     """
     import ferkd_data as fd
     from ferkd_data.labels.statistics import count_agreement, summarise
@@ -33,10 +33,15 @@ def command(labels: str, num_worst: int, as_json: bool) -> int:
     summary = summarise(opened.manifest.statistics)
     for bucket, right in zip(summary["buckets"].values(), agreement.by_bucket, strict=True):
         bucket["right"] = None if right is None else 100 * right
+    by_kind = {kind.name: summarise(opened.crop_kind(kind.name).statistics) for kind in opened.crop_kinds}
+    if by_kind:
+        summary["crop_kinds"] = by_kind
     if as_json:
         print_json({**summary, "worst_classes": [_class_entry(opened, row) for row in worst]})
         return 0
     print_statistics(summary, [teacher.name for teacher in opened.manifest.teachers])
+    if by_kind:
+        _print_kinds(by_kind)
     if worst:
         say("\nclasses whose crops are least often named right")
         entries = [_class_entry(opened, row) for row in worst]
@@ -71,6 +76,24 @@ def print_statistics(summary: dict[str, Any], teacher_names: list[str]) -> None:
             'compare CropLoader(calibration="blend") (docs/evidence.md)'
         )
     _print_teachers(summary, teacher_names)
+
+
+def _print_kinds(by_kind: dict[str, dict[str, Any]]) -> None:
+    """Print a row for each crop kind: its crops, its buckets in percent, and how often the ground truth comes first."""
+    known = all(summary["crops_with_target"] for summary in by_kind.values())
+    buckets = list(next(iter(by_kind.values()))["buckets"])
+    say("\nby crop kind")
+    rows = [
+        [
+            name,
+            f"{summary['crops']:,}",
+            *(f"{summary['buckets'][bucket]['share']:.2f}" for bucket in buckets),
+            *([f"{summary['agreement_with_target']:.1%}"] if known else []),
+        ]
+        for name, summary in by_kind.items()
+    ]
+    heads = ["kind", "crops", *(f"{bucket} %" for bucket in buckets), *(["right"] if known else [])]
+    say_table(heads, rows, indent=2)
 
 
 def _percent(value: float | None) -> str:

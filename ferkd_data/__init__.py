@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ferkd_data.builder import Resources as Resources
     from ferkd_data.builder import build as build
     from ferkd_data.calibration import Calibration as Calibration
+    from ferkd_data.crop_kinds import CropKind as CropKind
     from ferkd_data.crops import Box as Box
     from ferkd_data.crops import CropDistribution as CropDistribution
     from ferkd_data.crops import Crops as Crops
@@ -82,6 +83,7 @@ _EXPORTS: dict[str, str] = {
     "BuildSettings": "builder",
     "Box": "crops",
     "CropDistribution": "crops",
+    "CropKind": "crop_kinds",
     "Crops": "crops",
     "FerkdError": "errors",
     "LabelSet": "label_set",

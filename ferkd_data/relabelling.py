@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +71,12 @@ def relabel(
     if "merged_from" in extra or "imported_from" in extra:
         raise UsageError(
             f"{path}: was merged or imported; only a label set as one build wrote it can be labelled again"
+        )
+    origin: Any = extra.get("pulled_from")
+    if isinstance(origin, dict) and origin.get("first_crop"):
+        raise UsageError(
+            f"{path}: holds one kind of crops, pulled out of {origin.get('url')}, whose crop numbers do not begin at "
+            "0; pull the whole and check that"
         )
     resources = resources or Resources()
     job = _job(labels, images, classes, teachers, precision, resources)
@@ -136,9 +143,11 @@ def _job(
         precision=precision,
         settings=BuildSettings(
             crops=manifest.num_crops,
+            crops_per_block=manifest.crops_per_block,
             top_k=manifest.top_k,
             seed=manifest.seed,
             distribution=manifest.crop_distribution.settings(),
+            crop_kinds=manifest.kinds,
             augment=manifest.augmentations or (),
             ensemble=manifest.ensemble,
             thresholds=manifest.thresholds.absolute(),

@@ -66,6 +66,7 @@ def manifest_tables() -> str:
         manifest.CreatedBy,
         manifest.TeacherEntry,
         manifest.CropDistributionEntry,
+        manifest.CropKindEntry,
         manifest.ThresholdsEntry,
         manifest.SourceEntry,
         manifest.ShardEntry,

@@ -15,7 +15,7 @@ FLOORS = [
     {"errors", "html_tables"},
     {"rng", "extras", "storage", "locks", "scratch", "differences", "parquet_guard"},
     {"remote"},
-    {"crops", "augment"},
+    {"crops", "crop_kinds", "augment"},
     {"images", "replay", "normalization"},
     {"teachers"},
     {"labels", "targets"},

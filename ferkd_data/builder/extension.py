@@ -23,12 +23,14 @@ from ferkd_data.builder.plan import Plan, PlanWriter, open_plan, save_plan
 from ferkd_data.builder.seal import write_rejects
 from ferkd_data.builder.settings import DEFAULT_IMAGES_PER_SHARD, BuildSettings
 from ferkd_data.builder.state import BuildFolder, Facts
+from ferkd_data.crop_kinds import CropKind, make_crop_kinds
 from ferkd_data.crops import CropDistribution
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import BuildError, SettingsMismatchError, SourceError, UsageError
 from ferkd_data.format.manifest import (
     FILE_NAME,
     CreatedBy,
+    CropKindEntry,
     Manifest,
     RejectsEntry,
     ShardEntry,
@@ -78,12 +80,22 @@ class Base:
         return ClassList(str(self.out / FILE_NAME), folders, names if names and len(names) == len(folders) else folders)
 
     def settings(self, given: Mapping[str, Any]) -> BuildSettings:
-        """Return the settings of the extension. Only `crops`, `images_per_shard` and `max_pixels` are free.
+        """Return the settings of the extension.
+
+        Free are `images_per_shard`, `max_pixels` and the number of crops: `crops` or, in a label set with crop kinds,
+        the last kind's number and further kinds in `crop_kinds`.
 
         Raises SettingsMismatchError that names both values where one that is given contradicts the manifest,
         UsageError where the number of crops cannot be reached.
         """
-        crops = int(given.get("crops", self.manifest.num_crops))
+        kinds = self._kinds(given.get("crop_kinds") or ())
+        asked = given.get("crops")
+        crops = sum(kind.crops for kind in kinds) or int(self.manifest.num_crops if asked is None else asked)
+        if kinds and asked not in (None, crops):
+            raise UsageError(
+                f"{self.out}: has the crop kinds {self._told_kinds()}, so crops (--crops) cannot say which kind gets "
+                "more; give crop_kinds (--crop-kinds) with a larger n for the last kind, or with a further kind"
+            )
         fixed = {**self._stored(), "crops_per_block": self._crops_per_block(crops)}
         lines = [
             line
@@ -96,10 +108,46 @@ class Base:
                 f"{self.out}: an extended label set keeps its settings: {'; '.join(lines)}. Leave these out, or build "
                 "into another folder"
             )
-        free = {"images_per_shard": self._images_per_shard()}
+        free: dict[str, Any] = {"images_per_shard": self._images_per_shard()}
         if self.manifest.max_pixels is not None:
             free["max_pixels"] = self.manifest.max_pixels
-        return BuildSettings(**{**free, **given, **fixed, "crops": crops})
+        settings = BuildSettings(**{**free, **given, **fixed, "crops": crops, "crop_kinds": kinds})
+        if settings.crops_per_block != fixed["crops_per_block"]:
+            raise UsageError(
+                f"{self.out}: has crop blocks of {fixed['crops_per_block']}, and one of them would hold crops of two "
+                f"kinds; give the kind {kinds[-2].name!r} a number of crops with which the next kind begins at a "
+                f"multiple of {fixed['crops_per_block']}"
+            )
+        return settings
+
+    def _told_kinds(self) -> str:
+        return ", ".join(f"{kind.name}:n={kind.crops}" for kind in self.manifest.kinds)
+
+    def _kinds(self, given: Sequence[str | CropKind]) -> tuple[CropKind, ...]:
+        """Return the crop kinds of the extension: more crops of the last kind, or further kinds, and no other change.
+
+        Raises SettingsMismatchError for anything else.
+        """
+        old = self.manifest.kinds
+        if not given:
+            return old
+        if not old:
+            raise SettingsMismatchError(
+                f"{self.out}: was built without crop kinds, so its crops belong to none, and none can be added; build "
+                "a label set with crop kinds into another folder"
+            )
+        kinds = make_crop_kinds(given, distribution=self.manifest.crop_distribution.settings(), known=old)
+        what = (
+            f"{self.out}: has the crop kinds {self._told_kinds()}; an extension gives them all in this order, with "
+            "more crops of the last one, further kinds after it, or both"
+        )
+        if [kind.name for kind in kinds[: len(old)]] != [kind.name for kind in old]:
+            raise SettingsMismatchError(f"{what}; asked for {', '.join(kind.name for kind in kinds)}")
+        for number, (before, now) in enumerate(zip(old, kinds, strict=False)):
+            more = number == len(old) - 1 and now.crops >= before.crops
+            if before != (replace(now, crops=before.crops) if more else now):
+                raise SettingsMismatchError(f"{what}; {before.name!r}: saved {before}, now {now}")
+        return kinds
 
     def check_teachers(self, entries: Sequence[TeacherEntry]) -> None:
         """Raise SettingsMismatchError, which names both values, where these teachers would give other labels."""
@@ -181,6 +229,12 @@ def open_base(out: Path) -> Base:
                 f"{out}: was {how}, so no seed and teachers give its crops again; only a label set as a build wrote it "
                 "can be extended. Build the further crops or images into a folder of their own, and merge"
             )
+    origin: Any = (manifest.model_extra or {}).get("pulled_from")
+    if isinstance(origin, dict) and origin.get("first_crop"):
+        raise UsageError(
+            f"{out}: holds one kind of crops, pulled out of {origin.get('url')}, and further crops would not be those "
+            "of that label set; pull and extend the whole"
+        )
     return Base(out=out, manifest=manifest, identity=identity_of(text))
 
 
@@ -318,6 +372,7 @@ def seal_extension(folder: BuildFolder, plan: Plan, settings: BuildSettings, fac
         "created_by": CreatedBy(name="ferkd-data", version=version),
         "num_images": images,
         "num_crops": settings.crops,
+        "crop_kinds": tuple(map(CropKindEntry.of, settings.kinds)) or None,
         "crops_per_block": settings.crops_per_block,
         "source": old.source.model_copy(
             update={

@@ -91,6 +91,13 @@ def with_changes(
     """Return the settings and resources with single fields replaced. Raises UsageError for a field of neither."""
     settings, resources = settings or BuildSettings(), resources or Resources()
     changes = dict(changes)
+    if changes.get("crop_kinds"):
+        if changes.get("crops") is not None:
+            raise UsageError(
+                "crops (--crops) and crop_kinds (--crop-kinds) exclude each other: each kind says its own number of "
+                "crops (n=)"
+            )
+        changes["crops"] = None
     if "processes" in changes:
         changes["workers"] = renamed_workers(changes.get("workers"), changes.pop("processes"))
     of_settings = {field.name for field in fields(BuildSettings)}
@@ -254,6 +261,15 @@ def teacher_entry(teacher: Teacher) -> TeacherEntry:
     )
 
 
+def _settings_of(settings: BuildSettings) -> dict[str, Any]:
+    """Return the settings as plain values. One that was added later is left out where it is not used, so that a build
+    that an earlier version began can be resumed."""
+    plain = asdict(settings)
+    if not plain["crop_kinds"]:
+        del plain["crop_kinds"]
+    return plain
+
+
 def _base(location: Path | str) -> Base:
     if isinstance(location, str):
         raise UsageError(f"{location}: --extend works on a folder; pull the label set, extend it, and publish it again")
@@ -275,7 +291,7 @@ def _fingerprint(job: Job, teachers: Sequence[Teacher], base: Base | None) -> di
     return {
         "source": job.source,
         "classes": listed,
-        **asdict(job.settings),
+        **_settings_of(job.settings),
         "quantile": isinstance(job.settings.thresholds, QuantileThresholds),
         "teachers": entries,
         **({} if base is None else {EXTENDS: base.identity}),

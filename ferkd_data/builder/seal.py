@@ -17,10 +17,12 @@ from ferkd_data.builder.state import BuildFolder, Facts
 from ferkd_data.errors import BuildError
 from ferkd_data.format import parquet, webdataset
 from ferkd_data.format.manifest import (
+    CROP_KINDS,
     RECORDED_OPERATIONS,
     BlockEntry,
     CreatedBy,
     CropDistributionEntry,
+    CropKindEntry,
     Manifest,
     RejectsEntry,
     ShardEntry,
@@ -96,8 +98,9 @@ def manifest_of(settings: BuildSettings, facts: Facts, plan: Plan, contents: Con
         class_names=facts.class_names,
         seed=settings.seed,
         crop_distribution=CropDistributionEntry.of(settings.distribution),
+        crop_kinds=tuple(map(CropKindEntry.of, settings.kinds)) or None,
         augmentations=tuple(settings.augment) or None,
-        requires=(RECORDED_OPERATIONS,) if settings.augment else None,
+        requires=_requirements(settings),
         teachers=facts.teachers,
         ensemble=settings.ensemble,
         thresholds=ThresholdsEntry.of(contents.thresholds, settings.thresholds),
@@ -115,6 +118,11 @@ def manifest_of(settings: BuildSettings, facts: Facts, plan: Plan, contents: Con
         rejects=contents.rejects,
         statistics=contents.statistics,
     )
+
+
+def _requirements(settings: BuildSettings) -> tuple[str, ...] | None:
+    used = {RECORDED_OPERATIONS: settings.augment, CROP_KINDS: settings.kinds}
+    return tuple(name for name, value in used.items() if value) or None
 
 
 def _start_over(folder: BuildFolder, plan: Plan) -> BuildError:

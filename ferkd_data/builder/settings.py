@@ -17,7 +17,8 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from ferkd_data.augment.distribution import Augmentation, parse_augmentations
-from ferkd_data.crops import CropDistribution
+from ferkd_data.crop_kinds import CropKind, block_of_kinds, draw_crops_of_kinds, make_crop_kinds
+from ferkd_data.crops import CropDistribution, Crops, draw_crops
 from ferkd_data.errors import UsageError
 from ferkd_data.format.manifest import Layout
 from ferkd_data.images import DEFAULT_MAX_PIXELS
@@ -25,6 +26,7 @@ from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 from ferkd_data.teachers import TeacherSpec
 
 DEFAULT_IMAGES_PER_SHARD: dict[Layout, int] = {"parquet": 4096, "webdataset": 1024}
+DEFAULT_CROPS = 200
 CPU_BATCH = 8
 CUDA_BATCH = 256
 MOST_THREADS = 8
@@ -47,15 +49,19 @@ class BuildSettings:
     [0, 50, 100]
     """
 
-    crops: int = 200
-    """Crops per image, N."""
+    crops: int = None  # type: ignore[assignment]  # a number from __post_init__ on
+    """Crops per image, N: by default 200 or, with `crop_kinds`, the sum of theirs."""
     crops_per_block: int = 50
+    """Crops in one block file; with `crop_kinds`, the largest number up to this with which no block holds two kinds."""
     top_k: int = 5
     layout: Layout = "parquet"
     images_per_shard: int | None = None
     """None: 4096 for parquet, 1024 for webdataset."""
     seed: int = 0
     distribution: CropDistribution = field(default_factory=CropDistribution)
+    crop_kinds: Sequence[str | CropKind] = ()
+    """Kinds of crops for multi-crop students, such as "local:scale=0.05..0.25,size=96,n=80"; each is a range of crop
+    numbers, in this order. Options that a kind does not give are those of `distribution`."""
     augment: Sequence[str] = ()
     """Augmentations that are drawn and recorded with each crop, in order, such as "randaugment:n=2,m=9"."""
     ensemble: Literal["mean", "logits", "geometric"] = "mean"
@@ -64,6 +70,7 @@ class BuildSettings:
     """Images with more pixels are rejected before they are decoded."""
 
     def __post_init__(self) -> None:
+        self._settle_kinds()
         if not 1 <= self.crops <= 65535:
             raise UsageError(f"crops must be 1..65535, got {self.crops}")
         for name in ("crops_per_block", "top_k", "max_pixels"):
@@ -81,6 +88,32 @@ class BuildSettings:
             raise UsageError(f"augment is a list of augmentations, as in augment=[{self.augment!r}]")
         # As parsed, so that two ways to write the same are the same settings.
         object.__setattr__(self, "augment", tuple(map(str, parse_augmentations(self.augment))))
+
+    def _settle_kinds(self) -> None:
+        """Parse the crop kinds; the number of crops and the block size follow from them."""
+        kinds = make_crop_kinds(self.crop_kinds, distribution=self.distribution)
+        total = sum(kind.crops for kind in kinds)
+        if kinds and self.crops not in (None, total):
+            raise UsageError(
+                f"crops is {self.crops}, but the crop kinds have {total} crops together; leave out crops, since each "
+                "kind says its own number (n=)"
+            )
+        object.__setattr__(self, "crop_kinds", kinds)
+        object.__setattr__(self, "crops", (total or DEFAULT_CROPS) if self.crops is None else self.crops)
+        if kinds and self.layout == "parquet" and self.crops_per_block >= 1:
+            object.__setattr__(self, "crops_per_block", block_of_kinds(kinds, self.crops_per_block))
+
+    @property
+    def kinds(self) -> tuple[CropKind, ...]:
+        """The crop kinds as parsed; empty where all crops are drawn from `distribution`."""
+        return self.crop_kinds  # type: ignore[return-value]  # parsed in __post_init__
+
+    def draw(self, key: str, height: int, width: int, *, first: int = 0) -> Crops:
+        """Draw the boxes and flips of crops `first` .. N - 1 of an image. Raises ImageError as `draw_crops` does."""
+        wanted = {"seed": self.seed, "first": first, "count": self.crops - first}
+        if self.kinds:
+            return draw_crops_of_kinds(key, height, width, kinds=self.kinds, **wanted)
+        return draw_crops(key, height, width, distribution=self.distribution, **wanted)
 
     @property
     def augmentations(self) -> tuple[Augmentation, ...]:
@@ -246,6 +279,7 @@ class SettingsKeywords(TypedDict, total=False):
     images_per_shard: int | None
     seed: int
     distribution: CropDistribution
+    crop_kinds: Sequence[str | CropKind]
     augment: Sequence[str]
     ensemble: Literal["mean", "logits", "geometric"]
     thresholds: Thresholds | QuantileThresholds

@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict
 from ferkd_data.builder.plan import Part
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.builder.shard_files import FOLDER, STATE_VERSION, DiskFiles, ShardFiles, ShardRecord
+from ferkd_data.crop_kinds import CropKind
 from ferkd_data.crops import CropDistribution
 from ferkd_data.differences import describe_differences
 from ferkd_data.errors import BuildError, SettingsMismatchError
@@ -176,8 +177,9 @@ class BuildFolder:
         distribution = {name: _tuple(value) for name, value in saved["distribution"].items()}
         return BuildSettings(
             **{
-                **{field.name: saved[field.name] for field in fields(BuildSettings)},
+                **{field.name: saved[field.name] for field in fields(BuildSettings) if field.name in saved},
                 "distribution": CropDistribution(**distribution),
+                "crop_kinds": [CropKind.from_plain(kind) for kind in saved.get("crop_kinds", ())],
                 "thresholds": thresholds(**saved["thresholds"]),
             }
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ferkd_data.crop_kinds import kind_starts
+from ferkd_data.crops import CropDistribution
 from ferkd_data.exchange.card_facts import CardFields, Contents, check_fields, columns_table, mark, read_contents
 from ferkd_data.exchange.front_matter import front_matter, loading
-from ferkd_data.format.manifest import Manifest
+from ferkd_data.format.manifest import CropDistributionEntry, Manifest
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.statistics import summarise
 
@@ -145,15 +147,44 @@ def _teachers(manifest: Manifest) -> str:
 
 
 def _crops(manifest: Manifest) -> str:
-    crops, thresholds = manifest.crop_distribution, manifest.thresholds
+    thresholds = manifest.thresholds
     imported = (manifest.model_extra or {}).get("imported_from")
     seed = f"seed {manifest.seed}" if imported is None else "drawn elsewhere, without a seed of ours"
     measured = "p_max" if thresholds.confidence == "max" else "the ground truth's probability"
     return (
-        f"## Crops\n\nRandomResizedCrop, scale {crops.scale[0]:g} to {crops.scale[1]:g}, ratio {crops.ratio[0]:.4g} to "
-        f"{crops.ratio[1]:.4g}, horizontal flip {crops.hflip:g}, {seed}; in blocks of {manifest.crops_per_block}. "
+        f"## Crops\n\nRandomResizedCrop, {_drawn(manifest)}, {seed}; in blocks of {manifest.crops_per_block}. "
         f"Buckets by {measured}: below {thresholds.low:g} extreme hard, below {thresholds.mid:g} moderate hard, below "
-        f"{thresholds.top:g} hard positive, above easy positive." + _augmentations(manifest)
+        f"{thresholds.top:g} hard positive, above easy positive." + _augmentations(manifest) + _kinds(manifest)
+    )
+
+
+def _drawn(manifest: Manifest) -> str:
+    if manifest.kinds:
+        return "with a distribution for each crop kind"
+    return _distribution(manifest.crop_distribution)
+
+
+def _distribution(crops: CropDistribution | CropDistributionEntry) -> str:
+    return (
+        f"scale {crops.scale[0]:g} to {crops.scale[1]:g}, ratio {crops.ratio[0]:.4g} to "
+        f"{crops.ratio[1]:.4g}, horizontal flip {crops.hflip:g}"
+    )
+
+
+def _kinds(manifest: Manifest) -> str:
+    """Make the table of crop kinds, and say how to train on them."""
+    if not manifest.kinds:
+        return ""
+    rows = [
+        f"| `{kind.name}` | {start} to {start + kind.crops - 1} | {kind.size} px | {_distribution(kind.distribution)} |"
+        for kind, start in zip(manifest.kinds, kind_starts(manifest.kinds), strict=True)
+    ]
+    table = "\n".join(["| crop kind | crops | for students of | drawn with |", "| --- | --- | --- | --- |", *rows])
+    example = ", ".join(f'"{kind.name}": 2' for kind in manifest.kinds)
+    return (
+        f"\n\n{table}\n\nThe crops of one kind are a label set of their own "
+        f'(`labels.crop_kind("{manifest.kinds[0].name}")`); `fd.CropLoader(labels, kinds={{{example}}}, …)` gives a '
+        "batch of each kind."
     )
 
 

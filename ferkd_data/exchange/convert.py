@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from ferkd_data import rng
+from ferkd_data.crop_kinds import block_of_kinds, fits_blocks
 from ferkd_data.errors import LabelSetError, UsageError, check_at_least
 from ferkd_data.exchange.checks import check_as_verify_does
 from ferkd_data.format import out_folder, webdataset
@@ -35,7 +36,8 @@ def convert(
     Layout webdataset needs `images`, joined by key, each with the digest that was labelled. One shard is in memory at a
     time; the manifest is written last. An interrupted conversion is begun again; one that has ended is left as it is.
 
-    Raises UsageError where `out` holds anything else, LabelSetError for an image that is missing or another.
+    Raises UsageError where `out` holds anything else and for blocks that would hold crops of two kinds, LabelSetError
+    for an image that is missing or another.
 
     >>> fd.convert(LABELS, "out", layout="parquet", crops_per_block=5).num_blocks
     1
@@ -45,7 +47,7 @@ def convert(
     if layout not in get_args(Layout):
         raise UsageError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
     source = open_labels(labels)
-    block = crops_per_block or source.manifest.crops_per_block
+    block = _block_size(source, layout, crops_per_block)
     there = out_folder.finished(out)
     if there is not None and _is_of(there, source.manifest, layout, block):
         out_folder.clean(out)
@@ -90,6 +92,21 @@ def convert(
         shutil.copyfile(opened.path, out / rejects.path)
     changes = {"layout": layout, "crops_per_block": block, "shards": tuple(entries)}
     return out_folder.finish(out, source.manifest.model_copy(update=changes))
+
+
+def _block_size(source: LabelSet, layout: Layout, asked: int | None) -> int:
+    """Return the crops of a block. Raises UsageError where blocks of the size asked for would hold two crop kinds."""
+    block, kinds = asked or source.manifest.crops_per_block, source.crop_kinds
+    if layout == "webdataset" or fits_blocks(kinds, block):
+        return block
+    fitting = block_of_kinds(kinds, block)
+    if asked is None:
+        return fitting
+    raise UsageError(
+        f"{source.location}: crop blocks of {asked} would hold crops of two kinds "
+        f"({', '.join(f'{kind.name}:n={kind.crops}' for kind in kinds)}); blocks of {fitting} "
+        "do not"
+    )
 
 
 def _is_of(there: Manifest, source: Manifest, layout: Layout, block: int) -> bool:

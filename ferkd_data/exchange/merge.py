@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 import ferkd_data
+from ferkd_data.crop_kinds import block_of_kinds
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.exchange.checks import check_as_verify_does
 from ferkd_data.format import out_folder, parquet
@@ -28,7 +29,7 @@ from ferkd_data.labels.statistics import shard_statistics
 from ferkd_data.storage import write_atomically
 
 Kind = Literal["teachers", "crops", "images"]
-SAME_CROPS = ("seed", "crop_distribution", "augmentations", "num_crops")
+SAME_CROPS = ("seed", "crop_distribution", "crop_kinds", "augmentations", "num_crops")
 SAME_TEACHERS = ("teachers", "ensemble", "top_k", "thresholds")
 SETTINGS = {"teachers": SAME_CROPS, "crops": (*SAME_TEACHERS, "augmentations"), "images": (*SAME_CROPS, *SAME_TEACHERS)}
 """Settings that must be the same, by what the label sets add to each other."""
@@ -133,6 +134,12 @@ def _kind(sets: Sequence[LabelSet]) -> Kind:
     else:
         raise LabelSetError("some of the label sets hold the same images and some do not; merge those that do first")
     _check_settings(sets, kind)
+    with_kinds = next((labels for labels in sets if labels.crop_kinds), None)
+    if kind == "crops" and with_kinds is not None:
+        raise LabelSetError(
+            f"{with_kinds.location}: has crop kinds, so crops of another label set cannot be added to it: they would "
+            "be of no kind. More crops of its last kind, or a further kind: ferkd-data build --extend --crop-kinds"
+        )
     return kind
 
 
@@ -155,6 +162,8 @@ def _check_settings(sets: Sequence[LabelSet], kind: Kind) -> None:
 
 def _comparable(labels: LabelSet, name: str) -> Any:
     value = getattr(labels.manifest, name)
+    if name == "crop_kinds":
+        return [str(kind) for kind in labels.crop_kinds] or "none"
     if name == "teachers":
         return [(teacher.name, teacher.digest[:12], teacher.weight, teacher.temperature) for teacher in value]
     return value
@@ -174,7 +183,7 @@ class _Merge:
         self.given_weights = None if weights is None else [float(weight) for weight in weights]
         self.crops_per_block = self.first.crops_per_block
         if self.first.layout == "webdataset":
-            self.crops_per_block = min(self.first.num_crops, 50)
+            self.crops_per_block = block_of_kinds(self.first.kinds, min(self.first.num_crops, 50))
         self.images = sum(map(len, sets)) if kind == "images" else len(sets[0])
         shards = sum(len(labels.manifest.shards) for labels in (sets if kind == "images" else sets[:1]))
         num_crops = sum(labels.num_crops for labels in sets) if kind == "crops" else self.first.num_crops

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ferkd_data.crop_kinds import kind_starts
 from ferkd_data.errors import PublishError, RemoteError, UsageError, check_at_least, renamed
 from ferkd_data.exchange.card import render_card
 from ferkd_data.exchange.card_facts import recalled
@@ -14,6 +15,8 @@ from ferkd_data.exchange.signing import SIGNATURE, check_signed, read_remote_sig
 from ferkd_data.exchange.threads import Threads, as_they_end
 from ferkd_data.format.manifest import (
     FILE_NAME,
+    BlockEntry,
+    CropKindEntry,
     FileEntry,
     Manifest,
     ShardEntry,
@@ -57,6 +60,7 @@ def pull(
     out: str | Path,
     *,
     crops: int | None = None,
+    crop_kind: str | None = None,
     shards: Sequence[int] | None = None,
     signed_by: str | Path | None = None,
     signer: str | None = None,
@@ -68,8 +72,9 @@ def pull(
     """Copy a label set from a URL or a folder into `out`, checked file by file; resumes after an interruption.
 
     With `crops`, only the crop blocks that hold the first so many crops of each image come (a whole number of blocks);
-    with `shards`, only those image shards. The smaller label set has a manifest of its own: counts and statistics
-    of what it holds (without those per teacher, which only a build can know), and `pulled_from`.
+    with `crop_kind`, only those of one kind of crops; with `shards`, only those image shards. The smaller label set has
+    a manifest of its own: counts and statistics of what it holds (without those per teacher, which only a build can
+    know), and `pulled_from`.
 
     With `signed_by`, a file of allowed signers as OpenSSH has it, nothing is fetched unless one of them (`signer`,
     where given) signed the manifest, which names the SHA-256 of every file, also of a part. `threads` files are fetched
@@ -93,7 +98,7 @@ def pull(
         signature = read_remote_signature(remote)
         name = check_signed(text, signature, f"{url}/{FILE_NAME}", Path(signed_by), signer)
     whole = parse_manifest(text, f"{url}/{FILE_NAME}")
-    part = _selected(whole, url, crops, shards)
+    part = _selected(whole, url, crops, crop_kind, shards)
     with _alone(out):
         _check_place(out, part)
         # What a killed pull had begun to write; its unfinished downloads have other names, and are gone on with.
@@ -194,10 +199,50 @@ def _arrived(out: Path, entry: FileEntry) -> int:
     return 0
 
 
-def _selected(whole: Manifest, url: str, crops: int | None, shards: Sequence[int] | None) -> Manifest:
-    """Return the manifest of the part, with the statistics of the whole for now; `whole` itself for everything."""
+@dataclass(frozen=True)
+class _Blocks:
+    """The crop blocks that a part has of every shard."""
+
+    first: int
+    count: int
+    crops: int
+    """Crops of each image in these blocks."""
+    kind: CropKindEntry | None = None
+    """Their kind, where the part is one kind of crops."""
+    first_crop: int = 0
+    """The number that the part's first crop has in the whole label set."""
+
+    def of(self, files: Sequence[BlockEntry]) -> tuple[BlockEntry, ...]:
+        """Return these blocks out of a shard's files, numbered from 0."""
+        chosen = files[self.first : self.first + self.count]
+        return tuple(file.model_copy(update={"block": number}) for number, file in enumerate(chosen))
+
+
+def _kind_blocks(whole: Manifest, url: str, name: str) -> _Blocks:
+    """Return the crop blocks of one kind. Raises UsageError where the label set has no files for it alone."""
+    for entry, start in zip(whole.crop_kinds or (), kind_starts(whole.kinds), strict=True):
+        if entry.name == name:
+            if whole.layout == "webdataset" and len(whole.kinds) > 1:
+                raise UsageError(
+                    f"{url}: layout webdataset keeps all crops of an image in one file; pull it without crop_kind "
+                    "(--crop-kind), and choose with labels.crop_kind(NAME)"
+                )
+            per_block = whole.crops_per_block if whole.layout == "parquet" else whole.num_crops
+            count = -(-entry.crops // per_block)
+            return _Blocks(start // per_block, count, entry.crops, kind=entry, first_crop=start)
+    there = ", ".join(kind.name for kind in whole.kinds) or "none: it was built without"
+    raise UsageError(f"{url}: has no crop kind {name!r}; its crop kinds are {there}")
+
+
+def _first_blocks(whole: Manifest, url: str, crops: int | None) -> _Blocks:
+    """Return the crop blocks that hold the first `crops` crops. Raises UsageError where no files hold them alone."""
     blocks, num_crops = whole.num_blocks, whole.num_crops
     if crops is not None:
+        if len(whole.kinds) > 1:
+            raise UsageError(
+                f"{url}: has crops of the kinds {', '.join(kind.name for kind in whole.kinds)}; choose one of them "
+                "with crop_kind (--crop-kind) in place of crops"
+            )
         if not 1 <= crops <= whole.num_crops:
             raise UsageError(f"{url}: crops must be 1..{whole.num_crops} (what was labelled), got {crops}")
         if whole.layout == "webdataset" and crops != whole.num_crops:
@@ -206,21 +251,35 @@ def _selected(whole: Manifest, url: str, crops: int | None, shards: Sequence[int
             )
         blocks = -(-crops // whole.crops_per_block) if whole.layout == "parquet" else 1
         num_crops = min(whole.num_crops, blocks * whole.crops_per_block) if whole.layout == "parquet" else num_crops
+    # A label set with a single kind: the part has fewer crops of it.
+    kinds = whole.crop_kinds or ()
+    kind = kinds[0].model_copy(update={"crops": num_crops}) if len(kinds) == 1 else None
+    return _Blocks(0, blocks, num_crops, kind=kind)
+
+
+def _selected(
+    whole: Manifest, url: str, crops: int | None, crop_kind: str | None, shards: Sequence[int] | None
+) -> Manifest:
+    """Return the manifest of the part, with the statistics of the whole for now; `whole` itself for everything."""
+    if crops is not None and crop_kind is not None:
+        raise UsageError("crops (--crops) and crop_kind (--crop-kind) exclude each other")
+    blocks = _first_blocks(whole, url, crops) if crop_kind is None else _kind_blocks(whole, url, crop_kind)
     wanted = range(len(whole.shards)) if shards is None else sorted(set(shards))
     if shards is not None and not wanted:
         raise UsageError(f"{url}: shards names none; leave it out for all {len(whole.shards)}")
     if any(not 0 <= shard < len(whole.shards) for shard in wanted):
         raise UsageError(f"{url}: shards are 0..{len(whole.shards) - 1}, got {wanted[0]}..{wanted[-1]}")
-    if blocks == whole.num_blocks and len(wanted) == len(whole.shards):
+    if blocks.count == whole.num_blocks and len(wanted) == len(whole.shards):
         return whole
     kept = tuple(
-        ShardEntry(index=index, rows=whole.shards[shard].rows, files=whole.shards[shard].files[:blocks])
+        ShardEntry(index=index, rows=whole.shards[shard].rows, files=blocks.of(whole.shards[shard].files))
         for index, shard in enumerate(wanted)
     )
     rows = sum(shard.rows for shard in kept)
     changes = {
         "num_images": rows,
-        "num_crops": num_crops,
+        "num_crops": blocks.crops,
+        "crop_kinds": whole.crop_kinds if blocks.kind is None else (blocks.kind,),
         "shards": kept,
         "source": whole.source.model_copy(update={"images_seen": rows + whole.rejects.rows}),
         "pulled_from": {
@@ -228,6 +287,7 @@ def _selected(whole: Manifest, url: str, crops: int | None, shards: Sequence[int
             "images": whole.num_images,
             "crops": whole.num_crops,
             "shards": list(wanted),
+            **({"first_crop": blocks.first_crop} if blocks.first_crop else {}),
         },
     }
     return whole.model_copy(update=changes)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ferkd_data.augment.distribution import num_words, parse_augmentations
+from ferkd_data.crop_kinds import MAX_KINDS, MAX_SIZE, NAME_PATTERN, CropKind, fits_blocks, make_crop_kinds
 from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import LabelSetError, ManifestError, UsageError
 from ferkd_data.images.decode import DEFAULT_MAX_PIXELS
@@ -50,7 +51,9 @@ PIXELS = "decoded raster, converted to RGB; EXIF orientation ignored"
 
 RECORDED_OPERATIONS = "recorded-operations-1"
 """Name in `requires`: crops have recorded operations, by version 1 of the list in docs/format.md."""
-KNOWN_REQUIREMENTS = (RECORDED_OPERATIONS,)
+CROP_KINDS = "crop-kinds-1"
+"""Name in `requires`: the crops of an image are of several kinds, which are not meant to be mixed at one size."""
+KNOWN_REQUIREMENTS = (RECORDED_OPERATIONS, CROP_KINDS)
 
 Layout = Literal["parquet", "webdataset"]
 
@@ -138,6 +141,26 @@ class CropDistributionEntry(Record):
         return CropDistribution(scale=self.scale, ratio=self.ratio, hflip=self.hflip)
 
 
+class CropKindEntry(Record):
+    name: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+    crops: Annotated[int, Field(ge=1, le=MAX_CROPS)]
+    """Crops of this kind that each image has; kinds take the crop numbers in the order of the list."""
+    size: Annotated[int, Field(ge=1, le=MAX_SIZE)]
+    """Side in pixels that a student gets these crops in unless the training says otherwise."""
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    hflip: Probability
+
+    @classmethod
+    def of(cls, kind: CropKind) -> CropKindEntry:
+        return cls(name=kind.name, crops=kind.crops, size=kind.size, **asdict(kind.distribution))
+
+    def kind(self) -> CropKind:
+        """Return the kind as builds and readers use it. Raises UsageError for an impossible distribution."""
+        drawn = CropDistribution(scale=self.scale, ratio=self.ratio, hflip=self.hflip)
+        return CropKind(name=self.name, crops=self.crops, size=self.size, distribution=drawn)
+
+
 class ThresholdsEntry(Record):
     low: Probability
     mid: Probability
@@ -195,6 +218,9 @@ class Manifest(Record):
     class_names: tuple[str, ...] | None = None
     seed: int
     crop_distribution: CropDistributionEntry
+    """Distribution of all crops; where there are crop kinds, what the build gave them as defaults."""
+    crop_kinds: Annotated[tuple[CropKindEntry, ...], Field(min_length=1, max_length=MAX_KINDS)] | None = None
+    """Kinds of crops, each a range of crop numbers; absent where all crops are of one distribution."""
     augmentations: Annotated[tuple[str, ...], Field(min_length=1, max_length=16)] | None = None
     """Augmentations that were drawn and recorded with each crop, in order; absent where there are none."""
     requires: tuple[str, ...] | None = None
@@ -211,6 +237,11 @@ class Manifest(Record):
     shards: tuple[ShardEntry, ...]
     rejects: RejectsEntry
     statistics: Statistics
+
+    @property
+    def kinds(self) -> tuple[CropKind, ...]:
+        """The crop kinds; empty where all crops are of one distribution."""
+        return tuple(entry.kind() for entry in self.crop_kinds or ())
 
     @property
     def operation_words(self) -> int:
@@ -398,8 +429,23 @@ def _check_augmentations(manifest: Manifest, where: str) -> None:
         raise ManifestError(f"{where}: augmentations and requires contradict each other")
 
 
+def _check_kinds(manifest: Manifest, where: str) -> None:
+    try:
+        kinds = make_crop_kinds(manifest.kinds)
+    except UsageError as error:
+        raise ManifestError(f"{where}: {error}") from error
+    if bool(kinds) != (CROP_KINDS in (manifest.requires or ())):
+        raise ManifestError(f"{where}: crop_kinds and requires contradict each other")
+    total = sum(kind.crops for kind in kinds)
+    if kinds and total != manifest.num_crops:
+        raise ManifestError(f"{where}: the crop kinds have {total} crops, num_crops says {manifest.num_crops}")
+    if manifest.layout == "parquet" and not fits_blocks(kinds, manifest.crops_per_block):
+        raise ManifestError(f"{where}: crop blocks of {manifest.crops_per_block} hold crops of two kinds")
+
+
 def _check_whole(manifest: Manifest, where: str) -> None:
     _check_augmentations(manifest, where)
+    _check_kinds(manifest, where)
     rows = sum(shard.rows for shard in manifest.shards)
     if rows != manifest.num_images:
         raise ManifestError(f"{where}: the shards hold {rows} rows, num_images says {manifest.num_images}")

@@ -45,7 +45,7 @@ def export_fkd(
     A run that was interrupted is continued; one that has ended is left as it is.
 
     Raises UsageError where `out` holds anything else, for a calibration that FKD's files cannot hold, and for crops
-    with recorded augmentations.
+    with recorded augmentations or of several kinds.
 
     >>> fd.export_fkd(LABELS, "soft_labels/train")
     'marginal_renorm'
@@ -56,6 +56,12 @@ def export_fkd(
         raise UsageError(
             f"{source.location}: its crops have recorded augmentations ({', '.join(source.manifest.augmentations)}); "
             "FKD's files have no place for them: its script would show the student other pixels than the teachers saw"
+        )
+    if len(source.crop_kinds) > 1:
+        raise UsageError(
+            f"{source.location}: has crops of the kinds {', '.join(kind.name for kind in source.crop_kinds)}; FKD's "
+            "script would mix them at one size. Pull one kind and export that: ferkd-data pull "
+            f"{source.location} NEW --crop-kind {source.crop_kinds[0].name}"
         )
     settings: out_folder.Settings = {"command": "export of FKD's files", "labels": source.identity}
     kind = f"marginal_smoothing_k{source.top_k}" if source.top_k in ENTRIES else "marginal_renorm"

@@ -218,11 +218,11 @@ class EnsembleReader:
     def raw_block(self, shard: int, block: int) -> ShardLabels:
         return self.block(shard, block)
 
-    def keys_of(self, shard: int) -> list[str]:
-        return self.sets[0].keys_of(shard)
+    def keys_of(self, shard: int, block: int = 0) -> list[str]:
+        return self.sets[0].keys_of(shard, block)
 
-    def targets_of(self, shard: int) -> npt.NDArray[np.int32]:
-        return self.sets[0].targets_of(shard)
+    def targets_of(self, shard: int, block: int = 0) -> npt.NDArray[np.int32]:
+        return self.sets[0].targets_of(shard, block)
 
     def image_locations(self, shard: int) -> npt.NDArray[np.int64]:
         return self.sets[0].image_locations(shard)
@@ -283,7 +283,7 @@ def check_same_classes(a: RowReader, b: RowReader) -> None:
 
 
 def _check_same_shards(a: RowReader, b: RowReader) -> None:
-    for name in ("seed", "crop_distribution", "augmentations", "num_crops", "crops_per_block", "layout"):
+    for name in ("seed", "crop_distribution", "crop_kinds", "augmentations", "num_crops", "crops_per_block", "layout"):
         ours, theirs = getattr(a.manifest, name), getattr(b.manifest, name)
         if ours != theirs:
             raise LabelSetError(f"{a.location} and {b.location}: {name} differs: {ours} and {theirs}")

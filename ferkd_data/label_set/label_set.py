@@ -14,12 +14,13 @@ import numpy.typing as npt
 
 from ferkd_data import rng
 from ferkd_data.class_map import ClassMap, NewClasses, make_class_map
+from ferkd_data.crop_kinds import CropKind
 from ferkd_data.errors import ShardError, UsageError
 from ferkd_data.format.manifest import FileEntry, Manifest, ShardEntry
 from ferkd_data.html_tables import html_table
 from ferkd_data.label_set.reader import RowReader, VerifyLabels
 from ferkd_data.label_set.selection import Rows, Where, chosen_rows, in_classes, rows_by_target, split_rows
-from ferkd_data.label_set.views import MappedReader, first_rows, map_reader, select_rows
+from ferkd_data.label_set.views import MappedReader, first_rows, map_reader, select_kind, select_rows
 from ferkd_data.labels.rows import ImageLabels, ShardLabels, concat_crops
 from ferkd_data.labels.statistics import Statistics, add, shard_statistics
 from ferkd_data.storage import OpenFile
@@ -66,6 +67,7 @@ class LabelSet:
         rows = [
             ("images", f"{len(self):,}"),
             ("crops", f"{self.num_crops:,} of each image, in {self.num_blocks:,} crop blocks"),
+            *((f"crop kind {kind.name}", f"{kind.crops:,}, {kind.size} px") for kind in self.crop_kinds),
             ("soft labels", f"top-{self.top_k} of {self.num_classes:,} classes"),
             ("teachers", ", ".join(teacher.name for teacher in manifest.teachers)),
             ("thresholds", f"{thresholds.low:g}, {thresholds.mid:g}, {thresholds.top:g}"),
@@ -83,6 +85,11 @@ class LabelSet:
     def num_crops(self) -> int:
         """N: crops per image that this label set shows."""
         return self.reader.num_crops
+
+    @property
+    def crop_kinds(self) -> tuple[CropKind, ...]:
+        """The kinds of crops, in the order of their crop numbers; empty where all crops are of one distribution."""
+        return self.manifest.kinds
 
     @property
     def identity(self) -> str:
@@ -202,13 +209,13 @@ class LabelSet:
         """Read a block as `block` does, with the right shapes and types but whatever values the file holds."""
         return self.reader.raw_block(shard, block)
 
-    def keys_of(self, shard: int) -> list[str]:
-        """Read the keys of one shard's rows. Raises ShardError as `shard` does."""
-        return self.reader.keys_of(shard)
+    def keys_of(self, shard: int, block: int = 0) -> list[str]:
+        """Read the keys of one shard's rows out of this block's file. Raises ShardError as `shard` does."""
+        return self.reader.keys_of(shard, block)
 
-    def targets_of(self, shard: int) -> npt.NDArray[np.int32]:
+    def targets_of(self, shard: int, block: int = 0) -> npt.NDArray[np.int32]:
         """Read the ground truths (R,) of one shard's rows, -1 where unknown. Raises ShardError as `shard` does."""
-        return self.reader.targets_of(shard)
+        return self.reader.targets_of(shard, block)
 
     def image_locations(self, shard: int) -> npt.NDArray[np.int64]:
         """Read (R, 2): offset and length in bytes of each image within its shard's tar, in layout webdataset."""
@@ -323,6 +330,16 @@ class LabelSet:
         Raises UsageError when nothing is selected, or for a key, class or row that does not exist.
         """
         return self._with_rows(chosen_rows(self, keys=keys, classes=classes, rows=rows, where=where))
+
+    def crop_kind(self, name: str, *, crops: int | None = None) -> LabelSet:
+        """Select the crops of one kind, as a view: a label set whose crops 0 .. N - 1 are those of the kind.
+
+        With `crops`, only the first so many of them are shown. Of a label set of layout parquet on a server, only the
+        crop blocks of this kind are fetched.
+
+        Raises UsageError for a kind that the label set does not have, and for more crops than there are.
+        """
+        return LabelSet(select_kind(self.reader, name, crops))
 
     def split(self, share: float, *, seed: int = 0) -> tuple[LabelSet, LabelSet]:
         """Split into two disjoint views: all images but about `share` of them, and these.

@@ -27,8 +27,9 @@ def open_labels(
     """Open the label set in a folder, or at an http(s)://, s3://, gs:// or hf://datasets/ORG/NAME URL.
 
     With `crops`, only the first `crops` crops of each image are shown, and only the crop blocks that hold them are
-    read. Files of a remote set are fetched when first needed, checked, and kept in `cache_dir` (default:
-    $FERKD_DATA_CACHE or the user's cache folder), which holds at most `cache_bytes`.
+    read; `LabelSet.crop_kind` does that for label sets with crop kinds. Files of a remote set are fetched when first
+    needed, checked, and kept in `cache_dir` (default: $FERKD_DATA_CACHE or the user's cache folder), which holds at
+    most `cache_bytes`.
 
     With `verify_labels="first_read"`, the SHA-256 of each file is compared with the manifest when a process first
     reads the file, so that a damaged file is an error; one that was damaged in the cache is fetched again. "never"
@@ -66,6 +67,11 @@ def open_labels(
         text = read_manifest_bytes(folder)
         files = LocalFiles(folder)
     manifest = parse_manifest(text, f"{files.location}/{FILE_NAME}")
+    if crops is not None and len(manifest.kinds) > 1:
+        raise UsageError(
+            f"{files.location}: has crops of the kinds {', '.join(kind.name for kind in manifest.kinds)}, so `crops` "
+            "does not say of which; leave it out and choose: open_labels(...).crop_kind(NAME, crops=...)"
+        )
     if crops is not None and not 1 <= crops <= manifest.num_crops:
         raise UsageError(f"{files.location}: crops must be 1..{manifest.num_crops} (what was labelled), got {crops}")
     num_crops = manifest.num_crops if crops is None else crops

@@ -69,11 +69,11 @@ class RowReader(Protocol):
     def raw_block(self, shard: int, block: int) -> ShardLabels:
         """Read a block as `block` does, with the right shapes and types but whatever values the file holds."""
 
-    def keys_of(self, shard: int) -> list[str]:
-        """Read the keys (R,) of one shard."""
+    def keys_of(self, shard: int, block: int = 0) -> list[str]:
+        """Read the keys (R,) of one shard out of this crop block's file; every block of a shard has the same."""
 
-    def targets_of(self, shard: int) -> npt.NDArray[np.int32]:
-        """Read the ground truths (R,) of one shard, -1 where unknown."""
+    def targets_of(self, shard: int, block: int = 0) -> npt.NDArray[np.int32]:
+        """Read the ground truths (R,) of one shard, -1 where unknown, out of this crop block's file."""
 
     def image_locations(self, shard: int) -> npt.NDArray[np.int64]:
         """Read (R, 2): offset and length in bytes of each image within its shard's tar, in layout webdataset."""
@@ -171,19 +171,19 @@ class StoredReader:
                 return plain
             return _checked_rows(file.path, self.manifest, entry, [row for row, _ in webdataset.read_rows(file.path)])
 
-    def keys_of(self, shard: int) -> list[str]:
+    def keys_of(self, shard: int, block: int = 0) -> list[str]:
         entry = self.manifest.shards[shard]
         # A tar is not hashed for its keys: they are in its headers, which have checksums; its images would be read too.
-        with self.open(entry.files[0], check=self.manifest.layout == "parquet") as file:
+        with self.open(entry.files[block], check=self.manifest.layout == "parquet") as file:
             if self.manifest.layout == "parquet":
                 return parquet.read_keys(file.path, rows=entry.rows)
             return [sample.key for sample in webdataset.scan(file.path)]
 
-    def targets_of(self, shard: int) -> npt.NDArray[np.int32]:
+    def targets_of(self, shard: int, block: int = 0) -> npt.NDArray[np.int32]:
         if self.manifest.layout == "webdataset":
             return self.block(shard, 0).target
         entry = self.manifest.shards[shard]
-        with self.open(entry.files[0]) as file:
+        with self.open(entry.files[block]) as file:
             targets = parquet.read_targets(file.path, rows=entry.rows)
             check_targets(str(file.path), targets, self.manifest.num_classes)
         return targets

@@ -1,4 +1,4 @@
-"""Views of a label set: some of its rows, or its labels in terms of other classes.
+"""Views of a label set: some of its rows, the crops of one kind, or its labels in terms of other classes.
 
 Legend: R images of a shard, N crops per image, k kept classes.
 """
@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data.class_map import ClassMap, map_columns
+from ferkd_data.crop_kinds import kind_starts
+from ferkd_data.errors import UsageError
 from ferkd_data.format.manifest import FileEntry, Manifest
 from ferkd_data.label_set.reader import RowReader, VerifyLabels
 from ferkd_data.label_set.selection import Rows
@@ -94,12 +96,12 @@ class SelectionReader:
     def raw_block(self, shard: int, block: int) -> ShardLabels:
         return self.base.raw_block(shard, block).take(self._rows_in(shard))
 
-    def keys_of(self, shard: int) -> list[str]:
-        keys = self.base.keys_of(shard)
+    def keys_of(self, shard: int, block: int = 0) -> list[str]:
+        keys = self.base.keys_of(shard, block)
         return [keys[row] for row in self._rows_in(shard).tolist()]
 
-    def targets_of(self, shard: int) -> npt.NDArray[np.int32]:
-        return self.base.targets_of(shard)[self._rows_in(shard)]
+    def targets_of(self, shard: int, block: int = 0) -> npt.NDArray[np.int32]:
+        return self.base.targets_of(shard, block)[self._rows_in(shard)]
 
     def image_locations(self, shard: int) -> npt.NDArray[np.int64]:
         return self.base.image_locations(shard)[self._rows_in(shard)]
@@ -115,6 +117,103 @@ class SelectionReader:
 
     def verified(self, verify_labels: VerifyLabels) -> SelectionReader:
         return SelectionReader(self.base.verified(verify_labels), self.rows)
+
+
+def select_kind(reader: RowReader, name: str, crops: int | None) -> RowReader:
+    """Show the crops of one kind, or the first `crops` of them. Raises UsageError as `LabelSet.crop_kind` does."""
+    if isinstance(reader, MappedReader):
+        return MappedReader(select_kind(reader.base, name, crops), reader.class_map)
+    return KindReader(reader, name, crops)
+
+
+class KindReader:
+    """The crops of one kind of another reader, as `LabelSet.crop_kind` shows them. Its first crop is crop 0 here."""
+
+    def __init__(self, base: RowReader, name: str, crops: int | None) -> None:
+        kinds = base.manifest.kinds
+        number = next((number for number, kind in enumerate(kinds) if kind.name == name), None)
+        if number is None:
+            there = f"it has {', '.join(kind.name for kind in kinds)}" if kinds else "it was built without crop kinds"
+            raise UsageError(f"{base.location}: has no crop kind {name!r}; {there}")
+        self.base = base
+        self.kind = kind = kinds[number]
+        self._first = kind_starts(kinds)[number]
+        shown = min(kind.crops, base.num_crops - self._first)
+        if crops is not None and not 1 <= crops <= shown:
+            raise UsageError(f"{base.location}: crops must be 1..{shown} for the crop kind {name!r}, got {crops}")
+        self.num_crops = shown if crops is None else crops
+        self._asked = crops
+        self.manifest = self._manifest()
+        self.identity = _identity(base, f"crop kind {name} {self.num_crops}".encode())
+
+    def _manifest(self) -> Manifest:
+        """Return the manifest of a label set that has this kind alone; files keep the block numbers of `base`."""
+        whole, changes = self.base.manifest, dict[str, Any]()
+        entry = next(entry for entry in whole.crop_kinds or () if entry.name == self.kind.name)
+        if whole.layout == "parquet":
+            blocks = slice(self._first_block, self._first_block + -(-self.kind.crops // whole.crops_per_block))
+            shards = [shard.model_copy(update={"files": shard.files[blocks]}) for shard in whole.shards]
+            changes["shards"] = tuple(shards)
+        changes |= {"num_crops": self.kind.crops, "crop_kinds": (entry,), "statistics": Statistics()}
+        return whole.model_copy(update=changes)
+
+    @property
+    def _first_block(self) -> int:
+        # No crop block holds crops of two kinds, which the manifest's check makes sure of.
+        manifest = self.base.manifest
+        return self._first // manifest.crops_per_block if manifest.layout == "parquet" else 0
+
+    def __repr__(self) -> str:
+        return f"<{self.num_crops} crops of kind {self.kind.name!r} of {self.base!r}>"
+
+    @property
+    def statistics(self) -> None:
+        return None
+
+    @property
+    def location(self) -> str:
+        return self.base.location
+
+    @property
+    def is_local(self) -> bool:
+        return self.base.is_local
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.base.cache_bytes
+
+    def block(self, shard: int, block: int) -> ShardLabels:
+        return self._of_kind(self.base.block(shard, self._first_block + block))
+
+    def raw_block(self, shard: int, block: int) -> ShardLabels:
+        return self._of_kind(self.base.raw_block(shard, self._first_block + block))
+
+    def _of_kind(self, labels: ShardLabels) -> ShardLabels:
+        if self.manifest.layout == "parquet":
+            return labels
+        return labels.crop_range(self._first, self._first + self.kind.crops)
+
+    def keys_of(self, shard: int, block: int = 0) -> list[str]:
+        # Out of a file of this kind: a label set on a server need not fetch any other for them.
+        return self.base.keys_of(shard, self._first_block + block)
+
+    def targets_of(self, shard: int, block: int = 0) -> npt.NDArray[np.int32]:
+        return self.base.targets_of(shard, self._first_block + block)
+
+    def image_locations(self, shard: int) -> npt.NDArray[np.int64]:
+        return self.base.image_locations(shard)
+
+    def fetch(self, shard: int, block: int) -> None:
+        self.base.fetch(shard, self._first_block + block)
+
+    def check_size(self, shard: int, block: int) -> None:
+        self.base.check_size(shard, self._first_block + block)
+
+    def open(self, entry: FileEntry, *, check: bool = True) -> OpenFile:
+        return self.base.open(entry, check=check)
+
+    def verified(self, verify_labels: VerifyLabels) -> KindReader:
+        return KindReader(self.base.verified(verify_labels), self.kind.name, self._asked)
 
 
 class MappedReader:
@@ -164,11 +263,11 @@ class MappedReader:
         changed: dict[str, Any] = {**map_columns(self.class_map, columns, self.manifest.thresholds.absolute())}
         return replace(labels, **changed)
 
-    def keys_of(self, shard: int) -> list[str]:
-        return self.base.keys_of(shard)
+    def keys_of(self, shard: int, block: int = 0) -> list[str]:
+        return self.base.keys_of(shard, block)
 
-    def targets_of(self, shard: int) -> npt.NDArray[np.int32]:
-        return self.class_map.targets(self.base.targets_of(shard)).astype(np.int32)
+    def targets_of(self, shard: int, block: int = 0) -> npt.NDArray[np.int32]:
+        return self.class_map.targets(self.base.targets_of(shard, block)).astype(np.int32)
 
     def image_locations(self, shard: int) -> npt.NDArray[np.int64]:
         return self.base.image_locations(shard)

@@ -39,7 +39,7 @@ from ferkd_data.loader.image_table import (
     labelled_pixels,
 )
 from ferkd_data.loader.label_cache import LabelCache
-from ferkd_data.loader.labelling import BlockDraws, Drawn, draw_crops, epoch_draws, window_targets
+from ferkd_data.loader.labelling import BlockDraws, Drawn, draw_crops, draw_seed, epoch_draws, window_targets
 from ferkd_data.loader.order import FromPosition, InChunks, epoch_order
 from ferkd_data.loader.schedule import Window, stand_in
 from ferkd_data.loader.settings import LoaderSettings, without_functions
@@ -125,6 +125,7 @@ class BatchMaker:
         self._newest = -1
         """The latest epoch so far; a later one lets go of crop blocks that it does not draw from."""
         self.epochs = Epochs(settings, len(labels))
+        self._draw_seed = draw_seed(labels, settings.seed)
         self._order: tuple[int, InChunks] | None = None
         self._shard_rows = np.array([shard.rows for shard in labels.manifest.shards], np.int64)
 
@@ -221,7 +222,7 @@ class BatchMaker:
             records = self._records(window, order, rows, draws)
         with self.clock.label:
             calibration = self.epochs.at(window.epoch).calibration
-            drawn = draw_crops(self.labels, records, draws, calibration=calibration, seed=self.settings.seed)
+            drawn = draw_crops(self.labels, records, draws, calibration=calibration, seed=self._draw_seed)
             target = records[0]["target"]
             targets = window_targets(self.labels, window, drawn, rows=rows, target=target, calibration=calibration)
         return Labelled(rows, records[0], drawn, targets)
@@ -323,7 +324,7 @@ class BatchMaker:
         with lent_generators():
             for m, slot in enumerate(window.slots[i].tolist()):
                 if slot >= 0:
-                    crop, seed = images[slot], crop_seed(self.settings.seed, key_hash, drawn + m)
+                    crop, seed = images[slot], crop_seed(self._draw_seed, key_hash, drawn + m)
                     given = transformed(transform, crop, seed, lambda: self._describe(int(labelled.rows[i])))
                     if given is not crop:
                         crop.copy_(given)
@@ -356,7 +357,7 @@ class BatchMaker:
         for i, (size, cursor) in enumerate(zip(window.batches, window.cursors, strict=True)):
             # Seeded by the batch's first position, so that ranks mix differently and a resume mixes the same.
             first = int(window.positions[0])
-            generator = rng.generator("selfmix", self.settings.seed, cursor.epoch, first, i)
+            generator = rng.generator("selfmix", self._draw_seed, cursor.epoch, first, i)
             _, targets[i] = selfmix(
                 images[start : start + size],
                 targets[i],

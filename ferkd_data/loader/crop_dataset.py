@@ -17,7 +17,7 @@ from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import Work
 from ferkd_data.loader.like_dataloader import class_names, class_numbers, refuse_transform
-from ferkd_data.loader.opening import open_maker
+from ferkd_data.loader.opening import default_size, open_maker
 from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
 from ferkd_data.loader.schedule import Cursor, Window
 from ferkd_data.loader.settings import (
@@ -106,7 +106,7 @@ class CropDataset(Dataset[Item]):
         repeats: int = 1,
         rank: int | None = None,
         world_size: int | None = None,
-        size: int | OfEpoch = 224,
+        size: int | OfEpoch | None = None,
         interpolation: Interpolation = "bilinear",
         calibration: CalibrationSetting = "ferkd",
         seed: int = 0,
@@ -131,7 +131,7 @@ class CropDataset(Dataset[Item]):
         settings = LoaderSettings(
             batch_size=crops_per_image * self._turns.count,
             crops_per_image=crops_per_image * self._turns.count,
-            size=size,
+            size=default_size(labels) if size is None else size,
             interpolation=interpolation,
             calibration=calibration,
             order="sequential",

@@ -21,7 +21,7 @@ from ferkd_data.loader.batch_maker import BatchMaker, Made
 from ferkd_data.loader.clocks import EpochClock
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.like_dataloader import DataLoaderLike
-from ferkd_data.loader.opening import open_maker
+from ferkd_data.loader.opening import default_size, open_maker
 from ferkd_data.loader.order import OrderKind
 from ferkd_data.loader.pool import Workers
 from ferkd_data.loader.schedule import Cursor, Layout, Window, count_batches, read_cursor, saved_epoch, settled, windows
@@ -85,7 +85,7 @@ class CropLoader(DataLoaderLike):
         images: str | Path | ImageSource | None = None,
         batch_size: int,
         crops_per_image: int | OfEpoch = 4,
-        size: int | OfEpoch = 224,
+        size: int | OfEpoch | None = None,
         epoch: EpochKind = "images",
         interpolation: Interpolation = "bilinear",
         calibration: CalibrationSetting = "ferkd",
@@ -117,7 +117,8 @@ class CropLoader(DataLoaderLike):
         images: a folder, tars or Parquet (see `open_source`), joined with the labels by key; None for a label set of
             layout webdataset, which has its own.
         batch_size: crops per batch and rank, B; a multiple of crops_per_image, M.
-        crops_per_image, size: numbers, or functions of the epoch that give one.
+        crops_per_image, size: numbers, or functions of the epoch that give one. size: the side of a crop in pixels, by
+            default 224, or that of the kind for a label set of one crop kind.
         epoch: "images": an epoch is one pass over the images, and so trains on M crops of each. "crops": an epoch is as
             many crops as there are images, so that each image comes in one of M epochs. See docs/epochs.md.
         interpolation: bilinear is Pillow's within a grey level. bicubic may differ from Pillow's by 7 levels, which
@@ -164,7 +165,7 @@ class CropLoader(DataLoaderLike):
         self.settings = LoaderSettings(
             batch_size=batch_size,
             crops_per_image=crops_per_image,
-            size=size,
+            size=default_size(labels) if size is None else size,
             epoch=epoch,
             interpolation=interpolation,
             calibration=calibration,

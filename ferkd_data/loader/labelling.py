@@ -83,6 +83,15 @@ def draw(
     return drawn
 
 
+def draw_seed(labels: LabelSet, seed: int) -> int:
+    """Return the seed of a loader's draws from these labels: of one crop kind, a seed of its own.
+
+    So the crops of two kinds are drawn independently, and those of a kind are the same beside whichever others.
+    """
+    kinds = labels.crop_kinds
+    return rng.hash64("crop kind", seed, kinds[0].name) if kinds else seed
+
+
 DRAWN_FIELDS = ("boxes", "flip", "operations", "class_index", "class_prob")
 
 

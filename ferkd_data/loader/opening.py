@@ -8,6 +8,8 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from ferkd_data.crop_kinds import DEFAULT_SIZE
+from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import BatchMaker
@@ -16,6 +18,21 @@ from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.settings import LoaderSettings
 from ferkd_data.loader.shard_files import ShardRecords
 from ferkd_data.loader.transform import draws_elsewhere
+
+
+def check_one_kind(labels: LabelSet) -> None:
+    """Raise UsageError for crops of several kinds: at one size, they are not what they were drawn for."""
+    kinds = labels.crop_kinds
+    if len(kinds) > 1:
+        raise UsageError(
+            f"{labels.location}: has crops of the kinds {', '.join(kind.name for kind in kinds)}, which do not go into "
+            f"batches of one size. Train on one of them, labels.crop_kind({kinds[0].name!r})"
+        )
+
+
+def default_size(labels: LabelSet) -> int:
+    """Return the side of crops that a student gets unless the user says otherwise: that of their kind, else 224."""
+    return labels.crop_kinds[0].size if labels.crop_kinds else DEFAULT_SIZE
 
 
 def open_maker(
@@ -33,6 +50,7 @@ def open_maker(
 
     Raises UsageError when there are no images, LabelSetError when images and labels do not match.
     """
+    check_one_kind(labels)
     streamed = settings.streamed and not at_random
     missing: Missing = settings.images_missing
     if missing == "raise" and settings.on_error == "skip":

@@ -18,6 +18,8 @@ import numpy as np
 
 import ferkd_data
 from ferkd_data import extras
+from ferkd_data.crops import CropDistribution
+from ferkd_data.format.manifest import CropDistributionEntry, Manifest
 from ferkd_data.label_set import LabelSet
 from ferkd_data.report import figures, tables
 from ferkd_data.report.cards import (
@@ -165,12 +167,8 @@ def facts(labels: LabelSet, found: Collected, hours: float | None) -> list[tuple
     manifest, sketch = labels.manifest, found.sketch
     size = sum(file.bytes for shard in manifest.shards for file in shard.files)
     forwards = sketch.crops * len(manifest.teachers)
-    thresholds, crops = manifest.thresholds, manifest.crop_distribution
+    thresholds = manifest.thresholds
     cost = f"{forwards:,} teacher forwards" + (f", {hours:,.1f} hours" if hours is not None else "")
-    distribution = (
-        f"area {crops.scale[0]:g} to {crops.scale[1]:g} of the image, ratio {crops.ratio[0]:.3g} to "
-        f"{crops.ratio[1]:.3g}, flipped with probability {crops.hflip:g}, seed {manifest.seed}"
-    )
     kind = "p_max" if thresholds.confidence == "max" else "the ground truth's probability"
     return [
         ("Images", f"{sketch.images:,}" + (f", {manifest.rejects.rows:,} rejected" if manifest.rejects.rows else "")),
@@ -179,12 +177,29 @@ def facts(labels: LabelSet, found: Collected, hours: float | None) -> list[tuple
         ("Soft labels", f"the {manifest.top_k} most probable classes of each crop"),
         ("Size", f"{size / 1e6:,.2f} MB, {size / max(sketch.crops, 1):.1f} bytes per crop, layout {manifest.layout}"),
         ("Cost", cost),
-        ("Crop distribution", distribution),
+        *distributions(manifest),
         ("Thresholds", f"{thresholds.low:g}, {thresholds.mid:g}, {thresholds.top:g} on {kind}"),
         ("Source", manifest.source.description),
         ("Written by", f"{manifest.created_by.name} {manifest.created_by.version}, format version {manifest.version}"),
         ("Identity", f"{labels.identity[:16]} (SHA-256 of the manifest)"),
     ]  # fmt: skip
+
+
+def distributions(manifest: Manifest) -> list[tuple[str, str]]:
+    """List how crops were drawn as (name, value): all of them, or those of each kind."""
+
+    def told(crops: CropDistribution | CropDistributionEntry) -> str:
+        return (
+            f"area {crops.scale[0]:g} to {crops.scale[1]:g} of the image, ratio {crops.ratio[0]:.3g} to "
+            f"{crops.ratio[1]:.3g}, flipped with probability {crops.hflip:g}, seed {manifest.seed}"
+        )
+
+    if not manifest.kinds:
+        return [("Crop distribution", told(manifest.crop_distribution))]
+    return [
+        (f"Crop kind {kind.name}", f"{kind.crops:,} of each image, for {kind.size} px: {told(kind.distribution)}")
+        for kind in manifest.kinds
+    ]
 
 
 def histogram_bars(sketch: Sketch) -> dict[str, list[tuple[float, int]]]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from ferkd_data.crop_kinds import kind_starts
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
@@ -66,9 +67,9 @@ def show(
 ) -> Shown:
     """Draw an image with its boxes coloured by bucket, and its least and most confident crops with their labels.
 
-    `key` is an image's key or its row number. `images` is the SOURCE that was labelled; a label set of layout
-    webdataset does without. `crops` is the number of least confident and of most confident crops. `class_names` name
-    the classes of a label set without names.
+    Where there are crop kinds, each has rows of its own. `key` is an image's key or its row number. `images` is the
+    SOURCE that was labelled; a label set of layout webdataset does without. `crops` is the number of least confident
+    and of most confident crops. `class_names` name the classes of a label set without names.
 
     Raises KeyError for an unknown key, UsageError without images and for `crops` below 1, ImageError where the image is
     not the one that was labelled.
@@ -82,9 +83,23 @@ def show(
     image = labels[name]
     pixels = image_of(labels, name, images)
     names = class_names or labels.class_names
-    order = ranked(image)
-    rows = [("least confident", order[:crops]), ("most confident", order[::-1][:crops])]
+    rows = _rows(labels, image, crops)
     return Shown(_drawn(image, pixels, rows, names), _told(image, rows, names))
+
+
+def _rows(labels: LabelSet, image: ImageLabels, crops: int) -> list[tuple[str, list[int]]]:
+    """Choose the crops to draw, in titled rows: the least and the most confident ones, of each crop kind."""
+    order, kinds = ranked(image), labels.crop_kinds
+    if not kinds:
+        return [("least confident", order[:crops]), ("most confident", order[::-1][:crops])]
+    rows = []
+    for kind, start in zip(kinds, kind_starts(kinds), strict=True):
+        mine = [number for number in order if start <= number < start + kind.crops]
+        rows += [
+            (f"{kind.name} ({kind.size} px), least confident", mine[:crops]),
+            (f"{kind.name} ({kind.size} px), most confident", mine[::-1][:crops]),
+        ]
+    return rows
 
 
 def _drawn(

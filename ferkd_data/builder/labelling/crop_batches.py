@@ -26,7 +26,7 @@ from ferkd_data.augment.distribution import Augmentation
 from ferkd_data.builder.labelling.forwards import Staging
 from ferkd_data.builder.labelling.job import Tools
 from ferkd_data.builder.settings import BuildSettings
-from ferkd_data.crops import Crops, draw_crops
+from ferkd_data.crops import Crops
 from ferkd_data.errors import BuildError, ImageError
 from ferkd_data.images import ImageRef, Reject, decode_rgb, while_it_answers
 from ferkd_data.labels.rows import UNKNOWN_TARGET
@@ -169,9 +169,9 @@ def _decode(
             raise data
         pixels = decode_rgb(data, max_pixels=settings.max_pixels)
         height, width = pixels.shape[:2]
-        wanted = {"seed": settings.seed, "first": first_crop, "count": settings.crops - first_crop}
-        crops = draw_crops(ref.key, height, width, distribution=settings.distribution, **wanted)
+        crops = settings.draw(ref.key, height, width, first=first_crop)
         if augmentations:
+            wanted = {"seed": settings.seed, "first": first_crop, "count": settings.crops - first_crop}
             crops = replace(crops, operations=draw_operations(ref.key, augmentations, **wanted).pack())
     except ImageError as error:
         return Reject(key=ref.key, reason=error.reason, detail=error.detail)
