@@ -13,17 +13,23 @@ import pyarrow.parquet as pq
 
 SIDES = ("box_top", "box_left", "box_height", "box_width")
 PER_CROP = ("class_index", "class_prob", "flip", "bucket", "target_prob")
+# Recorded operations are further columns, read by standalone_operations.py; crop kinds name ranges of crop numbers.
+KNOWN = {"recorded-operations-1", "crop-kinds-1"}
 
 
 def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every image's labels: boxes (N, 4), class_index and class_prob (N, k), flip, bucket, target_prob (N,)."""
+    """Every image's labels: boxes (N, 4), class_index and class_prob (N, k), flip, bucket, target_prob, kind (N,)."""
     manifest = json.loads((folder / "manifest.json").read_text())
     if (manifest["format"], manifest["version"]) != ("ferkd-data", 1):
         raise SystemExit(f"{folder}: not a label set of version 1")
+    if unknown := set(manifest.get("requires", [])) - KNOWN:
+        raise SystemExit(f"{folder}: requires {unknown}, which this reader does not know")
+    kinds = [kind["name"] for kind in manifest.get("crop_kinds", []) for _ in range(kind["crops"])]
     for shard in manifest["shards"]:
         if shard["rows"]:
             files = [folder / file["path"] for file in sorted(shard["files"], key=lambda file: file["block"])]
-            yield from read_tar(files[0]) if files[0].suffix == ".tar" else read_blocks(files, manifest["top_k"])
+            rows = read_tar(files[0]) if files[0].suffix == ".tar" else read_blocks(files, manifest["top_k"])
+            yield from ({**row, "kind": kinds} for row in rows)
 
 
 def read_blocks(files: list[Path], top_k: int) -> Iterator[dict[str, Any]]:
