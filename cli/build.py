@@ -54,7 +54,7 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     group=LABELS,
     multiple=True,
     metavar="SPEC",
-    help="A kind of crops for multi-crop students, such as global:scale=0.25..1,n=20 or "
+    help="Label a kind of crops for multi-crop students, such as global:scale=0.25..1,n=20 or "
     "local:scale=0.05..0.25,size=96,n=80, in place of --crops (docs/crop_kinds.md). Give it once for each kind.",
 )
 @grouped(
@@ -255,8 +255,8 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     "--extend",
     group=FILES,
     is_flag=True,
-    help="Add more --crops (or --crop-kinds), new images of SOURCE, or both to the finished label set in OUT. Teachers, classes and all "
-    "other settings come from its manifest. With --overwrite, restart an unfinished extension.",
+    help="Add more --crops (or --crop-kinds), new images of SOURCE, or both to the finished label set in OUT. Teachers, "
+    "classes and all other settings come from its manifest. With --overwrite, restart an unfinished extension.",
 )
 @grouped(
     "--dry-run",
