@@ -255,8 +255,9 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
     "--extend",
     group=FILES,
     is_flag=True,
-    help="Add more --crops (or --crop-kinds), new images of SOURCE, or both to the finished label set in OUT. Teachers, "
-    "classes and all other settings come from its manifest. With --overwrite, restart an unfinished extension.",
+    help="Add more --crops (or --crop-kinds), new images of SOURCE, or both to the finished label set in OUT. "
+    "Teachers, classes and all other settings come from its manifest. With --overwrite, restart an unfinished "
+    "extension.",
 )
 @grouped(
     "--dry-run",
