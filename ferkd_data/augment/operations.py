@@ -81,10 +81,18 @@ def apply_operations(images: Tensor, operations: Operations) -> None:
         for code in np.unique(codes[codes > 0]).tolist():
             rows = np.flatnonzero(codes == code)
             value = torch.from_numpy(values[rows].astype(np.int64)).to(images.device)
-            index = torch.from_numpy(rows).to(images.device)
-            # Contiguous (planar): most operations take twice as long on channels-last memory.
-            images[index] = BY_CODE[code].apply(images[index].contiguous(), value)
+            if images.device.type == "cpu":
+                # One by one, a crop's intermediate results stay in the cache, and nothing is gathered or scattered.
+                for number, row in enumerate(rows.tolist()):
+                    _apply(BY_CODE[code].apply, images, slice(row, row + 1), value[number : number + 1])
+            else:
+                _apply(BY_CODE[code].apply, images, torch.from_numpy(rows).to(images.device), value)
     _erase(images, operations.erase)
+
+
+def _apply(operation: Operation, images: Tensor, group: slice | Tensor, values: Tensor) -> None:
+    # Contiguous (planar): most operations take twice as long on channels-last memory.
+    images[group] = operation(images[group].contiguous(), values)
 
 
 def check_operations(operations: Operations) -> None:
@@ -122,10 +130,20 @@ def _each(values: Tensor) -> Tensor:
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     """Blend: factor / 1000 of the image plus the rest of `other`, rounded half up and clipped."""
-    # Adding half the divisor before the floor division rounds half up; so it does below.
-    # int32 suffices: a factor is at most 32,000, and 2 * 32,000 * 255 is below 2**24.
-    mixed = _each(factor) * images.to(torch.int32) + (FACTOR - _each(factor)) * other
-    return (mixed + FACTOR // 2).div_(FACTOR, rounding_mode="floor").clamp_(0, 255).to(torch.uint8)
+    # Whole numbers in float32, which is exact below 2**24: a factor is at most 32,000, and 2 * 32,000 * 255 is less.
+    share = _each(factor).to(torch.float32)
+    mixed = images.to(torch.float32) * share + other.to(torch.float32) * (FACTOR - share)
+    # Clipping first changes no result, and leaves numbers that `_divided` takes.
+    return _divided(mixed.clamp_(0, 255 * FACTOR).add_(FACTOR // 2), FACTOR)
+
+
+def _divided(numbers: Tensor, divisor: int) -> Tensor:
+    """Divide whole numbers in 0 … 2**19 by a divisor of at most 1,000, rounding down; return uint8.
+
+    Floats are several times faster than integer division, and exact here: (n + 1/2) / divisor is at least 1/2,000 away
+    from every whole number, and float32 errs by less than 2**-14 below 512.
+    """
+    return (numbers.to(torch.float32) + 0.5).mul_(1 / divisor).to(torch.uint8)
 
 
 def grey(images: Tensor) -> Tensor:
@@ -166,13 +184,14 @@ def saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with Pillow's SMOOTH filter, (1 1 1, 1 5 1, 1 1 1) / 13; the outermost pixels are unchanged."""
-    whole = images.to(torch.int32)
-    smooth = whole.clone()
+    smooth = images.clone()
     if min(images.shape[2:]) > 2:
+        # Sums are at most 13 * 255 + 6, within int16.
+        whole = images.to(torch.int16)
         rows = whole[:, :, :-2] + whole[:, :, 1:-1] + whole[:, :, 2:]
         # The 3x3 sum has the centre once, and the filter five times.
         box = rows[:, :, :, :-2] + rows[:, :, :, 1:-1] + rows[:, :, :, 2:]
-        smooth[:, :, 1:-1, 1:-1] = (box + 4 * whole[:, :, 1:-1, 1:-1] + 6).div_(13, rounding_mode="floor")
+        smooth[:, :, 1:-1, 1:-1] = _divided(box + 4 * whole[:, :, 1:-1, 1:-1] + 6, 13)
     return _blend(images, smooth, factor)
 
 
@@ -182,35 +201,35 @@ def hue(images: Tensor, turn: Tensor) -> Tensor:
     The hue h of HSV is a multiple of 2^-16 of a sixth of the circle: sector `h >> 16`, fraction in it `h & 65535`.
     """
     red, green, blue = images.to(torch.int32).unbind(dim=1)
-    high, low = images.amax(dim=1).to(torch.int32), images.amin(dim=1).to(torch.int32)
-    spread = high - low
-    divisor = spread.clamp(min=1)
-
-    def part(a: Tensor, b: Tensor, sector: int) -> Tensor:
-        # Differences are at most 255, so shifted by 16 bits they stay below 2**24.
-        return ((a - b) << 16).div(divisor, rounding_mode="floor") + (sector << 16)
-
-    angle = torch.where(
-        high == red, part(green, blue, 0), torch.where(high == green, part(blue, red, 2), part(red, green, 4))
-    )
-    shift = (turn * (6 << 16) + UNIT // 2).div(UNIT, rounding_mode="floor")[:, None, None]
-    angle = (angle + shift).remainder(6 << 16)
+    high, low = images.amax(dim=1), images.amin(dim=1)
+    spread = high.to(torch.int32) - low
+    # Masks of 0 and 1, of which one applies to a pixel: torch.where takes ten times as long on a CPU.
+    is_red = (high == images[:, 0]).to(torch.int32)
+    is_green = (high == images[:, 1]).to(torch.int32) * (1 - is_red)
+    is_blue = 1 - is_red - is_green
+    difference = is_red * (green - blue) + is_green * (blue - red) + is_blue * (red - green)
+    first = 2 * is_green + 4 * is_blue
+    # Floats are faster than integer division, and exact here: both numbers are below 2**24, and a quotient is at most
+    # 2**16, where float32 errs by 2**-9 at most, and 1/255 or more below the next whole number unless it is one itself.
+    fraction = ((difference << 16) / spread.clamp(min=1)).floor_().to(torch.int32)
+    turned = (turn * (6 << 16) + UNIT // 2).div(UNIT, rounding_mode="floor")[:, None, None].to(torch.int32)
+    angle = fraction + (first << 16) + turned
+    # From -4 to 8 sectors: once around at most.
+    angle += (angle < 0).to(torch.int32) * (6 << 16)
+    angle -= (angle >= 6 << 16).to(torch.int32) * (6 << 16)
     # Within a sector one channel is the largest, one the smallest, and the third rises or falls between them.
-    rising = (spread * (angle & 65535) + 32768) >> 16
+    rising = ((spread * (angle & 65535) + 32768) >> 16).to(torch.uint8)
     up, down = low + rising, high - rising
-    sector = angle >> 16
-    by_sector = (
-        (high, up, low),
-        (down, high, low),
-        (low, high, up),
-        (low, down, high),
-        (up, low, high),
-        (high, low, down),
+    sector = (angle >> 16).to(torch.uint8)
+    s0, s1, s2, s3, s4, s5 = ((sector == number).to(torch.uint8) for number in range(6))
+    return torch.stack(
+        [
+            (s0 + s5) * high + s1 * down + (s2 + s3) * low + s4 * up,
+            s0 * up + (s1 + s2) * high + s3 * down + (s4 + s5) * low,
+            (s0 + s1) * low + s2 * up + (s3 + s4) * high + s5 * down,
+        ],
+        dim=1,
     )
-    turned = torch.stack([red, green, blue], dim=1)
-    for number, channels in enumerate(by_sector):
-        turned = torch.where((sector == number)[:, None], torch.stack(channels, dim=1), turned)
-    return turned.to(torch.uint8)
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
@@ -220,7 +239,8 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """Invert levels of `threshold` and above."""
-    return torch.where(images.to(torch.int32) >= _each(threshold), 255 - images, images)
+    levels = _levels(images)
+    return _mapped(images, torch.where(levels.to(torch.int32) >= _each(threshold), 255 - levels, levels)[:, :, 0])
 
 
 def invert(images: Tensor, _: Tensor) -> Tensor:
@@ -235,25 +255,26 @@ def grayscale(images: Tensor, _: Tensor) -> Tensor:
 
 def autocontrast(images: Tensor, _: Tensor) -> Tensor:
     """Stretch each channel to 0..255; a channel with a single level is unchanged."""
-    low, high = images.amin(dim=(2, 3), keepdim=True).to(torch.int32), images.amax(dim=(2, 3), keepdim=True)
-    spread = high.to(torch.int32) - low
+    low, high = (limit(dim=(2, 3), keepdim=True).to(torch.int32) for limit in (images.amin, images.amax))
+    spread, levels = high - low, _levels(images).to(torch.int32)
+    # The divisor is 1 where the channel has a single level; `where` takes the level itself there.
     divisor = spread.clamp(min=1)
-    # The divisor is 1 where the channel has a single level; `where` takes the image itself there.
-    stretched = ((images.to(torch.int32) - low) * 255 + divisor // 2).div(divisor, rounding_mode="floor")
-    return torch.where(spread > 0, stretched, images.to(torch.int32)).to(torch.uint8)
+    stretched = ((levels - low) * 255 + divisor // 2).div(divisor, rounding_mode="floor")
+    # Entries of levels that the channel does not have are never looked up.
+    return _mapped(images, torch.where(spread > 0, stretched, levels).to(torch.uint8)[:, :, 0])
 
 
 def equalize(images: Tensor, _: Tensor) -> Tensor:
     """Equalise the histogram of each channel, as Pillow does."""
-    flat = images.reshape(images.shape[0], 3, -1).to(torch.int64)
-    count = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=images.device)
-    count.scatter_add_(2, flat, torch.ones_like(flat))
-    last = flat.amax(dim=2, keepdim=True)
+    channels = images.reshape(-1, images.shape[2] * images.shape[3])
+    count = torch.stack([torch.bincount(channel, minlength=256) for channel in channels]).view(-1, 3, 256)
+    last = channels.amax(dim=1).to(torch.int64).view(-1, 3, 1)
     # Pillow's step is the number of pixels below the largest level, divided by 255; 0 leaves the channel unchanged.
     step = (count.sum(dim=2, keepdim=True) - count.gather(2, last)).div(255, rounding_mode="floor")
     before = count.cumsum(dim=2) - count
     table = (before + step // 2).div(step.clamp(min=1), rounding_mode="floor").clamp_(max=255)
-    return torch.where(step > 0, table.gather(2, flat), flat).to(torch.uint8).view(images.shape)
+    unchanged = torch.arange(256, device=images.device)
+    return _mapped(images, torch.where(step > 0, table, unchanged).to(torch.uint8))
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
@@ -294,13 +315,16 @@ def _blurred(image: Tensor, sigma: int) -> Tensor:
 
 
 def _moved(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Gather the pixels at `rows` and `columns`, int64 (n, S, S); FILL where they lie outside."""
-    side = images.shape[-1]
-    inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
-    index = (rows.clamp(0, side - 1) * side + columns.clamp(0, side - 1)).view(len(images), 1, -1)
-    pixels = images.reshape(len(images), 3, -1).gather(2, index.expand(-1, 3, -1)).view(images.shape)
+    """Gather the pixels at `rows` and `columns`, int64 that broadcast to (n, S, S); FILL where they lie outside."""
+    count, side = len(images), images.shape[-1]
+    inside = ((rows >= 0) & (rows < side)) & ((columns >= 0) & (columns < side))
+    index = rows.clamp(0, side - 1) * side + columns.clamp(0, side - 1)
+    index = index.expand(count, side, side).reshape(count, 1, -1)
+    pixels = images.reshape(count, 3, -1).gather(2, index.expand(-1, 3, -1)).view(images.shape)
     fill = torch.tensor(FILL, dtype=torch.uint8, device=images.device)[:, None, None]
-    return torch.where(inside[:, None], pixels, fill)
+    # As torch.where, which takes ten times as long on a CPU.
+    shown = inside[:, None].to(torch.uint8)
+    return pixels * shown + fill * (1 - shown)
 
 
 def _grid(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -316,26 +340,27 @@ def rotate(images: Tensor, angle: Tensor) -> Tensor:
     """
     side = images.shape[-1]
     radians = [math.radians(value / 100) for value in angle.tolist()]
+    # The largest sum is below 2**16 * 2.5 * side.
+    whole = torch.int32 if side < 2**13 else torch.int64
     cos, sin = (
-        torch.tensor([round(65536 * f(r)) for r in radians], device=images.device)[:, None, None]
+        torch.tensor([round(65536 * f(r)) for r in radians], device=images.device, dtype=whole)[:, None, None]
         for f in (math.cos, math.sin)
     )
-    row, column = _grid(images)
+    row, column = (numbers.to(whole) for numbers in _grid(images))
     y, x = 2 * row + 1 - side, 2 * column + 1 - side
     # Back from half pixels and 16-bit fractions: floor((v + side) / 2) is the pixel that holds the point.
     columns = (cos * x - sin * y + (side << 16)) >> 17
     rows = (sin * x + cos * y + (side << 16)) >> 17
-    return _moved(images, rows, columns)
+    return _moved(images, rows.to(torch.int64), columns.to(torch.int64))
 
 
 def _sheared(images: Tensor, shear: Tensor, horizontal: bool) -> Tensor:
     row, column = _grid(images)
     along, across = (column, row) if horizontal else (row, column)
-    # (along + 1/2) + shear * (across + 1/2), in units of 1 / (2 UNIT).
-    doubled = (2 * along + 1) * UNIT + shear[:, None, None] * (2 * across + 1)
-    source = doubled.div(2 * UNIT, rounding_mode="floor")
-    other = across.expand_as(source)
-    return _moved(images, other, source) if horizontal else _moved(images, source, other)
+    # The source is floor((along + 1/2) + shear * (across + 1/2)), here in units of 1 / (2 UNIT). `along` is a whole
+    # number, so that each line is moved by a whole number of pixels.
+    moves = (UNIT + shear[:, None, None] * (2 * across + 1)).div(2 * UNIT, rounding_mode="floor")
+    return _moved(images, across, along + moves) if horizontal else _moved(images, along + moves, across)
 
 
 def shear_x(images: Tensor, shear: Tensor) -> Tensor:
@@ -352,10 +377,7 @@ def _translated(images: Tensor, share: Tensor, horizontal: bool) -> Tensor:
     side = images.shape[-1]
     shift = (share * side + UNIT // 2).div(UNIT, rounding_mode="floor")[:, None, None]
     row, column = _grid(images)
-    shape = (len(images), side, side)
-    if horizontal:
-        return _moved(images, row.expand(shape), (column - shift).expand(shape))
-    return _moved(images, (row - shift).expand(shape), column.expand(shape))
+    return _moved(images, row, column - shift) if horizontal else _moved(images, row - shift, column)
 
 
 def translate_x(images: Tensor, share: Tensor) -> Tensor:

@@ -133,6 +133,17 @@ def test_crops_given_together_get_what_each_gets_alone(data):
     assert torch.equal(images, alone)
 
 
+@pytest.mark.parametrize("operation", BY_CODE.values(), ids=lambda operation: operation.name)
+@pytest.mark.parametrize("side", [1, 2, 5, 33])
+def test_a_group_of_crops_gets_what_each_gets_alone(operation, side):
+    """A GPU gets all crops of an operation in one call, a CPU one by one."""
+    low, high = operation.values
+    values = torch.tensor(sorted({low, high, (2 * low + high) // 3, (low + 2 * high) // 3}))
+    images = torch.cat([picture(side, number) for number in range(len(values))])
+    alone = [operation.apply(image[None], value[None]) for image, value in zip(images, values, strict=True)]
+    assert torch.equal(operation.apply(images, values), torch.cat(alone))
+
+
 NEUTRAL = {
     "brightness": 1000, "contrast": 1000, "saturation": 1000, "sharpness": 1000, "hue": 0, "rotate": 0, "shear_x": 0,
     "translate_y": 0, "posterize": 8, "solarize": 256, "blur": 0,
