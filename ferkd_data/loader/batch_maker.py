@@ -81,6 +81,7 @@ class Made(NamedTuple):
     @classmethod
     def of(cls, targets: SoftTargets, window: Window, skipped: list[str]) -> Made:
         """Hold the window's targets, on the CPU, batch after batch."""
+        # `numpy()` shares the tensor's memory and copies nothing; `targets` below makes tensors of it again.
         arrays = {name: tensor.numpy() for name in TENSORS if (tensor := getattr(targets, name)) is not None}
         return cls(arrays, list(window.batches), skipped)
 
@@ -135,7 +136,10 @@ class BatchMaker:
         Raises LoaderError where an image cannot be used and must not be skipped.
         """
         window = work.window
+        # A slot has room for a whole window. An epoch's last window, and the rest of one after a resume, are shorter.
         images = work.out[: sum(window.batches)]
+        # Images whose crops go side by side, which is all of them unless batches are spread: one call of the cutter
+        # each.
         together = (window.slots[:, 0] >= 0) & (np.diff(window.slots, axis=1) == 1).all(axis=1)
 
         def cut(labelled: Labelled, i: int) -> None:
@@ -164,9 +168,11 @@ class BatchMaker:
 
         Functions of the epoch stay here, as they may not be picklable.
         """
+        # Shallow: labels, cache and images leave out what belongs to this process when they are pickled.
         maker = copy.copy(self)
         maker.settings = without_functions(self.settings)
         maker.epochs = Epochs(maker.settings, len(self.labels))
+        # A worker works out the order again. Rows become keys in the training (`targets`), so the table stays there.
         maker._order = maker.keys = None
         maker.clock = StageClock()
         return maker
@@ -182,11 +188,15 @@ class BatchMaker:
         """
         labelled = self.labelled(window)
         skipped = failed = self._use(labelled, range(len(window.positions)), use)
+        # A copy: each attempt counts from the window's own positions, so every process tries the same images.
         positions, attempt = window.positions.copy(), 0
         epoch = self.epochs.at(window.epoch)
         num_images, step = epoch.num_images, epoch.window_images(self.settings.batch_size)
+        # Images in use stay in their slots. Their labels are made again with the others', and are the same, since a
+        # draw depends on the image's key and the epoch alone.
         while failed:
             attempt += 1
+            # num_images attempts have tried every image of the epoch (see `stand_in`).
             if attempt == min(num_images, MAX_SKIPPED):
                 last = next(iter(failed.values()))
                 raise LoaderError(
@@ -205,9 +215,11 @@ class BatchMaker:
         for i in images:
             try:
                 use(labelled, i)
+                unanswered = 0
             except ImageError as error:
                 failed[i] = self._skip(int(labelled.rows[i]), error)
-                unanswered += isinstance(error, UnansweredImageError)
+                # In a row, as in a build: a few bad sectors are no source that is gone.
+                unanswered = unanswered + 1 if isinstance(error, UnansweredImageError) else 0
                 if unanswered == IMAGES_IN_A_ROW:
                     raise LoaderError(f"the source of the images does not answer: {failed[i]}") from error
         return failed
@@ -219,6 +231,7 @@ class BatchMaker:
             rows = order.rows(window.positions)
             draws = self._draws(window.epoch)
         with self.clock.read:
+            # Timed as reading, also where they come out of a map: pages that are not in memory are read from the disk.
             records = self._records(window, order, rows, draws)
         with self.clock.label:
             calibration = self.epochs.at(window.epoch).calibration
@@ -235,6 +248,7 @@ class BatchMaker:
         if window.epoch > self._newest:
             self._newest = window.epoch
             self.cache.forget_except(blocks)
+        # A LabelCache maps whole blocks: any row may come next, and no shard has to be announced.
         stage = None
         if isinstance(self.cache, ShardRecords):
             stage = order.stage(window.positions)
@@ -244,6 +258,7 @@ class BatchMaker:
 
     def finish(self, window: Window, images: Tensor, targets: list[SoftTargets], skipped: list[str]) -> Made:
         """Mix `images` in place, on any device, and join the targets."""
+        # On a GPU, the time to queue the kernels: the device works on while the training goes on.
         with self.clock.mix:
             self._mix(window, images, targets)
         return Made.of(targets[0] if len(targets) == 1 else SoftTargets.cat(targets), window, skipped)
@@ -262,6 +277,7 @@ class BatchMaker:
 
     def _order_of(self, epoch: int) -> FromPosition:
         part = self.epochs.at(epoch)
+        # By pass, not by epoch: with epoch="crops", the M epochs of a pass are consecutive pieces of one order.
         if self._order is None or self._order[0] != part.pass_number:
             settings = self.settings
             order = epoch_order(
@@ -299,8 +315,10 @@ class BatchMaker:
             divisor = divisor_for(crops.boxes[wanted], size)
         pixel_limit = self.labels.manifest.pixel_limit
         if divisor > 1:
+            # From the header, since the reduced picture no longer tells which size it had.
             check_labelled_size(*image_size(data, max_pixels=labelled_pixels(record, pixel_limit)), record)
             pixels = decode_reduced(data, divisor)
+            # None for what is no JPEG, or one that cannot be reduced.
             if pixels is not None:
                 return pixels, reduced_crops(crops, divisor, *pixels.shape[:2])
         return decode_checked(data, record, pixel_limit), crops
@@ -314,18 +332,21 @@ class BatchMaker:
             replay(pixels, crops, size=size, interpolation=interpolation, out=out[first : first + len(slots)])
             return
         for m, slot in enumerate(slots.tolist()):
+            # -1: a crop that is not wanted of this window, such as one given before a resume.
             if slot >= 0:
                 one = crops[m : m + 1]
                 replay(pixels, one, size=size, interpolation=interpolation, out=out[slot : slot + 1])
 
     def _transform(self, transform: Transform, window: Window, labelled: Labelled, i: int, images: Tensor) -> None:
         """Apply the user's transform to the crops of image i of the window, in `images` itself."""
+        # `drawn + m` counts an image's draws over the whole training: no two of them get the same random numbers.
         key_hash, drawn = int(labelled.records[i]["key_hash"]), self.epochs.at(window.epoch).drawn
         with lent_generators():
             for m, slot in enumerate(window.slots[i].tolist()):
                 if slot >= 0:
                     crop, seed = images[slot], crop_seed(self._draw_seed, key_hash, drawn + m)
                     given = transformed(transform, crop, seed, lambda: self._describe(int(labelled.rows[i])))
+                    # A transform that works in place returns its argument, which is the batch's own memory.
                     if given is not crop:
                         crop.copy_(given)
 
@@ -334,6 +355,7 @@ class BatchMaker:
         with self.clock.read:
             data = self.images.read(row, record)
             verify = self.settings.verify_images
+            # Before decoding, so that bytes which are not those labelled reach no decoder.
             if verify == "always" or (verify == "first_epoch" and row not in self._checked):
                 if image_digest(data) != record["image_digest"].tobytes():
                     raise ImageError("other_image", "its bytes are not those that were labelled (digest differs)")
@@ -345,6 +367,7 @@ class BatchMaker:
         shard, in_shard = labels.position(row)
         try:
             key = labels.keys_of(shard)[in_shard]
+        # Keys may be unreadable. This text is for another error, which must not be replaced by that one.
         except FerkdError:
             key = f"row {in_shard}"
         return f"image {key!r} (shard {shard} of {labels.location})"
@@ -399,6 +422,7 @@ def _find() -> Callable[[int], None] | None:
     found.argtypes, found.restype = [ctypes.c_int], None
     before = torch.get_num_threads()
     found(1)
+    # PyTorch asks OpenMP for this number. Where it does not follow, the symbol is of another library than PyTorch's.
     works = torch.get_num_threads() == 1
     found(before)
     return found if works else None

@@ -1,4 +1,4 @@
-"""What goes between the processes of a loader: messages over a Unix socket, and memory that holds crops.
+"""Messages over a Unix socket, and memory for crops, that the processes of a loader exchange.
 
 A `Channel` carries pickled messages with file descriptors. A `Slot` is memory for the crops of a window; the training
 owns it, lends it to a worker, then to the user as a batch, and uses it again when no tensor refers to it any more.
@@ -54,6 +54,7 @@ class Channel:
         Raises OSError when the other end is gone.
         """
         content = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        # Descriptors travel with the header's bytes; the content follows without any, in as many pieces as it takes.
         socket.send_fds(self._socket, [HEADER.pack(len(content), len(descriptors))], descriptors)
         self._socket.sendall(content)
 
@@ -61,10 +62,12 @@ class Channel:
         """Receive a message and descriptors, which the caller closes. Raises EOFError when the other end is gone."""
         try:
             header, descriptors, _, _ = socket.recv_fds(self._socket, HEADER.size, MAX_DESCRIPTORS, CLOSE_ON_EXEC)
+            # A stream socket may give fewer bytes than were sent at once.
             while header and len(header) < HEADER.size:
                 header += self._bytes(HEADER.size - len(header))
         except ConnectionResetError as error:
             raise EOFError from error
+        # End of the stream between two messages: the other end was closed, or its process has ended.
         if not header:
             raise EOFError
         size, _ = HEADER.unpack(header)
@@ -72,6 +75,7 @@ class Channel:
 
     def _bytes(self, size: int) -> bytearray:
         content = bytearray(size)
+        # Received in place: a message may have many megabytes.
         view, at = memoryview(content), 0
         while at < size:
             try:
@@ -89,6 +93,7 @@ class Channel:
 
 def channel_pair() -> tuple[Channel, socket.socket]:
     """Make a channel: this process's end, and the socket of the other, to send with a message or pass at a start."""
+    # Unix sockets, since only these carry descriptors.
     ours, theirs = socket.socketpair()
     return Channel(ours), theirs
 
@@ -104,8 +109,10 @@ def anonymous_file(size: int) -> int:
         import tempfile
 
         descriptor, path = tempfile.mkstemp(prefix="ferkd-data-")
+        # Its content lives as long as a descriptor or a map of it.
         Path(path).unlink()
     try:
+        # Sparse: pages are made, as zeros, when they are first touched.
         os.ftruncate(descriptor, size)
     except OSError:
         os.close(descriptor)
@@ -143,6 +150,7 @@ class Slot:
             # Python's mmap would hold another descriptor for as long as the map exists.
             flat = torch.from_file(f"/dev/fd/{self.descriptor}", shared=True, size=num_bytes, dtype=torch.uint8)
         else:
+            # Without workers no other process reads it.
             flat = torch.empty(num_bytes, dtype=torch.uint8)
         self.pixels = flat.view(num_crops, size, size, 3)
 
@@ -163,12 +171,15 @@ class MappedSlots:
         found = self._kept.get(number)
         if found is not None and found.shape == shape:
             return found
+        # Slots of the shape before are not used again (`BatchBuffers.take`), and their memory is free once they are
+        # unmapped.
         self._kept = {number: images for number, images in self._kept.items() if images.shape == shape}
         num_bytes = _num_bytes(num_crops, size)
         # Without MAP_POPULATE, touching the pages one by one takes three times as long.
         mapped = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | POPULATE)
         pixels = np.frombuffer(mapped, np.uint8).reshape(num_crops, size, size, 3)
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        # All that are kept have this shape.
         if number != NOT_KEPT and (len(self._kept) + 1) * num_bytes <= MAPPED_BYTES:
             self._kept[number] = images
         return images
@@ -185,6 +196,8 @@ class BatchBuffers:
         self._shared = shared
         self._shape = (0, 0)
         self._numbers = itertools.count()
+        # Weak: slots live through `_free`, the jobs that write them and the tensors lent, and go with the last of
+        # these.
         self._kept: weakref.WeakSet[Slot] = weakref.WeakSet()
         self._free: list[Slot] = []
 
@@ -195,6 +208,7 @@ class BatchBuffers:
         Raises LoaderError when the machine has less memory than `keep` slots need.
         """
         if (num_crops, size) != self._shape:
+            # Slots of the old shape that are still lent are not taken back: `give_back` compares the shape.
             self._shape, self._kept, self._free = (num_crops, size), weakref.WeakSet(), []
             self._check_memory()
         slot = self._take_free(user)
@@ -203,13 +217,15 @@ class BatchBuffers:
 
     def _take_free(self, user: int | None) -> Slot:
         # From the end: the slot used last is the most likely to be in a core's cache.
-        for place in range(len(self._free) - 1, -1, -1):
-            if self._free[place].user == user:
-                return self._free.pop(place)
+        for i in range(len(self._free) - 1, -1, -1):
+            if self._free[i].user == user:
+                return self._free.pop(i)
+        # None that this worker has mapped: a new one while there may be more, rather than one that another has mapped.
         if len(self._kept) < self._keep:
             slot = self._new(next(self._numbers))
             self._kept.add(slot)
             return slot
+        # The user holds more batches than expected: memory that is used once and freed, so that nothing waits.
         return self._free.pop() if self._free else self._new(NOT_KEPT)
 
     def _new(self, number: int) -> Slot:
@@ -228,11 +244,15 @@ class BatchBuffers:
         if slot.number == NOT_KEPT and self._shared:
             # Users may hold thousands of batches, but not as many open files.
             slot.close()
+        # Every view of the tensor refers to this array, so it ends when the last of them does. The finalizer holds the
+        # slot.
         array = slot.pixels[:num_crops].numpy()
+        # At exit, memory need not be given back, and other modules may be gone.
         weakref.finalize(array, self.give_back, slot).atexit = False
         return torch.from_numpy(array).permute(0, 3, 1, 2)
 
     def _check_memory(self) -> None:
+        # A memfd takes memory as it is written, and too much of it ends in the OOM killer and not in an error.
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if self._keep * _num_bytes(*self._shape) > there:
             raise self._no_memory(self._keep, f"this machine has {there / 1e6:,.0f} MB")

@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Literal, NamedTuple, TypeAlias
 
 STAGES = ("read", "decode", "cut", "label", "mix", "transform", "send")
-"""In the order of the work.
+"""Stages of making a window, in the order of the work.
 
 - read: fetch images and stored labels from disk or server, and compare them with their digests
 - decode: from encoded images to pixels
@@ -61,6 +61,7 @@ class StageClock:
 
 def spent_on(*, send: float) -> Spent:
     """Time of one stage that is measured outside of a StageClock."""
+    # "send" is the last of STAGES.
     return (*NOTHING[:-1], send)
 
 
@@ -98,6 +99,7 @@ class EpochClock:
 
     def enter(self, phase: Phase | None) -> None:
         """End the phase that is going on, and begin `phase`."""
+        # Monotonic, and one clock for all phases: their sum is the time that has passed.
         now = perf_counter()
         if self._phase is not None:
             self._seconds[self._phase] += now - self._since
@@ -109,6 +111,7 @@ class EpochClock:
         self._stages = added(self._stages, spent)
         self._windows += 1
         self._windows_here += not by_worker
+        # Images are counted with the crops that they gave: of a window that a loop leaves half-way, half of them.
         self._images_of_crop = images / max(1, crops)
 
     def give(self, crops: int) -> None:
@@ -120,6 +123,7 @@ class EpochClock:
 
     def times(self) -> Times:
         """The times so far; the phase that is going on counts up to now."""
+        # A copy, since the loop's thread may go on meanwhile. Its numbers may be of two moments, one batch apart.
         seconds = dict(self._seconds)
         if self._phase is not None:
             seconds[self._phase] += perf_counter() - self._since

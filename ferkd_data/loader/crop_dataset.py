@@ -42,7 +42,7 @@ from ferkd_data.targets import SoftTargets
 Item = tuple[Tensor, Any]
 """Crops of an image, and their targets: SoftTargets, or a tensor (M, C) where dense ones are asked for."""
 ROWS_AT_ONCE = 256
-"""Whose order a stream works out together."""
+"""Rows of a stream whose order is worked out together."""
 
 
 class Numbered(NamedTuple):
@@ -56,7 +56,7 @@ class Numbered(NamedTuple):
 
 @dataclass(frozen=True)
 class Turns:
-    """Which of a row's crops each of its readings gets, so that no two readings of an epoch get the same, on any rank.
+    """Assignment of a row's crops to its readings: no two readings of an epoch get the same crops, on any rank.
 
     An epoch has `per_rank * world_size` turns, each of M crops; reading n of a rank takes turn n * world_size + rank.
     """
@@ -67,7 +67,8 @@ class Turns:
 
     @classmethod
     def of(cls, repeats: int, ranks: Ranks) -> Turns:
-        """Of a row that all ranks together read `repeats` times in an epoch."""
+        """Return the turns of a row that all ranks together read `repeats` times in an epoch."""
+        # Rounded up where ranks do not divide `repeats`: some turns then stay unread, and no two readings share one.
         return cls() if repeats == 1 else cls(-(-repeats // ranks.world_size), *ranks)
 
     @property
@@ -75,7 +76,7 @@ class Turns:
         return self.per_rank * self.world_size
 
     def turn(self, number: int) -> tuple[int, int]:
-        """By how many epochs reading `number` (from 0) lies ahead, and its turn in that epoch."""
+        """Return by how many epochs reading `number` (from 0) lies ahead, and its turn in that epoch."""
         ahead, number = divmod(number, self.per_rank)
         return ahead, number * self.world_size + self.rank
 
@@ -129,11 +130,13 @@ class CropDataset(Dataset[Item]):
         check_ranks(rank, world_size)
         self._turns = Turns.of(counted("repeats", repeats), ranks_now(rank, world_size))
         settings = LoaderSettings(
+            # To the batch maker an epoch draws the crops of all turns; `item` takes one turn's slice of them.
             batch_size=crops_per_image * self._turns.count,
             crops_per_image=crops_per_image * self._turns.count,
             size=default_size(labels) if size is None else size,
             interpolation=interpolation,
             calibration=calibration,
+            # Rows come in the order of the user's sampler; this setting only has to be one that shuffles nothing.
             order="sequential",
             seed=seed,
             verify_images=verify_images,
@@ -146,6 +149,7 @@ class CropDataset(Dataset[Item]):
         self._maker = open_maker(labels, images, settings, cache, at_random=True)
         self._crops_per_image = crops_per_image
         self.shared = SharedEpoch(len(self), self._turns.per_rank)
+        # In the main process, before a DataLoader's workers all ask for the same block.
         self._maker.prepare_blocks(0)
 
     def __len__(self) -> int:
@@ -181,7 +185,7 @@ class CropDataset(Dataset[Item]):
 
     @property
     def epoch(self) -> int:
-        """As `set_epoch` said last, else 0."""
+        """The epoch of the last `set_epoch`, else 0."""
         return self.shared.epoch
 
     def prepare(self, epoch: int) -> None:
@@ -205,6 +209,7 @@ class CropDataset(Dataset[Item]):
     def __getitems__(self, rows: Sequence[int | Numbered]) -> list[Item]:
         """Several rows at once, as a DataLoader asks for a batch. A row may come more than once."""
         checked = [_checked(row, len(self)) for row in rows]
+        # Counted for the whole batch under one lock, before anything is read.
         visits = iter(self.shared.visit([row for row in checked if not isinstance(row, Numbered)]))
         return [self.item(*row) if isinstance(row, Numbered) else self.item(row, *next(visits)) for row in checked]
 
@@ -222,8 +227,10 @@ class CropDataset(Dataset[Item]):
         ahead, turn = self._turns.turn(number)
         epoch, crops = epoch + ahead, self._crops_per_image
         shape = self._maker.epochs.at(epoch)
+        # In a worker the crops go into shared memory at once: the DataLoader would copy them there otherwise.
         images = empty_batch(crops, shape.size, shared=get_worker_info() is not None)
         slots = np.full((1, shape.crops_per_image), -1)
+        # Crops of other turns keep slot -1: they are drawn, so that draws agree over turns, and not cut.
         slots[0, turn * crops : (turn + 1) * crops] = np.arange(crops)
         window = Window(epoch=epoch, positions=np.array([row]), slots=slots, batches=(crops,), cursors=(Cursor(),))
         made = self._maker.make(Work(window, images))
@@ -275,6 +282,7 @@ class CropStream(IterableDataset[Item]):
         self._order, self._shards_together = order, shards_together
         self._rank, self._world_size = rank, world_size
         self._shared = SharedEpoch(0)
+        # An epoch of its own: readings of the data set itself and iterations of the stream do not move each other on.
         self._shared.follow(dataset.shared)
         self._tokens = RunTokens()
 
@@ -297,6 +305,7 @@ class CropStream(IterableDataset[Item]):
     def _items(self, epoch: int, ranks: Ranks) -> Iterator[Item]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        # len // world_size for every rank, so that all get equally many images and none waits for another.
         mine = range(first, len(self.dataset) // ranks.world_size, step)
         for start in range(0, len(mine), ROWS_AT_ONCE):
             positions = np.array(mine[start : start + ROWS_AT_ONCE]) * ranks.world_size + ranks.rank
@@ -308,7 +317,7 @@ class CropStream(IterableDataset[Item]):
         return ranks_now(self._rank, self._world_size)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes, in which torch.distributed is not initialised."""
+        """Fix the ranks for worker processes, in which torch.distributed is not initialised."""
         rank, world_size = self._ranks()
         return {**self.__dict__, "_rank": rank, "_world_size": world_size}
 
@@ -331,8 +340,10 @@ class NumberedSampler(Sampler[Numbered]):
 
     def __iter__(self) -> Iterator[Numbered]:
         shared = self.dataset.shared
+        # `calls` tells a set_epoch of the data set since the last iteration, also one for the same epoch again.
         epoch = self._next if self._told == shared.calls else shared.epoch
         self._next, self._told = epoch + 1, shared.calls
+        # Counted here, where the sampler runs, and in its order: workers cannot come between.
         counts = np.zeros(len(self.dataset), np.int32)
         for row in self.sampler:
             yield Numbered(int(row), epoch, int(counts[row]))

@@ -194,12 +194,13 @@ class CropLoader(DataLoaderLike):
             raise UsageError(f"to_batch must be a function of images and targets, got {to_batch!r}")
         self._to_batch = to_batch
         self.skipped = 0
-        """How often an image was left out so far, with on_error="skip"."""
+        """Number of images left out so far, with on_error="skip"."""
         self.skipped_last: list[str] = []
         """Key and reason of each image left out of the window that the last batch is from."""
         cache = Path(cache_dir) if cache_dir else default_cache_dir()
         self._maker = open_maker(labels, images, self.settings, cache)
         self.labels = labels = self._maker.labels
+        # Checked here as well as in each iteration, so that a batch_size that leaves no batch fails where it was given.
         self._check_not_empty(0)
         self._cursor = Cursor()
         """After the last batch given, or where the next iteration was told to begin."""
@@ -207,8 +208,10 @@ class CropLoader(DataLoaderLike):
         """The epoch of a call to `set_epoch` that no iteration has begun with yet."""
         self._resumes = False
         """A state was loaded and no batch has been given since: the next iteration continues its epoch."""
+        # Without a GPU it is left undone, as torch's DataLoader does: the same script runs on both kinds of machine.
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._decode_device = None if decode_device is None else open_device(decode_device)
+        # Started by the first iteration: a loader that is only asked for its length or its repr costs no processes.
         self._workers: Workers | DeviceWorkers | None = None
         self._begun = False
         self._under_way: int | None = None
@@ -216,7 +219,7 @@ class CropLoader(DataLoaderLike):
         self._iteration = 0
         """Number of the iteration that may go on; earlier ones have ended."""
         self._clock: EpochClock | None = None
-        """Of the iteration that began last."""
+        """The clock of the iteration that began last."""
 
     def __len__(self) -> int:
         """Batches of an epoch from its start, for this rank: the one under way, else the one that comes next."""
@@ -272,7 +275,7 @@ class CropLoader(DataLoaderLike):
 
     @property
     def world_size(self) -> int:
-        """How many processes train together, now: each gets its own part of an epoch's images."""
+        """The number of processes that train together, now: each gets its own part of an epoch's images."""
         return ranks_now(self.settings.rank, self.settings.world_size).world_size
 
     @property
@@ -297,14 +300,18 @@ class CropLoader(DataLoaderLike):
         epoch that was begun last, however far that came. Once it has begun, earlier iterators over the same loader
         raise LoaderError unless they have given all their batches.
         """
+        # Looked up now, not in __init__: a script may make its loader before it initialises torch.distributed.
         ranks = ranks_now(self.settings.rank, self.settings.world_size)
         start = self._start()
         if not self._begun:
             warn_if_alone(ranks, self.settings.world_size)
             self._begun = True
         self._check_not_empty(start.epoch)
+        # The clock runs from here, so that unpacking crop blocks counts as "prepare".
         clock = EpochClock(start.epoch, self._count(start))
+        # Before workers ask for the blocks: all would wait for the one that unpacks.
         self._maker.prepare_blocks(start.epoch)
+        # Only now, since everything above may raise: an iteration that cannot begin leaves the loader where it was.
         self._cursor, self._asked = start, None
         self._iteration += 1
         iteration, left = self._iteration, self._count(start)
@@ -316,11 +323,15 @@ class CropLoader(DataLoaderLike):
                 crops = sum(made.batches)
                 clock.add_window(images=len(window.positions), crops=crops, spent=made.spent, by_worker=made.by_worker)
                 for (batch, cursor), crops in zip(self._split(made, window, images), made.batches, strict=True):
+                    # Before the batch is given: a state that is saved while the loop works on it must go on with the
+                    # next one.
                     self._cursor, self._resumes = cursor, False
                     left -= 1
                     clock.give(crops)
                     yield batch
                     clock.enter("hand_over")
+                    # The workers now make windows of the later iteration, and this one's were dropped (`Pool.run`). One
+                    # that has given all its batches ends normally.
                     if self._iteration != iteration:
                         if not left:
                             return
@@ -331,20 +342,23 @@ class CropLoader(DataLoaderLike):
             clock.enter(None)
             if self.settings.log_stats:
                 log_stats(stats_of(clock.times(), self.settings), ranks)
+            # Otherwise `_under_way` is that of a later iteration.
             if self._iteration == iteration:
                 self._under_way = None
 
     def _start(self) -> Cursor:
-        """Where an iteration that begins now begins."""
+        """Return the cursor at which an iteration that begins now begins."""
         cursor = self._cursor
         if self._asked is not None:
             return Cursor(epoch=self._asked)
+        # After an epoch's last batch the cursor is the start of the next one (`settled`): any other lies within an
+        # epoch.
         if self._resumes or cursor == Cursor(epoch=cursor.epoch):
             return cursor
         return Cursor(epoch=cursor.epoch + 1)
 
     def stats(self) -> LoaderStats:
-        """Where the time of the current epoch goes, or that of the last one between epochs: see `LoaderStats`.
+        """Return where the time of the current epoch goes or, between epochs, that of the last one: see `LoaderStats`.
 
         Always measured, for less than 1 % of the loading time. Each iteration begins anew; states have none of it.
 
@@ -363,6 +377,7 @@ class CropLoader(DataLoaderLike):
         After an epoch's last batch that is the start of the next epoch.
         """
         cursor = self._cursor
+        # The key "place" is older than the word cursor. It stays, since states are files of users.
         return {"version": STATE_VERSION, "settings": self._fingerprint(cursor.epoch), "place": asdict(cursor)}
 
     def next_window(self) -> tuple[BatchMaker, Window]:
@@ -370,6 +385,7 @@ class CropLoader(DataLoaderLike):
 
         The maker reads the same labels and images as this loader, and shares nothing with it that changes.
         """
+        # Pickled as for a worker: what is open or mapped stays behind, and the copies open their own files.
         labels, cache, images = pickle.loads(pickle.dumps((self._maker.labels, self._maker.cache, self._maker.images)))
         maker = BatchMaker(labels, cache, images, self._maker.settings)
         cursor = self._start() if self._under_way is None else self._cursor
@@ -388,11 +404,13 @@ class CropLoader(DataLoaderLike):
             raise StateMismatchError(f"a loader's state is a dictionary, as state_dict() gives it; got {state!r}")
         present = {"version": STATE_VERSION, "settings": self._fingerprint(saved_epoch(state.get("place")))}
         saved = {"version": state.get("version"), "settings": state.get("settings")}
+        # Compared before the cursor is read, which would call a state of other settings damaged.
         differences = describe_differences(saved, present)
         if differences:
             raise StateMismatchError(f"this state was saved by another loader: {'; '.join(differences)}")
         cursor = read_cursor(state.get("place"), self._layout(saved_epoch(state.get("place"))))
         self._cursor, self._asked, self._resumes = self._settled(cursor), None, True
+        # With another number, the iteration under way ends: its batches are not those that the state goes on with.
         self._iteration, self._under_way = self._iteration + 1, None
 
     def _settled(self, cursor: Cursor) -> Cursor:
@@ -408,6 +426,7 @@ class CropLoader(DataLoaderLike):
             )
         self.skipped += len(made.skipped)
         self.skipped_last = made.skipped
+        # The whole window at once: batches are slices of it, and page-locked too. Images on a device need none.
         if self._pin_memory and images.device.type == "cpu":
             images = images.pin_memory()
         targets = self._maker.targets(made)
@@ -418,7 +437,7 @@ class CropLoader(DataLoaderLike):
             yield self._batch(images[rows], targets[rows]), self._settled(cursor)
 
     def _batch(self, images: Tensor, targets: SoftTargets) -> Any:
-        """As the user wants it."""
+        """Convert a batch to what the user asked for: `targets`, then `to_batch`."""
         wanted = targets.dense() if self.settings.targets == "dense" else targets
         return (images, wanted) if self._to_batch is None else self._to_batch(images, wanted)
 
@@ -439,6 +458,8 @@ class CropLoader(DataLoaderLike):
     def _fingerprint(self, epoch: int) -> dict[str, Any]:
         """The settings that must be the same for a state of this epoch to fit."""
         return {
+            # Evaluated for one epoch, since size and others may be functions of it. Ranks, workers and memory options
+            # are left out: they may differ when a training goes on.
             "labels": self.labels.identity,
             "crops": self.labels.num_crops,
             **asdict(self._layout(epoch)),

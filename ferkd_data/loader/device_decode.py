@@ -49,7 +49,7 @@ class Encoded(NamedTuple):
     sizes: npt.NDArray[np.int64]
     """(I, 2) height and width as labelled."""
     is_jpeg: npt.NDArray[np.bool_]
-    """(I,) whether an image's bytes are a JPEG; the others are pixels already, or not used."""
+    """(I,) whether an image's bytes are a JPEG; the others are pixels already."""
     boxes: npt.NDArray[np.uint16]
     flip: npt.NDArray[np.bool_]
     operations: npt.NDArray[np.uint16]
@@ -78,6 +78,7 @@ class DeviceWorkers:
     def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:
         """The windows with their crops and targets, in order. Raises LoaderError as workers do."""
         jobs = (EncodedJob(window=window, settings=self._maker.epochs.at(window.epoch)) for window in windows)
+        # This process makes windows itself until a worker is ready; its data needs no file.
         for job in self._pool.run(jobs, lambda job: _joined(*encode(self._maker, job.window))):
             encoded: Encoded = job.result
             encoded = encoded._replace(made=timed(job, encoded.made))
@@ -85,16 +86,17 @@ class DeviceWorkers:
                 encoded = encoded._replace(data=_mapped(*job.received))
             try:
                 yield job.window, *self._cut(job.window, encoded)
+            # Whoever keeps the error keeps this generator's frames, so the workers go now and not with them.
             except FerkdError:
                 self.end()
                 raise
 
     def wait(self) -> None:
-        """As `Workers.wait`."""
+        """Wait until all workers are ready, as `Workers.wait` does."""
         self._pool.wait_for_workers()
 
     def end(self) -> None:
-        """As `Workers.end`."""
+        """End the workers, as `Workers.end` does."""
         self._pool.end()
 
     def _cut(self, window: Window, encoded: Encoded) -> tuple[Tensor, Made]:
@@ -106,6 +108,7 @@ class DeviceWorkers:
         with clock.decode:
             found = list(self._decoded(encoded))
         for i, pixels in found:
+            # The whole window anew, on the host: there `filled` decides between an error and another image.
             if isinstance(pixels, ImageError):
                 return self._on_host(window)
             wanted = window.slots[i] >= 0
@@ -122,7 +125,7 @@ class DeviceWorkers:
         return images, made._replace(spent=added(encoded.made.spent, clock.take()), by_worker=encoded.made.by_worker)
 
     def _on_host(self, window: Window) -> tuple[Tensor, Made]:
-        """For an image whose damage only shows when it is decoded: it is an error, or another one takes its place."""
+        """Make the window on the host, where an image that cannot be decoded is an error or is replaced."""
         images = empty_batch(sum(window.batches), self._maker.epochs.at(window.epoch).size, shared=False)
         made = self._maker.make(Work(window, images))
         return images.to(self._device, non_blocking=True), made
@@ -133,23 +136,25 @@ class DeviceWorkers:
         """The window's crops, (count, 3, S, S), each in its slot, without waiting for the device's other work."""
         count, size = sum(window.batches), self._maker.epochs.at(window.epoch).size
         interpolation = self._maker.settings.interpolation
-        places = np.concatenate(slots) if slots else np.empty(0, np.int64)
+        order = np.concatenate(slots) if slots else np.empty(0, np.int64)
         cut = replay_on_device(decoded, crops, size=size, interpolation=interpolation) if decoded else None
-        if cut is not None and np.array_equal(places, np.arange(count)):
+        # Without spreading, crops come in the order of their slots: no second copy of the batch.
+        if cut is not None and np.array_equal(order, np.arange(count)):
             return cut
         images = torch.empty((count, size, size, 3), dtype=torch.uint8, device=self._device).permute(0, 3, 1, 2)
         if cut is not None:
-            images[torch.from_numpy(places).to(self._device, non_blocking=True)] = cut
+            images[torch.from_numpy(order).to(self._device, non_blocking=True)] = cut
         return images
 
     def _decoded(self, encoded: Encoded) -> Iterator[tuple[int, Tensor | ImageError]]:
-        """(3, H, W) of each image, or why there is none."""
+        """Yield each image's number in the window and its pixels (3, H, W) on the device, or its error."""
         jpegs: dict[int, Tensor] = {}
         for i, (start_, stop) in enumerate(zip(encoded.bounds[:-1].tolist(), encoded.bounds[1:].tolist(), strict=True)):
+            # A view: no image is copied before it goes to the device.
             data = encoded.data[start_:stop]  # type: ignore[index]
             if encoded.is_jpeg[i]:
                 jpegs[i] = data
-            elif len(data):
+            else:
                 pixels = data.view(*encoded.sizes[i].tolist(), 3)
                 yield i, pixels.permute(2, 0, 1).to(self._device, non_blocking=True)
         pixel_limit = self._maker.labels.manifest.pixel_limit
@@ -168,6 +173,7 @@ class EncodeWork:
         self.maker.epochs.learn(task.window.epoch, task.settings)
         encoded, parts = encode(self.maker, task.window)
         with self.maker.clock.send:
+            # A file, whose descriptor alone goes through the socket: images of a window have tens of megabytes.
             data = anonymous_file(0)
             for part in parts:
                 write_all(data, part.data)
@@ -223,11 +229,14 @@ def _mapped(descriptor: int) -> Tensor:
 
 
 def _is_plain_jpeg(data: bytes, record: np.void, pixel_limit: int) -> bool:
-    """Whether a device's decoder may take the image. Raises ImageError for more pixels than were labelled, or allowed.
+    """Return whether a device's decoder may take the image.
 
-    Nothing is decoded: the size is that of the header.
+    Nothing is decoded: the size is that of the header. Raises ImageError where it is not the labelled one, or above
+    `pixel_limit`.
     """
+    # Only for its check against the limit.
     labelled_pixels(record, pixel_limit)
+    # A JPEG without its end marker was cut short. The host's decoder says so, where a device's may fill up with grey.
     size = jpeg_size(data, ANY_SIZE) if data.endswith(JPEG_END) else None
     if size is None:
         return False
@@ -249,6 +258,8 @@ def decode_jpegs(jpegs: list[Tensor], device: torch.device, pixel_limit: int) ->
     An image of more than `pixel_limit` pixels is an ImageError there.
     """
     try:
+        # In one call, which a GPU decodes together. It fails as a whole where one image does, so each is then tried
+        # alone.
         return _decode(jpegs, device)
     except RuntimeError:
         return [_decode_one(jpeg, device, pixel_limit) for jpeg in jpegs]
@@ -271,6 +282,7 @@ def _decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
     # The operators behind its decode_jpeg, which warns of its successor (TorchCodec) at every call.
     if device.type == "cuda":
         return list(torch.ops.image.decode_jpegs_cuda(jpegs, RGB, device)) if jpegs else []
+    # False: the EXIF orientation is ignored, as the format wants it.
     return [torch.ops.image.decode_jpeg(jpeg, RGB, False) for jpeg in jpegs]
 
 
@@ -280,6 +292,7 @@ def open_device(device: str | torch.device) -> torch.device:
         opened = torch.device(device)
         if opened.type not in ("cpu", "cuda"):
             raise UsageError(f"decode_device is cuda or cpu, got {str(device)!r}")
+        # Tried, not looked up: wheels of torchvision are built with and without nvJPEG.
         jpeg = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8)), np.uint8)
         _decode([torch.from_numpy(jpeg.copy())], opened)
     except (RuntimeError, AttributeError, AssertionError) as error:

@@ -80,6 +80,7 @@ class Epochs:
             "calibration": _described(settings.calibration),
             "selfmix": None if settings.selfmix is None else asdict(settings.selfmix),
         }
+        # Only what differs from the defaults: states saved before these settings existed stay valid.
         if settings.epoch != "images":
             described["epoch"] = settings.epoch
         if callable(settings.crops_per_image):
@@ -103,6 +104,8 @@ def _described(setting: Any) -> Any:
         return asdict(setting)
     if isinstance(setting, str):
         return setting
+    # A function is compared by its name: two processes that define it alike give the same, and its code is not looked
+    # at.
     name = getattr(setting, "__qualname__", None)
     # The repr of an object without one of its own holds its address.
     return name if name is not None else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(setting))
@@ -141,6 +144,8 @@ def _in_pass(settings: LoaderSettings, epoch: int) -> _InPass:
         pass_number, number = divmod(epoch, per_image) if by_crops else (epoch, 0)
         return _InPass(pass_number, number, per_image, pass_number * per_image)
     begin = drawn = 0
+    # M may differ from pass to pass, so passes are counted from the first. Called once for each epoch: `Epochs.at`
+    # keeps it.
     for number in itertools.count():
         # A pass keeps the M of its first epoch to its end, or its images would not all come as often.
         per_image = settings.crops_at(begin)
@@ -157,6 +162,7 @@ def _slice_of_pass(num_images: int, number: int, epochs: int, drop_last: bool) -
     With drop_last they are equally long, and up to epochs - 1 images of the pass come in none of them. Otherwise their
     lengths differ by at most one image.
     """
+    # Rounded down at both ends of each slice: together they hold every image of the pass once.
     first = number * num_images // epochs
     if drop_last:
         return first, num_images // epochs

@@ -32,7 +32,7 @@ from ferkd_data.storage import OpenFile
 SCHEMA = pa.schema([("file", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 FILE_NAME = "images.arrow"
 INDEX_NAME = "index.npy"
-INDEX_DTYPE = np.dtype([("key_hash", "<u8"), ("place", "<i8")])
+INDEX_DTYPE = np.dtype([("key_hash", "<u8"), ("number", "<i8")])
 SPOOL_ROWS = 8192
 TEXT_NAME = "keys.txt"
 BOUNDS_NAME = "bounds.npy"
@@ -67,6 +67,7 @@ def open_images(
             raise UsageError(f"{labels.location}: a label set of layout parquet holds no images; give images=…")
         return labels, OwnImages(labels)
     source = open_source(images) if isinstance(images, (str, Path)) else images
+    # To read all keys would fetch one block of every shard before the first batch.
     if streamed and missing != "drop" and not labels.is_local:
         return labels, _tabulate(source, None)[0]
     return join_images(labels, source, missing=missing)
@@ -83,11 +84,14 @@ def join_images(labels: LabelSet, source: ImageSource, *, missing: Missing) -> t
     if not len(labels):
         raise LabelSetError(f"{labels.location}: it has labels of no image")
     hashes = labels.key_hashes()
+    # Only images that are labelled enter the table: a source may have many more.
     table, theirs = _tabulate(source, np.sort(hashes))
+    # By hash alone. Of 10**9 keys, two share one of 64 bits with probability 0.03; the image's digest then tells.
     index = np.load(table.folder / INDEX_NAME, mmap_mode="r", allow_pickle=False)
     there = np.isin(hashes, index["key_hash"])
     _check_missing(labels, source, ~there, theirs, missing)
     kept = labels.select(rows=there) if missing == "drop" else labels
+    # Before the memory is given back, which these still hold.
     del hashes, index
     give_memory_back()
     return kept, table
@@ -107,19 +111,23 @@ def _tabulate(source: ImageSource, wanted: npt.NDArray[np.uint64] | None) -> tup
     found, theirs = [np.empty(0, np.uint64)], ""
     with pa.OSFile(str(table.folder / FILE_NAME), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         listed = (item for item in source.list_images() if isinstance(item, ImageRef))
+        # In groups, so that a listing of any length takes the memory of its hashes alone.
         for refs in in_groups(listed, SPOOL_ROWS):
             theirs = theirs or refs[0].key
             hashes = rng.hashes64([ref.key for ref in refs])
             if wanted is not None:
+                # searchsorted gives len(wanted) for a hash above all of them; the comparison below then fails as it
+                # should.
                 at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
                 ours = np.flatnonzero(wanted[at] == hashes)
                 refs, hashes = [refs[i] for i in ours.tolist()], hashes[ours]
             found.append(hashes)
             writer.write_batch(_batch(refs))
     key_hashes = np.concatenate(found)
+    # Stable: where a source lists two images of one key, the first is found.
     order = np.argsort(key_hashes, kind="stable")
     index = np.empty(len(order), INDEX_DTYPE)
-    index["key_hash"], index["place"] = key_hashes[order], order
+    index["key_hash"], index["number"] = key_hashes[order], order
     np.save(table.folder / INDEX_NAME, index)
     return table, theirs
 
@@ -154,6 +162,7 @@ class ImageTable:
     def __init__(self, source: ImageSource, scratch: Scratch) -> None:
         self.source = source
         self.folder = scratch.path
+        # Owned by the process that made it. Copies in workers have the path alone and remove nothing.
         self._scratch: Scratch | None = scratch
         self._index: npt.NDArray[np.void] | None = None
         self._batches: list[tuple[npt.NDArray[Any], ...]] = []
@@ -170,7 +179,7 @@ class ImageTable:
         return self.source.read_one(self.ref(key_hash))
 
     def ref(self, key_hash: int) -> ImageRef:
-        """Where the image lies; without its key, which the labels have. Raises ImageError where there is none."""
+        """Look up an image, without its key, which the labels have. Raises ImageError where there is none."""
         if self._index is None:
             self._open()
             self._index = np.load(self.folder / INDEX_NAME, mmap_mode="r", allow_pickle=False)
@@ -178,7 +187,7 @@ class ImageTable:
         found = int(np.searchsorted(hashes, np.uint64(key_hash)))
         if found == len(hashes) or int(hashes[found]) != key_hash:
             raise ImageError("missing_image", "the image source has no image of this key")
-        at = int(self._index["place"][found])
+        at = int(self._index["number"][found])
         batch = int(np.searchsorted(self._starts, at, side="right")) - 1
         bounds, names, offsets, lengths = self._batches[batch]
         at -= int(self._starts[batch])
@@ -206,6 +215,7 @@ class OwnImages:
 
     def __init__(self, labels: LabelSet) -> None:
         self.labels = labels
+        # Two pools of open tars: those of a streamed order's stage, and, where any row may come, the last few used.
         self._held = HeldFiles(self._open)
         self._at_random = HeldFiles(self._open, max_open())
         self._staged = False
@@ -252,6 +262,7 @@ class KeyTable:
         with (self.folder / TEXT_NAME).open("wb") as text:
             for entry in labels.filled_shards():
                 keys = [key.encode() for key in labels.keys_of(entry.index)]
+                # Without separators: a key is found by where it begins and ends, 8 bytes for each.
                 text.write(b"".join(keys))
                 lengths.append(np.fromiter(map(len, keys), np.int64, len(keys)))
         np.save(self.folder / BOUNDS_NAME, np.cumsum(np.concatenate(lengths)))
@@ -309,6 +320,7 @@ def decode_checked(data: bytes, record: np.void, pixel_limit: int) -> npt.NDArra
     try:
         pixels = decode_rgb(data, max_pixels=labelled_pixels(record, pixel_limit))
     except ImageError as error:
+        # More pixels than were labelled: another image, and no bomb.
         if error.reason == "pixel_bomb":
             check_labelled_size(*image_size(data), record)
         raise

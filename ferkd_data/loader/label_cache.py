@@ -75,22 +75,24 @@ def fill(part: Records, rows: ShardLabels, labels: LabelSet, shard: int) -> None
     """Write `rows`, a crop block of one shard, into `part` of as many records. Raises ShardError, RemoteError."""
     part["key_hash"] = rng.hashes64(rows.keys)
     if labels.manifest.layout == "webdataset":
-        for name, places in zip(LOCATION_FIELDS, labels.image_locations(shard).T, strict=True):
-            part[name] = places
+        for name, values in zip(LOCATION_FIELDS, labels.image_locations(shard).T, strict=True):
+            part[name] = values
     for name in part.dtype.names or ():
         if name not in ("key_hash", CHECKSUM, *LOCATION_FIELDS):
             part[name] = getattr(rows, name)
+    # Last: it covers all other fields.
     part[CHECKSUM] = _checksums(part)
 
 
 def are_intact(records: Records) -> bool:
-    """Whether these records, which lie side by side, are what `fill` wrote: a disk may return something else."""
+    """Return whether these records are what `fill` wrote: a disk may return something else."""
     return bool((_checksums(records) == records[CHECKSUM]).all())
 
 
 def _checksums(records: Records) -> npt.NDArray[np.uint32]:
     """CRC-32 of each record up to its checksum: any flipped bit changes it."""
     size = records.dtype.itemsize
+    # Rows taken from a map are a copy, and contiguous already.
     content = np.ascontiguousarray(records).view(np.uint8).data
     ends = range(size, len(content) + 1, size)
     return np.fromiter((zlib.crc32(content[end - size : end - 4]) for end in ends), np.uint32, len(records))
@@ -116,6 +118,8 @@ class LabelCache:
         """Return the records of these rows, each compared with its checksum."""
         found: Records = self.block(block)[rows]
         if not are_intact(found):
+            # A map shows what the disk returns now, and bits may rot after the block was written. It is made again
+            # once.
             self._discard(block, rows)
             found = self.block(block)[rows]
             if not are_intact(found):
@@ -128,6 +132,7 @@ class LabelCache:
         """Unpack blocks before workers ask for them, and drop the others."""
         for block in sorted(blocks):
             self.block(block)
+        # After the others are unpacked: where that fails, nothing was removed.
         self.drop_except(blocks)
 
     def block(self, block: int) -> Records:
@@ -139,6 +144,7 @@ class LabelCache:
         if block not in self._open:
             found = self._load(self._path(block), block)
             if found is None:
+                # Looked for again under the lock: another process may have unpacked it while this one waited.
                 with locked_for_cache(self._lock) as locked:
                     found = self._load(self._path(block), block) or self._unpack(block, locked)
             self._open[block] = found
@@ -185,8 +191,11 @@ class LabelCache:
             file = OpenFile(path)
             # Held as long as the records are referred to: other processes see that the block is in use.
             lock(file.descriptor, fcntl.LOCK_SH)
+            # Removed between opening and locking: nobody else would find this file, so it is unpacked again.
             if not os.fstat(file.descriptor).st_nlink:
                 return None
+            # The time of last use, by which `_remove_unused` judges where there are no locks. A shared cache may be
+            # read-only.
             with suppress(OSError):
                 os.utime(path)
             return _opened(file, record_dtype(self.labels, block), len(self.labels))
@@ -194,6 +203,7 @@ class LabelCache:
             return None
 
     def _unpack(self, block: int, locked: bool) -> _OpenBlock:
+        # Under the lock, no process is writing here, so that every unfinished file is a dead one's.
         remove_leftovers(self.folder, older_than=0.0 if locked else STALE_SECONDS)
         path, dtype = self._path(block), record_dtype(self.labels, block)
         with write_atomically(path, advice=FREE_CACHE) as aside, explain_full_disk(aside, FREE_CACHE):
@@ -203,6 +213,7 @@ class LabelCache:
                 # A sparse file: it takes no space yet.
                 stream.truncate(len(header) + len(self.labels) * dtype.itemsize)
                 stream.flush()
+                # Written through a map, shard by shard: the block is larger than memory may be.
                 records = np.memmap(aside, dtype, "r+", len(header), (len(self.labels),))
                 for shard in self._fetched_ahead(block):
                     first = int(self.labels.first_row[shard])
@@ -213,6 +224,7 @@ class LabelCache:
                         start = len(header) + first * dtype.itemsize
                         os.posix_fallocate(stream.fileno(), start, len(rows) * dtype.itemsize)
                     fill(records[first : first + len(rows)], rows, self.labels, shard)
+                # msync, so that the fsync before the rename covers what was written through the map.
                 records.flush()
                 del records
             # Opened before it has its name, by which others may remove it where there are no locks.
@@ -228,6 +240,7 @@ class LabelCache:
         """
         pending: deque[tuple[int, Future[None]]] = deque()
         with ThreadPoolExecutor(FETCH_AHEAD, thread_name_prefix="ferkd-fetch") as executor:
+            # Few at a time: what is fetched much too early may be dropped from the cache before it is read.
             for entry in self.labels.manifest.shards:
                 if entry.rows:
                     pending.append((entry.index, executor.submit(self.labels.fetch, entry.index, block)))
@@ -258,11 +271,12 @@ def _opened(file: OpenFile, dtype: np.dtype[np.void], rows: int) -> _OpenBlock:
     # Compared, not parsed: a damaged header can make NumPy's parser do anything.
     if content[: len(header)] != header:
         raise ValueError("it is no block of this label set")
+    # Raises ValueError where the file is shorter than its rows need.
     return _OpenBlock(np.frombuffer(content, dtype, rows, len(header)), file)
 
 
 def _header(dtype: np.dtype[np.void], rows: int) -> bytes:
-    """What a block's file begins with, as NumPy writes it."""
+    """Return the first bytes of a block's file: a header of NumPy's format 1.0, as `np.save` writes it."""
     stream = io.BytesIO()
     described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
     np.lib.format.write_array_header_1_0(stream, described)

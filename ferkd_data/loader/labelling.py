@@ -45,14 +45,14 @@ class BlockDraws(NamedTuple):
 def epoch_draws(drawn: int, *, crops_per_image: int, num_crops: int, crops_per_block: int) -> tuple[BlockDraws, ...]:
     """List the blocks that an epoch draws from, in order, after `drawn` draws of earlier epochs; `num` adds up to M."""
     draws: list[BlockDraws] = []
-    place, left = drawn, crops_per_image
+    number, left = drawn, crops_per_image
     while left:
-        cycle, at = divmod(place, num_crops)
+        cycle, at = divmod(number, num_crops)
         block, first = divmod(at, crops_per_block)
         size = min(crops_per_block, num_crops - block * crops_per_block)
         count = min(left, size - first)
         draws.append(BlockDraws(block, cycle, first, count))
-        place, left = place + count, left - count
+        number, left = number + count, left - count
     return tuple(draws)
 
 
@@ -64,20 +64,26 @@ def draw(
     `key_hash` (I,) identifies the images, `use` (I, n) is each crop's probability of being in use: 0, 1, or between
     for crops that are thinned out. Where an image has none in use, all its crops are drawn from.
     """
+    # A stream of random words for each image, (I, 1): of its key and not of its row, so that a selection draws the
+    # same.
     stream = rng.mix64(key_hash ^ np.uint64(rng.hash64("draw", seed, draws.cycle, draws.block)))[:, None]
     size = use.shape[1]
     crop = np.arange(size, dtype=np.uint64)[None]
+    # Words 0 .. n - 1 of the stream decide which crops are in use in this cycle; each turn below takes the next n
+    # words.
     coin = rng.uniforms(rng.counter64(stream, crop))
     in_use = coin < use
     in_use |= ~in_use.any(axis=1, keepdims=True)
     count = in_use.sum(axis=1)[:, None]
-    places = draws.first + np.arange(draws.num)[None]
-    turns, ranks = np.divmod(places, count)
+    numbers = draws.first + np.arange(draws.num)[None]
+    # Draw t of a block that has `count` crops in use is the t % count-th of its order number t // count.
+    turns, ranks = np.divmod(numbers, count)
     drawn = np.empty((len(use), draws.num), np.int64)
     for turn in np.unique(turns):
         # A random number for each crop, those out of use last: the order of the numbers is the order of the crops.
         word = rng.counter64(stream, crop + np.uint64((int(turn) + 1) * size)) >> np.uint64(1)
         order = np.argsort(np.where(in_use, word, np.uint64(2**63)), axis=1, kind="stable")
+        # Images of other turns look up rank 0, which the next line leaves out.
         chosen = np.take_along_axis(order, np.where(turns == turn, ranks, 0), axis=1)
         drawn = np.where(turns == turn, chosen, drawn)
     return drawn
@@ -126,6 +132,7 @@ def draw_crops(
         judged = _judge(labels, columns, calibration)
         chosen = draw(block["key_hash"], judged.use, part, seed=seed)
         row = np.arange(len(chosen))[:, None]
+        # A copy of the M crops drawn: what is not drawn of the n crops is not kept with the window.
         drawn = {name: columns[name][row, chosen] for name in DRAWN_FIELDS}
         parts.append(Drawn(**drawn, bucket=judged.bucket[row, chosen], codes=judged.codes[row, chosen]))
     if len(parts) == 1:
@@ -136,6 +143,8 @@ def draw_crops(
 def _judge(labels: LabelSet, columns: dict[str, npt.NDArray[Any]], calibration: Calibration) -> Judged:
     """Judge stored crops (I, n) in terms of the classes that are trained on."""
     if labels.class_map is not None:
+        # Only to judge: targets are made from the stored columns and mapped afterwards, which loses nothing
+        # (`class_map`).
         columns = map_columns(labels.class_map, columns, labels.manifest.thresholds.absolute())
     return judge_crops(
         calibration,
@@ -162,9 +171,11 @@ def window_targets(
     """
     flat = np.empty(sum(window.batches), np.int64)
     wanted = window.slots >= 0
+    # Inverts `slots`: for each slot, image * M + m of the crop that goes there.
     flat[window.slots[wanted]] = np.flatnonzero(wanted.reshape(-1))
     image = flat // wanted.shape[1]
     class_map = labels.class_map
+    # int64, as torch's cross_entropy takes class numbers.
     hard = (target if class_map is None else class_map.targets(target))[image].astype(np.int64)
     whole = calibrate(
         calibration,
@@ -179,6 +190,8 @@ def window_targets(
     whole = replace(
         whole,
         hard=known,
+        # As if every crop were mixed with itself: what `SoftTargets.mix` then changes is true also where nothing was
+        # mixed.
         hard_partner=known,
         hard_share=torch.ones(len(known)),
         bucket=torch.from_numpy(drawn.bucket.reshape(-1)[flat]),

@@ -21,7 +21,8 @@ def class_names(labels: LabelSet) -> list[str]:
 
 
 def class_numbers(labels: LabelSet) -> dict[str, int]:
-    """Name -> number; of classes with the same name, the first."""
+    """Map each class name to its number; of classes with the same name, to the first."""
+    # ImageNet has two classes named crane: the last entry of a dict wins, so the first number comes last.
     return {name: number for number, name in reversed(list(enumerate(class_names(labels))))}
 
 
@@ -48,11 +49,11 @@ class LoaderDataset:
         return self._loader.labels
 
     def set_epoch(self, epoch: int) -> None:
-        """The loader's, for loops that tell their data set."""
+        """Call `set_epoch` of the loader, for loops that tell their data set."""
         self._loader.set_epoch(epoch)
 
     def __len__(self) -> int:
-        """Labelled images."""
+        """Return the number of labelled images."""
         return len(self.labels)
 
     @property
@@ -72,7 +73,7 @@ class LoaderDataset:
         refuse_transform(transform)
 
     def __getitem__(self, row: Any) -> NoReturn:
-        """For loops that build a DataLoader anew."""
+        """Refuse: a loop that builds a DataLoader of its own around the dataset asks it for items."""
         raise UsageError(f"a CropLoader gives whole batches; its dataset has no items. {TO_RESUME}")
 
     def __repr__(self) -> str:
@@ -93,7 +94,7 @@ class LoaderSampler:
         return len(self._loader) * self._loader.batch_size
 
     def __iter__(self) -> NoReturn:
-        """For loops that build a DataLoader anew, as Accelerate's skip_first_batches does."""
+        """Refuse: a loop that builds a DataLoader of its own (Accelerate's skip_first_batches) asks it for rows."""
         raise UsageError(f"a CropLoader orders its images itself; its sampler can only set_epoch. {TO_RESUME}")
 
 
@@ -102,6 +103,7 @@ class DataLoaderLike:
 
     labels: LabelSet
     settings: LoaderSettings
+    # For loops that inspect a DataLoader before they begin. Each says that there is nothing of the kind here.
     collate_fn = None
     generator = None
     worker_init_fn = None
@@ -122,7 +124,7 @@ class DataLoaderLike:
 
     @property
     def sampler(self) -> LoaderSampler:
-        """Has `set_epoch`, which is the loader's."""
+        """An object whose `set_epoch` is the loader's."""
         return LoaderSampler(self)
 
     @property
@@ -140,10 +142,12 @@ class DataLoaderLike:
 
     @property
     def prefetch_factor(self) -> int | None:
+        # None without workers, as torch's DataLoader has it.
         return self.settings.prefetch_factor if self.settings.num_workers else None
 
     @property
     def persistent_workers(self) -> bool:
+        # The workers of a CropLoader always outlive an epoch.
         return self.settings.num_workers > 0
 
     @property

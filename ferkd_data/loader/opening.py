@@ -53,6 +53,7 @@ def open_maker(
     check_one_kind(labels)
     streamed = settings.streamed and not at_random
     missing: Missing = settings.images_missing
+    # A missing image is one that cannot be used: it is skipped when its turn comes, and not an error at the start.
     if missing == "raise" and settings.on_error == "skip":
         missing = "later"
     kept, table = open_images(labels, images, missing=missing, streamed=streamed)
@@ -62,6 +63,7 @@ def open_maker(
             f"dropped (images_missing='drop'): {len(kept)} are left",
             stacklevel=3,
         )
+    # A hint only: what such a transform draws cannot be seeded here, and a training may not need to be repeatable.
     if settings.transform is not None and draws_elsewhere(settings.transform, settings.size_at(0)):
         warnings.warn(
             "transform gives different crops for the same seed: it draws from a generator of its own, not from those "
@@ -69,6 +71,7 @@ def open_maker(
             "other crops. Seed it in the transform, from int(torch.randint(2**31, ()))",
             stacklevel=3,
         )
+    # The cache holds stored labels, so that label sets mapped to other classes share it.
     stored = kept.unmapped
     if not streamed:
         # A crop block's space is reserved as a whole: for files that are there, not for what a manifest claims.

@@ -48,14 +48,17 @@ def permute(positions: Rows, size: int, key: int) -> Rows:
     A Feistel network permutes 0 .. 4**h - 1, the next power of four. A value outside the range is sent through again
     until it falls inside (cycle walking), which leaves a permutation of the range.
     """
+    # Half of the bits of size - 1, rounded up: 4**half is at least `size` and at most 4 * size.
     half = max(1, ((max(size - 1, 1)).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     keys = rng.counter64(key, np.arange(ROUNDS))
     values = np.asarray(positions, np.uint64).copy()
     pending = np.arange(values.size)
+    # A view of `values`, which is contiguous: writing to it fills the result.
     flat = values.reshape(-1)
     while pending.size:
         flat[pending] = _feistel(flat[pending], keys, np.uint64(half), mask)
+        # At least a quarter of the network's range lies inside: on average, a value goes through at most 4 times.
         pending = pending[flat[pending] >= size]
     permuted: Rows = values.astype(np.int64)
     return permuted
@@ -64,6 +67,7 @@ def permute(positions: Rows, size: int, key: int) -> Rows:
 def _feistel(values: rng.UInt64s, keys: rng.UInt64s, half: np.uint64, mask: np.uint64) -> rng.UInt64s:
     left, right = values >> half, values & mask
     for key in keys:
+        # A round can be undone whatever its function is, which makes the whole a permutation.
         left, right = right, left ^ (rng.mix64(right ^ key) & mask)
     result: rng.UInt64s = (left << half) | right
     return result
@@ -73,6 +77,7 @@ class Sequential:
     """Images in the order of the label set."""
 
     def __init__(self, shard_rows: Sequence[int] | Rows, *, shards_ahead: int) -> None:
+        # Empty shards have no files, so no stage may name them. Selections leave such shards behind.
         self._full = np.flatnonzero(np.asarray(shard_rows))
         self._stops = np.cumsum(np.asarray(shard_rows)[self._full])
         self._shards_ahead = shards_ahead
@@ -81,6 +86,7 @@ class Sequential:
         return positions
 
     def stage(self, positions: Rows) -> Stage:
+        # side="right": a position equal to a shard's stop is the first of the next shard.
         touched = np.unique(np.searchsorted(self._stops, positions, side="right"))
         after = int(touched[-1]) + 1
         coming = self._full[after : after + self._shards_ahead]
@@ -106,12 +112,14 @@ class ShardShuffle:
 
     def __init__(self, shard_rows: Sequence[int] | Rows, key: int, *, shards_together: int) -> None:
         counts = np.asarray(shard_rows, np.int64)
+        # _starts and _first: where each shard begins in the shuffled order, and in the label set.
         first = np.cumsum([0, *counts])[:-1]
         self._key = key
         self._shards = permute(np.arange(len(counts)), len(counts), rng.hash64("shards", key))
         self._starts = np.cumsum([0, *counts[self._shards]])
         self._first = first[self._shards]
         self._group_size = shards_together
+        # Every shards_together-th start, and the end of the last group, which may have fewer shards.
         self._group_starts = np.append(self._starts[:-1:shards_together], self._starts[-1])
 
     def rows(self, positions: Rows) -> Rows:
@@ -121,6 +129,7 @@ class ShardShuffle:
         for group in np.unique(groups):
             inside = groups == group
             start, stop = int(self._group_starts[group]), int(self._group_starts[group + 1])
+            # A permutation within the group: its shards alone have to be open for all of its positions.
             shuffled = start + permute(flat[inside] - start, stop - start, rng.hash64("group", self._key, int(group)))
             shard = np.searchsorted(self._starts, shuffled, side="right") - 1
             found[inside] = self._first[shard] + shuffled - self._starts[shard]
@@ -136,8 +145,8 @@ class ShardShuffle:
 
     def _shards_of(self, group: int) -> list[int]:
         """The shards of a group that have rows."""
-        places = range(group * self._group_size, min((group + 1) * self._group_size, len(self._shards)))
-        return [int(self._shards[i]) for i in places if self._starts[i] < self._starts[i + 1]]
+        numbers = range(group * self._group_size, min((group + 1) * self._group_size, len(self._shards)))
+        return [int(self._shards[i]) for i in numbers if self._starts[i] < self._starts[i + 1]]
 
 
 class InChunks:
@@ -162,6 +171,7 @@ class InChunks:
         if number not in self._known:
             stop = min((number + 1) * self._chunk, self._num_images)
             self._known[number] = self._order.rows(np.arange(number * self._chunk, stop))
+            # The oldest goes. A window touches one or two chunks, and a stand-in for an image a later one.
             if len(self._known) > KNOWN_CHUNKS:
                 self._known.popitem(last=False)
         return self._known[number]

@@ -77,15 +77,18 @@ class Pool(Generic[J]):
 
         What a worker raised is raised here. Raises LoaderError when workers die again and again.
         """
+        # Workers finish what an earlier iteration asked of them; its results are received and dropped (`_hear`).
         self._forget_others()
         waiting: deque[J] = deque()
         try:
             while self._fill(waiting, jobs):
                 job = waiting[0]
                 self._wait_for(job, waiting, here)
+                # Raised in the order of the jobs, and so at the same batch whatever the number of workers.
                 if isinstance(job.result, Raised):
                     raise _error_of(job.result)
                 yield waiting.popleft()
+        # A loop that leaves early: the workers stay for the next epoch.
         except GeneratorExit:
             raise
         except BaseException:
@@ -98,8 +101,11 @@ class Pool(Generic[J]):
     def _fill(self, waiting: deque[J], jobs: Iterator[J]) -> bool:
         """Send as many jobs as the ready workers may have. Returns whether there is anything left to wait for."""
         processes = self._started()
+        # Ready workers only: what is asked of one that is starting would wait, while this process could do it.
         room = processes.num_ready * self._ahead if processes else 0
-        waiting.extend(islice(jobs, max(room, 1) - len(waiting)))
+        # One at least, done in this process where no worker is ready. More may be waiting than there is room for, while
+        # a worker that died is being replaced.
+        waiting.extend(islice(jobs, max(max(room, 1) - len(waiting), 0)))
         self._ask(waiting)
         return bool(waiting)
 
@@ -110,12 +116,14 @@ class Pool(Generic[J]):
                 if worker is None:
                     return
                 job.asked = True
+                # Entered before it is sent, so that a worker that dies at once finds its job here.
                 self._under_way[self._count] = job
                 self._processes.ask(worker, self._count, *job.task(worker.number))
                 self._count += 1
 
     def _wait_for(self, job: J, waiting: deque[J], here: Callable[[J], Any]) -> None:
         while not job.done:
+            # Not while a worker is ready: this process is the training's, and has its own work.
             if self._processes is None or (not job.asked and not self._processes.num_ready):
                 job.result, job.done = here(job), True
             else:
@@ -138,6 +146,7 @@ class Pool(Generic[J]):
 
     def _hear(self, seconds: float | None) -> None:
         for outcome in self._processes.outcomes(seconds) if self._processes is not None else ():
+            # The pool's own number, not the job: jobs of several iterations are under way at once.
             job = self._under_way.pop(outcome.task)
             if outcome.died is not None:
                 self._lost(job, outcome)
@@ -145,6 +154,7 @@ class Pool(Generic[J]):
                 job.result, job.received, job.done = outcome.result, outcome.descriptors, True
                 job.by_worker, job.send_seconds = True, outcome.send_seconds
             else:
+                # Nobody takes this result, so nobody else would close what came with it.
                 _close(outcome.descriptors)
                 self._drop(job)
 
@@ -152,7 +162,9 @@ class Pool(Generic[J]):
         if not job.wanted:
             self._drop(job)
             return
+        # `_ask` hands it to another worker, or `_wait_for` does it here.
         job.asked = False
+        # Jobs that only waited in the worker's queue did not kill it.
         job.deaths += outcome.in_work
         if job.deaths >= ATTEMPTS:
             raise LoaderError(
@@ -168,12 +180,14 @@ class Pool(Generic[J]):
     def _leave(self, waiting: deque[J]) -> None:
         for job in waiting:
             job.wanted = False
+            # Jobs that a worker is at keep their memory until its answer, or its death, is received.
             if job.done or not job.asked:
                 _close(job.received)
                 self._drop(job)
 
     def end(self) -> None:
         """End the workers; they are started anew when they are needed again."""
+        # In a forked copy, closing would end nothing: the parent's ends stay open.
         if self._processes is not None and self._owner == os.getpid():
             self._processes.end()
         self._processes = None
@@ -189,6 +203,7 @@ def _error_of(raised: Raised) -> BaseException:
     """Return the error itself, with the worker's traceback as its cause."""
     if raised.error is None:
         return LoaderError(f"a loader worker failed:\n{raised.text}")
+    # Tracebacks do not survive pickling, so the worker's text stands in for it.
     raised.error.__cause__ = raised.error.__cause__ or _WorkerTraceback(raised.text)
     return raised.error
 
@@ -222,7 +237,9 @@ class CropWork:
         self.memory = MappedSlots()
 
     def __call__(self, task: WindowTask, descriptors: list[int]) -> tuple[Made, list[int]]:
+        # From the training, where a schedule may be a function: a worker evaluates none (`for_workers`).
         self.maker.epochs.learn(task.window.epoch, task.settings)
+        # Mapping counts as sending: it is part of the price of handing crops over in shared memory.
         with self.maker.clock.send:
             out = self.memory.images(task.slot, descriptors[0], *window_shape(self.maker, task.settings))
         return self.maker.make(Work(task.window, out)), []
@@ -241,6 +258,7 @@ class CropJob(Job):
     slot: Slot | None = None
 
     def task(self, worker: int | None) -> tuple[WindowTask, tuple[int, ...]]:
+        # A job that is done again keeps its slot: the dead worker writes no more, and the new one fills all of it.
         self.slot = self.slot or self.take(worker)
         return WindowTask(self.window, self.settings, self.slot.number), (self.slot.descriptor,)
 
@@ -264,6 +282,7 @@ class Workers:
             if job.slot is not None:
                 buffers.give_back(job.slot)
 
+        # Pickled when workers are started, and never without workers: what the user gave need not be picklable then.
         self._pool = Pool(lambda: pickled(CropWork(maker.for_workers())), num_workers, prefetch_factor, drop)
 
     def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:

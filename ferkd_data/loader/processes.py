@@ -52,23 +52,30 @@ class Helper:
         with theirs:
             command = [
                 spawn.get_executable(),
+                # As multiprocessing does: -W, -X and -O of the training hold in its workers too.
                 *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
+                # sys.path as it is now, since user code that workers unpickle may come from a folder that was added to
+                # it.
                 *("-c", HELPER, json.dumps(sys.path), str(theirs.fileno())),
             ]
             self.process = subprocess.Popen(
                 [os.fsdecode(part) for part in command],
+                # A worker must not take the lines of a prompt, or of the script where Python reads it from stdin.
                 stdin=subprocess.DEVNULL,
                 env=os.environ | ONE_THREAD,
                 pass_fds=[theirs.fileno()],
+                # Out of the terminal's process group, so that Ctrl-C reaches the training alone.
                 start_new_session=True,
             )
         self._owner = os.getpid()
+        # Loaders hold the helper and it holds no loader, so it goes with the last of them.
         weakref.finalize(self, _end, self._channel, self.process, self._owner)
 
     @classmethod
     def shared(cls) -> Helper:
         with cls._lock:
             helper = cls._shared() if cls._shared is not None else None
+            # After a fork, the socket is shared with the parent, whose answers would be read here.
             if helper is None or helper._owner != os.getpid() or helper.process.poll() is not None:
                 helper = cls()
                 cls._shared = weakref.ref(helper)
@@ -83,6 +90,7 @@ class Helper:
         descriptor = anonymous_file(0)
         try:
             write_all(descriptor, payload)
+            # A message is written in several pieces, which those of another thread's loader must not come between.
             with self._lock:
                 self._channel.send(None, [control.fileno(), descriptor])
         finally:
@@ -123,6 +131,7 @@ class Processes:
     def __init__(self, payload: bytes, num_workers: int) -> None:
         self._payload = payload
         self._num_workers = num_workers
+        # Kept apart from this object, so that the finalizer can close them without keeping it alive.
         self._channels: set[Channel] = set()
         self._in_transit: list[socket.socket] = []
         weakref.finalize(self, _close, self._channels)
@@ -131,11 +140,13 @@ class Processes:
         self._start()
 
     def _start(self) -> None:
+        # Held for as long as these processes are: the reference keeps the helper running for templates to come.
         self._helper = Helper.shared()
         try:
             self._selector = PollSelector()
             self._workers: list[Worker] = []
             self._template, control = channel_pair()
+            # Before the workers: `outcomes` tells the template's socket from theirs.
             self._listen_to(self._template, None)
             self._helper.start_template(self._payload, control)
             self._hand_over(control)
@@ -148,6 +159,7 @@ class Processes:
         ours, theirs = channel_pair()
         worker = Worker(number, ours)
         self._listen_to(ours, worker)
+        # The template may still be unpickling; its socket keeps the messages until it reads them.
         self._template.send(Fork(number, self._num_workers), [theirs.fileno()])
         self._hand_over(theirs)
         return worker
@@ -172,6 +184,7 @@ class Processes:
     def idle(self, limit: int) -> Worker | None:
         """Return the ready worker with the fewest tasks; None where all have `limit` of them."""
         ready = [worker for worker in self._workers if worker.pid is not None and len(worker.tasks) < limit]
+        # Fewest tasks first, so that a slow worker gets no more while others are idle.
         return min(ready, key=lambda worker: len(worker.tasks), default=None)
 
     @property
@@ -179,6 +192,7 @@ class Processes:
         return sum(worker.pid is not None for worker in self._workers)
 
     def ask(self, worker: Worker, number: int, task: Any, descriptors: tuple[int, ...]) -> None:
+        # Noted before it is sent: if the worker dies here, `_replace` reports the task as lost.
         worker.tasks.append(number)
         try:
             worker.channel.send(Do(number, task), descriptors)
@@ -193,6 +207,8 @@ class Processes:
         """
         found: list[Outcome] = []
         for key, _ in self._selector.select(seconds):
+            # It says nothing while all is well. `_hear_template` ends or replaces everything, so the other keys are
+            # stale.
             if key.fileobj is self._template:
                 found += self._hear_template()
                 break
@@ -210,7 +226,9 @@ class Processes:
                 self._arrived()
             return []
         assert isinstance(message, Done)
+        # Work goes on, so deaths are not those of workers that can do nothing, as where memory is short from the start.
         self._deaths = 0
+        # A worker answers in the order in which it was asked, so this is the task of the answer.
         worker.tasks.popleft()
         sent = message.send_seconds
         return [Outcome(message.number, message.result, tuple(descriptors), send_seconds=sent)]
@@ -219,6 +237,7 @@ class Processes:
         try:
             message, _ = self._template.receive()
         except (EOFError, OSError):
+            # Without it no worker could be replaced, so its workers go too and their tasks are done again.
             lost = [outcome for worker in self._workers for outcome in _lost(worker, "its template process ended")]
             self._count_death("the process that starts loader workers ended")
             self.end()
@@ -257,10 +276,12 @@ class Processes:
         if worker.pid is None:
             return "while it started"
         try:
+            # Only the parent of a process can wait for it, and that is the template.
             self._template.send(Wait(worker.pid))
             status, _ = self._template.receive()
         except (EOFError, OSError):
             return "its exit status is unknown"
+        # SIGKILL is what Linux sends when memory runs out; nothing else in the system says so.
         if os.WIFSIGNALED(status):
             killed = os.WTERMSIG(status)
             hint = ", as a system does that has no memory left" if killed == signal.SIGKILL else ""
@@ -274,7 +295,8 @@ class Processes:
 
 
 def _lost(worker: Worker, how: str) -> list[Outcome]:
-    return [Outcome(task, died=how, in_work=place == 0) for place, task in enumerate(worker.tasks)]
+    # The first one was in work; the others waited in its queue.
+    return [Outcome(task, died=how, in_work=i == 0) for i, task in enumerate(worker.tasks)]
 
 
 def _close(channels: set[Channel]) -> None:

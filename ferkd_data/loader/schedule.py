@@ -43,7 +43,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Cursor:
-    """How far an epoch is, between two batches, for all ranks together. A saved state holds it as `place`."""
+    """A point of an epoch between two batches, for all ranks together. A saved state holds it as `place`."""
 
     epoch: int = 0
     images: int = 0
@@ -76,11 +76,13 @@ def read_cursor(saved: Any, layout: Layout) -> Cursor:
     names = [field.name for field in fields(Cursor)]
     if not isinstance(saved, dict) or set(saved) != set(names):
         raise StateMismatchError(f"this state is damaged: its place must hold {', '.join(names)}; it is {saved!r}")
+    # Checkpoints may be damaged or made by hand: a number out of range here would index beyond the epoch.
     for name, value in saved.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
             raise StateMismatchError(f"this state is damaged: {name} of its place is {value!r}, not a number from 0 on")
     cursor = Cursor(**{name: int(value) for name, value in saved.items()})
     window = _window_images(layout, cursor)
+    # Both ends excluded: a window that is finished counts under `images` (see `_after`).
     in_window = 0 < cursor.crops < window * layout.crops_per_image
     if cursor.images + window > layout.num_images or not (in_window or cursor.crops == window == 0):
         raise StateMismatchError(
@@ -98,11 +100,13 @@ def saved_epoch(saved: Any) -> int:
 
 def windows(layout: Layout, cursor: Cursor, *, rank: int, world_size: int) -> Iterator[Window]:
     """Yield the rest of an epoch for one rank, from `cursor` on. All ranks get the same number of batches."""
+    # After a resume within a window: its rest first, with the P and W that it was begun with.
     if cursor.crops:
         yield from _rest_of_window(layout, cursor, rank, world_size)
         cursor = Cursor(epoch=cursor.epoch, images=cursor.images + _window_images(layout, cursor))
     step_images = world_size * layout.batch_images
     while (steps := (layout.num_images - cursor.images) // step_images) > 0:
+        # The last window has as many batches as are left, so that spreading costs an epoch no batch.
         begun = replace(cursor, window_batches=min(layout.spread, steps), window_ranks=world_size)
         yield _window(layout, begun, 0, rank)
         cursor = replace(cursor, images=cursor.images + begun.window_batches * step_images)
@@ -116,6 +120,7 @@ def count_batches(layout: Layout, cursor: Cursor, *, world_size: int) -> int:
     total = 0
     if cursor.crops:
         left = _window_images(layout, cursor) * layout.crops_per_image - cursor.crops
+        # Rounded up: where W has changed, the last batch of the window's rest is short (`_rest_of_window`).
         total += -(-left // (world_size * layout.batch_size))
         cursor = Cursor(epoch=cursor.epoch, images=cursor.images + _window_images(layout, cursor))
     step_images = world_size * layout.batch_images
@@ -140,6 +145,7 @@ def stand_in(position: int, attempt: int, step: int, *, num_images: int) -> int:
     order, the same after a resume, and a different image for each position of a window. Attempts 0 to num_images - 1
     reach every position of the epoch once, attempt 0 the position itself.
     """
+    # Steps return to their start after n / gcd(step, n) attempts. One position further they run through new images.
     lap = num_images // math.gcd(step, num_images)
     return (position + attempt * step + attempt // lap) % num_images
 
@@ -155,18 +161,23 @@ def _batch_of_crop(layout: Layout, cursor: Cursor) -> Ints:
     and B crops in every batch.
     """
     batches = cursor.window_batches
+    # `images` differs between the windows of an epoch, so each window spreads by distances of its own.
     key = rng.hash64("spread", layout.seed, cursor.epoch, cursor.images)
+    # A random permutation, as the order of random numbers: its first M entries are M different distances.
     distance = np.argsort(rng.counter64(key, np.arange(max(batches, layout.crops_per_image))), kind="stable")
     distance = (
+        # P < M without spreading (P = 1) and in an epoch's last window: there, an image has several crops in a batch.
         distance[: layout.crops_per_image] if batches >= layout.crops_per_image else np.arange(layout.crops_per_image)
     )
     image = np.arange(batches * layout.batch_images)[:, None]
+    # The P * b images reach each batch b times at each of the M distances: b * M = B crops in every batch.
     return np.asarray((image + distance[None]) % batches, np.int64)
 
 
 def _slots(layout: Layout, cursor: Cursor) -> Ints:
     """(P * b, M): each crop's slot, 0 .. P * B - 1, in a rank's window, batch after batch."""
     batch = _batch_of_crop(layout, cursor)
+    # Stable: an image's crops that go into the same batch stay side by side there, as SelfMix needs them.
     order = np.argsort(batch.reshape(-1), kind="stable")
     slots = np.empty(order.size, np.int64)
     slots[order] = np.arange(order.size)
@@ -177,8 +188,11 @@ def _window(layout: Layout, cursor: Cursor, done: int, rank: int) -> Window:
     """A rank's window from its batch number `done` on, for the number of ranks it was begun with."""
     size, step = layout.batch_size, cursor.window_ranks * layout.batch_size
     images = cursor.window_batches * layout.batch_images
+    # Slots of batches that were given become negative, and their crops are not wanted any more.
     slots = _slots(layout, cursor) - done * size
+    # A run of positions for each rank: in a streamed order, a host then reads as few shards as can be.
     positions = cursor.images + rank * images + np.arange(images)
+    # An image whose crops were all given is not decoded again.
     wanted = (slots >= 0).any(axis=1)
     rest = range(done + 1, cursor.window_batches + 1)
     return Window(
@@ -204,10 +218,12 @@ def _rest_of_window(layout: Layout, cursor: Cursor, rank: int, world_size: int) 
         yield _window(layout, cursor, done, rank)
         return
     # Another number of ranks began the window: deal out what is left of it anew, in the order they would have had it.
+    # All crops of all ranks, also those given: they are counted off from the front, in the order of the batches.
     images, crops = _window_crops(layout, cursor)
     step = world_size * layout.batch_size
     for start in range(cursor.crops, len(images), step):
         stop = min(start + step, len(images))
+        # The same bounds on all ranks: r * n / W rounded down, so that shares differ by at most one crop.
         bounds = [start + (stop - start) * r // world_size for r in (rank, rank + 1)]
         mine = slice(bounds[0], bounds[1])
         yield _dealt(layout, cursor, images[mine], crops[mine], _after(layout, cursor, stop))
@@ -227,6 +243,7 @@ def _window_crops(layout: Layout, cursor: Cursor) -> tuple[Ints, Ints]:
 
 
 def _dealt(layout: Layout, cursor: Cursor, images: Ints, crops: Ints, after: Cursor) -> Window:
+    # An image with several crops here is decoded once.
     positions, which = np.unique(images, return_inverse=True)
     slots = np.full((len(positions), layout.crops_per_image), -1, np.int64)
     slots[which, crops] = np.arange(len(images))
@@ -235,10 +252,9 @@ def _dealt(layout: Layout, cursor: Cursor, images: Ints, crops: Ints, after: Cur
 
 def _last_window(layout: Layout, cursor: Cursor, left: int, rank: int, world_size: int) -> Window:
     """The epoch's last, short batch; images from its start fill up, so that all ranks get equally many."""
+    # Equally many for every rank, since one that ran out of batches would leave the others waiting in all-reduce.
     images = -(-left // world_size)
     positions = (cursor.images + rank * images + np.arange(images)) % layout.num_images
-    if cursor.images == 0:
-        positions %= left
     slots = np.arange(images * layout.crops_per_image).reshape(images, layout.crops_per_image)
     end = Cursor(epoch=cursor.epoch, images=layout.num_images)
     return Window(epoch=cursor.epoch, positions=positions, slots=slots, batches=(slots.size,), cursors=(end,))

@@ -152,11 +152,13 @@ class LoaderSettings:
 
     def __post_init__(self) -> None:
         for name in WHOLE_NUMBERS:
+            # Integers of NumPy become plain ones. bool is refused, though Python counts it as one: True is no size.
             if not (name in OF_EPOCH and callable(getattr(self, name))):
                 object.__setattr__(self, name, _whole_number(name, getattr(self, name)))
         for name in ("rank", "world_size"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _whole_number(name, getattr(self, name)))
+        # True equals 1 in Python, but here True means 2 * M batches and 1 means one.
         if not isinstance(self.spread, bool):
             object.__setattr__(self, "spread", _whole_number("spread", self.spread))
         for name in SWITCHES:
@@ -166,6 +168,7 @@ class LoaderSettings:
             if not callable(getattr(self, name)) and getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         self._check_choices()
+        # Functions of the epoch are tried for epoch 0, so that one that is wrong fails when the loader is made.
         self.size_at(0)
         self.crops_at(0)
         calibration_at(self.calibration, 0)
@@ -186,8 +189,10 @@ class LoaderSettings:
         if self.batch_size % crops:
             raise UsageError(f"batch_size {self.batch_size} must be a multiple of crops_per_image {crops}{where}")
         batches = self.window_batches_of(crops)
+        # The M crops of an image go into M different batches, which a smaller window does not have.
         if batches != 1 and batches < crops:
             raise UsageError(f"spread is {batches} batches; with {crops} crops per image{where}, at least that many")
+        # SelfMix takes groups of M rows for the crops of one image, so these must lie side by side.
         if self.selfmix is not None and (batches > 1 or crops < 2):
             raise UsageError(
                 "selfmix needs at least 2 crops of an image side by side: crops_per_image >= 2, spread=False; "
@@ -262,6 +267,7 @@ def _in_epoch(value: int | OfEpoch, epoch: int) -> str:
 
 def without_functions(settings: LoaderSettings) -> LoaderSettings:
     """Return a copy without functions of the epoch, for processes that are told their values."""
+    # Not `replace`, whose check would refuse None. Workers never evaluate these settings: see `Epochs.learn`.
     sent = copy.copy(settings)
     for name in ("calibration", *OF_EPOCH):
         if callable(getattr(sent, name)):

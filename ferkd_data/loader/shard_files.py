@@ -66,9 +66,12 @@ class HeldFiles(Generic[K, T]):
     def get(self, key: K) -> T:
         found = self._open.get(key)
         if found is None:
+            # Before the next one is opened, so that never more than `limit` are open.
             if self._limit is not None:
                 self.forget(self._limit - 1)
+            # Also for files that no stage has named: the next stage then knows that this one is open.
             self._wanted[key] = None
+            # Where a fetching thread was faster, its file is kept and this one is closed with its last reference.
             found = self._open.setdefault(key, self._open_one(key))
         return found
 
@@ -84,15 +87,20 @@ class HeldFiles(Generic[K, T]):
     def stage(self, now: Iterable[K], coming: Iterable[K]) -> None:
         """Close all other files, and fetch this worker's share of these in the background."""
         wanted = dict.fromkeys((*now, *coming))
+        # What is open or asked for already is not asked for again.
         fresh = [key for key in wanted if key not in self._wanted]
         self._wanted = wanted
         for key in list(self._open):
             if key not in wanted:
                 del self._open[key]
+        # Workers divide the fetching: each asks for every step-th file. All find what any of them has fetched in the
+        # cache.
         first, step = _share
         for key in fresh[first::step]:
             if self._fetcher is None:
+                # Started with the first file to fetch, in the process that reads: threads do not survive a fork.
                 self._fetcher = _Fetcher(weakref.WeakMethod(self.fetch), max(1, THREADS // step))
+                # At exit `_end_all` ends all of them, and waits.
                 weakref.finalize(self, self._fetcher.end).atexit = False
             self._fetcher.asked.put(key)
 
@@ -105,6 +113,7 @@ class HeldFiles(Generic[K, T]):
         except (FerkdError, OSError):
             # Whoever needs the file asks for it again, and says what is wrong with it.
             return
+        # A later stage may have begun meanwhile; then the file is closed here.
         if key in self._wanted:
             self._open.setdefault(key, found)
 
@@ -129,6 +138,7 @@ class _Fetcher:
     def end(self) -> None:
         self._ended = True
         for _ in self._threads:
+            # One for each thread, which may be waiting for a key.
             self.asked.put(None)
 
     def join(self, deadline: float) -> None:
@@ -138,6 +148,8 @@ class _Fetcher:
     def _work(self) -> None:
         while True:
             key = self.asked.get()
+            # A strong reference, held while the file is fetched and no longer: else these threads would keep their
+            # owner alive.
             fetch = self._fetch()
             if self._ended or fetch is None:
                 return
@@ -149,6 +161,7 @@ class _Fetcher:
 def _end_all() -> None:
     """End all fetching threads: one that returns from a library after Python has ended would crash the process."""
     fetchers, deadline = list(_Fetcher.living), time.monotonic() + LAST_SECONDS
+    # All are told before any is waited for, so that they end side by side.
     for fetcher in fetchers:
         fetcher.end()
     for fetcher in fetchers:
@@ -194,6 +207,7 @@ class ShardRecords:
         if not are_intact(found):
             path = self._path(shard, block)
             log.warning("%s: damaged on its disk; made again", path)
+            # Processes that have it mapped keep their map; the next to open it finds a new file.
             path.unlink(missing_ok=True)
             self._held.drop((shard, block))
             found = self._held.get((shard, block))[rows]
@@ -212,10 +226,15 @@ class ShardRecords:
             with write_atomically(path, sync=False, advice=FREE_CACHE) as aside, aside.open("wb") as stream:
                 stream.write(records.view(np.uint8).data)
 
+        # Unpacking opens the shard's file, which has another suffix in the same cache: see `ShardCache.open` on the
+        # order.
         with self._cache.open(self._path(shard, block).name, rows * dtype.itemsize, unpack) as file:
+            # The map has a copy of the descriptor and, with it, the shared lock: the cache keeps the file for as long
+            # as its records are in use.
             return np.frombuffer(file.map(), dtype)
 
     def _path(self, shard: int, block: int) -> Path:
+        # The layout of records is part of the name, so that another version of this code makes files of its own.
         told = f"{self.labels.identity} {shard} {block} {record_dtype(self.labels, block).descr}"
         return self._cache.path(hashlib.sha256(told.encode()).hexdigest() + SUFFIX)
 

@@ -32,17 +32,19 @@ HEADER = np.dtype(
         ("run", "<i8", (RUNS, 3)),
     ]
 )
-PLACE_BITS = 40
-"""Of the number kept for each row: its next place. Above them lies the beginning since which that counts."""
+READING_BITS = 40
+"""Lower bits of the number kept for each row: its next reading. The upper ones are the beginning it counts from."""
 
 
 class SharedEpoch:
-    """An epoch, and each row's next place. Can be pickled, as long as the original, which removes the file, exists.
+    """An epoch, and each row's next reading. Can be pickled, as long as the original, which removes the file, exists.
 
-    Places are the readings of a row in the order in which they give its crops: an epoch has `per_epoch` of them.
+    The readings of a row are numbered in the order in which they give its crops: epoch e has `e * per_epoch` and the
+    `per_epoch - 1` after it.
     """
 
     def __init__(self, num_rows: int, per_epoch: int = 1) -> None:
+        # Owned by the process that made it: copies map the same file and remove nothing.
         self._scratch = Scratch("epoch")
         self._path = self._scratch.path / FILE_NAME
         self._num_rows, self._per_epoch = num_rows, per_epoch
@@ -57,19 +59,21 @@ class SharedEpoch:
 
     @property
     def calls(self) -> int:
-        """How often `set_epoch` was called."""
+        """The number of calls of `set_epoch`."""
         return int(self._header["calls"])
 
     def set_epoch(self, epoch: int) -> None:
-        """Let rows go on with the places of an epoch, and the next run over a stream be this epoch.
+        """Let rows go on with the readings of an epoch, and the next run over a stream be this epoch.
 
-        A later epoch than before leaves out places that a row was read at already; the same one, or an earlier one,
+        A later epoch than before leaves out readings that a row has had already; the same one, or an earlier one,
         begins anew.
         """
         with self._locked():
+            # Another beginning makes all numbers kept before smaller than the new stamp, and so invalid, in one step.
             if epoch <= self.epoch:
                 self._header["begun"] += 1
             self._header["epoch"] = epoch
+            # Samplers and streams compare it with what they saw last: an equal epoch may still be a new call.
             self._header["calls"] += 1
 
     def follow(self, leader: SharedEpoch) -> None:
@@ -77,20 +81,22 @@ class SharedEpoch:
         self._header["epoch"], self._header["followed"] = leader.epoch, leader.calls
 
     def visit(self, rows: Sequence[int]) -> list[tuple[int, int]]:
-        """Read each of these rows once more, in this order: the epoch of its place, and the number there, from 0."""
+        """Count one reading of each of these rows, in this order; return its epoch and its number there, from 0."""
         visits = []
         with self._locked():
             first = self.epoch * self._per_epoch
-            stamp = int(self._header["begun"]) << PLACE_BITS
+            # Beginning in the upper 24 bits, reading in the lower 40: one word for each row, 0 in a file of zeros.
+            stamp = int(self._header["begun"]) << READING_BITS
             for row in rows:
-                kept = int(self._places[row])
-                place = max(first, kept - stamp if kept >= stamp else 0)
-                visits.append(divmod(place, self._per_epoch))
-                self._places[row] = stamp + place + 1
+                kept = int(self._next[row])
+                # Not before the epoch's first reading, and not one that the row has given since the beginning.
+                reading = max(first, kept - stamp if kept >= stamp else 0)
+                visits.append(divmod(reading, self._per_epoch))
+                self._next[row] = stamp + reading + 1
         return visits
 
     def begin_run(self, token: tuple[int, int], leader: SharedEpoch) -> int:
-        """The epoch of an iteration over a stream, which then moves on by one.
+        """Return the epoch of an iteration over a stream, and move the stream on by one.
 
         All worker processes of one iteration come with the same `token` and get the same epoch, whichever comes first.
         Where `set_epoch` was called on `leader`, the data set of the stream, the stream follows.
@@ -103,6 +109,7 @@ class SharedEpoch:
             epoch = self.epoch
             if int(self._header["followed"]) != leader.calls:
                 epoch, self._header["followed"] = leader.epoch, leader.calls
+            # The oldest is overwritten: its workers have all begun long ago.
             runs[int(self._header["runs"]) % RUNS] = (*token, epoch)
             self._header["runs"] += 1
             self._header["epoch"] = epoch + 1
@@ -110,6 +117,8 @@ class SharedEpoch:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        # A lock of the process (fcntl), not of the open file: forked workers share the descriptor, and flock would let
+        # all in.
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
         try:
             yield
@@ -120,7 +129,7 @@ class SharedEpoch:
         self._descriptor = os.open(self._path, os.O_RDWR)
         weakref.finalize(self, os.close, self._descriptor)
         self._header: Any = np.memmap(self._path, HEADER, "r+", shape=())
-        self._places: npt.NDArray[np.uint64] = np.memmap(
+        self._next: npt.NDArray[np.uint64] = np.memmap(
             self._path, np.uint64, "r+", offset=HEADER.itemsize, shape=(max(self._num_rows, 1),)
         )
 
@@ -144,9 +153,12 @@ class RunTokens:
 
     def next(self) -> tuple[int, int]:
         worker, process = get_worker_info(), os.getpid()
+        # Forked or unpickled in a worker: it counts its own iterations from here.
         if self._process != process:
             self._process, self._begun = process, 0
         self._begun += 1
         if worker is None:
+            # Without workers; negative, so that it is no seed of a DataLoader.
             return -process, self._begun
+        # A worker's seed is the base seed of its DataLoader iteration plus its number.
         return (worker.seed - worker.id) % 2**62, self._begun

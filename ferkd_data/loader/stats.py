@@ -204,10 +204,9 @@ def _setup(settings: LoaderSettings, epoch: int) -> Setup:
 
 
 LOADER_SHARE = 0.1
-"""Of the time between batches: what a training may wait for its loader before the loader counts as the bottleneck."""
+"""Share of its time that a training may wait for its loader before the loader counts as the bottleneck."""
 HERE_SHARE = 0.5
-"""Of the windows: where more were made in the training process, because no worker was ready, it is too early to judge.
-"""
+"""Share of windows made in the training process, since no worker was ready, above which it is too early to judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +229,9 @@ class Setup:
 
 def cores_of_rank(environment: Mapping[str, str] = os.environ) -> int:
     """Cores that this process may use, divided by the ranks that a launcher started on this machine."""
+    # Slurm and cpusets restrict the affinity; macOS has none.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # torchrun sets it: the processes of this machine, which all start workers.
     ranks = environment.get("LOCAL_WORLD_SIZE", "1")
     return max(1, cores // max(1, int(ranks))) if ranks.isdecimal() else cores
 
@@ -248,6 +249,7 @@ def judge(
     """
     if wait + hand_over < LOADER_SHARE * (wait + hand_over + step):
         return "your step", "your training step is the bottleneck; a faster loader would gain next to nothing"
+    # Before the workers are judged: they are not what the loop waits for.
     if hand_over > wait:
         return "hand-over", (
             "to_batch, pin_memory or targets='dense' takes its time in your own process, between two steps; make "
@@ -255,6 +257,7 @@ def judge(
         )
     if setup.num_workers and here_share > HERE_SHARE:
         return "unknown", "too early to say: most of these batches were made while the workers were still starting"
+    # Stages are summed over processes, so they are compared with each other and not with the waiting time.
     slowest = max(stages, key=lambda stage: stages[stage])
     if setup.num_workers == 0:
         return slowest, (

@@ -50,6 +50,7 @@ def transformed(transform: Transform, crop: Tensor, seed: int, where: Callable[[
     `where()` names the crop in errors. Raises LoaderError where the transform fails, or does not give uint8 (3, S, S).
     """
     random.seed(seed)
+    # NumPy takes 32 bits; the lower ones of a hash are as good as any.
     np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
     try:
@@ -59,6 +60,7 @@ def transformed(transform: Transform, crop: Tensor, seed: int, where: Callable[[
     if isinstance(given, Tensor) and given.dtype == torch.uint8 and given.shape == crop.shape:
         if given is crop:
             return crop
+        # A transform may return a subclass (torchvision's tv_tensors), whose operations take another dispatch.
         plain = given.as_subclass(Tensor)
         # A view of the crop, such as its transpose, would be overwritten while it is read.
         return plain.clone() if plain.untyped_storage().data_ptr() == crop.untyped_storage().data_ptr() else plain
@@ -75,11 +77,12 @@ def crop_seed(seed: int, key_hash: int, draw: int) -> int:
 
 
 def draws_elsewhere(transform: Transform, size: int) -> bool:
-    """Whether a transform gives different crops for the same seed, so that it draws from a generator of its own.
+    """Return whether a transform gives different crops for the same seed: it then has a generator of its own.
 
     It is tried on noise, with several seeds, since many transforms change a crop only at times. One that fails is not
     judged: it fails on the first crop too, in an error that names the crop.
     """
+    # Noise, so that any other place, colour or angle gives other pixels.
     crop = torch.from_numpy(rng.generator("noise").integers(0, 256, (3, size, size), np.uint8))
     with lent_generators():
         for seed in range(TRIES):

@@ -97,27 +97,33 @@ def main(descriptor: int) -> NoReturn:
     # Templates that end need not be waited for.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=descriptor))
+    # Objects that exist now leave the collector's lists: its marks would copy pages that all forks share.
     gc.freeze()
     while True:
+        # Each message asks for one template: its socket and its work come as descriptors.
         _, descriptors = _next(channel)
         if os.fork() == 0:
             channel.close()
             _be(_template, *descriptors)
+        # The template has copies of its own from the fork.
         for descriptor in descriptors:
             os.close(descriptor)
 
 
 def _template(control: int, payload: int) -> NoReturn:
     """`payload` is an anonymous file that holds the pickled work."""
+    # Workers are waited for here, where somebody asks how one ended (`Wait`).
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     channel = Channel(socket.socket(fileno=control))
     try:
         with open(payload, "rb") as stream:
+            # The training has written through this same open file, whose offset is therefore at its end.
             stream.seek(0)
             work = pickle.load(stream)
     except BaseException as error:
         channel.send(_raised(error))
         raise
+    # Before the freeze, so that garbage from unpickling is not kept in every worker.
     gc.collect()
     gc.freeze()
     while True:
@@ -128,11 +134,12 @@ def _template(control: int, payload: int) -> NoReturn:
         if os.fork() == 0:
             channel.close()
             _be(_worker, work, message, *descriptors)
+        # The worker's own copy is the only one from here on, so that its end closes the socket.
         os.close(descriptors[0])
 
 
-def _worker(work: Work, place: Fork, descriptor: int) -> NoReturn:
-    set_share(place.number, place.of)
+def _worker(work: Work, fork: Fork, descriptor: int) -> NoReturn:
+    set_share(fork.number, fork.of)
     # All workers would go on with the same numbers from the generators that they have from the template.
     seed = int.from_bytes(os.urandom(8), "little")
     torch.manual_seed(seed)
@@ -153,6 +160,8 @@ def _worker(work: Work, place: Fork, descriptor: int) -> NoReturn:
         do, received = asked.get()
         result: Any
         try:
+            # Whatever is raised goes to the training, also a SystemExit of the user's code: a worker ends with its
+            # socket alone.
             result, sent = work(do.task, received)
         except BaseException as error:
             result, sent = _raised(error), []
@@ -163,18 +172,23 @@ def _worker(work: Work, place: Fork, descriptor: int) -> NoReturn:
         except OSError:
             os._exit(0)
         send_seconds = time.thread_time() - begun
+        # Both have been used up: memory that came was mapped (a map outlives its descriptor), and what was sent is
+        # copied.
         for open_file in (*received, *sent):
             os.close(open_file)
+        # Before the next wait, so that an idle worker does not hold the targets of a window.
         del result
 
 
 def _listen(channel: Channel, asked: queue.SimpleQueue[tuple[Do, list[int]]]) -> NoReturn:
     while True:
+        # Without a limit: the training never asks for more than `prefetch_factor` windows ahead.
         asked.put(_next(channel))
 
 
 def _next(channel: Channel) -> tuple[Any, list[int]]:
     """Wait for the next message. Ends the process where the training or the parent is gone."""
+    # The socket leads to the training, which goes on when this process's parent alone is killed.
     parent = os.getppid()
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
@@ -192,6 +206,7 @@ def _be(run: Callable[..., NoReturn], *arguments: Any) -> NoReturn:
     try:
         run(*arguments)
     except BaseException:
+        # To stderr, which is the training's: there is no other way to tell of an error outside of a task.
         traceback.print_exc()
     finally:
         os._exit(1)
@@ -200,6 +215,7 @@ def _be(run: Callable[..., NoReturn], *arguments: Any) -> NoReturn:
 def _raised(error: BaseException) -> Raised:
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     try:
+        # Some errors can be pickled and not unpickled, such as those whose __init__ takes more than the message.
         pickle.loads(pickle.dumps(error))
     except Exception:
         return Raised(None, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
 import warnings
 
@@ -11,7 +12,7 @@ import torch
 
 import ferkd_data as fd
 from ferkd_data.errors import LoaderError
-from ferkd_data.images import retrying
+from ferkd_data.images import open_source, retrying
 from ferkd_data.remote import Retries
 
 LAYOUTS = {
@@ -130,3 +131,19 @@ def test_a_source_that_is_gone_is_an_error_after_a_few_images(make, photos, tmp_
     shutil.rmtree(images)
     with pytest.raises(LoaderError, match=r"the source of the images does not answer: image 'class.* is gone"):
         list(loader)
+
+
+def test_single_images_that_do_not_answer_are_skipped(make, photos, monkeypatch):
+    """Bad sectors, three within one window: only images in a row mean that the source is gone."""
+    source = open_source(photos)
+    read_one, reads = source.read_one, itertools.count()
+
+    def read(ref):
+        if next(reads) % 2:
+            raise retrying.UnansweredImageError("unreadable", f"{ref.file}: Input/output error")
+        return read_one(ref)
+
+    monkeypatch.setattr(source, "read_one", read)
+    loader = make(images=source, batch_size=16)
+    assert [len(images) for images, _ in contents(loader)] == [16, 16]
+    assert loader.skipped > retrying.IMAGES_IN_A_ROW

@@ -69,10 +69,12 @@ def same(a, b):
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"decode_device": "cpu"}, {"order": "shards"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"decode_device": "cpu"}, {"order": "shards"}, {"prefetch_factor": 2}, {"prefetch_factor": 4}]
+)
 @pytest.mark.parametrize("victim", ["worker", "all workers", "template", "helper"])
 def test_what_a_killed_process_was_at_is_done_again(make, caplog, victim, changes):
-    alone, loader = make(**changes), make(num_workers=2, prefetch_factor=1, **changes)
+    alone, loader = make(**changes), make(num_workers=2, **({"prefetch_factor": 1} | changes))
     expected = contents(alone)
     workers, batches = pids_of(loader), []
     template = parent_of(workers[0])
