@@ -127,6 +127,7 @@ def export_teacher(teacher: str | TeacherSpec, path: Path) -> TeacherSpec:
     with write_atomically(path) as aside:
         exported = _export(eager, aside)
         difference = _largest_difference(eager, exported)
+        # "not <=", since a difference of NaN is no smaller than anything.
         if not difference <= TOLERANCE:
             raise TeacherError(
                 f"teacher {eager.spec}: its ONNX form differs by {difference:.2g} in a probability, more than "
@@ -170,6 +171,7 @@ class _Bench:
             at_once = [size for way, size, count in self.rates if (way, count) == ("channels-last", max(self.threads))]
             best = max(at_once, key=lambda size: self._rate(("channels-last", size, max(self.threads))))
             self._time(self._compiled(self.teacher, best), [best])
+        # The first way timed: eager or, for teachers that are no modules, "as it is".
         first = next(iter(self.rates))[0]
         base = max(self._rate(key) for key in self.rates if key[0] == first)
         timings = tuple(
@@ -223,6 +225,7 @@ class _Bench:
             self.differences[way] = _largest_difference(self.teacher, teacher)
         pictures = _pictures(CHECKED_CROPS, self.teacher.preprocessing.size)
         batches = {count: _repeated(pictures, count).to(self.device) for count in batch_sizes}
+        # All ways by turns in each round: a machine that slows down meanwhile slows all of them.
         for number in range(ROUNDS):
             for (way, threads), teacher in ways.items():
                 for count, batch in batches.items():
@@ -234,6 +237,7 @@ class _Bench:
         try:
             with _threads(threads):
                 if warm_up:
+                    # Warm-up: caches, the allocator, and kernels that are chosen or compiled at the first call.
                     teacher.logits(batch_BCSS).cpu()
                 self.rates.setdefault(key, []).append(_measure(teacher, batch_BCSS, self.seconds))
                 return
@@ -253,6 +257,7 @@ def advice(found: TeacherTimings, cores: int) -> str:
     """Return one line with the options for `build`. A way with one thread counts once for each core."""
 
     def on_all_cores(timing: Timing) -> float:
+        # As many workers as fill the cores. An upper bound: they share memory bandwidth.
         return timing.crops_per_second * max(1, cores // timing.threads)
 
     def fastest(timings: Sequence[Timing]) -> Timing:
@@ -264,6 +269,7 @@ def advice(found: TeacherTimings, cores: int) -> str:
     best = fastest(found.timings)
     now = fastest([t for t in found.timings if t.way in OF_A_BUILD])
     if on_all_cores(best) < WORTH * on_all_cores(now):
+        # Not worth an option: within a tenth of what a build does anyway.
         best = now
     export = f"ferkd-data bench --teacher {quote(found.spec)} --export FILE.onnx"
     options = {
@@ -321,6 +327,7 @@ def _measure(teacher: Teacher, batch_BCSS: Tensor, seconds: float) -> float:
     while (passed := time.perf_counter() - started) < seconds or not done:
         for _ in range(at_once - 1):
             teacher.logits(batch_BCSS)
+        # Copying the answer to the host waits for it, and for those asked before it on the same stream.
         teacher.logits(batch_BCSS).cpu()
         done += at_once * len(batch_BCSS)
     return done / passed if passed else 0.0
@@ -340,6 +347,7 @@ def _repeated(pictures: Tensor, count: int) -> Tensor:
 def _pictures(count: int, size: int) -> Tensor:
     """Return `count` pictures of smooth colours with some noise, the same every time."""
     generator = torch.Generator().manual_seed(0)
+    # Smooth colours and some noise, as in photos: pure noise lies far from what teachers were trained on.
     smooth = torch.rand((count, 3, 6, 6), generator=generator) * 255
     large = nn.functional.interpolate(smooth, size=(size, size), mode="bicubic")
     noise = torch.randn((count, 3, size, size), generator=generator) * 8

@@ -37,6 +37,7 @@ class Action:
         """Read `discard`, `soften`, `blend`, `keep` or `thin(P)`. Raises UsageError for anything else."""
         if text in ("discard", "soften", "blend", "keep"):
             return cls(text)  # type: ignore[arg-type]
+        # P above 0: thin(0) would be a second word for discard.
         match = THIN.fullmatch(text.replace(" ", ""))
         if match and 0 < float(match[1]) <= 1:
             return cls("thin", float(match[1]))
@@ -85,6 +86,7 @@ class Calibration:
     """Temperature of the recovered soft label."""
 
     def __post_init__(self) -> None:
+        # Parsed once to refuse bad words here; the texts stay, as they are what a saved state compares.
         for name in BUCKETS:
             Action.parse(getattr(self, name))
         if self.confident_but_wrong is not None:
@@ -127,6 +129,7 @@ class Calibration:
     def needs_target(self) -> bool:
         """Whether a target can have the ground truth in it, and so one sparse entry more."""
         texts = (*(getattr(self, name) for name in BUCKETS), self.confident_but_wrong)
+        # Discarding alone may end in a softened target: for an image whose crops are all discarded.
         discards = any(text == "discard" for text in texts)
         return any(text in ("soften", "blend") for text in texts) or (discards and self.all_discarded == "soften")
 
@@ -175,7 +178,9 @@ def crop_actions(
     """Return codes (...,) into `action_table`; `target` broadcasts against `bucket` and `top1`."""
     if calibration.confident_but_wrong is None:
         return bucket
+    # Buckets 2 and 3 are the positive ones.
     wrong = (bucket >= 2) & (target != UNKNOWN_TARGET) & (top1.astype(np.int64) != target)
+    # The code after the last bucket's, as in `action_table`.
     return np.where(wrong, len(BUCKETS), bucket).astype(np.uint8)
 
 
@@ -238,6 +243,7 @@ def calibrate(
     A crop whose action is `discard` was drawn because its image has none in use: `all_discarded` decides. Where the
     ground truth is unknown, `soften` and `blend` keep the soft label.
     """
+    # These look at the first class alone, which the class map may have dropped.
     if class_map is not None and calibration.recovery in ("hard", "label_smoothing"):
         class_index, class_prob = class_map.first_kept(class_index, class_prob)
     weight, floor = recover(
@@ -245,13 +251,18 @@ def calibrate(
     )
     index = class_index.astype(np.int64)
     if class_map is not None:
+        # After recovery: mapped to k columns first, the missing mass would be spread over another number of classes.
         index, weight, floor = class_map.distributions(index, weight, floor)
         num_classes = class_map.num_classes
+    # Decided by the calibration and not by the batch, so that K is the same for all batches and they can be joined.
     if calibration.needs_target:
         share = _soft_share(calibration)[codes]
+        # The whole soft label: there is no ground truth to soften.
         share = np.where(target == UNKNOWN_TARGET, np.float32(1), share)
+        # The softened ground truth as sparse target: floor `spread`, and on its class what is missing to 1 - epsilon.
         spread = np.float32(calibration.epsilon / max(num_classes - 1, 1))
         truth = (1 - share) * (np.float32(1 - calibration.epsilon) - spread)
+        # An unknown target becomes class 0 with weight 0, as padding.
         index = np.concatenate([index, np.maximum(target, 0)[:, None].astype(np.int64)], axis=1)
         weight = np.concatenate([weight * share[:, None], truth[:, None]], axis=1)
         floor = floor * share + (1 - share) * spread

@@ -38,7 +38,7 @@ NewClasses: TypeAlias = "Mapping[Any, Any] | Sequence[Any] | npt.NDArray[Any]"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClassMap:
-    """Which new class each old class becomes. Made by `make_class_map`."""
+    """A map from old classes to new ones. Made by `make_class_map`."""
 
     new: Ints
     """(C,) the new class of each old one; -1 where it is dropped."""
@@ -73,6 +73,7 @@ class ClassMap:
     @cached_property
     def _common(self) -> int:
         """The most common n."""
+        # argmax takes the smallest of equally common ones, so that the map's targets are always the same.
         return int(np.bincount(self._members).argmax())
 
     @cached_property
@@ -81,24 +82,27 @@ class ClassMap:
         return np.flatnonzero(self._members != self._common)
 
     def targets(self, target: npt.NDArray[np.integer[Any]]) -> Ints:
-        """New ground truths, of the same shape; -1 where unknown or dropped."""
+        """Return new ground truths, of the same shape; -1 where unknown or dropped."""
         known = target != UNKNOWN_TARGET
+        # -1 would index the last class, so unknown targets look up class 0 and are put back.
         return np.where(known, self.new[np.where(known, target, 0)], UNKNOWN_TARGET)
 
     def then(self, after: ClassMap) -> ClassMap:
-        """This map and then another one, as one map."""
+        """Return this map followed by another one, as one map."""
         kept = self.new >= 0
         new = np.where(kept, after.new[np.where(kept, self.new, 0)], DROPPED)
         return ClassMap(new=new, num_classes=after.num_classes, names=after.names)
 
     def first_kept(self, class_index: npt.NDArray[Any], class_prob: npt.NDArray[Any]) -> tuple[Any, Any]:
-        """The same (B, k) columns with the most probable class that is kept in front.
+        """Return the same (B, k) columns with the most probable class that is kept in front.
 
         The recoveries `hard` and `label_smoothing` look at the first class alone, which may have been dropped.
         """
+        # Columns descend by probability, so the first that is kept is the most probable. 0 where none is.
         first = (self.new[class_index] >= 0).argmax(axis=1)
-        place = np.arange(class_index.shape[1])[None]
-        order = np.where(place == 0, first[:, None], np.where(place == first[:, None], 0, place))
+        column = np.arange(class_index.shape[1])[None]
+        # The two columns change places; the others stay.
+        order = np.where(column == 0, first[:, None], np.where(column == first[:, None], 0, column))
         return np.take_along_axis(class_index, order, axis=1), np.take_along_axis(class_prob, order, axis=1)
 
     def distributions(self, index: Ints, weight: Floats, floor: Floats) -> tuple[Ints, Floats, Floats]:
@@ -112,14 +116,18 @@ class ClassMap:
         kept = new >= 0
         # Summed as probabilities, none of which is negative; weights would cancel out.
         prob = np.where(kept, weight + floor[:, None], 0).clip(min=0)
+        # Old classes that are kept and not among the entries have the floor alone.
         mass = prob.sum(axis=1) + floor * (self._members.sum() - kept.sum(axis=1))
         nothing = mass <= 0
+        # Rows without mass are overwritten below; 1 keeps the division quiet.
         safe = np.where(nothing, np.float32(1), mass).astype(np.float32)
         weight = np.where(kept & ~nothing[:, None], weight / safe[:, None], 0)
         base = np.where(nothing, np.float32(1 / self._members.sum()), floor / safe)
         uneven = np.broadcast_to(self._uneven, (len(index), len(self._uneven)))
+        # Negative where fewer than the most common number of old classes become this one.
         excess = (self._members[self._uneven] - self._common).astype(np.float32)
         return (
+            # A dropped class becomes an entry of class 0 with weight 0.
             np.concatenate([np.maximum(new, 0), uneven], axis=1),
             np.concatenate([weight, base[:, None] * excess], axis=1).astype(np.float32, copy=False),
             (base * self._common).astype(np.float32, copy=False),
@@ -128,16 +136,18 @@ class ClassMap:
     def columns(
         self, class_index: npt.NDArray[Any], class_prob: npt.NDArray[np.float16]
     ) -> tuple[Ints, npt.NDArray[np.float16]]:
-        """Stored columns (..., k) in terms of the new classes: index and probability, (..., min(k, D)).
+        """Return stored columns (..., k) in terms of the new classes: index and probability, (..., min(k, D)).
 
         A class has the sum of what its old classes had, not rescaled: what went to dropped classes is missing. Classes
-        are distinct and in descending order; places left over hold classes of probability 0.
+        are distinct and in descending order; columns left over hold classes of probability 0.
         """
         shape, kept = class_index.shape, min(class_index.shape[-1], self.num_classes)
         new = self.new[class_index.reshape(-1, shape[-1])]
         prob = class_prob.reshape(new.shape).astype(np.float32)
+        # (rows, k, k): whether two columns became the same new class. k is small, so comparing all is cheapest.
         same = (new[:, :, None] == new[:, None, :]) & (new >= 0)[:, None, :]
         mass = np.where(same, prob[:, None, :], 0).sum(axis=2)
+        # A class's sum stays at its first column; later ones, and dropped classes, sort behind everything as -1.
         repeated = np.tril(same, -1).any(axis=2) | (new < 0)
         mass = np.where(repeated, -1, mass)
         order = np.argsort(-mass, axis=1, kind="stable")[:, :kept]
@@ -153,7 +163,7 @@ class ClassMap:
         target: npt.NDArray[np.integer[Any]],
         target_prob: npt.NDArray[np.float16],
     ) -> npt.NDArray[np.float16]:
-        """The probability (R, N) of the new ground truth, from stored columns (R, N, k), (R,) and (R, N).
+        """Return the probability (R, N) of the new ground truth, from stored columns (R, N, k), (R,) and (R, N).
 
         It is the sum over the stored classes that become the new ground truth, and the old ground truth's own, which is
         stored apart, where it is not among them. NaN where the ground truth is unknown or dropped.
@@ -167,14 +177,17 @@ class ClassMap:
 
 
 def _fill_up(new: Ints, real: npt.NDArray[np.bool_]) -> Ints:
-    """Put the smallest classes that a row does not have into the places (B, k) that are not `real`."""
+    """Put the smallest classes that a row does not have into the columns (B, k) that are not `real`."""
     short = np.flatnonzero(~real.all(axis=1))
     if not len(short):
         return new
     part, fine = np.where(real, new, DROPPED)[short], real[short]
     candidate = np.arange(new.shape[1])
+    # Of the classes 0 .. K - 1, those a row does not have: at least as many as it has columns to fill.
     free = ~(part[:, :, None] == candidate[None, None]).any(axis=1)
+    # False sorts before True, and stably: the free classes first, ascending.
     smallest = np.argsort(~free, axis=1, kind="stable")
+    # The n-th column to fill takes the n-th free class.
     number = (~fine).cumsum(axis=1) - 1
     filled: Ints = new.copy()
     filled[short] = np.where(fine, part, np.take_along_axis(smallest, np.maximum(number, 0), axis=1))
@@ -184,7 +197,7 @@ def _fill_up(new: Ints, real: npt.NDArray[np.bool_]) -> Ints:
 def map_columns(
     class_map: ClassMap, columns: Mapping[str, npt.NDArray[Any]], thresholds: Thresholds
 ) -> dict[str, npt.NDArray[Any]]:
-    """The columns of `ShardLabels` that a class map changes, in terms of the new classes.
+    """Return the columns of `ShardLabels` that a class map changes, in terms of the new classes.
 
     `columns` holds class_index, class_prob (R, N, k), target (R,), target_prob and bucket (R, N). Buckets are assigned
     anew, by what the teacher gave to the new classes, where classes are merged or dropped.
@@ -194,6 +207,7 @@ def map_columns(
     target_prob = class_map.target_prob(class_index, class_prob, columns["target"], columns["target_prob"])
     bucket = columns["bucket"]
     if not class_map.is_renaming:
+        # A crop of a dropped class is hard to those that are left (docs/decisions.md, record 28).
         bucket = buckets_of(prob, target_prob, thresholds)
     return {
         "class_index": index.astype(class_index_dtype(class_map.num_classes)),
@@ -212,7 +226,7 @@ def make_class_map(
     num_classes: int | None = None,
     names: Sequence[str] | None = None,
 ) -> ClassMap:
-    """A class map from what users write (see `LabelSet.map_classes`). Raises UsageError."""
+    """Make a class map from what users write (see `LabelSet.map_classes`). Raises UsageError."""
     new, said = _new_classes(classes, num_old, old_names)
     if names is not None:
         said = list(names)
@@ -229,8 +243,9 @@ def make_class_map(
 
 
 def class_numbers(classes: Any, *, num_classes: int, names: Sequence[str] | None) -> Ints:
-    """Numbers of classes given by number or by name. Raises UsageError that lists some of the unknown ones."""
+    """Return the numbers of classes given by number or name. Raises UsageError that lists some of the unknown ones."""
     if hasattr(classes, "tolist"):
+        # NumPy arrays and tensors alike, as plain numbers.
         classes = classes.tolist()
     given = [classes] if isinstance(classes, (str, Integral)) else list(classes)
     index = _Names(names, num_classes)
@@ -252,12 +267,13 @@ class _Names:
             self.numbers.setdefault(name, []).append(number)
 
     def number(self, given: Any) -> int | None:
-        """None where there is no such class. Raises UsageError for a name that several classes have."""
+        """Return the class's number, None where there is none. Raises UsageError for a name of several classes."""
         if isinstance(given, str):
             found = self.numbers.get(given, [])
             if len(found) > 1:
                 raise UsageError(f"{given!r} is the name of classes {', '.join(map(str, found))}; give their numbers")
             return found[0] if found else None
+        # True and False are integers to Python; in a list of classes they are a mask given by mistake.
         number = int(given) if isinstance(given, Integral) and given is not True and given is not False else DROPPED
         return number if 0 <= number < self.num_classes else None
 
@@ -268,7 +284,7 @@ class _Names:
 
 
 def _new_classes(classes: NewClasses, num_old: int, old_names: Sequence[str] | None) -> tuple[Ints, list[str] | None]:
-    """(C,) new classes, and their names where the map gives them."""
+    """Return the new classes (C,), and their names where the map gives them."""
     if isinstance(classes, Mapping):
         old = class_numbers(list(classes), num_classes=num_old, names=old_names)
         if len(set(old.tolist())) < len(old):
@@ -281,6 +297,8 @@ def _new_classes(classes: NewClasses, num_old: int, old_names: Sequence[str] | N
         raise UsageError(f"a class map is a dict, a list of new classes or a list of class names, got {classes!r}")
     given = classes.tolist() if hasattr(classes, "tolist") else list(classes)
     distinct_names = all(isinstance(one, str) for one in given) and len(set(given)) == len(given) > 0
+    # Old classes to keep, not new names for all: as many as there are old classes may be either, and known names
+    # decide.
     if distinct_names and (len(given) != num_old or set(given) <= set(old_names or ())):
         new = np.full(num_old, DROPPED, np.int64)
         new[class_numbers(given, num_classes=num_old, names=old_names)] = np.arange(len(given))
@@ -294,13 +312,13 @@ def _new_classes(classes: NewClasses, num_old: int, old_names: Sequence[str] | N
 
 
 def _numbered(values: list[Any]) -> tuple[Ints, list[str] | None]:
-    """New classes by number; names are numbered in the order in which they first come."""
+    """Number the new classes; names are numbered in the order in which they first come."""
     if any(isinstance(value, str) for value in values):
         names = list(dict.fromkeys(value for value in values if value is not None))
         if not all(isinstance(name, str) for name in names):
             raise UsageError("a class map's new classes are all numbers or all names")
-        place = {name: number for number, name in enumerate(names)}
-        return np.array([DROPPED if value is None else place[value] for value in values], np.int64), names
+        numbers = {name: number for number, name in enumerate(names)}
+        return np.array([DROPPED if value is None else numbers[value] for value in values], np.int64), names
     for value in values:
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if value is not None and not (whole and DROPPED <= value < MAX_NEW_CLASSES):
@@ -309,7 +327,7 @@ def _numbered(values: list[Any]) -> tuple[Ints, list[str] | None]:
 
 
 def _inherited(new: Ints, num_classes: int, old_names: Sequence[str]) -> list[str]:
-    """Names of new classes, from those of the old ones that they are made of."""
+    """Name new classes after the old ones that they are made of."""
     members: list[list[str]] = [[] for _ in range(num_classes)]
     for old, number in enumerate(new.tolist()):
         if number >= 0:

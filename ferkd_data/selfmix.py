@@ -66,21 +66,23 @@ class SelfMix:
 def partners(num: int, crops_per_image: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """Pair each crop with another crop of its image, (B,), by the same random rule in every group.
 
-    An even group is cut into pairs that mix with each other, as the rounds of a tournament are; an odd one is turned
-    by a step.
+    An even group is cut into pairs that mix with each other, as the rounds of a tournament are; in an odd one,
+    each crop mixes with the one a random step after it.
     """
     if crops_per_image < 2 or num % crops_per_image:
         raise UsageError(
             f"SelfMix needs at least 2 crops of each image side by side; {num} crops in groups of {crops_per_image}"
         )
+    # 1 .. M - 1: no crop is its own partner. Of even M, it is the round of the tournament.
     step = int(rng.integers(1, crops_per_image))
-    place = np.arange(crops_per_image)
+    crop = np.arange(crops_per_image)
     if crops_per_image % 2:
-        other = (place + step) % crops_per_image
+        other = (crop + step) % crops_per_image
     else:
         last = crops_per_image - 1
-        other = (step - place) % last
-        # One meets itself, and the last, for which the rule has no place: these two are the pair that is left.
-        alone = int(np.flatnonzero(other[:last] == place[:last])[0])
+        # The circle method: pairs that add up to `step` modulo M - 1, an odd number, so that one alone meets itself.
+        other = (step - crop) % last
+        # One meets itself, and the rule does not cover the last: these two are the pair that is left.
+        alone = int(np.flatnonzero(other[:last] == crop[:last])[0])
         other[alone], other[last] = last, alone
     return np.add.outer(np.arange(0, num, crops_per_image), other).reshape(-1)

@@ -23,7 +23,7 @@ Recovery: TypeAlias = Literal["smooth", "renorm", "hard", "label_smoothing"]
 RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
 Floats: TypeAlias = npt.NDArray[np.float32]
 ROWS_IN_HTML, CLASSES_IN_HTML = 8, 3
-"""What a notebook shows of targets."""
+"""Rows, and classes of each, that a notebook shows of targets."""
 Number: TypeAlias = float
 """`float`, where `SoftTargets.float` hides it."""
 
@@ -99,6 +99,7 @@ class SoftTargets:
         """Select some crops, by a slice, an int64 tensor of numbers or a bool mask."""
         keys = None
         if self.keys is not None:
+            # Keys are a tuple, which PyTorch's indices do not select from: numbers of rows stand in for them.
             chosen = range(len(self))[rows] if isinstance(rows, slice) else torch.arange(len(self))[rows.cpu()].tolist()
             keys = tuple(self.keys[row] for row in chosen)
         return replace(self._map(lambda tensor: tensor[rows]), keys=keys)
@@ -116,12 +117,13 @@ class SoftTargets:
         """Convert to another device or floating-point type; called as `torch.Tensor.to` is.
 
         `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16, non_blocking=True)`, `to(other)` with a tensor or
-        other targets. A type changes weights, floor and shares; class indices and codes stay integers.
+        other targets. A type changes weights, floor and shares; class indices, rows and bucket codes stay integers.
 
         Raises UsageError for a type that is not floating-point.
         """
         args = tuple(arg.weight if isinstance(arg, SoftTargets) else arg for arg in args)
         kwargs = {name: arg.weight if isinstance(arg, SoftTargets) else arg for name, arg in kwargs.items()}
+        # Asked of PyTorch with an empty tensor: the same arguments mean the same as for `Tensor.to`, whatever they are.
         probe = self.weight[:0].to(*args, **kwargs)
         if not probe.is_floating_point():
             raise UsageError(f"targets hold probabilities: their type must be floating-point, got {probe.dtype}")
@@ -129,6 +131,7 @@ class SoftTargets:
         def change(tensor: Tensor) -> Tensor:
             # Another tensor of the wanted type and device, since a type must not be asked of integers.
             like = probe if tensor.is_floating_point() else probe.to(tensor.dtype)
+            # non_blocking and copy given by position. Device and type are those of `like`.
             given = tuple(arg for arg in args if isinstance(arg, bool))
             options = {name: arg for name, arg in kwargs.items() if name in ("non_blocking", "copy")}
             return tensor.to(like, *given, **options)
@@ -177,6 +180,7 @@ class SoftTargets:
         peak = torch.maximum(prob.amax(dim=1), self.floor)
         powers = (prob / peak[:, None]).pow(1 / temperature)
         floor = (self.floor.clamp(min=0) / peak).pow(1 / temperature)
+        # The other C - K classes have the floor alone. Entries of one class were merged, so K columns are K classes.
         total = powers.sum(dim=1) + (self.num_classes - prob.shape[1]) * floor
         floor = floor / total
         return replace(self, index=index, weight=powers / total[:, None] - floor[:, None], floor=floor)
@@ -187,6 +191,7 @@ class SoftTargets:
         An entry left over stands for a class that has the floor alone, and has the index of another entry.
         """
         index, order = self.index.sort(dim=1)
+        # Sorted, equal classes are neighbours: the running count of changes numbers the distinct ones from 0.
         new_class = (index.diff(dim=1, prepend=index[:, :1]) != 0).cumsum(dim=1)
         weight = torch.zeros_like(self.weight).scatter_add_(1, new_class, self.weight.gather(1, order))
         # A class stored as 0 has the weight -floor; rounding must not leave less than nothing of it.
@@ -201,6 +206,7 @@ class SoftTargets:
 
         `partner` is int64 (B,), `share` float32 (B,), both on the targets' device.
         """
+        # Sparse entries of both, side by side: no class has to be looked for, since entries of one class add up.
         own = share[:, None]
         mixed = SoftTargets(
             index=torch.cat([self.index, self.index[partner]], dim=1),
@@ -210,14 +216,16 @@ class SoftTargets:
         )
         if self.hard is None and self.bucket is None and self.rows is None and self.keys is None:
             return mixed
-        place = torch.arange(len(self), device=self.device)
-        larger = torch.where(share >= 0.5, place, partner)
+        own_row = torch.arange(len(self), device=self.device)
+        larger = torch.where(share >= 0.5, own_row, partner)
         known: dict[str, Any] = {
             name: tensor[larger] for name in ("hard", "bucket", "rows") if (tensor := getattr(self, name)) is not None
         }
         if self.hard is not None:
-            other = self.hard[torch.where(share >= 0.5, partner, place)]
+            other = self.hard[torch.where(share >= 0.5, partner, own_row)]
+            # Nothing was mixed in: the partner's ground truth says nothing of this crop.
             other = torch.where((share <= 0) | (share >= 1), known["hard"], other)
+            # Two crops of one class, such as SelfMix's: their shares add up to the whole.
             same = other == known["hard"]
             known |= {"hard_partner": other, "hard_share": torch.maximum(share, 1 - share).masked_fill(same, 1)}
         if self.keys is not None:
@@ -237,6 +245,7 @@ class SoftTargets:
         joined: dict[str, Any] = {}
         for name in (*TENSORS, "keys"):
             values = [getattr(part, name) for part in parts]
+            # A field that one of them lacks would have fewer rows than the others.
             if all(value is not None for value in values):
                 joined[name] = sum(values, ()) if name == "keys" else torch.cat(values)
         return cls(num_classes=parts[0].num_classes, **joined)
@@ -266,6 +275,7 @@ def recover(
     Raises UsageError for an unknown mode or a temperature that is not positive and finite.
     """
     check_positive("temperature", temperature)
+    # A copy, also of float32: modes below write into it.
     prob = class_prob.astype(np.float32)
     kept = prob.shape[1]
     if mode == "hard":
@@ -279,6 +289,7 @@ def recover(
         raise UsageError(f"recovery must be one of {', '.join(RECOVERIES)}, got {mode!r}")
     others = num_classes - kept
     total = prob.sum(axis=1)
+    # Not negative, where float16 took the sum above 1; `norm` brings it back to 1 then.
     missing = np.maximum(1 - total, 0) if mode != "renorm" and others else np.zeros_like(total)
     floor = missing / max(others, 1)
     if temperature != 1:
@@ -288,5 +299,7 @@ def recover(
     norm = prob.sum(axis=1) + others * floor
     prob, floor = prob / norm[:, None], floor / norm
     weight = prob.copy()
+    # A stored class has its probability as a whole, and the floor is added to every class: so its weight is less by
+    # that.
     weight[:, :kept] -= floor[:, None]
     return weight, floor.astype(np.float32)

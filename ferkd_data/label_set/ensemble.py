@@ -65,6 +65,7 @@ def merge_labels(
     target_probs = [part.target_prob.reshape(-1) for part in parts]
     top_k = max(index.shape[1] for index, _ in flat)
     pieces = []
+    # Comparing the m candidates of a crop with each other takes m * m values: some megabytes at a time.
     for start in range(0, len(target), CROPS_AT_ONCE):
         rows = slice(start, start + CROPS_AT_ONCE)
         told = [
@@ -73,6 +74,7 @@ def merge_labels(
         ]
         pieces.append(_mean(told, shares, top_k))
     class_index, class_prob, uncertain = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    # NaN where any of them does not know it: a mean of the others would be no probability of this ensemble.
     target_prob = sum(s * p.astype(np.float32) for s, p in zip(shares, target_probs, strict=True))
     merged = replace(
         first,
@@ -87,6 +89,7 @@ def merge_labels(
 def check_same_crops(a: ShardLabels, b: ShardLabels, where: str) -> None:
     """Raise LabelSetError that names the first image and field that differ."""
     if list(a.keys) != list(b.keys):
+        # Not strict: one may be a prefix of the other, which the default of `next` then says.
         pairs = zip(a.keys, b.keys, strict=False)
         x, y = next(((x, y) for x, y in pairs if x != y), (len(a), len(b)))
         raise LabelSetError(f"{where}: the label sets hold other images here: {x!r} and {y!r}")
@@ -119,11 +122,13 @@ def _told(
     target_prob: npt.NDArray[np.float16],
     num_classes: int,
 ) -> _Told:
+    # The ground truth is stored apart where it is outside the top k: one more class of which the probability is known.
     extra = (target != UNKNOWN_TARGET) & (index != target[:, None]).all(axis=1) & ~np.isnan(target_prob)
     last = np.where(extra, target, -1)
     known = np.where(extra, target_prob, 0).astype(np.float32)
     all_index = np.concatenate([index.astype(np.int64), last[:, None].astype(np.int64)], axis=1)
     all_prob = np.concatenate([prob.astype(np.float32), known[:, None]], axis=1)
+    # Rounding to float16 may take the sum above 1.
     cut = np.maximum(1 - all_prob.sum(axis=1), 0)
     others = num_classes - index.shape[1] - extra
     # Recovery `smooth`: each class that was neither kept nor the ground truth gets the same share of the mass cut off.
@@ -147,6 +152,7 @@ def _mean(
     # As labels.soft_labels ranks: by the stored bits, ties by class.
     rank = stored.view(np.int16).astype(np.int64) << CLASS_BITS
     rank += (1 << CLASS_BITS) - 1 - candidates
+    # Below every real rank, as bit patterns of probabilities are not negative. -1 stands for "no ground truth to add".
     rank[again | (candidates < 0)] = -1
     best = np.argsort(-rank, axis=1, kind="stable")[:, :top_k]
     cut = sum(share * one.cut for one, share in zip(told, shares, strict=True))
@@ -181,6 +187,7 @@ class EnsembleReader:
             }
         )
         self.num_crops = first.num_crops
+        # Weights are part of it: caches and saved states of another weighting must not fit.
         told = "".join(f"{labels.identity}{share!r}" for labels, share in zip(sets, self.shares, strict=True))
         self.identity = hashlib.sha256(told.encode()).hexdigest()
 
@@ -248,6 +255,8 @@ def ensemble_shares(sets: Sequence[RowReader], weights: Sequence[float] | None) 
     Raises UsageError for impossible weights, or a set whose teachers were combined otherwise than by the mean.
     """
     for labels in sets:
+        # A mean of means is a mean of all teachers. The other modes need every class, of which the top k alone are
+        # stored.
         if len(labels.manifest.teachers) > 1 and labels.manifest.ensemble != "mean":
             raise UsageError(
                 f"{labels.location}: its {len(labels.manifest.teachers)} teachers were combined by "
@@ -266,6 +275,8 @@ def combined_teachers(sets: Sequence[RowReader], weights: Sequence[float] | None
     for labels, share in zip(sets, ensemble_shares(sets, weights), strict=True):
         own = sum(teacher.weight for teacher in labels.manifest.teachers)
         for teacher in labels.manifest.teachers:
+            # Scaled so that a set's teachers add up to its share: an ensemble built at once with these weights is the
+            # same.
             entries.append(teacher.model_copy(update={"weight": teacher.weight * share / own}))
     return tuple(entries)
 
@@ -277,6 +288,7 @@ def check_same_classes(a: RowReader, b: RowReader) -> None:
     if ours.num_classes != theirs.num_classes:
         raise LabelSetError(f"{where}: num_classes differs: {ours.num_classes} and {theirs.num_classes}")
     if ours.class_names and theirs.class_names and ours.class_names != theirs.class_names:
+        # Strict: both have num_classes names, which the manifest's own check says.
         pairs = enumerate(zip(ours.class_names, theirs.class_names, strict=True))
         number, (x, y) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
         raise LabelSetError(f"{where}: class {number} is {x!r} in one and {y!r} in the other")

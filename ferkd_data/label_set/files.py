@@ -46,9 +46,11 @@ class ShardCache:
         def download(path: Path) -> None:
             remote.download(entry.path, path, size=entry.bytes, sha256=entry.sha256)
 
+        # The suffix tells readers the kind of file, and locks apart (see `open`).
         return self.open(entry.sha256 + PurePosixPath(entry.path).suffix, entry.bytes, download)
 
     def path(self, name: str) -> Path:
+        # Two hexadecimal digits make 256 folders, so that none grows too large to list quickly.
         return self.folder / name[:2] / name
 
     def open(self, name: str, size: int, make: Callable[[Path], None]) -> OpenFile:
@@ -64,12 +66,14 @@ class ShardCache:
         Raises LoaderError where the folder cannot be written to, StorageFullError when there is no room.
         """
         path = self.path(name)
+        # Without the lock first: a file that is there costs no process a wait.
         found = _open(path, size)
         if found is None:
             with locked_for_cache(self.folder / LOCKS / (name[:3] + path.suffix)):
                 for _ in range(ATTEMPTS):
                     if (found := _open(path, size)) is not None:
                         return found
+                    # Before anything is fetched, in the light of what could be removed.
                     self._check_room(size)
                     self._make(path, make)
                     if (found := _open(path, size)) is not None:
@@ -83,6 +87,7 @@ class ShardCache:
         """Raise StorageFullError where `wanted` bytes would not fit even if all other files were removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
+        # The files are only added up where the free space alone does not do.
         if free < wanted and free + sum(size for _, _, size in self._files()) < wanted:
             raise self._no_room(wanted, free)
 
@@ -105,6 +110,7 @@ class ShardCache:
     def _remove_oldest(self, wanted: int) -> int:
         """Remove `wanted` bytes of files that nobody has open, least recently used first; return the bytes freed."""
         freed = 0
+        # One process at a time removes: two would each free the bytes that one needs.
         with locked_for_cache(self.folder / LOCKS / "all"):
             for path, used, size in sorted(self._files(), key=lambda file: file[1]):
                 if freed >= wanted:
@@ -134,6 +140,7 @@ def _open(path: Path, size: int) -> OpenFile | None:
     """Open a file, mark it as used now and lock it; None where it is missing or has another size."""
     try:
         file = OpenFile(path)
+        # Marks the file as used now. Access times would not do: most disks are mounted with relatime or noatime.
         os.utime(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -159,6 +166,7 @@ def _unfinished(path: Path) -> Iterator[Path]:
 
 def _remove(path: Path, used: float) -> bool:
     """Remove a file that nobody has open; False where somebody has it open or is writing it."""
+    # Unfinished: its writer may be alive. By its age alone, since nobody locks such files.
     if path.name.startswith("."):
         if used > time.time() - LEFTOVER_SECONDS:
             return False
@@ -211,11 +219,13 @@ class LocalFiles:
             raise _of_another_size(path, size, entry)
 
     def open(self, entry: FileEntry, *, check: bool = True) -> OpenFile:
+        # The manifest is a stranger's: no path of it may lead out of the folder, also through a link (invariant 6).
         path = inside(self.folder, entry.path)
         try:
             file = OpenFile(path)
         except OSError as error:
             raise _cannot_be_opened(path, error) from error
+        # The size first, which costs nothing and explains a file that was cut short better than a digest does.
         if file.size != entry.bytes:
             raise _of_another_size(path, file.size, entry)
         # Hashed before anything parses it: damaged bytes never reach Arrow or NumPy.

@@ -55,6 +55,7 @@ class LabelSet:
         self._unmapped: LabelSet | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        # What can be read again does not travel to worker processes.
         return {**self.__dict__, "_recent": OrderedDict(), "_key_index": None}
 
     def __repr__(self) -> str:
@@ -140,6 +141,7 @@ class LabelSet:
         known = self.reader.statistics
         if known is not None:
             return known
+        # Kept: a view's rows never change.
         if self._counted is None:
             self._counted = add(map(shard_statistics, self.shards()))
         return self._counted
@@ -149,11 +151,13 @@ class LabelSet:
         """Crop blocks that hold the N crops of each image."""
         if self.manifest.layout == "webdataset":
             return 1
+        # By the crops that are shown, so that a set opened with crops=50 never touches the blocks behind.
         return -(-self.num_crops // self.manifest.crops_per_block)
 
     @property
     def class_map(self) -> ClassMap | None:
         """The class map of `map_classes`; None where the classes are the teacher's."""
+        # A mapped reader is always the outermost: see `select_rows` and `map_reader`.
         return self.reader.class_map if isinstance(self.reader, MappedReader) else None
 
     @property
@@ -161,6 +165,7 @@ class LabelSet:
         """The same images in terms of the teacher's classes; `self` where there is no class map."""
         if not isinstance(self.reader, MappedReader):
             return self
+        # Kept, since it holds recent shards and an index of keys of its own.
         if self._unmapped is None:
             self._unmapped = LabelSet(self.reader.base)
         return self._unmapped
@@ -178,6 +183,7 @@ class LabelSet:
         """Return (images,): a hash of each key, in row order. Raises ShardError."""
         # Without `count`, which would take memory for as many keys as a manifest claims.
         hashes = np.fromiter((rng.hash64(key) for key in self.keys()), np.uint64)
+        # Callers index rows by position in this array, so that a shard with fewer keys would shift all later ones.
         if len(hashes) != len(self):
             raise ShardError(f"{self.location}: holds {len(hashes)} keys, the manifest says {len(self)}")
         return hashes
@@ -199,6 +205,7 @@ class LabelSet:
             raise UsageError(f"{self.location}: shard {index} of {len(self.manifest.shards)} does not exist")
         parts = [self.block(index, block) for block in range(self.num_blocks)]
         whole = concat_crops(parts)
+        # The last block may hold crops beyond those shown.
         return whole if whole.num_crops == self.num_crops else whole.crop_range(0, self.num_crops)
 
     def block(self, shard: int, block: int) -> ShardLabels:
@@ -295,6 +302,7 @@ class LabelSet:
     def _shard_cached(self, index: int) -> ShardLabels:
         if index not in self._recent:
             self._recent[index] = self.shard(index)
+            # Oldest first: `move_to_end` below keeps the shards in the order of their last use.
             if len(self._recent) > SHARDS_KEPT:
                 self._recent.popitem(last=False)
         self._recent.move_to_end(index)
@@ -388,6 +396,7 @@ class LabelSet:
             classes, num_old=self.num_classes, old_names=self.class_names, num_classes=num_classes, names=names
         )
         kept: LabelSet = self
+        # In terms of the old classes, before the map: afterwards a dropped class looks like an unknown one.
         if class_map.drops and not keep_images:
             stays = class_map.new >= 0
             kept = self._with_rows(rows_by_target(self, lambda target: (target < 0) | in_classes(target, stays)))
@@ -395,4 +404,5 @@ class LabelSet:
 
     def _with_rows(self, rows: Rows) -> LabelSet:
         """Return these rows of this label set, ascending."""
+        # A selection of everything keeps the identity of the set, and so its cache and the states saved with it.
         return self if len(rows) == len(self) else LabelSet(select_rows(self.reader, rows))

@@ -51,12 +51,15 @@ def open_labels(
             open_labels(one, crops=crops, cache_dir=cache_dir, cache_bytes=cache_bytes, verify_labels=verify_labels)
             for one in path
         ]
+        # A list of one is what a script with an option that may be repeated gives: no ensemble, so no merging of each
+        # row.
         if len(sets) == 1 and weights is None:
             return sets[0]
         return LabelSet(EnsembleReader([labels.reader for labels in sets], weights))
     if weights is not None:
         raise UsageError("weights are for several label sets: open_labels([A, B], weights=[2, 1])")
     files: Files
+    # The manifest is never cached: it is what says whether the set has changed.
     if is_remote(path):
         remote = open_remote(str(path))
         text = read_remote_manifest(remote)
@@ -66,6 +69,7 @@ def open_labels(
         folder = Path(str(path).removeprefix("file://"))
         text = read_manifest_bytes(folder)
         files = LocalFiles(folder)
+    # From the same bytes as the identity below, so that the two cannot be of different versions of the file.
     manifest = parse_manifest(text, f"{files.location}/{FILE_NAME}")
     if crops is not None and len(manifest.kinds) > 1:
         raise UsageError(
@@ -86,8 +90,10 @@ def open_labels(
 def read_remote_manifest(remote: Remote) -> bytes:
     """Read a published manifest. Raises ManifestError where there is none, RemoteError."""
     try:
+        # Bounded, because a server may send without end.
         return remote.read(FILE_NAME, max_bytes=MAX_MANIFEST_BYTES)
     except RemoteError as error:
+        # Access denied and other failures keep their own text: only this one may mean a wrong or unfinished address.
         if error.status == 404:
             raise ManifestError(
                 f"{remote.url}: no {FILE_NAME}; is this the URL of a published label set? While one is sent, or where "

@@ -130,6 +130,7 @@ class StoredReader:
 
     @property
     def cache_bytes(self) -> int:
+        # Local files take none of a cache, but the loader unpacks them into one.
         return self.files.cache.limit if isinstance(self.files, CachedFiles) else DEFAULT_BYTES
 
     def block(self, shard: int, block: int) -> ShardLabels:
@@ -143,6 +144,7 @@ class StoredReader:
     def _check_same_images(self, shard: int, block: int, labels: ShardLabels) -> None:
         """Raise ShardError where a block speaks of other images than the block of the shard that was read first."""
         entry = self.manifest.shards[shard]
+        # One block has no other that it could contradict, and hashing its keys would cost for nothing.
         if len(entry.files) == 1:
             return
         said = identity_of_images(labels)
@@ -156,6 +158,7 @@ class StoredReader:
 
     def raw_block(self, shard: int, block: int) -> ShardLabels:
         entry = self.manifest.shards[shard]
+        # Open while it is read: the cache removes no open file, and the path below stays good.
         with self.open(entry.files[block]) as file:
             if self.manifest.layout == "parquet":
                 return parquet.read_labels(
@@ -166,6 +169,7 @@ class StoredReader:
                     num_classes=self.manifest.num_classes,
                     operation_words=self.manifest.operation_words,
                 )
+            # The fast reader takes tars without anything unusual; it decides nothing (docs/decisions.md, record 40).
             plain = read_plain_tar(self.manifest, shard, file.read)
             if plain is not None:
                 return plain
@@ -181,6 +185,7 @@ class StoredReader:
 
     def targets_of(self, shard: int, block: int = 0) -> npt.NDArray[np.int32]:
         if self.manifest.layout == "webdataset":
+            # A tar has no column of targets: each lies in a member of its own, `KEY.cls`.
             return self.block(shard, 0).target
         entry = self.manifest.shards[shard]
         with self.open(entry.files[block]) as file:

@@ -57,6 +57,7 @@ def chosen_rows(labels: Selectable, *, keys: Any, classes: Any, rows: Any, where
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
         raise UsageError("select needs at least one of keys=, classes=, rows= and where=")
+    # A mask, one byte for each row, whatever the criteria keep.
     kept = np.ones(len(labels), np.bool_)
     # The cheap criteria first: each later one reads only the shards that still have rows.
     if "rows" in given:
@@ -100,15 +101,18 @@ def split_rows(labels: Selectable, share: Any, seed: Any) -> tuple[Rows, Rows]:
 
 
 def _row_mask(labels: Selectable, rows: Any) -> Mask:
+    # One row given as a number, as `labels[3]` takes it.
     if isinstance(rows, Integral):
         rows = [rows]
     elif not hasattr(rows, "__len__") and not isinstance(rows, slice):
         rows = list(rows)
+    # Python's own slicing rules, also for negative and open ends.
     numbers: npt.NDArray[Any] = np.arange(len(labels))[rows] if isinstance(rows, slice) else np.asarray(rows)
     if numbers.dtype == np.bool_:
         if numbers.shape != (len(labels),):
             raise UsageError(f"a mask of rows has one entry for each of {len(labels)} images, got {numbers.shape}")
         return np.asarray(numbers, np.bool_)
+    # An empty list is float64 to NumPy: it gets the error for empty selections, not this one.
     if numbers.ndim != 1 or not (numbers.size == 0 or np.issubdtype(numbers.dtype, np.integer)):
         raise UsageError(f"rows must be row numbers, a slice or a mask, got {numbers.dtype} of shape {numbers.shape}")
     beyond = numbers[(numbers < 0) | (numbers >= len(labels))]
@@ -116,17 +120,20 @@ def _row_mask(labels: Selectable, rows: Any) -> Mask:
         raise UsageError(f"{labels.location}: row {int(beyond[0])} of {len(labels)} does not exist")
     mask = np.zeros(len(labels), np.bool_)
     mask[numbers.astype(np.int64)] = True
+    # A set bit for each number, unless one came twice.
     if int(mask.sum()) < len(numbers):
         raise UsageError("rows names a row twice; a selection holds each image once")
     return mask
 
 
 def _key_mask(labels: Selectable, keys: Iterable[str]) -> Mask:
+    # A string is an iterable of its letters, which nobody means here.
     wanted = {keys} if isinstance(keys, str) else set(keys)
     mask = np.zeros(len(labels), np.bool_)
     found: set[str] = set()
     for entry in labels.filled_shards():
         first = int(labels.first_row[entry.index])
+        # Keys are compared themselves, not their hashes: a selection is exact.
         for row, key in enumerate(labels.keys_of(entry.index), first):
             if key in wanted:
                 mask[row] = True

@@ -33,8 +33,10 @@ def first_rows(manifest: Manifest) -> Rows:
 def select_rows(reader: RowReader, rows: Rows) -> RowReader:
     """Show these rows of a reader, ascending. A selection of a selection is one of what lies below."""
     if isinstance(reader, SelectionReader):
+        # Composed at once: a chain of selections would read and cut every block once for each of its links.
         return SelectionReader(reader.base, reader.rows[rows])
     if isinstance(reader, MappedReader):
+        # The map stays outermost, so that the loader finds it and can cache stored labels below it.
         return MappedReader(select_rows(reader.base, rows), reader.class_map)
     return SelectionReader(reader, rows)
 
@@ -54,6 +56,7 @@ class SelectionReader:
         self.rows = rows
         """(R of all shards,) int64: rows of `base`, ascending."""
         self._base_first = first_rows(base.manifest)
+        # Rows ascend, so those of a shard are the ones between its first row and the next shard's.
         counts = np.diff(np.searchsorted(rows, self._base_first)).tolist()
         shards = tuple(
             entry.model_copy(update={"rows": count, "files": entry.files if count else ()})
@@ -63,6 +66,7 @@ class SelectionReader:
         changes = {"num_images": len(rows), "shards": shards, "statistics": Statistics()}
         self.manifest = base.manifest.model_copy(update=changes)
         self.num_crops = base.num_crops
+        # Little-endian on every machine: a state saved on one fits on another.
         self.identity = _identity(base, b"rows", np.ascontiguousarray(rows, "<i8").tobytes())
         self._first = first_rows(self.manifest)
 
@@ -225,6 +229,7 @@ class MappedReader:
         changes = {
             "num_classes": class_map.num_classes,
             "class_names": class_map.names,
+            # A crop cannot keep more classes than there are.
             "top_k": min(base.manifest.top_k, class_map.num_classes),
             "statistics": Statistics(),
         }
