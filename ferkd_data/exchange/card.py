@@ -25,6 +25,7 @@ def render_card(labels: LabelSet, fields: CardFields, url: str) -> str:
     """Render a card as Markdown with YAML front matter. `fields` must be `completed`; raises UsageError otherwise."""
     manifest = labels.manifest
     check_fields(fields, manifest)
+    # Reads targets, or the headers of all tars: the one part of a card that the manifest does not hold.
     contents = read_contents(labels)
     sections = [
         front_matter(manifest, fields, contents),
@@ -92,6 +93,7 @@ def _classes(manifest: Manifest, contents: Contents) -> str:
     without = manifest.num_images - counts.total()
     if not counts:
         return "## Classes\n\nNo image has a ground truth."
+    # The largest and smallest classes show what is unbalanced; a thousand rows in between would hide it.
     common = counts.most_common()
     names = manifest.class_names
     rows = [
@@ -130,8 +132,10 @@ def _teachers(manifest: Manifest) -> str:
     rows.append("| --- | --- | --- | --- | --- | --- |")
     for number, teacher in enumerate(manifest.teachers):
         right = "unknown"
+        # Merged and imported sets, and parts, have no statistics for each teacher.
         if statistics.crops_with_target and len(statistics.teacher_top1_matches_target) > number:
             right = f"{statistics.teacher_top1_matches_target[number] / statistics.crops_with_target:.1%}"
+        # Imports write zeros: other formats do not say which weights were used.
         digest = "unknown" if set(teacher.digest) == {"0"} else f"`{teacher.digest[:16]}`"
         rows.append(
             f"| {_code(teacher.name)} | {teacher.size} px {teacher.interpolation} | {teacher.weight:g} | "
@@ -261,6 +265,7 @@ def _licence(manifest: Manifest, fields: CardFields) -> str:
 
 def _citation(labels: LabelSet, fields: CardFields, url: str) -> str:
     """Cite the label set, in its publisher's words or as generated BibTeX; then the method."""
+    # A path on the publisher's disk is no address, and nobody else's business.
     address = fields.homepage or (url if "://" in url else None)
     entry = {
         "title": fields.title,
@@ -285,4 +290,5 @@ def _count(number: int, thing: str) -> str:
 def _code(text: str) -> str:
     """Put a stranger's text into a code span on one line, where it is no HTML, no link and no cell of a table."""
     shown = "".join(character if character.isprintable() else " " for character in text)
+    # A backtick would end the span, and a bare | the cell of the table.
     return f"`{' '.join(shown.split()).replace('`', chr(39)).replace('|', chr(92) + '|')}`"

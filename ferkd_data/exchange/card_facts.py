@@ -43,7 +43,7 @@ class CardFields:
     license_name: str | None = None
     """The licence's name, where `license` is `other`."""
     license_link: str | None = None
-    """Where that licence is: a URL, or LICENSE for the file of this name in the label set's folder (the default)."""
+    """The address of that licence: a URL, or LICENSE (default) for that file in the label set's folder."""
     image_license: str | None = None
     """Licence of the images, where they are included (layout webdataset)."""
     author: str | None = None
@@ -72,10 +72,12 @@ def completed(given: CardFields, cards: list[str], *, identity: str, folder_name
     found = given
     for card in cards:
         remembered, of_identity = recalled(card)
+        # Another label set was published on that day.
         if of_identity != identity:
             remembered = replace(remembered, published=None)
         known = {field.name: getattr(remembered, field.name) for field in fields(CardFields)}
         found = replace(found, **{name: value for name, value in known.items() if getattr(found, name) is None})
+    # The hub's identifiers are in small letters, and people write CC-BY-4.0.
     lower = found.license.lower() if found.license else None
     return replace(found, name=found.name or folder_name, license=lower, published=found.day)
 
@@ -109,6 +111,7 @@ def recalled(card: str) -> tuple[CardFields, str | None]:
     found = MARK.search(card)
     try:
         content: Any = json.loads(found.group(1)) if found else {}
+    # A card is a stranger's text. Nesting of thousands of levels ends the parser, not this process.
     except (ValueError, RecursionError):
         content = {}
     texts = {
@@ -217,5 +220,6 @@ def read_contents(labels: LabelSet) -> Contents:
             for sample in webdataset.scan(file.path):
                 classes[sample.target] += 1
                 suffixes[sample.image_suffix] += 1
+    # A Counter accepts this also where no image has an unknown target.
     del classes[UNKNOWN_TARGET]
     return Contents(images_of_class=classes, image_suffixes=tuple(name for name, _ in suffixes.most_common()))

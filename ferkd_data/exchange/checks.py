@@ -69,7 +69,7 @@ class VerifyReport:
     warnings: tuple[str, ...]
     """Lines about things that are no faults, such as files that the manifest does not list."""
     signer: str | None = None
-    """Who signed the manifest, where that was asked for."""
+    """Name of the manifest's signer, where that was asked for."""
 
     @property
     def ok(self) -> bool:
@@ -101,6 +101,7 @@ def row_faults(
     yield from _key_faults(labels.keys)
     for rule in image_rules(labels, num_classes, pixel_limit):
         yield from _broken(rule, labels, limit)
+    # In two steps: a mask says which rows break any rule, and only these are looked at rule by rule for the report.
     kinds = refusing_rules(num_classes), agreement_rules(num_classes, thresholds)
     rows = broken_rows(labels, *kinds)
     if len(rows) == 0:
@@ -115,6 +116,7 @@ def _key_faults(keys: Sequence[str]) -> Iterator[RowFault]:
     lines = "".join(f"{key}\n" for key in keys)
     # A character takes at most 4 bytes.
     short = 4 * max(map(len, keys), default=0) <= MAX_KEY_BYTES and lines.count("\n") == len(keys)
+    # One regular expression over all keys of a file: nearly all are plain, and the rules decide the others.
     if short and "__" not in lines and PLAIN_KEYS.fullmatch(lines):
         return
     for row, key in enumerate(keys):
@@ -127,6 +129,7 @@ def _key_faults(keys: Sequence[str]) -> Iterator[RowFault]:
 def _broken(rule: Rule, labels: ShardLabels, limit: int) -> Iterator[RowFault]:
     of_crops = rule.broken.ndim == 2
     for row in np.flatnonzero(rule.broken.any(axis=1) if of_crops else rule.broken)[:limit].tolist():
+        # The first crop that breaks it; the others are counted.
         crop = int(rule.broken[row].argmax()) if of_crops else None
         values = getattr(labels, rule.field)[row]
         value = values if crop is None else values[crop]
@@ -157,7 +160,7 @@ class FileCheck:
         self.manifest = labels.manifest
         self.max_faults = max_faults
         self.digests = digests
-        """Whether digests of the images in tars are needed: no part of a label set says what they should be."""
+        """Whether the digests of images in tars are computed: only an image source has others to compare them with."""
 
     def file(self, entry: ShardEntry, file: BlockEntry) -> Block:
         """Find every fault that one file alone can show."""
@@ -165,6 +168,7 @@ class FileCheck:
         labels = self._read(entry, file, found)
         if labels is None:
             return found
+        # Rows with faults may hold values that counting would stumble over.
         found.statistics = _statistics(labels) if found.faults else shard_statistics(labels)
         # Copies, so that the crops can go.
         found.rows = replace(labels, **{name: getattr(labels, name)[:, :0].copy() for name in CROP_FIELDS})
@@ -194,6 +198,7 @@ class FileCheck:
             pixel_limit=self.manifest.pixel_limit,
             limit=max(self.max_faults, 1),
         ):
+            # Numbered within the image, as users know it, and not within the block.
             crop = None if fault.crop is None else fault.crop + file.block * self.manifest.crops_per_block
             found.faults.append(
                 Fault(
@@ -227,6 +232,7 @@ def check_as_verify_does(rows: ShardLabels, manifest: Manifest, where: str) -> N
 def differing(first: ShardLabels, other: ShardLabels, a: BlockEntry, b: BlockEntry) -> Iterator[Fault]:
     """Yield the differences between the image columns of two blocks of a shard, which must be the same."""
     if list(first.keys) != list(other.keys):
+        # Both have as many rows as the manifest says, which reading has checked.
         row = next(i for i, (x, y) in enumerate(zip(first.keys, other.keys, strict=True)) if x != y)
         yield Fault(
             file=b.path, row=row, key=other.keys[row], field="key", message=f"{a.path} has {first.keys[row]!r} here"
@@ -241,6 +247,7 @@ def differing(first: ShardLabels, other: ShardLabels, a: BlockEntry, b: BlockEnt
 
 
 def without_path(error: Exception, location: str, name: str) -> str:
+    """Return the error's text without the file at its start, which a `Fault` has in a field of its own."""
     return str(error).removeprefix(f"{location}/{name}: ")
 
 
@@ -260,6 +267,7 @@ def _clean(prob: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
     patterns = prob.view(np.uint16)
     if patterns.max(initial=0) < NUM_FLOAT16:
         return prob
+    # Patterns above that of 1.0: larger values, infinity, NaN, and everything negative.
     odd = patterns >= NUM_FLOAT16
     cleaned: npt.NDArray[np.float16] = prob.copy()
     cleaned[odd] = np.nan_to_num(prob[odd], posinf=1, neginf=0).clip(0, 1)

@@ -49,6 +49,7 @@ def convert(
     source = open_labels(labels)
     block = _block_size(source, layout, crops_per_block)
     there = out_folder.finished(out)
+    # The same command again after it has ended, so that a batch system may start a job twice.
     if there is not None and _is_of(there, source.manifest, layout, block):
         out_folder.clean(out)
         return there
@@ -85,11 +86,14 @@ def convert(
             report(progress)
     finally:
         if table is not None:
+            # Now and not with the last reference: an error that somebody keeps would keep the table too.
             shutil.rmtree(table.folder)
     rejects = source.manifest.rejects
     with source.open(rejects) as opened:
+        # A stranger's file: copied only where its rows can be read.
         check_rejects(opened.path, rejects.rows)
         shutil.copyfile(opened.path, out / rejects.path)
+    # Everything else stays, statistics too: they are counted over the same rows.
     changes = {"layout": layout, "crops_per_block": block, "shards": tuple(entries)}
     return out_folder.finish(out, source.manifest.model_copy(update=changes))
 
@@ -122,6 +126,7 @@ def _rows(source: LabelSet, shard: ShardEntry, layout: Layout, table: ImageTable
     check_as_verify_does(labels, source.manifest, f"{source.location}: shard {shard.index}")
     if layout == "parquet":
         yield from ((row, b"") for row in labels)
+    # From tars to tars: the images lie beside their labels, in the same order.
     elif table is None:
         with source.open(shard.files[0]) as opened:
             for row, (_, image) in zip(labels, webdataset.read_rows(opened.path), strict=True):

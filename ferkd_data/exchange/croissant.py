@@ -63,6 +63,7 @@ def render_croissant(labels: LabelSet, fields: CardFields, url: str) -> str:
         "conformsTo": "http://mlcommons.org/croissant/1.1",
         "license": fields.license,
         "url": fields.homepage or url,
+        # Croissant wants a semantic version; a label set is known by its digest.
         "version": "1.0.0",
         "datePublished": fields.day,
         "creator": {"@type": "sc:Organization", "name": fields.author or fields.title},
@@ -70,7 +71,9 @@ def render_croissant(labels: LabelSet, fields: CardFields, url: str) -> str:
         "distribution": [_file_object(file) for shard in manifest.shards for file in shard.files],
     }
     if manifest.layout == "parquet":
+        # Only the names, which do not depend on the numbers of crops and classes.
         columns = schema(1, 1, np.uint16, manifest.operation_words).names
+        # The first block alone: every block has the same columns, and a large set would take a megabyte for each.
         files = [shard.files[0].path for shard in manifest.shards if shard.rows]
         content["recordSet"] = [_records(f"labels-{number:05d}", path, columns) for number, path in enumerate(files)]
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -109,4 +112,5 @@ def _field(records: str, path: str, column: str) -> dict[str, Any]:
         "dataType": data_type,
         "source": {"fileObject": {"@id": path}, "extract": {"column": column}},
     }
+    # Lists of N or N * k values.
     return field if column in PER_IMAGE else {**field, "repeated": True}

@@ -59,6 +59,7 @@ class Store:
     def send(self, files: Sequence[FileToSend], *, instead_of: Sequence[str] = ()) -> Iterator[FileToSend]:
         """Send several files at a time; the first failure ends it."""
         for name in instead_of:
+            # Before any thread starts: the old manifest must be gone when the first new file can be seen.
             self._target.remove(name)
 
         def send(file: FileToSend) -> None:
@@ -94,6 +95,7 @@ class _Journal:
         name = hashlib.sha256(url.encode()).hexdigest()[:16]
         self._path = default_cache_dir() / "publish" / f"{name}.txt"
         self._identity = identity
+        # The first word is the label set's identity; after another set was sent, nothing here holds any more.
         noted = self._path.read_text().split() if self._path.exists() else []
         self._arrived = set(noted[1:]) if noted[:1] == [identity] else set()
 
@@ -109,6 +111,7 @@ class _Journal:
     def add(self, file: FileToSend) -> None:
         self._arrived.add(file.sha256)
         with self._path.open("a") as stream:
+            # A line that a kill cuts short matches no digest, and that file is read back again.
             stream.write(f"{file.sha256}\n")
 
     def remove(self) -> None:

@@ -34,6 +34,7 @@ MAX_NAMED_CLASSES = 5_000
 
 
 def front_matter(manifest: Manifest, fields: CardFields, contents: Contents) -> str:
+    """Render the YAML head of a card, as the hub and `datasets` read it."""
     lines = [
         f"pretty_name: {quoted(fields.title)}",
         f"license: {quoted(fields.license or '')}",
@@ -60,11 +61,13 @@ def size_category(num_images: int) -> str:
 def patterns(manifest: Manifest, block: int) -> list[str]:
     """Return the globs of a crop block's files, one for each depth of folders."""
     top, name = ("shards", "*.tar") if manifest.layout == "webdataset" else ("labels", f"*-{block:03d}.parquet")
+    # Depths differ: from the 500th shard on, files lie in folders below (`shard_folder`).
     levels = {file.path.count("/") for shard in manifest.shards for file in shard.files}
     return [f"{top}/{'*/' * (level - 1)}{name}" for level in sorted(levels)] or [f"{top}/{name}"]
 
 
 def _configs(manifest: Manifest) -> Iterator[str]:
+    # A configuration for each crop block: `datasets` would read blocks of one configuration as further rows.
     for block, name in enumerate(config_names(manifest)):
         files = ", ".join(map(quoted, patterns(manifest, block)))
         yield from (f"- config_name: {name}", f"  data_files: [{files}]")
@@ -95,9 +98,11 @@ def _columns(manifest: Manifest, contents: Contents) -> Iterator[tuple[str, str]
     """Yield names and types as `datasets` writes them in YAML; `target` stands for the class."""
     index_dtype = class_index_dtype(manifest.num_classes)
     if manifest.layout == "webdataset":
+        # `datasets` adds these two to every sample of a tar.
         yield from (("__key__", "dtype: string"), ("__url__", "dtype: string"))
         if contents.images_of_class:
             yield "cls", "target"
+        # One crop and one class: only the number of axes matters here.
         for suffix, (dtype, shape) in crop_arrays.shapes(1, 1, index_dtype).items():
             yield suffix, f"list: {dtype.name}" if len(shape) == 1 else f"list: {{list: {dtype.name}}}"
         if manifest.augmentations:
@@ -109,6 +114,7 @@ def _columns(manifest: Manifest, contents: Contents) -> Iterator[tuple[str, str]
         if field.name == "target":
             yield "target", "target"
         elif pa.types.is_fixed_size_list(field.type):
+            # Arrow prints float32 as "float", which `datasets` does not know.
             yield field.name, f"list: {str(field.type.value_type).replace('float', 'float32')}"
         else:
             yield field.name, f"dtype: {field.type}"
@@ -119,6 +125,7 @@ def distinct(names: tuple[str, ...]) -> list[str]:
     seen: set[str] = set()
     found = []
     for number, name in enumerate(names):
+        # Again, as "crane (517)" may be a class's real name too.
         while name in seen:
             name = f"{name} ({number})"
         seen.add(name)
@@ -138,6 +145,7 @@ def _escaped(character: str) -> str:
     if 0xD800 <= code < 0xE000:
         # Half of a pair, which no UTF-8 file can hold.
         return "?"
+    # U+FEFF is no byte order mark in the middle of a text, but YAML readers take it for one.
     if character.isprintable() and code != 0xFEFF:
         return character
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

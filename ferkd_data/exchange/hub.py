@@ -29,8 +29,9 @@ class FileToSend:
 
 
 COMMIT_FILES = 500
+"""Files in a commit, unless that would make more than MAX_COMMITS."""
 MAX_COMMITS = 40
-"""The hub throttles frequent commits: larger label sets get larger commits."""
+"""Commits of one publication, at most: the hub throttles frequent ones, so larger label sets get larger commits."""
 
 TOGETHER = 4
 """Files in one request to the hub, for each thread."""
@@ -61,9 +62,11 @@ class Hub:
         size = max(COMMIT_FILES, -(-len(files) // MAX_COMMITS))
         there = self._listed() if instead_of else {}
         gone = [name for name in instead_of if self._place.folder + name in there]
+        # One commit at least where something has to go, also if every file is there already.
         for start in range(0, max(len(files), 1 if gone else 0), size):
             batch = files[start : start + size]
             yield from self._send(batch, gone if start == 0 else ())
+            # Listed anew after the commit: the hub's own digests say whether what arrived is what was sent.
             lost = self.missing(batch)
             if lost:
                 raise RemoteError(
@@ -80,6 +83,7 @@ class Hub:
         ]
         revision = {"revision": self._place.revision, "num_threads": self._threads}
         with self._explained():
+            # Its bars would mix with the command's own display.
             self._utils.disable_progress_bars()
             if not self._api.repo_exists(**self._where):
                 self._api.create_repo(**self._where, exist_ok=True)
@@ -87,6 +91,7 @@ class Hub:
         for start in range(0, len(batch), together):
             some = slice(start, start + together)
             with self._explained():
+                # free_memory=False: the commit below takes the same objects, and must know what was uploaded.
                 self._api.preupload_lfs_files(
                     self._place.repository, additions[some], repo_type="dataset", free_memory=False, **revision
                 )
@@ -95,6 +100,7 @@ class Hub:
         named = batch[0].name if len(batch) == 1 else f"{len(batch)} files"
         message = f"ferkd-data publish: {named}"
         with self._explained():
+            # One commit removes and adds: nobody sees the repository in between.
             self._api.create_commit(
                 **self._where, operations=[*removals, *additions], commit_message=message, **revision
             )
@@ -111,8 +117,11 @@ class Hub:
                     revision=self._place.revision,
                     recursive=True,
                 )
+                # Folders have no blob. The listing is read within the `try`, since it is fetched as it is iterated
+                # over.
                 return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
             except absent as error:
+                # The hub says 401 for a private repository without a valid token: not absent, but not to be seen.
                 if _status(error) == 401:
                     raise
                 return {}
@@ -153,4 +162,5 @@ def _is_same(entry: Any, file: FileToSend) -> bool:
 
 def _git_digest(path: Path) -> str:
     data = path.read_bytes()
+    # Git's name for the content of a file, which the hub states for files that are not in LFS.
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -41,7 +41,7 @@ class MergeResult:
 
     out: Path
     kind: Kind
-    """What the label sets add to each other: teachers, crops or images."""
+    """The kind of what the label sets add to each other: teachers, crops or images."""
     manifest: Manifest
     mean_uncertain: float
     """Mean over the crops of the bound on a probability's error against a joint build; 0 unless teachers differ."""
@@ -79,9 +79,11 @@ def merge(
         raise UsageError(f"{len(weights)} weights for {len(sets)} label sets")
     work = _Merge(sets, kind, weights)
     there = out_folder.finished(out)
+    # The same command again after it has ended: the manifest that it would write, but for what only rows can tell.
     if there is not None and work.is_in(there):
         out_folder.clean(out)
         return _result(Path(out), kind, there)
+    # Identities and not paths: an interrupted merge goes on also where the sets were moved.
     identities = [labels.identity for labels in sets]
     out = out_folder.begin(out, {"command": "merge", "labels": identities, "weights": work.given_weights})
     entries, counted = [], []
@@ -89,8 +91,10 @@ def merge(
     report = on_progress or (lambda progress: None)
     report(progress)
     for index, labels in enumerate(work.shards()):
+        # Inputs are strangers' files, and combining them may break a rule that each of them keeps.
         check_as_verify_does(labels, work.first, f"{work.where}: shard {index}")
         starts = range(0, labels.num_crops, work.crops_per_block)
+        # No image bytes: a merged set is of layout parquet.
         rows = ((row, b"") for row in labels)
         count, files = write_shard(out, index, rows, layout="parquet", block_starts=starts)
         entries.append(ShardEntry(index=index, rows=count, files=files))
@@ -114,6 +118,7 @@ def _kind(sets: Sequence[LabelSet]) -> Kind:
         check_same_classes(first, labels)
         known = np.isin(theirs, hashes[0])
         if not known.any():
+            # Disjoint from the first set, but the others may overlap each other.
             if len(np.unique(np.concatenate(hashes))) != sum(map(len, hashes)):
                 raise LabelSetError(f"{labels.location}: shares images with another label set, but not with the first")
             continue
@@ -128,6 +133,7 @@ def _kind(sets: Sequence[LabelSet]) -> Kind:
     same = [bool(np.isin(theirs, hashes[0]).any()) for theirs in hashes[1:]]
     if all(same):
         differs = any(getattr(first.manifest, n) != getattr(s.manifest, n) for s in sets for n in SAME_CROPS)
+        # The same images: other crops if anything that draws crops differs, else the same crops by other teachers.
         kind: Kind = "crops" if differs else "teachers"
     elif not any(same):
         kind = "images"
@@ -165,6 +171,7 @@ def _comparable(labels: LabelSet, name: str) -> Any:
     if name == "crop_kinds":
         return [str(kind) for kind in labels.crop_kinds] or "none"
     if name == "teachers":
+        # Without the spec, which holds paths of the machine that built the set.
         return [(teacher.name, teacher.digest[:12], teacher.weight, teacher.temperature) for teacher in value]
     return value
 
@@ -175,6 +182,7 @@ class _Merge:
     def __init__(self, sets: Sequence[LabelSet], kind: Kind, weights: Sequence[float] | None) -> None:
         self.sets = sets
         self.kind = kind
+        # The largest, since each set's images must pass; `first` is what the merged rows are checked against.
         limit = max_pixels_of([labels.manifest for labels in sets])
         self.first = sets[0].manifest.model_copy(update={"max_pixels": limit})
         self.where = " + ".join(labels.location for labels in sets)
@@ -183,6 +191,7 @@ class _Merge:
         self.given_weights = None if weights is None else [float(weight) for weight in weights]
         self.crops_per_block = self.first.crops_per_block
         if self.first.layout == "webdataset":
+            # A set of tars has no blocks; 50 crops are what a build writes by default.
             self.crops_per_block = block_of_kinds(self.first.kinds, min(self.first.num_crops, 50))
         self.images = sum(map(len, sets)) if kind == "images" else len(sets[0])
         shards = sum(len(labels.manifest.shards) for labels in (sets if kind == "images" else sets[:1]))
@@ -198,17 +207,20 @@ class _Merge:
                 yield from one.shards()
             return
         for labels in self.sets[0].shards():
+            # By key and shard by shard: sets of the same images may list them in another order.
             yield self._same_images([labels, *(gather(other, labels.keys) for other in self.sets[1:])])
 
     def _same_images(self, parts: list[ShardLabels]) -> ShardLabels:
         where = self.where
         if self.kind == "crops":
             for part in parts[1:]:
+                # Sizes, digests and targets must agree; the crops are what differs.
                 check_same_crops(_without_crops(parts[0]), _without_crops(part), where)
             return concat_crops(parts)
         merged = merge_labels(
             parts, self.shares, num_classes=self.first.num_classes, thresholds=self.thresholds, where=where
         )
+        # float64: in float32, a large sum swallows what single shards add.
         self.uncertain_sum += float(merged.uncertain.sum(dtype=np.float64))
         self.uncertain_max = max(self.uncertain_max, float(merged.uncertain.max(initial=0)))
         return merged.labels
@@ -217,6 +229,7 @@ class _Merge:
         """Return whether a finished label set is this merge: the same but for its files and its counts."""
         extra = there.model_extra or {}
         same = self.manifest(list(there.shards), there.statistics, there.rejects)
+        # What only the rows tell, and the version of ferkd-data that wrote it.
         known = {"merge_uncertain": extra.get("merge_uncertain"), "created_by": there.created_by}
         return same.model_copy(update=known).to_json() == there.to_json()
 
@@ -283,6 +296,7 @@ def _origin(labels: LabelSet) -> dict[str, Any]:
 def _write_rejects(out: Path, sets: Sequence[LabelSet], kind: Kind) -> RejectsEntry:
     path = out / REJECTS_NAME
     with write_atomically(path) as aside, RejectWriter(aside) as writer:
+        # The same images everywhere: the rejects of the first set stand for all.
         for labels in sets if kind == "images" else sets[:1]:
             entry = labels.manifest.rejects
             with labels.open(entry) as opened:

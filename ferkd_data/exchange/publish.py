@@ -24,7 +24,7 @@ from ferkd_data.storage import inside, read_regular, sha256_file
 README, CROISSANT, LICENSE = "README.md", "croissant.json", "LICENSE"
 MAX_CARD_BYTES = 2**20
 HUB_FILES_PER_FOLDER, HUB_FILES = 10_000, 100_000
-"""Limits of the hub."""
+"""Most files of a folder, and of a repository, on the hub (from its documentation)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +84,12 @@ def publish(
         raise UsageError(f"{path}: publish takes a folder; fetch the label set first: ferkd-data pull {path} DIR")
     target = open_target(url, retries)
     destination = open_destination(target, labels.identity, threads)
+    # Refused before the label set is verified, which may take minutes.
     same = _is_there(target, labels, overwrite)
     fields = _fields(labels, target, card or CardFields())
     if target.url.startswith("hf://"):
         check_number_of_files(labels.manifest)
+    # Every file and row, before anything is sent: what is published is copied by others.
     _check(labels)
     with Scratch("publish") as scratch:
         files, manifest = _files(labels, url, fields, scratch)
@@ -161,6 +163,7 @@ def _is_there(target: Remote, labels: LabelSet, overwrite: bool) -> bool:
     """Return whether the destination holds this very manifest. Raises PublishError where it holds another one."""
     try:
         there = identity_of(read_remote_manifest(target))
+    # No manifest is there, so nobody can be using what may lie there.
     except ManifestError:
         return False
     if there != labels.identity and not overwrite:
@@ -187,6 +190,7 @@ def _files(labels: LabelSet, url: str, card: CardFields, scratch: Path) -> tuple
     (scratch / CROISSANT).write_text(render_croissant(labels, card, url), encoding="utf-8")
     # A stranger's README.md may be a link to a file of the publisher's.
     written = inside(folder, README)
+    # A card of ours is rendered anew, since counts and fields may have changed; somebody's own is sent as it is.
     if not written.exists() or is_generated(_read_card(written)):
         written = scratch / README
         written.write_text(render_card(labels, card, url), encoding="utf-8")

@@ -40,7 +40,7 @@ MAX_BESIDE_BYTES = 2**20
 LOCK = ".pull.lock"
 
 LOOK_SECONDS = 0.5
-"""Between two looks at what has arrived of the files under way."""
+"""Seconds between two looks at what has arrived of the files under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class PullResult:
     fetched: int
     """Files that were transferred; the others lay there already."""
     signer: str | None = None
-    """Who signed the manifest of the whole label set, where that was asked for."""
+    """Name of the signer of the whole label set's manifest, where that was asked for."""
 
 
 def pull(
@@ -90,12 +90,15 @@ def pull(
     check_at_least(1, threads=threads)
     require_signers(signed_by, signer)
     out = Path(out)
+    # A folder goes the way of every server, as file://, so that local pulls are checked and resumed in the same way.
     folder = None if is_remote(url) else Path(str(url).removeprefix("file://")).absolute()
     remote = open_remote(url if folder is None else folder.as_uri(), retries)
+    # Read once: what is signed, parsed and finally written are these very bytes.
     text = read_remote_manifest(remote)
     name, signature = None, None
     if signed_by is not None:
         signature = read_remote_signature(remote)
+        # Before it is parsed, and before anything else is fetched: an unsigned manifest is not even looked at.
         name = check_signed(text, signature, f"{url}/{FILE_NAME}", Path(signed_by), signer)
     whole = parse_manifest(text, f"{url}/{FILE_NAME}")
     part = _selected(whole, url, crops, crop_kind, shards)
@@ -105,6 +108,7 @@ def pull(
         remove_leftovers(out)
         fetched = _fetch_files(remote, out, part, threads, on_progress)
         _fetch_beside(remote, out, BESIDE[1:] if part is not whole else BESIDE, folder)
+        # `_selected` returns `whole` itself where nothing is left out.
         if part is not whole:
             # It has a manifest of its own, which nobody signed, and so it needs a card of its own.
             part = _with_statistics(out, part)
@@ -114,6 +118,7 @@ def pull(
             _write(out / SIGNATURE, signature)
         else:
             _fetch_beside(remote, out, (SIGNATURE,), folder)
+        # Last: only from here on is this folder a label set (invariant 3).
         write_manifest(out, text)
     return PullResult(out=out, manifest=part, fetched=fetched, signer=name)
 
@@ -124,16 +129,20 @@ def _alone(out: Path) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
+    # A file, not the folder itself: NFS locks nothing that is not open for writing.
     lock = out / LOCK
     with held(lock, out, work="pull", refusal=PublishError):
         try:
             yield
         finally:
+            # While it is still locked. Another pull that has opened it meanwhile finds that it is gone
+            # (`is_still_there`).
             lock.unlink(missing_ok=True)
 
 
 def _fetch_files(remote: Remote, out: Path, part: Manifest, threads: int, on_progress: OnProgress | None) -> int:
     """Fetch and check all files of the manifest; return how many were transferred."""
+    # The digest is compared by `bring`; rows are read right after it, so that hashing again would find the same.
     labels = _labels_in(out, part, verify_labels="never")
     files = [(shard.index, file) for shard in part.shards for file in shard.files]
     entries: list[FileEntry] = [*(file for _, file in files), part.rejects]
@@ -154,6 +163,7 @@ def _fetch_files(remote: Remote, out: Path, part: Manifest, threads: int, on_pro
 
     def bring(entry: FileEntry) -> bool:
         path = inside(out, entry.path)
+        # The size first, since hashing takes seconds for a large file.
         if path.exists() and path.stat().st_size == entry.bytes and sha256_file(path) == entry.sha256:
             return False
         remote.download(entry.path, path, size=entry.bytes, sha256=entry.sha256)
@@ -193,6 +203,7 @@ def _labels_in(
 def _arrived(out: Path, entry: FileEntry) -> int:
     """Return the bytes that have arrived of a file: its unfinished part or, once it has its name, all."""
     path = inside(out, entry.path)
+    # The unfinished file first: it takes its final name between two looks, and is then found by that.
     for candidate in (part_of(path), path):
         with suppress(FileNotFoundError):
             return min(candidate.stat().st_size, entry.bytes)
@@ -249,6 +260,7 @@ def _first_blocks(whole: Manifest, url: str, crops: int | None) -> _Blocks:
             raise UsageError(
                 f"{url}: layout webdataset has no crop blocks; pull it without --crops, or pull a parquet set"
             )
+        # Rounded up to whole blocks: files come as they were published, with the digests that the manifest names.
         blocks = -(-crops // whole.crops_per_block) if whole.layout == "parquet" else 1
         num_crops = min(whole.num_crops, blocks * whole.crops_per_block) if whole.layout == "parquet" else num_crops
     # A label set with a single kind: the part has fewer crops of it.
@@ -269,10 +281,12 @@ def _selected(
         raise UsageError(f"{url}: shards names none; leave it out for all {len(whole.shards)}")
     if any(not 0 <= shard < len(whole.shards) for shard in wanted):
         raise UsageError(f"{url}: shards are 0..{len(whole.shards) - 1}, got {wanted[0]}..{wanted[-1]}")
+    # Everything: the manifest stays byte for byte, and so do identity and signature.
     if blocks.count == whole.num_blocks and len(wanted) == len(whole.shards):
         return whole
     kept = tuple(
         ShardEntry(index=index, rows=whole.shards[shard].rows, files=blocks.of(whole.shards[shard].files))
+        # Numbered anew from 0, as the format demands; files keep their names, which mean nothing by themselves.
         for index, shard in enumerate(wanted)
     )
     rows = sum(shard.rows for shard in kept)
@@ -297,6 +311,7 @@ def _check_place(out: Path, part: Manifest) -> None:
     if not (out / FILE_NAME).exists():
         return
     there = read_manifest(out)
+    # Files and digests decide. The same part pulled from another URL may go on here.
     if there.shards != part.shards or there.rejects != part.rejects:
         raise PublishError(f"{out}: holds another label set; pull into another folder, or remove it first")
 
@@ -311,6 +326,7 @@ def _with_statistics(out: Path, part: Manifest) -> Manifest:
 def _write_card(remote: Remote, out: Path, part: Manifest, url: str, identity: str) -> None:
     """Write a card that describes the part, with the fields of the published card where that was generated."""
     try:
+        # A card is text for people: bytes that are no UTF-8 must not stop a pull.
         published = remote.read(README, max_bytes=MAX_BESIDE_BYTES).decode("utf-8", "replace")
     except RemoteError as error:
         if error.status != 404:
@@ -324,6 +340,7 @@ def _write_card(remote: Remote, out: Path, part: Manifest, url: str, identity: s
         name=fields.name or f"A part of {url}",
         license=fields.license or unknown,
         image_license=fields.image_license or (unknown if part.layout == "webdataset" else None),
+        # The hub wants a name for `other`, and a published card may be somebody's own text without fields.
         license_name=fields.license_name or ("see-the-whole" if fields.license == "other" else None),
     )
     _write(out / README, render_card(labels, fields, url).encode())

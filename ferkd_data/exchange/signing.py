@@ -44,6 +44,7 @@ def check_signature(labels: LabelSet, allowed_signers: Path, signer: str | None 
     """Check an open label set as `check_signed` does. Raises SignatureError also where it holds no signature."""
     manifest, signature = _signed(labels)
     where = f"{labels.location}/{FILE_NAME}"
+    # The set was opened from bytes read earlier: those, and no others, must be what is signed.
     if identity_of(manifest) != labels.identity:
         raise SignatureError(f"{where}: changed while it was read; open the label set again")
     return check_signed(manifest, signature, where, allowed_signers, signer)
@@ -59,9 +60,11 @@ def check_signed(manifest: bytes, signature: bytes, where: str, allowed_signers:
     if not allowed_signers.is_file():
         raise SignatureError(f"{allowed_signers}: no such file of allowed signers")
     with Scratch("signature") as folder:
+        # ssh-keygen reads the signed content from stdin, and the signature only from a file.
         file = folder / SIGNATURE
         file.write_bytes(signature)
         known = ["-f", str(allowed_signers.absolute()), "-s", str(file)]
+        # `verify` wants to be told a name. find-principals lists those of the key, without looking at the content.
         for name in [signer] if signer else _names(known, where, allowed_signers):
             found = _ssh_keygen(["verify", "-n", NAMESPACE, "-I", name, *known], manifest)
             if found.returncode == 0:

@@ -1,4 +1,4 @@
-"""`verify`: is a label set what its manifest says, byte by byte and row by row?
+"""`verify`: compare a label set with its manifest, byte by byte and row by row.
 
 Legend: R images of a shard, N crops per image, k kept classes.
 """
@@ -114,6 +114,7 @@ class _Check:
         self.found: list[_Found] = []
 
     def add(self, fault: Fault) -> None:
+        # Counted beyond the limit, so that the report says how many there are.
         self.faults_found += 1
         if len(self.faults) < self.max_faults:
             self.faults.append(fault)
@@ -121,6 +122,7 @@ class _Check:
     def take(self, found: _Found) -> None:
         for fault in found.faults:
             self.add(fault)
+        # The report has them now; hashes, digests and statistics are what is still needed.
         found.faults = []
         self.found.append(found)
 
@@ -132,6 +134,7 @@ class _Check:
             found.faults.extend(block.faults)
             if block.rows is None:
                 continue
+            # The first block that can be read speaks for the shard's images; the others must agree with it.
             if first is None:
                 first = block.rows
                 found.hashes = rng.hashes64(first.keys)
@@ -144,6 +147,7 @@ class _Check:
     def whole(self) -> None:
         """Find the faults that only all shards together can show."""
         self._keys_are_unique()
+        # Sums without a shard would differ from the manifest's for that reason alone.
         if all(found.readable for found in self.found):
             self._statistics_add_up()
         self._rejects()
@@ -152,6 +156,7 @@ class _Check:
     def _keys_are_unique(self) -> None:
         hashes = np.concatenate([found.hashes for found in self.found] or [np.empty(0, np.uint64)])
         order = np.argsort(hashes, kind="stable")
+        # Equal neighbours in sorted order. Stable, so that the later row of the two is reported.
         twice = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
         starts = np.cumsum([0, *(len(found.hashes) for found in self.found)])
         for at in np.sort(twice)[: self.max_faults].tolist():
@@ -176,6 +181,7 @@ class _Check:
                 )
         for name in ("target_prob_sum", "kept_prob_sum"):
             total, rows = getattr(self.manifest.statistics, name), getattr(counted, name)
+            # Sums of floats depend on the order of the shards in their last digits.
             if not np.isclose(total, rows, rtol=1e-6, atol=1e-3):
                 self.add(
                     Fault(file=FILE_NAME, field=f"statistics.{name}", message=f"says {total}, the rows give {rows}")
@@ -189,6 +195,7 @@ class _Check:
         except (LabelSetError, RemoteError, OSError) as error:
             self.add(Fault(file=entry.path, message=without_path(error, self.labels.location, entry.path)))
             return
+        # A minor version may add reasons (docs/format.md), so an unknown one is no fault.
         unknown = sorted(set(reasons) - set(REASONS))
         if unknown:
             named = ", ".join(map(repr, unknown[: self.max_faults]))
@@ -197,6 +204,7 @@ class _Check:
     def _strays(self) -> None:
         listed = {file.path for shard in self.manifest.shards for file in shard.files}
         listed |= {FILE_NAME, self.manifest.rejects.path, *COMPANIONS}
+        # HTTP servers do not list their files.
         if is_remote(self.labels.location):
             return
         folder = Path(self.labels.location)
@@ -216,6 +224,7 @@ class _Check:
         listed = (item for item in source.list_images() if isinstance(item, ImageRef))
         for refs in in_groups(listed, READ_AT_ONCE):
             wanted = rng.hashes64([ref.key for ref in refs])
+            # A hash above all gets the last place and fails the comparison below.
             at = np.minimum(np.searchsorted(ranked, wanted), max(len(ranked) - 1, 0))
             known = [
                 (ref, int(order[a]))
@@ -235,6 +244,7 @@ class _Check:
         self._missing_images(location, np.flatnonzero(~seen))
 
     def _missing_images(self, location: str, rows: npt.NDArray[np.int64]) -> None:
+        # The others are counted by `add`.
         self.faults_found += max(len(rows) - self.max_faults, 0)
         starts = np.cumsum([0, *(len(found.hashes) for found in self.found)])
         for at in rows[: self.max_faults].tolist():
@@ -244,6 +254,7 @@ class _Check:
 
     def report(self, total: int) -> VerifyReport:
         return VerifyReport(
+            # manifest.json and the rejects.
             files=sum(len(shard.files) for shard in self.manifest.shards) + 2,
             bytes=total,
             images=self.manifest.num_images,
