@@ -16,7 +16,7 @@ import ferkd_data as fd
 import ferkd_data.builder
 from ferkd_data.errors import UsageError
 
-from .display import show_progress
+from .display import show_progress, size
 from .options import (
     CLUSTER,
     FILES,
@@ -460,14 +460,6 @@ def _measured_on(estimate: Any) -> str:
     if measured == estimate.workers:
         return f"{named}, all at once"
     return f"{named}: {measured} of {estimate.workers:,} workers; those of one node share its disk, memory and network"
-
-
-def size(num_bytes: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
 
 
 def _duration(hours: float) -> str:

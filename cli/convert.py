@@ -24,7 +24,7 @@ IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
     "dr": (fd.import_dr, ("num_classes", "ids", "teacher")),
     "relabel": (fd.import_relabel, ("num_classes", "top_k", "crops", "seed")),
 }
-"""By the value of --from: the function, and the options that it takes besides those of every import."""
+"""The function for each value of --from, and the options that it takes besides those of every import."""
 CALIBRATIONS = {"fkd": fd.Calibration.fkd, "ferkd": fd.Calibration.ferkd, "blend": fd.Calibration.blend}
 
 

@@ -268,15 +268,15 @@ def show_transfer(what: str) -> Iterator[Callable[[TransferProgress], None]]:
 
         def report(progress: TransferProgress) -> None:
             files = _of(progress.files, progress.files_total, "file")
-            size = _size(progress.bytes)
+            here = size(progress.bytes)
             if progress.images is None:
                 done, total = progress.bytes, progress.bytes_total
-                amount = size if total is None else f"{size} of {_size(total)}"
-                details, speed = [files], lambda: f"{_size(rate.per_second)}/s"
+                amount = here if total is None else f"{here} of {size(total)}"
+                details, speed = [files], lambda: f"{size(rate.per_second)}/s"
             else:
                 done, total = progress.images, progress.images_total
                 amount = _of(done, total, "image")
-                details, speed = [files, size], lambda: f"{rate.per_second:,.1f} images/s"
+                details, speed = [files, here], lambda: f"{rate.per_second:,.1f} images/s"
             rate.add(done)
             details += _speed_and_time(rate, speed, done, total)
             show(Frame(what=what, done=done, total=total, amount=amount, details=tuple(details)))
@@ -310,7 +310,8 @@ def _speed_and_time(rate: Rate, speed: Callable[[], str], done: int, total: int 
     return [speed(), *left]
 
 
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
+    """Return a number of bytes in decimal units: `12.3 MB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"

@@ -81,11 +81,12 @@ def command(
 
 
 def parse_shards(text: str) -> list[int]:
-    """`0-9,12` -> [0, ..., 9, 12]. Raises UsageError."""
+    """Read a list such as `0-9,12` as [0, ..., 9, 12]. Raises UsageError."""
     shards: list[int] = []
     for piece in text.split(","):
         first, dash, last = piece.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        # Not isdigit, which is true of a superscript that int() refuses.
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UsageError(f"--shards must be numbers and ranges such as 0-9,12, got {text!r}")
         shards += range(int(first), int(last if dash else first) + 1)
     return shards
