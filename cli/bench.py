@@ -66,6 +66,7 @@ def command(
     Prints crops per second, the ratio to the best eager result, the largest difference of a probability from eager
     mode, and one line of advice on the options for `ferkd-data build`.
     """
+    # Imported here: it needs torch, which `bench --help` does not.
     from ferkd_data.bench import bench_teachers
     from ferkd_data.builder import Resources
 

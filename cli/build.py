@@ -302,6 +302,8 @@ def command(
     from ferkd_data.builder import JsonLog, MetricsFile, stop_on_sigterm
     from ferkd_data.labels.buckets import parse_thresholds
 
+    # What was given, and nothing else: an extension takes the rest from the manifest, others from the library's
+    # defaults.
     changes = given(options)
     if given({"thresholds": thresholds, "confidence": confidence}):
         changes["thresholds"] = parse_thresholds(thresholds.split(), confidence)
@@ -319,6 +321,7 @@ def command(
         print_json(asdict(estimate)) if as_json else _print_estimate(estimate)
         return 0
     overview = ShowOverview()
+    # Signals are taken before anything starts, and given back after the display has ended.
     with stop_on_sigterm(grace) as stop, show_progress() as report, _quiet_ray(changes):
         on_progress = _with_hint(report) if _may_be_slow(teachers, changes) else report
         changes |= {
@@ -385,6 +388,7 @@ def _with_hint(report: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _build_part(source: str, out: str, part: str, overwrite: bool, as_json: bool, arguments: dict[str, Any]) -> int:
+    # Parts run side by side on machines that know nothing of each other.
     if overwrite:
         raise UsageError("--overwrite with --part would remove what other parts write; empty OUT before they begin")
     result = fd.builder.build_part(source, out, part=part, **arguments)

@@ -123,6 +123,7 @@ def command(
         raise UsageError("--from fkd needs --teacher NAME, the name of the teacher")
     if target is not None:
         return _export(labels, out, calibration, min_crops)
+    # Looked at before: afterwards a finished set and one that was just written look the same.
     finished = (out / FILE_NAME).exists()
     with show_transfer("convert") as show:
         if source is not None:
@@ -139,6 +140,7 @@ def command(
     if finished:
         say(f"{out}: already finished; nothing was written")
     _report(out, manifest, imported=source is not None)
+    # A conversion copies the rejects of its source, which that build's status has told of.
     return DONE_WITH_REJECTS if source is not None and manifest.rejects.rows else 0
 
 
@@ -149,6 +151,7 @@ def _import(
     function, names = IMPORTS[source]
     chosen = {name: options[name] for name in (*FOR_EVERY_IMPORT, *names) if options[name] is not None}
     if source == "fkd":
+        # The files of FKD do not say; those that people have are of ImageNet.
         chosen.setdefault("num_classes", IMAGENET_CLASSES)
         chosen["teacher"] = fd.FkdTeacher(name=options["teacher"], size=options["teacher_size"])
     return function(labels, out, **chosen, on_progress=on_progress)

@@ -36,6 +36,7 @@ def command(out: Path, crops: int) -> int:
             teachers=demo.teachers,
             classes=demo.classes,
             crops=crops,
+            # A demo that has ended is made anew, as --crops may differ; one that was interrupted is resumed.
             overwrite=(out / "labels" / "manifest.json").exists(),
             on_progress=on_progress,
         )

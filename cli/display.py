@@ -41,7 +41,7 @@ class Frame:
     total: float | None = None
     """None where it is unknown; then there is no bar."""
     amount: str = ""
-    """The amount done, such as `12 of 40 images`."""
+    """The amount done in words, such as `12 of 40 images`."""
     details: tuple[str, ...] = ()
     """The most important first: those that fit are shown."""
     workers: tuple[str, ...] = ()
@@ -83,6 +83,7 @@ def plain_line(frame: Frame) -> str:
 
 @contextmanager
 def _live(first: Frame) -> Iterator[Report]:
+    # Imported here: a command without a terminal does not need it.
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -114,7 +115,9 @@ class _View:
 
         with self._lock:
             frame = self._frame
+        # The clock is read at each drawing, so that it goes on while no frame comes.
         lines = layout(frame, options.max_width, time.monotonic() - self._started, ascii_only=options.ascii_only)
+        # One row less than the terminal has: Rich would scroll, and leave the display's lines behind.
         for line in lines[: max(1, console.height - 1)]:
             yield Text(line, no_wrap=True, overflow="crop", end="\n")
 
@@ -126,6 +129,7 @@ def layout(frame: Frame, width: int, elapsed: float, *, ascii_only: bool = False
     lines = [_fitted([*_head(frame, room, ascii_only), frame.amount], room, " ")]
     details = [*frame.details, f"{clock(elapsed)} so far"]
     lines.append(_fitted(["", *details], room, comma, first=" " * 2))
+    # One more fits as well as the line "and 1 more".
     shown = frame.workers if len(frame.workers) <= WORKERS_SHOWN + 1 else frame.workers[:WORKERS_SHOWN]
     lines += [_fitted(["", worker], room, "", first=" " * 2) for worker in shown]
     if len(shown) < len(frame.workers):
@@ -141,6 +145,7 @@ def _head(frame: Frame, room: int, ascii_only: bool) -> list[str]:
     # Never 100 % before the end.
     said = f"{int(100 * share):>3} %"
     cells = min(BAR_CELLS, room - _cells(f"{frame.what}  {said} {frame.amount}"))
+    # Narrower bars show nothing that the percentage does not.
     if cells < 4:
         return [frame.what, said]
     full = int(share * cells)
@@ -186,6 +191,7 @@ class Rate:
         """Note the amount that is done now."""
         now = time.monotonic()
         self._marks.append((now, done))
+        # The mark before the window stays, so that the rate covers all of it.
         while len(self._marks) > 2 and self._marks[1][0] < now - RATE_SECONDS:
             self._marks.popleft()
 
@@ -252,6 +258,7 @@ def _workers(progress: Any) -> tuple[str, ...]:
     if len(progress.workers) < 2:
         return ()
     late = set(progress.stragglers)
+    # False sorts before True.
     ordered = sorted(progress.workers, key=lambda worker: (worker.worker not in late, worker.worker))
     return tuple(
         f"worker {worker.worker:>4}  shard {worker.shard:>6}  {worker.crops_per_second:>9,.1f} crops/s"

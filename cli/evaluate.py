@@ -61,6 +61,7 @@ def command(
     if as_json:
         print_json(asdict(result))
         return 0
+    # The scores alone on stdout; all remarks go to stderr, so that a pipe gets a table.
     click.echo(f"{'images':>6}  {'top-1':>6}  {'top-5':>6}  {'ECE':>6}  {'published':>9}  teacher")
     for score in result.scores:
         published = "" if score.published_top1 is None else f"{score.published_top1:.1%}"

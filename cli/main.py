@@ -57,6 +57,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        # By this package's own name: the folder cli/ is installed as ferkd_data_cli.
         command = importlib.import_module(f"{__package__}.{cmd_name}").command
         return command if isinstance(command, click.Command) else None
 
@@ -81,12 +82,15 @@ def cli(debug: bool) -> None:
 def run(args: list[str]) -> int:
     """Run the program and give its exit status; errors are one line on stderr."""
     say_what_is_logged()
+    # Taken out before click sees it, so that it works behind the command too, where people add it.
     debug = "--debug" in args
     args = _join_thresholds([arg for arg in args if arg != "--debug"])
     with forgiving_streams():
         try:
             with orderly_end():
+                # Not standalone: click would end the process itself, with statuses of its own.
                 result: Any = cli.main(args=args, prog_name="ferkd-data", standalone_mode=False)
+            # Groups and --help return nothing.
             return result if isinstance(result, int) else 0
         except click.ClickException as error:
             error.show()
@@ -96,8 +100,10 @@ def run(args: list[str]) -> int:
         except FerkdError as error:
             if debug:
                 traceback.print_exc()
+            # One line, whatever line breaks a stranger's name brings in.
             say(f"ferkd-data: {' '.join(str(error).split())}", err=True)
             return error.exit_code
+        # The last resort: no traceback reaches a user, but the status is not 0.
         except Exception as error:
             if debug:
                 traceback.print_exc()
@@ -118,6 +124,7 @@ def _interrupted(error: BaseException) -> int:
 def main() -> None:
     status = run(sys.argv[1:])
     if status > SIGNALLED:
+        # While threads are waited for, a second signal still ends the process at once.
         handle_ending(end_at_once)
         _end_threads(status)
         # Python gives handlers back while it leaves, and a second signal would change the status then.
@@ -128,10 +135,12 @@ def main() -> None:
 def _end_threads(status: int) -> None:
     """End the process after a signal, even where a thread waits for a server or a teacher."""
     deadline = time.monotonic() + END_SECONDS
+    # Daemons are not waited for: Python ends them with itself.
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
     for thread in others:
         thread.join(max(deadline - time.monotonic(), 0))
     if any(thread.is_alive() for thread in others):
+        # Python would wait for the thread for ever. Everything finished is on the disk already.
         os._exit(status)
 
 
@@ -141,6 +150,7 @@ def _join_thresholds(args: list[str]) -> list[str]:
         return args
     at = args.index("--thresholds") + 1
     values = args[at : at + 3]
+    # Otherwise one value was given (quantile:… or a quoted list), and what follows is another argument.
     if len(values) == 3 and all(_is_number(value) for value in values):
         return [*args[:at], " ".join(values), *args[at + 3 :]]
     return args

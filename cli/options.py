@@ -52,6 +52,7 @@ class GroupedCommand(click.Command):
             if "unexpected extra argument" in error.message and "--crop-kinds" in given:
                 raise click.UsageError(f"{error.message} Give --crop-kinds once for each kind.", ctx) from error
             files = [arg for arg in given if arg.endswith((".tar", ".parquet")) and Path(arg).is_file()]
+            # train-*.tar without quotes: the shell makes many arguments of it, and the second is taken for OUT.
             if "unexpected extra argument" not in error.message or len(files) < 2:
                 raise
             raise click.UsageError(
@@ -72,6 +73,7 @@ class GroupedCommand(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
+                # Options that click makes, such as --help, have no group.
                 groups.setdefault(getattr(parameter, "group", OTHERS), []).append(record)
         for heading in HEADINGS:
             if heading in groups:
@@ -156,6 +158,7 @@ def teacher_options(function: Function) -> Function:
             "mean.",
         ),
     ]
+    # Decorators apply from the last to the first, so that `--help` shows them in this order.
     for option in reversed(options):
         function = option(function)
     return function
@@ -169,6 +172,8 @@ def require_teachers(teachers: tuple[str, ...]) -> None:
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """Return the options given on the command line or in a --config file, without the defaults."""
     context = click.get_current_context()
+    # Where a value came from, not whether it equals the default: what is not given, an extension takes from the
+    # manifest.
     default = click.core.ParameterSource.DEFAULT
     return {name: value for name, value in values.items() if context.get_parameter_source(name) is not default}
 
@@ -186,6 +191,7 @@ def config_option(function: Function) -> Function:
         "--config",
         group=WATCHING,
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        # Read before all other options, whose defaults it sets.
         is_eager=True,
         expose_value=False,
         callback=_load_config,
@@ -200,13 +206,16 @@ def _load_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     known = {name.lstrip("-").replace("-", "_"): p for p in ctx.command.params for name in p.opts}
     defaults = {}
     for key, value in content.items():
+        # Old names work in files too.
         if isinstance(ctx.command, GroupedCommand):
             key = ctx.command.new_name(f"--{key.replace('_', '-')}").removeprefix("--")
         option = known.get(key.replace("-", "_"))
         if option is None or option.name is None or option.name == "config":
             raise UsageError(f"{path}: unknown setting {key!r}; settings are {', '.join(sorted(known))}")
+        # thresholds = [0.1, 0.3, 0.9] is the list of the command line's three words.
         joined = isinstance(value, list) and not option.multiple and option.nargs == 1
         defaults[option.name] = " ".join(map(str, value)) if joined else value
+    # Defaults, so that the command line has the last word.
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 

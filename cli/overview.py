@@ -54,6 +54,7 @@ def left_out(counts: Mapping[str, int], examples: Mapping[str, str] | None = Non
     from ferkd_data.images import describe_left_out
 
     order = sorted(counts.items(), key=lambda item: (-item[1], item))
+    # One by one: `describe_left_out` sorts by its own rule.
     words = [describe_left_out({reason: number})[0] for reason, number in order]
     shown = [
         f"{text} ({examples[reason]})" if examples and reason in examples else text

@@ -60,6 +60,7 @@ def command(
     same command again after an interruption: files that arrived are not sent again. Fields of the card that you leave
     out keep their published values.
     """
+    # None, not an empty tuple, stands for "as published before".
     card = fd.CardFields(source_datasets=source_datasets or None, **fields)
     with show_transfer("publish") as on_progress:
         result = fd.publish(

@@ -55,6 +55,7 @@ def command(
     other file is fetched. Run the same command again after an interruption: it resumes.
     """
     wanted = None if shards is None else parse_shards(shards)
+    # Before the pull, which writes the manifest.
     finished = (out / FILE_NAME).exists()
     with show_transfer("pull") as on_progress:
         result = fd.pull(
@@ -75,6 +76,7 @@ def command(
         f"{'already complete' if finished and not result.fetched else fetched}"
     )
     if result.signer:
+        # A part has a manifest of its own, which nobody signed.
         partial = "pulled_from" in (result.manifest.model_extra or {})
         say(f"the manifest{' of the whole label set' if partial else ''} is signed by {result.signer}")
     return 0

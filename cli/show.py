@@ -64,6 +64,7 @@ def command(
         raise UsageError(f"{labels}: no image has the key {key!r}; keys look like {first!r}") from error
     names = _names(classes, opened)
     if picture is not None:
+        # The picture grows with them; the table below has all that were asked for.
         shown = min(num_crops, 8)
         fd.show(opened, image.key, images=images, crops=shown, class_names=names).save(picture)
     crops = [describe_crop(opened, image, n, names) for n in shown_crops(opened, num_crops)]

@@ -28,6 +28,7 @@ def command(labels: str, num_worst: int, as_json: bool) -> int:
     from ferkd_data.labels.statistics import count_agreement, summarise
 
     opened = fd.open_labels(labels)
+    # Not in the manifest: how often the teachers are right by class and by bucket. It takes a pass over the labels.
     agreement = count_agreement(opened.shards())
     worst = agreement.by_class[:num_worst]
     summary = summarise(opened.manifest.statistics)

@@ -63,6 +63,7 @@ class _OnStderr(logging.Handler):
 def say_what_is_logged() -> None:
     """Print the library's warnings from now on (what is tried again, and why) as lines on stderr."""
     logger = logging.getLogger("ferkd_data")
+    # Once for each process: tests run several commands in one.
     if not any(isinstance(handler, _OnStderr) for handler in logger.handlers):
         logger.addHandler(_OnStderr())
 
@@ -72,6 +73,7 @@ def say_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, indent: int
 
     The last column is not padded.
     """
+    # Before widths are measured, since escapes are longer than what they stand for.
     lines = [[printable(cell) for cell in row] for row in (head, *rows)]
     numeric = [bool(rows) and all(row[i][:1].isdigit() for row in lines[1:] if row[i]) for i in range(len(head))]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -110,6 +112,7 @@ class Forgiving:
         """Redirect the descriptor to /dev/null: for what is in the buffer, and for worker processes that inherit it."""
         with suppress(OSError, ValueError):  # a stream without a descriptor, as tests have
             nowhere = os.open(os.devnull, os.O_WRONLY)
+            # The descriptor itself: Python flushes the stream once more at its end, and would fail there.
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
 
@@ -144,6 +147,7 @@ class Signalled(KeyboardInterrupt):
 def end_at_once(number: int, frame: FrameType | None) -> None:
     """End the process at a second signal."""
     with suppress(OSError):
+        # The descriptor: the signal may have come in the middle of a write to the stream, whose lock is then held.
         os.write(2, b"\nferkd-data: ended at once; run the same command again to go on\n")
     os._exit(128 + number)
 
@@ -158,6 +162,7 @@ def handle_ending(handler: Any) -> None:
 @contextmanager
 def orderly_end() -> Iterator[None]:
     """Handle ENDING until the context ends. Does nothing outside the main thread, and for signals that are ignored."""
+    # Python sets handlers in the main thread alone.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

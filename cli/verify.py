@@ -62,6 +62,7 @@ def command(
 
     Prints one line per fault: file, row, image, crop, field and what is wrong. The exit status is 1 if there are any.
     """
+    # Before the files are checked, which may take an hour.
     if deep and (images is None or not relabelling["teachers"]):
         raise UsageError("--deep needs --images SOURCE (the labelled images) and each --teacher SPEC of the build")
     with show_transfer("verify") as on_progress:
@@ -75,6 +76,7 @@ def command(
             on_progress=on_progress,
         )
     again = None
+    # Teachers are not asked about labels that are damaged already.
     if deep and report.ok:
         again = fd.relabel(labels, images=str(images), **relabelling)
     if as_json:
@@ -104,4 +106,6 @@ def command(
             say(f"image {key!r}: the manifest's seed gives other crops")
         for spec in again.other_weights:
             say(f"warning: {spec}: its weights are not those of the manifest's teachers", err=True)
+    # Other crops are wrong for certain. How far probabilities may differ depends on the machines, so these are only
+    # printed.
     return 0 if report.ok and not (again and again.other_crops) else 1

@@ -46,7 +46,7 @@ class ReinforcedFiles:
     config: dict[str, Any]
     """The content of config.pth.tar."""
     ids: dict[str, int]
-    """Key -> ID."""
+    """The ID of each key."""
     num_classes: int
     teacher: str | None = None
     """The teacher's name, in place of those in the configuration."""
@@ -74,6 +74,7 @@ class ReinforcedFiles:
         """The teachers that the configuration names; the probabilities of several were averaged."""
         said = self.config.get("teacher", {})
         named = self.teacher or said.get("name") or said.get("arch") or "unknown"
+        # An ensemble is a list of names, or one text with commas.
         names = named.split(",") if isinstance(named, str) else [str(name) for name in named]
         size = self.transforms[CROP]["size"]
         normalize = self.transforms.get("normalize", {})
@@ -83,6 +84,7 @@ class ReinforcedFiles:
                 name,
                 num_classes=self.num_classes,
                 size=size if isinstance(size, int) else size[0],
+                # torchvision's default for RandomResizedCrop; the configuration does not say.
                 interpolation="bilinear",
                 mean=tuple(normalize.get("mean", (0, 0, 0))),
                 std=tuple(normalize.get("std", (1, 1, 1))),
@@ -107,6 +109,7 @@ class ReinforcedFiles:
             raise ForeignFileError(f"{path}: is not Dataset Reinforcement's (ID, crops) ({error})") from error
         if index.ndim != 2 or index.shape != prob.shape or len(box) != len(index) or not index.size:
             raise ForeignFileError(f"{path}: boxes {box.shape}, classes {index.shape}, probabilities {prob.shape}")
+        # A file that was renamed would put its labels on another image.
         if found != number:
             raise ForeignFileError(f"{path}: says that it belongs to ID {found!r}")
         check_labels(path, index, prob, self.num_classes)
@@ -120,7 +123,9 @@ class ReinforcedFiles:
                 raise ValueError(f"params of {more[0]!r}, which cannot be replayed")
             # Each is a pair: for the image, and for one that it might have been mixed with.
             return params[CROP][0], bool(params[FLIP][0]) if FLIP in params else False
+        # Compressed: a list in the order of the transforms. A flip is there where the configuration has one.
         box, *flip = params
+        # A bool counts as 0 or 1.
         if len(flip) != (FLIP in self.transforms):
             raise ValueError(f"{len(params)} params where crop and flip are expected")
         return box, bool(flip[0]) if flip else False
@@ -143,8 +148,10 @@ def open_reinforced(
         raise UsageError(f"{path}: does not say how many classes there are; give their number (--num-classes)")
     files = ReinforcedFiles(folder=folder, config=config, ids=ids, num_classes=classes, teacher=teacher)
     try:
+        # Evaluated now, so that a configuration that cannot be used fails before the first image.
         _ = files.distribution, files.teachers
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        # UsageError is a ValueError here, and already says what is wrong.
         if isinstance(error, UsageError):
             raise
         raise ForeignFileError(f"{path}: settings of crops or teachers that cannot be ({error})") from error
@@ -173,8 +180,10 @@ def image_folder_ids(root: Path, folder: Path) -> dict[str, int]:
     ids: dict[str, int] = {}
     samples = ImageFolder(str(root), allow_empty=True).samples
     for number, (file, _) in enumerate(samples):
+        # cat.jpg and cat.png have one key here; the first keeps it, as in a folder's listing.
         ids.setdefault(Path(file).relative_to(root).with_suffix("").as_posix(), number)
     there = sum(path.name != CONFIG for path in folder.glob("*.pth.tar"))
+    # IDs count every image, so one that is missing would shift the labels of all that follow.
     if there != len(samples):
         raise UsageError(
             f"{folder}: has files for {there} images, {root} has {len(samples)}; an ID is an image's number in the "

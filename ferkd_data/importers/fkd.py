@@ -70,6 +70,7 @@ class FkdFiles:
         for a crop that is not inside the image.
         """
         path = file_of(self.folder, key)
+        # The file may be anybody's: this never runs code in it, where torch.load of old versions did.
         content = load_arrays(path)
         if not isinstance(content, (list, tuple)) or len(content) != 3:
             raise ForeignFileError(f"{path}: is not FKD's [coords, flips, labels]")
@@ -96,14 +97,18 @@ def _labels(
     path: Path, labels: npt.NDArray[Any], num_classes: int, top_k: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Return (N, k) classes and probabilities from any label type; the types differ in their shapes."""
+    # marginal_smoothing and marginal_renorm: classes and probabilities, both as floats.
     if labels.ndim == 3 and labels.shape[1] == 2:
         return np.rint(labels[:, 0]).astype(np.int64), labels[:, 1].astype(np.float32)
+    # Full distributions. With two classes they have the shape of `smoothing`, which is the likelier one.
     if labels.ndim == 2 and labels.shape[1] == num_classes and num_classes > 2:
         full = labels.astype(np.float32)
         best = np.argsort(-full, axis=1, kind="stable")[:, :top_k]
         return best, np.take_along_axis(full, best, axis=1)
+    # smoothing: the first class and its probability.
     if labels.ndim == 2 and labels.shape[1] == 2:
         return np.rint(labels[:, :1]).astype(np.int64), labels[:, 1:].astype(np.float32)
+    # hard: the class alone, to which all of the probability goes.
     if labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 1):
         classes = labels.reshape(-1, 1).astype(np.int64)
         return classes, np.ones(classes.shape, np.float32)
@@ -125,6 +130,7 @@ def boxes_of(coords: npt.NDArray[np.float64], height: int, width: int) -> npt.ND
 
 def write_file(path: Path, labels: ImageLabels) -> None:
     """Write FKD's type `marginal_smoothing_kK`, which its training script reads: labels (N, 2, k) float32."""
+    # Class numbers as float32, as FKD has them: exact up to 2**24.
     soft = np.stack([labels.class_index.astype(np.float32), labels.class_prob.astype(np.float32)], axis=1)
     write_arrays(path, coords_of(labels), np.ascontiguousarray(labels.flip), soft)
 

@@ -64,6 +64,7 @@ def export_fkd(
             f"{source.location} NEW --crop-kind {source.crop_kinds[0].name}"
         )
     settings: out_folder.Settings = {"command": "export of FKD's files", "labels": source.identity}
+    # The script knows two numbers of classes for the one, and takes any for the other.
     kind = f"marginal_smoothing_k{source.top_k}" if source.top_k in ENTRIES else "marginal_renorm"
     if calibration is not None:
         entries = _entries(calibration, source.top_k, source.num_classes)
@@ -75,13 +76,16 @@ def export_fkd(
     report(progress)
     for done, row in enumerate(source, start=1):
         path = fkd.file_of(out, row.key)
+        # Whole, since it was renamed: a run that goes on skips it.
         if not path.exists():
+            # Not synced: a million small files would wait for the disk one by one, and all can be made again.
             with write_atomically(path, sync=False) as aside:
                 if calibration is None:
                     fkd.write_file(aside, row)
                 else:
                     fkd.write_arrays(aside, *calibrated(row, calibration, source.num_classes, min_crops))
         progress = replace(progress, files=done, bytes=progress.bytes + path.stat().st_size, images=done)
+        # A report for each of a million images would cost more than writing it.
         if done % 1000 == 0 or done == len(source):
             report(progress)
     return kind
@@ -90,6 +94,7 @@ def export_fkd(
 def _entries(calibration: Calibration, top_k: int, num_classes: int) -> int:
     """Return K. Raises UsageError where FKD's script has no label type that holds the calibrated targets."""
     blends = any(action.kind == "blend" for action in action_table(calibration))
+    # A blend has the ground truth beside the top k; a softened target has it alone.
     needed = top_k + 1 if blends else top_k
     fitting = [entries for entries in ENTRIES if needed <= entries < num_classes]
     if not fitting:
@@ -114,6 +119,7 @@ def calibrated(
         kept = use > 0 if (use > 0).any() else np.ones(len(use), np.bool_)
     crops = np.flatnonzero(kept)
     if len(crops) < min_crops:
+        # np.resize repeats from the start until there are enough.
         crops = np.resize(crops, min_crops)
     targets = calibrate(
         calibration,
@@ -125,6 +131,7 @@ def calibrated(
     )
     index, weight = targets.index.numpy(), targets.weight.numpy()
     if calibration.needs_target and row.target != UNKNOWN_TARGET:
+        # FKD's script writes each entry to its class, so two of one class would not add up as ours do.
         index, weight = _joined(index, weight)
     entries = _entries(calibration, row.class_index.shape[1], num_classes)
     soft = _soft(index, weight, targets.floor.numpy(), entries)
@@ -159,5 +166,6 @@ def _soft(
     others = np.arange(2 * entries)
     taken = ((index[:, :, None] == others) & listed[:, :, None]).any(axis=1)
     filler = np.argsort(taken, axis=1, kind="stable")[:, :entries]
+    # The n-th place that is free takes the n-th class that is not listed, which has the floor alone.
     classes = np.where(listed, index, filler)
     return np.stack([classes.astype(np.float32), weight + floor[:, None]], axis=1)

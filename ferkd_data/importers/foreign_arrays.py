@@ -36,18 +36,22 @@ def check_opcodes(pickled: bytes) -> None:
     """Raise ValueError for an opcode that is not needed to hold arrays, lists, dictionaries, numbers and text."""
     at = 0
     while at < len(pickled):
+        # Nearly all of a pickle: up to 4,096 opcodes in one match, at C speed.
         run = FIXED.match(pickled, at)
         if run:
             at = run.end()
             continue
         code = pickled[at : at + 1]
+        # What follows is not executed.
         if code == STOP:
             return
         if code in LENGTH_BYTES:
             start = at + 1 + LENGTH_BYTES[code]
+            # Text and data are jumped over. A length beyond the end leaves the loop, and is refused there.
             at = start + int.from_bytes(pickled[at + 1 : start], "little")
         elif code == GLOBAL:
             for _ in ("module", "name"):
+                # GLOBAL names a module and a name, a line each. Which ones may be named is for `find_class` to say.
                 at = pickled.index(b"\n", at) + 1
         else:
             raise ValueError(f"opcode {code!r} at byte {at} of its pickle is none that arrays need")
@@ -92,12 +96,15 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module in RECONSTRUCT and name == "_reconstruct":
+            # A method of ours stands for the constructor; the name in the file is never imported.
             return self._empty_array
         if module == "torch" and name in STORAGES:
+            # A storage's class is only a word here, which `persistent_load` gets back.
             return name
         known: dict[tuple[str, str], Any] = {
             ("_codecs", "encode"): self._latin1,
             ("collections", "OrderedDict"): collections.OrderedDict,
+            # The one callable that is not ours: it makes types of numbers, and `_plain` refuses all others.
             ("numpy", "dtype"): np.dtype,
             ("numpy", "ndarray"): NDARRAY,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
@@ -114,6 +121,7 @@ class _ArraysOnly(pickle.Unpickler):
         if (storage, key) not in self._storages:
             self._count()
             data = self._archive.read(f"{self._prefix}/data/{key}")
+            # Once for each key: several tensors may be views of one storage.
             self._storages[storage, key] = np.frombuffer(data, STORAGES[storage])
         found = self._storages[storage, key]
         if len(found) != count:
@@ -126,12 +134,15 @@ class _ArraysOnly(pickle.Unpickler):
         Each copy is counted, since any number of views may share a storage.
         """
         self._count()
+        # The largest index that the view reaches: strides are not negative, which is checked below before any use.
         last = start + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        # Python's integers, since a product of claimed sizes may pass 2**63.
         count = int(np.prod([int(size) for size in shape], dtype=object))
         if min((start, *shape, *strides)) < 0 or (count and last >= len(numbers)) or count > len(numbers):
             raise pickle.UnpicklingError(f"it claims a tensor of shape {tuple(shape)} in {len(numbers)} numbers")
         steps = [stride * numbers.itemsize for stride in strides]
         view = np.lib.stride_tricks.as_strided(numbers[start:], tuple(shape), steps, writeable=False)
+        # A copy, so that strides of 0 become memory now, within the bound above, and not later.
         packed: Numbers = np.ascontiguousarray(view).reshape(shape)
         return packed
 
@@ -163,6 +174,7 @@ def load_arrays(path: Path) -> Any:
     """
     try:
         size = path.stat().st_size
+        # Before it is opened: what follows takes memory in proportion to the file.
         if size > MAX_BYTES:
             raise ForeignFileError(f"{path}: {size} bytes; at most {MAX_BYTES} are read")
         with open_regular_stream(path) as stream:
@@ -180,15 +192,19 @@ def load_arrays(path: Path) -> Any:
 
 
 def _load(path: Path, stream: IO[bytes], size: int) -> Any:
+    # The first bytes of a zip.
     if stream.read(4) != b"PK\x03\x04":
         raise ForeignFileError(f"{path}: is not in the form that torch.save has written since PyTorch 1.6")
     with zipfile.ZipFile(stream) as archive:
         members = archive.infolist()
         for member in members:
+            # torch.save compresses nothing. A compressed member could grow a thousandfold.
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > MAX_BYTES:
                 raise ForeignFileError(f"{path}: member {member.filename!r} is compressed or too large")
+        # Members that share bytes could add up to any amount of memory.
         if sum(member.file_size for member in members) > size:
             raise ForeignFileError(f"{path}: its members overlap")
+        # torch.save puts all members into a folder named after the file.
         prefix = members[0].filename.partition("/")[0] if members else ""
         names = {member.filename for member in members}
         if f"{prefix}/byteorder" in names and archive.read(f"{prefix}/byteorder") != b"little":
@@ -196,6 +212,7 @@ def _load(path: Path, stream: IO[bytes], size: int) -> Any:
         if archive.getinfo(f"{prefix}/data.pkl").file_size > MAX_PICKLE_BYTES:
             raise ForeignFileError(f"{path}: its pickle is too large")
         pickled = archive.read(f"{prefix}/data.pkl")
+        # Before the unpickler sees the first of them.
         check_opcodes(pickled)
         return _ArraysOnly(pickled, archive, prefix).load()
 
@@ -205,6 +222,7 @@ def _plain(path: Path, content: Any, left: list[int]) -> Any:
     left[0] -= 1
     if left[0] < 0:
         raise ForeignFileError(f"{path}: holds more than {MAX_ITEMS} items")
+    # Exact types: a subclass could bring methods of its own.
     if type(content) in SCALARS:
         return content
     if isinstance(content, np.ndarray):
@@ -212,6 +230,7 @@ def _plain(path: Path, content: Any, left: list[int]) -> Any:
             raise ForeignFileError(f"{path}: holds an array of {content.dtype}, expected numbers")
         return content
     if type(content) in (list, tuple):
+        # At C speed: most lists hold a thousand numbers.
         if SCALARS.issuperset(map(type, content)):
             left[0] -= len(content)
             return content

@@ -125,6 +125,7 @@ def to_row(
     thresholds: Thresholds,
 ) -> ImageLabels:
     """Make a row of a label set. The ground truth's probability is unknown where it was cut off."""
+    # Rounded first and sorted after: two probabilities that float16 makes equal must be in the order of their classes.
     stored = labels.class_prob.clip(0, 1).astype(np.float16)
     # Descending by the stored probability, ties by class: float16 patterns of 0..1 are in the order of their values.
     rank = stored.view(np.int16).astype(np.int64) << CLASS_BITS
@@ -133,6 +134,7 @@ def to_row(
     prob = np.take_along_axis(stored, order, axis=1)
     is_target = index == target
     known = is_target.any(axis=1) & (target != UNKNOWN_TARGET)
+    # A foreign file does not say what the ground truth had where it was cut off: null, not 0 (docs/format.md).
     target_prob = np.where(known, np.where(is_target, prob, 0).max(axis=1), np.float16(np.nan)).astype(np.float16)
     height, width = size
     return ImageLabels(

@@ -65,6 +65,7 @@ def import_fkd(
     check_at_least(1, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
     check_at_least(2, num_classes=num_classes)
     files = FkdFiles(folder=Path(folder), num_classes=num_classes, top_k=top_k, teacher=teacher)
+    # All that decides what is written: another value must not go on with, or take for done, what lies in OUT.
     settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
     settings |= {"teacher": f"{teacher.name} {teacher.size}", "classes": str(classes)}
     settings |= {"num_classes": num_classes, "top_k": top_k}
@@ -150,6 +151,8 @@ def import_relabel(
     check_at_least(1, crops=crops, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
     check_at_least(2, num_classes=num_classes)
     check_at_least(0, seed=seed)
+    # ReLabel's maps give a whole distribution, of which top_k classes are taken; the other formats cut at what they
+    # have.
     if top_k > num_classes:
         raise UsageError(f"top_k {top_k} is more than the {num_classes} classes")
     files = RelabelMaps(
@@ -225,6 +228,7 @@ class _Import:
         report(progress)
         # Empty groups make no shard, so shards are numbered by those that are written.
         for group in in_groups(self.source.list_images(), self.images_per_shard):
+            # Before the shard is begun, since the first image decides how many crops, and so blocks, there are.
             rows = list(self._rows(group, rejects))
             if rows:
                 starts = range(0, self.shape[0], self.crops_per_block)
@@ -240,6 +244,7 @@ class _Import:
         return tuple(entries), statistics.add(counted)
 
     def _rows(self, items: Iterable[ImageRef | Reject], rejects: RejectWriter) -> Iterator[ImageLabels]:
+        # Rejects of the listing first: reading wants images alone, and in order.
         refs = []
         for item in items:
             if isinstance(item, ImageRef):
@@ -253,6 +258,7 @@ class _Import:
                 yield self._row(ref, data)
             except ImageError as error:
                 self._reject(Reject(key=ref.key, reason=error.reason, detail=error.detail), rejects)
+            # One damaged or missing file of labels costs its image, not the import.
             except (ForeignFileError, ValueError) as error:
                 self._reject(Reject(key=ref.key, reason="unreadable_labels", detail=str(error)), rejects)
 
@@ -261,10 +267,12 @@ class _Import:
         rejects.add(reject)
 
     def _row(self, ref: ImageRef, data: bytes) -> ImageLabels:
+        # From the header: an import needs no pixels, and decoding would take most of its time.
         size = image_size(data)
         self.most_pixels = max(self.most_pixels, size[0] * size[1])
         labels = self.files.read(ref.key, size)
         shape = labels.class_index.shape
+        # The first image decides: a label set has one N and one k.
         if self.shape == (0, 0):
             self.shape = shape
         if shape != self.shape:
@@ -301,15 +309,18 @@ class _Import:
             crops_per_block=self.crops_per_block,
             top_k=top_k,
             num_classes=self.files.num_classes,
+            # Of crops that were drawn elsewhere no seed is known; `crops_follow_seed` says so.
             seed=self.files.seed or 0,
             crop_distribution=self.files.distribution,
             teachers=self.files.teachers,
             ensemble="mean",
             thresholds=ThresholdsEntry.of(self.thresholds),
+            # Readers refuse what is above the default, unless the manifest allows it.
             max_pixels=self.most_pixels if self.most_pixels > DEFAULT_MAX_PIXELS else None,
             source=SourceEntry(
                 description=f"imported from {self.files.format}'s files, images: {self.source.description}",
                 images_seen=num_images + rejects.rows,
+                # There was no plan. Zeros match no build's, so that nothing is taken for an extension of this set.
                 plan_sha256="0" * 64,
             ),
             shards=shards,

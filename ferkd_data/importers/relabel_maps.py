@@ -62,12 +62,12 @@ class RelabelMaps:
 
 
 def _label_map(path: Path, content: Any, num_classes: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Scores and class numbers, each (P, S, S). Raises ForeignFileError for anything else."""
+    """Split a label map into scores and class numbers, each (P, S, S). Raises ForeignFileError for anything else."""
     if not isinstance(content, np.ndarray) or content.ndim != 4 or content.shape[0] != 2 or not content.size:
         told = f"an array of shape {content.shape}" if isinstance(content, np.ndarray) else type(content).__name__
         raise ForeignFileError(f"{path}: is {told}; ReLabel's label maps are arrays of shape (2, 5, 15, 15)")
     if content.shape[2] != content.shape[3]:
-        raise ForeignFileError(f"{path}: a label map of {content.shape[2]} x {content.shape[3]} places is not square")
+        raise ForeignFileError(f"{path}: a label map of {content.shape[2]} x {content.shape[3]} cells is not square")
     whole = content.astype(np.float32)
     if not np.isfinite(whole).all():
         raise ForeignFileError(f"{path}: holds numbers that are not finite")
@@ -86,7 +86,7 @@ def pooled(
     *,
     num_classes: int,
 ) -> npt.NDArray[np.float32]:
-    """The distribution (N, C) of each box: softmax of the RoIAlign of the scores; a class not named has the score 0.
+    """Return the distribution (N, C) of each box: softmax of the pooled scores; a class not named has the score 0.
 
     The authors' loader hands RoIAlign a box as (top, left, bottom, right) where it takes (x, y, x, y), so a box's rows
     run along the map's last axis. Their published maps are made for that loader, so the same is done here.
@@ -100,8 +100,11 @@ def pooled(
     maps_US.scatter_(0, torch.from_numpy(cell.reshape(index.shape)), torch.from_numpy(score))
     corners = boxes.astype(np.float64)
     corners[:, 2:] += corners[:, :2]
+    # Of the image's sides, so that they fit a map of any size.
     fractions = (corners / (height, width, height, width)).astype(np.float32)
+    # RoIAlign puts the centre of a cell at its whole number, and a map's edge half a cell before the first centre.
     regions = torch.from_numpy(fractions) * side - 0.5
+    # RoIAlign wants the number of the image in the batch in front of each box; here there is one.
     numbered = torch.cat([torch.zeros(len(boxes), 1), regions], dim=1)
     pooled_NU = roi_align(maps_US[None], numbered, output_size=(1, 1))[:, :, 0, 0]
     logits_NC = torch.zeros(len(boxes), num_classes)

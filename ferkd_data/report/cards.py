@@ -49,6 +49,7 @@ def crop_card(labels: LabelSet, crop: Crop, pictures: Pictures) -> dict[str, Any
         "labels": [(class_name(labels, index), f"{prob:.2f}", prob) for index, prob in list(top)[:5]],
         "truth": class_name(labels, image.target),
         "truth_prob": "" if np.isnan(said) else f"{said:.2f}",
+        # An unlabelled image has nothing to be wrong about.
         "right": image.target < 0 or crop.top1 == image.target,
         "box": box_text(image, number),
     }
@@ -93,6 +94,7 @@ def extremes(image: SampledImage) -> list[Crop]:
 def drawn_boxes(image: Any, picture: str) -> Markup:
     """Draw an image with up to BOXES_DRAWN boxes, spread evenly over their ranks; the first and last are labelled."""
     order = ranked(image)
+    # Every step-th in the order of confidence, so that sure and unsure crops are both seen.
     step = max(1, -(-len(order) // BOXES_DRAWN))
     drawn = sorted({*order[::step], order[0], order[-1]})
     boxes = []
@@ -124,6 +126,7 @@ def sheets(labels: LabelSet, found: Collected, pictures: Pictures) -> list[dict[
                 "crops": [crop_card(labels, crop, pictures) for crop in found.sheets[code]],
             }
         )
+    # Buckets 2 and 3 are the positive ones.
     _, known, right = found.sketch.buckets[:, 2:].sum(axis=1).tolist()
     cards.append(
         {
@@ -158,6 +161,7 @@ def suspects_csv(suspects: Sequence[Suspect], labels: LabelSet) -> str:
     writer = csv.writer(stream)
     writer.writerow(CSV_COLUMNS)
     writer.writerows(csv_rows(suspects, labels.class_names))
+    # Base64, since a browser may end a data URI at a # or a line break.
     return "data:text/csv;charset=utf-8;base64," + base64.b64encode(stream.getvalue().encode()).decode()
 
 
@@ -185,6 +189,7 @@ def slider_data(
     confidence: dict[str, Any] = {}
     for which in CONFIDENCES:
         counts = sketch.confidence[which]
+        # Sums, so that the page's script gets any bucket's size as a difference of two numbers.
         below = [counts_below(row, edges).tolist() for row in counts]
         confidence[which] = {"below": below[0], "known": below[1], "right": below[2]}
         quantiles[which] = counts.sum(axis=1).tolist()
@@ -211,6 +216,7 @@ def _crop(labels: LabelSet, crop: Crop, pictures: Pictures) -> dict[str, Any]:
         "key": crop.image.key,
         "crop": crop.number,
         "max": crop.p_max,
+        # As `buckets.confidence` does where the ground truth's probability is unknown.
         "target": crop.p_max if np.isnan(said) else said,
         "named": class_name(labels, crop.top1),
         "truth": class_name(labels, crop.image.target),

@@ -61,12 +61,14 @@ class Chart:
 
 def tag(name: str, content: str = "", /, **attributes: object) -> Markup:
     """Write an SVG element. Attributes and text are escaped; `_` in an attribute's name stands for `-`."""
+    # `class_` is `class`: Python's own word cannot name an argument.
     pairs = ((key.rstrip("_").replace("_", "-"), _number(value)) for key, value in attributes.items())
     given = Markup("").join(Markup(' {}="{}"').format(*pair) for pair in pairs)
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), given, content)
 
 
 def _number(value: object) -> object:
+    # Hundredths of a unit are below what a screen shows.
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 
@@ -94,12 +96,14 @@ def grouped_bars(
     first_column: str = "",
 ) -> Chart:
     """Draw bars side by side for each name; `series` is (name, class of the style sheet, shares in percent)."""
+    # More names than fit side by side are turned, and need room below.
     slanted = len(names) > 8
     height, bottom = (250, BOTTOM + 26) if slanted else (220, BOTTOM)
     top = _nice_top(max((max(values, default=0) for _, _, values in series), default=0))
     plot_w, plot_h = WIDTH - LEFT - RIGHT, height - TOP - bottom
     parts = _y_axis(top, plot_h)
     step = plot_w / len(names)
+    # 8 % of a step on each side keep the groups apart.
     bar = 0.84 * step / len(series)
     for i, name in enumerate(names):
         x = LEFT + i * step
@@ -142,6 +146,7 @@ def _y_axis(top: float, plot_h: float) -> list[Markup]:
 
 def _nice_top(largest: float) -> float:
     """Choose the end of an axis, so that a quarter of it is a round number."""
+    # Multiples of 4, from 4 on: the grid has lines at every quarter.
     for top in (1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 60, 80, 100):
         if largest <= top:
             return float(top)
@@ -170,6 +175,7 @@ def heat_map(
     plot_h = size if square else 220
     height = TOP + plot_h + BOTTOM + COLOUR_BAR
     cell_w, cell_h = size / columns, plot_h / rows
+    # nanmax warns where all are NaN.
     largest = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
     parts = [tag("rect", x=LEFT, y=TOP, width=size, height=plot_h, class_="plot")]
     # A cell of 0 must not look like one that is left blank.
@@ -177,6 +183,7 @@ def heat_map(
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value) and value >= least and largest > 0:
             y = TOP + (rows - 1 - row if upwards else row) * cell_h
+            # The palest shade that can still be told from the paper.
             shade = max(0.03, round(float(value) / largest, 2))
             # Slightly larger than its cell, so that no seams show between pixels.
             parts.append(
@@ -269,6 +276,7 @@ def reliability_chart(curve: Reliability) -> Chart:
         if crops:
             x, y = left + plot * p_max, TOP + plot * (1 - accuracy)
             points.append(f"{x:.1f},{y:.1f}")
+            # Areas, not radii, are proportional to the crops.
             parts.append(tag("circle", cx=x, cy=y, r=2.0 + 5 * (crops / most) ** 0.5, class_="dot"))
     parts.append(tag("polyline", points=" ".join(points), class_="curve"))
     parts.append(tag("text", "p_max", x=left + plot / 2, y=height - 8, class_="axis", text_anchor="middle"))
@@ -308,7 +316,9 @@ def boxes_picture(
     parts = [tag("image", href=picture, x=0, y=0, width=width, height=height)] if picture else []
     if not picture:
         parts.append(tag("rect", x=0, y=0, width=width, height=height, class_="plot"))
+    # SVG draws in order: boxes with a label come last, on top.
     for (top, left, box_h, box_w), bucket, label in sorted(boxes, key=lambda box: bool(box[2])):
+        # Half of a line lies outside of its rectangle; moved inwards, it stays within the box.
         inset = thick / 2
         common = {
             "x": left + inset, "y": top + inset, "width": max(box_w - thick, 0.5), "height": max(box_h - thick, 0.5),
@@ -320,6 +330,7 @@ def boxes_picture(
         if label:
             font = 8 * thick
             x, y = left + thick, top + thick
+            # About the mean width of a digit: SVG cannot measure text without a script.
             wide = font * 0.62 * len(label) + thick
             parts.append(tag("rect", x=x, y=y, width=wide, height=font * 1.15, class_=f"flag b{bucket}"))
             parts.append(

@@ -44,12 +44,14 @@ class Duplicates:
     def add(self, labels: ShardLabels) -> None:
         """Add a shard. Rows are numbered in the order in which shards are added."""
         found = np.empty(len(labels), DTYPE)
+        # 8 of 16 bytes: two different images of 10**6 have the same ones with a probability of 3e-8.
         found["digest"] = np.ascontiguousarray(labels.image_digest[:, :8]).view("<u8")[:, 0]
         found["row"] = np.arange(self._row, self._row + len(labels))
         found["target"] = labels.target
         self._row += len(labels)
         # A digest of zeros stands for an image that was not hashed.
         found = found[labels.image_digest.any(axis=1)]
+        # Joined when there are many: joining with every shard would copy all that is kept each time.
         self._waiting.append(found[self._chosen(found)])
         self._num_waiting += len(self._waiting[-1])
         if len(self._kept) + self._num_waiting > self._capacity:
@@ -159,6 +161,7 @@ class Collector:
         self._sheets.add(labels, first_row, crop, labels.bucket.astype(np.int64))
         self._temperatures.add(labels, crop)
         p_max = labels.class_prob[..., 0].astype(np.float32)
+        # p_max = 1 belongs to the last bin.
         self._strata.add(labels, first_row, crop, np.minimum((p_max * STRATA).astype(np.int64), STRATA - 1))
         target = labels.target[:, None]
         wrong = (labels.bucket >= POSITIVE) & (target != UNKNOWN_TARGET) & (labels.class_index[..., 0] != target)
@@ -167,6 +170,7 @@ class Collector:
         unused = (labels.bucket == 0).all(axis=1)
         for sample, rank in (
             (self._images, image),
+            # `image` is below 1: it only orders images of the same side, at random and always alike.
             (self._smallest, sides + image),
             (self._discarded, np.where(unused, image, np.inf)),
         ):
@@ -186,6 +190,7 @@ class Collector:
         """
         groups = self._duplicates.groups()
         conflicts = [group for group in groups if len(np.unique(group["target"])) > 1]
+        # Copies under different ground truths first: one of them is wrong.
         shown = [*conflicts, *(group for group in groups if len(np.unique(group["target"])) == 1)][:DUPLICATES_SHOWN]
         return Collected(
             sketch=self._sketch,
@@ -198,6 +203,7 @@ class Collector:
             discarded_images=self._discarded.items(),
             smallest_images=self._smallest.items(),
             duplicates=[_named(labels, group) for group in shown],
+            # Scaled up from the share of digests that was compared.
             duplicate_groups=len(groups) / self._duplicates.share,
             duplicate_conflicts=len(conflicts) / self._duplicates.share,
             rejects=self._rejects,
@@ -227,6 +233,7 @@ def collect(labels: LabelSet, on_progress: OnImages | None = None) -> Collected:
 def _add_images(
     sample: Smallest[SampledImage], labels: ShardLabels, first_row: int, rank: npt.NDArray[np.float64]
 ) -> None:
+    # No more than EXAMPLES of one shard can stay.
     for row in np.argsort(rank, kind="stable")[:EXAMPLES].tolist():
         if np.isfinite(rank[row]):
             sample.add(float(rank[row]), labels.keys[row], 0, lambda row=row: sampled(labels, row, first_row))  # type: ignore[misc]

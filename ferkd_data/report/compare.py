@@ -127,6 +127,7 @@ def compare(
 
 def _pairs(a: LabelSet, b: LabelSet) -> Iterator[tuple[ShardLabels, ShardLabels]]:
     """Yield rows of A and B with the same keys, in A's order, with as many crops as both have."""
+    # With the same seed, the first crops are the same, whatever the number.
     num_crops = min(a.num_crops, b.num_crops)
     index: _Index | None = None
     for entry in a.manifest.shards:
@@ -154,6 +155,7 @@ class _Index:
     def joined(self, ours: ShardLabels, num_crops: int) -> Iterator[tuple[ShardLabels, ShardLabels]]:
         """Yield those of our rows that the label set has too, shard by shard of it, so that each shard is read once."""
         wanted = rng.hashes64(ours.keys)
+        # A hash above all of them finds the last one, and is not equal to it.
         at = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
         found = np.flatnonzero(self._hashes[at] == wanted)
         theirs = self._rows[at[found]]
@@ -187,9 +189,11 @@ class _Sums:
     def add(self, a: ShardLabels, b: ShardLabels) -> None:
         self.images += len(a)
         same_crop = (a.boxes == b.boxes).all(axis=2) & (a.flip == b.flip)
+        # The same key may name another version of the image.
         same_crop &= (a.image_digest == b.image_digest).all(axis=1)[:, None]
         self.others += int((~same_crop).sum())
         rows, crops = np.nonzero(same_crop)
+        # The divergence compares k classes with k for each crop: some at a time.
         for at in range(0, len(rows), CROPS_AT_ONCE):
             self._add_crops(a, b, rows[at : at + CROPS_AT_ONCE], crops[at : at + CROPS_AT_ONCE])
 
@@ -200,6 +204,7 @@ class _Sums:
         self.crops += len(rows)
         self.known += int(known.sum())
         self.same += int((top_a == top_b).sum())
+        # np.add.at counts repeated indices, which `+=` with an index does not.
         np.add.at(self.right, ((top_a == target)[known].astype(int), (top_b == target)[known].astype(int)), 1)
         p_max = [labels.class_prob[rows, crops, 0].astype(np.float64) for labels in (a, b)]
         self.p_max += [values.sum() for values in p_max]
@@ -214,6 +219,7 @@ class _Sums:
         order = np.lexsort((crops, -kl, rows))
         firsts = order[np.flatnonzero(np.diff(rows[order], prepend=-1))]
         for at in firsts[np.argsort(-kl[firsts], kind="stable")].tolist():
+            # Sorted by falling KL: none that follows can enter.
             if -kl[at] >= self.worst.bound or kl[at] < SAME_KL:
                 break
             difference = Difference(
@@ -268,6 +274,7 @@ def divergence(a: Labels, b: Labels, num_classes: int) -> npt.NDArray[np.float64
     terms = _term(a_at_a, b_at_a).sum(axis=1) + (_term(a_at_b, b_at_b) * only_b).sum(axis=1)
     others = num_classes - index_a.shape[1] - only_b.sum(axis=1)
     total: npt.NDArray[np.float64] = terms + others * _term(floor_a, floor_b)[:, 0]
+    # KL is never negative; rounding may take it just below.
     return np.maximum(total, 0)
 
 
@@ -277,6 +284,7 @@ def _recovered(prob: npt.NDArray[Any], num_classes: int) -> tuple[npt.NDArray[np
 
 
 def _term(p: npt.NDArray[np.float64], q: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    # A weight plus the floor may be -1e-9 where a class is stored as 0.
     p = np.maximum(p, 0)
     term: npt.NDArray[np.float64] = p * np.log(np.maximum(p, SMALLEST_PROB) / np.maximum(q, SMALLEST_PROB))
     return term

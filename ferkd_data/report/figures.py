@@ -24,6 +24,7 @@ from ferkd_data.report.tables import BUCKET_TITLES
 
 FEWEST_IN_CELL = 10
 """Fewest crops for which a cell of a map is shaded."""
+# ".85-.9" in place of "0.85-0.9": twelve names stand side by side.
 RANGES = tuple(f"{low:g}-{high:g}".replace("0.", ".") for low, high in itertools.pairwise(RANGE_EDGES))
 
 
@@ -71,9 +72,11 @@ def truth_chart(sketch: Sketch) -> Chart | None:
 
 def top_k_chart(sketch: Sketch) -> Chart:
     """Draw how much probability a smaller k would keep."""
+    # Classes are stored in descending order, so the first k columns are what a smaller k would have stored.
     kept = 100 * np.cumsum(sketch.mass_by_rank) / max(sketch.crops, 1)
     names = [f"k={k + 1}" for k in range(len(kept))]
     chart = grouped_bars(
+        # As many bars as fit on a phone; the table has all.
         names[:12],
         [("kept probability", "bar-a", kept.tolist()[:12])],
         title="Probability that the top-k keep",
@@ -104,6 +107,7 @@ def map_charts(sketch: Sketch) -> list[Chart]:
 
     def mean(sums: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         means: npt.NDArray[np.float64] = np.full(counts.shape, np.nan)
+        # A mean of few crops is chance, and would draw the eye.
         means[enough] = _coarser(sums, cells)[enough] / counts[enough]
         return means
 
@@ -135,6 +139,7 @@ def map_charts(sketch: Sketch) -> list[Chart]:
 def _map_cells(crops: int) -> int:
     """Choose how many cells a map has along each side: fewer where the crops are few."""
     fine = (GRID, GRID // 2, GRID // 4)
+    # Twice as many on average as a cell needs, since crops lie mostly in the middle.
     return next((cells for cells in fine if crops >= 2 * FEWEST_IN_CELL * cells * cells), fine[-1])
 
 
@@ -150,6 +155,7 @@ def in_use_chart(sketch: Sketch) -> Chart:
     crops = sketch.num_crops
     bins = min(10, crops)
     edges = [round(i * crops / bins) for i in range(bins + 1)]
+    # Images without any crop in use have a bar of their own.
     counts = [int(sketch.in_use[0])]
     names = ["0"]
     for low, high in itertools.pairwise(edges):

@@ -40,6 +40,7 @@ def ensemble_reliability(sketch: Sketch, name: str) -> Reliability:
 def reliability(known: Counts, right: Counts, values: npt.NDArray[Any], name: str) -> Reliability:
     """Compute a calibration curve from counts of crops, and of those named right, by rising `values` of p_max."""
     edges = np.linspace(0, 1, TEACHER_BINS + 1)
+    # The bins in which a build counts each teacher, so that curves of teachers and ensemble can be compared.
     bins = np.minimum(np.searchsorted(edges, values, side="right") - 1, TEACHER_BINS - 1)
     crops = np.bincount(bins, known, minlength=TEACHER_BINS)
     hits = np.bincount(bins, right, minlength=TEACHER_BINS)
@@ -89,6 +90,7 @@ def findings(labels: LabelSet, found: Collected) -> list[Finding]:
         *_top_k(labels, found),
     ]
     order = ("warning", "good", "note")
+    # Stable: within a level, findings keep the order above.
     return sorted(said, key=lambda finding: order.index(finding.level))
 
 
@@ -190,6 +192,7 @@ def _teachers(labels: LabelSet) -> list[Finding]:
         worst = int(others.argmin())
         rest = np.delete(others, worst)
         apart = 1 - others[worst]
+        # Far from the others, and clearly farther than they are from each other: otherwise all teachers merely differ.
         if apart > 0.15 and apart > 1.5 * (1 - rest.mean()):
             text = f"{teachers[worst].name} disagrees with the other teachers on {percent(apart)} of the crops"
             said.append(Finding(level="warning", text=f"{text}: wired right?", section="teachers"))
@@ -209,6 +212,7 @@ def _calibrated_apart(curves: list[Reliability]) -> list[Finding]:
     said = []
     for i, curve in enumerate(curves):
         others = sorted(other.ece for j, other in enumerate(curves) if j != i)
+        # The nearest, since a teacher stands out only where it is far from every other.
         nearest = min(others, key=lambda ece: abs(ece - curve.ece))
         low, high = sorted((curve.ece, nearest))
         if sum(curve.crops) and high - low > ECE_APART and high > ECE_RATIO * low:

@@ -72,6 +72,7 @@ def write_report(
     >>> result.images == len(labels), result.path.stat().st_size == result.bytes
     (True, True)
     """
+    # First, so that a wrong log fails before minutes of reading.
     hours = None if log_json is None else hours_of(Path(log_json))
     progress = None
     unfinished = None if isinstance(labels, LabelSet) else open_unfinished(labels)
@@ -100,6 +101,7 @@ def pictures_for(labels: LabelSet, found: Collected, images: str | Path | ImageS
     """Take the pictures of all samples that a report shows."""
     crops = [crop for sheet in found.sheets for crop in sheet] + found.wrong + found.strata
     crops += [crop for image in found.images for crop in extremes(image)]
+    # Only what the page shows: of up to 1,000 doubtful images, a few.
     thumbs = [suspect.image for group in found.suspects.shown() for suspect in group]
     thumbs += [*found.smallest_images, *found.discarded_images]
     return take_pictures(labels, images, images=found.images, thumbs=thumbs, crops=crops)
@@ -144,6 +146,7 @@ class LiveReport:
     """
 
     def __init__(self, path: str | Path, *, images: str | Path | None = None) -> None:
+        # Now, not at the first shard, when the build may have run for an hour.
         extras.require("jinja2", extra="report", what_for="a report")
         self._path, self._images = Path(path), images
         if not self._path.parent.is_dir():
@@ -160,6 +163,7 @@ class LiveReport:
         """Take note of an event of the build. Returns at once, except at the end, when it writes the last report."""
         if isinstance(event, BuildStarted):
             self._out = event.out
+            # A daemon: a build that ends by an exception must not wait for a report.
             self._thread = threading.Thread(target=self._run, name="ferkd-report", daemon=True)
             self._thread.start()
         elif isinstance(event, ShardDone):
@@ -210,6 +214,7 @@ class LiveReport:
         try:
             return pictures_for(labels, found, self._images)
         except FerkdError as error:
+            # A report without pictures says more than none.
             pictures = no_pictures()
             pictures.problem = str(error)
             return pictures

@@ -260,12 +260,14 @@ def render(name: str, content: dict[str, Any], data: Any = None, *, script: str 
     jinja2 = extras.require("jinja2", extra="report", what_for="a report")
     markup = extras.require("markupsafe", extra="report", what_for="a report").Markup
     style, code = asset("report.css"), asset(script) if script else ""
+    # Strict: a variable that is misspelled in a template is an error, and not an empty place on the page.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(asset(f"{name}.html.j2"))
     text: str = template.render(
         **content,
         version=ferkd_data.__version__,
         policy=policy(style, code),
+        # Ours, read from the package, and so not escaped. `data` is made inert below instead.
         style=markup(style),
         script=markup(code),
         data=markup(inert_json(data)),
@@ -282,6 +284,7 @@ def policy(style: str, script: str) -> str:
     """Write the page's Content-Security-Policy, which allows this style sheet and script by their digests."""
     return "; ".join(
         [
+            # Nothing is allowed but what follows: no fonts, frames, connections or other pages' pictures.
             "default-src 'none'",
             "img-src data:",
             f"style-src '{_digest(style)}'",
@@ -293,6 +296,7 @@ def policy(style: str, script: str) -> str:
 
 
 def _digest(text: str) -> str:
+    # The form that a Content-Security-Policy wants.
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 

@@ -115,6 +115,7 @@ def source_images(source: str | Path | ImageSource, wanted: Iterable[str]) -> It
                 yield ref.key, opened.read_one(ref)
             except ImageError as error:
                 yield ref.key, error
+            # The listing may be of millions: it ends with the last sample.
             if not left:
                 return
 
@@ -138,6 +139,7 @@ def checked_pixels(image: ImageLabels, data: bytes | ImageError, pixel_limit: in
     """
     if isinstance(data, ImageError):
         raise data
+    # Zeros stand for an image that was not hashed.
     if any(image.image_digest) and image_digest(data) != image.image_digest:
         raise ImageError("other_image", "is another image than the one that was labelled")
     pixels = decode_rgb(data, max_pixels=pixel_limit)

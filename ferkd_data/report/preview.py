@@ -60,6 +60,7 @@ def preview(loader: CropLoader, path: str | Path, *, crops: int = 16) -> Path:
     labelled = _labelled(plain, window)
     before, before_targets = _made(plain, window, size)
     images, targets = (before, before_targets) if maker.settings.selfmix is None else _made(maker, window, size)
+    # A window may hold several batches, where they are spread; the next batch is the first.
     shown = min(crops, window.batches[0])
     batch = _Batch(loader, maker, window, labelled, (images, targets), (before, before_targets))
     content = {
@@ -120,6 +121,7 @@ class _Batch:
         self._targets = after[1][:first].dense().numpy()
         self._before = before[1][:first].dense().numpy()
         self._hard = before[1].hard
+        # Slot -> (image, crop) within the window, of the first batch alone.
         self._crop_at = {int(slot): at for at, slot in np.ndenumerate(window.slots) if 0 <= slot < first}
 
     def card(self, slot: int) -> dict[str, Any]:
@@ -130,6 +132,7 @@ class _Batch:
         partner = self._partner(slot) if mixed else None
         truth = -1 if self._hard is None else int(self._hard[slot])
         top, left, height, width = drawn.boxes[i, m].tolist()
+        # Pictures and targets apart: two crops of equal targets may be mixed.
         changed = self._mixes and not torch.equal(self._images[slot], self._before_images[slot])
         return {
             "number": slot,
@@ -162,8 +165,10 @@ class _Batch:
                 continue
             apart = own - self._before[other]
             length = float(apart @ apart)
+            # Two crops with the same target: no share follows from it.
             if length < SAME_TARGET**2:
                 continue
+            # mixed - other = share * (own - other): the projection onto own - other.
             share = float(np.clip((mixed - self._before[other]) @ apart / length, 0, 1))
             error = float(np.abs(share * own + (1 - share) * self._before[other] - mixed).max())
             if error < SAME_TARGET and (found is None or error < found[2]):
@@ -172,6 +177,7 @@ class _Batch:
 
     def _stored(self, i: int, m: int) -> list[tuple[str, str, float]]:
         drawn = self._labelled.drawn
+        # Stored labels are of the teacher's classes, also under a class map.
         labels = self._labels.unmapped
         pairs = zip(drawn.class_index[i, m].tolist(), drawn.class_prob[i, m].astype(float).tolist(), strict=True)
         return [(class_name(labels, index), f"{prob:.3f}", prob) for index, prob in list(pairs)[:BARS]]

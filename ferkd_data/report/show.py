@@ -132,14 +132,17 @@ def _drawn(
 
 def boxes_on(image: ImageLabels, pixels: npt.NDArray[np.uint8], numbers: Sequence[int] | None = None) -> Image.Image:
     """Draw the image with a longer side of IMAGE_SIDE and up to BOXES_DRAWN boxes, the most confident one on top."""
+    # Also upwards, so that boxes on a thumbnail of 64 pixels can be seen.
     scale = IMAGE_SIDE / max(image.width, image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     photo = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(photo)
     order = ranked(image)
     step = -(-len(order) // BOXES_DRAWN)
+    # In rising order of confidence: later boxes are drawn over earlier ones.
     for number in sorted({*order[::step], order[0], order[-1]}, key=order.index) if numbers is None else numbers:
         top, left, height, width = (float(side) * scale for side in image.boxes[number].tolist())
+        # Pillow's rectangles include their last pixel.
         box = (left, top, max(left, left + width - 1), max(top, top + height - 1))
         wide = 4 if number in (order[0], order[-1]) else 2
         draw.rectangle(box, outline=BUCKET_COLOURS[image.bucket[number]], width=wide)
@@ -191,6 +194,7 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
 
 
 def _name(names: Sequence[str] | None, number: int) -> str:
+    # ImageNet's names are lists of synonyms.
     return names[number].split(",")[0] if names and number < len(names) else f"class {number}"
 
 

@@ -82,12 +82,14 @@ class Sketch:
         self.images += shape[0]
         self.crops += p_max.size
         for which in CONFIDENCES:
+            # Values are in 0..1, which reading has checked, so every pattern is an index below NUM_FLOAT16.
             patterns = _patterns(confidence(labels.class_prob, labels.target_prob, which))
             for row, mask in enumerate((None, known, right)):
                 self.confidence[which][row] += _counts(patterns if mask is None else patterns[mask], NUM_FLOAT16)
         said = labels.target_prob[known & ~np.isnan(labels.target_prob)]
         self.truth += _counts(_patterns(said), NUM_FLOAT16)
         self.truth_in_top_k += int((labels.class_index == labels.target[:, None, None]).any(axis=2).sum())
+        # Summed in float64: float16 stops counting at 2,048.
         self.mass_by_rank += labels.class_prob.sum(axis=(0, 1), dtype=np.float64)
         for row, mask in enumerate((None, known, right)):
             self.buckets[row] += _counts(labels.bucket if mask is None else labels.bucket[mask], len(BUCKETS))
@@ -97,12 +99,14 @@ class Sketch:
 
     def _add_positions(self, labels: ShardLabels, p_max: npt.NDArray[np.float32]) -> None:
         boxes: npt.NDArray[np.float32] = labels.boxes.astype(np.float32)
+        # A size of 0 is for `verify` to report; here it must not divide.
         height = np.maximum(labels.height, 1).astype(np.float32)[:, None]
         width = np.maximum(labels.width, 1).astype(np.float32)[:, None]
         row = _cells((boxes[..., 0] + boxes[..., 2] / 2) / height)
         column = _cells((boxes[..., 1] + boxes[..., 3] / 2) / width)
         cell = row * GRID + column
         size = GRID * GRID
+        # One number for bucket and cell, so that one bincount counts all buckets. int64: a bucket is uint8.
         self.centres += _counts(labels.bucket * np.int64(size) + cell, len(BUCKETS) * size).reshape(-1, GRID, GRID)
         sums = np.bincount(cell.reshape(-1), p_max.reshape(-1).astype(np.float64), minlength=size)
         self.centre_p_max += sums.reshape(GRID, GRID)
@@ -114,6 +118,7 @@ class Sketch:
         in_use = by_bucket[1:].sum(axis=0)
         self.in_use += _counts(in_use, self.num_crops + 1)
         used = in_use > 0
+        # An epoch draws equally many crops of each image, whatever the number of those in use.
         self.epoch_share[1:] += (by_bucket[1:, used] / in_use[used]).sum(axis=1)
         self.sides += _counts(
             np.searchsorted(SIDE_EDGES, np.minimum(labels.height, labels.width), side="right"), len(SIDE_EDGES) + 1
@@ -141,6 +146,7 @@ class Sketch:
             names = divmod(pair, self.num_classes)
             self.confusions[names] = self.confusions.get(names, 0) + count
         if len(self.confusions) > 2 * CONFUSIONS_KEPT:
+            # Ties by number, so that what is dropped does not depend on the order of counting.
             most = sorted(self.confusions.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS_KEPT]
             self.confusions, self.confusions_dropped = dict(most), True
 

@@ -99,6 +99,7 @@ class SuspectList:
 def _suspect(image: SampledImage, wrong: npt.NDArray[np.bool_], truth_below: float) -> Suspect:
     named = image.class_index[:, 0]
     classes, counts = np.unique(named[wrong], return_counts=True)
+    # argmax takes the smaller class of equally many, so that the list is always the same.
     suggested = int(classes[counts.argmax()])
     agree = wrong & (named == suggested)
     p_max = float(image.class_prob[agree, 0].mean(dtype=np.float64))

@@ -61,6 +61,7 @@ def threshold_table(labels: LabelSet, sketch: Sketch, suggestion: Suggestion) ->
     )
     stored = labels.manifest.thresholds.absolute()
     choices = [("stored", stored), ("suggested", suggestion.thresholds), ("ferkd-data's defaults", Thresholds())]
+    # One row where both are the same.
     if stored == Thresholds():
         choices = [("stored, ferkd-data's defaults", stored), choices[1]]
     rows: list[list[Cell | str]] = []
@@ -68,7 +69,9 @@ def threshold_table(labels: LabelSet, sketch: Sketch, suggestion: Suggestion) ->
         edges = np.array([chosen.low, chosen.mid, chosen.top])
         counts = sketch.confidence[chosen.confidence]
         crops, known, right = (
-            np.diff([0, *counts_below(row, edges).tolist(), int(row.sum())]).tolist() for row in counts
+            # Differences of what lies below each edge: the crops in each bucket.
+            np.diff([0, *counts_below(row, edges).tolist(), int(row.sum())]).tolist()
+            for row in counts
         )
         on = "" if chosen.confidence == "max" else " on the ground truth's probability"
         cells = [
@@ -112,6 +115,7 @@ def class_table(labels: LabelSet, sketch: Sketch) -> Table | None:
         return None
     crops = sketch.class_images * sketch.num_crops
     right = sketch.class_right[seen] / crops[seen]
+    # By the share that is right, ties by number.
     order = seen[np.lexsort((seen, right))][:CLASSES_SHOWN]
     columns = (
         Column(title="class", numeric=False),
@@ -177,6 +181,7 @@ def side_table(sketch: Sketch) -> Table:
 def epoch_table(sketch: Sketch) -> Table:
     """List the shares of the buckets among the crops of an epoch, under `fkd` and under `ferkd`."""
     fkd = sketch.buckets[0] / max(sketch.crops, 1)
+    # Over images with crops in use, as the caption says: the others get the softened ground truth.
     used = max(sketch.images - int(sketch.in_use[0]), 1)
     ferkd = sketch.epoch_share / used
     uses = ("discarded", "softened ground truth", "soft label", "soft label")

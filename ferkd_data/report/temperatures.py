@@ -36,6 +36,7 @@ class TemperatureSample:
         self._prob = np.concatenate([self._prob, prob]) if len(self._prob) else prob
         self._right = np.concatenate([self._right, right[known]])
         if len(self._rank) > CROPS_KEPT:
+            # The smallest ranks of all shards so far: a uniform sample, whatever the order of the shards.
             kept = np.argpartition(self._rank, CROPS_KEPT)[:CROPS_KEPT]
             self._rank, self._prob, self._right = self._rank[kept], self._prob[kept], self._right[kept]
 
@@ -47,8 +48,10 @@ class TemperatureSample:
         if len(self._rank) < LEAST_CROPS:
             return None
         right = float(self._right.mean())
+        # Bisection needs the two ends on either side.
         if not self._sureness(HOTTEST) < right < self._sureness(COLDEST):
             return None
+        # In log T: halving and doubling are equal steps.
         low, high = np.log(COLDEST), np.log(HOTTEST)
         for _ in range(STEPS):
             middle = (low + high) / 2
@@ -57,5 +60,6 @@ class TemperatureSample:
 
     def _sureness(self, temperature: float) -> float:
         weight, floor = recover(self._prob, num_classes=self._num_classes, temperature=temperature)
+        # A sparse weight is what a class has above the floor.
         largest: npt.NDArray[Any] = weight[:, 0] + floor
         return float(largest.mean())

@@ -86,7 +86,9 @@ def suggest(sketch: Sketch) -> Suggestion:
     low, low_by = _lower(edges, near[1] <= DISCARD_BELOW * near[0], below <= MOST_DISCARDED * sketch.crops)
     softened = below - below[round(low * SUGGESTION_STEPS)]
     mid, mid_by = _lower(edges, near[1] <= SOFTEN_BELOW * near[0], softened <= MOST_SOFTENED * sketch.crops)
+    # Each follows from a test of its own, but thresholds must ascend.
     mid = max(low, mid)
+    # Of the crops from each edge on; where none is left there is nothing to be right on.
     accurate = (right.sum() - right_below >= EASY_FROM * (known.sum() - known_below)) & (known_below < known.sum())
     above = (sketch.crops - below) / max(sketch.crops, 1)
     top, top_by, top_cap = _upper(edges, accurate, above)
@@ -125,6 +127,7 @@ def _lower(
     edges: npt.NDArray[Any], accurate: npt.NDArray[np.bool_], few: npt.NDArray[np.bool_]
 ) -> tuple[float, Decider]:
     """Give the largest edge up to which the teachers are seldom right and the bucket is small enough."""
+    # Up to the first step at which the test fails: beyond it, single steps may pass by chance.
     by_accuracy = _last(edges, np.logical_and.accumulate(accurate))
     by_cap = _last(edges, few)
     return (by_cap, "cap") if by_cap < by_accuracy else (by_accuracy, "accuracy")

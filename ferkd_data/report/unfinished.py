@@ -44,6 +44,7 @@ def open_unfinished(path: str | Path) -> Unfinished | None:
     if is_remote(path):
         return None
     out = Path(str(path).removeprefix("file://"))
+    # With a manifest the set is finished, also where an extension runs in it: that has its old files as they are.
     if (out / FILE_NAME).exists() or not (out / FOLDER).is_dir():
         return None
     if not BuildFolder(out).is_begun:
@@ -117,6 +118,7 @@ class Unfinished:
                 files=LocalFiles(self._folder.out),
                 manifest=manifest,
                 num_crops=settings.crops,
+                # Never used as a cache's or state's key: this label set is only read here.
                 identity="unfinished",
             )
         )
