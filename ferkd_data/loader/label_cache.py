@@ -206,6 +206,9 @@ class LabelCache:
         # Under the lock, no process is writing here, so that every unfinished file is a dead one's.
         remove_leftovers(self.folder, older_than=0.0 if locked else STALE_SECONDS)
         path, dtype = self._path(block), record_dtype(self.labels, block)
+        # `write_atomically` replaces files alone; a FIFO that lies in a cache is only in the way.
+        if path.exists() and not path.is_file():
+            path.unlink()
         with write_atomically(path, advice=FREE_CACHE) as aside, explain_full_disk(aside, FREE_CACHE):
             header = _header(dtype, len(self.labels))
             with aside.open("wb") as stream:
