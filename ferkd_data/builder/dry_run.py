@@ -100,6 +100,7 @@ def dry_run(
     if extend:
         raise UsageError("a dry run (--dry-run) measures a build from the start; leave out extend (--extend)")
     mine = None if part is None else Part.parse(part)
+    # The temporary folder stands in for OUT: the plan is made in it, and nothing else.
     with (
         Scratch("dry-run") as folder,
         open_request(
@@ -123,8 +124,10 @@ def dry_run(
 
 def _measure(prepared: Prepared, plan: Plan, shards: Sequence[int]) -> list[Sample]:
     """Measure a worker for each of `shards`; on a cluster, those of one GPU."""
+    # Without OUT, workers look for no plan, which a node of a cluster would not see in the driver's temporary folder.
     job, placement = replace(prepared.job, out=None), prepared.placement
     if placement.cluster is not None:
+        # To measure on all nodes would take the whole cluster from others (docs/decisions.md).
         shards = shards[: placement.cluster.workers_on_a_gpu]
     else:
         placement = replace(placement, devices=placement.devices[: len(shards)])
@@ -147,6 +150,7 @@ def measure_with(workers: Workers[AnyWorker], shards: Sequence[Sequence[ImageRef
         started = []
         for number in range(len(shards)):
             started.append(workers.start(number))
+            # At once after its start: whatever is raised below, no worker outlives this function.
             stack.callback(started[-1].end, 0)
         while len(samples) < len(started):
             waiting = [worker for worker in started if worker.number not in samples]
@@ -189,6 +193,7 @@ def _estimate(
     settings, ensemble = prepared.job.settings, prepared.ensemble
     num_images = plan.count_images(shards)
     num_crops = num_images * settings.crops
+    # The workers were measured at the same time, so the rate of one has the share of the others in it already.
     rate = fmean(sample.crops_per_second for sample in samples)
     scale = num_images / sum(sample.images for sample in samples)
     costs = [fmean(each) for each in zip(*(sample.teacher_milliseconds for sample in samples), strict=True)]
@@ -200,12 +205,14 @@ def _estimate(
         hours=num_crops / (rate * workers) / 3600,
         label_bytes=round(sum(sample.label_bytes for sample in samples) * scale),
         image_bytes=round(sum(sample.image_bytes for sample in samples) * scale),
+        # Two more: rejects.parquet and manifest.json, which `finish` writes for a build in parts.
         files=len(shards) * len(settings.block_starts) + (2 if part is None else 0),
         teachers=tuple(
             TeacherCost(
                 spec=str(teacher.spec),
                 forwards=num_crops,
                 milliseconds_per_crop=cost,
+                # An hour has 3.6 million milliseconds.
                 hours=num_crops * cost / 3.6e6 / workers,
             )
             for teacher, cost in zip(ensemble, costs, strict=True)

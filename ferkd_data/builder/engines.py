@@ -35,6 +35,7 @@ def label_shards(
     job, placement = prepared.job, prepared.placement
     counter = _counter(prepared, plan, shards, watcher)
     todo = []
+    # A shard with a record is done: what a resumed build finds here is not labelled again.
     for shard, record in folder.files.records(shards):
         if record is None:
             todo.append(shard)
@@ -42,11 +43,13 @@ def label_shards(
             counter.shard_found(record)
     _tell_of_start(prepared, plan, counter)
     watcher.see(overview_of(prepared, plan, todo))
+    # Until here a signal may end the process at once. From here on shards are in work, and it waits for these.
     with stop.labelling():
         if labels_here(job, placement):
             with open_tools(job, placement.devices[0], prepared.ensemble, _TellHalvings(counter)) as tools:
                 label_here(folder, plan, tools, todo, counter, stop)
             return
+        # Before any worker loads its own, which may need all the memory of the first GPU.
         prepared.let_teachers_go()
         timeout = job.resources.teacher_timeout
         with WorkerPool(workers_of(job, placement), folder, counter, stop, timeout) as pool:
@@ -106,6 +109,7 @@ def _counter(prepared: Prepared, plan: Plan, shards: Sequence[int], watcher: Wat
         images_total=sum(images),
         crops_total=sum(n * (crops - plan.first_crop(shard)) for shard, n in zip(shards, images, strict=True)),
         num_teachers=len(prepared.ensemble),
+        # Rejects of the listing belong to no shard: the whole build counts them, a part of it does not.
         rejects_before=plan.summary.rejects if len(shards) == len(plan.shards) else 0,
     )
 
@@ -127,6 +131,7 @@ def _tell_of_start(prepared: Prepared, plan: Plan, counter: ProgressCounter) -> 
         forwards=crops * counter.num_teachers,
     )
     counter.watcher.see(started)
+    # Once, in the first run: a resumed build would repeat them in its log.
     if not counter.shards_done and counter.rejects_before:
         for reject in read_rejects(plan.folder / "plan-rejects.parquet"):
             rejected = ImageRejected(shard=None, key=reject.key, reason=reject.reason, detail=reject.detail)

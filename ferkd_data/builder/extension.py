@@ -286,24 +286,32 @@ class _Extension:
         with self.labels.open(manifest.rejects) as rejects:
             check_rejects(rejects.path, manifest.rejects.rows)
         num_known, num_rejected = manifest.num_images, manifest.rejects.rows
+        # In this order: what the label set has, what the source has, the checks, and only then the plan's rows, for
+        # which all positions have to be known.
         with KnownImages(num_known, num_rejected) as known, PlanWriter(self.folder, digest_of=plan_sha256) as writer:
             self._learn(known)
             self._list(known, writer)
             self._check(known)
             for reject, is_gone in zip(read_rejects(self.rejects_path), known.is_gone, strict=True):
+                # An old reject that the source no longer lists stays a reject, so that the counts go on adding up. The
+                # others are tried again: they are new images of the plan.
                 if is_gone:
                     writer.add_reject(reject)
+            # Old shards are planned again only to get more crops, with the same rows: new blocks lie beside the old
+            # ones.
             known_sizes = [entry.rows for entry in manifest.shards] if self.more_crops else []
             sizes = chain(known_sizes, repeat(self.images_per_shard))
             shards = known.placed(sizes, place_known=self.more_crops)
             for rows in islice(shards, len(known_sizes)):
                 writer.add_shard(rows, are_known=True)
+            # `placed` yields empty tables without end when there are no more images.
             for rows in takewhile(len, shards):
                 writer.add_shard(rows)
         num_shards = len(manifest.shards)
         summary = writer.summary(self.source)
         changes = {
             "max_target": known.max_target,
+            # Every listed image is known: nothing is new.
             "sha256": plan_sha256 if known.num_found == known.num_listed else summary.sha256,
             "first_shard": 0 if self.more_crops else num_shards,
             "known_shards": num_shards if self.more_crops else 0,
@@ -351,6 +359,7 @@ class _Extension:
         for entry in filter(attrgetter("rows"), self.base.manifest.shards):
             first = self.labels.block(entry.index, 0)
             for block in range(1, self.labels.num_blocks):
+                # For the checks of a reader alone; keys, targets and digests are the same in every block.
                 self.labels.block(entry.index, block)
             targets = [None if target == UNKNOWN_TARGET else target for target in first.target.tolist()]
             has_digests = self.base.manifest.layout == "parquet"
@@ -393,9 +402,12 @@ def seal_extension(folder: BuildFolder, plan: Plan, settings: BuildSettings, fac
         manifest = manifest.model_copy(update={"max_pixels": max(old.pixel_limit, settings.max_pixels)})
     if manifest.model_copy(update={"created_by": old.created_by, "source": old.source}) == old:
         return old  # nothing came to it
+    # Before the manifest: a run after a kill finds one whose digest stands here, and knows that the extension has
+    # ended.
     with write_atomically(folder.path / "sealed") as aside:
         aside.write_text(identity_of(manifest.to_json().encode()))
     write_manifest(folder.out, manifest)
+    # The old manifest named it until a moment ago. Where a kill comes first, `drop_what_has_ended` removes it.
     if rejects.path != old.rejects.path:
         (folder.out / old.rejects.path).unlink(missing_ok=True)
     return manifest
@@ -412,6 +424,8 @@ def _shards(folder: BuildFolder, plan: Plan, old: Manifest) -> Iterator[ShardEnt
             raise BuildError(f"{folder.out}: shard {entry.index} has {entry.rows} rows, its new blocks {record.rows}")
         yield entry.model_copy(update={"files": (*entry.files, *record.files)})
     new = [folder.existing_record(shard) for shard in plan.shards if shard >= len(old.shards)]
+    # A shard whose images were all rejected keeps its number, as shards are found by their position; at the end no
+    # other depends on it.
     while new and not new[-1].rows:
         new.pop()
     for record in new:

@@ -38,7 +38,7 @@ class Finished:
     location: Path | str
     manifest: Manifest
     teachers_are_sure: bool
-    """Whether the teachers are the same without a look at their weights."""
+    """True where the teachers must be the same, so that their weights need not be looked at."""
     source_is_sure: bool
     was_interrupted: bool
     """Its build was killed after the manifest, and has been cleaned up now."""
@@ -72,6 +72,7 @@ def find_finished(asked: Request) -> Finished | None:
     for mark, how in (("imported_from", "imported"), ("merged_from", "merged")):
         if mark in (manifest.model_extra or {}):
             raise BuildError(f"{location} holds a finished label set that was {how}, not built; {WAY_OUT}")
+    # The cheapest comparison first: nothing is opened, listed or loaded for a build of other settings.
     _raise_if_different(location, _saved(manifest), _asked(asked, manifest))
     _check_files(location, manifest)
     specs = [str(spec) for spec in asked.teachers]
@@ -81,6 +82,7 @@ def find_finished(asked: Request) -> Finished | None:
         teachers_are_sure=[entry.spec for entry in manifest.teachers] == specs
         and not _is_newer(location, asked.teachers),
         source_is_sure=manifest.source.place_sha256 == digest_of_location(asked.source),
+        # Last, when nothing is left that could be refused: it removes what the build left.
         was_interrupted=_clean_up(location),
     )
 
@@ -114,6 +116,7 @@ def _clean_up(location: Path | str) -> bool:
     if isinstance(location, Path):
         return clean_up_after_end(location)
     remote = open_remote(location)
+    # The manifest is there, so whatever lies in .build/ is the rest of a build that has ended.
     if not any(name.startswith(f"{FOLDER}/") for name in remote.sizes()):
         return False
     remote.remove(FOLDER)
@@ -163,7 +166,9 @@ def _asked(asked: Request, manifest: Manifest) -> dict[str, Any]:
         "number of teachers": len(asked.teachers),
     }
     saved = _saved(manifest)
+    # A manifest may lack these two (docs/format.md).
     unknown = {name for name in ("max_pixels", "images_per_shard") if saved[name] is None}
+    # `auto` depends on the device. The build that is there decided it, and is right.
     if asked.precision != "auto":
         given["precision"] = [asked.precision]
     if asked.classes is not None and saved["classes"] is not None:
@@ -182,6 +187,7 @@ def _raise_if_different(location: Path | str, saved: dict[str, Any], present: di
 def _is_newer(location: Path | str, teachers: Sequence[TeacherSpec]) -> bool:
     """Return whether a teacher's file was written after the label set: it may hold other weights now."""
     if not isinstance(location, Path):
+        # A store's clock cannot be compared with the times of files here.
         return True
     written = (location / FILE_NAME).stat().st_mtime
     files = [Path(name).expanduser() for spec in teachers for name in (spec.name, spec.checkpoint) if name]

@@ -34,6 +34,8 @@ CREATE TABLE listed (
 
 
 class Found(NamedTuple):
+    """An image that the label set and the source both have."""
+
     key: str
     saved: int | None = None
     """The image's target in the label set."""
@@ -42,7 +44,10 @@ class Found(NamedTuple):
 
 
 class KnownImages:
-    """A context. First comes what the label set has, then what the source lists, then `placed`."""
+    """Join of a label set's images with a source's, by key.
+
+    A context: first come the images of the label set, then those that the source lists, then `placed`.
+    """
 
     def __init__(self, num_known: int, num_rejected: int) -> None:
         self.num_known = num_known
@@ -50,6 +55,7 @@ class KnownImages:
         self.max_target = NO_TARGET
         self.mismatch: Found | None = None
         """The first image of the source whose target is another in the label set."""
+        # A byte for each old reject. Everything else that grows with the data set is in the database.
         self.is_gone = np.ones(num_rejected, np.bool_)
         """(num_rejected,): True for a rejected image of the label set that the source does not have any more."""
 
@@ -106,6 +112,8 @@ class KnownImages:
         """Return the key of the first image of the label set that the source did not list."""
         if self.num_found == self.num_known:
             return None
+        # An aggregate gives one row, with the columns of the smallest position (SQLite's rule for a bare column beside
+        # MIN).
         (first,) = self._database.execute(
             "SELECT known.key, MIN(known.position) FROM known LEFT JOIN listed USING (position) "
             "WHERE listed.position IS NULL"
@@ -127,6 +135,7 @@ class KnownImages:
 
     def _listed(self, ref: ImageRef) -> tuple[int | bytes | str | None, ...]:
         key = _encoded(ref.key)
+        # New images come after all known ones, in the order of the listing.
         position, digest = self.num_known + self.num_listed, None
         self.num_listed += 1
         self.max_target = max(self.max_target, NO_TARGET if ref.target is None else ref.target)

@@ -33,6 +33,7 @@ def open_build_folder(out: Path, *, overwrite: bool, extend: bool = False) -> It
         with explain_unwritable(out):
             folder.path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder.path / "lock", out))
+        # The stack unwinds backwards: this still runs under the lock.
         stack.callback(_remove_if_only_locks, folder.path)
         if (out / FILE_NAME).exists() and not overwrite and not extend:
             raise BuildError(
@@ -41,8 +42,10 @@ def open_build_folder(out: Path, *, overwrite: bool, extend: bool = False) -> It
             )
         if overwrite and not extend:
             _clear(folder)
+        # With neither, shard files are of a build that was killed while it was cleared away: no build vouches for them.
         if not (out / FILE_NAME).exists() and not (folder.path / "state.json").exists():
             _remove_shard_files(out)
+        # The lock says that no other process of a build writes below OUT.
         remove_leftovers(out)
         yield folder
 
@@ -57,6 +60,8 @@ def open_part_folder(out: Path, part: Part, *, extend: bool = False) -> Iterator
     folder = out / FOLDER
     with explain_unwritable(out):
         folder.mkdir(parents=True, exist_ok=True)
+    # Parts share the lock of the whole, which keeps out a build of the whole, and each has one of its own, which keeps
+    # out the same part.
     with (
         locked(folder / "lock", out, shared=True),
         locked(folder / f"part-{part.number}-of-{part.of}", out),
@@ -84,6 +89,7 @@ def clean_up_after_end(out: Path) -> bool:
         if not folder.has_ended:
             return False
         was_interrupted = not _only_locks(folder.path)
+        # `has_ended` was read under the lock, so the state that is removed belongs to nobody.
         folder.drop_what_has_ended()
         folder.remove()
         remove_leftovers(out)
@@ -139,6 +145,7 @@ def _clear(folder: BuildFolder) -> None:
     (folder.out / FILE_NAME).unlink(missing_ok=True)
     _remove_shard_files(folder.out)
     for path in folder.path.iterdir():
+        # `finish` reads from these names which divisions into parts were begun, and the old build's are of no concern.
         if PART_LOCK.fullmatch(path.name):
             path.unlink()
 
@@ -149,6 +156,7 @@ def _remove_shard_files(out: Path) -> None:
         if REJECTS_FILE.fullmatch(path.name):
             path.unlink()
     for name in ("labels", "shards"):
+        # Backwards, what lies in a folder comes before the folder, which is empty when its turn comes.
         below = sorted((out / name).rglob("*"), reverse=True)
         for path in below:
             if SHARD_FILE.fullmatch(path.name) and path.is_file():

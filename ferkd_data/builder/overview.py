@@ -16,6 +16,7 @@ from ferkd_data.teachers.probe import PROBE_IMAGES, TeacherProbe, probe_teachers
 from ferkd_data.teachers.teacher import is_out_of_memory
 
 PROBE_SHARDS = 8
+"""Shards from which images for the teachers are taken: few, since each is read from elsewhere in the source."""
 FEW_IMAGES = 8
 """Images that a driver on a cluster asks its teachers about, which are on its CPU."""
 
@@ -79,6 +80,7 @@ def _probe(prepared: Prepared, refs: Sequence[ImageRef]) -> tuple[TeacherProbe, 
         # A thread that waits for a hanging teacher cannot be ended. As a daemon it ends with the process.
         thread = Thread(target=ask, daemon=True, name="ferkd-data-probe")
         thread.start()
+        # The limit is for one teacher, and they are asked one after the other.
         thread.join(timeout * max(1, len(prepared.ensemble)))
         if thread.is_alive():
             raise TeacherError(
@@ -86,6 +88,7 @@ def _probe(prepared: Prepared, refs: Sequence[ImageRef]) -> tuple[TeacherProbe, 
                 f"{timeout:g} seconds; run the same command again, with a larger --teacher-timeout if they "
                 "are slow"
             )
+    # The thread has ended, or there was none: both lists are this thread's now.
     for failure in failures:
         if isinstance(failure, RuntimeError) and is_out_of_memory(failure):
             return ()

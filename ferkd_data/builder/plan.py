@@ -79,7 +79,7 @@ class PlanSummary(BaseModel):
     known_crops: int = 0
     """Crops that each image of the known shards has already."""
     all_listed: bool = True
-    """Whether the source still has every image of an extended label set."""
+    """True where the source still has every image of an extended label set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +116,12 @@ class Plan:
 
     def shard_images(self, shards: Iterable[int]) -> list[int]:
         """Return the number of images in each of these shards."""
+        # From the footer: no rows are read.
         metadata = pq.read_metadata(self.folder / "plan.parquet")
         return [metadata.row_group(shard - self.summary.first_shard).num_rows for shard in shards]
 
     def _read(self, shard: int, columns: Sequence[str]) -> list[list[Any]]:
+        # Opened for each shard: a worker reads a few kilobytes of footer for what takes it minutes to label.
         with pq.ParquetFile(self.folder / "plan.parquet") as file:
             table = file.read_row_group(shard - self.summary.first_shard, columns=list(columns), use_threads=False)
         return [table.column(name).to_pylist() for name in columns]
@@ -164,6 +166,8 @@ class PlanWriter:
         self._stack = ExitStack()
 
     def __enter__(self) -> PlanWriter:
+        # Where one cannot be opened, the inner stack closes the others; else they all pass to `self._stack`. It unwinds
+        # backwards, so that writers are closed before their files get their names.
         with ExitStack() as stack:
             plan_path = stack.enter_context(write_atomically(self.folder / "plan.parquet"))
             rejects_path = stack.enter_context(write_atomically(self.folder / "plan-rejects.parquet"))
@@ -183,6 +187,7 @@ class PlanWriter:
 
     def add_shard(self, rows: pa.Table, *, are_known: bool = False) -> None:
         """Add a shard. `are_known`: its images have labels already, so they do not count in the digest."""
+        # All rows in one group, which is how a shard's rows are found again.
         self._plan.write_table(rows, row_group_size=max(len(rows), 1))
         targets = rows["target"]
         self.shards += 1
@@ -212,6 +217,7 @@ class PlanWriter:
 
 def digest_of_listing(source: ImageSource) -> str:
     """Return the `PlanSummary.sha256` that a plan of this source would have now."""
+    # As `PlanWriter` begins, whose `digest_of` is empty in a build from the start.
     digest = hashlib.sha256(b"")
     listed = (item for item in source.list_images() if isinstance(item, ImageRef))
     for refs in in_groups(listed, DIGESTED_TOGETHER):
@@ -220,6 +226,7 @@ def digest_of_listing(source: ImageSource) -> str:
 
 
 def _digested(pairs: Iterable[tuple[str, int | None]]) -> bytes:
+    # Keys hold no control characters (`images.keys`), so no two lists of pairs give the same text.
     return "".join(f"{key}\0{target}\n" for key, target in pairs).encode()
 
 

@@ -65,6 +65,8 @@ def make_request(source: str | Path, out: str | Path, **arguments: Unpack[BuildK
     location = location_of(out)
     base = _base(location) if given.pop("extend", False) else None
     class_list = None if classes is None else read_class_list(Path(classes).expanduser())
+    # In an extension, what the caller gave is compared with the label set, and what is left out is taken from it. A
+    # BuildSettings gives all of its fields.
     wanted = {**(vars(settings) if settings else {}), **given}
     settings, resources = with_changes(settings, resources, given)
     if base is not None:
@@ -140,6 +142,7 @@ class Prepared:
                 # The user corrects settings now: these must not be compared with those of a build that never began.
                 folder.clear()
             raise
+        # Only now has the build begun (see `is_begun`): settings, classes and plan fit together.
         folder.save_facts(facts)
         folder.files.share()
         return plan, facts
@@ -175,9 +178,10 @@ class Prepared:
         return load_or_make_plan(self.images, folder.path, images_per_shard=settings.shard_images)
 
     def _check_base(self, folder: BuildFolder, base: Base, *, afresh: bool) -> None:
-        """Raises BuildError where the label set is not the one that was found before the folder was locked."""
+        """Check that the label set is still the one that was found before the folder was locked. Raises BuildError."""
         if identity_of(read_manifest_bytes(base.out)) != base.identity:
             raise BuildError(f"{base.out}: was extended by another process just now; run the same command again")
+        # Before the comparisons that follow, which would refuse to go on with its state.
         if afresh:
             folder.discard_extension(base.manifest)
         folder.drop_what_has_ended()
@@ -286,7 +290,9 @@ def _absolute(source: str) -> str:
 
 def _fingerprint(job: Job, teachers: Sequence[Teacher], base: Base | None) -> dict[str, Any]:
     """Return everything that must be the same for a resume."""
+    # By digest, not by name: weights that were moved are the same teacher, and others under the same name are not.
     entries = [teacher_entry(teacher).model_dump(mode="json", exclude={"spec", "name"}) for teacher in teachers]
+    # By content, since a file of classes may be edited between two runs.
     listed = None if job.classes is None else {"folders": job.classes.folders, "names": job.classes.names}
     return {
         "source": job.source,

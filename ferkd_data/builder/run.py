@@ -49,7 +49,7 @@ class BuildResult:
     out: Path | str
     manifest: Manifest
     already_finished: bool = False
-    """Whether the label set was there already, and nothing was done."""
+    """True where the label set was there already, and nothing was done."""
 
     @property
     def rejects(self) -> int:
@@ -69,7 +69,7 @@ class PartResult:
     """Images labelled in these shards."""
     rejects: int
     already_finished: bool = False
-    """Whether the whole label set was there already, and nothing was done."""
+    """True where the whole label set was there already, and nothing was done."""
 
 
 def build(
@@ -142,6 +142,8 @@ def build(
         # Before the teachers are loaded, which takes minutes.
         if isinstance(request.out, Path):
             check_out(request.out)
+        # OUT is locked, and with --overwrite cleared, after the teachers are loaded: one that cannot be costs nothing
+        # there.
         with open_request(request) as prepared, open_out(request.out, overwrite=overwrite, extend=extend) as folder:
             with explain_unwritable(folder.out, only_if_named=True):
                 plan, facts = prepared.begin(folder, afresh=overwrite)
@@ -151,6 +153,7 @@ def build(
                     # Killed workers leave temporary files. This process may remove them, since it holds the lock.
                     remove_leftovers(folder.out)
             result = _seal(folder, plan, prepared.job.settings, facts)
+            # An extension that found nothing to add returns the old manifest.
             if prepared.base is not None and result.manifest == prepared.base.manifest:
                 result = replace(result, already_finished=True)
     files = sum(len(shard.files) for shard in result.manifest.shards)
@@ -230,6 +233,7 @@ def finish(out: str | Path) -> BuildResult:
         missing = [shard for shard in plan.shards if folder.files.record(shard) is None]
         if missing:
             named = ", ".join(map(str, missing[:SHARDS_NAMED])) + (", …" if len(missing) > SHARDS_NAMED else "")
+            # A shard belongs to a part in each division that was ever begun, such as 1/4 and 1/8.
             divisions = {part.of for part in folder.parts()}
             parts = sorted({f"{shard % of + 1}/{of}" for of in divisions for shard in missing})
             again = f"; run part {', '.join(parts)} again" if parts else ""
@@ -265,6 +269,8 @@ def _seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts
     ending = seal_extension if folder.extends is not None else seal
     with explain_unwritable(folder.location):
         manifest = ending(folder, plan, settings, facts, ferkd_data.__version__)
+        # The state last: until the manifest is where readers look for it, the same command finds what it needs to go
+        # on.
         folder.files.commit(manifest)
         folder.remove()
     return BuildResult(out=folder.location, manifest=manifest)

@@ -54,6 +54,7 @@ def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts,
     if not any(folder.existing_record(shard).rows for shard in plan.shards):
         raise _start_over(folder, plan)
     thresholds = _final_thresholds(folder, plan, settings, facts.num_classes)
+    # Each shard's record says with which thresholds it was written, so a run after a kill rewrites only the others.
     records = [_rewrite_buckets(folder, shard, settings, thresholds, facts.num_classes) for shard in plan.shards]
     manifest = manifest_of(
         settings,
@@ -165,6 +166,7 @@ def _rewrite_buckets(
     final = (thresholds.low, thresholds.mid, thresholds.top)
     if record.thresholds == final or not record.rows:
         return record
+    # Filled by `rows`, and so complete when `write_shard` has taken all of them.
     counts = np.zeros(4, np.int64)
 
     def rows() -> Iterator[tuple[ImageLabels, bytes]]:
@@ -186,6 +188,7 @@ def _rewrite_buckets(
             block_starts=settings.block_starts,
             announce=announce,
         )
+        # Probabilities are the same: of the statistics only the buckets change.
         changed = record.statistics.model_copy(update={"bucket_counts": tuple(counts.tolist())})
         final_record = record.model_copy(
             update={"files": files, "statistics": changed, "thresholds": final, "successors": ()}
@@ -230,6 +233,7 @@ def _read(out: Path, record: ShardRecord, settings: BuildSettings, num_classes: 
 def write_rejects(folder: BuildFolder, plan: Plan, name: str) -> RejectsEntry:
     path = folder.out / name
     with write_atomically(path) as aside, RejectWriter(aside) as writer:
+        # The listing's rejects, then those of the shards in their order: the same file from every run.
         writer.copy_from(plan.folder / "plan-rejects.parquet")
         for shard in plan.shards:
             writer.extend(folder.existing_record(shard).rejects)

@@ -27,6 +27,8 @@ from ferkd_data.teachers import TeacherSpec
 
 DEFAULT_IMAGES_PER_SHARD: dict[Layout, int] = {"parquet": 4096, "webdataset": 1024}
 DEFAULT_CROPS = 200
+# On a CPU larger batches outgrow the caches of a core, smaller ones cost more than they save; a GPU needs many crops to
+# be busy. Both are fixed, since labels depend on the batch in their last bits (docs/decisions.md).
 CPU_BATCH = 8
 CUDA_BATCH = 256
 MOST_THREADS = 8
@@ -196,6 +198,7 @@ class Resources:
         else:
             devices = _parse_devices(self.device)
         on_cuda = [device for device in devices if device != "cpu"]
+        # `all` names no device where there is no GPU.
         if (on_cuda or not devices) and not torch.cuda.is_available():
             raise UsageError(f"device {self.device}: PyTorch finds no CUDA here; use --device cpu")
         missing = [device for device in on_cuda if int(device.partition(":")[2] or 0) >= torch.cuda.device_count()]
@@ -211,6 +214,7 @@ class Resources:
         """Return what one worker gets on `device`, where `worker_cores` cores are its share of the machine."""
         return WorkerResources(
             batch_size=self.batch_size or (CPU_BATCH if device == "cpu" else CUDA_BATCH),
+            # Half, since PyTorch computes on the cores too.
             threads=self.threads or max(1, min(MOST_THREADS, worker_cores // 2)),
             compute_threads=max(1, worker_cores),
             compile=self.compile,
@@ -252,6 +256,7 @@ def renamed_workers(workers: int | None, processes: int | None) -> int | None:
 
 def cores() -> int:
     """Return the number of cores that this process may use: in a container or batch job, often not all there are."""
+    # macOS has no affinity.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -110,6 +110,8 @@ class DiskFiles:
         if not path.exists():
             return None
         record = ShardRecord.model_validate_json(path.read_bytes())
+        # Sizes alone: hashing every file would make each resume read the whole label set. Damage is for `verify` to
+        # find.
         whole = all(_size(self.out / old.path) in (old.bytes, new.bytes) for old, new in record.either())
         return record if whole else None
 

@@ -75,7 +75,7 @@ class BuildFolder:
     """OUT while a build works in it: the state in `.build/` on this host's disk, and the files of the shards."""
 
     def __init__(self, out: Path, files: ShardFiles | None = None) -> None:
-        """`files` are on the disk below `out` unless they are kept elsewhere."""
+        """Take a folder, and the files of the shards where these are not on the disk below it."""
         self.out = out
         """The folder in which this host writes the label set's files."""
         self.path = out / FOLDER
@@ -89,8 +89,10 @@ class BuildFolder:
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Save the settings, or compare them with those saved. Raises SettingsMismatchError that names both values."""
         path = self.path / "state.json"
+        # Through JSON, as the saved ones went: tuples become lists.
         present = json.loads(json.dumps({"version": STATE_VERSION, "settings": settings}))
         if not path.exists():
+            # What is there without state.json belongs to no build (see above).
             self.clear()
             with write_atomically(path) as aside:
                 aside.write_text(json.dumps(present, indent=1))
@@ -118,6 +120,7 @@ class BuildFolder:
         present = identity_of(read_manifest_bytes(self.out))
         sealed = self.path / "sealed"
         extends = self.extends
+        # A state beside a manifest has ended, unless it is of an extension that has not written its own manifest yet.
         if extends is None or (sealed.exists() and sealed.read_text() == present):
             self._remove_old_rejects()
             self.clear()
@@ -129,7 +132,7 @@ class BuildFolder:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the manifest is there, and only this folder is left to be removed."""
+        """True where the manifest is there, and only this folder is left to be removed."""
         if not (self.out / FILE_NAME).exists():
             return False
         if not (self.path / "state.json").exists() or self.extends is None:
@@ -167,6 +170,7 @@ class BuildFolder:
 
         Returns where `rejects` is moved to, in `.build/`.
         """
+        # In a store first, where its state decides: the next run clears whatever a kill leaves on this host.
         self.files.forget()
         self.clear()
         return rejects.replace(self.path / REJECTS_NAME)
@@ -186,7 +190,7 @@ class BuildFolder:
 
     @property
     def is_begun(self) -> bool:
-        """Whether the facts are there, which are saved when the plan is made and checked."""
+        """True where the facts are there, which are saved when the plan is made and checked."""
         return (self.path / "facts.json").exists()
 
     def save_facts(self, facts: Facts) -> None:

@@ -32,18 +32,20 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """Whether a stop was requested: no new shard is begun."""
+        """True once a stop was requested: no new shard is begun."""
         return self._requested_at is not None
 
     @property
     def expired(self) -> bool:
-        """Whether the grace time is over: shards in work are dropped."""
+        """True when the grace time is over: shards in work are dropped."""
         return self._requested_at is not None and time.monotonic() - self._requested_at >= self.grace_seconds
 
     def request(self) -> None:
         """Request a stop. Raises BuildStoppedError at once where no shard is in work."""
         if self._requested_at is None:
             self._requested_at = time.monotonic()
+        # A signal handler runs in the main thread between two of its instructions, so this ends whatever it was doing:
+        # listing, loading teachers, writing the manifest.
         if not self._labelling:
             raise self.error()
 
@@ -73,12 +75,14 @@ def stop_on_sigterm(grace_seconds: float = GRACE_SECONDS) -> Iterator[Stop]:
     stop = Stop(grace_seconds)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        # First, so that a second signal has its ordinary effect from here on.
         for other, handler in before.items():
             signal.signal(other, handler)
         stop.signal_number = number
         stop.request()
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # What is ignored stays so: nohup means that a closed terminal shall not stop the build.
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, on_signal)

@@ -32,7 +32,7 @@ class StoreFiles:
     """`ShardFiles` in a store. `disk` is a folder in this host's cache, which holds only the shards in work."""
 
     def __init__(self, url: str) -> None:
-        """Raises UsageError for a URL that no build writes to."""
+        """Take the URL of a store; nothing is contacted. Raises UsageError for one that no build writes to."""
         if url.partition("://")[0] not in WRITABLE:
             raise UsageError(
                 f"{url}: a build writes to a folder, s3:// or gs://; for other places, publish it when done"
@@ -60,13 +60,14 @@ class StoreFiles:
             )
         self._clear_disk()
         if overwrite:
+            # The manifest first: readers then find no label set, and not one whose files are going away.
             for name in (FILE_NAME, FOLDER, "labels", "shards"):
                 self.remote.remove(name)
             return
         self._fetch_state(sizes)
 
     def join(self) -> None:
-        """As the protocol says; raises BuildError where the store has no plan of this build."""
+        """See what the driver has prepared. Raises BuildError where the store has no plan of this build."""
         self.disk.path.mkdir(parents=True, exist_ok=True)
         with alone_in(self.disk.path):
             try:
@@ -75,6 +76,8 @@ class StoreFiles:
                 if error.status != 404:
                     raise
                 raise BuildError(f"{self.location}: holds no unfinished build; was it finished or removed?") from error
+            # Another plan is an earlier build's, left in this host's cache. The workers of one host
+            # share this folder, and do this one at a time.
             here = self.disk.path / "plan.json"
             if not here.exists() or here.read_bytes() != plan:
                 self._clear_disk()
@@ -94,6 +97,7 @@ class StoreFiles:
     def records(self, shards: Iterable[int]) -> Iterator[tuple[int, ShardRecord | None]]:
         sizes = self.remote.sizes()
 
+        # One listing for all, and no request for a shard without a record; threads, since each answer is waited for.
         def find(shard: int) -> ShardRecord | None:
             return self._seen(self._stored_record(shard) if self._record_name(shard) in sizes else None, sizes.get)
 
@@ -117,6 +121,7 @@ class StoreFiles:
     @contextmanager
     def at_hand(self, record: ShardRecord) -> Iterator[None]:
         for old, new in record.either():
+            # A kill while the shard was written anew: the object is the old or the new one, whole in either case.
             is_new = old != new and self.remote.holds(new.path, size=new.bytes, sha256=new.sha256)
             there = new if is_new else old
             self.remote.download(there.path, self.disk.out / there.path, size=there.bytes, sha256=there.sha256)

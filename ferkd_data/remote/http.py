@@ -49,7 +49,7 @@ class HttpTransport:
         self._versions: dict[str, str] = {}
         """The ETag of each file being read, so that halves of two versions are never joined."""
         self.reached = False
-        """Whether the server has answered, with anything that is HTTP."""
+        """True once the server has answered, with anything that is HTTP."""
 
     def read(self, name: str, start: int) -> tuple[int, Chunks]:
         # If-Range: the server sends the rest of this very version, or the whole of a newer one (status 200).

@@ -26,7 +26,7 @@ class Transport(Protocol):
     """One kind of server. Raises Transient for what may pass, RemoteError for what will not."""
 
     reached: bool
-    """Whether the server has answered before: then a connection that is refused may mean that it is restarting."""
+    """True once the server has answered: from then on, a refused connection may mean that it is restarting."""
 
     def read(self, name: str, start: int) -> tuple[int, Chunks]:
         """Read a file from `start`: returns the first byte that comes (0 where ranges are not known) and the chunks."""

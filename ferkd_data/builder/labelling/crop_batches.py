@@ -58,6 +58,8 @@ def input_of(teacher: Teacher) -> CropInput:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecodedImage:
+    """An image's pixels, and the crops that are to be cut out of it."""
+
     ref: ImageRef
     data: bytes
     digest: bytes
@@ -84,6 +86,8 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CropBatch:
+    """Crops of one or several images, cut for every input size of the teachers."""
+
     slices: Sequence[Slice]
     pixels: dict[CropInput, Tensor]
     """uint8 (B, 3, S, S) for each input."""
@@ -110,8 +114,12 @@ def crop_batches(refs: Sequence[ImageRef], tools: Tools, first_crop: int) -> Ite
     def cut(item: list[Slice] | Reject) -> CropBatch | Reject:
         return item if isinstance(item, Reject) else _cut(item, inputs, tools.staging)
 
+    # One reading thread, since `read` goes through tars and row groups in order. `while_it_answers` runs in it.
     contents = in_background(while_it_answers(tools.source.read(refs)), depth=READ_AHEAD)
     encoded = zip(refs, contents, strict=True)
+    # Both steps share the executor without risk of a deadlock: their inputs are consumed in the labelling thread, so no
+    # task in the executor waits for another one. One image more than threads, so that none waits for the next to be
+    # asked.
     decoded = look_ahead(tools.executor, decode, encoded, depth=resources.threads + 1)
     return look_ahead(tools.executor, cut, _slices(decoded, resources.batch_size), depth=BATCHES_AHEAD)
 
@@ -138,6 +146,7 @@ def look_ahead(
                 return
             yield begun.popleft().result()
     finally:
+        # What has not begun never will. What runs ends by itself: it changes nothing that others see.
         for future in begun:
             future.cancel()
 
@@ -150,6 +159,8 @@ def in_background(items: Iterable[Item], *, depth: int) -> Iterator[Item]:
     source = iter(items)
     end = object()
     with ThreadPoolExecutor(1, thread_name_prefix="ferkd-data-read") as executor:
+        # A sentinel, since a StopIteration that comes out of a future turns into a RuntimeError in a generator (PEP
+        # 479).
         for item in look_ahead(executor, lambda _: next(source, end), itertools.repeat(None), depth=depth):
             if item is end:
                 return
@@ -175,6 +186,7 @@ def _decode(
             crops = replace(crops, operations=draw_operations(ref.key, augmentations, **wanted).pack())
     except ImageError as error:
         return Reject(key=ref.key, reason=error.reason, detail=error.detail)
+    # The digest here, in a decoding thread, where it costs the labelling thread nothing.
     return DecodedImage(ref=ref, data=data, digest=image_digest(data), pixels=pixels, crops=crops)
 
 

@@ -106,7 +106,7 @@ class Staging(Protocol):
     """Transfers between the host and the device of the teachers."""
 
     on_device: bool
-    """Whether crops are cut on the device; else on the host."""
+    """True where crops are cut on the device; else they are cut on the host."""
 
     @contextmanager
     def cutting(self) -> Iterator[None]:

@@ -45,7 +45,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The last piece of OUT, for messages."""
+        """Last component of OUT, for messages."""
         return "dry run" if self.out is None else PurePosixPath(self.out).name
 
     @property
@@ -107,7 +107,7 @@ def open_tools(
 
 
 def _load_teachers(job: Job, device: str) -> list[Teacher]:
-    """Raises TeacherError where a teacher is not the one that the driver loaded."""
+    """Load this process's teachers. Raises TeacherError for one that is not the one that the driver loaded."""
     with same_working_folder():
         loaded = load_teachers(job.teachers, device=device, precision=job.precision)
     for teacher, digest in zip(loaded, job.digests, strict=False):

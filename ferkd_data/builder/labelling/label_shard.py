@@ -140,6 +140,7 @@ def _ask(batch: CropBatch, tools: Tools) -> _Answer:
         temperatures=temperatures,
         mode=tools.job.settings.ensemble,
     )
+    # On a CPU the teachers have answered. On a GPU they have only been asked: `_receive` waits for them.
     tools.forwards.observer.answered()
     labels = soft_labels(prob_BC, target, top_k=tools.job.settings.top_k)
     wrong = [check_logits(logits, t) for logits, t in zip(logits_TBC, temperatures, strict=True)]
@@ -164,6 +165,7 @@ def _receive(answer: _Answer, tools: Tools) -> tuple[CropBatch, SoftLabels, Teac
     for wrong, teacher in zip(wrong_T, tools.teachers, strict=True):
         raise_if_wrong(wrong, teacher.spec)
     tools.forwards.observer.answered()
+    # The copies on the host in place of the device's tensors.
     labels = replace(answer.labels, class_index=class_index, class_prob=class_prob, target_prob=target_prob)
     return answer.batch, labels.to_numpy(), TeacherCounts(*counted)
 
@@ -173,6 +175,8 @@ def _by_image(
 ) -> tuple[list[tuple[DecodedImage, list[SoftLabels]]], list[SoftLabels]]:
     """Give each image that ends in this batch its labels, and return the labels of the one that does not end."""
     finished = []
+    # Crops come image after image, so only the first image of a batch may have begun before, and only the last may go
+    # on.
     pieces, row = list(unfinished), 0
     for image, start, stop in batch.slices:
         rows = slice(row, row + stop - start)
@@ -228,6 +232,7 @@ def count_batch(logits_TBC: Sequence[Tensor], temperatures: Sequence[float], tar
     p_max_TB = torch.stack([_p_max(logits, t) for logits, t in zip(logits_TBC, temperatures, strict=True)])
     # A teacher's NaN ends the build, but only when this batch is fetched, and an index must be in range until then.
     p_max_TB = p_max_TB.nan_to_num(0).clamp(0, 1)
+    # 1.0 belongs to the last bin.
     bin_TB = (p_max_TB * TEACHER_BINS).long().clamp(max=TEACHER_BINS - 1)
     values = torch.stack(
         [known.expand_as(bin_TB).long(), right_TB.long(), known * (p_max_TB * P_MAX_UNITS).round().long()]

@@ -43,12 +43,14 @@ def measure(tools: Tools, refs: Sequence[ImageRef], location: str) -> Sample:
     Raises what `label_shard` raises.
     """
     settings = tools.job.settings
+    # Before the loop, which then finds the teachers warm: the first batches of a network are slow.
     milliseconds = [_teacher_milliseconds(teacher, tools) for teacher in tools.teachers]
     rows, rate = _label(refs, tools)
     copied = sum(len(image) for _, image in rows) if settings.layout == "webdataset" else 0
     written = 0
     if rows:
         with Scratch("dry-run") as folder:
+            # By the build's own writer: how well labels compress depends on the teachers.
             _, files = write_shard(folder, 0, rows, layout=settings.layout, block_starts=settings.block_starts)
             written = sum(file.bytes for file in files)
     return Sample(
@@ -72,6 +74,7 @@ def _label(refs: Sequence[ImageRef], tools: Tools) -> tuple[list[Row], float]:
             continue
         marks.append((time.perf_counter(), item.crops))
         rows += item.rows
+        # Only after a batch that completes an image: without a row there would be no size of labels.
         if item.rows and marks[-1][0] - started > MEASURE_SECONDS:
             break
     if len(marks) < 2:
@@ -83,6 +86,7 @@ def _teacher_milliseconds(teacher: Teacher, tools: Tools) -> float:
     """Return the median time of a batch by its number of crops; the first batch warms up."""
     size = tools.job.resources.batch_size
     batch = empty_batch(size, input_of(teacher).size).random_(0, 256).to(tools.device)
+    # `.cpu()` waits for the device, here and below: else only the launch of its kernels would be timed.
     tools.forwards.logits(teacher, batch).cpu()
     times = []
     for _ in itertools.repeat(None, TEACHER_BATCHES):

@@ -35,7 +35,7 @@ from ferkd_data.labels.statistics import Statistics
 ROWS_AHEAD = 64
 """Rows that may wait to be written. A slow disk then slows the teachers down, and does not fill the memory."""
 LOOK_SECONDS = 0.5
-"""How often the labelling thread looks for a failed writer while it waits for room in the queue."""
+"""Seconds after which a labelling thread that waits for room in the queue looks whether its writer has failed."""
 
 OnBatch = Callable[[int, int], None]
 """Called with the number of crops just labelled, and of images rejected so far in this shard."""
@@ -54,6 +54,7 @@ class RowCounts:
         self._total = Statistics()
 
     def add(self, labels: ImageLabels) -> None:
+        # In groups, since NumPy's calls have a price, however short the arrays.
         self._pending.append(labels)
         if len(self._pending) == ROWS_AT_ONCE:
             self._count()
@@ -94,6 +95,7 @@ class RowQueue:
     def put(self, row: Row, writer: Future[Any]) -> None:
         """Wait for room and add a row. Raises what `writer` raised."""
         self._put(row, writer)
+        # A writer takes rows until the ShardEnd. One that is done before has failed, and says how.
         if writer.done():
             writer.result()
 
@@ -103,6 +105,7 @@ class RowQueue:
 
     def break_off(self) -> None:
         """Make the writer raise BrokenOffError: there will be no more rows, and those before are of no use."""
+        # The flag before the wake-up: whatever the writer takes next, it sees the flag.
         self._broken_off = True
         with contextlib.suppress(queue.Full):  # a writer that has rows to take sees it with the next one
             self._rows.put_nowait(None)
@@ -118,6 +121,8 @@ class RowQueue:
             yield row
 
     def _put(self, row: Row | ShardEnd, writer: Future[Any]) -> None:
+        # Not a plain put: the queue of a writer that has failed stays full for ever. The row is dropped then; `put` or
+        # `settle` raises what the writer raised.
         while not writer.done():
             try:
                 self._rows.put(row, timeout=LOOK_SECONDS)
@@ -138,6 +143,7 @@ class WriteBehind:
         self.plan = plan
         self.tools = tools
         self.on_saved = on_saved
+        # Two are enough: `label` returns when the shard before is saved, so no third is being written.
         self._writers = ThreadPoolExecutor(2, thread_name_prefix="ferkd-data-write")
         self._before: Future[ShardRecord] | None = None
         """The shard that is labelled, and may not be written yet."""
@@ -185,6 +191,7 @@ class WriteBehind:
     def settle(self) -> None:
         """Return when all that is labelled is saved. Raises what that raised."""
         if self._before is not None:
+            # Cleared first, so that an error is raised once.
             before, self._before = self._before, None
             self.on_saved(before.result())
 
@@ -208,9 +215,11 @@ class WriteBehind:
             shard,
             _counted(rows, row_counts),
             layout=job.settings.layout,
+            # An extension labels crops from `first_crop` on, where a block begins: those of its files start there.
             block_starts=[start - first_crop for start in job.settings.block_starts if start >= first_crop],
             first_block=first_crop // job.settings.crops_per_block,
         )
+        # Not reached in practice, since `rows` raises it itself; type checkers do not know that.
         if rows.end is None:
             raise BrokenOffError
         return ShardRecord(

@@ -19,7 +19,7 @@ from ferkd_data.errors import StorageFullError, UsageError
 from ferkd_data.storage import write_atomically
 
 PROGRESS_SECONDS = 10.0
-"""How often progress is logged; all other events are logged as they come."""
+"""Seconds between two lines of progress; all other events are logged as they come."""
 
 
 class JsonLog:
@@ -50,6 +50,7 @@ class JsonLog:
             if now - self._logged_progress < self._progress_seconds:
                 return
             self._logged_progress = now
+        # The last progress, which the interval held back, belongs before the end.
         elif isinstance(event, (BuildFinished, BuildFailed)) and self._progress is not None:
             self._write(self._progress, now)
         if isinstance(event, Progress):
@@ -122,11 +123,13 @@ class MetricsFile:
             self._broken = True
 
     def _write(self, *, running: int) -> None:
+        # Before writing, so that a disk that fails is tried every few seconds and not with every batch.
         self._written = time.monotonic()
         lines = _metric("running", "1 while the build runs, 0 after its end.", {"": running})
         progress = self._progress
         for name, text in GAUGES.items() if progress is not None else ():
             value = getattr(progress, name)
+            # A value that is not known yet is left out: the text format has no null.
             lines += _metric(name, text, {} if value is None else {"": value})
         if progress is not None:
             rates = {f'{{worker="{worker.worker}"}}': worker.crops_per_second for worker in progress.workers}

@@ -26,7 +26,7 @@ __all__ = ["OnProgress", "Progress", "ProgressCounter", "WorkerProgress"]
 RATE_SECONDS = 60.0
 """Length of the time over which a worker's rate is taken."""
 MARK_SECONDS = 1.0
-"""How often a worker's rate is noted, and the workers are summed up."""
+"""Seconds between two marks of a worker's rate, and between two sums over the workers."""
 TICK_SECONDS = 5.0
 """Time without a batch after which progress is told all the same, so that workers that hang show."""
 STRAGGLER_SHARE = 0.5
@@ -37,6 +37,8 @@ STRAGGLER_SECONDS = 30.0
 
 @dataclass(kw_only=True)
 class _Worker:
+    """Work of one worker so far, and its rate over the last minute of it."""
+
     started: float
     """Start of its work, moved later by all the time that it had none, which must not lower its rate."""
     shard: int = 0
@@ -58,6 +60,7 @@ class _Worker:
         if self.idle_since is not None:
             pause, self.idle_since = now - self.idle_since, None
             self.started += pause
+            # As if the pause had not been: the last minute is one of work.
             self.marks = deque((at + pause, crops) for at, crops in self.marks)
 
     def rate(self, now: float) -> float:
@@ -66,12 +69,15 @@ class _Worker:
         return (self.crops - before) / max(now - since, 1e-9)
 
     def _forget(self, now: float) -> None:
+        # One mark from before the minute stays: it says how many crops there were when the minute began.
         while len(self.marks) > 1 and self.marks[1][0] <= now - RATE_SECONDS:
             self.marks.popleft()
 
 
 @dataclass(kw_only=True)
 class _Shard:
+    """Progress in one shard."""
+
     begun: float
     crops_per_image: int
     crops: int = 0
@@ -103,6 +109,7 @@ class _InWork:
         return self._shards.get(number)
 
     def add(self, number: int, crops: int, rejects: int) -> None:
+        # Taken out and put back, since the sums are of rounded numbers: an image is done with its last crop.
         shard = self._shards[number]
         self._sum(shard, -1)
         shard.crops += crops
@@ -154,15 +161,17 @@ class ProgressCounter:
     _last_shard: int = 0
 
     def worker_started(self, worker: int, device: str = "") -> None:
-        """Its rate counts from here on, not from the build's start; and the build's from the first one's."""
+        """Note a worker that has loaded its teachers. Its rate counts from here on, the build's from the first one's."""
         now = time.monotonic()
+        # Loading teachers takes minutes, in which nothing is labelled: it would lower the rate, and raise the time
+        # left.
         if not self._workers and not self.crops_done:
             self.started = now
         self._workers[worker] = _Worker(started=now, idle_since=now)
         self.watcher.see(WorkerStarted(worker=worker, device=device))
 
     def worker_idle(self, worker: int) -> None:
-        """Until it begins another shard."""
+        """Note that a worker has nothing to do until it begins another shard."""
         if worker in self._workers:
             self._workers[worker].idle_since = time.monotonic()
 
@@ -177,7 +186,7 @@ class ProgressCounter:
         self.watcher.see(BatchHalved(worker=worker, teacher=teacher, crops=crops))
 
     def shard_found(self, record: ShardRecord) -> None:
-        """An earlier run of this build has labelled it."""
+        """Count a shard that an earlier run of this build has labelled."""
         self._count(record)
         self.crops_found = self.crops_before
 
@@ -238,6 +247,7 @@ class ProgressCounter:
 
     def _progress(self, shard: int, now: float) -> Progress:
         rate = self.crops_done / max(now - self.started, 1e-9)
+        # Crops of rejected images are passed, though nobody labels them.
         left = self.crops_total - self.crops_before - self._in_work.crops_passed
         workers, stragglers = self._sum_up(now)
         return Progress(

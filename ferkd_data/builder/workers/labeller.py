@@ -43,15 +43,20 @@ from ferkd_data.teachers import TeacherSpec
 Result = TypeVar("Result")
 
 REPORT_SECONDS = 1.0
-"""How often a worker reports: a driver may hear a thousand of them."""
+"""Seconds between two reports of a worker: a driver may hear a thousand of them."""
 
 
 class Labeller:
+    """A worker's labelling thread, and the messages about its work. One request at a time, after `open`."""
+
     def __init__(self, job: Job, device: str) -> None:
         self.job = job
         self.device = device
         self.watch = _Watch(sign_of_life=job.resources.teacher_timeout is not None)
+        # One thread for the worker's whole life: PyTorch keeps the current device, inference mode and the number of
+        # threads for each thread by itself.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ferkd-data-label")
+        # Never closed: the end of the process ends all that is in it, even where a teacher hangs.
         self._open_for_life = ExitStack()
         self._tools: Tools
         self._behind: WriteBehind
@@ -83,6 +88,7 @@ class Labeller:
                 yield Slow(teacher)
                 return
             yield from self.watch.news()
+        # Once more, for what happened between the last look and the end.
         yield from self.watch.news()
         error = done.exception()
         yield last(done.result()) if error is None else failed(error)
@@ -127,6 +133,7 @@ class _Watch:
 
     def late(self, limit_seconds: float) -> str:
         """Return the names of teachers that are waited for longer than that, or an empty string."""
+        # The teachers before the time, in reverse to `asking`: whoever sees the new teachers sees the new time.
         teachers = self.teachers
         return ", ".join(map(str, teachers)) if time.monotonic() - self.since > limit_seconds else ""
 
@@ -142,6 +149,7 @@ class _Watch:
         """Yield what happened since the last call."""
         while not self.queue.empty():
             yield self.queue.get()
+        # Read once: the labelling thread may add to it between the lines below.
         crops = self.crops
         if crops != self.told or self.sign_of_life:
             yield Labelled(crops - self.told, self.rejects)

@@ -58,6 +58,8 @@ class Settled(NamedTuple):
 
 
 class Measured(NamedTuple):
+    """The labelling is timed."""
+
     sample: Sample
 
 

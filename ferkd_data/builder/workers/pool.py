@@ -41,7 +41,7 @@ POLL_SECONDS = 0.5
 LEAVE_SECONDS = 30.0
 """Time that a worker may take to leave when there is no more to do."""
 ROOM_SECONDS = 10.0
-"""How often the driver asks how many workers there is room for."""
+"""Seconds after which the driver asks again how many workers there is room for."""
 VISIBLE_SECONDS = 90.0
 """Delay after which a network file system shows a file that another node wrote."""
 SILENT_SECONDS = 10.0
@@ -86,6 +86,8 @@ def failure(failed: Failed, worker: str, shards: Sequence[int] = ()) -> FerkdErr
     """
     where = f"shard {' or '.join(map(str, shards))}: {worker}" if shards else worker
     kind = getattr(errors, failed.kind, None)
+    # Errors come as texts, since one may not unpickle here. An ImageError is made of a reason and a detail, which its
+    # text does not give back; and in a build it is a reject, not an error.
     if isinstance(kind, type) and issubclass(kind, FerkdError) and kind is not errors.ImageError:
         error: FerkdError = kind(failed.text)
     else:
@@ -201,8 +203,10 @@ class WorkerPool(Generic[AnyWorker]):
 
     def _grow(self) -> None:
         now = time.monotonic()
+        # On Ray nodes come and go; to ask is a call to the cluster.
         if now - self.room_from > ROOM_SECONDS or not self.members:
             self.room, self.room_from = self.workers.room(), now
+        # No more members than shards that are not done: others would load teachers for nothing.
         while len(self.members) < min(self.room, len(self.todo) + self._in_work()):
             number = len(self.members)
             # A member's number is its index: `with_news` returns workers, which are found again by it.
@@ -216,6 +220,7 @@ class WorkerPool(Generic[AnyWorker]):
             self.counter.shard_begun(member.shard, member.number)
             member.worker.label(member.shard)
         elif member.writing:
+            # No shard is left for it: now it has to report those that it is still writing (see `WriteBehind`).
             member.worker.settle()
         else:
             return False
@@ -256,6 +261,7 @@ class WorkerPool(Generic[AnyWorker]):
                 self.counter.worker_idle(member.number)
             case Finished(shard):
                 member.writing.discard(shard)
+                # From here on the shard is in `unseen`, so that it counts as in work until its record is seen.
                 self.held.discard(shard)
                 self._expect_record(shard, member)
             case Settled():
@@ -288,6 +294,7 @@ class WorkerPool(Generic[AnyWorker]):
                 )
             else:
                 unseen.look_at, in_vain = now + POLL_SECONDS, True
+        # Once for all of them, after the records: it may list whole folders.
         if in_vain:
             self.folder.files.look_again()
 
@@ -313,6 +320,7 @@ class WorkerPool(Generic[AnyWorker]):
                     f"{member}: died {DEATHS_AT_START} times in a row before it was ready, the last time {lost}; "
                     f"{self.workers.when_none_gets_ready}"
                 ) from lost
+        # It may have died while it was free.
         self.free = [other for other in self.free if other is not member]
         member.shard, member.ready, member.writing = None, False, set()
         member.worker, member.heard_at = self.workers.start(member.number), self.listened_seconds

@@ -87,6 +87,7 @@ class WorkerProcesses:
         context = multiprocessing.get_context("spawn")
         device = self.devices[number]
         ours, theirs = context.Pipe()
+        # A daemon, so that multiprocessing ends it where the driver ends without closing the pool.
         process = context.Process(target=work, args=(theirs, self.job, device), daemon=True)
         # A process that died while it was started shows on its pipe.
         with _interrupts_held(), contextlib.suppress(BrokenPipeError):

@@ -33,6 +33,7 @@ class RayWorker:
         self.cluster = cluster
         self.actor = actor
         self.name = f"worker {number}"
+        # Not waited for: Ray may first have to find, or start, a node.
         self.call: Any = actor.open.options(name="get ready").remote()
         """The call to get ready, or a stream of messages; None while the worker is free."""
         self.is_ready = False
@@ -53,9 +54,10 @@ class RayWorker:
         self.call = self.actor.measure.options(name="measure", num_returns="streaming").remote(refs)
 
     def hear(self) -> Message:
-        """As the protocol says; raises BuildError for an error of the actor itself."""
+        """Wait for the next message and return it. Raises WorkerLostError, and BuildError for an error of the actor."""
         errors = self.cluster.ray.exceptions
         try:
+            # A streaming call is an iterator of references; `open` is an ordinary call with one.
             message: Message = self.cluster.ray.get(next(self.call) if self.is_ready else self.call)
         except errors.RayTaskError as error:
             raise BuildError(f"{self} failed: {last_line(error)} (--debug shows where)") from error
@@ -64,6 +66,7 @@ class RayWorker:
         if isinstance(message, Ready):
             self.is_ready = True
             self.name = f"worker {self.number} ({self.location(message)})"
+        # These end a request (see `messages`). Slow and Failed end the build, so that the call is of no more interest.
         if isinstance(message, (Ready, Computed, Settled, Measured)):
             self.call = None
         return message
@@ -100,6 +103,7 @@ class RayWorkers:
         """Ask Ray for an actor. Ray chooses its node, and waits where no node has room."""
         self.starts += 1
         actor = self.cluster.ray.remote(Actor).options(
+            # Unique in the cluster, also beside other builds, and beside the dead actor whose place this one takes.
             name=f"ferkd-data {self.job.name} {self.token} worker {number} start {self.starts}",
             num_cpus=self.cluster.cpus,
             num_gpus=self.cluster.gpus,
@@ -141,6 +145,7 @@ class Actor:
         """Return the name for Ray's dashboard."""
         return f"ferkd-data {self.labeller.job.name} on {self.labeller.device}"
 
+    # Ray calls an actor's methods one at a time, in one thread: the reporting one of `Labeller`.
     def open(self) -> Message:
         return self.labeller.open(self._check_node)
 
@@ -154,7 +159,7 @@ class Actor:
         yield from self.labeller.measure(refs, f"{self.labeller.device} of node {platform.node()}")
 
     def _check_node(self) -> None:
-        """Raises BuildError where this node has another version, or does not see OUT."""
+        """Check this node. Raises BuildError where it has another version, or does not see OUT."""
         join_driver(self.driver_folder, self.driver_version)
         if self.labeller.job.out is not None:
             folder_of(self.labeller.job.out).files.join()

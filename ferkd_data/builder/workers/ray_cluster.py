@@ -52,7 +52,7 @@ class Cluster:
     max_workers: int | None
     """Workers that the user asked for in all; None: as many as there is room for."""
     grows: bool
-    """Whether nodes may join."""
+    """True where nodes may join."""
 
     def size(self) -> int:
         """Return the number of workers to ask for now."""
@@ -63,6 +63,7 @@ class Cluster:
     @property
     def workers_on_a_gpu(self) -> int:
         """Workers that share a GPU; 1 on a CPU."""
+        # Shares such as 0.33333 are meant as thirds: without the margin, rounding could lose a worker.
         return int(1 / self.gpus + 1e-6) if self.gpus else 1
 
     def room(self) -> int:
@@ -139,6 +140,8 @@ def _cluster(ray: Any, resources: Resources, *, grows: bool) -> Cluster:
     with_gpu = [node for node in nodes if node.get("GPU", 0) > 0]
     if resources.device == "cuda" or (resources.device == "auto" and with_gpu):
         device, gpus = "cuda", resources.gpus_per_teacher
+        # CPUs for one worker on the node with the fewest for each GPU. A worker asks Ray for one of them at most, so
+        # that GPUs and not CPUs decide how many workers find room; it computes with all of its share.
         share = min((node.get("CPU", 0) * gpus / node["GPU"] for node in with_gpu), default=CPU_THREADS)
         cores_of_worker = max(1, int(share))
         cpus = max(LEAST_CPU, min(1.0, share))
@@ -160,6 +163,8 @@ def _cluster(ray: Any, resources: Resources, *, grows: bool) -> Cluster:
 def _cores(cpus_of_nodes: list[int], workers: int | None) -> int:
     """Return the most cores per worker at which that many workers find room; for None, a few that every node has."""
     if workers is None:
+        # Nodes without CPUs, such as some head nodes, do not count. The second CPU_THREADS keeps `min` from having one
+        # argument.
         return min(CPU_THREADS, *filter(None, cpus_of_nodes), CPU_THREADS)
     counts = range(1, max(cpus_of_nodes, default=1) + 1)
     fitting = [count for count in counts if sum(cpus // count for cpus in cpus_of_nodes) >= workers]
@@ -175,6 +180,8 @@ def _start(ray: Any, resources: Resources) -> None:
     _init(
         ray,
         address="local",
+        # Ray gives each worker a CPU of its own. Whoever asks for more workers than there are cores wants them all the
+        # same.
         num_cpus=max(cores(), resources.workers or 1),
         num_gpus=0 if resources.device == "cpu" else None,
         include_dashboard=False,
@@ -199,6 +206,7 @@ def _connect(ray: Any, address: str) -> None:
 def _running_here(ray: Any) -> str:
     """Return the address of the cluster that this machine belongs to, as Ray remembers it. It may have ended."""
     try:
+        # Ray has no public call that answers this without connecting.
         found: str = ray._private.services.get_ray_address_from_environment("auto", None)
     except ConnectionError as error:
         raise BuildError("Ray address auto: no Ray runs on this machine; start it with `ray start`") from error
@@ -209,12 +217,14 @@ def _check_answers(host: str, port: int) -> None:
     where = f"no Ray cluster answers at {host}:{port}"
     try:
         with socket.create_connection((host, port), timeout=ANSWER_SECONDS) as connection:
+            # The port is open; the rest would have to be said in TLS.
             if os.environ.get("RAY_USE_TLS", "0") == "1":
                 return
             connection.sendall(HTTP2_HELLO)
             answer = connection.recv(9)
     except OSError as error:
         raise BuildError(f"{where} ({error}); `ray status` on its head node shows whether it runs") from error
+    # The head of an HTTP/2 frame has 9 bytes: 3 of length, then the type.
     if answer[3:4] != bytes([HTTP2_SETTINGS]):
         raise BuildError(f"{where}: something else does; the cluster's own port is 6379 unless it was told otherwise")
 
