@@ -236,6 +236,7 @@ def table_of(refs: Sequence[ImageRef]) -> pa.Table:
 
 
 def _shards(listing: Iterable[ImageRef | Reject], writer: PlanWriter, size: int) -> Iterator[list[ImageRef]]:
+    # One shard of references in memory; the listing itself may have a billion.
     refs: list[ImageRef] = []
     for item in listing:
         if isinstance(item, Reject):

@@ -51,6 +51,7 @@ def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts,
     Can be run again after a kill. Raises BuildError where every image was rejected: then no label set is written, and
     the same command begins anew.
     """
+    # Before anything is rewritten, so that starting over finds the build as its workers left it.
     if not any(folder.existing_record(shard).rows for shard in plan.shards):
         raise _start_over(folder, plan)
     thresholds = _final_thresholds(folder, plan, settings, facts.num_classes)
@@ -147,6 +148,7 @@ def _final_thresholds(folder: BuildFolder, plan: Plan, settings: BuildSettings, 
         record = folder.existing_record(shard)
         if record.rows:
             with folder.files.at_hand(record):
+                # A whole shard, but one at a time.
                 labels = _read(folder.out, record, settings, num_classes)
             counts += confidence_counts(
                 confidence(labels.class_prob, labels.target_prob, settings.thresholds.confidence)
@@ -164,6 +166,7 @@ def _rewrite_buckets(
     """
     record = folder.existing_record(shard)
     final = (thresholds.low, thresholds.mid, thresholds.top)
+    # Numbers that were asked for are in every record from the start: then no file is read.
     if record.thresholds == final or not record.rows:
         return record
     # Filled by `rows`, and so complete when `write_shard` has taken all of them.

@@ -17,6 +17,7 @@ from ferkd_data.images import Reject
 from ferkd_data.labels.statistics import Statistics
 from ferkd_data.storage import sha256_file, write_atomically
 
+# Of the files in .build/. It is compared like a setting: another version of ferkd-data does not go on with them.
 STATE_VERSION = 1
 FOLDER = ".build"
 

@@ -177,6 +177,7 @@ class BuildFolder:
 
     def saved_settings(self) -> BuildSettings:
         saved = json.loads((self.path / "state.json").read_bytes())["settings"]
+        # Both have the same fields, so that `_fingerprint` has to say which they were.
         thresholds = QuantileThresholds if saved["quantile"] else Thresholds
         distribution = {name: _tuple(value) for name, value in saved["distribution"].items()}
         return BuildSettings(
@@ -217,6 +218,7 @@ class BuildFolder:
         return record
 
     def _remove_old_rejects(self) -> None:
+        # An extension that was killed after its manifest has left the rejects of the manifest before.
         listed = read_manifest(self.out).rejects.path
         for path in self.out.iterdir():
             if REJECTS_FILE.fullmatch(path.name) and path.name != listed:

@@ -53,6 +53,7 @@ _DECODED = (
     ("PNG", 0, b"\x89PNG\r\n\x1a\n"),
     ("GIF", 0, b"GIF87a"),
     ("GIF", 0, b"GIF89a"),
+    # The RIFF container's size lies before it.
     ("WEBP", 8, b"WEBPVP8"),
 )
 _OTHERS = (
@@ -107,6 +108,7 @@ def skip_reason(name: str) -> str | None:
 
 def skip_reason_of_path(path: str) -> str | None:
     """Apply `skip_reason` to each component of a path with forward slashes; the first reason counts."""
+    # ./ in front is how tar names members, and nothing hidden.
     parts = (part for part in path.split("/") if part not in ("", ".", ".."))
     return next(filter(None, map(skip_reason, parts)), None)
 
@@ -121,6 +123,7 @@ def split_of_file(path: str) -> str | None:
     """Name the split in a file's path: `train` for data/train-00000-of-00005.parquet; None where there is none."""
     pure = PurePosixPath(path)
     stem = pure.name.partition(".")[0]
+    # The file's own name counts before the folders', and of these the nearest: train/val-0.tar is of the split val.
     by_words = _split_in(stem)
     if by_words is None and (found := HUGGING_FACE_FILE.fullmatch(stem)):
         return found[1]

@@ -19,6 +19,7 @@ KEY_COLUMNS = ("key", "__key__", "id")
 FIRST_ROWS = 64
 """Rows that are searched for a value, to tell whether a column of bytes holds images."""
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+# The likeliest first. A file that has several gets a note that names the others.
 TARGET_COLUMNS = (
     "label",
     "target",
@@ -92,6 +93,7 @@ def open_table(path: Path) -> pq.ParquetFile:
 
     Raises SourceError, also for a path that is not a regular file.
     """
+    # In this order: some footers make Arrow abort the process, which no `except` sees.
     try:
         check_footer(path)
         return pq.ParquetFile(path)
@@ -128,6 +130,7 @@ def _image_column(path: Path, schema: pa.Schema, features: Mapping[str, Any]) ->
     known = [name for name in IMAGE_COLUMNS if name in found]
     if not known and len(found) > 1:
         raise SourceError(f"{path}: holds images in {' and '.join(found)}; rename the one to use to `image`")
+    # A usual name decides among several; a single column may have any name.
     return (known or found)[0]
 
 
@@ -197,6 +200,7 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
         features = content["info"]["features"]
         return {str(name): feature for name, feature in features.items() if isinstance(feature, dict)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        # Metadata is anybody's: without it, names and bytes decide.
         return {}
 
 

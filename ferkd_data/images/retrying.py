@@ -154,6 +154,7 @@ def _is_of_a_client(error: BaseException) -> bool:
 def _is_transient(error: BaseException) -> bool:
     if _is_of_a_client(error):
         status = getattr(error, "status", None)
+        # Without a status the client did not even get an answer.
         return not isinstance(status, int) or status >= 500 or status in (408, 429)
     if isinstance(error, (TimeoutError, ConnectionError)):
         return True

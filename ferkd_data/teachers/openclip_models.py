@@ -53,6 +53,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
         model = open_clip.create_model(
             spec.name,
             pretrained=str(Path(spec.checkpoint).expanduser()) if spec.checkpoint else None,
+            # Otherwise open_clip goes on with random weights, and only logs it.
             require_pretrained=True,
             force_image_size=spec.size,
         ).eval()

@@ -100,6 +100,7 @@ def check_answers(logits_BC: Tensor, num_different: int, teacher: Teacher) -> No
         check_activation(logits_BC, spec)
     if _equal_rows(logits_BC).all():
         raise TeacherError(f"teacher {spec} gives the same for every class, on every image; check its weights")
+    # With fewer images, the same answer may be right.
     if num_different >= TELLING_IMAGES and bool((logits_BC == logits_BC[:1]).all()):
         raise TeacherError(
             f"teacher {spec} gives the same answer for all of {num_different} different images; check its weights and "
@@ -206,6 +207,7 @@ def check_class_order(class_names: Sequence[str] | None, teacher: Teacher) -> No
     # Few common names mean another vocabulary, such as WordNet IDs beside English: nothing can be compared.
     if len(known) < max(2, len(class_names) / 2) or not wrong:
         return
+    # Where all names are known, one wrong number is a fault. Where only most are, a word may mean something else there.
     if len(known) == len(class_names) or len(wrong) > CONTRADICTIONS * len(known):
         shown = "; ".join(f"class {i} is {class_names[i]!r} here and {theirs[i]!r} there" for i in wrong[:NAMES_SHOWN])
         raise UsageError(

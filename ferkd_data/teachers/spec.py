@@ -156,6 +156,7 @@ class TeacherSpec:
             raise UsageError(
                 f"teacher {text!r}: must start with one of {', '.join(k + ':' for k in KINDS)} as in {EXAMPLE}"
             )
+        # Options first: their values may hold an @ or another colon.
         target, _, query = rest.partition("?")
         # Where the name is a file, an @ in it is part of the name.
         name, _, checkpoint = target.partition("@") if traits.takes_checkpoint else (target, "", "")
@@ -258,6 +259,7 @@ def preprocessing_of(
         ("mean", mean, "0.485,0.456,0.406"),
         ("std", std, "0.229,0.224,0.225"),
     ):
+        # The user's options first: a library's statement may be wrong for these weights.
         chosen = getattr(spec, name) if getattr(spec, name) is not None else value
         if chosen is None:
             raise TeacherError(f"teacher {spec}: its {name} is not known; add the option, such as ?{name}={example}")
@@ -271,6 +273,7 @@ def preprocessing_of(
             f"teacher {spec}: its images are resized with {chosen_filter}, and crops are cut with "
             f"{' or '.join(INTERPOLATIONS)} only; choose one, such as ?interpolation=bicubic"
         )
+    # 0 is refused everywhere, so `or` passes over missing values alone.
     values["crop_pct"] = spec.crop_pct or crop_pct or CENTRE_SHARE
     return Preprocessing(interpolation=chosen_filter, **values)
 

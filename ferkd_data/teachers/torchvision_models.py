@@ -63,6 +63,7 @@ def _make(spec: TeacherSpec, weights: Any) -> nn.Module:
         pretrained: nn.Module = torchvision.models.get_model(spec.name, weights=weights)
         return pretrained
     options: dict[str, Any] = {} if spec.classes is None else {"num_classes": spec.classes}
+    # Position embeddings have to be made for the size; torchvision's other models take any, and refuse the argument.
     if spec.size is not None and spec.name.startswith("vit_"):
         options["image_size"] = spec.size
     with warnings.catch_warnings():

@@ -89,6 +89,7 @@ def open_tools(
         current_device(device),
         ThreadPoolExecutor(threads, thread_name_prefix="ferkd-data", initializer=_compute_alone) as executor,
     ):
+        # The driver's own teachers where it labels by itself.
         loaded = teachers or _load_teachers(job, device)
         # PyTorch's number of threads is per thread, but a thread that never asked takes the newest number set by any.
         # Asking here keeps this thread's number when the threads above set theirs to 1.
@@ -110,6 +111,7 @@ def _load_teachers(job: Job, device: str) -> list[Teacher]:
     """Load this process's teachers. Raises TeacherError for one that is not the one that the driver loaded."""
     with same_working_folder():
         loaded = load_teachers(job.teachers, device=device, precision=job.precision)
+    # A job has no digests where nobody has loaded its teachers before: then there is nothing to compare with.
     for teacher, digest in zip(loaded, job.digests, strict=False):
         if teacher.digest != digest:
             raise TeacherError(

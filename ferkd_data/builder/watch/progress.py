@@ -113,6 +113,7 @@ class _InWork:
         shard = self._shards[number]
         self._sum(shard, -1)
         shard.crops += crops
+        # The number so far, not since the last report: a lost message costs nothing.
         shard.rejects = rejects
         self._sum(shard, 1)
 
@@ -161,7 +162,7 @@ class ProgressCounter:
     _last_shard: int = 0
 
     def worker_started(self, worker: int, device: str = "") -> None:
-        """Note a worker that has loaded its teachers. Its rate counts from here on, the build's from the first one's."""
+        """Note a worker that has loaded its teachers. Its rate counts from now on, the build's from the first one's."""
         now = time.monotonic()
         # Loading teachers takes minutes, in which nothing is labelled: it would lower the rate, and raise the time
         # left.
@@ -271,6 +272,7 @@ class ProgressCounter:
         if now - self._summed_at >= MARK_SECONDS:
             self._summed_at = now
             rates = {number: state.rate(now) for number, state in sorted(self._workers.items())}
+            # Workers that have nothing to do are no stragglers, and would lower the median.
             busy = {number: rate for number, rate in rates.items() if self._workers[number].idle_since is None}
             slow = STRAGGLER_SHARE * statistics.median(busy.values()) if busy else 0
             late = {n for n in busy if now - self._workers[n].started >= STRAGGLER_SECONDS}
