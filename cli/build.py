@@ -34,7 +34,7 @@ from .options import (
     require_teachers,
     teacher_options,
 )
-from .overview import ShowOverview, count, lines
+from .overview import ShowOverview, count, lines, size
 from .terminal import say
 
 DONE_WITH_REJECTS = 3
@@ -323,7 +323,8 @@ def command(
     overview = ShowOverview()
     # Signals are taken before anything starts, and given back after the display has ended.
     with stop_on_sigterm(grace) as stop, show_progress() as report, _quiet_ray(changes):
-        on_progress = _with_hint(report) if _may_be_slow(teachers, changes) else report
+        hint = _hint(teachers, changes)
+        on_progress = _with_hint(report, hint) if hint else report
         changes |= {
             "teachers": teachers,
             "classes": classes,
@@ -355,22 +356,25 @@ def status_of(result: Any) -> int:
     return DONE_WITH_REJECTS if result.rejects and not result.already_finished else 0
 
 
-def _may_be_slow(teachers: tuple[str, ...], changes: dict[str, Any]) -> bool:
-    """Return whether a hint about ONNX Runtime helps: some teacher is no ONNX file, and runs on this machine's CPU.
+def _hint(teachers: tuple[str, ...], changes: dict[str, Any]) -> str:
+    """Return a remark for a build that leaves GPUs idle, or runs teachers on a CPU without ONNX Runtime; else nothing.
 
-    The answer decides nothing else: a device that is not here may be another machine's.
+    It decides nothing: a device that is not here may be another machine's.
     """
-    if changes.get("compile") or all(teacher.startswith("onnx:") for teacher in teachers):
-        return False
-    device = changes.get("device", "auto")
-    if device != "auto" or changes.get("engine") == "ray":
-        return bool(device == "cpu")
-    import torch
+    device, on_ray = changes.get("device", "auto"), changes.get("engine") == "ray"
+    if not on_ray and device in ("auto", "cuda"):
+        import torch
 
-    return not torch.cuda.is_available()
+        if torch.cuda.is_available():
+            gpus = torch.cuda.device_count()
+            return f"hint: this build uses 1 of {gpus} GPUs; --device all uses every one" if gpus > 1 else ""
+    on_a_cpu = device == "cpu" or (device == "auto" and not on_ray)
+    if not on_a_cpu or changes.get("compile") or all(teacher.startswith("onnx:") for teacher in teachers):
+        return ""
+    return "hint: on a CPU, ONNX Runtime runs many teachers several times faster: `ferkd-data bench` measures it"
 
 
-def _with_hint(report: Callable[[Any], None]) -> Callable[[Any], None]:
+def _with_hint(report: Callable[[Any], None], hint: str) -> Callable[[Any], None]:
     """Add a hint to a progress display. It is printed once, when the labelling has begun."""
     said = False
 
@@ -378,10 +382,7 @@ def _with_hint(report: Callable[[Any], None]) -> Callable[[Any], None]:
         nonlocal said
         if not said:
             said = True
-            say(
-                "hint: on a CPU, ONNX Runtime runs many teachers several times faster: `ferkd-data bench` measures it",
-                err=True,
-            )
+            say(hint, err=True)
         report(progress)
 
     return report_and_hint

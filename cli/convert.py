@@ -14,6 +14,7 @@ from ferkd_data.format.manifest import FILE_NAME, Manifest
 
 from .display import show_transfer
 from .options import default_of
+from .overview import count, size
 from .terminal import say
 
 DONE_WITH_REJECTS = 3
@@ -166,10 +167,10 @@ def _export(labels: Path, out: Path, calibration: str | None, min_crops: int) ->
 
 
 def _report(out: Path, manifest: Manifest, *, imported: bool) -> None:
-    size = sum(file.bytes for shard in manifest.shards for file in shard.files)
+    num_bytes = sum(file.bytes for shard in manifest.shards for file in shard.files)
     say(
-        f"{out}: layout {manifest.layout}, {manifest.num_images:,} images with {manifest.num_crops} crops, "
-        f"{size / 1e6:,.2f} MB, {manifest.rejects.rows:,} rejected"
+        f"{out}: layout {manifest.layout}, {count(manifest.num_images, 'image')} with "
+        f"{count(manifest.num_crops, 'crop')}, {size(num_bytes)}, {manifest.rejects.rows:,} rejected"
     )
     counted = manifest.statistics
     if imported and counted.crops_with_target:

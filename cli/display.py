@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .overview import size
 from .terminal import above, printable, say
 
 if TYPE_CHECKING:
@@ -275,15 +276,15 @@ def show_transfer(what: str) -> Iterator[Callable[[TransferProgress], None]]:
 
         def report(progress: TransferProgress) -> None:
             files = _of(progress.files, progress.files_total, "file")
-            here = size(progress.bytes)
+            done_bytes = size(progress.bytes)
             if progress.images is None:
                 done, total = progress.bytes, progress.bytes_total
-                amount = here if total is None else f"{here} of {size(total)}"
+                amount = done_bytes if total is None else f"{done_bytes} of {size(total)}"
                 details, speed = [files], lambda: f"{size(rate.per_second)}/s"
             else:
                 done, total = progress.images, progress.images_total
                 amount = _of(done, total, "image")
-                details, speed = [files, here], lambda: f"{rate.per_second:,.1f} images/s"
+                details, speed = [files, done_bytes], lambda: f"{rate.per_second:,.1f} images/s"
             rate.add(done)
             details += _speed_and_time(rate, speed, done, total)
             show(Frame(what=what, done=done, total=total, amount=amount, details=tuple(details)))
@@ -315,12 +316,3 @@ def _of(done: int, total: int | None, thing: str) -> str:
 def _speed_and_time(rate: Rate, speed: Callable[[], str], done: int, total: int | None) -> list[str]:
     left = [] if total is None or done >= total else [rate.left(total)]
     return [speed(), *left]
-
-
-def size(num_bytes: float) -> str:
-    """Return a number of bytes in decimal units: `12.3 MB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"

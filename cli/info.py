@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .options import json_option, print_json
-from .overview import left_out
+from .overview import count, left_out, size
 from .terminal import say, say_table
 
 
@@ -22,7 +22,7 @@ def command(labels: str, as_json: bool) -> int:
     if as_json:
         print_json(manifest.model_dump(mode="json", exclude={"statistics"}, exclude_none=True))
         return 0
-    size = sum(file.bytes for shard in manifest.shards for file in shard.files)
+    num_bytes = sum(file.bytes for shard in manifest.shards for file in shard.files)
     files = sum(len(shard.files) for shard in manifest.shards)
     thresholds = manifest.thresholds
     rows = {
@@ -30,7 +30,8 @@ def command(labels: str, as_json: bool) -> int:
         "images": f"{manifest.num_images:,} ({manifest.rejects.rows:,} rejected)",
         "crops": f"{manifest.num_crops} per image in blocks of {manifest.crops_per_block}",
         "labels": f"top-{manifest.top_k} of {manifest.num_classes:,} classes",
-        "size": f"{size / 1e6:.2f} MB in {files} files, {size / max(manifest.statistics.crops, 1):.1f} bytes per crop",
+        "size": f"{size(num_bytes)} in {count(files, 'file')}, "
+        f"{num_bytes / max(manifest.statistics.crops, 1):.1f} bytes per crop",
         "source": manifest.source.description,
         **({"left out": left_out(manifest.source.left_out)} if manifest.source.left_out else {}),
         **_distributions(manifest),

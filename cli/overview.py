@@ -69,6 +69,15 @@ def count(number: int, thing: str) -> str:
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
+def size(num_bytes: float) -> str:
+    """Return bytes in a readable unit: `712 bytes`, `1.2 GB`, in powers of 1,000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
 def _classes(overview: Any) -> str:
     last = overview.num_classes - 1
     if overview.first_class is None:

@@ -10,6 +10,7 @@ import ferkd_data as fd
 
 from .display import show_transfer
 from .options import GroupedCommand, default_of
+from .overview import count, size
 from .terminal import say
 
 
@@ -77,9 +78,8 @@ def command(
         for file in result.sent:
             say(f"{file.bytes:>14,}  {file.name}")
     if not result.sent:
-        say(f"{url}: already published, all {result.skipped} files")
+        say(f"{url}: already published, all {count(result.skipped, 'file')}")
         return 0
     verb = "would be sent" if dry_run else "sent"
-    files = f"{len(result.sent)} file{'' if len(result.sent) == 1 else 's'}"
-    say(f"{url}: {files}, {result.bytes / 1e6:,.2f} MB {verb}, {result.skipped} were there already")
+    say(f"{url}: {count(len(result.sent), 'file')}, {size(result.bytes)} {verb}, {result.skipped:,} were there already")
     return 0

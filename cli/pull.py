@@ -12,6 +12,7 @@ from ferkd_data.format.manifest import FILE_NAME
 
 from .display import show_transfer
 from .options import GroupedCommand, default_of
+from .overview import count, size
 from .terminal import say
 
 
@@ -69,15 +70,15 @@ def command(
             threads=threads,
             on_progress=on_progress,
         )
-    size = sum(file.bytes for shard in result.manifest.shards for file in shard.files)
-    fetched = f"{result.fetched} file{'' if result.fetched == 1 else 's'} fetched"
+    manifest = result.manifest
+    num_bytes = sum(file.bytes for shard in manifest.shards for file in shard.files)
     say(
-        f"{out}: {result.manifest.num_images:,} images with {result.manifest.num_crops} crops, {size / 1e6:,.2f} MB; "
-        f"{'already complete' if finished and not result.fetched else fetched}"
+        f"{out}: {count(manifest.num_images, 'image')} with {count(manifest.num_crops, 'crop')}, {size(num_bytes)}; "
+        f"{'already complete' if finished and not result.fetched else count(result.fetched, 'file') + ' fetched'}"
     )
     if result.signer:
         # A part has a manifest of its own, which nobody signed.
-        partial = "pulled_from" in (result.manifest.model_extra or {})
+        partial = "pulled_from" in (manifest.model_extra or {})
         say(f"the manifest{' of the whole label set' if partial else ''} is signed by {result.signer}")
     return 0
 

@@ -9,7 +9,7 @@ import click
 
 from .display import show_images
 from .options import json_option, print_json
-from .overview import count
+from .overview import count, size
 from .terminal import say
 
 
@@ -42,7 +42,7 @@ def command(labels: str, file: Path, images: str | None, csv: Path | None, log_j
         print_json({**asdict(result), "path": str(result.path)})
         return 0
     say(
-        f"{file}: {result.images:,} images with {result.crops:,} crops, {result.bytes / 1e6:,.2f} MB; "
+        f"{file}: {count(result.images, 'image')} with {count(result.crops, 'crop')}, {size(result.bytes)}; "
         f"{count(result.suspects, 'image')} with doubtful ground truth"
     )
     if result.pictures:

@@ -13,7 +13,7 @@ from ferkd_data.errors import UsageError
 
 from .display import show_transfer
 from .options import GroupedCommand, default_of, json_option, print_json
-from .overview import count
+from .overview import count, size
 from .terminal import say
 
 
@@ -91,8 +91,8 @@ def command(
         say(f"... and {hidden:,} more faults (--max-faults)")
     verdict = "no faults" if report.ok else count(report.faults_found, "fault")
     say(
-        f"{labels}: {verdict} in {report.files:,} files, {report.bytes / 1e6:,.1f} MB, {report.images:,} images, "
-        f"{report.crops:,} crops"
+        f"{labels}: {verdict} in {count(report.files, 'file')}, {size(report.bytes)}, {count(report.images, 'image')}, "
+        f"{count(report.crops, 'crop')}"
     )
     if report.signer:
         say(f"the manifest is signed by {report.signer}")

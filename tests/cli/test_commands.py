@@ -233,3 +233,30 @@ def test_an_interrupt_says_how_to_go_on(photos, tiny_teachers, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err.strip().endswith("interrupted; run the same command again to go on where it stopped")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "teachers", "options", "expected"),
+    [
+        (4, ["timm:resnet50"], {}, "uses 1 of 4 GPUs; --device all"),
+        (4, ["timm:resnet50"], {"device": "cuda"}, "uses 1 of 4 GPUs; --device all"),
+        (4, ["timm:resnet50"], {"device": "all"}, ""),
+        (4, ["timm:resnet50"], {"device": "cuda:2"}, ""),
+        (4, ["timm:resnet50"], {"engine": "ray"}, ""),
+        (4, ["timm:resnet50"], {"device": "cpu"}, "ONNX Runtime"),
+        (1, ["timm:resnet50"], {}, ""),
+        (0, ["timm:resnet50"], {}, "ONNX Runtime"),
+        (0, ["onnx:a.onnx", "timm:resnet50"], {}, "ONNX Runtime"),
+        (0, ["onnx:a.onnx"], {}, ""),
+        (0, ["timm:resnet50"], {"compile": True}, ""),
+        (0, ["timm:resnet50"], {"device": "cuda"}, ""),
+    ],
+)
+def test_a_build_that_could_be_faster_says_so(gpus, teachers, options, expected, monkeypatch):
+    """The numbers of GPUs are PyTorch's answers, replaced here: no machine of the tests has several."""
+    from ferkd_data_cli.build import _hint
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    hint = _hint(tuple(teachers), options)
+    assert expected in hint if expected else not hint
