@@ -16,7 +16,7 @@ import ferkd_data as fd
 import ferkd_data.builder
 from ferkd_data.errors import UsageError
 
-from .display import show_progress, size
+from .display import show_progress
 from .options import (
     CLUSTER,
     FILES,
@@ -451,8 +451,8 @@ def _print_estimate(estimate: Any) -> None:
     click.echo(f"files         {estimate.files:,}")
     for teacher in estimate.teachers:
         click.echo(
-            f"  {teacher.spec}: {teacher.forwards:,} forwards, {teacher.milliseconds_per_crop:.3f} ms each, "
-            f"{_duration(teacher.hours)}"
+            f"  {teacher.spec}: {teacher.forwards:,} forwards, {teacher.milliseconds_per_crop:.1f} ms each, "
+            f"{_duration(teacher.hours)} of the time"
         )
 
 

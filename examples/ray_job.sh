@@ -3,7 +3,7 @@
 #
 #     RAY_API_SERVER_ADDRESS=http://HEAD:8265 SOURCE=/data/train OUT=/data/labels TEACHER=timm:… bash examples/ray_job.sh
 #
-# `ray job stop` ends it between two batches; run this again to go on. Ray's dashboard shows the actors and their shards.
+# `ray job stop` ends it within the 2 seconds of --grace; run this again to resume. Ray's dashboard shows the actors and their shards.
 set -euo pipefail
 
 ray job submit -- \

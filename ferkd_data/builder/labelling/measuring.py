@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from ferkd_data.teachers import Teacher
 MEASURE_SECONDS = 15.0
 """Time that the whole loop is measured for."""
 TEACHER_BATCHES = 3
+TEACHER_SECONDS = 1.0
+"""Each teacher is measured for this long, and for TEACHER_BATCHES at least: ONNX Runtime's first batches are slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +89,8 @@ def _teacher_milliseconds(teacher: Teacher, tools: Tools) -> float:
     batch = empty_batch(size, input_of(teacher).size).random_(0, 256).to(tools.device)
     # `.cpu()` waits for the device, here and below: else only the launch of its kernels would be timed.
     tools.forwards.logits(teacher, batch).cpu()
-    times = []
-    for _ in itertools.repeat(None, TEACHER_BATCHES):
+    times: list[float] = []
+    while len(times) < TEACHER_BATCHES or sum(times) < TEACHER_SECONDS:
         started = time.perf_counter()
         tools.forwards.logits(teacher, batch).cpu()
         times.append(time.perf_counter() - started)
