@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,11 +147,42 @@ def _kind(sets: Sequence[LabelSet]) -> Kind:
             f"{with_kinds.location}: has crop kinds, so crops of another label set cannot be added to it: they would "
             "be of no kind. More crops of its last kind, or a further kind: ferkd-data build --extend --crop-kinds"
         )
+    if kind == "crops":
+        _check_other_crops(sets)
     return kind
 
 
 def _lacking(first: LabelSet, ours: npt.NDArray[np.uint64], theirs: npt.NDArray[np.uint64]) -> tuple[LabelSet, int]:
     return first, int((~np.isin(ours, theirs)).argmax())
+
+
+def _check_other_crops(sets: Sequence[LabelSet]) -> None:
+    """Raise LabelSetError where two label sets hold the same draws: the crops of the smaller would come twice."""
+    drawn: dict[str, LabelSet] = {}
+    for labels in sets:
+        for draw in _draws(labels.manifest):
+            other = drawn.setdefault(draw, labels)
+            if other is not labels:
+                raise LabelSetError(
+                    f"{other.location} and {labels.location}: hold the same crops ({draw}), {other.num_crops} and "
+                    f"{labels.num_crops} of each image; more of them come from `ferkd-data build --extend`, other ones "
+                    "from a build with another --seed"
+                )
+
+
+def _draws(manifest: Manifest) -> set[str]:
+    """Name the draws in a label set: a seed and a distribution give the same crops in every build.
+
+    Imported crops were drawn elsewhere, and have none.
+    """
+    extra = manifest.model_extra or {}
+    if "imported_from" in extra:
+        return set()
+    own = {"seed": manifest.seed, "crop_distribution": manifest.crop_distribution.model_dump(mode="json")}
+    # The field is not in the manifest's schema, so a stranger's may hold anything.
+    merged = extra.get("merged_from")
+    origins = [own, *(one for one in merged if isinstance(one, dict))] if isinstance(merged, list) else [own]
+    return {f"seed {one.get('seed')}, {json.dumps(one.get('crop_distribution'))}" for one in origins}
 
 
 def _check_settings(sets: Sequence[LabelSet], kind: Kind) -> None:

@@ -91,6 +91,17 @@ def test_other_crops_of_the_same_images(sets, tmp_path):
     assert np.array_equal(merged.shard(1).class_prob[:, 10:], b.shard(1).class_prob)
 
 
+def test_crops_that_would_come_twice_are_refused(sets, tmp_path, photos, tiny_teachers):
+    """Label sets of one seed begin with the same crops, whatever their number, also inside a merged one."""
+    fd.build(photos, tmp_path / "fewer", teachers=[tiny_teachers], **{**SMALL, "crops": 4})
+    with pytest.raises(LabelSetError, match=r"hold the same crops \(seed 0, .*\), 10 and 4 of each image; .*--extend"):
+        fd.merge([sets["a4"], tmp_path / "fewer"], tmp_path / "out")
+    fd.merge([sets["other crops"], sets["a4"]], tmp_path / "merged")
+    with pytest.raises(LabelSetError, match=r"merged and .*fewer: hold the same crops \(seed 0, .*20 and 4"):
+        fd.merge([tmp_path / "merged", tmp_path / "fewer"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_images(sets, tmp_path, photos, make_photos, tiny_teachers):
     new = shutil.copytree(photos, tmp_path / "new")
     for path in new.rglob("*.jpg"):
