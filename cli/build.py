@@ -406,6 +406,7 @@ def _build_part(source: str, out: str, part: str, overwrite: bool, as_json: bool
 
 
 def print_result(result: Any, as_json: bool, overview: Any = None) -> None:
+    """Print a build's result in one line, or as JSON; rejects are counted on stderr."""
     manifest = result.manifest
     total = sum(file.bytes for shard in manifest.shards for file in shard.files)
     if as_json:
@@ -457,8 +458,8 @@ def _print_estimate(estimate: Any) -> None:
 
 
 def _measured_on(estimate: Any) -> str:
-    places = Counter(estimate.measured_on)
-    named = ", ".join(place if count == 1 else f"{count} x {place}" for place, count in places.items())
+    machines = Counter(estimate.measured_on)
+    named = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in machines.items())
     measured = len(estimate.measured_on)
     if estimate.workers == 1:
         return named

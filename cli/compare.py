@@ -31,6 +31,7 @@ def command(a: str, b: str, examples: int, as_json: bool) -> int:
     """
     import ferkd_data as fd
 
+    # Opened before the display starts, so that a wrong path is one line of error.
     first, second = fd.open_labels(a), fd.open_labels(b)
     with show_images("compare") as on_progress:
         result = fd.compare(first, second, examples=examples, on_progress=on_progress)

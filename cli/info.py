@@ -20,6 +20,7 @@ def command(labels: str, as_json: bool) -> int:
 
     manifest = fd.open_labels(labels).manifest
     if as_json:
+        # Statistics have a command of their own, and hundreds of numbers.
         print_json(manifest.model_dump(mode="json", exclude={"statistics"}, exclude_none=True))
         return 0
     num_bytes = sum(file.bytes for shard in manifest.shards for file in shard.files)

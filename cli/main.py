@@ -122,6 +122,7 @@ def _interrupted(error: BaseException) -> int:
 
 
 def main() -> None:
+    """Run the program with the arguments of its process, and end the process."""
     status = run(sys.argv[1:])
     if status > SIGNALLED:
         # While threads are waited for, a second signal still ends the process at once.

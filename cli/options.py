@@ -124,6 +124,7 @@ def grouped(*names: str, group: str, **settings: Any) -> Callable[[Function], Fu
 
 
 def teacher_options(function: Function) -> Function:
+    """Add the options that name teachers and say how to run them."""
     options = [
         grouped("--teacher", "teachers", group=TEACHERS, multiple=True, metavar="SPEC", help=TEACHER_HELP),
         grouped(
@@ -165,6 +166,7 @@ def teacher_options(function: Function) -> Function:
 
 
 def require_teachers(teachers: tuple[str, ...]) -> None:
+    """Raise a usage error without a teacher: an extension takes them from the label set, so click cannot ask."""
     if not teachers:
         raise click.UsageError("Missing option '--teacher'.")
 
@@ -179,7 +181,7 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_of(function: Callable[..., Any], name: str) -> Any:
-    """The default of an argument of the library, so that it is written once."""
+    """Return the default of an argument of the library, so that it is written once."""
     return inspect.signature(function).parameters[name].default
 
 
@@ -187,6 +189,7 @@ json_option = grouped("--json", "as_json", group=WATCHING, is_flag=True, help="P
 
 
 def config_option(function: Function) -> Function:
+    """Add --config, a file with defaults for all other options of the command."""
     return grouped(
         "--config",
         group=WATCHING,
@@ -232,4 +235,5 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def print_json(content: Any) -> None:
+    """Print plain values as indented JSON on stdout."""
     say(json.dumps(content, indent=2, ensure_ascii=False))

@@ -15,6 +15,9 @@ from .options import GroupedCommand, default_of
 from .overview import count, size
 from .terminal import say
 
+MAX_SHARDS = 10_000_000
+"""More than any label set has: at 4,096 images in each, these would be 40 thousand million images."""
+
 
 @click.command(cls=GroupedCommand, renamed={"--workers": "--threads"})
 @click.argument("url")
@@ -91,5 +94,9 @@ def parse_shards(text: str) -> list[int]:
         # Not isdigit, which is true of a superscript that int() refuses.
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UsageError(f"--shards must be numbers and ranges such as 0-9,12, got {text!r}")
-        shards += range(int(first), int(last if dash else first) + 1)
+        start, stop = int(first), int(last if dash else first) + 1
+        # Before memory is taken for them.
+        if stop > MAX_SHARDS:
+            raise UsageError(f"--shards names shard {stop - 1:,}; no label set has as many")
+        shards += range(start, stop)
     return shards

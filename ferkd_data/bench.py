@@ -102,7 +102,10 @@ def bench_teachers(
         compiled: Also try torch.compile, which takes a minute or more for each teacher.
         seconds: Length of each measurement.
 
-    Raises UsageError, TeacherError.
+    Raises UsageError for numbers that cannot be right, TeacherError where a teacher cannot be run at all.
+
+    >>> found = fd.bench_teachers(["timm:resnet50"], batch_sizes=[8], compiled=False)  # doctest: +SKIP
+    >>> print(found.teachers[0].advice)  # doctest: +SKIP
     """
     cores = torch.get_num_threads()
     batch_sizes = tuple(batch_sizes or (CPU_BATCHES if device == "cpu" else CUDA_BATCHES))
@@ -122,6 +125,9 @@ def export_teacher(teacher: str | TeacherSpec, path: Path) -> TeacherSpec:
     """Write a teacher as an ONNX file, and return the spec to use from now on.
 
     Raises TeacherError, and writes nothing, where its probabilities are further than TOLERANCE from the eager ones.
+
+    >>> fd.export_teacher("timm:resnet50", Path("resnet50.onnx")).kind  # doctest: +SKIP
+    'onnx'
     """
     (eager,) = load_teachers([teacher])
     with write_atomically(path) as aside:

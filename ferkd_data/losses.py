@@ -78,7 +78,7 @@ def kl_div(
 
 
 def entropy(targets: SoftTargets | Tensor) -> Tensor:
-    """The entropy (B,) of each target, in nats."""
+    """Compute the entropy (B,) of each target, in nats."""
     if isinstance(targets, Tensor):
         # xlogy(0, 0) is 0, where 0 * log 0 is NaN.
         return -torch.xlogy(targets.to(_precision(targets)), targets).sum(dim=1)

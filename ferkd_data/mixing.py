@@ -86,6 +86,7 @@ def blend_cycles(images: Tensor, cycles: Iterable[list[int]], share: Sequence[fl
 
 
 def keeps_sum(cycle: list[int], share: Sequence[float]) -> bool:
+    """Return whether a cycle is two images that blend with each other by the same share, so that their sum stays."""
     return len(cycle) == 2 and share[cycle[0]] == share[cycle[1]]
 
 
@@ -159,6 +160,7 @@ class Mixup:
 
 
 def check_mixing(prob: float, alpha: float, per: str) -> None:
+    """Raise UsageError for settings of CutMix, Mixup or SelfMix that are out of range."""
     if not 0 <= prob <= 1:
         raise UsageError(f"prob must be in 0..1, got {prob}")
     check_positive("alpha", alpha)

@@ -256,6 +256,7 @@ TENSORS = ("index", "weight", "floor", "hard", "hard_partner", "hard_share", "bu
 
 
 def check_positive(name: str, value: float) -> None:
+    """Raise UsageError unless the value is positive and finite."""
     if not 0 < value < math.inf:
         raise UsageError(f"{name} must be positive and finite, got {value}")
 

@@ -274,6 +274,7 @@ def _citation(labels: LabelSet, fields: CardFields, url: str) -> str:
         "url": address,
         "note": f"soft labels, manifest {labels.identity[:16]}",
     }
+    # Doubled braces are single ones in an f-string, and BibTeX needs those.
     said = ",\n".join(f"  {name} = {{{value}}}" for name, value in entry.items() if value)
     own = fields.citation or f"```bibtex\n@misc{{{_bibtex_key(fields)},\n{said}\n}}\n```"
     return f"## Citation\n\n{own}\n\nThe method:\n\n" + "\n".join(f"- {work}" for work in METHOD)

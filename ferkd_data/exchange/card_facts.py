@@ -190,6 +190,7 @@ def columns_table(manifest: Manifest) -> str:
         crops = manifest.block_crops(0)
         rows = []
         for field in parquet.schema(crops, manifest.top_k, index_dtype, manifest.operation_words):
+            # As docs/format.md writes types; Arrow's own words mean nothing to most readers.
             kind = str(field.type).replace("fixed_size_list<element: ", "list<").replace("float", "float32")
             rows.append(f"| `{field.name}` | {kind} | {COLUMNS[field.name][1]} |")
         title = f"One row for each image. A file holds a block of {crops} crops of its images; k is {manifest.top_k}."
@@ -217,6 +218,7 @@ def read_contents(labels: LabelSet) -> Contents:
             if labels.manifest.layout == "parquet":
                 classes.update(parquet.read_targets(file.path, rows=shard.rows).tolist())
                 continue
+            # Headers alone: no image is read for its class and its format.
             for sample in webdataset.scan(file.path):
                 classes[sample.target] += 1
                 suffixes[sample.image_suffix] += 1

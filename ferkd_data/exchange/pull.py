@@ -238,6 +238,7 @@ def _kind_blocks(whole: Manifest, url: str, name: str) -> _Blocks:
                     f"{url}: layout webdataset keeps all crops of an image in one file; pull it without crop_kind "
                     "(--crop-kind), and choose with labels.crop_kind(NAME)"
                 )
+            # A tar holds all crops of its images: one block.
             per_block = whole.crops_per_block if whole.layout == "parquet" else whole.num_crops
             count = -(-entry.crops // per_block)
             return _Blocks(start // per_block, count, entry.crops, kind=entry, first_crop=start)

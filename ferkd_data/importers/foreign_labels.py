@@ -82,6 +82,7 @@ def foreign_teacher(
     return TeacherEntry(
         spec=spec,
         name=name,
+        # Zeros, which no digest is: readers show such weights as unknown.
         digest=UNKNOWN_DIGEST,
         num_classes=num_classes,
         size=size,

@@ -10,8 +10,10 @@ Legend: M crops, S label sets, k kept classes, m candidates (all kept classes an
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -264,7 +266,8 @@ def ensemble_shares(sets: Sequence[RowReader], weights: Sequence[float] | None) 
             )
     if weights is None:
         return [sum(teacher.weight for teacher in labels.manifest.teachers) for labels in sets]
-    if len(weights) != len(sets) or not all(np.isfinite(weight) and weight > 0 for weight in weights):
+    given: Sequence[Any] = weights
+    if len(given) != len(sets) or not all(isinstance(w, Real) and 0 < float(w) < math.inf for w in given):
         raise UsageError(f"weights must be {len(sets)} positive numbers, one for each label set; got {list(weights)}")
     return [float(weight) for weight in weights]
 

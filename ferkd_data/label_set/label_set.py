@@ -5,6 +5,7 @@ Legend: R images of a shard, N crops per image, k kept classes.
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -279,14 +280,15 @@ class LabelSet:
         raise KeyError(key)
 
     def position(self, row: int) -> tuple[int, int]:
-        """Find (shard, row in the shard) of row number `row`. Raises IndexError."""
+        """Find (shard, row in the shard) of row number `row`. Raises IndexError, TypeError for anything else."""
+        row = operator.index(row)
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
         return shard, row - int(self.first_row[shard])
 
     def __getitem__(self, key: str | int) -> ImageLabels:
-        """Return the labels of an image by its key or its row number. Raises KeyError or IndexError."""
+        """Return the labels of an image by its key or its row number. Raises KeyError, IndexError or TypeError."""
         shard, row = self.locate(key) if isinstance(key, str) else self.position(key)
         return self._shard_cached(shard)[row]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ferkd_data.errors import ManifestError, RemoteError, UsageError
+from ferkd_data.errors import ManifestError, RemoteError, UsageError, check_at_least
 from ferkd_data.format.manifest import FILE_NAME, MAX_MANIFEST_BYTES, identity_of, parse_manifest, read_manifest_bytes
 from ferkd_data.label_set.ensemble import EnsembleReader
 from ferkd_data.label_set.files import DEFAULT_BYTES, CachedFiles, Files, LocalFiles, ShardCache
@@ -46,11 +46,14 @@ def open_labels(
     Raises ManifestError when there is no finished label set, RemoteError when it cannot be fetched, UsageError when it
     has fewer crops, LabelSetError when several do not hold the same crops.
     """
+    check_at_least(0, crops=crops)
     if not isinstance(path, (str, Path)):
         sets = [
             open_labels(one, crops=crops, cache_dir=cache_dir, cache_bytes=cache_bytes, verify_labels=verify_labels)
             for one in path
         ]
+        if not sets:
+            raise UsageError("open_labels takes the path or URL of a label set, or a list of them; the list is empty")
         # A list of one is what a script with an option that may be repeated gives: no ensemble, so no merging of each
         # row.
         if len(sets) == 1 and weights is None:
@@ -78,7 +81,7 @@ def open_labels(
         )
     if crops is not None and not 1 <= crops <= manifest.num_crops:
         raise UsageError(f"{files.location}: crops must be 1..{manifest.num_crops} (what was labelled), got {crops}")
-    num_crops = manifest.num_crops if crops is None else crops
+    num_crops = manifest.num_crops if crops is None else int(crops)
     identity = identity_of(text)
     return LabelSet(
         StoredReader(

@@ -142,6 +142,7 @@ class KindReader:
         self.base = base
         self.kind = kind = kinds[number]
         self._first = kind_starts(kinds)[number]
+        # A label set that was opened with fewer crops may end within this kind.
         shown = min(kind.crops, base.num_crops - self._first)
         if crops is not None and not 1 <= crops <= shown:
             raise UsageError(f"{base.location}: crops must be 1..{shown} for the crop kind {name!r}, got {crops}")
@@ -158,6 +159,7 @@ class KindReader:
             blocks = slice(self._first_block, self._first_block + -(-self.kind.crops // whole.crops_per_block))
             shards = [shard.model_copy(update={"files": shard.files[blocks]}) for shard in whole.shards]
             changes["shards"] = tuple(shards)
+        # The crops of the files; `num_crops` above is how many of them are shown.
         changes |= {"num_crops": self.kind.crops, "crop_kinds": (entry,), "statistics": Statistics()}
         return whole.model_copy(update=changes)
 

@@ -51,7 +51,7 @@ class StageClock:
         self.read, self.decode, self.cut, self.label, self.mix, self.transform, self.send = (Stage() for _ in STAGES)
 
     def take(self) -> Spent:
-        """The time of each stage since the last call, which then counts from zero."""
+        """Return the time of each stage since the last call, and begin to count from zero."""
         stages = (self.read, self.decode, self.cut, self.label, self.mix, self.transform, self.send)
         spent = tuple(stage.seconds for stage in stages)
         for stage in stages:
@@ -60,13 +60,13 @@ class StageClock:
 
 
 def spent_on(*, send: float) -> Spent:
-    """Time of one stage that is measured outside of a StageClock."""
+    """Return the time of one stage that is measured outside of a StageClock."""
     # "send" is the last of STAGES.
     return (*NOTHING[:-1], send)
 
 
 def added(first: Spent, second: Spent) -> Spent:
-    """The sum of both, stage by stage."""
+    """Add two times, stage by stage."""
     return tuple(itertools.starmap(lambda a, b: a + b, zip(first, second, strict=True)))
 
 
@@ -106,7 +106,7 @@ class EpochClock:
         self._phase, self._since = phase, now
 
     def add_window(self, *, images: int, crops: int, spent: Spent, by_worker: bool) -> None:
-        """A window has come, whose batches are handed over next; `spent` is the time that making it took."""
+        """Count a window that has come, and whose batches are handed over next; making it took `spent`."""
         self.enter("hand_over")
         self._stages = added(self._stages, spent)
         self._windows += 1
@@ -115,14 +115,14 @@ class EpochClock:
         self._images_of_crop = images / max(1, crops)
 
     def give(self, crops: int) -> None:
-        """A batch goes to the user's loop, whose step begins."""
+        """Count a batch that goes to the user's loop, whose step begins."""
         self._batches += 1
         self._crops += crops
         self._images += crops * self._images_of_crop
         self.enter("step")
 
     def times(self) -> Times:
-        """The times so far; the phase that is going on counts up to now."""
+        """Return the times so far; the phase that is going on counts up to now."""
         # A copy, since the loop's thread may go on meanwhile. Its numbers may be of two moments, one batch apart.
         seconds = dict(self._seconds)
         if self._phase is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import Work
 from ferkd_data.loader.like_dataloader import class_names, class_numbers, refuse_transform
-from ferkd_data.loader.opening import default_size, open_maker
+from ferkd_data.loader.opening import check_labels, default_size, open_maker
 from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
 from ferkd_data.loader.schedule import Cursor, Window
 from ferkd_data.loader.settings import (
@@ -46,7 +47,7 @@ ROWS_AT_ONCE = 256
 
 
 class Numbered(NamedTuple):
-    """A row, and which reading of it this is."""
+    """A row, and the number of one reading of it."""
 
     row: int
     epoch: int
@@ -126,6 +127,7 @@ class CropDataset(Dataset[Item]):
 
         The other arguments are those of `CropLoader`. Raises UsageError and LabelSetError as it does.
         """
+        check_labels(labels)
         crops_per_image = counted("crops_per_image", crops_per_image)
         check_ranks(rank, world_size)
         self._turns = Turns.of(counted("repeats", repeats), ranks_now(rank, world_size))
@@ -203,18 +205,18 @@ class CropDataset(Dataset[Item]):
         self._maker.prepare_blocks(epoch)
 
     def __getitem__(self, row: int | Numbered) -> Item:
-        """Raises LoaderError when the image cannot be used, IndexError beyond the last row."""
+        """Raises LoaderError when the image cannot be used, IndexError beyond the last row, TypeError for no row."""
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int | Numbered]) -> list[Item]:
-        """Several rows at once, as a DataLoader asks for a batch. A row may come more than once."""
+        """Return the items of several rows, as a DataLoader asks for a batch. A row may come more than once."""
         checked = [_checked(row, len(self)) for row in rows]
         # Counted for the whole batch under one lock, before anything is read.
         visits = iter(self.shared.visit([row for row in checked if not isinstance(row, Numbered)]))
         return [self.item(*row) if isinstance(row, Numbered) else self.item(row, *next(visits)) for row in checked]
 
     def numbered(self, sampler: Iterable[int]) -> NumberedSampler:
-        """The sampler's rows, each with the number of its reading, counted where the sampler runs.
+        """Return the sampler's rows, each with the number of its reading, counted where the sampler runs.
 
         Without it, worker processes count together, and where a row comes again in the next batch, chance decides which
         of two workers reads first. With it, batches do not depend on the workers. Its `set_epoch` is that of the
@@ -223,7 +225,7 @@ class CropDataset(Dataset[Item]):
         return NumberedSampler(self, sampler)
 
     def item(self, row: int, epoch: int, number: int = 0) -> Item:
-        """The crops and targets of a row when it is read for the `number`-th time (from 0) in an epoch."""
+        """Return the crops and targets of a row when it is read for the `number`-th time (from 0) in an epoch."""
         ahead, turn = self._turns.turn(number)
         epoch, crops = epoch + ahead, self._crops_per_image
         shape = self._maker.epochs.at(epoch)
@@ -245,7 +247,7 @@ class CropDataset(Dataset[Item]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> CropStream:
-        """The same items as an iterable data set, in the order of an epoch.
+        """Return the same items as an iterable data set, in the order of an epoch.
 
         `order`, `rank` and `world_size` as in `CropLoader`. The stream begins with the epoch of `set_epoch`, and each
         iteration over it is another epoch.
@@ -255,14 +257,14 @@ class CropDataset(Dataset[Item]):
         return CropStream(self, order, shards_together, rank, world_size)
 
     def rows_of_epoch(self, epoch: int, positions: Rows, order: OrderKind, shards_together: int) -> Rows:
-        """The rows at these positions of an epoch."""
+        """Return the rows at these positions of an epoch."""
         shard_rows = [shard.rows for shard in self._maker.labels.manifest.shards]
         seed = self._maker.settings.seed
         return epoch_order(order, shard_rows, seed=seed, epoch=epoch, shards_together=shards_together).rows(positions)
 
     @staticmethod
     def collate(items: list[Item]) -> Item:
-        """Images and targets of several rows as one batch; an image's crops stay side by side."""
+        """Join images and targets of several rows to one batch; an image's crops stay side by side."""
         images, targets = [images for images, _ in items], [targets for _, targets in items]
         return torch.cat(images), torch.cat(targets) if isinstance(targets[0], Tensor) else SoftTargets.cat(targets)
 
@@ -351,7 +353,8 @@ class NumberedSampler(Sampler[Numbered]):
 
 
 def _checked(row: int | Numbered, num_rows: int) -> int | Numbered:
-    number = row.row if isinstance(row, Numbered) else row
+    # `index` refuses 0.5, of which int() would make row 0; tensors and NumPy's integers pass.
+    number = row.row if isinstance(row, Numbered) else operator.index(row)
     if not 0 <= number < num_rows:
         raise IndexError(f"row {number} of {num_rows}")
-    return row if isinstance(row, Numbered) else int(row)
+    return row if isinstance(row, Numbered) else number

@@ -21,7 +21,7 @@ from ferkd_data.loader.batch_maker import BatchMaker, Made
 from ferkd_data.loader.clocks import EpochClock
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.like_dataloader import DataLoaderLike
-from ferkd_data.loader.opening import default_size, open_maker
+from ferkd_data.loader.opening import check_labels, default_size, open_maker
 from ferkd_data.loader.order import OrderKind
 from ferkd_data.loader.pool import Workers
 from ferkd_data.loader.schedule import Cursor, Layout, Window, count_batches, read_cursor, saved_epoch, settled, windows
@@ -159,8 +159,7 @@ class CropLoader(DataLoaderLike):
 
         Raises UsageError for settings that cannot be right, LabelSetError when images and labels do not match.
         """
-        if not isinstance(labels, LabelSet):
-            raise UsageError(f"labels must be a label set, as fd.open_labels({labels!r}) opens it")
+        check_labels(labels)
         labels = labels if verify_labels is None else labels.verified(verify_labels)
         self.settings = LoaderSettings(
             batch_size=batch_size,

@@ -59,6 +59,8 @@ class Encoded(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)
 class EncodedJob(Job):
+    """A window to read and label, whose images a worker sends back as they are."""
+
     window: Window
     settings: EpochSettings
 
@@ -76,7 +78,7 @@ class DeviceWorkers:
         )
 
     def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:
-        """The windows with their crops and targets, in order. Raises LoaderError as workers do."""
+        """Yield the windows with their crops and targets, in order. Raises LoaderError as workers do."""
         jobs = (EncodedJob(window=window, settings=self._maker.epochs.at(window.epoch)) for window in windows)
         # This process makes windows itself until a worker is ready; its data needs no file.
         for job in self._pool.run(jobs, lambda job: _joined(*encode(self._maker, job.window))):
@@ -133,7 +135,7 @@ class DeviceWorkers:
     def _placed(
         self, window: Window, decoded: list[Tensor], crops: list[Crops], slots: list[npt.NDArray[np.int64]]
     ) -> Tensor:
-        """The window's crops, (count, 3, S, S), each in its slot, without waiting for the device's other work."""
+        """Cut the window's crops, (count, 3, S, S), each into its slot, without waiting for the device's other work."""
         count, size = sum(window.batches), self._maker.epochs.at(window.epoch).size
         interpolation = self._maker.settings.interpolation
         order = np.concatenate(slots) if slots else np.empty(0, np.int64)
@@ -245,7 +247,7 @@ def _is_plain_jpeg(data: bytes, record: np.void, pixel_limit: int) -> bool:
 
 
 def _of_size(pixels: Tensor, size: list[int]) -> Tensor | ImageError:
-    """The pixels where a device's decoder took the header as the host does; a crafted JPEG may have several."""
+    """Return the pixels, or an error where the device took another header than the host; a JPEG may have several."""
     height, width = size
     if pixels.shape[1:] == (height, width):
         return pixels
@@ -287,7 +289,7 @@ def _decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def open_device(device: str | torch.device) -> torch.device:
-    """The device, once it has decoded a JPEG. Raises UsageError where it cannot."""
+    """Open a device and decode a JPEG on it. Raises UsageError where it cannot."""
     try:
         opened = torch.device(device)
         if opened.type not in ("cpu", "cuda"):

@@ -49,13 +49,13 @@ class Images(Protocol):
         """Announce the shards of the windows to come, so that they can be fetched together."""
 
     def read(self, row: int, record: np.void) -> bytes:
-        """The encoded bytes of a labelled image, given its row and record. Raises ImageError."""
+        """Read the encoded bytes of a labelled image, given its row and record. Raises ImageError."""
 
 
 def open_images(
     labels: LabelSet, images: str | Path | ImageSource | None, *, missing: Missing, streamed: bool
 ) -> tuple[LabelSet, Images]:
-    """Labels with their images: from a source, by key, or from a label set of layout `webdataset` itself.
+    """Join labels with their images: from a source, by key, or from a label set of layout `webdataset` itself.
 
     The labels come back without those of missing images where these are dropped. Where labels of another host are
     `streamed` and no image is dropped, keys are not known beforehand: a missing image is found when its turn comes.
@@ -74,7 +74,7 @@ def open_images(
 
 
 def join_images(labels: LabelSet, source: ImageSource, *, missing: Missing) -> tuple[LabelSet, ImageTable]:
-    """The labels, and the images of a source that are labelled.
+    """Return the labels, and those images of a source that are labelled.
 
     missing: what labelled images that the source lacks do: "raise", be left out of the labels ("drop"), or stay until
     their turn comes ("later").
@@ -106,7 +106,10 @@ def give_memory_back() -> None:
 
 
 def _tabulate(source: ImageSource, wanted: npt.NDArray[np.uint64] | None) -> tuple[ImageTable, str]:
-    """The images of a source, or those of them whose keys have one of these hashes, which are sorted; its first key."""
+    """Tabulate the images of a source, or those whose keys have one of the sorted hashes `wanted`.
+
+    Returns the table and the first key that the source lists.
+    """
     table = ImageTable(source, Scratch("images"))
     found, theirs = [np.empty(0, np.uint64)], ""
     with pa.OSFile(str(table.folder / FILE_NAME), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -175,7 +178,7 @@ class ImageTable:
         return self.read_key(int(record["key_hash"]))
 
     def read_key(self, key_hash: int) -> bytes:
-        """The encoded bytes of the image whose key has this hash. Raises ImageError when it cannot be read."""
+        """Read the encoded bytes of the image whose key has this hash. Raises ImageError when it cannot be read."""
         return self.source.read_one(self.ref(key_hash))
 
     def ref(self, key_hash: int) -> ImageRef:
@@ -227,7 +230,7 @@ class OwnImages:
             self._held.stage(stage.now, stage.coming)
 
     def read(self, row: int, record: np.void) -> bytes:
-        """The encoded bytes. Raises ImageError where the tar ends within the image; ShardError, RemoteError."""
+        """Read the encoded bytes. Raises ImageError where the tar ends within the image; ShardError, RemoteError."""
         tar = (self._held if self._staged else self._at_random).get(self.labels.position(row)[0])
         length = int(record["image_bytes"])
         data = tar.read(int(record["image_offset"]), length)
@@ -247,7 +250,7 @@ class OwnImages:
 
 
 def max_open() -> int:
-    """Tars that this process may keep open: a quarter of its files, the rest of which is the training's."""
+    """Return how many tars this process may keep open: a quarter of its files, the rest being the training's."""
     return max(8, min(MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
 
@@ -269,7 +272,7 @@ class KeyTable:
         self._open()
 
     def take(self, rows: Tensor) -> tuple[str, ...]:
-        """The keys of these rows, int64 (B,)."""
+        """Return the keys of these rows, int64 (B,)."""
         at = rows.cpu().numpy()
         bounds = zip(self._bounds[at].tolist(), self._bounds[at + 1].tolist(), strict=True)
         return tuple(self._text[start:stop].tobytes().decode() for start, stop in bounds)
@@ -340,6 +343,7 @@ def labelled_pixels(record: np.void, pixel_limit: int) -> int:
 
 
 def check_labelled_size(height: int, width: int, record: np.void) -> None:
+    """Raise ImageError where an image of this size is not the one that was labelled."""
     if (height, width) != (record["height"], record["width"]):
         labelled = f"{record['width']}x{record['height']}"
         raise ImageError("other_image", f"it is {width}x{height} pixels, {labelled} were labelled")

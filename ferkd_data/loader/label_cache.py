@@ -49,6 +49,7 @@ LOCATION_FIELDS = ("image_offset", "image_bytes")
 
 
 def record_dtype(labels: LabelSet, block: int) -> np.dtype[np.void]:
+    """Return the type of a record: the labels of one image in this crop block, and where its bytes lie."""
     manifest = labels.manifest
     num_crops, top_k = manifest.block_crops(block), manifest.top_k
     return np.dtype(

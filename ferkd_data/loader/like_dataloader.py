@@ -15,7 +15,7 @@ TO_RESUME = (
 
 
 def class_names(labels: LabelSet) -> list[str]:
-    """The names of the classes that are trained on, or their numbers where they have no names."""
+    """List the names of the classes that are trained on, or their numbers where they have no names."""
     names = labels.class_names
     return [str(number) for number in range(labels.num_classes)] if names is None else list(names)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from ferkd_data.crop_kinds import DEFAULT_SIZE
 from ferkd_data.errors import UsageError
@@ -18,6 +19,12 @@ from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.settings import LoaderSettings
 from ferkd_data.loader.shard_files import ShardRecords
 from ferkd_data.loader.transform import draws_elsewhere
+
+
+def check_labels(labels: Any) -> None:
+    """Raise UsageError for anything but an open label set, such as the path of one."""
+    if not isinstance(labels, LabelSet):
+        raise UsageError(f"labels must be a label set, as fd.open_labels({labels!r}) opens it")
 
 
 def check_one_kind(labels: LabelSet) -> None:

@@ -35,8 +35,10 @@ class Stage(NamedTuple):
 
 
 class Order(Protocol):
+    """The order of an epoch's images, evaluated at some positions."""
+
     def rows(self, positions: Rows) -> Rows:
-        """The rows at these positions of the epoch, element by element."""
+        """Return the rows at these positions of the epoch, in their shape."""
 
     def stage(self, positions: Rows) -> Stage | None:
         """Return the shards of these positions; None where any shard may be needed at any time."""
@@ -144,7 +146,7 @@ class ShardShuffle:
         return np.searchsorted(self._group_starts, positions, side="right") - 1
 
     def _shards_of(self, group: int) -> list[int]:
-        """The shards of a group that have rows."""
+        """List the shards of a group that have rows."""
         numbers = range(group * self._group_size, min((group + 1) * self._group_size, len(self._shards)))
         return [int(self._shards[i]) for i in numbers if self._starts[i] < self._starts[i + 1]]
 
@@ -192,6 +194,7 @@ class FromPosition:
 
 
 def check_order(kind: str) -> None:
+    """Raise UsageError for an unknown kind of order."""
     if kind not in ORDERS:
         raise UsageError(f"order must be {', '.join(ORDERS)}, got {kind!r}")
 
@@ -199,7 +202,7 @@ def check_order(kind: str) -> None:
 def epoch_order(
     kind: str, shard_rows: Sequence[int] | Rows, *, seed: int, epoch: int, shards_together: int = 8
 ) -> Order:
-    """`sequential`, `global` or `shards`. Raises UsageError for another kind."""
+    """Return the order of an epoch: `sequential`, `global` or `shards`. Raises UsageError for another kind."""
     check_order(kind)
     key = rng.hash64("order", seed, epoch)
     if kind == "sequential":

@@ -252,6 +252,8 @@ def window_shape(maker: BatchMaker, settings: EpochSettings) -> tuple[int, int]:
 
 @dataclass(eq=False, kw_only=True)
 class CropJob(Job):
+    """A window to make, whose crops go into a slot of shared memory."""
+
     window: Window
     settings: EpochSettings
     take: Callable[[int | None], Slot]

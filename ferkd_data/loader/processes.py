@@ -114,6 +114,8 @@ class Outcome(NamedTuple):
 
 @dataclass(eq=False)
 class Worker:
+    """A worker process, as the training sees it."""
+
     number: int
     channel: Channel
     pid: int | None = None

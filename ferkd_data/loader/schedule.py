@@ -93,7 +93,7 @@ def read_cursor(saved: Any, layout: Layout) -> Cursor:
 
 
 def saved_epoch(saved: Any) -> int:
-    """The epoch of a saved cursor, which decides the layout that it must fit; 0 for a damaged one."""
+    """Return the epoch of a saved cursor, which decides the layout that it must fit; 0 for a damaged one."""
     epoch = saved.get("epoch") if isinstance(saved, dict) else None
     return max(int(epoch), 0) if isinstance(epoch, Integral) else 0
 
@@ -139,7 +139,7 @@ def settled(layout: Layout, cursor: Cursor, *, world_size: int) -> Cursor:
 
 
 def stand_in(position: int, attempt: int, step: int, *, num_images: int) -> int:
-    """The position of the image that replaces one that cannot be used; another one at each attempt.
+    """Return the position of the image that replaces one that cannot be used; another one at each attempt.
 
     It is the corresponding image of a later window, `step` being the images of a rank's window: near in a streamed
     order, the same after a resume, and a different image for each position of a window. Attempts 0 to num_images - 1
@@ -155,7 +155,7 @@ def _window_images(layout: Layout, cursor: Cursor) -> int:
 
 
 def _batch_of_crop(layout: Layout, cursor: Cursor) -> Ints:
-    """(P * b, M): the batch, within its window, that crop m of a rank's image i goes into.
+    """Return (P * b, M): the batch, within its window, that crop m of a rank's image i goes into.
 
     Image i begins at batch i % P, and its crops lie at the same distances from there: M distinct batches where P >= M,
     and B crops in every batch.
@@ -175,7 +175,7 @@ def _batch_of_crop(layout: Layout, cursor: Cursor) -> Ints:
 
 
 def _slots(layout: Layout, cursor: Cursor) -> Ints:
-    """(P * b, M): each crop's slot, 0 .. P * B - 1, in a rank's window, batch after batch."""
+    """Return (P * b, M): each crop's slot, 0 .. P * B - 1, in a rank's window, batch after batch."""
     batch = _batch_of_crop(layout, cursor)
     # Stable: an image's crops that go into the same batch stay side by side there, as SelfMix needs them.
     order = np.argsort(batch.reshape(-1), kind="stable")
@@ -185,7 +185,7 @@ def _slots(layout: Layout, cursor: Cursor) -> Ints:
 
 
 def _window(layout: Layout, cursor: Cursor, done: int, rank: int) -> Window:
-    """A rank's window from its batch number `done` on, for the number of ranks it was begun with."""
+    """Return a rank's window from its batch number `done` on, for the number of ranks it was begun with."""
     size, step = layout.batch_size, cursor.window_ranks * layout.batch_size
     images = cursor.window_batches * layout.batch_images
     # Slots of batches that were given become negative, and their crops are not wanted any more.
@@ -205,7 +205,7 @@ def _window(layout: Layout, cursor: Cursor, done: int, rank: int) -> Window:
 
 
 def _after(layout: Layout, cursor: Cursor, crops: int) -> Cursor:
-    """The cursor after `crops` of the window in work."""
+    """Return the cursor after `crops` of the window in work."""
     total = _window_images(layout, cursor)
     if crops >= total * layout.crops_per_image:
         return Cursor(epoch=cursor.epoch, images=cursor.images + total)
@@ -230,7 +230,7 @@ def _rest_of_window(layout: Layout, cursor: Cursor, rank: int, world_size: int) 
 
 
 def _window_crops(layout: Layout, cursor: Cursor) -> tuple[Ints, Ints]:
-    """Positions and crop numbers m of all ranks' window, ordered by batch, then rank, then slot."""
+    """Return positions and crop numbers m of all ranks' window, ordered by batch, then rank, then slot."""
     images = cursor.window_batches * layout.batch_images
     slots = _slots(layout, cursor).reshape(-1)
     rank = np.repeat(np.arange(cursor.window_ranks), slots.size)
@@ -251,7 +251,7 @@ def _dealt(layout: Layout, cursor: Cursor, images: Ints, crops: Ints, after: Cur
 
 
 def _last_window(layout: Layout, cursor: Cursor, left: int, rank: int, world_size: int) -> Window:
-    """The epoch's last, short batch; images from its start fill up, so that all ranks get equally many."""
+    """Return the epoch's last, short batch; images from its start fill up, so that all ranks get equally many."""
     # Equally many for every rank, since one that ran out of batches would leave the others waiting in all-reduce.
     images = -(-left // world_size)
     positions = (cursor.images + rank * images + np.arange(images)) % layout.num_images

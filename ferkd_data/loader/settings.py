@@ -28,6 +28,8 @@ LAUNCHERS = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_S
 
 
 class Ranks(NamedTuple):
+    """The number of this process among those that train together, and how many these are."""
+
     rank: int
     world_size: int
 
@@ -155,6 +157,7 @@ class LoaderSettings:
             # Integers of NumPy become plain ones. bool is refused, though Python counts it as one: True is no size.
             if not (name in OF_EPOCH and callable(getattr(self, name))):
                 object.__setattr__(self, name, _whole_number(name, getattr(self, name)))
+        # None stays: it stands for what torch.distributed says when an iteration begins.
         for name in ("rank", "world_size"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _whole_number(name, getattr(self, name)))
@@ -222,6 +225,7 @@ class LoaderSettings:
                 raise UsageError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if self.transform is not None and not callable(self.transform):
             raise UsageError(f"transform must be a function of a crop, uint8 (3, S, S), got {self.transform!r}")
+        # Combinations that would leave a setting without effect are refused, and not ignored.
         if self.transform is not None and self.decode_device is not None:
             raise UsageError("transform needs crops that workers cut: leave out decode_device")
         if self.decode_scale != "exact" and self.decode_device is not None:
@@ -230,7 +234,7 @@ class LoaderSettings:
 
 
 def epoch_number(epoch: Any) -> int:
-    """An epoch's number as a plain int. Raises UsageError for anything but a whole number from 0 on."""
+    """Return an epoch's number as a plain int. Raises UsageError for anything but a whole number from 0 on."""
     number = _whole_number("epoch", epoch)
     if number < 0:
         raise UsageError(f"epoch must not be negative, got {number}")
@@ -238,7 +242,7 @@ def epoch_number(epoch: Any) -> int:
 
 
 def counted(name: str, value: Any, least: int = 1) -> int:
-    """A setting that counts something, as a plain int. Raises UsageError for anything less than `least`."""
+    """Return a setting that counts something, as a plain int. Raises UsageError for less than `least`."""
     number = _whole_number(name, value)
     if number < least:
         raise UsageError(f"{name} must be at least {least}, got {number}")

@@ -71,6 +71,7 @@ class LoaderStats:
     @property
     def seconds(self) -> float:
         """Time from the first batch on."""
+        # Without "prepare": unpacking happens once for all epochs, and would spoil every rate of the first one.
         return self.wait_seconds + self.hand_over_seconds + self.step_seconds
 
     @property
@@ -93,7 +94,7 @@ class LoaderStats:
         return {stage: seconds / total if total else 0.0 for stage, seconds in self.stage_seconds.items()}
 
     def line(self) -> str:
-        """The epoch in one line, as `log_stats=True` logs it."""
+        """Describe the epoch in one line, as `log_stats=True` logs it."""
         if not self.batches:
             return f"epoch {self.epoch}: {NO_BATCH}"
         text = (
@@ -151,6 +152,7 @@ def log_stats(stats: LoaderStats, ranks: Ranks) -> None:
     """Log an epoch's line, and warn where logging is set up so that nobody would see it."""
     if not stats.batches:
         return
+    # Python's default level is WARNING: without a word, log_stats=True would do nothing in a plain script.
     if not log.isEnabledFor(logging.INFO):
         warnings.warn(
             "log_stats=True logs at level INFO, which is not shown; call logging.basicConfig(level=logging.INFO), or "
@@ -162,7 +164,7 @@ def log_stats(stats: LoaderStats, ranks: Ranks) -> None:
 
 
 def stats_of(times: Times, settings: LoaderSettings) -> LoaderStats:
-    """The statistics of an epoch, from its clock's times."""
+    """Make the statistics of an epoch from its clock's times."""
     bottleneck, advice = "unknown", NO_BATCH
     seconds = times.seconds
     if times.batches:
@@ -228,7 +230,7 @@ class Setup:
 
 
 def cores_of_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Cores that this process may use, divided by the ranks that a launcher started on this machine."""
+    """Return the cores that this process may use, divided by the ranks that a launcher started on this machine."""
     # Slurm and cpusets restrict the affinity; macOS has none.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # torchrun sets it: the processes of this machine, which all start workers.
@@ -239,7 +241,7 @@ def cores_of_rank(environment: Mapping[str, str] = os.environ) -> int:
 def judge(
     setup: Setup, *, wait: float, hand_over: float, step: float, stages: Mapping[str, float], here_share: float
 ) -> tuple[str, str]:
-    """The bottleneck, and advice. Times in seconds; `stages` as in `STAGES`.
+    """Return the bottleneck, and advice. Times are in seconds, `stages` as in `STAGES`.
 
     >>> setup = Setup(num_workers=2, crops_per_image=4, spread=False, decode_device=False, cuda=False, cores=8)
     >>> judge(setup, wait=9, hand_over=0, step=1, stages={"read": 15, "decode": 3}, here_share=0)[0]
@@ -277,6 +279,7 @@ def _read(setup: Setup) -> str:
 def _decode(setup: Setup) -> str:
     if setup.decode_device:
         return _on_device(setup)
+    # Other ways to decode faster cost something; more workers only need cores.
     if setup.free_cores:
         return _more_workers(setup)
     if setup.crops_per_image == 1:
@@ -308,6 +311,7 @@ def _transform(setup: Setup) -> str:
 
 def _send(setup: Setup) -> str:
     smaller = "spread or batch_size" if setup.spread else "batch_size"
+    # 40 MB: `channel.MAPPED_BYTES`, up to which a worker keeps its slots mapped.
     return f"mapping memory takes most of the workers' time: lower {smaller}, so that a window's crops take 40 MB"
 
 

@@ -30,7 +30,7 @@ _LOCK = threading.Lock()
 
 @contextmanager
 def lent_generators() -> Iterator[None]:
-    """The global generators on loan: afterwards they are as they were, also after an error.
+    """Lend the global generators: afterwards they are as they were, also after an error.
 
     Only this process's CPU generators. A GPU's is not touched, which `torch.manual_seed` would do.
     """
@@ -45,7 +45,7 @@ def lent_generators() -> Iterator[None]:
 
 
 def transformed(transform: Transform, crop: Tensor, seed: int, where: Callable[[], str]) -> Tensor:
-    """`transform(crop)` with the global generators seeded by a 64-bit seed; to be called within `lent_generators`.
+    """Return `transform(crop)`, with the global generators seeded by a 64-bit seed; call it within `lent_generators`.
 
     `where()` names the crop in errors. Raises LoaderError where the transform fails, or does not give uint8 (3, S, S).
     """
@@ -72,7 +72,7 @@ def transformed(transform: Transform, crop: Tensor, seed: int, where: Callable[[
 
 
 def crop_seed(seed: int, key_hash: int, draw: int) -> int:
-    """The seed of an image's crop, 64 bits. `draw` counts all crops that the training has drawn of the image before."""
+    """Return the 64-bit seed of an image's crop; `draw` counts the crops drawn of the image in the training before."""
     return rng.hash64("transform", seed, key_hash, draw)
 
 

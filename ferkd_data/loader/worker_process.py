@@ -44,7 +44,7 @@ class Work(Protocol):
     """The work of a loader's workers. Pickled once, for the template."""
 
     def __call__(self, task: Any, descriptors: list[int]) -> tuple[Any, list[int]]:
-        """The result of a task, and descriptors that go with it; those given came with the task."""
+        """Return the result of a task, and descriptors that go with it; those given came with the task."""
 
 
 class Fork(NamedTuple):
@@ -75,6 +75,8 @@ class Do(NamedTuple):
 
 
 class Done(NamedTuple):
+    """The answer of a worker to a `Do` of the same number."""
+
     number: int
     result: Any
     """What the work returned, or `Raised`."""

@@ -87,6 +87,7 @@ def ranked(image: Any) -> list[int]:
 def extremes(image: SampledImage) -> list[Crop]:
     """List the crops that `image_card` shows with pictures."""
     order = ranked(image)
+    # Once each: with few crops, the least and the most confident ones overlap.
     numbers = dict.fromkeys([*order[:EXTREMES], *order[::-1][:EXTREMES]])
     return [Crop(image=image, number=number) for number in numbers]
 

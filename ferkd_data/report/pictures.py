@@ -110,6 +110,7 @@ def source_images(source: str | Path | ImageSource, wanted: Iterable[str]) -> It
     left = set(wanted)
     for ref in opened.list_images():
         if isinstance(ref, ImageRef) and ref.key in left:
+            # A source that lists a key twice is asked for its first image, as a build labels that one.
             left.discard(ref.key)
             try:
                 yield ref.key, opened.read_one(ref)
@@ -164,6 +165,7 @@ def shrunk(pixels: npt.NDArray[np.uint8], longer_side: int) -> npt.NDArray[np.ui
 def data_uri(pixels: npt.NDArray[np.uint8]) -> str:
     """Encode pixels (H, W, 3) as a JPEG data URI."""
     stream = io.BytesIO()
+    # optimize: smaller tables, for a file that holds hundreds of pictures.
     Image.fromarray(pixels).save(stream, "JPEG", quality=QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 

@@ -48,6 +48,7 @@ def teacher_table(labels: LabelSet, sketch: Sketch) -> Table:
     _, known_crops, right_crops = (int(row.sum()) for row in sketch.confidence["max"])
     if len(labels.manifest.teachers) > 1 and known_crops:
         right = percent(right_crops / known_crops)
+        # Of the stored labels, which are those of the ensemble.
         rows.append([f"together ({labels.manifest.ensemble})", right, "", "", "", "", ""])
     return Table(caption="Teachers, and how often each names the ground truth", columns=columns, rows=rows)
 

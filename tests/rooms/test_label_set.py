@@ -68,6 +68,20 @@ def test_what_is_no_label_set(tmp_path):
         fd.open_labels(tmp_path)
     with pytest.raises(ManifestError, match="no manifest"):
         fd.open_labels(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="the list is empty"):
+        fd.open_labels([])
+
+
+@pytest.mark.parametrize("crops", [2.0, "2", -1])
+def test_what_is_no_number_of_crops(label_set, crops):
+    with pytest.raises(UsageError, match="crops must be"):
+        fd.open_labels(label_set, crops=crops)
+
+
+@pytest.mark.parametrize("row", [1.0, slice(0, 2), None])
+def test_what_is_no_row(label_set, row):
+    with pytest.raises(TypeError):
+        fd.open_labels(label_set)[row]
 
 
 def test_statistics_are_those_of_the_rows(label_set):

@@ -127,8 +127,9 @@ def test_conflicts_are_named(sets, tmp_path, photos):
         fd.merge([sets["a4"], tmp_path / "fewer"], tmp_path / "out")
     with pytest.raises(UsageError, match=r"2 weights for|weights are for"):
         fd.merge([sets["a4"], sets["other crops"]], tmp_path / "out", weights=[1, 2])
-    with pytest.raises(UsageError, match="weights must be 2 positive numbers"):
-        fd.open_labels([sets["a4"], sets["b4"]], weights=[1, -2])
+    for weights in ([1, -2], [1, "2"], [1, float("nan")]):
+        with pytest.raises(UsageError, match="weights must be 2 positive numbers"):
+            fd.open_labels([sets["a4"], sets["b4"]], weights=weights)
     with pytest.raises(UsageError, match="holds another label set; give a new folder"):
         fd.merge([sets["a4"], sets["b4"]], sets["a4"])
     assert not (tmp_path / "out").exists()

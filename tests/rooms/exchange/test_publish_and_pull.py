@@ -358,5 +358,6 @@ def test_the_commands(label_set, tmp_path, capsys):
         out = capsys.readouterr().out
         assert "16 images with 4 crops" in out and said in out
     assert run(["verify", str(tmp_path / "mine")]) == 0
-    assert run(["pull", place, str(tmp_path / "x"), "--shards", "one"]) == 2
+    for shards in ("one", "0-", "\u00b2", "0-99999999999"):
+        assert run(["pull", place, str(tmp_path / "x"), "--shards", shards]) == 2
     assert json.loads((tmp_path / "mine/manifest.json").read_text())["pulled_from"]["shards"] == [0, 1]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -55,6 +56,9 @@ def test_items_and_errors(dataset):
     assert len(dataset) == 20 and images.shape == (2, 3, 32, 32) and len(targets) == 2
     with pytest.raises(IndexError):
         dataset[20]
+    with pytest.raises(TypeError):
+        dataset[0.5]
+    assert len(dataset[np.int64(3)][0]) == len(dataset[torch.tensor(3)][0]) == 2
     with pytest.raises(UsageError, match="negative"):
         dataset.set_epoch(-1)
 
@@ -259,6 +263,11 @@ def test_what_a_stream_cannot_be(dataset):
 def test_what_counts_cannot_be(label_set, photos, name, value, message):
     with pytest.raises(UsageError, match=f"{name} must be .*{message}"):
         fd.CropDataset(fd.open_labels(label_set), images=photos, **{name: value})
+
+
+def test_a_path_is_no_label_set(label_set, photos):
+    with pytest.raises(UsageError, match=r"labels must be a label set, as fd\.open_labels"):
+        fd.CropDataset(str(label_set), images=photos)
 
 
 def test_the_file_that_processes_share_goes_with_the_data_set(dataset):
