@@ -54,7 +54,6 @@ def write_atomically(path: Path, *, sync: bool = True, advice: str = GO_ON) -> I
             # The new name is an entry of the folder, which has to reach the disk as well.
             _sync(path.parent)
     finally:
-        # Renamed, it is gone already; after an error, what was written is of no use.
         aside.unlink(missing_ok=True)
 
 

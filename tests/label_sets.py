@@ -5,15 +5,27 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import ferkd_data as fd
-from ferkd_data.labels.rows import ShardLabels, same_labels
+from ferkd_data.labels.rows import ShardLabels
 from ferkd_data.storage import sha256_file
 
 TEACHER_MODULES = Path(__file__).parent / "teacher_modules"
 SMALL = {"crops": 10, "crops_per_block": 4, "top_k": 4, "images_per_shard": 8, "device": "cpu"}
+
+
+def same_labels(a: ShardLabels, b: ShardLabels) -> bool:
+    """Return whether two shards hold the same rows, value by value; NaN equals NaN."""
+    if list(a.keys) != list(b.keys):
+        return False
+    # Only target_prob has NaN, for "unknown".
+    names = [f.name for f in fields(ShardLabels) if f.name != "keys"]
+    return all(np.array_equal(getattr(a, name), getattr(b, name), equal_nan=name == "target_prob") for name in names)
 
 
 def same_label_sets(a: Path, b: Path) -> bool:

@@ -50,8 +50,8 @@ def _space(*, shear: float, translate: float, degrees: float, factor: float, bit
     """Make torchvision's search space of RandAugment or TrivialAugmentWide; None is the identity."""
     step = np.arange(BINS) / (BINS - 1)
 
-    def values(largest: float, unit: float, offset: float = 0) -> npt.NDArray[np.int16]:
-        return np.rint((offset + largest * step) * unit).astype(np.int16)
+    def values(largest: float, unit: float) -> npt.NDArray[np.int16]:
+        return np.rint(largest * step * unit).astype(np.int16)
 
     factors = [_Magnitudes(name, values(factor, FACTOR), True) for name in FACTORS]
     return [

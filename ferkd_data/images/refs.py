@@ -121,9 +121,9 @@ class LeftOut:
     No file disappears in silence: a build prints these counts.
     """
 
-    def __init__(self, counts: Mapping[str, int] | None = None, examples: Mapping[str, str] | None = None) -> None:
-        self.counts: Counter[str] = Counter(counts or {})
-        self.examples: dict[str, str] = dict(examples or {})
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
         """Count files under a reason: one of KINDS, or an extension such as `.txt`."""

@@ -123,7 +123,7 @@ class ShardLabels:
 
     @classmethod
     def from_rows(cls, rows: Sequence[ImageLabels]) -> ShardLabels:
-        """Stack at least one row."""
+        """Stack rows, at least one, along a new first axis."""
         digests = np.frombuffer(b"".join(row.image_digest for row in rows), np.uint8)
         return cls(
             keys=[row.key for row in rows],
@@ -148,15 +148,6 @@ def concat_crops(parts: Sequence[ShardLabels]) -> ShardLabels:
         name: np.concatenate([getattr(part, name) for part in parts], axis=1) for name in CROP_FIELDS
     }
     return replace(parts[0], **joined)
-
-
-def same_labels(a: ShardLabels, b: ShardLabels) -> bool:
-    """Return whether two shards hold the same rows, value by value; NaN equals NaN."""
-    if list(a.keys) != list(b.keys):
-        return False
-    # Only target_prob has NaN, for "unknown".
-    names = [f.name for f in fields(ShardLabels) if f.name != "keys"]
-    return all(np.array_equal(getattr(a, name), getattr(b, name), equal_nan=name == "target_prob") for name in names)
 
 
 def to_float16(values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:

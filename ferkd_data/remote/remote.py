@@ -234,7 +234,7 @@ class Remote:
         )
 
     def _persist(self, name: str, action: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
-        """Try again while it may pass; as long as `progress` grows, without end. Raises RemoteError."""
+        """Run `action`, again while failures may pass: without end as long as `progress` grows. Raises RemoteError."""
         what = f"{self.url}/{name}"
         try:
             return self.retries.run(action, what, progress=progress, before_attempt=self._check_stopped)

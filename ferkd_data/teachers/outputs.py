@@ -94,7 +94,6 @@ def looks_like(output_BC: Tensor) -> Activation:
     taken for logits.
     """
     values = output_BC.detach().float()
-    # The frequent case, decided by the range alone.
     if not torch.isfinite(values).all() or values.min() < 0 or values.max() > 1 + ROW_SUM_TOLERANCE:
         return "logits"
     rows, classes = values.shape

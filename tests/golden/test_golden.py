@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from label_sets import same_labels
 
 import ferkd_data as fd
-from ferkd_data.labels.rows import same_labels
 from ferkd_data.storage import sha256_file
 
 HERE = Path(__file__).parent

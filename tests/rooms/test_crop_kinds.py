@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from label_sets import edit_manifest, same_files, same_rows
+from label_sets import edit_manifest, same_files, same_labels, same_rows
 from servers import serve
 
 import ferkd_data as fd
@@ -32,7 +32,7 @@ from ferkd_data.errors import (
 )
 from ferkd_data.format import manifest as manifests
 from ferkd_data.labels.buckets import confidence_counts
-from ferkd_data.labels.rows import ShardLabels, same_labels
+from ferkd_data.labels.rows import ShardLabels
 
 SECOND = "python:ferkd_tiny_teachers:second"
 GLOBAL, LOCAL = "global:scale=0.25..1,size=48,n=4", "local:scale=0.05..0.25,size=24,hflip=0,n=6"

@@ -9,13 +9,14 @@ import tarfile
 
 import numpy as np
 import pytest
+from label_sets import same_labels
 from PIL import Image
 
 import ferkd_data as fd
 from ferkd_data.errors import ShardError
 from ferkd_data.format import crop_arrays, plain_tar, webdataset
 from ferkd_data.images.decode import jpeg_size
-from ferkd_data.labels.rows import ImageLabels, ShardLabels, same_labels
+from ferkd_data.labels.rows import ImageLabels, ShardLabels
 from ferkd_data.storage import HashedFile, OpenFile, sha256_file
 
 MEMBERS = 2 + len(crop_arrays.SUFFIXES)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from label_sets import same_labels
 
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.label_set import selection
 from ferkd_data.label_set.views import SelectionReader
-from ferkd_data.labels.rows import ShardLabels, same_labels
+from ferkd_data.labels.rows import ShardLabels
 
 
 def rows_of(labels):

@@ -39,6 +39,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 BATCHES_AHEAD = 2
+"""Batches that are cut while the teachers work on one. With one alone, they would wait for each that takes longer to
+cut. 256 crops of 224 px take 38 MB."""
 CUT_SHARES = (1, 8, 64)
 """Divisors of the memory for cutting on a device, tried in turn where memory runs out."""
 READ_AHEAD = 16

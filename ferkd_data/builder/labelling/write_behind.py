@@ -138,7 +138,7 @@ class WriteBehind:
     """
 
     def __init__(self, folder: BuildFolder, plan: Plan, tools: Tools, on_saved: OnSaved) -> None:
-        """`on_saved` is called in the thread that calls `label` and `settle`."""
+        """Start no thread yet. `on_saved` will be called in the thread that calls `label` and `settle`."""
         self.folder = folder
         self.plan = plan
         self.tools = tools
@@ -200,7 +200,7 @@ class WriteBehind:
         return _unchanged(batches, self.plan.digests(shard)) if self.plan.is_known(shard) else batches
 
     def _write(self, shard: int, rows: RowQueue) -> ShardRecord:
-        """Runs in a writing thread. The record is saved after the files, since it vouches for them."""
+        """Write a shard, in a writing thread. The record is saved after the files, since it vouches for them."""
         with explain_unwritable(self.folder.location):
             record = self._write_shard(shard, rows)
             self.folder.files.save(record)

@@ -227,7 +227,7 @@ class ProgressCounter:
         self._tell(shard, now)
 
     def tick(self) -> None:
-        """Called by an engine while it waits for workers."""
+        """Tell the progress now and then while an engine waits for workers."""
         now = time.monotonic()
         if now - self._told_at >= TICK_SECONDS:
             self._tell(self._last_shard, now)

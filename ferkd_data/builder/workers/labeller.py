@@ -94,7 +94,7 @@ class Labeller:
         yield last(done.result()) if error is None else failed(error)
 
     def _open(self, check: Callable[[], None]) -> None:
-        """Runs in the labelling thread, whose number of PyTorch threads is set here."""
+        """Open the tools, in the labelling thread, whose number of PyTorch threads is set here."""
         check()
         torch.set_num_threads(self.job.resources.compute_threads)
         self._tools = self._open_for_life.enter_context(open_tools(self.job, self.device, observer=self.watch))

@@ -8,13 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from label_sets import SMALL, rows_by_key
+from label_sets import SMALL, rows_by_key, same_labels
 
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, ManifestError, SettingsMismatchError, ShardError, UsageError
 from ferkd_data.exchange.card import render_card
 from ferkd_data.images import decode_rgb
-from ferkd_data.labels.rows import same_labels
 from ferkd_data.replay import replay
 from ferkd_data.teachers import TeacherSpec, load_teacher
 from ferkd_data_cli.main import run

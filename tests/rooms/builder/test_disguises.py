@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from label_sets import same_labels
 
 import ferkd_data as fd
 from ferkd_data.errors import SourceError
-from ferkd_data.labels.rows import ShardLabels, same_labels
+from ferkd_data.labels.rows import ShardLabels
 from ferkd_data_cli.main import run
 
 SETTINGS = {"crops": 4, "crops_per_block": 4, "top_k": 3, "images_per_shard": 8, "device": "cpu", "workers": 1}

@@ -6,11 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-from label_sets import SMALL
+from label_sets import SMALL, same_labels
 
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, UsageError
-from ferkd_data.labels.rows import same_labels
 from ferkd_data_cli.main import run
 
 WHOLE = {**SMALL, "top_k": 10}
