@@ -75,3 +75,10 @@ def test_loader_docs_name_every_parameter_with_its_default():
         for parameter in parameters
     }
     assert dict(rows) == expected
+
+
+def test_every_field_of_the_manifest_has_a_meaning():
+    text = (ROOT / "docs/format.md").read_text(encoding="utf-8")
+    tables = text.partition("<!-- generated: manifest -->")[2].partition("<!-- end -->")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.*?) \|$", tables, re.MULTILINE)
+    assert len(rows) > 50 and not [name for name, _, meaning in rows if not meaning.strip()]

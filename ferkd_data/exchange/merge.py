@@ -173,10 +173,11 @@ def _check_other_crops(sets: Sequence[LabelSet]) -> None:
 def _draws(manifest: Manifest) -> set[str]:
     """Name the draws in a label set: a seed and a distribution give the same crops in every build.
 
-    Imported crops were drawn elsewhere, and have none.
+    Crops that were imported with their boxes were drawn elsewhere, and have none.
     """
     extra = manifest.model_extra or {}
-    if "imported_from" in extra:
+    imported = extra.get("imported_from")
+    if imported is not None and not (isinstance(imported, dict) and imported.get("crops_follow_seed")):
         return set()
     own = {"seed": manifest.seed, "crop_distribution": manifest.crop_distribution.model_dump(mode="json")}
     # The field is not in the manifest's schema, so a stranger's may hold anything.

@@ -96,7 +96,9 @@ class FileEntry(Record):
     path: RelativePath
     """Relative to the manifest's folder, with forward slashes."""
     bytes: Count
+    """Size of the file."""
     sha256: Sha256
+    """SHA-256 of the file."""
 
 
 class BlockEntry(FileEntry):
@@ -107,30 +109,45 @@ class BlockEntry(FileEntry):
 
 class ShardEntry(Record):
     index: Count
+    """Number of the shard: 0, 1, 2, ... in the order of the list."""
     rows: Count
     """Images in this shard; the same in each of its blocks. A shard of 0 rows has no files."""
     files: tuple[BlockEntry, ...]
+    """One file per crop block, in any order."""
 
 
 class TeacherEntry(Record):
     spec: str
+    """Kind, name, checkpoint and options of the teacher, as the build was given them."""
     name: str
+    """Name to show."""
     digest: Sha256
     """SHA-256 over the weights, buffers and hyperparameters of the model, or over its files."""
     num_classes: Annotated[int, Field(ge=1)]
+    """Number of outputs."""
     size: Annotated[int, Field(ge=1)]
+    """Side of the square input in pixels."""
     interpolation: Literal["bilinear", "bicubic"]
+    """Filter that resized the crops to `size`."""
     mean: tuple[float, float, float]
+    """Mean of R, G and B that was subtracted, in units of pixel values scaled to 0..1."""
     std: tuple[float, float, float]
+    """Divisor of R, G and B after that, in the same units."""
     weight: Annotated[float, Field(gt=0)]
+    """Weight in the ensemble, relative to the other teachers."""
     temperature: Annotated[float, Field(gt=0)]
+    """Divisor of the logits."""
     precision: Literal["fp32", "bf16", "fp16"]
+    """Number format in which the teacher ran."""
 
 
 class CropDistributionEntry(Record):
     scale: tuple[float, float]
+    """Smallest and largest area of a crop, as a share of the image's area."""
     ratio: tuple[float, float]
+    """Smallest and largest aspect ratio, width / height."""
     hflip: Probability
+    """Probability of a flip."""
 
     @classmethod
     def of(cls, distribution: CropDistribution) -> CropDistributionEntry:
@@ -143,13 +160,17 @@ class CropDistributionEntry(Record):
 
 class CropKindEntry(Record):
     name: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+    """Name of the kind."""
     crops: Annotated[int, Field(ge=1, le=MAX_CROPS)]
     """Crops of this kind that each image has; kinds take the crop numbers in the order of the list."""
     size: Annotated[int, Field(ge=1, le=MAX_SIZE)]
     """Side in pixels that a student gets these crops in unless the training says otherwise."""
     scale: tuple[float, float]
+    """Smallest and largest area of a crop, as a share of the image's area."""
     ratio: tuple[float, float]
+    """Smallest and largest aspect ratio, width / height."""
     hflip: Probability
+    """Probability of a flip."""
 
     @classmethod
     def of(cls, kind: CropKind) -> CropKindEntry:
@@ -163,9 +184,13 @@ class CropKindEntry(Record):
 
 class ThresholdsEntry(Record):
     low: Probability
+    """Below this, a crop is extreme_hard."""
     mid: Probability
+    """From low and below this, moderate_hard."""
     top: Probability
+    """From mid and below this, hard_positive; from this on, easy_positive."""
     confidence: Literal["max", "target"]
+    """Value that is compared: the largest probability, or that of the ground truth."""
     quantile: tuple[float, float, float] | None = None
     """The shares asked for, where low, mid and top were derived from shares."""
 
@@ -182,6 +207,7 @@ class ThresholdsEntry(Record):
 
 class SourceEntry(Record):
     description: str
+    """Words that name the source, without its path."""
     images_seen: Count
     """Labelled and rejected images together."""
     plan_sha256: Sha256
@@ -197,26 +223,39 @@ class SourceEntry(Record):
 class RejectsEntry(FileEntry):
     path: Annotated[RelativePath, Field(pattern=r"\.parquet$"), AfterValidator(_not_hidden)]
     rows: Count
+    """Number of rejected images."""
 
 
 class CreatedBy(Record):
     name: str
+    """Program that wrote the label set."""
     version: str
+    """Its version."""
 
 
 class Manifest(Record):
     format: Literal["ferkd-data"] = "ferkd-data"
+    """Always this text; a writer must give it."""
     version: Literal[1] = 1
+    """Version of the format; a writer must give it."""
     created_by: CreatedBy
+    """Program that wrote the label set."""
     layout: Layout
+    """Kind of the shard files."""
     num_images: Count
+    """Images with labels, in all shards together."""
     num_crops: Annotated[int, Field(ge=1, le=MAX_CROPS)]
     """Crops per image, N."""
     crops_per_block: Annotated[int, Field(ge=1, le=MAX_CROPS)]
+    """Crops in one block file of layout parquet; the last block of an image may have fewer."""
     top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)]
+    """Classes kept per crop, k."""
     num_classes: Annotated[int, Field(ge=1, le=MAX_CLASSES)]
+    """Number of classes, C."""
     class_names: tuple[str, ...] | None = None
+    """Name of each class, in the order of the class numbers."""
     seed: int
+    """Seed that drew the crops; 0 where they were drawn elsewhere and imported."""
     crop_distribution: CropDistributionEntry
     """Distribution of all crops; where there are crop kinds, what the build gave them as defaults."""
     crop_kinds: Annotated[tuple[CropKindEntry, ...], Field(min_length=1, max_length=MAX_KINDS)] | None = None
@@ -226,17 +265,25 @@ class Manifest(Record):
     requires: tuple[str, ...] | None = None
     """Extensions that a reader must know to read this label set; it must refuse a name that it does not know."""
     pixels: str = PIXELS
+    """How boxes refer to the pixels of an image, in words."""
     teachers: Annotated[tuple[TeacherEntry, ...], Field(min_length=1)]
+    """Teachers of the ensemble."""
     ensemble: Literal["mean", "logits", "geometric"]
+    """What the ensemble averages: probabilities, logits, or logarithms of probabilities."""
     thresholds: ThresholdsEntry
+    """Thresholds of the stored buckets."""
     max_pixels: Annotated[int, Field(ge=1)] | None = None
     """Images with more pixels were rejected."""
     images_per_shard: Annotated[int, Field(ge=1)] | None = None
     """As the build was asked for; the last shard may have fewer."""
     source: SourceEntry
+    """Images that were labelled."""
     shards: tuple[ShardEntry, ...]
+    """Shards with their files."""
     rejects: RejectsEntry
+    """Table of the rejected images."""
     statistics: Statistics
+    """Counts over all crops."""
 
     @property
     def kinds(self) -> tuple[CropKind, ...]:

@@ -44,11 +44,13 @@ class Statistics(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     crops: Count = 0
+    """Crops of all images together."""
     p_max_histogram: Annotated[tuple[Count, ...], Field(min_length=NUM_BINS, max_length=NUM_BINS)] = (0,) * NUM_BINS
     """Crops by p_max in 200 bins of 0.005; 1.0 falls into the last."""
     bucket_counts: Annotated[tuple[Count, ...], Field(min_length=4, max_length=4)] = (0, 0, 0, 0)
     """Crops by bucket: extreme_hard, moderate_hard, hard_positive, easy_positive."""
     crops_with_target: Count = 0
+    """Crops of images whose ground truth is known."""
     top1_matches_target: Count = 0
     """Crops whose most probable class is the ground truth."""
     target_prob_sum: Annotated[float, Field(ge=0)] = 0.0
