@@ -107,9 +107,15 @@ def run(args: list[str]) -> int:
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            text = " ".join(str(error).split())
-            say(f"ferkd-data: unexpected {type(error).__name__}: {text} (--debug shows where)", err=True)
+            say(f"ferkd-data: {' '.join(_in_words(error).split())}", err=True)
             return 1
+
+
+def _in_words(error: Exception) -> str:
+    """Describe an error that nothing has explained. The system's errors name the file, and are no fault of ours."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return f"unexpected {type(error).__name__}: {error} (--debug shows where)"
 
 
 def _interrupted(error: BaseException) -> int:

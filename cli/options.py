@@ -215,11 +215,26 @@ def _load_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
         option = known.get(key.replace("-", "_"))
         if option is None or option.name is None or option.name == "config":
             raise UsageError(f"{path}: unknown setting {key!r}; settings are {', '.join(sorted(known))}")
-        # thresholds = [0.1, 0.3, 0.9] is the list of the command line's three words.
-        joined = isinstance(value, list) and not option.multiple and option.nargs == 1
-        defaults[option.name] = " ".join(map(str, value)) if joined else value
+        defaults[option.name] = _as_typed(f"{path}: {key}", option, value)
     # Defaults, so that the command line has the last word.
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+def _as_typed(where: str, option: click.Parameter, value: Any) -> Any:
+    """Return a setting as the command line would give it: text, or a list of texts.
+
+    So both are read by the same rules: click would take 2.5 for a whole number, and make 2 of it. Raises UsageError.
+    """
+    if getattr(option, "is_flag", False):
+        if not isinstance(value, (bool, str)):
+            raise UsageError(f"{where} must be true or false, got {value!r}")
+        return value
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, bool) or not isinstance(item, (str, int, float)) for item in items):
+        raise UsageError(f"{where} must be a text, a number or a list of these, got {value!r}")
+    words = [str(item) for item in items]
+    # thresholds = [0.1, 0.3, 0.9] is one option of three words; teacher = "timm:resnet50" is a list of one teacher.
+    return words if getattr(option, "multiple", False) or option.nargs != 1 else " ".join(words)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

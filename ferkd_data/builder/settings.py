@@ -20,7 +20,7 @@ from ferkd_data.augment.distribution import Augmentation, parse_augmentations
 from ferkd_data.crop_kinds import CropKind, block_of_kinds, draw_crops_of_kinds, make_crop_kinds
 from ferkd_data.crops import CropDistribution, Crops, draw_crops
 from ferkd_data.errors import UsageError
-from ferkd_data.format.manifest import Layout
+from ferkd_data.format.manifest import Layout, check_limits
 from ferkd_data.images import DEFAULT_MAX_PIXELS
 from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 from ferkd_data.teachers import TeacherSpec
@@ -78,6 +78,7 @@ class BuildSettings:
         for name in ("crops_per_block", "top_k", "max_pixels"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_limits(crops_per_block=self.crops_per_block, top_k=self.top_k)
         if self.images_per_shard is not None and self.images_per_shard < 1:
             raise UsageError(f"images_per_shard must be at least 1, got {self.images_per_shard}")
         if self.layout not in DEFAULT_IMAGES_PER_SHARD:

@@ -12,7 +12,7 @@ from ferkd_data.crop_kinds import block_of_kinds, fits_blocks
 from ferkd_data.errors import LabelSetError, UsageError, check_at_least
 from ferkd_data.exchange.checks import check_as_verify_does
 from ferkd_data.format import out_folder, webdataset
-from ferkd_data.format.manifest import BlockEntry, Layout, Manifest, ShardEntry
+from ferkd_data.format.manifest import BlockEntry, Layout, Manifest, ShardEntry, check_limits
 from ferkd_data.format.progress import OnProgress, TransferProgress, with_files
 from ferkd_data.format.rejects import check_rejects
 from ferkd_data.format.writers import Row, write_shard
@@ -44,6 +44,7 @@ def convert(
     >>> fd.convert("out", "tars", layout="webdataset", images="imagenet/train")  # doctest: +SKIP
     """
     check_at_least(1, crops_per_block=crops_per_block)
+    check_limits(crops_per_block=crops_per_block)
     if layout not in get_args(Layout):
         raise UsageError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
     source = open_labels(labels)

@@ -521,3 +521,24 @@ def _check_whole(manifest: Manifest, where: str) -> None:
         raise ManifestError(f"{where}: statistics of other teachers than the {teachers} that are listed")
     if manifest.class_names is not None and len(manifest.class_names) != manifest.num_classes:
         raise ManifestError(f"{where}: {len(manifest.class_names)} class names for {manifest.num_classes} classes")
+
+
+def check_limits(
+    *,
+    crops: int | None = None,
+    crops_per_block: int | None = None,
+    top_k: int | None = None,
+    num_classes: int | None = None,
+) -> None:
+    """Raise UsageError for a number that no label set can hold. None stands for one that was not given.
+
+    Call it before anything is written: the manifest, which comes last, would be refused after all the work.
+    """
+    for name, number, most in (
+        ("crops", crops, MAX_CROPS),
+        ("crops_per_block", crops_per_block, MAX_CROPS),
+        ("top_k", top_k, MAX_TOP_K),
+        ("num_classes", num_classes, MAX_CLASSES),
+    ):
+        if number is not None and number > most:
+            raise UsageError(f"{name} must be at most {most:,}, the limit of the format; got {number:,}")

@@ -12,7 +12,15 @@ import ferkd_data
 from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import ForeignFileError, ImageError, UsageError, check_at_least
 from ferkd_data.format import out_folder
-from ferkd_data.format.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry, SourceEntry, ThresholdsEntry
+from ferkd_data.format.manifest import (
+    CreatedBy,
+    Manifest,
+    RejectsEntry,
+    ShardEntry,
+    SourceEntry,
+    ThresholdsEntry,
+    check_limits,
+)
 from ferkd_data.format.progress import OnProgress, TransferProgress, with_files
 from ferkd_data.format.rejects import REJECTS_NAME, RejectWriter, rejects_entry
 from ferkd_data.format.writers import write_shard
@@ -64,6 +72,7 @@ def import_fkd(
     """
     check_at_least(1, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
     check_at_least(2, num_classes=num_classes)
+    check_limits(top_k=top_k, crops_per_block=crops_per_block, num_classes=num_classes)
     files = FkdFiles(folder=Path(folder), num_classes=num_classes, top_k=top_k, teacher=teacher)
     # All that decides what is written: another value must not go on with, or take for done, what lies in OUT.
     settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
@@ -105,6 +114,7 @@ def import_dr(
     """
     check_at_least(1, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
     check_at_least(2, num_classes=num_classes)
+    check_limits(crops_per_block=crops_per_block, num_classes=num_classes)
     source = open_source(images, classes=None if classes is None else Path(classes))
     folder = Path(folder)
     if ids is not None:
@@ -151,6 +161,7 @@ def import_relabel(
     check_at_least(1, crops=crops, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
     check_at_least(2, num_classes=num_classes)
     check_at_least(0, seed=seed)
+    check_limits(crops=crops, top_k=top_k, crops_per_block=crops_per_block, num_classes=num_classes)
     # ReLabel's maps give a whole distribution, of which top_k classes are taken; the other formats cut at what they
     # have.
     if top_k > num_classes:

@@ -235,7 +235,7 @@ class BatchBuffers:
             raise self._no_memory(1, str(error).splitlines()[0]) from error
 
     def give_back(self, slot: Slot) -> None:
-        # The garbage collector calls this too, in any thread: an append is atomic, and others only take from the end.
+        # The garbage collector calls this too, in any thread: an append is atomic, and moves no other slot.
         if slot.number != NOT_KEPT and slot.shape == self._shape:
             self._free.append(slot)
 

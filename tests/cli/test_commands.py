@@ -131,6 +131,44 @@ def test_a_config_file(call, photos, tiny_teachers, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("crops = 2.5", "'2.5' is not a valid integer"),
+        ("batch-size = 2.7", "'2.7' is neither a whole number nor auto"),
+        ("crops = true", "crops must be a text, a number or a list of these, got True"),
+        ("crops = {a = 1}", "crops must be a text"),
+        ("crops = 2024-01-01", "crops must be a text"),
+        ("log-json = true", "log-json must be a text"),
+        ("overwrite = 2", "overwrite must be true or false, got 2"),
+        ("scale = 5", "Takes 2 values but 1 was given"),
+    ],
+)
+def test_what_a_config_file_cannot_say(call, photos, tiny_teachers, tmp_path, text, message):
+    """Read by the rules of the command line: click alone would make 2 crops of 2.5, and 1 of true."""
+    config = tmp_path / "build.toml"
+    config.write_text(text)
+    status, _, err = call("build", photos, tmp_path / "out", "--config", config, "--teacher", tiny_teachers)
+    assert status == 2 and message in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_teacher_in_a_config_file_needs_no_list(call, photos, tiny_teachers, tmp_path):
+    config = tmp_path / "build.toml"
+    config.write_text(f'teacher = "{tiny_teachers}"\ncrops = 2\noverwrite = true\n')
+    status, _, err = call("build", photos, tmp_path / "out", "--config", config, "--device", "cpu")
+    assert status == 0, err
+
+
+def test_a_folder_that_is_a_file_is_said_without_surprise(call, label_set, tmp_path):
+    """The system's own errors name the file; nothing about them is unexpected."""
+    (tmp_path / "file").write_text("")
+    status, _, err = call("report", label_set, tmp_path / "file/report.html")
+    assert status == 1 and f"{tmp_path}/file" in err and "unexpected" not in err, err
+    status, _, err = call("publish", label_set, tmp_path / "file", "--license", "mit")
+    assert status == 2 and "is a file; give a folder" in err
+
+
+@pytest.mark.parametrize(
     ("args", "status", "message"),
     [
         (["build"], 2, "Missing argument"),
