@@ -107,15 +107,9 @@ class Augmentation:
             raise UsageError(f"augmentation {text!r}: the kind must be one of {', '.join(KINDS)}")
         allowed = KINDS[kind].options
         given: dict[str, float | Range] = {}
-        for position, piece in enumerate(filter(None, rest.split(","))):
-            name, equals, value = piece.partition("=")
-            if not equals:
-                # `p` needs its name, so that colorjitter's four values stand in the order of torchvision's arguments.
-                positional = [option for option in allowed if option != "p"]
-                if position >= len(positional):
-                    raise UsageError(f"augmentation {text!r}: too many values without names; {_names(kind)}")
-                name, value = positional[position], piece
-            name = name.strip()
+        pieces = rest.split(",") if rest else []
+        for position in range(len(pieces)):
+            name, value = _name_and_value(text, kind, pieces, position)
             if name not in allowed or name in given:
                 raise UsageError(
                     f"augmentation {text!r}: {name!r} is not an option of {kind}, or is given twice; {_names(kind)}"
@@ -338,6 +332,25 @@ KINDS: dict[str, _Kind] = {
         lambda _, __: [],
     ),
 }
+
+
+def _name_and_value(text: str, kind: str, pieces: Sequence[str], position: int) -> tuple[str, str]:
+    """Return the name and the value of an option. Raises UsageError for a value whose name cannot be told."""
+    piece = pieces[position]
+    name, equals, value = piece.partition("=")
+    if equals:
+        return name.strip(), value
+    # As in a call in Python. In `p=0.5,0.4` the second value could be meant for the first option or for the second.
+    if not piece.strip() or any("=" in before for before in pieces[:position]):
+        raise UsageError(
+            f"augmentation {text!r}: value {position + 1} needs a name: values without names come first, none is left "
+            f"out; {_names(kind)}"
+        )
+    # `p` needs its name, so that colorjitter's four values stand in the order of torchvision's arguments.
+    positional = [option for option in KINDS[kind].options if option != "p"]
+    if position >= len(positional):
+        raise UsageError(f"augmentation {text!r}: too many values without names; {_names(kind)}")
+    return positional[position], piece
 
 
 def _names(kind: str) -> str:

@@ -171,8 +171,13 @@ def _only_locks(folder: Path) -> bool:
 
 
 def _remove_if_only_locks(folder: Path) -> None:
-    """Remove `.build/` where no build began, and an empty OUT that was made for it."""
+    """Remove `.build/` where no build began, and an empty OUT that was made for it.
+
+    It stays where it is all that says that OUT is ours: beside a README.md of a label set that was cleared away.
+    """
+    out = folder.parent
     with suppress(OSError):
-        if _only_locks(folder):
+        is_alone = all(path == folder for path in out.iterdir())
+        if _only_locks(folder) and (is_alone or (out / FILE_NAME).exists()):
             shutil.rmtree(folder)
-            folder.parent.rmdir()
+            out.rmdir()

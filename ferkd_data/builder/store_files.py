@@ -18,12 +18,16 @@ from ferkd_data.builder.shard_files import FOLDER, DiskFiles, ShardRecord
 from ferkd_data.builder.state import BuildFolder, alone_in, clear_state
 from ferkd_data.errors import BuildError, RemoteError, UsageError
 from ferkd_data.format.manifest import FILE_NAME, Manifest
+from ferkd_data.format.rejects import REJECTS_FILE
 from ferkd_data.remote import is_remote, open_remote
 from ferkd_data.storage import default_cache_dir, sha256_file
 
 WRITABLE = ("s3", "gs")
 STATE_FILES = ("state.json", "facts.json", "plan.parquet", "plan-rejects.parquet", "plan.json")
 """In the order in which they are sent: where the last one is, so are the others."""
+CLEARING = "clearing"
+"""Sent to the store's `.build/` before anything is removed, and gone when the build ends. Without it, a kill could
+leave files that nothing shows to be ours, and the same command would be refused."""
 MAX_STATE_BYTES = 2**26
 REQUESTS_AT_ONCE = 16
 
@@ -59,10 +63,10 @@ class StoreFiles:
                 f"{self.location} holds a finished label set; use another place, or --overwrite to replace it"
             )
         self._clear_disk()
-        if overwrite:
-            # The manifest first: readers then find no label set, and not one whose files are going away.
-            for name in (FILE_NAME, FOLDER, "labels", "shards"):
-                self.remote.remove(name)
+        # Cleared again where a kill came before the state of the new build: what is there may be files of the old one.
+        was_clearing = f"{FOLDER}/{CLEARING}" in sizes and f"{FOLDER}/state.json" not in sizes
+        if sizes and (overwrite or was_clearing):
+            self._clear_store(sizes)
             return
         self._fetch_state(sizes)
 
@@ -168,6 +172,18 @@ class StoreFiles:
 
     def _send(self, file: Path, name: str) -> None:
         self.remote.upload(file, name, size=file.stat().st_size, sha256=sha256_file(file))
+
+    def _clear_store(self, sizes: dict[str, int]) -> None:
+        """Remove what a build wrote, and nothing else."""
+        mark = self.disk.path / CLEARING
+        mark.write_text("cleared by --overwrite\n", encoding="utf-8")
+        self._send(mark, f"{FOLDER}/{CLEARING}")
+        mark.unlink()
+        state = [f"{FOLDER}/{name}" for name in ("shards", *STATE_FILES)]
+        rejects = [name for name in sizes if REJECTS_FILE.fullmatch(name)]
+        # The manifest first: readers then find no label set, and not one whose files are going away.
+        for name in (FILE_NAME, *state, "labels", "shards", *rejects):
+            self.remote.remove(name)
 
     def _drop(self, record: ShardRecord) -> None:
         for file in record.files:

@@ -126,14 +126,15 @@ def _from_json(path: Path, text: str) -> list[tuple[str, str]]:
         content: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: is not JSON ({error})") from error
-    # {"tench": 0, …} becomes {"0": "tench", …}. `type` and not isinstance, since True is an int.
-    if isinstance(content, dict) and content and all(type(value) is int for value in content.values()):
-        content = {str(number): name for name, number in content.items()}
     if isinstance(content, dict):
+        # {"tench": 0, …} is turned around. `type` and not isinstance, since True is an int.
+        names_first = all(type(value) is int for value in content.values())
+        numbered = {str(number): name for name, number in content.items()} if names_first else content
+        # Where two names have one number, there are fewer numbers than names.
         numbers = [str(number) for number in range(len(content))]
-        if set(numbers) != set(content):
+        if set(numbers) != set(numbered):
             raise SourceError(f"{path}: its classes are not numbered 0 to {len(content) - 1}, each once")
-        content = [content[number] for number in numbers]
+        content = [numbered[number] for number in numbers]
     # None stands for an entry that is not understood; one of them refuses the whole file.
     pairs = [_pair(entry) for entry in content] if isinstance(content, list) else [None]
     if None in pairs:

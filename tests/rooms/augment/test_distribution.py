@@ -98,6 +98,8 @@ def test_erasing_as_often_and_as_large_as_asked():
         ("rotate:fifteen", "must be a number"),
         ("rotate:1,2", "too many values"),
         ("rotate:degrees=1,degrees=2", "given twice"),
+        ("colorjitter:p=0.5,0.4", "value 2 needs a name"),
+        ("colorjitter:0.4,,0.4", "value 2 needs a name"),
         ("rotate:angle=2", "degrees .default 15., p"),
         ("erase:p=2", "p must be in 0..1"),
         ("erase:p=0.1..0.2", "one number"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import threading
 
 import numpy as np
@@ -97,6 +98,18 @@ def test_a_setting_corrected_before_the_build_began_meets_no_other(make_photos, 
         fd.build(few, out, teachers=[tiny_teachers], **SMALL)
     classes.write_text("".join(f"class{i}\n" for i in range(10)))
     assert fd.build(few, out, teachers=[tiny_teachers], classes=classes, **SMALL).manifest.num_images == 4
+
+
+def test_a_mistake_with_overwrite_leaves_out_ours(make_photos, photos, label_set, tiny_teachers, tmp_path):
+    """The old label set is cleared away, its README.md stays, and the corrected command was refused because of it."""
+    out = shutil.copytree(label_set, tmp_path / "out")
+    (out / "README.md").write_text("ours")
+    many = make_photos(tmp_path / "many", 6, classes=6)
+    with pytest.raises(UsageError, match="6 classes in the source"):
+        fd.build(many, out, teachers=[tiny_teachers], overwrite=True, **SMALL)
+    assert not (out / "manifest.json").exists()
+    fd.build(photos, out, teachers=[tiny_teachers], **SMALL)
+    assert (out / "README.md").read_text() == "ours" and fd.open_labels(out).num_crops == 10
 
 
 def test_unknown_settings_are_named(photos, tiny_teachers, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -14,10 +15,12 @@ from servers import s3_store
 import ferkd_data as fd
 from ferkd_data.builder import build_part, finish
 from ferkd_data.builder import run as run_module
+from ferkd_data.builder.prepare import Prepared
 from ferkd_data.builder.store_files import StoreFiles
 from ferkd_data.builder.watch.events import ShardDone
 from ferkd_data.errors import BuildError, BuildLockedError, UsageError
 from ferkd_data.remote import Remote, open_remote
+from ferkd_data.storage import sha256_file
 
 OUT = "s3://bucket/sets/new"
 
@@ -113,6 +116,59 @@ def die_before_request(patch, step):
         return seal(*arguments)
 
     patch.setattr(run_module, "_seal", watched)
+
+
+def test_a_kill_while_the_old_label_set_is_removed(store, photos, teachers, label_set, tmp_path):
+    """The same command goes on, also beside a README.md that somebody sent, and nothing of the old label set stays."""
+    settings = {**SMALL, "crops": 2, "crops_per_block": 2}
+    fd.build(photos, tmp_path / "whole", teachers=teachers, **settings)
+    (tmp_path / "README.md").write_text("ours")
+    shutil.copy(tmp_path / "README.md", tmp_path / "whole")
+    step, ended = -1, False
+    while not ended:
+        step += 1
+        for name in store.sizes():
+            store.remove(name)
+        send(store, label_set)
+        send(store, tmp_path / "README.md")
+        with pytest.MonkeyPatch.context() as patch:
+            die_before_removal(patch, step)
+            try:
+                fd.build(photos, OUT, teachers=teachers, overwrite=True, **settings)
+                ended = True
+            except KeyboardInterrupt:
+                pass
+        # Where the manifest is gone, --overwrite need not be said again.
+        fd.build(photos, OUT, teachers=teachers, overwrite="manifest.json" in store.sizes(), **settings)
+        assert same_files(fetched(tmp_path / f"copy-{step}"), tmp_path / "whole"), step
+    assert step > 8
+
+
+def send(store, path):
+    """Send a file, or a folder, to the store as it is."""
+    files = {path.name: path} if path.is_file() else {name: path / name for name in files_below(path)}
+    for name, file in files.items():
+        store.upload(file, name, size=file.stat().st_size, sha256=sha256_file(file))
+
+
+def die_before_removal(patch, step):
+    """Raise before the `step`-th removal; with step 0, when the new build would be planned."""
+    count = 0
+    remove = Remote.remove
+
+    def counted(remote, name):
+        nonlocal count
+        count += 1
+        if count == step:
+            raise KeyboardInterrupt
+        remove(remote, name)
+
+    def planned(*arguments, **options):
+        raise KeyboardInterrupt
+
+    patch.setattr(Remote, "remove", counted)
+    if step == 0:
+        patch.setattr(Prepared, "begin", planned)
 
 
 def test_another_host_goes_on_after_a_kill(store, photos, teachers, label_set, tmp_path, monkeypatch, quick_process):

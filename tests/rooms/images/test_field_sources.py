@@ -479,6 +479,8 @@ def test_class_files_that_people_have(tmp_path, name):
         ("", "has no classes"),
         ("n02119789 1 kit_fox\nn02100735 2 English_setter\n", "class numbers of their own.*development kit"),
         ('{"0": "a", "2": "b"}', "not numbered 0 to 1"),
+        ('{"a": 0, "b": 0, "c": 1}', "not numbered 0 to 2, each once"),
+        ("{}", "has no classes"),
         ("[1, 2]", "needs a list of names"),
         ("{", "is not JSON"),
     ],
