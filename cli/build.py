@@ -391,7 +391,9 @@ def _with_hint(report: Callable[[Any], None], hint: str) -> Callable[[Any], None
 def _build_part(source: str, out: str, part: str, overwrite: bool, as_json: bool, arguments: dict[str, Any]) -> int:
     # Parts run side by side on machines that know nothing of each other.
     if overwrite:
-        raise UsageError("--overwrite with --part would remove what other parts write; empty OUT before they begin")
+        raise UsageError(
+            "--overwrite with --part would remove the work of other parts; empty OUT before the first part begins"
+        )
     result = fd.builder.build_part(source, out, part=part, **arguments)
     if as_json:
         print_json({**asdict(result), "out": str(out), "part": str(result.part)})
@@ -400,7 +402,7 @@ def _build_part(source: str, out: str, part: str, overwrite: bool, as_json: bool
     else:
         say(
             f"{out}: part {result.part} is done, {count(result.shards, 'shard')} with {count(result.images, 'image')}; "
-            f"`ferkd-data finish {out}` seals the label set when all parts are"
+            f"when all parts are done, run `ferkd-data finish {out}`"
         )
     return status_of(result)
 
@@ -431,7 +433,8 @@ def print_result(result: Any, as_json: bool, overview: Any = None) -> None:
     )
     if result.rejects:
         say(
-            f"{count(result.rejects, 'image')} could not be used: {result.out}/{manifest.rejects.path} says why",
+            f"{count(result.rejects, 'image')} could not be used; the reasons are in "
+            f"{result.out}/{manifest.rejects.path}",
             err=True,
         )
 

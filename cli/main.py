@@ -123,7 +123,7 @@ def _interrupted(error: BaseException) -> int:
     cause = error if isinstance(error, Signalled) else error.__cause__ or error.__context__
     number = cause.number if isinstance(cause, Signalled) else signal.SIGINT
     how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-    say(f"ferkd-data: {how}; run the same command again to go on where it stopped", err=True)
+    say(f"ferkd-data: {how}; run the same command again to resume", err=True)
     return 128 + int(number)
 
 

@@ -44,7 +44,7 @@ def command(labels: str, num_worst: int, as_json: bool) -> int:
     if by_kind:
         _print_kinds(by_kind)
     if worst:
-        say("\nclasses whose crops are least often named right")
+        say("\nclasses that the teachers get right least often")
         entries = [_class_entry(opened, row) for row in worst]
         rows = [[f"{entry['agreement']:.1%}", f"{entry['crops']:,}", entry["name"]] for entry in entries]
         say_table(["right", "crops", "class"], rows, indent=2)
@@ -69,11 +69,11 @@ def print_statistics(summary: dict[str, Any], teacher_names: list[str]) -> None:
         say(f"\nthe ground truth is the most probable class of {summary['agreement_with_target']:.1%} of the crops")
         say(f"its mean probability is {summary['mean_target_prob']:.3f}")
     else:
-        say("\nthe ground truth is unknown: no image has a target")
-    say(f"the stored top-k hold {summary['mean_kept_prob']:.1%} of the probability")
+        say("\nthe ground truth is unknown for every image")
+    say(f"the stored top-k classes hold {summary['mean_kept_prob']:.1%} of the probability")
     if summary["crops_with_target"] and summary["agreement_with_target"] < WEAK:
         say(
-            "hint: a student that replays such labels alone can do worse than one that gets the ground truth; "
+            "hint: a student trained on such labels alone may do worse than one trained on the ground truth; "
             'compare CropLoader(calibration="blend") (docs/evidence.md)'
         )
     _print_teachers(summary, teacher_names)
@@ -105,7 +105,10 @@ def _print_teachers(summary: dict[str, Any], names: list[str]) -> None:
     agreement, alone = summary["teacher_agreement"], summary["teacher_agreement_with_target"]
     if len(agreement) < 2:
         return
-    say("\nteachers: share of crops on which two name the same class first" + ("; each alone, right" if alone else ""))
+    say(
+        "\nteachers: share of crops on which two name the same most probable class"
+        + ("; share on which each is right" if alone else "")
+    )
     rows = [
         [f"{a + 1}", name, *(f"{share:.1%}" for share in agreement[a]), *([f"{alone[a]:.1%}"] if alone else [])]
         for a, name in enumerate(names)

@@ -148,7 +148,7 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
     """End the process at a second signal."""
     with suppress(OSError):
         # The descriptor: the signal may have come in the middle of a write to the stream, whose lock is then held.
-        os.write(2, b"\nferkd-data: ended at once; run the same command again to go on\n")
+        os.write(2, b"\nferkd-data: ended at once; run the same command again to resume\n")
     os._exit(128 + number)
 
 

@@ -137,7 +137,7 @@ def export_teacher(teacher: str | TeacherSpec, path: Path) -> TeacherSpec:
         if not difference <= TOLERANCE:
             raise TeacherError(
                 f"teacher {eager.spec}: its ONNX form differs by {difference:.2g} in a probability, more than "
-                f"{TOLERANCE:g}; nothing was written, use it as it is"
+                f"{TOLERANCE:g}; nothing was written; use the teacher without --export"
             )
     return TeacherSpec(kind="onnx", name=str(path), weight=eager.spec.weight, temperature=eager.spec.temperature)
 

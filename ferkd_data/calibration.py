@@ -100,7 +100,9 @@ class Calibration:
             raise UsageError(f"recovery must be one of {', '.join(RECOVERIES)}, got {self.recovery!r}")
         check_positive("temperature", self.temperature)
         if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
-            raise UsageError(f"thresholds must be Thresholds (of shares: resolve them first), got {self.thresholds!r}")
+            raise UsageError(
+                f"thresholds must be Thresholds (for QuantileThresholds, call resolve first), got {self.thresholds!r}"
+            )
 
     @classmethod
     def fkd(cls) -> Calibration:

@@ -286,6 +286,6 @@ def _better_normalisation(score: Score, gathered: _Gathered, i: int) -> Iterator
     # Most hits are common to both, so sqrt(right + 1) / 2 is taken for the standard deviation of the difference.
     if gain > 2 * math.sqrt(right + 1) / 2 and gain >= 3:
         yield (
-            f"{score.name}: gets {gathered.right[i]} of {gathered.diagnosed} images right as it is wired, "
+            f"{score.name}: gets {gathered.right[i]} of {gathered.diagnosed} images right with the given settings, "
             f"but {right} with {name}: is its normalisation wrong?"
         )

@@ -117,7 +117,7 @@ def explain_unwritable(out: Path | str, *, only_if_named: bool = False) -> Itera
         if error.errno in (errno.ENOENT, errno.ESTALE):
             what = f"{error.filename or out} is gone; was OUT removed or unmounted? Run the same command again"
         else:
-            what = "choose a folder that can be written to, or mend that, and run the same command again"
+            what = "choose a writable folder, or fix the cause, and run the same command again"
         raise BuildError(f"{out}: cannot be written to ({reason}); {what}") from error
 
 
@@ -131,9 +131,7 @@ def check_out(out: Path) -> None:
     if not os.access(there, os.W_OK):
         is_read_only = bool(os.statvfs(there).f_flag & os.ST_RDONLY)
         reason = os.strerror(errno.EROFS if is_read_only else errno.EACCES)
-        raise BuildError(
-            f"{out}: cannot be written to ({reason}); choose a folder that can be written to, or mend that"
-        )
+        raise BuildError(f"{out}: cannot be written to ({reason}); choose a writable folder, or fix the cause")
 
 
 def _clear(folder: BuildFolder) -> None:

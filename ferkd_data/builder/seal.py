@@ -135,7 +135,7 @@ def _start_over(folder: BuildFolder, plan: Plan) -> BuildError:
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     return BuildError(
         f"{folder.location}: no label set was written, since every one of the {written.rows} images was rejected "
-        f"({counts}); {kept} says why for each. Mend the images and run the same command again"
+        f"({counts}); {kept} says why for each. Repair the images and run the same command again"
     )
 
 

@@ -176,9 +176,11 @@ class Resources:
         if self.engine not in ("local", "ray"):
             raise UsageError(f"engine must be local or ray, got {self.engine!r}")
         if self.ray_address is not None and self.engine != "ray":
-            raise UsageError("a Ray address is of use with --engine ray only")
+            raise UsageError("a Ray address (--ray-address) needs --engine ray")
         if self.gpus_per_teacher != 1 and self.engine != "ray":
-            raise UsageError("--gpus-per-teacher is of use with --engine ray only; --workers N runs N on each device")
+            raise UsageError(
+                "--gpus-per-teacher needs --engine ray; without it, --workers N runs N workers on each device"
+            )
         if not 0 < self.gpus_per_teacher <= 1:
             raise UsageError(f"gpus_per_teacher must be above 0 and at most 1, got {self.gpus_per_teacher:g}")
         if self.teacher_timeout is not None and self.teacher_timeout <= 0:
@@ -201,7 +203,7 @@ class Resources:
         on_cuda = [device for device in devices if device != "cpu"]
         # `all` names no device where there is no GPU.
         if (on_cuda or not devices) and not torch.cuda.is_available():
-            raise UsageError(f"device {self.device}: PyTorch finds no CUDA here; use --device cpu")
+            raise UsageError(f"device {self.device}: PyTorch finds no CUDA device here; use --device cpu")
         missing = [device for device in on_cuda if int(device.partition(":")[2] or 0) >= torch.cuda.device_count()]
         if missing:
             raise UsageError(f"device {missing[0]}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
@@ -270,7 +272,9 @@ def _parse_devices(text: str) -> list[str]:
         if device not in ("cpu", "cuda") and not (kind == "cuda" and colon and number.isdecimal()):
             raise UsageError(f"device must be auto, cpu, cuda, cuda:N, cuda:N,M or all, got {text!r}")
         if device in devices or (devices and "cpu" in (device, devices[0])):
-            raise UsageError(f"device {text!r}: names one twice, or cpu beside others; --workers N runs N on each")
+            raise UsageError(
+                f"device {text!r}: names a device twice, or cpu beside others; --workers N runs N workers on each"
+            )
         devices.append(device)
     return devices
 

@@ -61,7 +61,7 @@ class Stop:
             self._labelling = False
 
     def error(self) -> BuildStoppedError:
-        error = BuildStoppedError("stopped on request; run the same command again to go on where it stopped")
+        error = BuildStoppedError("stopped on request; run the same command again to resume")
         error.exit_code = 128 + self.signal_number
         return error
 

@@ -39,7 +39,8 @@ class StoreFiles:
         """Take the URL of a store; nothing is contacted. Raises UsageError for one that no build writes to."""
         if url.partition("://")[0] not in WRITABLE:
             raise UsageError(
-                f"{url}: a build writes to a folder, s3:// or gs://; for other places, publish it when done"
+                f"{url}: a build writes to a folder, s3:// or gs://; for other destinations, publish the label "
+                f"set afterwards"
             )
         self.remote = open_remote(url)
         name = hashlib.sha256(self.remote.url.encode()).hexdigest()[:16]

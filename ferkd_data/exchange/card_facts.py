@@ -85,9 +85,9 @@ def completed(given: CardFields, cards: list[str], *, identity: str, folder_name
 def check_fields(given: CardFields, manifest: Manifest, *, has_license_file: bool = True) -> None:
     """Raise UsageError where the card would leave readers without a licence."""
     if not given.license:
-        raise UsageError("say under which licence the labels are, with --license cc-by-4.0 or another")
+        raise UsageError("give the licence of the labels, such as --license cc-by-4.0")
     if manifest.layout == "webdataset" and not given.image_license:
-        raise UsageError("layout webdataset holds the images too: say under which licence with --image-license")
+        raise UsageError("layout webdataset contains the images: give their licence with --image-license")
     if given.license != "other":
         return
     if not given.license_name or not HUB_NAME.fullmatch(given.license_name):

@@ -226,7 +226,9 @@ def check_as_verify_does(rows: ShardLabels, manifest: Manifest, where: str) -> N
             field=found.field,
             message=found.message,
         )
-        raise ShardError(f"{fault}; it is not written on. ferkd-data verify shows all faults of a label set")
+        raise ShardError(
+            f"{fault}; nothing is written from a label set with faults; `ferkd-data verify` shows all of them"
+        )
 
 
 def differing(first: ShardLabels, other: ShardLabels, a: BlockEntry, b: BlockEntry) -> Iterator[Fault]:

@@ -57,7 +57,7 @@ def convert(
     table = None
     if layout == "webdataset" and source.manifest.layout != "webdataset":
         if images is None:
-            raise UsageError("layout webdataset holds the images too: say where they are with images=… (--images)")
+            raise UsageError("layout webdataset contains the images: give them with images= (--images SOURCE)")
         table = join_images(source, open_source(images), missing="raise")[1]
     try:
         settings: out_folder.Settings = {"command": "convert", "labels": source.identity}

@@ -75,7 +75,7 @@ def merge(
     sets = [open_labels(path) for path in paths]
     kind = _kind(sets)
     if weights is not None and kind != "teachers":
-        raise UsageError(f"weights are for label sets of the same crops; these hold other {kind}")
+        raise UsageError(f"weights are for label sets of the same crops; these hold different {kind}")
     if weights is not None and len(weights) != len(sets):
         raise UsageError(f"{len(weights)} weights for {len(sets)} label sets")
     work = _Merge(sets, kind, weights)
@@ -128,7 +128,7 @@ def _kind(sets: Sequence[LabelSet]) -> Kind:
             shard, at = lacking.position(row)
             raise LabelSetError(
                 f"{first.location} and {labels.location}: only some images are in both, {lacking.keys_of(shard)[at]!r} "
-                "is not; merge takes the same images, or no common ones"
+                "is not; merge takes label sets with the same images, or without common images"
             )
     # Keys are compared by their 64-bit hashes: 8 bytes for each image, and no key stays in memory.
     same = [bool(np.isin(theirs, hashes[0]).any()) for theirs in hashes[1:]]

@@ -279,7 +279,7 @@ def _selected(
     blocks = _first_blocks(whole, url, crops) if crop_kind is None else _kind_blocks(whole, url, crop_kind)
     wanted = range(len(whole.shards)) if shards is None else sorted(set(shards))
     if shards is not None and not wanted:
-        raise UsageError(f"{url}: shards names none; leave it out for all {len(whole.shards)}")
+        raise UsageError(f"{url}: shards is empty; leave it out for all {len(whole.shards)}")
     if any(not 0 <= shard < len(whole.shards) for shard in wanted):
         raise UsageError(f"{url}: shards are 0..{len(whole.shards) - 1}, got {wanted[0]}..{wanted[-1]}")
     # Everything: the manifest stays byte for byte, and so do identity and signature.

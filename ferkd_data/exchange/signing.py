@@ -37,7 +37,7 @@ def sign(manifest: Path, key: Path, to: Path) -> None:
 def require_signers(signed_by: str | Path | None, signer: str | None) -> None:
     """Raise UsageError for a signer without a file of allowed signers."""
     if signer is not None and signed_by is None:
-        raise UsageError("signer needs signed_by, a file that says whose keys are whose (--signer needs --signed-by)")
+        raise UsageError("signer needs signed_by, a file of allowed signers (--signer needs --signed-by)")
 
 
 def check_signature(labels: LabelSet, allowed_signers: Path, signer: str | None = None) -> str:

@@ -79,7 +79,7 @@ def _not_hidden(path: str) -> str:
 
 def _is_shard(path: str) -> str:
     if not path.startswith(("labels/", "shards/")) or not path.endswith((".parquet", ".tar")):
-        raise ValueError(f"{path!r} is not where shard files lie (labels/*.parquet, shards/*.tar)")
+        raise ValueError(f"{path!r} is not a path for shard files (labels/*.parquet, shards/*.tar)")
     return path
 
 

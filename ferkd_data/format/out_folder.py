@@ -45,7 +45,8 @@ def begin(out: str | Path, settings: Settings) -> Path:
         raise UsageError(f"{out}: holds {there[0]!r}; give a new or empty folder")
     elif work != settings:
         raise UsageError(
-            f"{out}: an interrupted command of other settings was writing here ({_told(work)}; now {_told(settings)}); "
+            f"{out}: an interrupted command with other settings was writing here ({_told(work)}; now "
+            f"{_told(settings)}); "
             "give a new folder, or remove this one"
         )
     # Only one command works here, so these are of a killed one. What it finished is written anew.

@@ -98,7 +98,7 @@ class FolderSource:
         except FileNotFoundError as error:
             if not self.root.is_dir():
                 # A transient error, so that the read is tried again: a network file system may come back.
-                raise TimeoutError(f"{self.root} is gone; is it a file system that was mounted?") from error
+                raise TimeoutError(f"{self.root} is gone; was its file system unmounted?") from error
             raise
 
     def _list_folder(self, folder: str, target: int | None, above: set[tuple[int, int]]) -> Iterator[ImageRef | Reject]:

@@ -147,7 +147,7 @@ def _check_missing(
         ours = next(labels.keys(), "")
         raise LabelSetError(
             f"{labels.location}: no image of {source.description} has a key of this label set (such as {ours!r}); "
-            + (f"its own are such as {theirs!r}: " if theirs else "")
+            + (f"its keys look like {theirs!r}: " if theirs else "")
             + "is it the same data set, with the same folder as its root?"
         )
     if len(missing) and allowed == "raise":
@@ -155,7 +155,8 @@ def _check_missing(
         key = labels.keys_of(shard)[row]
         raise LabelSetError(
             f"{labels.location}: {len(missing)} of {len(labels)} labelled images are missing from "
-            f"{source.description}, the first is {key!r}; add them, or train without them with images_missing='drop'"
+            f"{source.description}, the first is {key!r}; add them, or leave their labels out with "
+            f"images_missing='drop'"
         )
 
 
@@ -337,7 +338,8 @@ def labelled_pixels(record: np.void, pixel_limit: int) -> int:
     if height * width > pixel_limit:
         raise ImageError(
             "pixel_bomb",
-            f"it was labelled as {width}x{height} pixels; max_pixels in the manifest, or its default, is {pixel_limit}",
+            f"it was labelled with {width}x{height} pixels; the limit (max_pixels in the manifest, or its "
+            f"default) is {pixel_limit}",
         )
     return height * width
 

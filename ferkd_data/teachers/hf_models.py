@@ -42,7 +42,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
     transformers = extras.require("transformers", extra="hf", what_for=f"teacher {spec}")
     source = str(Path(spec.checkpoint).expanduser()) if spec.checkpoint else spec.name
     if spec.checkpoint and not Path(source).is_dir():
-        raise TeacherError(f"teacher {spec}: no folder {source}; it must hold what save_pretrained writes")
+        raise TeacherError(f"teacher {spec}: no folder {source}; it must contain the files that save_pretrained writes")
     try:
         model, found = transformers.AutoModelForImageClassification.from_pretrained(source, output_loading_info=True)
         processor = transformers.AutoImageProcessor.from_pretrained(source)

@@ -66,7 +66,7 @@ def test_a_rejects_path_that_leads_elsewhere(copy, tmp_path):
 @pytest.mark.parametrize("name", ["manifest.json", "README.md", ".build/lock", "labels"])
 def test_pull_never_lets_a_shard_take_another_files_place(copy, tmp_path, name):
     edit_manifest(copy, lambda m: m["shards"][0]["files"][0].update(path=name))
-    with serve(copy) as server, pytest.raises(ManifestError, match="is not where shard files lie"):
+    with serve(copy) as server, pytest.raises(ManifestError, match="is not a path for shard files"):
         fd.pull(server.url, tmp_path / "mine")
 
 

@@ -56,8 +56,8 @@ def test_more_pixels_than_the_manifest_allows(copy, photos, tmp_path, way, reque
     loader = load(copy, photos, tmp_path, **LOADERS[way])
     request.getfixturevalue("no_decoding")
     message = (
-        r"image 'class\d/photo\d+' \(shard \d .*: pixel_bomb: it was labelled as 64x48 pixels; max_pixels in the "
-        rf"manifest, or its default, is {PIXELS - 1}"
+        r"image 'class\d/photo\d+' \(shard \d .*: pixel_bomb: it was labelled with 64x48 pixels; the limit "
+        rf"\(max_pixels in the manifest, or its default\) is {PIXELS - 1}"
     )
     with pytest.raises(LoaderError, match=message):
         list(loader)

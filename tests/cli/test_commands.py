@@ -73,7 +73,7 @@ def test_build_info_stats_show(call, photos, tiny_teachers, tmp_path):
 
     status, text, _ = call("stats", out)
     assert status == 0 and "0.95-1.00" in text and "easy_positive" in text and "FerKD paper" in text
-    assert "right %" in text and "hint: a student that replays such labels alone" in text, "a teacher that guesses"
+    assert "right %" in text and "hint: a student trained on such labels alone" in text, "a teacher that guesses"
     status, text, _ = call("stats", out, "--json")
     content = json.loads(text)
     shares = [(one["crops"], one["right"]) for one in content["buckets"].values()]
@@ -270,7 +270,7 @@ def test_an_interrupt_says_how_to_go_on(photos, tiny_teachers, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err.strip().endswith("interrupted; run the same command again to go on where it stopped")
+    assert err.strip().endswith("interrupted; run the same command again to resume")
 
 
 @pytest.mark.parametrize(

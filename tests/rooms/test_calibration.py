@@ -12,7 +12,7 @@ from ferkd_data.targets import recover
 
 
 def test_shares_are_not_taken_for_thresholds():
-    with pytest.raises(UsageError, match="resolve them first"):
+    with pytest.raises(UsageError, match="call resolve first"):
         Calibration(thresholds=QuantileThresholds())
 
 

@@ -83,7 +83,7 @@ def test_workers_that_an_estimate_counts_on(monkeypatch, cluster_of):
     [
         ({"engine": "slurm"}, "engine must be local or ray"),
         ({"ray_address": "auto"}, "--engine ray only"),
-        ({"gpus_per_teacher": 0.5}, "--gpus-per-teacher is of use with --engine ray only"),
+        ({"gpus_per_teacher": 0.5}, "--gpus-per-teacher needs --engine ray"),
         ({"engine": "ray", "gpus_per_teacher": 0}, "above 0 and at most 1"),
         ({"engine": "ray", "gpus_per_teacher": 2}, "above 0 and at most 1"),
     ],

@@ -105,7 +105,7 @@ def test_a_workers_error_is_the_builds_error(photos, deadly, tmp_path):
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("cuda:0,cuda:0", "names one twice"),
+        ("cuda:0,cuda:0", "names a device twice"),
         ("cpu,cuda:0", "cpu beside others"),
         ("cuda:x", "must be auto, cpu"),
         ("gpu", "must be auto, cpu"),

@@ -194,7 +194,7 @@ def test_a_driver_that_is_stopped_and_one_that_is_killed(cluster, folder, photos
     lines = complaints.splitlines()
     assert printed == "" and any(" images, " in line for line in lines)
     assert not any(word in complaints for word in ("Traceback", "raylet", "Error")), complaints
-    assert lines[-1] == "ferkd-data: stopped on request; run the same command again to go on where it stopped"
+    assert lines[-1] == "ferkd-data: stopped on request; run the same command again to resume"
     assert len(list(out.glob(".build/shards/*.json"))) >= 2 and not list(out.rglob("*.tmp"))
 
     killed = start(command(photos, out, "--ray-address", cluster.address), out)

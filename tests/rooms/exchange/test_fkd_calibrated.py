@@ -118,6 +118,6 @@ def test_the_command(label_set, tmp_path, capsys):
         assert run(command) == 0
         assert "run it with --soft_label_type marginal_smoothing_k5" in capsys.readouterr().out
     assert run([*command[:-1], "fkd"]) == 2
-    assert "an interrupted command of other settings" not in capsys.readouterr().out
+    assert "an interrupted command with other settings" not in capsys.readouterr().out
     assert run(["convert", str(label_set), str(tmp_path / "x"), "--layout", "parquet", "--calibration", "fkd"]) == 2
     assert "--calibration is for --to fkd" in capsys.readouterr().err

@@ -343,7 +343,7 @@ def test_stock_webdataset_streams_over_http(tar_label_set, tmp_path):
 def test_the_commands(label_set, tmp_path, capsys):
     place = str(tmp_path / "public")
     assert run(["publish", str(label_set), place]) == 2
-    assert "say under which licence the labels are, with --license" in capsys.readouterr().err
+    assert "give the licence of the labels, such as --license" in capsys.readouterr().err
     assert run(["publish", str(label_set), place, "--license", "mit", "--dry-run"]) == 0
     listed = capsys.readouterr().out
     assert "labels/00000-000.parquet" in listed
