@@ -82,7 +82,7 @@ def test_workers_that_an_estimate_counts_on(monkeypatch, cluster_of):
     ("settings", "message"),
     [
         ({"engine": "slurm"}, "engine must be local or ray"),
-        ({"ray_address": "auto"}, "--engine ray only"),
+        ({"ray_address": "auto"}, "needs --engine ray"),
         ({"gpus_per_teacher": 0.5}, "--gpus-per-teacher needs --engine ray"),
         ({"engine": "ray", "gpus_per_teacher": 0}, "above 0 and at most 1"),
         ({"engine": "ray", "gpus_per_teacher": 2}, "above 0 and at most 1"),

@@ -49,7 +49,7 @@ def test_other_crop_blocks(label_set, tmp_path):
 
 
 def test_images_that_are_missing_or_others(label_set, photos, tmp_path):
-    with pytest.raises(UsageError, match="layout webdataset holds the images too"):
+    with pytest.raises(UsageError, match="layout webdataset contains the images"):
         fd.convert(label_set, tmp_path / "a", layout="webdataset")
     copy = shutil.copytree(photos, tmp_path / "photos")
     first, second, *_ = sorted(copy.rglob("*.jpg"))
