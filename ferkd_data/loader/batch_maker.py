@@ -3,6 +3,9 @@
 `BatchMaker` holds what does not change in a training. Given a window of the schedule and memory for its crops, it fills
 the memory and returns the targets. Nothing that it returns depends on the process or on windows made before.
 
+Where a loader gives several crop kinds, each kind has a maker of its own, and the first one leads: it reads and decodes
+an image once, and every maker cuts its crops out of it.
+
 Legend: I images of a window, M crops per image, B crops of a batch, S output side.
 """
 
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -28,7 +31,7 @@ from ferkd_data.images.decode import decode_reduced, divisor_for, reduced_crops
 from ferkd_data.images.retrying import IMAGES_IN_A_ROW, UnansweredImageError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.clocks import NOTHING, Spent, StageClock
-from ferkd_data.loader.epochs import Epochs
+from ferkd_data.loader.epochs import Epochs, EpochSettings
 from ferkd_data.loader.image_table import (
     CheckedImages,
     Images,
@@ -59,6 +62,8 @@ class Work(NamedTuple):
     window: Window
     out: Tensor
     """uint8 (at least the sum of the window's batches, 3, S, S): where the crops go."""
+    others: tuple[Tensor, ...] = ()
+    """The same for each further crop kind."""
 
 
 class Made(NamedTuple):
@@ -77,6 +82,13 @@ class Made(NamedTuple):
     """Seconds that making it took, by stage."""
     by_worker: bool = False
     """Whether a worker made it, and not the training process."""
+    others: tuple[Made, ...] = ()
+    """Targets and crops of each further crop kind."""
+
+    @property
+    def kinds(self) -> tuple[Made, ...]:
+        """The targets and crops of all kinds; of one where there are no kinds."""
+        return (self, *self.others)
 
     @classmethod
     def of(cls, targets: SoftTargets, window: Window, skipped: list[str]) -> Made:
@@ -98,6 +110,31 @@ class Labelled(NamedTuple):
     drawn: Drawn
     targets: list[SoftTargets]
     """One for each batch of the window, in the order of the slots."""
+    others: tuple[Labelled, ...] = ()
+    """The labels of each further crop kind, of the same images."""
+
+    def crops(self, i: int) -> Crops:
+        """Return the crops drawn of image i, as labelled."""
+        drawn = self.drawn
+        return Crops(boxes=drawn.boxes[i], flip=drawn.flip[i], operations=drawn.operations[i])
+
+
+class Canvas(NamedTuple):
+    """A window and the memory that its crops go into."""
+
+    window: Window
+    images: Tensor
+    """uint8 (sum of the window's batches, 3, S, S)."""
+    together: npt.NDArray[np.bool_]
+    """(I,) whether all of an image's crops are wanted, and lie side by side."""
+
+    @classmethod
+    def of(cls, window: Window, out: Tensor) -> Canvas:
+        # A slot has room for a whole window. An epoch's last window, and the rest of one after a resume, are shorter.
+        # Images whose crops go side by side, which is all of them unless batches are spread, take one call of the
+        # cutter each.
+        together = (window.slots[:, 0] >= 0) & (np.diff(window.slots, axis=1) == 1).all(axis=1)
+        return cls(window, out[: sum(window.batches)], together)
 
 
 class BatchMaker:
@@ -114,14 +151,20 @@ class BatchMaker:
         images: Images,
         settings: LoaderSettings,
         keys: KeyTable | None = None,
+        others: Sequence[BatchMaker] = (),
     ) -> None:
-        """`cache` is that of `labels.unmapped`: records hold the teacher's classes, as stored."""
+        """`cache` is that of `labels.unmapped`: records hold the teacher's classes, as stored.
+
+        `others` make the further crop kinds of the same images, and are led by this maker from now on.
+        """
         self.keys = keys
+        self.others = tuple(others)
         self.labels = labels
         self.cache = cache
         self.images = images
         self.settings = settings
         self.clock = StageClock()
+        self._share_clock()
         self._checked = CheckedImages(len(labels))
         self._newest = -1
         """The latest epoch so far; a later one lets go of crop blocks that it does not draw from."""
@@ -135,33 +178,57 @@ class BatchMaker:
 
         Raises LoaderError where an image cannot be used and must not be skipped.
         """
-        window = work.window
-        # A slot has room for a whole window. An epoch's last window, and the rest of one after a resume, are shorter.
-        images = work.out[: sum(window.batches)]
-        # Images whose crops go side by side, which is all of them unless batches are spread: one call of the cutter
-        # each.
-        together = (window.slots[:, 0] >= 0) & (np.diff(window.slots, axis=1) == 1).all(axis=1)
+        makers = (self, *self.others)
+        outs = (work.out, *work.others)
+        canvases = [Canvas.of(maker.window_of(work.window), out) for maker, out in zip(makers, outs, strict=True)]
 
         def cut(labelled: Labelled, i: int) -> None:
-            record, drawn = labelled.records[i], labelled.drawn
-            crops = Crops(boxes=drawn.boxes[i], flip=drawn.flip[i], operations=drawn.operations[i])
-            data = self.read(int(labelled.rows[i]), record)
+            kinds = list(zip(makers, canvases, (labelled, *labelled.others), strict=True))
+            data = self.read(int(labelled.rows[i]), labelled.records[i])
             with self.clock.decode:
-                pixels, crops = self._decoded(data, record, crops, window.slots[i] >= 0, images.shape[-1])
-            try:
-                with self.clock.cut:
-                    self._cut_image(pixels, window.slots[i], crops, bool(together[i]), images)
-            except UsageError as error:
-                # A box outside the image. For replay it is its caller's mistake; here it is one of the label.
-                raise LoaderError(f"{self._describe(int(labelled.rows[i]))}: {error}") from error
-            if self.settings.transform is not None:
-                with self.clock.transform:
-                    self._transform(self.settings.transform, window, labelled, i, images)
+                divisor = min(maker._divisor(canvas, part, i) for maker, canvas, part in kinds)
+                pixels, divisor = self._decoded(data, labelled.records[i], divisor)
+            for maker, canvas, part in kinds:
+                maker._cut(canvas, part, i, pixels, divisor)
 
         with one_thread():
-            labelled, skipped = self.filled(window, cut)
-            made = self.finish(window, images, labelled.targets, skipped)
-        return made._replace(spent=self.clock.take())
+            labelled, skipped = self.filled(work.window, cut)
+            made = [
+                maker.finish(canvas.window, canvas.images, part.targets, skipped)
+                for maker, canvas, part in zip(makers, canvases, (labelled, *labelled.others), strict=True)
+            ]
+        return made[0]._replace(spent=self.clock.take(), others=tuple(made[1:]))
+
+    def window_of(self, window: Window) -> Window:
+        """Return the leading kind's window for the kind of this maker: the same images, with M crops of this kind."""
+        own = self.epochs.at(window.epoch).crops_per_image
+        count, leading = window.slots.shape
+        if own == leading:
+            return window
+        # With several kinds nothing is spread, and so every window is one batch with all crops of its images.
+        slots = np.arange(count * own).reshape(count, own)
+        return replace(window, slots=slots, batches=tuple(batch // leading * own for batch in window.batches))
+
+    def epoch_settings(self, epoch: int) -> EpochSettings:
+        """Return the settings of an epoch for workers, evaluated, with those of the further kinds."""
+        others = tuple(maker.epochs.at(epoch) for maker in self.others)
+        return replace(self.epochs.at(epoch), others=others)
+
+    def learn(self, epoch: int, settings: EpochSettings) -> None:
+        """Take over the settings that another process has evaluated, for all kinds."""
+        for maker, own in zip((self, *self.others), (settings, *settings.others), strict=True):
+            maker.epochs.learn(epoch, own)
+
+    def shapes(self, settings: EpochSettings) -> tuple[tuple[int, int], ...]:
+        """Return (crops of a whole window, S) for each kind: the memory that a window of this epoch needs."""
+        return tuple(
+            (own.window_batches * maker.settings.batch_size, own.size)
+            for maker, own in zip((self, *self.others), (settings, *settings.others), strict=True)
+        )
+
+    def _share_clock(self) -> None:
+        for maker in self.others:
+            maker.clock = self.clock
 
     def for_workers(self) -> BatchMaker:
         """Return a copy to pickle for processes, which are told the settings of each epoch by `epochs.learn`.
@@ -175,6 +242,8 @@ class BatchMaker:
         # A worker works out the order again. Rows become keys in the training (`targets`), so the table stays there.
         maker._order = maker.keys = None
         maker.clock = StageClock()
+        maker.others = tuple(other.for_workers() for other in self.others)
+        maker._share_clock()
         return maker
 
     def filled(self, window: Window, use: Callable[[Labelled, int], None]) -> tuple[Labelled, list[str]]:
@@ -238,7 +307,8 @@ class BatchMaker:
             drawn = draw_crops(self.labels, records, draws, calibration=calibration, seed=self._draw_seed)
             target = records[0]["target"]
             targets = window_targets(self.labels, window, drawn, rows=rows, target=target, calibration=calibration)
-        return Labelled(rows, records[0], drawn, targets)
+        others = tuple(maker.labelled(maker.window_of(window)) for maker in self.others)
+        return Labelled(rows, records[0], drawn, targets, others)
 
     def _records(
         self, window: Window, order: FromPosition, rows: npt.NDArray[np.int64], draws: tuple[BlockDraws, ...]
@@ -264,7 +334,7 @@ class BatchMaker:
         return Made.of(targets[0] if len(targets) == 1 else SoftTargets.cat(targets), window, skipped)
 
     def targets(self, made: Made) -> SoftTargets:
-        """Return a window's targets as users get them, with keys where they want them."""
+        """Return a window's targets as users get them, with keys where they want them; of the first kind."""
         targets = made.targets(self.labels.num_classes)
         if self.keys is None or targets.rows is None:
             return targets
@@ -272,7 +342,8 @@ class BatchMaker:
 
     def prepare_blocks(self, epoch: int) -> None:
         """Unpack the crop blocks of an epoch before workers ask for them."""
-        self.cache.prepare({part.block for part in self._draws(epoch)})
+        for maker in (self, *self.others):
+            maker.cache.prepare({part.block for part in maker._draws(epoch)})
         give_memory_back()
 
     def _order_of(self, epoch: int) -> FromPosition:
@@ -306,13 +377,15 @@ class BatchMaker:
             raise LoaderError(f"{image}: {error}") from error
         return f"{image}: {error}"
 
-    def _decoded(
-        self, data: bytes, record: np.void, crops: Crops, wanted: npt.NDArray[np.bool_], size: int
-    ) -> tuple[npt.NDArray[np.uint8], Crops]:
-        """Decode an image, (H, W, 3); both it and its crops are reduced where `decode_scale` allows it."""
-        divisor = 1
-        if self.settings.decode_scale == "auto" and wanted.any():
-            divisor = divisor_for(crops.boxes[wanted], size)
+    def _divisor(self, canvas: Canvas, labelled: Labelled, i: int) -> int:
+        """Return the fraction 1/n of its sides at which image i of the window may be decoded for its crops."""
+        wanted = canvas.window.slots[i] >= 0
+        if self.settings.decode_scale == "exact" or not wanted.any():
+            return 1
+        return divisor_for(labelled.drawn.boxes[i][wanted], canvas.images.shape[-1])
+
+    def _decoded(self, data: bytes, record: np.void, divisor: int) -> tuple[npt.NDArray[np.uint8], int]:
+        """Decode an image, (H, W, 3), at 1/divisor of its sides where its format can do that; returns what it did."""
         pixel_limit = self.labels.manifest.pixel_limit
         if divisor > 1:
             # From the header, since the reduced picture no longer tells which size it had.
@@ -320,8 +393,23 @@ class BatchMaker:
             pixels = decode_reduced(data, divisor)
             # None for what is no JPEG, or one that cannot be reduced.
             if pixels is not None:
-                return pixels, reduced_crops(crops, divisor, *pixels.shape[:2])
-        return decode_checked(data, record, pixel_limit), crops
+                return pixels, divisor
+        return decode_checked(data, record, pixel_limit), 1
+
+    def _cut(self, canvas: Canvas, labelled: Labelled, i: int, pixels: npt.NDArray[np.uint8], divisor: int) -> None:
+        """Cut the crops of image i of the window, decoded at 1/divisor of its sides, into their places."""
+        crops, window = labelled.crops(i), canvas.window
+        if divisor > 1:
+            crops = reduced_crops(crops, divisor, *pixels.shape[:2])
+        try:
+            with self.clock.cut:
+                self._cut_image(pixels, window.slots[i], crops, bool(canvas.together[i]), canvas.images)
+        except UsageError as error:
+            # A box outside the image. For replay it is its caller's mistake; here it is one of the label.
+            raise LoaderError(f"{self._describe(int(labelled.rows[i]))}: {error}") from error
+        if self.settings.transform is not None:
+            with self.clock.transform:
+                self._transform(self.settings.transform, window, labelled, i, canvas.images)
 
     def _cut_image(
         self, pixels: npt.NDArray[np.uint8], slots: npt.NDArray[np.int64], crops: Crops, together: bool, out: Tensor

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -133,53 +134,55 @@ MAPPED_BYTES = 40 * 10**6
 NOT_KEPT = -1
 
 
-class Slot:
-    """Memory for the crops of a window, uint8 (num_crops, S, S, 3)."""
+Shapes = tuple[tuple[int, int], ...]
+"""(crops, S) of a window: of one kind of crops, or of each kind, one behind the other."""
 
-    def __init__(self, num_crops: int, size: int, *, shared: bool, number: int) -> None:
-        self.shape = (num_crops, size)
+
+class Slot:
+    """Memory for the crops of a window: for each shape, uint8 (num_crops, S, S, 3)."""
+
+    def __init__(self, shapes: Shapes, *, shared: bool, number: int) -> None:
+        self.shapes = shapes
         self.number = number
         """NOT_KEPT for one that is used once."""
         self.user: int | None = None
         """The worker that had it last, and may have it mapped."""
         self.descriptor = -1
-        num_bytes = _num_bytes(num_crops, size)
+        num_bytes = _num_bytes(shapes)
         if shared:
             self.descriptor = anonymous_file(num_bytes)
             self.close = weakref.finalize(self, os.close, self.descriptor)
             # Python's mmap would hold another descriptor for as long as the map exists.
-            flat = torch.from_file(f"/dev/fd/{self.descriptor}", shared=True, size=num_bytes, dtype=torch.uint8)
+            self.flat = torch.from_file(f"/dev/fd/{self.descriptor}", shared=True, size=num_bytes, dtype=torch.uint8)
         else:
             # Without workers no other process reads it.
-            flat = torch.empty(num_bytes, dtype=torch.uint8)
-        self.pixels = flat.view(num_crops, size, size, 3)
+            self.flat = torch.empty(num_bytes, dtype=torch.uint8)
 
-    def images(self) -> Tensor:
-        """(num_crops, 3, S, S) in the memory format that the cutter writes fastest (channels last)."""
-        return self.pixels.permute(0, 3, 1, 2)
+    def images(self) -> tuple[Tensor, ...]:
+        """(num_crops, 3, S, S) for each shape, in the memory format that the cutter writes fastest (channels last)."""
+        return _images(self.flat.numpy(), self.shapes)
 
 
 class MappedSlots:
     """The slots that a worker has mapped, by number."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int, tuple[Tensor, ...]] = {}
+        self._shapes: Shapes = ()
 
-    def images(self, number: int, descriptor: int, num_crops: int, size: int) -> Tensor:
+    def images(self, number: int, descriptor: int, shapes: Shapes) -> tuple[Tensor, ...]:
         """Map a slot, or find it mapped: its images, as `Slot.images` gives them."""
-        shape = (num_crops, 3, size, size)
+        if shapes != self._shapes:
+            # Slots of the shapes before are not used again (`BatchBuffers.take`), and their memory is free once they
+            # are unmapped.
+            self._kept, self._shapes = {}, shapes
         found = self._kept.get(number)
-        if found is not None and found.shape == shape:
+        if found is not None:
             return found
-        # Slots of the shape before are not used again (`BatchBuffers.take`), and their memory is free once they are
-        # unmapped.
-        self._kept = {number: images for number, images in self._kept.items() if images.shape == shape}
-        num_bytes = _num_bytes(num_crops, size)
+        num_bytes = _num_bytes(shapes)
         # Without MAP_POPULATE, touching the pages one by one takes three times as long.
         mapped = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | POPULATE)
-        pixels = np.frombuffer(mapped, np.uint8).reshape(num_crops, size, size, 3)
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        # All that are kept have this shape.
+        images = _images(np.frombuffer(mapped, np.uint8), shapes)
         if number != NOT_KEPT and (len(self._kept) + 1) * num_bytes <= MAPPED_BYTES:
             self._kept[number] = images
         return images
@@ -194,22 +197,22 @@ class BatchBuffers:
     def __init__(self, *, keep: int, shared: bool) -> None:
         self._keep = keep
         self._shared = shared
-        self._shape = (0, 0)
+        self._shapes: Shapes = ()
         self._numbers = itertools.count()
         # Weak: slots live through `_free`, the jobs that write them and the tensors lent, and go with the last of
         # these.
         self._kept: weakref.WeakSet[Slot] = weakref.WeakSet()
         self._free: list[Slot] = []
 
-    def take(self, num_crops: int, size: int, user: int | None = None) -> Slot:
-        """Take an unused slot for `num_crops` crops of this size; if possible one that this worker had before.
+    def take(self, shapes: Shapes, user: int | None = None) -> Slot:
+        """Take an unused slot for crops of these shapes; if possible one that this worker had before.
 
-        A new shape drops the slots of the shape before.
+        New shapes drop the slots of the shapes before.
         Raises LoaderError when the machine has less memory than `keep` slots need.
         """
-        if (num_crops, size) != self._shape:
-            # Slots of the old shape that are still lent are not taken back: `give_back` compares the shape.
-            self._shape, self._kept, self._free = (num_crops, size), weakref.WeakSet(), []
+        if shapes != self._shapes:
+            # Slots of the old shapes that are still lent are not taken back: `give_back` compares the shapes.
+            self._shapes, self._kept, self._free = shapes, weakref.WeakSet(), []
             self._check_memory()
         slot = self._take_free(user)
         slot.user = user
@@ -230,41 +233,54 @@ class BatchBuffers:
 
     def _new(self, number: int) -> Slot:
         try:
-            return Slot(*self._shape, shared=self._shared, number=number)
+            return Slot(self._shapes, shared=self._shared, number=number)
         except (OSError, RuntimeError) as error:
             raise self._no_memory(1, str(error).splitlines()[0]) from error
 
     def give_back(self, slot: Slot) -> None:
         # The garbage collector calls this too, in any thread: an append is atomic, and moves no other slot.
-        if slot.number != NOT_KEPT and slot.shape == self._shape:
+        if slot.number != NOT_KEPT and slot.shapes == self._shapes:
             self._free.append(slot)
 
-    def lend(self, slot: Slot, num_crops: int) -> Tensor:
-        """Lend a slot's first crops as a tensor. The slot is free again when no tensor refers to that memory."""
+    def lend(self, slot: Slot, counts: Sequence[int]) -> tuple[Tensor, ...]:
+        """Lend the first `counts` crops of each shape. The slot is free again when no tensor refers to its memory."""
         if slot.number == NOT_KEPT and self._shared:
             # Users may hold thousands of batches, but not as many open files.
             slot.close()
-        # Every view of the tensor refers to this array, so it ends when the last of them does. The finalizer holds the
-        # slot.
-        array = slot.pixels[:num_crops].numpy()
+        # The arrays of all shapes refer to this one, and every tensor to its array: it ends when the last view of any
+        # of them does. The finalizer holds the slot.
+        whole = slot.flat.numpy()
         # At exit, memory need not be given back, and other modules may be gone.
-        weakref.finalize(array, self.give_back, slot).atexit = False
-        return torch.from_numpy(array).permute(0, 3, 1, 2)
+        weakref.finalize(whole, self.give_back, slot).atexit = False
+        return _images(whole, slot.shapes, counts)
 
     def _check_memory(self) -> None:
         # A memfd takes memory as it is written, and too much of it ends in the OOM killer and not in an error.
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if self._keep * _num_bytes(*self._shape) > there:
+        if self._keep * _num_bytes(self._shapes) > there:
             raise self._no_memory(self._keep, f"this machine has {there / 1e6:,.0f} MB")
 
     def _no_memory(self, slots: int, why: str) -> LoaderError:
-        num_crops, size = self._shape
-        megabytes = slots * _num_bytes(num_crops, size) / 1e6
+        megabytes = slots * _num_bytes(self._shapes) / 1e6
+        told = " and ".join(f"{num_crops} crops of {size} pixels" for num_crops, size in self._shapes)
         return LoaderError(
-            f"{slots} windows of {num_crops} crops of {size} pixels need {megabytes:,.0f} MB of memory, which could "
-            f"not be allocated ({why}); lower num_workers, prefetch_factor, batch_size or spread"
+            f"{slots} windows of {told} need {megabytes:,.0f} MB of memory, which could not be allocated ({why}); "
+            "lower num_workers, prefetch_factor, batch_size or spread"
         )
 
 
-def _num_bytes(num_crops: int, size: int) -> int:
-    return num_crops * size * size * 3
+def _num_bytes(shapes: Shapes) -> int:
+    return sum(num_crops * size * size * 3 for num_crops, size in shapes)
+
+
+def _images(flat: npt.NDArray[np.uint8], shapes: Shapes, counts: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+    """Return views of the memory of these shapes, (num_crops, 3, S, S) each; with `counts`, of so many crops of each.
+
+    Each tensor has a storage of its own, so that who saves one kind of crops does not save the others with it.
+    """
+    found, start = [], 0
+    for (num_crops, size), count in zip(shapes, counts or [num_crops for num_crops, _ in shapes], strict=True):
+        pixels = flat[start : start + count * size * size * 3].reshape(count, size, size, 3)
+        found.append(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        start += num_crops * size * size * 3
+    return tuple(found)

@@ -17,8 +17,9 @@ from ferkd_data.calibration import CalibrationSetting
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import Work
+from ferkd_data.loader.kinds import default_size
 from ferkd_data.loader.like_dataloader import class_names, class_numbers, refuse_transform
-from ferkd_data.loader.opening import check_labels, default_size, open_maker
+from ferkd_data.loader.opening import check_labels, open_maker
 from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
 from ferkd_data.loader.schedule import Cursor, Window
 from ferkd_data.loader.settings import (
@@ -148,7 +149,7 @@ class CropDataset(Dataset[Item]):
             targets=targets,
         )
         cache = Path(cache_dir) if cache_dir else default_cache_dir()
-        self._maker = open_maker(labels, images, settings, cache, at_random=True)
+        _, self._maker = open_maker(labels, images, settings, cache, at_random=True)
         self._crops_per_image = crops_per_image
         self.shared = SharedEpoch(len(self), self._turns.per_rank)
         # In the main process, before a DataLoader's workers all ask for the same block.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,9 @@ from ferkd_data.label_set import LabelSet, VerifyLabels
 from ferkd_data.loader.batch_maker import BatchMaker, Made
 from ferkd_data.loader.clocks import EpochClock
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
+from ferkd_data.loader.kinds import by_kind, crops_of_batch
 from ferkd_data.loader.like_dataloader import DataLoaderLike
-from ferkd_data.loader.opening import check_labels, default_size, open_maker
+from ferkd_data.loader.opening import check_labels, open_maker
 from ferkd_data.loader.order import OrderKind
 from ferkd_data.loader.pool import Workers
 from ferkd_data.loader.schedule import Cursor, Layout, Window, count_batches, read_cursor, saved_epoch, settled, windows
@@ -47,7 +49,17 @@ from ferkd_data.storage import default_cache_dir
 from ferkd_data.targets import SoftTargets
 
 STATE_VERSION = 1
-SHOWN = ("batch_size", "crops_per_image", "size", "calibration", "num_workers", "targets", "rank", "world_size")
+SHOWN = (
+    "batch_size",
+    "crops_per_image",
+    "kinds",
+    "size",
+    "calibration",
+    "num_workers",
+    "targets",
+    "rank",
+    "world_size",
+)
 """Settings that a loader's repr always shows, or shows resolved."""
 
 
@@ -84,8 +96,9 @@ class CropLoader(DataLoaderLike):
         *,
         images: str | Path | ImageSource | None = None,
         batch_size: int,
-        crops_per_image: int | OfEpoch = 4,
-        size: int | OfEpoch | None = None,
+        crops_per_image: int | OfEpoch | None = None,
+        kinds: Mapping[str, int] | None = None,
+        size: int | OfEpoch | Mapping[str, int] | None = None,
         epoch: EpochKind = "images",
         interpolation: Interpolation = "bilinear",
         calibration: CalibrationSetting = "ferkd",
@@ -109,16 +122,20 @@ class CropLoader(DataLoaderLike):
         keys: bool = False,
         transform: Transform | None = None,
         targets: TargetsKind = "soft",
-        to_batch: Callable[[Tensor, Any], Any] | None = None,
+        to_batch: Callable[[Any, Any], Any] | None = None,
         log_stats: bool = False,
         cache_dir: str | Path | None = None,
     ) -> None:
         """
         images: a folder, tars or Parquet (see `open_source`), joined with the labels by key; None for a label set of
             layout webdataset, which has its own.
-        batch_size: crops per batch and rank, B; a multiple of crops_per_image, M.
-        crops_per_image, size: numbers, or functions of the epoch that give one. size: the side of a crop in pixels, by
-            default 224, or that of the kind for a label set of one crop kind.
+        batch_size: crops per batch and rank, B; a multiple of crops_per_image, M. With `kinds`, crops of the first
+            kind.
+        crops_per_image, size: numbers, or functions of the epoch that give one. crops_per_image: 4 by default. size:
+            the side of a crop in pixels, by default 224, or that of the kind for a label set of one crop kind.
+        kinds: crops per image of each crop kind in a batch, such as {"global": 2, "local": 6}, of a label set that was
+            built with crop kinds. Images and targets are then dicts by kind, and `size` may be a dict that replaces the
+            size of some of them. See docs/crop_kinds.md.
         epoch: "images": an epoch is one pass over the images, and so trains on M crops of each. "crops": an epoch is as
             many crops as there are images, so that each image comes in one of M epochs. See docs/epochs.md.
         interpolation: bilinear is Pillow's within a grey level. bicubic may differ from Pillow's by 7 levels, which
@@ -163,8 +180,7 @@ class CropLoader(DataLoaderLike):
         labels = labels if verify_labels is None else labels.verified(verify_labels)
         self.settings = LoaderSettings(
             batch_size=batch_size,
-            crops_per_image=crops_per_image,
-            size=default_size(labels) if size is None else size,
+            **crops_of_batch(labels, kinds, crops_per_image, size),
             epoch=epoch,
             interpolation=interpolation,
             calibration=calibration,
@@ -197,8 +213,7 @@ class CropLoader(DataLoaderLike):
         self.skipped_last: list[str] = []
         """Key and reason of each image left out of the window that the last batch is from."""
         cache = Path(cache_dir) if cache_dir else default_cache_dir()
-        self._maker = open_maker(labels, images, self.settings, cache)
-        self.labels = labels = self._maker.labels
+        self.labels, self._maker = open_maker(labels, images, self.settings, cache)
         # Checked here as well as in each iteration, so that a batch_size that leaves no batch fails where it was given.
         self._check_not_empty(0)
         self._cursor = Cursor()
@@ -249,9 +264,12 @@ class CropLoader(DataLoaderLike):
             if field.name not in SHOWN and getattr(settings, field.name) != field.default
         ]
         ranks = f", rank {self.rank} of {self.world_size}" if self.world_size > 1 else ""
+        by_kind = [f"{kind.crops_per_image} {kind.name} of {kind.size} px" for kind in settings.kinds]
         lines = [
             f"CropLoader: epoch {self.epoch} of {len(self):,} batches{ranks}",
-            f"  batches: {settings.batch_size:,} crops of {self._maker.epochs.at(self.epoch).size} px, "
+            f"  batches: {settings.batch_size // layout.crops_per_image:,} images with {', '.join(by_kind)} each"
+            if by_kind
+            else f"  batches: {settings.batch_size:,} crops of {self._maker.epochs.at(self.epoch).size} px, "
             f"{layout.crops_per_image} of each image",
             f"  images:  {layout.num_images:,} in this epoch, each with {self.labels.num_crops} labelled crops",
             f"  labels:  {self.labels!r}",
@@ -319,9 +337,11 @@ class CropLoader(DataLoaderLike):
         clock.enter("wait")
         try:
             for window, images, made in self._made(start, ranks):
-                crops = sum(made.batches)
-                clock.add_window(images=len(window.positions), crops=crops, spent=made.spent, by_worker=made.by_worker)
-                for (batch, cursor), crops in zip(self._split(made, window, images), made.batches, strict=True):
+                sizes = [sum(kinds) for kinds in zip(*(kind.batches for kind in made.kinds), strict=True)]
+                clock.add_window(
+                    images=len(window.positions), crops=sum(sizes), spent=made.spent, by_worker=made.by_worker
+                )
+                for (batch, cursor), crops in zip(self._split(made, window, images), sizes, strict=True):
                     # Before the batch is given: a state that is saved while the loop works on it must go on with the
                     # next one.
                     self._cursor, self._resumes = cursor, False
@@ -384,6 +404,11 @@ class CropLoader(DataLoaderLike):
 
         The maker reads the same labels and images as this loader, and shares nothing with it that changes.
         """
+        if self.settings.kinds:
+            raise UsageError(
+                "a loader of several crop kinds has no single next window; make a loader of one kind, "
+                f"labels.crop_kind({self.settings.kinds[0].name!r})"
+            )
         # Pickled as for a worker: what is open or mapped stays behind, and the copies open their own files.
         labels, cache, images = pickle.loads(pickle.dumps((self._maker.labels, self._maker.cache, self._maker.images)))
         maker = BatchMaker(labels, cache, images, self._maker.settings)
@@ -415,8 +440,8 @@ class CropLoader(DataLoaderLike):
     def _settled(self, cursor: Cursor) -> Cursor:
         return settled(self._layout(cursor.epoch), cursor, world_size=self.world_size)
 
-    def _split(self, made: Made, window: Window, images: Tensor) -> Iterator[tuple[Any, Cursor]]:
-        """Yield the window's batches, each with the cursor after it."""
+    def _split(self, made: Made, window: Window, images: Sequence[Tensor]) -> Iterator[tuple[Any, Cursor]]:
+        """Yield the window's batches, each with the cursor after it. `images` has the crops of each kind."""
         if made.skipped and not self.skipped:
             warnings.warn(
                 f"{made.skipped[0]}: left out, and another image of the epoch takes its place (on_error='skip'); "
@@ -426,22 +451,27 @@ class CropLoader(DataLoaderLike):
         self.skipped += len(made.skipped)
         self.skipped_last = made.skipped
         # The whole window at once: batches are slices of it, and page-locked too. Images on a device need none.
-        if self._pin_memory and images.device.type == "cpu":
-            images = images.pin_memory()
-        targets = self._maker.targets(made)
-        start = 0
-        for size, cursor in zip(made.batches, window.cursors, strict=True):
-            rows = slice(start, start + size)
-            start += size
-            yield self._batch(images[rows], targets[rows]), self._settled(cursor)
+        if self._pin_memory:
+            images = [part.pin_memory() if part.device.type == "cpu" else part for part in images]
+        targets = [self._maker.targets(kind) for kind in made.kinds]
+        bounds = [np.cumsum([0, *kind.batches]).tolist() for kind in made.kinds]
+        for number, cursor in enumerate(window.cursors):
+            rows = [slice(*ends[number : number + 2]) for ends in bounds]
+            batch = self._batch(
+                [part[own] for part, own in zip(images, rows, strict=True)],
+                [part[own] for part, own in zip(targets, rows, strict=True)],
+            )
+            yield batch, self._settled(cursor)
 
-    def _batch(self, images: Tensor, targets: SoftTargets) -> Any:
-        """Convert a batch to what the user asked for: `targets`, then `to_batch`."""
-        wanted = targets.dense() if self.settings.targets == "dense" else targets
-        return (images, wanted) if self._to_batch is None else self._to_batch(images, wanted)
+    def _batch(self, images: Sequence[Tensor], targets: Sequence[SoftTargets]) -> Any:
+        """Convert the crops and targets of each kind to what the user asked for: `targets`, then `to_batch`."""
+        wanted: Sequence[Any] = [part.dense() for part in targets] if self.settings.targets == "dense" else targets
+        kinds = self.settings.kinds
+        pair = (by_kind(kinds, images), by_kind(kinds, wanted)) if kinds else (images[0], wanted[0])
+        return pair if self._to_batch is None else self._to_batch(*pair)
 
-    def _made(self, start: Cursor, ranks: Ranks) -> Iterator[tuple[Window, Tensor, Made]]:
-        """The windows from `start` to the end of its epoch in order, each with its crops."""
+    def _made(self, start: Cursor, ranks: Ranks) -> Iterator[tuple[Window, tuple[Tensor, ...], Made]]:
+        """The windows from `start` to the end of its epoch in order, each with the crops of each kind."""
         planned = windows(self._layout(start.epoch), start, rank=ranks.rank, world_size=ranks.world_size)
         yield from self._open_workers().make(planned)
 
@@ -456,11 +486,13 @@ class CropLoader(DataLoaderLike):
 
     def _fingerprint(self, epoch: int) -> dict[str, Any]:
         """The settings that must be the same for a state of this epoch to fit."""
+        kinds = [list(kind) for kind in self.settings.kinds]
         return {
             # Evaluated for one epoch, since size and others may be functions of it. Ranks, workers and memory options
             # are left out: they may differ when a training goes on.
             "labels": self.labels.identity,
             "crops": self.labels.num_crops,
+            **({"kinds": kinds} if kinds else {}),
             **asdict(self._layout(epoch)),
             **self._maker.epochs.fingerprint(epoch),
         }

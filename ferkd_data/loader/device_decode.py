@@ -77,7 +77,7 @@ class DeviceWorkers:
             lambda: pickled(EncodeWork(maker.for_workers())), num_workers, prefetch_factor, drop=lambda job: None
         )
 
-    def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:
+    def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, tuple[Tensor, ...], Made]]:
         """Yield the windows with their crops and targets, in order. Raises LoaderError as workers do."""
         jobs = (EncodedJob(window=window, settings=self._maker.epochs.at(window.epoch)) for window in windows)
         # This process makes windows itself until a worker is ready; its data needs no file.
@@ -87,11 +87,12 @@ class DeviceWorkers:
             if job.received:
                 encoded = encoded._replace(data=_mapped(*job.received))
             try:
-                yield job.window, *self._cut(job.window, encoded)
+                images, made = self._cut(job.window, encoded)
             # Whoever keeps the error keeps this generator's frames, so the workers go now and not with them.
             except FerkdError:
                 self.end()
                 raise
+            yield job.window, (images,), made
 
     def wait(self) -> None:
         """Wait until all workers are ready, as `Workers.wait` does."""

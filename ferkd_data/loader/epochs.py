@@ -40,6 +40,8 @@ class EpochSettings:
     num_images: int
     drawn: int
     """Crops of each image that all passes before this one draw."""
+    others: tuple[EpochSettings, ...] = ()
+    """The same epoch for each further crop kind, where a loader's workers need to know it."""
 
     def window_images(self, batch_size: int) -> int:
         """Images of a rank's whole window."""

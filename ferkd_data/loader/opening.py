@@ -6,15 +6,16 @@ Apart from `batch_maker.py`, which runs in workers: this happens once, in the tr
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ferkd_data.crop_kinds import DEFAULT_SIZE
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import BatchMaker
 from ferkd_data.loader.image_table import KeyTable, Missing, open_images
+from ferkd_data.loader.kinds import check_one_kind
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.settings import LoaderSettings
 from ferkd_data.loader.shard_files import ShardRecords
@@ -27,21 +28,6 @@ def check_labels(labels: Any) -> None:
         raise UsageError(f"labels must be a label set, as fd.open_labels({labels!r}) opens it")
 
 
-def check_one_kind(labels: LabelSet) -> None:
-    """Raise UsageError for crops of several kinds: at one size, they are not what they were drawn for."""
-    kinds = labels.crop_kinds
-    if len(kinds) > 1:
-        raise UsageError(
-            f"{labels.location}: has crops of the kinds {', '.join(kind.name for kind in kinds)}, which do not go into "
-            f"batches of one size. Train on one of them, labels.crop_kind({kinds[0].name!r})"
-        )
-
-
-def default_size(labels: LabelSet) -> int:
-    """Return the side of crops that a student gets unless the user says otherwise: that of their kind, else 224."""
-    return labels.crop_kinds[0].size if labels.crop_kinds else DEFAULT_SIZE
-
-
 def open_maker(
     labels: LabelSet,
     images: str | Path | ImageSource | None,
@@ -49,15 +35,19 @@ def open_maker(
     cache_dir: Path,
     *,
     at_random: bool = False,
-) -> BatchMaker:
-    """Join images and labels.
+) -> tuple[LabelSet, BatchMaker]:
+    """Join images and labels. Returns the labels of the images that are there, and what makes batches of them.
 
     Labels whose images are missing are left out where the settings say so. With `at_random`, any row may be asked for
     next, whatever `settings.order` is.
 
     Raises UsageError when there are no images, LabelSetError when images and labels do not match.
     """
-    check_one_kind(labels)
+    if not settings.kinds:
+        check_one_kind(labels)
+    elif len(settings.kinds) == 1:
+        # Keys, too, are then read out of this kind's files alone.
+        labels = labels.crop_kind(settings.kinds[0].name)
     streamed = settings.streamed and not at_random
     missing: Missing = settings.images_missing
     # A missing image is one that cannot be used: it is skipped when its turn comes, and not an error at the start.
@@ -83,5 +73,14 @@ def open_maker(
     if not streamed:
         # A crop block's space is reserved as a whole: for files that are there, not for what a manifest claims.
         stored.check_sizes()
-    cache = ShardRecords(stored, cache_dir) if streamed else LabelCache(stored, cache_dir)
-    return BatchMaker(kept, cache, table, settings, KeyTable(kept) if settings.keys else None)
+    keys = KeyTable(kept) if settings.keys else None
+
+    def make(part: LabelSet, own: LoaderSettings, others: Sequence[BatchMaker] = ()) -> BatchMaker:
+        stored = part.unmapped
+        cache = ShardRecords(stored, cache_dir) if streamed else LabelCache(stored, cache_dir)
+        return BatchMaker(part, cache, table, own, keys, others)
+
+    if not settings.kinds:
+        return kept, make(kept, settings)
+    first, *others = ((kept.crop_kind(kind.name), settings.of_kind(kind)) for kind in settings.kinds)
+    return kept, make(*first, [make(*each) for each in others])

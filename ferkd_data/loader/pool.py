@@ -238,16 +238,11 @@ class CropWork:
 
     def __call__(self, task: WindowTask, descriptors: list[int]) -> tuple[Made, list[int]]:
         # From the training, where a schedule may be a function: a worker evaluates none (`for_workers`).
-        self.maker.epochs.learn(task.window.epoch, task.settings)
+        self.maker.learn(task.window.epoch, task.settings)
         # Mapping counts as sending: it is part of the price of handing crops over in shared memory.
         with self.maker.clock.send:
-            out = self.memory.images(task.slot, descriptors[0], *window_shape(self.maker, task.settings))
-        return self.maker.make(Work(task.window, out)), []
-
-
-def window_shape(maker: BatchMaker, settings: EpochSettings) -> tuple[int, int]:
-    """Return the number of crops of a whole window of an epoch, and their size S."""
-    return settings.window_batches * maker.settings.batch_size, settings.size
+            out, *others = self.memory.images(task.slot, descriptors[0], self.maker.shapes(task.settings))
+        return self.maker.make(Work(task.window, out, tuple(others))), []
 
 
 @dataclass(eq=False, kw_only=True)
@@ -287,21 +282,22 @@ class Workers:
         # Pickled when workers are started, and never without workers: what the user gave need not be picklable then.
         self._pool = Pool(lambda: pickled(CropWork(maker.for_workers())), num_workers, prefetch_factor, drop)
 
-    def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, Tensor, Made]]:
-        """Yield the windows in order, with their crops and targets. Raises what making them raises."""
+    def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, tuple[Tensor, ...], Made]]:
+        """Yield the windows in order, with their crops (of each kind) and targets. Raises what making them raises."""
         for job in self._pool.run(map(self._job, windows), self._here):
             made = timed(job, job.result)
             assert job.slot is not None
-            yield job.window, self._buffers.lend(job.slot, sum(made.batches)), made
+            yield job.window, self._buffers.lend(job.slot, [sum(kind.batches) for kind in made.kinds]), made
 
     def _job(self, window: Window) -> CropJob:
-        settings = self._maker.epochs.at(window.epoch)
-        take = partial(self._buffers.take, *window_shape(self._maker, settings))
+        settings = self._maker.epoch_settings(window.epoch)
+        take = partial(self._buffers.take, self._maker.shapes(settings))
         return CropJob(window=window, settings=settings, take=take)
 
     def _here(self, job: CropJob) -> Made:
         job.slot = job.slot or job.take(None)
-        return self._maker.make(Work(job.window, job.slot.images()))
+        out, *others = job.slot.images()
+        return self._maker.make(Work(job.window, out, tuple(others)))
 
     def wait(self) -> None:
         """Wait until all workers are ready. Without this, windows are made in this process until the first one is."""

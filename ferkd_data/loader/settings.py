@@ -10,7 +10,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -18,6 +18,7 @@ import torch
 
 from ferkd_data.calibration import CalibrationSetting, calibration_at
 from ferkd_data.errors import UsageError
+from ferkd_data.loader.kinds import KindOfBatch
 from ferkd_data.loader.order import OrderKind, check_order
 from ferkd_data.loader.transform import Transform
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
@@ -118,6 +119,8 @@ class LoaderSettings:
     """M, or a function of the epoch that gives it."""
     size: int | OfEpoch = 224
     """Side of a crop in pixels, S, or a function of the epoch that gives it."""
+    kinds: tuple[KindOfBatch, ...] = ()
+    """The crop kinds of a batch; batch_size, crops_per_image and size are then those of the first one."""
     epoch: EpochKind = "images"
     """An epoch is a pass over the images, or as many crops as there are images."""
     interpolation: Interpolation = "bilinear"
@@ -171,10 +174,17 @@ class LoaderSettings:
             if not callable(getattr(self, name)) and getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         self._check_choices()
+        self._check_kinds()
         # Functions of the epoch are tried for epoch 0, so that one that is wrong fails when the loader is made.
         self.size_at(0)
         self.crops_at(0)
         calibration_at(self.calibration, 0)
+
+    def of_kind(self, kind: KindOfBatch) -> LoaderSettings:
+        """Return the settings with which the crops of one of the kinds are made."""
+        images = self.batch_size // self.kinds[0].crops_per_image
+        own = {"crops_per_image": kind.crops_per_image, "size": kind.size, "batch_size": images * kind.crops_per_image}
+        return replace(self, kinds=(), **own)  # type: ignore[arg-type]
 
     def size_at(self, epoch: int) -> int:
         """Return S of an epoch. Raises UsageError for a size out of range."""
@@ -231,6 +241,22 @@ class LoaderSettings:
         if self.decode_scale != "exact" and self.decode_device is not None:
             raise UsageError("decode_scale is for decoding in workers: leave out decode_device")
         check_ranks(self.rank, self.world_size)
+
+    def _check_kinds(self) -> None:
+        """Raise UsageError for settings that do not go with several crop kinds in a batch."""
+        if not self.kinds:
+            return
+        excluded = {
+            "spread": (bool(self.spread), "all crops of an image go into one batch, as multi-crop losses need them"),
+            "decode_device": (self.decode_device is not None, "kinds are cut in the workers"),
+            "epoch": (self.epoch == "crops", 'with kinds, an epoch is a pass over the images: epoch="images"'),
+        }
+        for name, (is_set, why) in excluded.items():
+            if is_set:
+                raise UsageError(f"{name} does not go with kinds: {why}; leave out {name}")
+        single = [kind.name for kind in self.kinds if kind.crops_per_image < 2]
+        if self.selfmix is not None and single:
+            raise UsageError(f"selfmix mixes within each kind, and needs at least 2 crops of {single[0]!r} per image")
 
 
 def epoch_number(epoch: Any) -> int:

@@ -191,15 +191,15 @@ def test_batches_that_are_kept_are_never_overwritten_and_need_no_descriptors(mak
 
 def test_slots_go_to_the_worker_that_has_them_mapped():
     buffers = BatchBuffers(keep=3, shared=True)
-    slots = [buffers.take(2, 8, user=number) for number in (0, 1, 0)]
-    extra = buffers.take(2, 8, user=1)
+    slots = [buffers.take(((2, 8),), user=number) for number in (0, 1, 0)]
+    extra = buffers.take(((2, 8),), user=1)
     assert extra.number == NOT_KEPT and len({slot.number for slot in slots}) == 3
     for slot in (*slots, extra):
         buffers.give_back(slot)
-    assert buffers.take(2, 8, user=1) is slots[1]
-    assert buffers.take(2, 8, user=0) is slots[2]
-    assert buffers.take(2, 8, user=1) is slots[0]
-    assert buffers.take(2, 16).number not in {slot.number for slot in slots}
+    assert buffers.take(((2, 8),), user=1) is slots[1]
+    assert buffers.take(((2, 8),), user=0) is slots[2]
+    assert buffers.take(((2, 8),), user=1) is slots[0]
+    assert buffers.take(((2, 16),)).number not in {slot.number for slot in slots}
     buffers.give_back(slots[0])
     assert not buffers._free, "of a size that is no longer asked for"
 
@@ -207,18 +207,17 @@ def test_slots_go_to_the_worker_that_has_them_mapped():
 def test_a_worker_keeps_a_few_megabytes_mapped():
     mapped, size = MappedSlots(), 1000
     buffers = BatchBuffers(keep=3, shared=True)
-    slots = [buffers.take(10, size) for _ in range(3)]
+    slots = [buffers.take(((10, size),)) for _ in range(3)]
     for number, slot in enumerate(slots):
-        images = mapped.images(slot.number, slot.descriptor, 10, size)
-        images.fill_(number)
-        assert (slot.images() == number).all()
+        mapped.images(slot.number, slot.descriptor, ((10, size),))[0].fill_(number)
+        assert (slot.images()[0] == number).all()
     assert len(mapped._kept) == MAPPED_BYTES // (10 * size * size * 3) == 1
 
 
 def test_memory_that_is_not_there():
     buffers = BatchBuffers(keep=9, shared=True)
     with pytest.raises(LoaderError, match=r"9 windows of 1000000 crops of 8192 pixels need 1,811,939,328 MB.*has"):
-        buffers.take(1_000_000, 8192)
+        buffers.take(((1_000_000, 8192),))
 
 
 def test_what_cannot_be_sent_is_an_error_that_says_so(make, photos):
