@@ -59,6 +59,19 @@ def test_timm_loop(label_set, photos, tmp_path):
     assert "epoch 0: 10 steps, loss" in printed and "epoch 1: 10 steps, loss" in printed
 
 
+def test_multi_crop(photos, tiny_teachers, tmp_path):
+    """20 images, 4 in a batch, with crops of two kinds; the same batches give the same student."""
+    kinds = ["global:scale=0.4..1,size=48,n=4", "local:scale=0.05..0.4,size=32,n=6"]
+    fd.build(photos, tmp_path / "labels", teachers=[tiny_teachers], crop_kinds=kinds, top_k=4, device="cpu")
+    options = ["--epochs", "2", "--batch-images", "4", "--model", "resnet10t", "--kinds", "global=2", "local=3"]
+    command = [EXAMPLES / "multi_crop.py", tmp_path / "labels", photos, *options]
+    printed = start([*command, "--sizes", "global=40", "--workers", "0"], tmp_path)
+    losses = [float(loss) for loss in re.findall(r"epoch \d: 5 steps, loss ([\d.]+)", printed)]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    again = start([*command, "--sizes", "global=40", "--workers", "2"], tmp_path)
+    assert again == printed and (tmp_path / "student.pt").exists()
+
+
 def test_lightning_module(label_set, photos, tmp_path):
     """20 images, 2 in a batch, 2 epochs; then from a checkpoint in the middle of the second."""
     command = [EXAMPLES / "lightning_module.py", label_set, photos, *TINY, "--workers", "0", "--save-steps", "14"]

@@ -19,6 +19,7 @@ import ferkd_data as fd
 from ferkd_data.errors import LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import decode_rgb
 from ferkd_data.loader import batch_maker
+from ferkd_data.loader.labelling import draw_seed
 from ferkd_data.replay import replay
 
 GLOBAL, LOCAL = "global:scale=0.25..1,size=40,n=4", "local:scale=0.05..0.25,size=24,n=6"
@@ -151,6 +152,12 @@ def test_each_kind_is_what_a_loader_of_it_alone_gives(make, alone, m, sizes, ima
         single = alone(name, layout, images, crops=kinds[name], size=size[name], order=order)
         single.set_epoch(epoch)
         assert same([batch[name] for batch in whole], contents(single))
+
+
+def test_kinds_are_drawn_independently(built, label_set):
+    labels = fd.open_labels(built / "parquet")
+    seeds = {draw_seed(labels.crop_kind(kind), seed) for kind in M for seed in (3, 4)} | {3, 4}
+    assert len(seeds) == 6 and draw_seed(fd.open_labels(label_set), 3) == 3
 
 
 def test_one_kind_of_several(make, alone):
