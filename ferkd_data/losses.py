@@ -180,6 +180,8 @@ def _precision(logits: Tensor) -> torch.dtype:
 
 
 def _check(logits: Tensor, targets: SoftTargets | Tensor) -> None:
+    if not isinstance(targets, (SoftTargets, Tensor)):
+        raise UsageError(f"targets must be SoftTargets or a tensor (B, C), got {type(targets).__name__}")
     expected = tuple(targets.shape) if isinstance(targets, Tensor) else (len(targets), targets.num_classes)
     if isinstance(targets, Tensor) and targets.dim() == 1:
         raise UsageError("these targets are class numbers (B,), not distributions; use torch's cross_entropy for them")

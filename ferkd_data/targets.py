@@ -95,8 +95,15 @@ class SoftTargets:
         title = f"SoftTargets of {len(self):,} crops and {self.num_classes:,} classes{more}"
         return html_table(title, rows, head=("crop", f"the {count} largest", "ground truth"))
 
-    def __getitem__(self, rows: slice | Tensor) -> SoftTargets:
-        """Select some crops, by a slice, an int64 tensor of numbers or a bool mask."""
+    def __getitem__(self, rows: int | slice | Tensor) -> SoftTargets:
+        """Select some crops, by a slice, an int64 tensor of numbers or a bool mask; a number gives targets of one crop.
+
+        Raises IndexError for a number beyond the last crop.
+        """
+        if isinstance(rows, (int, np.integer)):
+            # Not a row without its axis, as a tensor gives it: that would be no targets, and could not be printed.
+            row = range(len(self))[rows]
+            rows = slice(row, row + 1)
         keys = None
         if self.keys is not None:
             # Keys are a tuple, which PyTorch's indices do not select from: numbers of rows stand in for them.

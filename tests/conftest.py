@@ -16,6 +16,7 @@ from pathlib import Path
 # Before torch is there, and for all processes that tests start.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
+import hypothesis
 import numpy as np
 import pytest
 from label_sets import SMALL
@@ -29,6 +30,12 @@ from ferkd_data import extras
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["ferkd_data.builder", "ferkd_data.label_set", "ferkd_data.loader"]
 )
+
+# A loaded machine takes a second where an idle one takes a millisecond: no example fails for its time.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,7 +19,13 @@ import numpy as np
 from ferkd_data.errors import ForeignFileError, UsageError
 from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
 from ferkd_data.importers.foreign_arrays import load_arrays
-from ferkd_data.importers.foreign_labels import ForeignLabels, check_boxes, check_labels, foreign_teacher
+from ferkd_data.importers.foreign_labels import (
+    ForeignLabels,
+    check_boxes,
+    check_labels,
+    class_numbers,
+    foreign_teacher,
+)
 from ferkd_data.storage import read_text
 
 CONFIG = "config.pth.tar"
@@ -103,8 +109,11 @@ class ReinforcedFiles:
             found, samples = content
             boxes, flips = zip(*(self._place(sample["params"]) for sample in samples), strict=True)
             probs, classes = zip(*(sample["prob"] for sample in samples), strict=True)
-            box, flip = np.array(boxes, np.int64).reshape(-1, 4), np.array(flips, np.bool_)
-            index, prob = np.array(classes, np.int64), np.array(probs, np.float32)
+            box, flip = np.array(boxes, np.float64).reshape(-1, 4), np.array(flips, np.bool_)
+            # float64 holds every class exactly. Cast to integers here, 1.7 would become class 1.
+            index = np.array(classes, np.float64)
+            with np.errstate(over="ignore"):
+                prob = np.array(probs, np.float32)
         except (TypeError, ValueError, KeyError, OverflowError) as error:
             raise ForeignFileError(f"{path}: is not Dataset Reinforcement's (ID, crops) ({error})") from error
         if index.ndim != 2 or index.shape != prob.shape or len(box) != len(index) or not index.size:
@@ -112,8 +121,9 @@ class ReinforcedFiles:
         # A file that was renamed would put its labels on another image.
         if found != number:
             raise ForeignFileError(f"{path}: says that it belongs to ID {found!r}")
-        check_labels(path, index, prob, self.num_classes)
-        return ForeignLabels(boxes=check_boxes(box, *size), flip=flip, class_index=index, class_prob=prob)
+        numbers = class_numbers(path, index, self.num_classes)
+        check_labels(path, numbers, prob, self.num_classes)
+        return ForeignLabels(boxes=check_boxes(box, *size), flip=flip, class_index=numbers, class_prob=prob)
 
     def _place(self, params: Any) -> tuple[Any, bool]:
         """Return (box, flip) of a crop. Raises ValueError for params that hold more than these."""

@@ -19,9 +19,18 @@ import torch
 from ferkd_data.errors import ForeignFileError, check_at_least
 from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
 from ferkd_data.importers.foreign_arrays import load_arrays
-from ferkd_data.importers.foreign_labels import ForeignLabels, check_boxes, check_labels, foreign_teacher
+from ferkd_data.importers.foreign_labels import (
+    ForeignLabels,
+    check_boxes,
+    check_labels,
+    class_numbers,
+    foreign_teacher,
+)
 from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.storage import inside
+
+NUMERIC = "biuf"
+"""Kinds of NumPy types that are numbers: bool, integers and floats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +84,9 @@ class FkdFiles:
         if not isinstance(content, (list, tuple)) or len(content) != 3:
             raise ForeignFileError(f"{path}: is not FKD's [coords, flips, labels]")
         coords, flip, labels = (np.asarray(part) for part in content)
+        # Texts and None would pass as flips, and end the import at the first sum.
+        if any(part.dtype.kind not in NUMERIC or not part.ndim for part in (coords, flip, labels)):
+            raise ForeignFileError(f"{path}: holds something else than arrays of numbers")
         num_crops = len(labels)
         if coords.shape != (num_crops, 4) or flip.shape != (num_crops,) or not num_crops:
             raise ForeignFileError(
@@ -82,7 +94,9 @@ class FkdFiles:
             )
         if not np.isfinite(coords).all():
             raise ForeignFileError(f"{path}: holds numbers that are not finite")
-        index, prob = _labels(path, labels, self.num_classes, self.top_k)
+        with np.errstate(over="ignore"):
+            # What float32 cannot hold becomes infinite, which the check refuses.
+            index, prob = _labels(path, labels, self.num_classes, self.top_k)
         check_labels(path, index, prob, self.num_classes)
         boxes = boxes_of(coords.astype(np.float64), *size)
         return ForeignLabels(boxes=boxes, flip=flip.astype(np.bool_), class_index=index, class_prob=prob)
@@ -99,7 +113,7 @@ def _labels(
     """Return (N, k) classes and probabilities from any label type; the types differ in their shapes."""
     # marginal_smoothing and marginal_renorm: classes and probabilities, both as floats.
     if labels.ndim == 3 and labels.shape[1] == 2:
-        return np.rint(labels[:, 0]).astype(np.int64), labels[:, 1].astype(np.float32)
+        return class_numbers(path, labels[:, 0], num_classes), labels[:, 1].astype(np.float32)
     # Full distributions. With two classes they have the shape of `smoothing`, which is the likelier one.
     if labels.ndim == 2 and labels.shape[1] == num_classes and num_classes > 2:
         full = labels.astype(np.float32)
@@ -107,10 +121,10 @@ def _labels(
         return best, np.take_along_axis(full, best, axis=1)
     # smoothing: the first class and its probability.
     if labels.ndim == 2 and labels.shape[1] == 2:
-        return np.rint(labels[:, :1]).astype(np.int64), labels[:, 1:].astype(np.float32)
+        return class_numbers(path, labels[:, :1], num_classes), labels[:, 1:].astype(np.float32)
     # hard: the class alone, to which all of the probability goes.
     if labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 1):
-        classes = labels.reshape(-1, 1).astype(np.int64)
+        classes = class_numbers(path, labels.reshape(-1, 1), num_classes)
         return classes, np.ones(classes.shape, np.float32)
     raise ForeignFileError(f"{path}: labels of shape {labels.shape} are of none of FKD's types")
 
@@ -123,7 +137,7 @@ def boxes_of(coords: npt.NDArray[np.float64], height: int, width: int) -> npt.ND
     top, left = coords[:, 0] * height, coords[:, 1] * width
     bottom, right = top + coords[:, 2] * height, left + coords[:, 3] * width
     # Corners are rounded, not sizes: rint rounds halves to even, as Pillow's crop does.
-    corners = np.rint(np.stack([top, left, bottom, right], axis=1)).astype(np.int64)
+    corners = np.rint(np.stack([top, left, bottom, right], axis=1))
     boxes = np.stack([corners[:, 0], corners[:, 1], *(corners[:, 2:] - corners[:, :2]).T], axis=1)
     return check_boxes(boxes, height, width)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -107,8 +107,22 @@ def check_labels(path: Path, index: npt.NDArray[np.int64], prob: npt.NDArray[np.
         )
 
 
-def check_boxes(boxes: npt.NDArray[np.int64], height: int, width: int) -> npt.NDArray[np.uint16]:
-    """Return (N, 4) boxes as they are stored. Raises ValueError for one that is not inside the image."""
+def class_numbers(path: Path, values: npt.NDArray[Any], num_classes: int) -> npt.NDArray[np.int64]:
+    """Return class numbers that other formats keep as floats. Raises ForeignFileError for other than 0 .. C - 1.
+
+    Compared before they are cast: of NaN or 1e30, NumPy would make any number, and of 1.5 class 1.
+    """
+    whole = np.rint(values)
+    if not ((values == whole) & (whole >= 0) & (whole < num_classes)).all():
+        raise ForeignFileError(f"{path}: classes {values.min():g} to {values.max():g} of {num_classes} classes")
+    numbers: npt.NDArray[np.int64] = whole.astype(np.int64)
+    return numbers
+
+
+def check_boxes(boxes: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[np.uint16]:
+    """Return (N, 4) boxes as they are stored. Raises ValueError for one that is not inside the image, or not whole."""
+    if (boxes != np.rint(boxes)).any():
+        raise ValueError("the box of a crop is not in whole pixels")
     fits = (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all()
     if not fits or (boxes[:, :2] + boxes[:, 2:] > (height, width)).any():
         raise ValueError("a crop is not inside the image; are these the images that were labelled?")

@@ -10,7 +10,7 @@ from typing import Any
 
 import ferkd_data
 from ferkd_data.crops import CropDistribution
-from ferkd_data.errors import ForeignFileError, ImageError, UsageError, check_at_least
+from ferkd_data.errors import ForeignFileError, ImageError, ShardError, UsageError, check_at_least
 from ferkd_data.format import out_folder
 from ferkd_data.format.manifest import (
     CreatedBy,
@@ -40,6 +40,7 @@ from ferkd_data.importers.foreign_labels import LabelFiles, to_row
 from ferkd_data.importers.relabel_maps import RelabelMaps
 from ferkd_data.labels import statistics
 from ferkd_data.labels.buckets import Thresholds
+from ferkd_data.labels.checks import check_rows
 from ferkd_data.labels.rows import UNKNOWN_TARGET, ImageLabels, ShardLabels
 from ferkd_data.labels.statistics import Statistics, shard_statistics
 from ferkd_data.scratch import Scratch
@@ -240,7 +241,7 @@ class _Import:
         # Empty groups make no shard, so shards are numbered by those that are written.
         for group in in_groups(self.source.list_images(), self.images_per_shard):
             # Before the shard is begun, since the first image decides how many crops, and so blocks, there are.
-            rows = list(self._rows(group, rejects))
+            rows = self._sound(list(self._rows(group, rejects)), rejects)
             if rows:
                 starts = range(0, self.shape[0], self.crops_per_block)
                 count, files = write_shard(
@@ -272,6 +273,27 @@ class _Import:
             # One damaged or missing file of labels costs its image, not the import.
             except (ForeignFileError, ValueError) as error:
                 self._reject(Reject(key=ref.key, reason="unreadable_labels", detail=str(error)), rejects)
+
+    def _sound(self, rows: list[ImageLabels], rejects: RejectWriter) -> list[ImageLabels]:
+        """Return the rows that readers accept, and make rejects of the others: one would spoil the whole shard."""
+        if not rows or self._refused(rows) is None:
+            return rows
+        sound = []
+        for row in rows:
+            why = self._refused([row])
+            if why is None:
+                sound.append(row)
+            else:
+                self._reject(Reject(key=row.key, reason="unreadable_labels", detail=why), rejects)
+        return sound
+
+    def _refused(self, rows: list[ImageLabels]) -> str | None:
+        """Return why readers refuse these rows; None where they do not."""
+        try:
+            check_rows(self.files.format, ShardLabels.from_rows(rows), self.files.num_classes)
+        except ShardError as error:
+            return str(error)
+        return None
 
     def _reject(self, reject: Reject, rejects: RejectWriter) -> None:
         self.first_reject = self.first_reject or reject

@@ -68,7 +68,8 @@ def _label_map(path: Path, content: Any, num_classes: int) -> tuple[npt.NDArray[
         raise ForeignFileError(f"{path}: is {told}; ReLabel's label maps are arrays of shape (2, 5, 15, 15)")
     if content.shape[2] != content.shape[3]:
         raise ForeignFileError(f"{path}: a label map of {content.shape[2]} x {content.shape[3]} cells is not square")
-    whole = content.astype(np.float32)
+    with np.errstate(over="ignore"):
+        whole = content.astype(np.float32)
     if not np.isfinite(whole).all():
         raise ForeignFileError(f"{path}: holds numbers that are not finite")
     index = whole[1].astype(np.int64)

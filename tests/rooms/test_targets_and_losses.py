@@ -328,6 +328,17 @@ def test_targets_move_slice_and_join():
     assert targets.to("cpu").device.type == "cpu"
 
 
+def test_a_number_selects_the_targets_of_one_crop():
+    targets = random_targets(3, 9, 3, 1)
+    for one in (targets[1], targets[-2], targets[np.int64(1)], list(targets)[1]):
+        assert len(one) == 1 and torch.equal(one.dense(), targets.dense()[1:2])
+    assert len(list(targets)) == 3 and "1 rows" in repr(targets[0])
+    for several in ([0, 2], np.array([0, 2])):
+        assert torch.equal(targets[several].dense(), targets.dense()[[0, 2]])
+    with pytest.raises(IndexError):
+        targets[3]
+
+
 FULL = {"hard": torch.tensor([1, -1]), "hard_share": torch.ones(2), "bucket": torch.tensor([3, 0], dtype=torch.uint8)}
 
 

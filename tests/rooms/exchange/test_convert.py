@@ -146,6 +146,33 @@ def test_images_without_labels_are_rejects(label_set, photos, tmp_path):
         fd.import_fkd(tmp_path, tmp_path / "none", images=photos, num_classes=10, teacher=TEACHER)
 
 
+ROUNDED = torch.tensor([0.5003, 0.2502, 0.2502, 0.0001])
+"""Their sum is 1.0008, and 1.0011 in float16."""
+DAMAGED = {
+    "texts for coords": lambda c, f, s: [[["a", "b", "c", "d"]] * 10, f, s],
+    "texts for flips": lambda c, f, s: [c, ["x"] * 10, s],
+    "numbers without an axis": lambda c, f, s: [torch.tensor(1.0)] * 3,
+    "NaN for a class": lambda c, f, s: [c, f, s.index_fill(1, torch.tensor(0), float("nan"))],
+    "a class beyond every integer": lambda c, f, s: [c, f, s.index_fill(1, torch.tensor(0), 1e30)],
+    "half a class": lambda c, f, s: [c, f, s + torch.tensor([[0.5], [0.0]])],
+    "a class twice": lambda c, f, s: [c, f, s.index_fill(1, torch.tensor(0), 1.0)],
+    "no probability": lambda c, f, s: [c, f, s * torch.tensor([[1.0], [0.0]])],
+    "a sum that float16 takes above 1": lambda c, f, s: [c, f, torch.cat([s[:, :1], s[:, 1:] * 0 + ROUNDED], 1)],
+    "a box beyond every integer": lambda c, f, s: [c * 1e300, f, s],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_costs_its_image_and_nothing_else(label_set, photos, tmp_path, name):
+    """Whatever it holds, the label set is one that readers accept."""
+    fd.export_fkd(label_set, tmp_path / "fkd")
+    file = sorted((tmp_path / "fkd").rglob("*.tar"))[3]
+    torch.save(DAMAGED[name](*torch.load(file)), file)
+    manifest = fd.import_fkd(tmp_path / "fkd", tmp_path / "out", images=photos, num_classes=10, teacher=TEACHER)
+    assert (manifest.num_images, manifest.rejects.rows) == (19, 1)
+    assert fd.verify(tmp_path / "out").ok
+
+
 def many_rejects(number, place, **_):
     """A source with so many more images that cannot be used before the others."""
     source = open_source(place)
