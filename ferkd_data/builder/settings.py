@@ -266,16 +266,20 @@ def cores() -> int:
 def _parse_devices(text: str) -> list[str]:
     """Parse `cpu`, `cuda`, `cuda:1`, `cuda:0,cuda:1` or `cuda:0,1` into one name for each device."""
     devices: list[str] = []
+    # By what they mean: cuda is GPU 0, and so is cuda:00.
+    meant: list[int | None] = []
     for piece in text.split(","):
         device = f"cuda:{piece}" if piece.isdecimal() and devices and devices[0].startswith("cuda:") else piece
         kind, colon, number = device.partition(":")
         if device not in ("cpu", "cuda") and not (kind == "cuda" and colon and number.isdecimal()):
             raise UsageError(f"device must be auto, cpu, cuda, cuda:N, cuda:N,M or all, got {text!r}")
-        if device in devices or (devices and "cpu" in (device, devices[0])):
+        means = None if device == "cpu" else int(number or 0)
+        if means in meant or (meant and None in (means, meant[0])):
             raise UsageError(
                 f"device {text!r}: names a device twice, or cpu beside others; --workers N runs N workers on each"
             )
         devices.append(device)
+        meant.append(means)
     return devices
 
 

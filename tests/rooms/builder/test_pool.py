@@ -106,6 +106,8 @@ def test_a_workers_error_is_the_builds_error(photos, deadly, tmp_path):
     ("device", "message"),
     [
         ("cuda:0,cuda:0", "names a device twice"),
+        ("cuda,cuda:0", "names a device twice"),
+        ("cuda:1,cuda:01", "names a device twice"),
         ("cpu,cuda:0", "cpu beside others"),
         ("cuda:x", "must be auto, cpu"),
         ("gpu", "must be auto, cpu"),
