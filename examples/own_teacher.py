@@ -39,7 +39,7 @@ def teacher() -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("photos")
-    parser.add_argument("--views", type=int, default=4, help="crops of each photo that the layer is fitted to")
+    parser.add_argument("--views", type=int, default=4, help="crops per photo to fit the layer to")
     parser.add_argument("--epochs", type=int, default=40, help="passes of the layer over all views")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
