@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="passes over the photos")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--lr", type=float, default=3e-5, help="learning rate of the pretrained layers; the last one has 10 times as much")
+    parser.add_argument("--lr", type=float, default=3e-5, help="learning rate; the last layer has 10 times it")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("fine_tuned.pt"))
     args = parser.parse_args()
