@@ -55,16 +55,17 @@ def blend_cycles(images: Tensor, cycles: Iterable[list[int]], share: Sequence[fl
     copies = aside.numpy()
     pairs = [aside[k:].as_strided((1, CHANNELS, 2, width), (0, 1, size_bytes, CHANNELS)) for k in range(2)]
 
-    def blend(row: int, place: int, other: int) -> None:
+    def blend(row: int, spot: int, other: int) -> None:
         if share[row] != 1:
-            distance = 1 - share[row] if place < other else share[row]
+            distance = 1 - share[row] if spot < other else share[row]
             # The first row of the output lies at scale / 2 - 1 / 2 of the input; asked for is 1 / scale.
             scales = (1 / (1 + 2 * distance), None)
-            _resize_into(pairs[min(place, other)], [1, width], False, *scales, out=output[row])
+            _resize_into(pairs[min(spot, other)], [1, width], False, *scales, out=output[row])
 
     for cycle in cycles:
+        # `spot` is the number of the copy that holds the image to be blended next.
         copies[0] = pixels[cycle[0]]
-        place = 0
+        spot = 0
         if keeps_sum(cycle, share):
             first, second = pixels[cycle[0]], pixels[cycle[1]]
             copies[1] = second
@@ -74,14 +75,14 @@ def blend_cycles(images: Tensor, cycles: Iterable[list[int]], share: Sequence[fl
             np.subtract(second, first, out=second)
             continue
         for row, following in itertools.pairwise(cycle):
-            beside = 2 if place == 1 else 1
+            beside = 2 if spot == 1 else 1
             copies[beside] = pixels[following]
-            blend(row, place, beside)
-            place = beside
+            blend(row, spot, beside)
+            spot = beside
         # The last image must lie beside the first, which is at 0 of the copies.
-        if place == 2:
+        if spot == 2:
             copies[1] = copies[2]
-        if place:
+        if spot:
             blend(cycle[-1], 1, 0)
 
 
@@ -235,14 +236,14 @@ def paste_one_by_one(images: Tensor, partner: npt.NDArray[np.int64], boxes: npt.
     # Runs along the last axis are copied whole.
     channels_last = images.stride(1) == 1
     pixels = (same_bits.permute(0, 2, 3, 1) if channels_last else same_bits).numpy()
-    places = [_place(box, channels_last) for box in np.broadcast_to(boxes, (len(images), 4)).tolist()]
+    rectangles = [_rectangle(box, channels_last) for box in np.broadcast_to(boxes, (len(images), 4)).tolist()]
     # Each image reads from the next one in its cycle before that is overwritten; the first one's pixels are kept aside.
     for cycle in cycles(partner):
         last = cycle[-1]
-        of_first = pixels[cycle[0]][places[last]].copy()
+        of_first = pixels[cycle[0]][rectangles[last]].copy()
         for row, other in itertools.pairwise(cycle):
-            pixels[row][places[row]] = pixels[other][places[row]]
-        pixels[last][places[last]] = of_first
+            pixels[row][rectangles[row]] = pixels[other][rectangles[row]]
+        pixels[last][rectangles[last]] = of_first
 
 
 def paste_at_once(images: Tensor, partner: npt.NDArray[np.int64], boxes: npt.NDArray[np.int64]) -> None:
@@ -305,7 +306,7 @@ def _one_by_one(images: Tensor) -> bool:
     return images.device.type == "cpu" and not images.requires_grad
 
 
-def _place(box: list[int], channels_last: bool) -> tuple[Any, ...]:
+def _rectangle(box: list[int], channels_last: bool) -> tuple[Any, ...]:
     top, left, bottom, right = box
     rectangle = (slice(top, bottom), slice(left, right))
     return rectangle if channels_last else (..., *rectangle)

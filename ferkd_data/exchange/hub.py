@@ -42,17 +42,17 @@ class Hub:
 
     def __init__(self, url: str, threads: int) -> None:
         """Raises MissingExtraError, UsageError."""
-        self._url, self._place, self._threads = url, parse_hub_url(url), threads
+        self._url, self._address, self._threads = url, parse_hub_url(url), threads
         self._hub, self._errors, self._utils = (
             extras.require(f"huggingface_hub{part}", extra="hub", what_for="publishing to the hub")
             for part in ("", ".errors", ".utils")
         )
         self._api = self._hub.HfApi(endpoint=hub_endpoint())
-        self._where = {"repo_id": self._place.repository, "repo_type": "dataset"}
+        self._where = {"repo_id": self._address.repository, "repo_type": "dataset"}
 
     def missing(self, files: Sequence[FileToSend]) -> list[FileToSend]:
         there = self._listed()
-        return [file for file in files if not _is_same(there.get(self._place.folder + file.name), file)]
+        return [file for file in files if not _is_same(there.get(self._address.folder + file.name), file)]
 
     def send(self, files: Sequence[FileToSend], *, instead_of: Sequence[str] = ()) -> Iterator[FileToSend]:
         """Yield files as they arrive. Others see them from the commit on that follows each batch.
@@ -61,7 +61,7 @@ class Hub:
         """
         size = max(COMMIT_FILES, -(-len(files) // MAX_COMMITS))
         there = self._listed() if instead_of else {}
-        gone = [name for name in instead_of if self._place.folder + name in there]
+        gone = [name for name in instead_of if self._address.folder + name in there]
         # One commit at least where something has to go, also if every file is there already.
         for start in range(0, max(len(files), 1 if gone else 0), size):
             batch = files[start : start + size]
@@ -78,10 +78,10 @@ class Hub:
 
     def _send(self, batch: Sequence[FileToSend], gone: Sequence[str]) -> Iterator[FileToSend]:
         additions = [
-            self._hub.CommitOperationAdd(path_in_repo=self._place.folder + file.name, path_or_fileobj=str(file.file))
+            self._hub.CommitOperationAdd(path_in_repo=self._address.folder + file.name, path_or_fileobj=str(file.file))
             for file in batch
         ]
-        revision = {"revision": self._place.revision, "num_threads": self._threads}
+        revision = {"revision": self._address.revision, "num_threads": self._threads}
         with self._explained():
             # Its bars would mix with the command's own display.
             self._utils.disable_progress_bars()
@@ -93,10 +93,10 @@ class Hub:
             with self._explained():
                 # free_memory=False: the commit below takes the same objects, and must know what was uploaded.
                 self._api.preupload_lfs_files(
-                    self._place.repository, additions[some], repo_type="dataset", free_memory=False, **revision
+                    self._address.repository, additions[some], repo_type="dataset", free_memory=False, **revision
                 )
             yield from batch[some]
-        removals = [self._hub.CommitOperationDelete(path_in_repo=self._place.folder + name) for name in gone]
+        removals = [self._hub.CommitOperationDelete(path_in_repo=self._address.folder + name) for name in gone]
         named = batch[0].name if len(batch) == 1 else f"{len(batch)} files"
         message = f"ferkd-data publish: {named}"
         with self._explained():
@@ -113,8 +113,8 @@ class Hub:
             try:
                 tree = self._api.list_repo_tree(
                     **self._where,
-                    path_in_repo=self._place.folder.rstrip("/") or None,
-                    revision=self._place.revision,
+                    path_in_repo=self._address.folder.rstrip("/") or None,
+                    revision=self._address.revision,
                     recursive=True,
                 )
                 # Folders have no blob. The listing is read within the `try`, since it is fetched as it is iterated

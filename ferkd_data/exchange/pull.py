@@ -103,7 +103,7 @@ def pull(
     whole = parse_manifest(text, f"{url}/{FILE_NAME}")
     part = _selected(whole, url, crops, crop_kind, shards)
     with _alone(out):
-        _check_place(out, part)
+        _check_folder(out, part)
         # What a killed pull had begun to write; its unfinished downloads have other names, and are gone on with.
         remove_leftovers(out)
         fetched = _fetch_files(remote, out, part, threads, on_progress)
@@ -308,7 +308,7 @@ def _selected(
     return whole.model_copy(update=changes)
 
 
-def _check_place(out: Path, part: Manifest) -> None:
+def _check_folder(out: Path, part: Manifest) -> None:
     if not (out / FILE_NAME).exists():
         return
     there = read_manifest(out)

@@ -107,7 +107,7 @@ class ReinforcedFiles:
         content = load_arrays(path)
         try:
             found, samples = content
-            boxes, flips = zip(*(self._place(sample["params"]) for sample in samples), strict=True)
+            boxes, flips = zip(*(self._box_and_flip(sample["params"]) for sample in samples), strict=True)
             probs, classes = zip(*(sample["prob"] for sample in samples), strict=True)
             box, flip = np.array(boxes, np.float64).reshape(-1, 4), np.array(flips, np.bool_)
             # float64 holds every class exactly. Cast to integers here, 1.7 would become class 1.
@@ -125,7 +125,7 @@ class ReinforcedFiles:
         check_labels(path, numbers, prob, self.num_classes)
         return ForeignLabels(boxes=check_boxes(box, *size), flip=flip, class_index=numbers, class_prob=prob)
 
-    def _place(self, params: Any) -> tuple[Any, bool]:
+    def _box_and_flip(self, params: Any) -> tuple[Any, bool]:
         """Return (box, flip) of a crop. Raises ValueError for params that hold more than these."""
         if isinstance(params, dict):
             more = sorted(set(params) - {CROP, FLIP, *WITHOUT_PARAMS})

@@ -104,7 +104,8 @@ class _ArraysOnly(pickle.Unpickler):
         known: dict[tuple[str, str], Any] = {
             ("_codecs", "encode"): self._latin1,
             ("collections", "OrderedDict"): collections.OrderedDict,
-            # The one callable that is not ours: it makes types of numbers, and `_plain` refuses all others.
+            # With OrderedDict the only callable that is not ours: it makes types, and `_plain` refuses all but those of
+            # numbers.
             ("numpy", "dtype"): np.dtype,
             ("numpy", "ndarray"): NDARRAY,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
