@@ -186,6 +186,8 @@ class BatchMaker:
             kinds = list(zip(makers, canvases, (labelled, *labelled.others), strict=True))
             data = self.read(int(labelled.rows[i]), labelled.records[i])
             with self.clock.decode:
+                # The image is decoded once for all kinds, so the one that needs most pixels decides how far it may be
+                # reduced.
                 divisor = min(maker._divisor(canvas, part, i) for maker, canvas, part in kinds)
                 pixels, divisor = self._decoded(data, labelled.records[i], divisor)
             for maker, canvas, part in kinds:
@@ -228,6 +230,7 @@ class BatchMaker:
 
     def _share_clock(self) -> None:
         for maker in self.others:
+            # One clock for all: their work is one window's, and its stages are told together.
             maker.clock = self.clock
 
     def for_workers(self) -> BatchMaker:

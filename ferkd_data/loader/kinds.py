@@ -63,6 +63,7 @@ def crops_of_batch(labels: LabelSet, kinds: Any, crops_per_image: Any, size: Any
 
 def kinds_of_batch(labels: LabelSet, kinds: Any, size: Any) -> tuple[KindOfBatch, ...]:
     """Check the arguments `kinds` and `size` of a loader. Raises UsageError that says what is wrong with them."""
+    # A list of names would leave open how many crops of each; an empty dict would be a loader without batches.
     if not isinstance(kinds, Mapping) or not kinds:
         raise UsageError(
             f'kinds is a dict of crops per image by kind, such as {{"global": 2, "local": 6}}; got {kinds!r}'
@@ -74,6 +75,7 @@ def kinds_of_batch(labels: LabelSet, kinds: Any, size: Any) -> tuple[KindOfBatch
     known = {kind.name: kind for kind in labels.crop_kinds}
     if size is not None and not isinstance(size, Mapping):
         raise UsageError(f'with kinds, size is a dict by kind, such as {{"local": 96}}, or is left out; got {size!r}')
+    # Sizes of some kinds may be given, and the others keep those of the build.
     sizes = dict(size or {})
     for argument, names, among in (("kinds", kinds, known), ("size", sizes, kinds)):
         unknown = [name for name in names if name not in among]
