@@ -79,7 +79,7 @@ def _images(labels: LabelSet) -> str:
             "the decoded image; EXIF orientation is ignored."
         )
     key = next(labels.keys(), None)
-    example = f" {_code(key)} is that path without its extension, for example." if key else ""
+    example = f" For example, one key is {_code(key)}." if key else ""
     return (
         "## Images\n\nThe images are not included. Labels and images are joined by `key`, the image's path below its "
         f"folder (or its name in a tar) without the extension.{example} `image_digest` is BLAKE2b of the image "
@@ -145,7 +145,8 @@ def _teachers(manifest: Manifest) -> str:
         share = statistics.top1_matches_target / statistics.crops_with_target
         rows += [
             "",
-            f"Together (`{manifest.ensemble}`): the ground truth comes first in {share:.1%} of the crops.",
+            f"Together (`{manifest.ensemble}`): the ground truth is the most probable class of {share:.1%} of "
+            "the crops.",
         ]
     return "\n".join(rows)
 
@@ -158,7 +159,7 @@ def _crops(manifest: Manifest) -> str:
     return (
         f"## Crops\n\nRandomResizedCrop, {_drawn(manifest)}, {seed}; in blocks of {manifest.crops_per_block}. "
         f"Buckets by {measured}: below {thresholds.low:g} extreme hard, below {thresholds.mid:g} moderate hard, below "
-        f"{thresholds.top:g} hard positive, above easy positive." + _augmentations(manifest) + _kinds(manifest)
+        f"{thresholds.top:g} hard positive, else easy positive." + _augmentations(manifest) + _kinds(manifest)
     )
 
 
@@ -215,7 +216,7 @@ def _statistics(manifest: Manifest) -> str:
     rows += [
         f"| `{name}` | {bucket['crops']:,} | {bucket['share']:.2f} |" for name, bucket in summary["buckets"].items()
     ]
-    rows += ["", f"The stored classes hold {summary['mean_kept_prob']:.1%} of the probability on the mean crop."]
+    rows += ["", f"The stored classes hold {summary['mean_kept_prob']:.1%} of the probability on average."]
     return "\n".join(rows)
 
 
@@ -231,7 +232,7 @@ def _files(labels: LabelSet) -> str:
         f"all or the first crop blocks. {rejects} could not be used: see `{manifest.rejects.path}`.\n\n"
         f"The identity of this label set, the SHA-256 of `manifest.json`, is `{labels.identity}`.\n\n"
         "The format is that of the Python package `ferkd-data`, version 1, which its docs/format.md specifies; "
-        "examples/standalone_reader.py there is a reader in 60 lines that does without the package."
+        "examples/standalone_reader.py there is a short reader that does without the package."
     )
 
 
@@ -239,8 +240,8 @@ def _uses(manifest: Manifest) -> str:
     imported = "imported_from" in (manifest.model_extra or {})
     return (
         "## Uses and limits\n\n"
-        "Meant for training image classifiers of the same classes by knowledge distillation, and for studying what "
-        "teachers say of crops. Not meant as ground truth: a soft label is a model's opinion, with that model's errors "
+        "Meant for training image classifiers of the same classes by knowledge distillation, and for studying how "
+        "teachers label crops. Not meant as ground truth: a soft label is a model's opinion, with that model's errors "
         "and biases, and the teachers' own training data and licences apply to what is learned from them. "
         f"Of each crop only the {manifest.top_k} most probable classes are kept, as float16. "
         + ("Crops were drawn by another tool. " if imported else "")

@@ -316,7 +316,7 @@ def test_the_card_says_what_strangers_need(label_set):
         "FerKD: Surgical Label Adaptation",
         "| 0.95-1.00 |",
         "Buckets by p_max: below 0.15 extreme hard",
-        "of the probability on the mean crop",
+        "of the probability on average",
         "seed 0; in blocks of 4",
     ):
         assert said in card, said
