@@ -65,10 +65,7 @@ def _distributions(manifest: Any) -> dict[str, str]:
     """Describe the distribution of all crops, or that of each kind."""
     if not manifest.kinds:
         return {"distribution": f"{_told(manifest.crop_distribution)}, seed {manifest.seed}"}
-    kinds = {
-        f"kind {kind.name}": f"{kind.crops} crops for students of {kind.size} px, {_told(kind.distribution)}"
-        for kind in manifest.kinds
-    }
+    kinds = {f"kind {kind.name}": kind.summary for kind in manifest.kinds}
     return {**kinds, "seed": str(manifest.seed)}
 
 

@@ -108,6 +108,15 @@ class CropKind:
             f"hflip={drawn.hflip},size={self.size},n={self.crops}"
         )
 
+    @property
+    def summary(self) -> str:
+        """The kind in words, rounded, as in `80 crops for students of 96 px, scale 0.05..0.25, ratio 0.75..1.33, …`."""
+        drawn = self.distribution
+        return (
+            f"{self.crops} crops for students of {self.size} px, scale {drawn.scale[0]:g}..{drawn.scale[1]:g}, ratio "
+            f"{drawn.ratio[0]:.3g}..{drawn.ratio[1]:.3g}, hflip {drawn.hflip:g}"
+        )
+
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> CropKind:
         """Make a kind of what `dataclasses.asdict` gave, also after a detour through JSON."""

@@ -17,11 +17,13 @@ SLOW = frozenset(
     rooms/builder/test_plan rooms/builder/test_pool rooms/builder/test_ray rooms/builder/test_stop
     rooms/builder/test_store rooms/builder/test_watching rooms/exchange/test_again rooms/exchange/test_hub
     rooms/exchange/test_publish_and_pull rooms/loader/test_crop_dataset rooms/loader/test_crop_loader
-    rooms/loader/test_environments rooms/loader/test_epoch_settings rooms/loader/test_epochs rooms/loader/test_ranks
+    rooms/loader/test_environments rooms/loader/test_epoch_settings rooms/loader/test_epochs rooms/loader/test_kinds
+    rooms/loader/test_ranks
     rooms/loader/test_shared_cache rooms/loader/test_streaming rooms/loader/test_transform rooms/loader/test_views
     rooms/loader/test_workers rooms/report/test_in_a_browser rooms/report/test_preview rooms/report/test_writing
     rooms/teachers/test_checkpoints rooms/teachers/test_digest rooms/teachers/test_hf_and_openclip
-    rooms/teachers/test_onnx_teachers rooms/teachers/test_teachers rooms/test_bench rooms/test_scratch
+    rooms/teachers/test_onnx_teachers rooms/teachers/test_teachers rooms/test_bench rooms/test_crop_kinds
+    rooms/test_scratch
     rooms/test_scratch_of_commands
     """.split()
 )
@@ -29,7 +31,7 @@ NETWORK = frozenset(
     """
     attacks/test_hostile_servers attacks/test_waits rooms/exchange/test_hub rooms/exchange/test_publish_and_pull
     rooms/exchange/test_again rooms/loader/test_streaming rooms/test_clients_over_http rooms/test_remote
-    rooms/test_remote_nginx rooms/builder/test_store
+    rooms/test_remote_nginx rooms/builder/test_store rooms/test_crop_kinds
     """.split()
 )
 

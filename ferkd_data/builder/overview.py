@@ -42,7 +42,7 @@ def overview_of(prepared: Prepared, plan: Plan, todo: Sequence[int]) -> Overview
         last_class=names[-1] if names else None,
         shards=summary.shards,
         crops_per_image=prepared.job.settings.crops,
-        crop_kinds=tuple(map(str, prepared.job.settings.kinds)),
+        crop_kinds=tuple(f"{kind.name}: {kind.summary}" for kind in prepared.job.settings.kinds),
         teachers=_probe(prepared, _spread(plan, todo)) if todo else (),
     )
 

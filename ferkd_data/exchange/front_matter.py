@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
+from ferkd_data.crop_kinds import kind_of_crop
 from ferkd_data.exchange.card_facts import CardFields, Contents
 from ferkd_data.format import crop_arrays, parquet
 from ferkd_data.format.manifest import Manifest
@@ -76,10 +77,14 @@ def _configs(manifest: Manifest) -> Iterator[str]:
 
 
 def config_names(manifest: Manifest) -> list[str]:
-    """Return the name of each crop block's configuration; `default` for tars."""
+    """Return the name of each crop block's configuration, by its crop kind where there are any; `default` for tars."""
     if manifest.layout == "webdataset":
         return ["default"]
-    return [f"crops-{block:03d}" for block in range(manifest.num_blocks)]
+    if not manifest.kinds:
+        return [f"crops-{block:03d}" for block in range(manifest.num_blocks)]
+    kinds = [kind_of_crop(manifest.kinds, block * manifest.crops_per_block) for block in range(manifest.num_blocks)]
+    names = [kind.name for kind in kinds if kind is not None]
+    return [f"{name}-{names[:block].count(name):03d}" for block, name in enumerate(names)]
 
 
 def _features(manifest: Manifest, contents: Contents) -> Iterator[str]:

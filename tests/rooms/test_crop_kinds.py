@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from label_sets import edit_manifest, same_files, same_labels, same_rows
@@ -481,9 +482,10 @@ def test_the_card_names_the_kinds(parquet, tmp_path):
     fields = fd.CardFields(name="kinds", license="cc-by-4.0", published="2026-11-27")
     fd.publish(tmp_path / "set", str(tmp_path / "public"), card=fields)
     card = (tmp_path / "public/README.md").read_text()
-    assert (
-        "| `local` | 4 to 9 | 24 px | scale 0.05 to 0.25" in card and "with a distribution for each crop kind" in card
-    )
+    assert "| `local` | 4 to 9 | 24 px | scale 0.05 to 0.25" in card
+    assert "with a distribution for each crop kind" in card
+    front = yaml.safe_load(card.split("---")[1])
+    assert [config["config_name"] for config in front["configs"]] == ["global-000", "local-000", "local-001"]
 
 
 def test_pictures_and_reports(out, photos, tmp_path):
@@ -516,7 +518,7 @@ class TestCommands:
     def test_build(self, call, command, parquet, tmp_path):
         status, _, err = call(*command, "--crop-kinds", GLOBAL, "--crop-kinds", LOCAL)
         assert status == 0 and same_files(parquet, tmp_path / "out")
-        assert "crop kind     local:scale=0.05..0.25" in err
+        assert "crop kind     local: 6 crops for students of 24 px, scale 0.05..0.25" in err
         assert call(*command, "--crop-kinds", f"{GLOBAL} {LOCAL}")[0] == 0  # the same, and so finished
 
     def test_a_config_file(self, call, command, parquet, tmp_path):

@@ -32,7 +32,7 @@ class Overview:
     shards: int
     crops_per_image: int
     crop_kinds: tuple[str, ...]
-    """Each kind of crops with its settings; empty where all crops are of one distribution."""
+    """Each kind of crops in words; empty where all crops are of one distribution."""
     teachers: tuple[TeacherProbe, ...]
     """Each teacher's answers to a few images; empty where all shards are labelled, or memory was short."""
 
