@@ -68,7 +68,9 @@ def make_request(source: str | Path, out: str | Path, **arguments: Unpack[BuildK
     # In an extension, what the caller gave is compared with the label set, and what is left out is taken from it. A
     # BuildSettings gives all of its fields.
     wanted = {**(vars(settings) if settings else {}), **given}
-    settings, resources = with_changes(settings, resources, given)
+    # The crop kinds of an extension are read beside those of the label set, which say what they leave out.
+    changes = {name: value for name, value in given.items() if base is None or name != "crop_kinds"}
+    settings, resources = with_changes(settings, resources, changes)
     if base is not None:
         settings = base.settings({name: value for name, value in wanted.items() if name in vars(settings)})
         teachers = teachers or base.specs

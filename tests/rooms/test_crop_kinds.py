@@ -323,6 +323,14 @@ def test_an_extension_that_would_change_what_is_there_is_refused(parquet, photos
         fd.build(photos, parquet, extend=True, device="cpu", **changes)
 
 
+def test_an_extension_keeps_small_blocks_that_were_asked_for(photos, teachers, tmp_path):
+    few = {**FEW, "crops_per_block": 1}
+    kinds = ["a:n=3", "b:n=2", "c:n=30"]
+    fd.build(photos, tmp_path / "out", teachers=teachers, crop_kinds=kinds, **few)
+    fd.build(photos, tmp_path / "out", extend=True, crop_kinds=["a:n=3", "b:n=2", "c:n=31"], device="cpu")
+    assert fd.open_labels(tmp_path / "out").num_blocks == 36
+
+
 def test_a_further_kind_that_begins_within_a_block_is_refused(photos, teachers, tmp_path):
     fd.build(photos, tmp_path / "out", teachers=teachers, crop_kinds=[GLOBAL, "local:n=8"], **FEW)
     with pytest.raises(UsageError, match="give the kind 'local' a number of crops"):

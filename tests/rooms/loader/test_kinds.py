@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from servers import serve
 
 import ferkd_data as fd
 from ferkd_data.errors import LoaderError, StateMismatchError, UsageError
@@ -166,6 +167,18 @@ def test_one_kind_of_several(make, alone):
     assert list(batches[0][0]) == ["local"]
     assert same(contents(make(kinds={"local": 3}, batch_size=12), "local"), contents(alone("local")))
     assert [kind.name for kind in loader.labels.crop_kinds] == ["local"]
+
+
+@pytest.mark.parametrize("order", ["global", "shards"])
+def test_labels_on_a_server(make, built, tmp_path, order):
+    with serve(built / "parquet") as server:
+        labels = fd.open_labels(server.url, cache_dir=tmp_path / "shards")
+        assert same_kinds(everything(make(labels=labels, order=order)), everything(make(order=order)))
+        two = fd.open_labels(server.url, cache_dir=tmp_path / "others")
+        before = dict(server.sent)
+        next(iter(make(labels=two, order=order, kinds={"local": 2})))
+        asked = [name for name in server.sent if server.sent[name] > before.get(name, 0) and name.startswith("labels/")]
+    assert asked and not [name for name in asked if name.endswith("-000.parquet")]
 
 
 def test_sizes_are_the_kinds_own_unless_said_otherwise(make):
