@@ -16,7 +16,14 @@ WEAK = 0.75
 
 @click.command()
 @click.argument("labels")
-@click.option("--classes", "num_worst", type=int, default=5, show_default=True, help="Number of worst classes to show.")
+@click.option(
+    "--classes",
+    "num_worst",
+    type=click.IntRange(min=0),
+    default=5,
+    show_default=True,
+    help="Number of worst classes to show.",
+)
 @json_option
 def command(labels: str, num_worst: int, as_json: bool) -> int:
     """Print statistics of the label set LABELS, a folder or a URL.

@@ -6,6 +6,7 @@ Legend: B crops of a batch, C classes, S input size.
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -110,7 +111,8 @@ def bench_teachers(
     cores = torch.get_num_threads()
     batch_sizes = tuple(batch_sizes or (CPU_BATCHES if device == "cpu" else CUDA_BATCHES))
     threads = tuple(threads or sorted({1, cores} if device == "cpu" else {cores}))
-    if min(*batch_sizes, *threads, 1) < 1 or seconds <= 0:
+    # Also not NaN, or for ever.
+    if min(*batch_sizes, *threads, 1) < 1 or not 0 < seconds < math.inf:
         raise UsageError("batch sizes and threads must be at least 1, and seconds above 0")
     loaded = load_teachers(teachers, device=device, precision=precision)
     with Scratch("bench") as folder:

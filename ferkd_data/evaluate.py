@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ferkd_data.errors import ImageError, SourceError
+from ferkd_data.errors import ImageError, SourceError, check_at_least
 from ferkd_data.images import ImageRef, ImageSource, Reject, decode_rgb, open_source
 from ferkd_data.labels.soft_labels import Ensemble, combine
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
@@ -91,9 +91,11 @@ def evaluate(
     On the first `diagnose` of them, each teacher also runs under other common normalisations; a warning says where one
     of those is clearly better.
 
-    Raises SourceError where no image has a target, UsageError where targets and outputs cannot be the same classes, and
-    TeacherError where a teacher gives no class logits (see ferkd_data.teachers.probe).
+    Raises SourceError where no image has a target, UsageError where targets and outputs cannot be the same classes and
+    for a `limit` below 1, and TeacherError where a teacher gives no class logits (see ferkd_data.teachers.probe).
     """
+    check_at_least(1, limit=limit)
+    check_at_least(0, diagnose=diagnose)
     images = open_source(source, classes=None if classes is None else Path(classes))
     models = load_teachers(teachers, device=device, precision=precision)
     refs, rejects, unlabelled, max_target = _choose(images, limit)

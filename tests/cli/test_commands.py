@@ -116,6 +116,29 @@ def test_dry_run(call, photos, tiny_teachers, tmp_path):
     assert json.loads(text)["crops"] == 200
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("evaluate", "--limit", 0), "limit must be a whole number, at least 1; got 0"),
+        (("evaluate", "--limit", -5), "limit must be"),
+        (("evaluate", "--diagnose", -1), "diagnose must be"),
+        (("bench", "--seconds", "inf"), "seconds above 0"),
+        (("bench", "--seconds", "nan"), "seconds above 0"),
+        (("stats", "--classes", -3), "not in the range"),
+    ],
+)
+def test_numbers_that_cannot_be_right(call, photos, label_set, tiny_teachers, command, message):
+    """0 images were a division by zero, and -5 all images; an infinite measurement would never end."""
+    name, *options = command
+    given = {
+        "evaluate": [photos, "--teacher", tiny_teachers],
+        "bench": ["--teacher", tiny_teachers],
+        "stats": [label_set],
+    }
+    status, _, err = call(name, *given[name], *options)
+    assert status == 2 and message in err, err
+
+
 def test_a_config_file(call, photos, tiny_teachers, tmp_path):
     config = tmp_path / "build.toml"
     config.write_text(f'teacher = ["{tiny_teachers}"]\ncrops = 6\ntop-k = 3\nthresholds = [0.1, 0.2, 0.9]\n')
