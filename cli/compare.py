@@ -26,8 +26,8 @@ from .terminal import say
 def command(a: str, b: str, examples: int, as_json: bool) -> int:
     """Compare two label sets of the same images, A and B, that differ in teachers, thresholds or crops.
 
-    Compares the crops that both label sets have: the same box of the same image. The KL divergence is that of B's soft
-    label from A's, in nats; 0 means equal labels.
+    Compares the crops that both label sets have: the same box of the same image, with the same flip and recorded
+    operations. The KL divergence is that of B's soft label from A's, in nats; 0 means equal labels.
     """
     import ferkd_data as fd
 
@@ -48,7 +48,7 @@ def command(a: str, b: str, examples: int, as_json: bool) -> int:
 
 def _print_counts(result: Any) -> None:
     say(f"images in both       {result.images:>12,}   only in A {result.only_a:,}, only in B {result.only_b:,}")
-    say(f"crops in both        {result.crops:>12,}   with other boxes {result.other_crops:,}")
+    say(f"crops in both        {result.crops:>12,}   drawn otherwise {result.other_crops:,}")
 
 
 def _print_labels(result: Any) -> None:

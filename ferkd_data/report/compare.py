@@ -69,9 +69,10 @@ class Comparison:
     only_b: int
     """Images in B alone."""
     crops: int
-    """Crops in both: the same box of the same image, flipped alike. All further numbers are about these."""
+    """Crops in both: the same box of the same image, with the same flip and recorded operations. All further numbers
+    are about these."""
     other_crops: int
-    """Crops of common images that are not compared, since their boxes differ."""
+    """Crops of common images that are not compared, since their boxes, flips or recorded operations differ."""
     same_top1: float
     """Share of the crops with the same most probable class."""
     right_a: float
@@ -100,9 +101,10 @@ def compare(
     """Compare two label sets of the same images: other teachers, thresholds or crops.
 
     `a` and `b` are opened label sets, folders or URLs. Images are joined by key; where the order differs, 16 bytes of
-    memory are used for each image of B. Crops are compared where both sets have the same box of the same image. The
-    number of crops may differ: with the same seed, the first ones are the same. `examples` is the number of crops
-    returned in `most_different`. `on_progress` is called with (images done, images in A).
+    memory are used for each image of B. Crops are compared where both sets have the same crop of the same image: box,
+    flip and recorded operations. The number of crops may differ: with the same seed, the first ones are the same.
+    `examples` is the number of crops returned in `most_different`. `on_progress` is called with (images done, images in
+    A).
 
     Raises LabelSetError where the classes differ, or no image is in both.
 
@@ -189,6 +191,9 @@ class _Sums:
     def add(self, a: ShardLabels, b: ShardLabels) -> None:
         self.images += len(a)
         same_crop = (a.boxes == b.boxes).all(axis=2) & (a.flip == b.flip)
+        # With other recorded operations, the teachers saw another picture. Sets of different augmentations may differ
+        # in the number of operations, and then have no crop in common.
+        same_crop &= a.operations.shape == b.operations.shape and (a.operations == b.operations).all(axis=2)
         # The same key may name another version of the image.
         same_crop &= (a.image_digest == b.image_digest).all(axis=1)[:, None]
         self.others += int((~same_crop).sum())

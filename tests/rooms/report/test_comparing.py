@@ -120,3 +120,14 @@ def test_command(label_set, other, capsys):
     assert all(len(line) <= 100 for line in text.splitlines())
     assert run(["compare", str(label_set), str(other), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["crops"] == 120
+
+
+def test_other_recorded_operations_are_other_crops(label_set, photos, tiny_teachers, tmp_path):
+    """Same boxes and flips, but the teachers saw other pictures."""
+    for name, augment in (("a", ["randaugment:n=2,m=9"]), ("b", ["randaugment:n=2,m=10"])):
+        fd.build(photos, tmp_path / name, teachers=[tiny_teachers], augment=augment, **SMALL)
+    assert fd.compare(tmp_path / "a", tmp_path / "a").crops == 200
+    found = fd.compare(label_set, tmp_path / "a")
+    assert (found.images, found.crops, found.other_crops) == (20, 0, 200)
+    found = fd.compare(tmp_path / "a", tmp_path / "b")
+    assert found.other_crops > 150 and found.crops + found.other_crops == 200
