@@ -72,7 +72,7 @@ def test_a_command_that_has_ended_ends_well_again_and_changes_nothing(commands, 
     assert {path: path.stat().st_mtime_ns for path in times} == times
     said = capsys.readouterr().out
     assert any(
-        word in said for word in ("finished already", "published already", "complete already", "written for FKD")
+        word in said for word in ("already finished", "already published", "already complete", "written for FKD")
     )
 
 
