@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from ferkd_data.crop_kinds import CropKind, kind_starts
 from ferkd_data.format.rejects import read_rejects
 from ferkd_data.images import Reject
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels
+from ferkd_data.labels.statistics import Statistics, add, shard_statistics
 from ferkd_data.report.samples import Crop, CropSample, SampledImage, Smallest, priorities, sampled
 from ferkd_data.report.sketch import POSITIVE, Sketch
 from ferkd_data.report.suspects import SuspectList
@@ -110,6 +112,8 @@ class Collected:
     """Result of the pass."""
 
     sketch: Sketch
+    kinds: list[tuple[CropKind, Statistics]]
+    """Statistics of the crops of each kind; empty where there are no crop kinds."""
     sheets: list[list[Crop]]
     """Sampled crops by bucket."""
     wrong: list[Crop]
@@ -137,6 +141,8 @@ class Collector:
 
     def __init__(self, labels: LabelSet) -> None:
         self._seed = labels.manifest.seed
+        self._kinds = labels.crop_kinds
+        self._of_kinds = [Statistics() for _ in self._kinds]
         self._sketch = Sketch(num_classes=labels.num_classes, top_k=labels.top_k, num_crops=labels.num_crops)
         self._sheets = CropSample(POSITIVE + 2, SHEET_CROPS)
         self._wrong = CropSample(1, SHEET_CROPS)
@@ -154,6 +160,9 @@ class Collector:
         """Count a shard's rows and sample from them."""
         first_row = self._sketch.images
         self._sketch.add(labels)
+        for number, (kind, start) in enumerate(zip(self._kinds, kind_starts(self._kinds), strict=True)):
+            part = labels.crop_range(start, start + kind.crops)
+            self._of_kinds[number] = add([self._of_kinds[number], shard_statistics(part)])
         self._suspects.add(labels, first_row)
         self._duplicates.add(labels)
         # Crops and images have priorities of their own, so that showing more of the ones does not change the others.
@@ -194,6 +203,7 @@ class Collector:
         shown = [*conflicts, *(group for group in groups if len(np.unique(group["target"])) == 1)][:DUPLICATES_SHOWN]
         return Collected(
             sketch=self._sketch,
+            kinds=list(zip(self._kinds, self._of_kinds, strict=True)),
             sheets=self._sheets.crops(),
             wrong=self._wrong.crops()[0],
             strata=sorted((crop for group in self._strata.crops() for crop in group), key=lambda crop: crop.p_max),

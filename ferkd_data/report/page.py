@@ -95,6 +95,7 @@ def page(
         "teachers": tables.teacher_table(labels, found.sketch),
         "findings": findings(labels, found),
         "pictures": pictures,
+        "kinds": tables.kind_table(found.kinds),
         "p_max": figures.p_max_chart(found.sketch),
         "truth": figures.truth_chart(found.sketch),
         "top_k": figures.top_k_chart(found.sketch),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ferkd_data.crop_kinds import CropKind
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.buckets import BUCKETS, Thresholds
+from ferkd_data.labels.statistics import Statistics
 from ferkd_data.report.charts import Cell, Column, Table, percent
 from ferkd_data.report.sketch import SIDE_EDGES, Sketch, counts_below
 from ferkd_data.report.thresholds import Suggestion
@@ -51,6 +54,29 @@ def teacher_table(labels: LabelSet, sketch: Sketch) -> Table:
         # Of the stored labels, which are those of the ensemble.
         rows.append([f"together ({labels.manifest.ensemble})", right, "", "", "", "", ""])
     return Table(caption="Teachers, and how often each names the ground truth", columns=columns, rows=rows)
+
+
+def kind_table(kinds: Sequence[tuple[CropKind, Statistics]]) -> Table | None:
+    """List the crop kinds: their crops, the share of each bucket as stored, and how often the teachers are right."""
+    if not kinds:
+        return None
+    known = all(counted.crops_with_target for _, counted in kinds)
+    columns = (
+        Column(title="crop kind", numeric=False),
+        Column(title="crops"),
+        *(Column(title=BUCKET_TITLES[name], unit="%") for name in BUCKETS),
+        *([Column(title="teachers right")] if known else []),
+    )
+    rows = [
+        [
+            f"{kind.name} ({kind.size} px)",
+            f"{counted.crops:,}",
+            *(f"{100 * crops / max(counted.crops, 1):.1f}" for crops in counted.bucket_counts),
+            *([percent(counted.top1_matches_target / counted.crops_with_target)] if known else []),
+        ]
+        for kind, counted in kinds
+    ]
+    return Table(caption="Crop kinds, and the buckets of each", columns=columns, rows=rows)
 
 
 def threshold_table(labels: LabelSet, sketch: Sketch, suggestion: Suggestion) -> Table:

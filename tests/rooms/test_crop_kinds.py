@@ -502,6 +502,9 @@ def test_pictures_and_reports(out, photos, tmp_path):
     fd.write_report(out, tmp_path / "report.html", images=photos)
     page = (tmp_path / "report.html").read_text()
     assert "Crop kind local" in page and "for 24 px" in page
+    counts = fd.open_labels(out).crop_kind("local").statistics
+    row = page[page.index("local (24 px)") :][:600]
+    assert "120" in row and f"{100 * counts.bucket_counts[1] / 120:.1f}" in row
 
 
 class TestCommands:

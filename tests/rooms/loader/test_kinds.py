@@ -359,6 +359,9 @@ def test_images_that_are_missing(make, damaged):
     with pytest.warns(UserWarning, match="1 of 20 labelled images are missing"):
         loader = make(images=damaged, images_missing="drop", on_error="skip")
     assert len(loader.labels) == 19 and [kind.name for kind in loader.labels.crop_kinds] == ["global", "local"]
+    with pytest.warns(UserWarning, match="left out, and another image"):
+        rows = [(targets["global"].rows[::2], targets["local"].rows[::3]) for _, targets in loader]
+    assert len(rows) == 4 and all(torch.equal(one, other) for one, other in rows)
 
 
 def test_large_photos_are_decoded_smaller_only_where_all_kinds_allow_it(tiny_teachers, tmp_path, cache):
