@@ -116,7 +116,7 @@ def test_an_out_that_cannot_be_written(photos, tiny_teachers, tmp_path, small_di
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert run(arguments_of(photos, small_disk / "out", tiny_teachers)) == 1
     error = capsys.readouterr().err
-    assert f"{small_disk}/out: cannot be written to (Read-only file system); choose a folder" in error
+    assert f"{small_disk}/out: cannot be written to (Read-only file system); choose a writable folder" in error
 
 
 def test_an_out_that_is_removed_meanwhile(photos, tiny_teachers, tmp_path, capsys):
