@@ -92,7 +92,7 @@ def test_an_interrupted_conversion_of_other_settings_is_named(label_set, tmp_pat
 
     with pytest.raises(KeyboardInterrupt):
         fd.convert(label_set, tmp_path / "out", layout="parquet", crops_per_block=2, on_progress=cut)
-    with pytest.raises(UsageError, match=r"of other settings .*crops_per_block 2.*; now .*crops_per_block 4"):
+    with pytest.raises(UsageError, match=r"with other settings .*crops_per_block 2.*; now .*crops_per_block 4"):
         fd.convert(label_set, tmp_path / "out", layout="parquet", crops_per_block=4)
     fd.convert(label_set, tmp_path / "out", layout="parquet", crops_per_block=2)
     assert same_label_sets(label_set, tmp_path / "out")
