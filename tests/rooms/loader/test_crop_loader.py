@@ -469,7 +469,9 @@ def test_labels_that_nobody_opened(photos):
 def test_images_of_another_root(make, photos, tmp_path, root, theirs):
     shutil.copytree(photos, tmp_path / "root/photos")
     shutil.copytree(photos / "class1", tmp_path / "root/zebra")
-    with pytest.raises(LabelSetError, match=rf"no image of folder .*'class0/photo0000'\); its keys look like .*'{theirs}'"):
+    with pytest.raises(
+        LabelSetError, match=rf"no image of folder .*'class0/photo0000'\); its keys look like .*'{theirs}'"
+    ):
         make(images=tmp_path / "root" / root)
 
 
