@@ -48,7 +48,41 @@ def map_reader(reader: RowReader, class_map: ClassMap) -> RowReader:
     return MappedReader(reader, class_map)
 
 
-class SelectionReader:
+class View:
+    """What every view leaves to the reader below it, `base`: where files lie, and getting them."""
+
+    base: RowReader
+
+    @property
+    def statistics(self) -> None:
+        return None
+
+    @property
+    def location(self) -> str:
+        return self.base.location
+
+    @property
+    def is_local(self) -> bool:
+        return self.base.is_local
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.base.cache_bytes
+
+    def image_locations(self, shard: int) -> npt.NDArray[np.int64]:
+        return self.base.image_locations(shard)
+
+    def fetch(self, shard: int, block: int) -> None:
+        self.base.fetch(shard, block)
+
+    def check_size(self, shard: int, block: int) -> None:
+        self.base.check_size(shard, block)
+
+    def open(self, entry: FileEntry, *, check: bool = True) -> OpenFile:
+        return self.base.open(entry, check=check)
+
+
+class SelectionReader(View):
     """Some rows of another reader, as `LabelSet.select` shows them."""
 
     def __init__(self, base: RowReader, rows: Rows) -> None:
@@ -73,22 +107,6 @@ class SelectionReader:
     def __repr__(self) -> str:
         return f"<{len(self.rows)} of {self.base!r}>"
 
-    @property
-    def statistics(self) -> None:
-        return None
-
-    @property
-    def location(self) -> str:
-        return self.base.location
-
-    @property
-    def is_local(self) -> bool:
-        return self.base.is_local
-
-    @property
-    def cache_bytes(self) -> int:
-        return self.base.cache_bytes
-
     def _rows_in(self, shard: int) -> Rows:
         """Return the selected rows of one shard, numbered within the shard of `base`."""
         mine = slice(int(self._first[shard]), int(self._first[shard + 1]))
@@ -110,15 +128,6 @@ class SelectionReader:
     def image_locations(self, shard: int) -> npt.NDArray[np.int64]:
         return self.base.image_locations(shard)[self._rows_in(shard)]
 
-    def fetch(self, shard: int, block: int) -> None:
-        self.base.fetch(shard, block)
-
-    def check_size(self, shard: int, block: int) -> None:
-        self.base.check_size(shard, block)
-
-    def open(self, entry: FileEntry, *, check: bool = True) -> OpenFile:
-        return self.base.open(entry, check=check)
-
     def verified(self, verify_labels: VerifyLabels) -> SelectionReader:
         return SelectionReader(self.base.verified(verify_labels), self.rows)
 
@@ -130,7 +139,7 @@ def select_kind(reader: RowReader, name: str, crops: int | None) -> RowReader:
     return KindReader(reader, name, crops)
 
 
-class KindReader:
+class KindReader(View):
     """The crops of one kind of another reader, as `LabelSet.crop_kind` shows them. Its first crop is crop 0 here."""
 
     def __init__(self, base: RowReader, name: str, crops: int | None) -> None:
@@ -172,22 +181,6 @@ class KindReader:
     def __repr__(self) -> str:
         return f"<{self.num_crops} crops of kind {self.kind.name!r} of {self.base!r}>"
 
-    @property
-    def statistics(self) -> None:
-        return None
-
-    @property
-    def location(self) -> str:
-        return self.base.location
-
-    @property
-    def is_local(self) -> bool:
-        return self.base.is_local
-
-    @property
-    def cache_bytes(self) -> int:
-        return self.base.cache_bytes
-
     def block(self, shard: int, block: int) -> ShardLabels:
         return self._of_kind(self.base.block(shard, self._first_block + block))
 
@@ -206,23 +199,17 @@ class KindReader:
     def targets_of(self, shard: int, block: int = 0) -> npt.NDArray[np.int32]:
         return self.base.targets_of(shard, self._first_block + block)
 
-    def image_locations(self, shard: int) -> npt.NDArray[np.int64]:
-        return self.base.image_locations(shard)
-
     def fetch(self, shard: int, block: int) -> None:
         self.base.fetch(shard, self._first_block + block)
 
     def check_size(self, shard: int, block: int) -> None:
         self.base.check_size(shard, self._first_block + block)
 
-    def open(self, entry: FileEntry, *, check: bool = True) -> OpenFile:
-        return self.base.open(entry, check=check)
-
     def verified(self, verify_labels: VerifyLabels) -> KindReader:
         return KindReader(self.base.verified(verify_labels), self.kind.name, self._asked)
 
 
-class MappedReader:
+class MappedReader(View):
     """Another reader's labels in terms of other classes, as `LabelSet.map_classes` shows them."""
 
     def __init__(self, base: RowReader, class_map: ClassMap) -> None:
@@ -243,22 +230,6 @@ class MappedReader:
     def __repr__(self) -> str:
         return f"<{self.class_map.num_classes} classes out of the {self.base.manifest.num_classes} of {self.base!r}>"
 
-    @property
-    def statistics(self) -> None:
-        return None
-
-    @property
-    def location(self) -> str:
-        return self.base.location
-
-    @property
-    def is_local(self) -> bool:
-        return self.base.is_local
-
-    @property
-    def cache_bytes(self) -> int:
-        return self.base.cache_bytes
-
     def block(self, shard: int, block: int) -> ShardLabels:
         return self._mapped(self.base.block(shard, block))
 
@@ -275,18 +246,6 @@ class MappedReader:
 
     def targets_of(self, shard: int, block: int = 0) -> npt.NDArray[np.int32]:
         return self.class_map.targets(self.base.targets_of(shard, block)).astype(np.int32)
-
-    def image_locations(self, shard: int) -> npt.NDArray[np.int64]:
-        return self.base.image_locations(shard)
-
-    def fetch(self, shard: int, block: int) -> None:
-        self.base.fetch(shard, block)
-
-    def check_size(self, shard: int, block: int) -> None:
-        self.base.check_size(shard, block)
-
-    def open(self, entry: FileEntry, *, check: bool = True) -> OpenFile:
-        return self.base.open(entry, check=check)
 
     def verified(self, verify_labels: VerifyLabels) -> MappedReader:
         return MappedReader(self.base.verified(verify_labels), self.class_map)
