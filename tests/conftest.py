@@ -157,3 +157,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small file system needs root")
     yield mounted
     subprocess.run(["umount", "-l", str(mounted)], check=True)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: its status, and what it printed to stdout and stderr."""
+    from ferkd_data_cli.main import run
+
+    def call_(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = run([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return status, captured.out, captured.err
+
+    return call_

@@ -19,18 +19,6 @@ from ferkd_data_cli.main import COMMANDS, run
 SMALL = ["--crops", "10", "--crops-per-block", "4", "--top-k", "4", "--images-per-shard", "8", "--device", "cpu"]
 
 
-@pytest.fixture
-def call(capsys):
-    def call_(*args):
-        capsys.readouterr()
-        status = run([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return status, captured.out, captured.err
-
-    return call_
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(call, command):
     status, out, _ = call(command, "--help")

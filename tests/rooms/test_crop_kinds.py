@@ -509,19 +509,6 @@ def test_pictures_and_reports(out, photos, tmp_path):
 
 class TestCommands:
     @pytest.fixture
-    def call(self, capsys):
-        from ferkd_data_cli.main import run
-
-        def call_(*args):
-            capsys.readouterr()
-            status = run([str(arg) for arg in args])
-            captured = capsys.readouterr()
-            assert "Traceback" not in captured.err
-            return status, captured.out, captured.err
-
-        return call_
-
-    @pytest.fixture
     def command(self, photos, teachers, tmp_path):
         options = ["--teacher", teachers[0], "--teacher", teachers[1], "--top-k", "4", "--images-per-shard", "8"]
         return ["build", photos, tmp_path / "out", *options, "--crops-per-block", "4", "--device", "cpu"]
