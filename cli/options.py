@@ -188,6 +188,18 @@ def default_of(function: Callable[..., Any], name: str) -> Any:
 json_option = grouped("--json", "as_json", group=WATCHING, is_flag=True, help="Print JSON instead of a table.")
 
 
+def signature_options(function: Function) -> Function:
+    """Add --signed-by and --signer: whose signature of the manifest is required."""
+    signer = click.option("--signer", help="With --signed-by: name of the signer to require.")
+    signed_by = click.option(
+        "--signed-by",
+        type=click.Path(path_type=Path),
+        help="OpenSSH file of allowed signers, one of whom must have signed the manifest.",
+    )
+    # The last one applied comes first in --help.
+    return signed_by(signer(function))
+
+
 def config_option(function: Function) -> Function:
     """Add --config, a file with defaults for all other options of the command."""
     return grouped(

@@ -11,7 +11,7 @@ from ferkd_data.errors import UsageError
 from ferkd_data.format.manifest import FILE_NAME
 
 from .display import show_transfer
-from .options import GroupedCommand, default_of
+from .options import GroupedCommand, default_of, signature_options
 from .overview import count, size
 from .terminal import say
 
@@ -30,12 +30,7 @@ MAX_SHARDS = 10_000_000
 )
 @click.option("--crop-kind", metavar="NAME", help="Fetch only the crops of this kind, of a label set with crop kinds.")
 @click.option("--shards", metavar="LIST", help="Fetch only these image shards, such as 0-9,12.")
-@click.option(
-    "--signed-by",
-    type=click.Path(path_type=Path),
-    help="OpenSSH file of allowed signers, one of whom must have signed the manifest.",
-)
-@click.option("--signer", help="With --signed-by: name of the signer to require.")
+@signature_options
 @click.option(
     "--threads",
     type=click.IntRange(min=1),

@@ -12,7 +12,7 @@ import ferkd_data as fd
 from ferkd_data.errors import UsageError
 
 from .display import show_transfer
-from .options import GroupedCommand, default_of, json_option, print_json
+from .options import GroupedCommand, default_of, json_option, print_json, signature_options
 from .overview import count, size
 from .terminal import say
 
@@ -20,12 +20,7 @@ from .terminal import say
 @click.command(cls=GroupedCommand, renamed={"--workers": "--threads"})
 @click.argument("labels")
 @click.option("--images", help="Also check that each labelled image is in this source, unchanged.")
-@click.option(
-    "--signed-by",
-    type=click.Path(path_type=Path),
-    help="OpenSSH file of allowed signers, one of whom must have signed the manifest.",
-)
-@click.option("--signer", help="With --signed-by: name of the signer to require.")
+@signature_options
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Number of files checked at a time.  [default: one per core]"
 )
