@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -36,6 +37,8 @@ def test_help_is_light():
 def test_a_hint_decides_nothing(call, photos, tiny_teachers, tmp_path, monkeypatch, engine):
     """A driver without a GPU begins a build on the GPUs of a cluster."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    # The command reads its defaults from fd.build when it is imported, which must be before that is replaced.
+    importlib.import_module("ferkd_data_cli.build")
     begun = []
 
     def build(source, out, **changes):
