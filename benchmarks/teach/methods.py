@@ -15,6 +15,11 @@ from torch import Tensor
 import ferkd_data as fd
 
 Batch = tuple[Tensor, fd.SoftTargets]
+BUCKETS = ("extreme_hard", "moderate_hard", "hard_positive", "easy_positive")
+PAPER_QUANTILES = (0.01, 0.03, 0.9)
+"""The shares of crops below LOW, MID and TOP that `build --thresholds quantile:` names as its example."""
+KEPT = (1, 2, 5, 10, 50)
+"""Numbers of classes that are compared, out of a label set with 50."""
 
 TRUTH = fd.Calibration(
     extreme_hard="soften", moderate_hard="soften", hard_positive="soften", easy_positive="soften", epsilon=0.0
@@ -38,11 +43,26 @@ class Method:
     """Mixes different images of a batch."""
     online: bool = False
     """Whether the teacher runs in every step; there are no labels then."""
+    mix_before_teacher: bool = False
+    """With `online`: mix each batch's images, evenly at random, before the teacher labels them (FunMatch)."""
+    quantiles: tuple[float, float, float] | None = None
+    """Thresholds of the calibration as shares of the label set's own crops, by p_max."""
+    keep: int | None = None
+    """Keep this many of the stored classes. For calibrations without ground truth in their targets."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Fields of `Setup` that differ from the comparison's."""
 
     def mixed(self, images: Tensor, targets: fd.SoftTargets, rng: np.random.Generator) -> Batch:
+        if self.keep is not None:
+            targets = keep_largest(targets, self.keep)
         return (images, targets) if self.mix is None else self.mix(images, targets, rng=rng)
+
+
+def keep_largest(targets: fd.SoftTargets, count: int) -> fd.SoftTargets:
+    """Make the targets that a label set of top-`count` has: FKD's smooth recovery of fewer classes."""
+    kept = targets.weight[:, :count] + targets.floor[:, None]
+    floor = (1 - kept.sum(dim=1)).clamp(min=0) / (targets.num_classes - count)
+    return replace(targets, index=targets.index[:, :count], weight=kept - floor[:, None], floor=floor)
 
 
 MAIN: dict[str, Method] = {
@@ -73,6 +93,7 @@ def _variants() -> dict[str, Method]:
         "ferkd/epsilon-0.2": replace(FERKD, epsilon=0.2),
         "ferkd/mid-0.5": replace(FERKD, thresholds=fd.Thresholds(mid=0.5)),
         "ferkd/mid-0.7": replace(FERKD, thresholds=fd.Thresholds(mid=0.7)),
+        "ferkd/wrong-soften+mid-0.5": replace(FERKD, confident_but_wrong="soften", thresholds=fd.Thresholds(mid=0.5)),
         "ferkd/on-target": replace(FERKD, thresholds=fd.Thresholds(confidence="target")),
         "fkd/temperature-0.5": replace(FKD, temperature=0.5),
         "fkd/temperature-2": replace(FKD, temperature=2.0),
@@ -87,9 +108,14 @@ def _setups() -> dict[str, Method]:
     """FerKD and FKD with another loader or other classes."""
     few_crops = {f"ferkd/crops-{n}": {"crops": n} for n in (4, 8)}
     at_once = {f"ferkd/m-{m}": {"crops_per_image": m} for m in (1, 2, 8)}
-    changes: dict[str, dict[str, Any]] = {**at_once, **few_crops, "ferkd/together": {"spread": False}}
+    few_crops |= {f"ferkd/crops-{n}": {"crops": n} for n in (16, 50, 100)}
+    # As many decoded photos as 400 steps of 128 crops with 4 crops of each.
+    decodes = {f"ferkd/m-{m}-equal-decodes": {"crops_per_image": m, "steps": 100 * m} for m in (1, 2, 8)}
+    together = {"ferkd/together": {"spread": False}, "ferkd/m-8-together": {"spread": False, "crops_per_image": 8}}
+    changes: dict[str, dict[str, Any]] = {**at_once, **few_crops, **decodes, **together}
     same = {name: Method(named=name, calibration=FERKD, changes=change) for name, change in changes.items()}
     ten = {"photos_classes_only": True}
+    first = {"crops": 16}
     return {
         **same,
         "blend+cutmix": Method(named="blend and CutMix", calibration=ALL_BLEND, mix=fd.CutMix(prob=0.5)),
@@ -98,12 +124,42 @@ def _setups() -> dict[str, Method]:
         ),
         "ferkd+cutmix": Method(named="FerKD and CutMix", calibration=FERKD, mix=fd.CutMix(prob=0.5)),
         "online": Method(named="vanilla KD: the teacher in every step, fresh crops", calibration=FKD, online=True),
+        "funmatch": Method(
+            named="FunMatch: mixed views, the teacher in every step",
+            calibration=FKD,
+            online=True,
+            mix_before_teacher=True,
+        ),
+        **{f"fkd/k-{k}": Method(named=f"FKD, top-{k}", calibration=FKD, keep=k, changes=first) for k in KEPT},
+        "ferkd/quantile": Method(named="FerKD, thresholds by quantile", calibration=FERKD, quantiles=PAPER_QUANTILES),
+        "ferkd/selfmix-always": Method(named="SelfMix always", calibration=FERKD, selfmix=fd.SelfMix(prob=1.0)),
+        "ferkd/selfmix-mixup": Method(
+            named="SelfMix by Mixup", calibration=FERKD, selfmix=fd.SelfMix(prob=0.5, mode="mixup")
+        ),
         "fkd/ten-classes": Method(named="FKD, mass on the ten classes", calibration=FKD, changes=ten),
         "ferkd/ten-classes": Method(named="FerKD, mass on the ten classes", calibration=FERKD, changes=ten),
         "all-blend/ten-classes": Method(named="blend, mass on the ten classes", calibration=ALL_BLEND, changes=ten),
     }
 
 
-METHODS: dict[str, Method] = {**MAIN, **_variants(), **_setups()}
+def _alone() -> dict[str, Method]:
+    """One bucket alone: the photos that have crops in it and only those crops, by soft label and by ground truth."""
+    methods = {}
+    for code, bucket in enumerate(BUCKETS):
+        others = {other: "discard" for other in BUCKETS if other != bucket}
+        for target, action in (("soft", "keep"), ("truth", "soften")):
+            only = fd.Calibration(**{**others, bucket: action}, epsilon=0.0)
+            methods[f"{bucket}/{target}"] = Method(named=bucket, calibration=only, changes={"bucket": code})
+    return methods
+
+
+def _fine_tuning() -> dict[str, Method]:
+    """A pretrained EfficientNet-Lite 0, fine-tuned: the paper's ViT-G14 in small."""
+    small = {"student": "efficientnet-lite0", "size": 112, "batch_size": 32, "steps": 120, "lr": 3e-4, "bf16": False}
+    tuned = ("hard", "fkd", "fkd+cutmix", "ferkd", "ferkd+selfmix", "all-blend")
+    return {f"tune/{name}": replace(MAIN[name], changes=small) for name in tuned}
+
+
+METHODS: dict[str, Method] = {**MAIN, **_variants(), **_setups(), **_alone(), **_fine_tuning()}
 QUICK = ("hard", "fkd", "ferkd", "all-blend")
 Schedule = Callable[[int], float]

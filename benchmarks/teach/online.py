@@ -42,9 +42,13 @@ class Teacher:
 
 
 def batches(
-    folder: str, teacher: Teacher, *, batch_size: int, size: int, steps: int, seed: int
+    folder: str, teacher: Teacher, *, batch_size: int, size: int, steps: int, seed: int, mix: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield `steps` batches: crops uint8 (B, 3, size, size) and the teacher's probabilities (B, C)."""
+    """Yield `steps` batches: crops uint8 (B, 3, size, size) and the teacher's probabilities (B, C).
+
+    With `mix`, each batch is mixed with its own reverse by Mixup, with a share drawn evenly from 0 to 1, and the
+    teacher labels the mixed images: the consistent, aggressive mixing of FunMatch (Beyer et al., CVPR 2022).
+    """
     from PIL import Image
 
     paths = sorted(Path(folder).glob("*/*"))
@@ -71,4 +75,14 @@ def batches(
             for cut, side in ((seen, size), (shown, teacher.size)):
                 crop = functional.resized_crop(photos[row], *box, [side, side], antialias=True)
                 cut.append(functional.horizontal_flip(crop) if flip else crop)
-        yield torch.stack(seen).contiguous(memory_format=torch.channels_last), teacher(torch.stack(shown))
+        share = rng.uniform() if mix else 1.0
+        students, teachers = (blend(torch.stack(crops), share) for crops in (seen, shown))
+        yield students.contiguous(memory_format=torch.channels_last), teacher(teachers)
+
+
+def blend(images: Tensor, share: float) -> Tensor:
+    """Mix uint8 images (B, 3, S, S) with the batch in reverse order: `share` of each, the rest of the other."""
+    if share == 1:
+        return images
+    mixed = share * images.float() + (1 - share) * images.flip(0).float()
+    return mixed.round().to(torch.uint8)

@@ -54,3 +54,26 @@ def small_resnet(num_classes: int, seed: int) -> nn.Module:
             nn.Linear(WIDTHS[-1], num_classes),
         )
     return network.to(memory_format=torch.channels_last)
+
+
+class Renormalized(nn.Module):
+    """A network that expects another mean and standard deviation than ImageNet's, given ImageNet-normalised images."""
+
+    def __init__(self, network: nn.Module, mean: float, std: float) -> None:
+        super().__init__()
+        self.network = network
+        own_mean, own_std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        self.scale = (own_std / std).view(1, 3, 1, 1)
+        self.shift = ((own_mean - mean) / std).view(1, 3, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images * self.scale.to(images) + self.shift.to(images))
+        return logits
+
+
+def pretrained(seed: int) -> nn.Module:
+    """Load EfficientNet-Lite 0 with its 1,000 ImageNet classes, for fine-tuning. The seed decides its dropout."""
+    from ferkd_data.demo import efficientnet_lite
+
+    torch.manual_seed(seed)
+    return Renormalized(efficientnet_lite(0).train(), 127 / 255, 128 / 255).to(memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ import numpy as np
 import online
 import torch
 from methods import METHODS, Method
-from students import small_resnet
+from students import pretrained, small_resnet
 from torch import Tensor, nn
 
 import ferkd_data as fd
@@ -35,6 +35,10 @@ class Setup:
     """Use only the first crops of each photo; None: all."""
     teacher: str = ""
     """An ONNX file: the teacher of the method that asks it in every step."""
+    bucket: int | None = None
+    """Use only photos that have crops in the bucket of this code."""
+    student: str = "small_resnet"
+    """small_resnet, from scratch; or efficientnet-lite0, pretrained."""
     photos_classes_only: bool = False
     """Restrict soft labels to the classes that photos have, and rescale them to 1."""
     steps: int = 1500
@@ -60,6 +64,8 @@ class Photos:
 
     images: Tensor
     targets: Tensor
+    classes: tuple[str, ...]
+    """All class folders' names, in the order of the class numbers."""
     teacher: Tensor | None = None
     """The teachers' most probable class for each photo, int64 (N,); -1 where they were not asked."""
 
@@ -79,7 +85,8 @@ def load_photos(folder: Path, classes: list[str], size: int, labels: str = "") -
     if labels:
         told = {image.key: int(image.class_index[0, 0]) for image in fd.open_labels(labels)}
         teacher = torch.tensor([told.get(key, -1) for key in keys])
-    return Photos(images=torch.stack(images), targets=torch.tensor(targets), teacher=teacher)
+    shown = torch.stack(images)
+    return Photos(images=shown, targets=torch.tensor(targets), classes=tuple(classes), teacher=teacher)
 
 
 @torch.no_grad()
@@ -120,6 +127,8 @@ def learning_rate(setup: Setup, step: int) -> float:
 def open_setup(setup: Setup) -> fd.LabelSet:
     """Open the label set of a run, or the view of it that the setup asks for."""
     labels = fd.open_labels(setup.labels, crops=setup.crops)
+    if setup.bucket is not None:
+        labels = labels.select(where=lambda shard: (shard.bucket == setup.bucket).any(axis=1))
     if setup.photos_classes_only:
         present = sorted({image.target for image in labels if image.target is not None})
         labels = labels.map_classes({c: c for c in present}, num_classes=labels.num_classes)
@@ -142,6 +151,15 @@ class Clock:
         self.cpu += time.process_time()
 
 
+def calibration(how: Method, labels: fd.LabelSet) -> fd.Calibration:
+    """Return the method's calibration, with thresholds out of the labels where it has quantiles."""
+    if how.quantiles is None:
+        return how.calibration
+    p_max = np.concatenate([shard.class_prob[:, :, 0].ravel() for shard in labels.shards()]).astype(np.float64)
+    low, mid, top = np.quantile(p_max, how.quantiles).tolist()
+    return replace(how.calibration, thresholds=fd.Thresholds(low=low, mid=mid, top=top))
+
+
 def batches(
     setup: Setup, how: Method, labels: fd.LabelSet, seed: int
 ) -> Iterator[tuple[Tensor, fd.SoftTargets | Tensor]]:
@@ -149,7 +167,7 @@ def batches(
     if how.online:
         teacher = online.Teacher(setup.teacher, setup.threads)
         size = {"batch_size": setup.batch_size, "size": setup.size, "steps": setup.steps}
-        yield from online.batches(setup.train, teacher, **size, seed=seed)
+        yield from online.batches(setup.train, teacher, **size, seed=seed, mix=how.mix_before_teacher)
         return
     loader = fd.CropLoader(
         labels,
@@ -157,7 +175,7 @@ def batches(
         batch_size=setup.batch_size,
         crops_per_image=setup.crops_per_image,
         size=setup.size,
-        calibration=how.calibration,
+        calibration=calibration(how, labels),
         selfmix=how.selfmix,
         # SelfMix needs an image's crops side by side, and one crop of an image has nothing to be spread.
         spread=setup.spread and how.selfmix is None and setup.crops_per_image > 1,
@@ -175,9 +193,15 @@ def run(setup: Setup, method: str, seed: int, photos: Photos) -> dict[str, Any]:
     how = METHODS[method]
     setup = replace(setup, **how.changes)
     labels = open_setup(setup)
-    student = small_resnet(labels.num_classes, seed).to(setup.device)
+    if setup.student == "efficientnet-lite0":
+        student = pretrained(seed).to(setup.device)
+        photos = load_photos(Path(setup.val), list(photos.classes), setup.size, setup.val_labels)
+    else:
+        student = small_resnet(labels.num_classes, seed).to(setup.device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=setup.lr, weight_decay=setup.weight_decay)
     curve: list[dict[str, float]] = []
+    if setup.student != "small_resnet":
+        curve.append({"step": 0, "cpu_seconds": 0.0, **evaluate(student, photos, setup.device)})
     marks = {round(setup.steps * (i + 1) / setup.evaluations) for i in range(setup.evaluations)}
     clock = Clock()
     clock.go()
