@@ -1,6 +1,8 @@
 """From runs to tables: means, and differences to other methods, paired by seed, with their 95 % intervals.
 
 python benchmarks/teach/summary.py hard,fkd runs.jsonl [more.jsonl …]      differences to hard and to fkd
+
+A method that was run on another label set than the first run's is shown as `METHOD @ LABELS`.
 """
 
 from __future__ import annotations
@@ -76,9 +78,17 @@ def every_run(runs: list[dict[str, Any]], methods: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def labels_of(run: dict[str, Any]) -> str:
+    return Path(run["setup"]["labels"]).name
+
+
 def main() -> None:
     against, *files = sys.argv[1:]
     runs = [json.loads(line) for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    first = labels_of(runs[0])
+    for run in runs:
+        if labels_of(run) != first:
+            run["method"] += f" @ {labels_of(run)}"
     methods = list(dict.fromkeys(run["method"] for run in runs))
     methods.sort(key=lambda method: -fmean(run["top1"] for run in runs if run["method"] == method))
     print(table(runs, methods, against.split(",")), every_run(runs, methods), sep="\n\n")
