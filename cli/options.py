@@ -112,9 +112,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 TEACHER_HELP = (
     "A teacher: timm:NAME[@FILE], torchvision:NAME[@FILE], hf:ORG/NAME[@FOLDER], openclip:ARCH@TAG?names=FILE, "
-    "onnx:FILE, torchscript:FILE or python:module:factory, with options after ? (size, mean, std, interpolation, "
-    "classes, output, activation, weight, temperature, crop_pct), such as 'timm:resnet50?weight=2'. Repeat it "
-    "for each teacher. docs/teachers.md describes all kinds and options."
+    "onnx:FILE, torchscript:FILE or python:module:factory[@FILE], with options after ? (size, mean, std, "
+    "interpolation, classes, output, activation, weight, temperature, crop_pct), such as 'timm:resnet50?weight=2'. "
+    "Repeat it for each teacher. docs/teachers.md describes all kinds and options."
 )
 
 

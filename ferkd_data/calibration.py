@@ -56,8 +56,8 @@ class Calibration:
     - "discard": the crop is not drawn.
     - "thin(P)": the soft label; a share P of these crops is in use, drawn anew for each pass over an image's crops.
 
-    The defaults are FerKD's, `Calibration.ferkd()`. Where the ground truth is unknown, soften and blend keep the soft
-    label. Raises UsageError for an unknown policy or a value out of range.
+    The default policies are FerKD's, `Calibration.ferkd()`. Where the ground truth is unknown, soften and blend keep
+    the soft label. Raises UsageError for an unknown policy or a value out of range.
 
     >>> mine = fd.Calibration(moderate_hard="blend", blend_weight=0.7, easy_positive="thin(0.5)")
     >>> mine.extreme_hard, mine.moderate_hard
@@ -72,10 +72,10 @@ class Calibration:
     """Policy for crops of the two positive buckets whose most probable class is not the ground truth; None: that of
     their bucket."""
     all_discarded: Literal["soften", "keep"] = "soften"
-    """Policy for an image that has no crop in use: the image is trained on all the same."""
+    """Policy for the crops of an image none of whose crops in a crop block is in use: they are drawn anyway."""
     thresholds: Thresholds | None = None
-    """None: the buckets as stored. Otherwise buckets are derived anew from the stored probabilities, as they are read;
-    no file changes."""
+    """None: the buckets as stored or, where a class map merges or drops classes, as it assigns them. Otherwise buckets
+    are derived anew from the stored (and mapped) probabilities, as they are read; no file changes."""
     epsilon: float = 0.1
     """Softened ground truth: 1 - epsilon on the class, epsilon spread evenly over the others."""
     blend_weight: float = 0.5
@@ -129,7 +129,7 @@ class Calibration:
 
     @property
     def needs_target(self) -> bool:
-        """Whether a target can have the ground truth in it, and so one sparse entry more."""
+        """Whether a target may contain the ground truth, which takes one sparse entry more."""
         texts = (*(getattr(self, name) for name in BUCKETS), self.confident_but_wrong)
         # Discarding alone may end in a softened target: for an image whose crops are all discarded.
         discards = any(text == "discard" for text in texts)
@@ -194,8 +194,8 @@ def action_table(calibration: Calibration) -> tuple[Action, ...]:
 
 def use_probability(calibration: Calibration, codes: npt.NDArray[np.uint8]) -> Floats:
     """Return each crop's probability of being in use: 0 where discarded, P where thinned out, else 1."""
-    shares = [0.0 if a.kind == "discard" else a.share for a in action_table(calibration)]
-    return np.array(shares, np.float32)[codes]
+    in_use = [0.0 if a.kind == "discard" else a.share for a in action_table(calibration)]
+    return np.array(in_use, np.float32)[codes]
 
 
 class Judged(NamedTuple):
@@ -239,11 +239,11 @@ def calibrate(
 ) -> SoftTargets:
     """Make targets from class_index and class_prob (B, k), action codes (B,) and target (B,), -1 where unknown.
 
-    class_index and num_classes are the teacher's, as stored. With a class map, soft labels are recovered over these
-    classes and mapped then; `target` and the targets returned are of the new classes.
+    class_index and num_classes are the teacher's, as stored. With a class map, soft labels are recovered over
+    the teacher's classes and then mapped; `target` and the targets returned are of the new classes.
 
-    A crop whose action is `discard` was drawn because its image has none in use: `all_discarded` decides. Where the
-    ground truth is unknown, `soften` and `blend` keep the soft label.
+    A crop whose action is `discard` was drawn because its image has none in use in this block: `all_discarded` decides.
+    Where the ground truth is unknown, `soften` and `blend` keep the soft label.
     """
     # These look at the first class alone, which the class map may have dropped.
     if class_map is not None and calibration.recovery in ("hard", "label_smoothing"):

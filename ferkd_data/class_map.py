@@ -109,8 +109,8 @@ class ClassMap:
         """Map recovered targets: distinct old classes `index` and their `weight` (B, k), `floor` (B,).
 
         Returns index and weight (B, K) and floor (B,) over the D new classes, K = k + the number of new classes that
-        are not made of the most common number of old ones. Where a target has nothing on any class that is kept, the
-        new one is even over the old classes that are kept, as if they had not been among the stored ones.
+        are not made of the most common number of old ones. If a target has no mass on any class that is kept, its mass
+        is spread evenly over the old classes that are kept.
         """
         new = self.new[index]
         kept = new >= 0
@@ -207,7 +207,7 @@ def map_columns(
     target_prob = class_map.target_prob(class_index, class_prob, columns["target"], columns["target_prob"])
     bucket = columns["bucket"]
     if not class_map.is_renaming:
-        # A crop of a dropped class is hard to those that are left (docs/decisions.md, record 28).
+        # A crop of a dropped class is hard for the classes that are left (docs/decisions.md, record 28).
         bucket = buckets_of(prob, target_prob, thresholds)
     return {
         "class_index": index.astype(class_index_dtype(class_map.num_classes)),

@@ -48,7 +48,7 @@ from ferkd_data.storage import write_atomically
 def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts, version: str) -> Manifest:
     """Write rejects.parquet and manifest.json of a build whose shards all have their record.
 
-    Can be run again after a kill. Raises BuildError where every image was rejected: then no label set is written, and
+    Safe to run again after a kill. Raises BuildError where every image was rejected: then no label set is written, and
     the same command begins anew.
     """
     # Before anything is rewritten, so that starting over finds the build as its workers left it.

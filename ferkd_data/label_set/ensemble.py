@@ -1,8 +1,8 @@
 """Label sets of the same crops by different teachers, combined into their ensemble as they are read.
 
 Each label set knows its kept classes and the probability of the ground truth exactly; what it cut off is spread evenly
-over its other classes, as recovery `smooth` does. So the mean is exact for classes that all kept, and for the
-ground truth.
+over its other classes, as recovery `smooth` does. So the mean is exact for classes that every set kept, and for the
+ground truth. Buckets are assigned anew, by the thresholds of the first label set.
 
 Legend: M crops, S label sets, k kept classes, m candidates (all kept classes and the ground truth), C classes.
 """
@@ -38,7 +38,7 @@ class Merged:
 
     labels: ShardLabels
     uncertain: npt.NDArray[np.float32]
-    """(R, N): bound on how far any probability is from that of a build with all teachers at once."""
+    """(R, N): upper bound on the error of any probability, compared with a build with all teachers at once."""
 
 
 def merge_labels(

@@ -131,7 +131,8 @@ def from_patterns(patterns: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     This is 15 times as fast as NumPy's own conversion.
     """
     wide = patterns.astype(np.uint32)
-    # Shifted by 13 bits, the fields of float16 lie where float32 has its own. The exponent's bias is 15 in float16 and
+    # The mantissa's bits stay the same, and the exponent is rescaled. Shifted by 13 bits, the fields of float16 lie
+    # where float32 has its own. The exponent's bias is 15 in float16 and
     # 127 in float32, so the value is too small by 2**(127 - 15). Subnormal numbers come out right too.
     wide <<= 13
     values = wide.view(np.float32)

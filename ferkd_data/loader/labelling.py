@@ -62,7 +62,7 @@ def draw(
     """Draw crops: their numbers within the block, (I, draws.num).
 
     `key_hash` (I,) identifies the images, `use` (I, n) is each crop's probability of being in use: 0, 1, or between
-    for crops that are thinned out. Where an image has none in use, all its crops are drawn from.
+    for crops that are thinned out. Where an image has none in use in this block, all its crops there are drawn from.
     """
     # A stream of random words for each image, (I, 1): of its key and not of its row, so that a selection draws the
     # same.

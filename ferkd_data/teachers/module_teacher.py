@@ -29,7 +29,7 @@ BF16_SINCE = (8, 0)
 
 
 class ModuleTeacher:
-    """A teacher made of an `nn.Module` from normalised float (B, 3, S, S) to logits (B, C), or to outputs with logits.
+    """Wrap an `nn.Module` that maps normalised float images (B, 3, S, S) to logits (B, C), or to outputs with logits.
 
     The module runs once on a test picture at construction. Raises TeacherError where that fails, or gives no logits.
     """
@@ -113,7 +113,7 @@ class ModuleTeacher:
     def _first_answer(self, module: nn.Module) -> int:
         """Run a test picture and return the number of classes. Makes `self.module` return logits alone."""
         size = self.preprocessing.size
-        # The noise alone: one image is the least that every model takes, and fits where a batch does not.
+        # Only the noise: every model takes a batch of one, and it fits into memory where a larger one may not.
         pictures = two_pictures(size)[1:]
         try:
             result = self._answer(pictures)

@@ -29,11 +29,11 @@ class KindTraits:
     load: str
     """`MODULE.FUNCTION` in this package; the function fulfils `teacher.LoadTeacher`."""
     takes_checkpoint: bool = False
-    """Specs may end in @CHECKPOINT; for other kinds, NAME is the file with the weights."""
+    """Specs may end in @CHECKPOINT; the other kinds name the file with the weights in NAME."""
     takes_output: bool = False
     """Specs may have the option output."""
     takes_precision: bool = True
-    """The teacher can run below float32, so that it does on a GPU unless something else is asked for."""
+    """The teacher can run in bfloat16 or float16; on a GPU, that is the default."""
 
 
 KINDS: dict[Kind, KindTraits] = {

@@ -35,8 +35,8 @@ class Teacher(Protocol):
     """Input that `logits` expects; normalisation is the teacher's own work."""
     num_classes: int
     digest: str
-    """SHA-256, 64 hex digits, over everything that decides the answers, so that two different teachers never share one:
-    weights, code or graph, and what is done to the input. `digest.py` has the pieces for modules and files."""
+    """SHA-256, 64 hex digits, of the model: weights, structure and hyperparameters, or the bytes of its file.
+    `digest.py` has functions for both. Input size, normalisation and precision are facts of their own."""
     precision: Precision
     class_names: tuple[str, ...] | None
     """Names of the classes in the order of the outputs, where the model knows them."""
@@ -63,7 +63,7 @@ class LoadTeacher(Protocol):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Recognise an error that says that memory ran out: such errors share no class. A smaller batch may fit."""
+    """Recognise an error that says that memory ran out; a smaller batch may fit. Such errors have no common class."""
     # By text, since cuBLAS, a compiler and ONNX Runtime raise a plain RuntimeError or a class of their own.
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
 

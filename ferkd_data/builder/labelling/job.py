@@ -53,7 +53,7 @@ class Job:
         """Thresholds of the buckets that are stored: provisional ones during the build where they are quantiles."""
         asked = self.settings.thresholds
         if isinstance(asked, QuantileThresholds):
-            # Quantiles are known when all crops are. Until then nearly all crops count as hard_positive.
+            # Quantiles are known only once every crop is labelled. Until then nearly all crops count as hard_positive.
             return Thresholds(low=0, mid=0, top=1, confidence=asked.confidence)
         return asked
 

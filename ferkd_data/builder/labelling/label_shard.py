@@ -1,7 +1,7 @@
 """The loop of a build: one image shard from encoded images to finished rows.
 
-Crops go to the teachers batch by batch. The answers to a batch are fetched while the next batches are computed, cut
-into images, and yielded as rows with their bucket.
+Crops go to the teachers batch by batch. The answers to a batch are fetched while the next batches are computed, split
+by image, and yielded as rows with the bucket of each crop.
 
 Legend: B crops of a batch, C classes, N crops per image, k kept classes, T teachers.
 """
@@ -34,7 +34,7 @@ ASKED_AHEAD = 2
 
 @dataclass(frozen=True, eq=False)
 class TeacherCounts:
-    """Sums over crops: of a batch, or of all batches of a shard. Integers all, so that their order does not matter."""
+    """Sums over the crops of a batch, or of all batches of a shard; integers, so that the order of adding is free."""
 
     agreement: Tensor
     """(T, T) int64: crops on which two teachers name the same class first."""
@@ -97,7 +97,7 @@ def label_shard(refs: Sequence[ImageRef], tools: Tools, first_crop: int = 0) -> 
             continue
         batch, labels, counts = item
         images, unfinished = _by_image(batch, labels, unfinished)
-        rows = tuple((_row(image, pieces, tools.job.thresholds), image.data) for image, pieces in images)
+        rows = tuple((_image_labels(image, pieces, tools.job.thresholds), image.data) for image, pieces in images)
         yield LabelledBatch(crops=len(batch.targets), rows=rows, counts=counts)
 
 
@@ -194,7 +194,7 @@ def _by_image(
     return finished, pieces
 
 
-def _row(image: DecodedImage, pieces: Sequence[SoftLabels], thresholds: Thresholds) -> ImageLabels:
+def _image_labels(image: DecodedImage, pieces: Sequence[SoftLabels], thresholds: Thresholds) -> ImageLabels:
     class_prob = np.concatenate([piece.class_prob for piece in pieces])
     target_prob = np.concatenate([piece.target_prob for piece in pieces])
     height, width = image.pixels.shape[:2]
