@@ -31,6 +31,7 @@ from ferkd_data.images.decode import decode_reduced, divisor_for, reduced_crops
 from ferkd_data.images.retrying import IMAGES_IN_A_ROW, UnansweredImageError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.clocks import NOTHING, Spent, StageClock
+from ferkd_data.loader.crops_and_targets import BlockDraws, Drawn, draw_crops, draw_seed, epoch_draws, window_targets
 from ferkd_data.loader.epochs import Epochs, EpochSettings
 from ferkd_data.loader.image_table import (
     CheckedImages,
@@ -42,7 +43,6 @@ from ferkd_data.loader.image_table import (
     labelled_pixels,
 )
 from ferkd_data.loader.label_cache import LabelCache
-from ferkd_data.loader.labelling import BlockDraws, Drawn, draw_crops, draw_seed, epoch_draws, window_targets
 from ferkd_data.loader.order import FromPosition, InChunks, epoch_order
 from ferkd_data.loader.schedule import Window, stand_in
 from ferkd_data.loader.settings import LoaderSettings, without_functions

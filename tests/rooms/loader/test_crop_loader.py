@@ -14,8 +14,8 @@ from ferkd_data.calibration import calibrate
 from ferkd_data.crops import Crops
 from ferkd_data.errors import LabelSetError, LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import decode_rgb
+from ferkd_data.loader.crops_and_targets import draw, epoch_draws
 from ferkd_data.loader.label_cache import LabelCache
-from ferkd_data.loader.labelling import draw, epoch_draws
 from ferkd_data.loader.schedule import Cursor, windows
 from ferkd_data.replay import replay
 from ferkd_data.storage import image_digest

@@ -20,7 +20,7 @@ import ferkd_data as fd
 from ferkd_data.errors import LoaderError, StateMismatchError, UsageError
 from ferkd_data.images import decode_rgb
 from ferkd_data.loader import batch_maker
-from ferkd_data.loader.labelling import draw_seed
+from ferkd_data.loader.crops_and_targets import draw_seed
 from ferkd_data.replay import replay
 
 GLOBAL, LOCAL = "global:scale=0.25..1,size=40,n=4", "local:scale=0.05..0.25,size=24,n=6"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferkd_data import rng
-from ferkd_data.loader.labelling import draw, epoch_draws
+from ferkd_data.loader.crops_and_targets import draw, epoch_draws
 from ferkd_data.loader.order import InChunks, epoch_order, permute
 from ferkd_data.loader.schedule import Cursor, Layout, count_batches, settled, stand_in, windows
 
