@@ -35,6 +35,10 @@ SAME_TEACHERS = ("teachers", "ensemble", "top_k", "thresholds")
 SETTINGS = {"teachers": SAME_CROPS, "crops": (*SAME_TEACHERS, "augmentations"), "images": (*SAME_CROPS, *SAME_TEACHERS)}
 """Settings that must be the same, by what the label sets add to each other."""
 
+TEACHER_FIELDS = ("name", "digest", "size", "interpolation", "mean", "std", "weight", "temperature")
+"""Fields of a teacher that decide its labels, and its name for messages. The spec holds paths of the machine that built
+the set; the precision changes the labels by about 1e-3, and a set may be built on several kinds of machines."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeResult:
@@ -204,8 +208,8 @@ def _comparable(labels: LabelSet, name: str) -> Any:
     if name == "crop_kinds":
         return [str(kind) for kind in labels.crop_kinds] or "none"
     if name == "teachers":
-        # Without the spec, which holds paths of the machine that built the set.
-        return [(teacher.name, teacher.digest[:12], teacher.weight, teacher.temperature) for teacher in value]
+        told = [{field: getattr(teacher, field) for field in TEACHER_FIELDS} for teacher in value]
+        return [{**one, "digest": one["digest"][:12]} for one in told]
     return value
 
 

@@ -45,6 +45,7 @@ from ferkd_data.labels.rows import UNKNOWN_TARGET, ImageLabels, ShardLabels
 from ferkd_data.labels.statistics import Statistics, shard_statistics
 from ferkd_data.scratch import Scratch
 from ferkd_data.storage import image_digest, write_atomically
+from ferkd_data.teachers.probe import check_class_count
 
 
 def import_fkd(
@@ -86,6 +87,7 @@ def import_fkd(
         crops_per_block=crops_per_block,
         images_per_shard=images_per_shard,
         settings=settings,
+        classes_given=classes is not None,
     )
     return work.run(Path(out), on_progress)
 
@@ -132,6 +134,7 @@ def import_dr(
         crops_per_block=crops_per_block,
         images_per_shard=images_per_shard,
         settings=settings | {"num_classes": num_classes, "classes": str(classes)},
+        classes_given=classes is not None,
     )
     return work.run(Path(out), on_progress)
 
@@ -184,6 +187,7 @@ def import_relabel(
         crops_per_block=crops_per_block,
         images_per_shard=images_per_shard,
         settings=settings | {"num_classes": num_classes, "top_k": top_k},
+        classes_given=classes is not None,
     )
     return work.run(Path(out), on_progress)
 
@@ -198,6 +202,8 @@ class _Import:
     images_per_shard: int
     settings: out_folder.Settings
     """Settings that a finished or interrupted import must share with this one, besides the format and shapes."""
+    classes_given: bool
+    """Class numbers come from a list that the user gave."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     shape: tuple[int, int] = (0, 0)
     """(N crops, k classes) of the first image."""
@@ -240,6 +246,8 @@ class _Import:
         report(progress)
         # Empty groups make no shard, so shards are numbered by those that are written.
         for group in in_groups(self.source.list_images(), self.images_per_shard):
+            # Here and not in `run`: a Parquet file tells its classes while it is listed.
+            self._check_targets(group)
             # Before the shard is begun, since the first image decides how many crops, and so blocks, there are.
             rows = self._sound(list(self._rows(group, rejects)), rejects)
             if rows:
@@ -254,6 +262,16 @@ class _Import:
         if not entries:
             raise UsageError(self._nothing())
         return tuple(entries), statistics.add(counted)
+
+    def _check_targets(self, items: Iterable[ImageRef | Reject]) -> None:
+        """Raise UsageError where the images' class numbers cannot be those of the label files."""
+        known = [item.target for item in items if isinstance(item, ImageRef) and item.target is not None]
+        check_class_count(
+            self.files.num_classes,
+            class_names=self.source.class_names,
+            max_target=max(known, default=-1),
+            classes_given=self.classes_given,
+        )
 
     def _rows(self, items: Iterable[ImageRef | Reject], rejects: RejectWriter) -> Iterator[ImageLabels]:
         # Rejects of the listing first: reading wants images alone, and in order.

@@ -146,6 +146,23 @@ def test_images_without_labels_are_rejects(label_set, photos, tmp_path):
         fd.import_fkd(tmp_path, tmp_path / "none", images=photos, num_classes=10, teacher=TEACHER)
 
 
+def test_class_folders_that_are_a_part_of_the_classes_need_a_list(label_set, photos, tmp_path):
+    """Numbered 0 and 1 in sorted order, they would be other classes than those of the label files."""
+    fd.export_fkd(label_set, tmp_path / "fkd")
+    some = tmp_path / "some"
+    for name in ("class7", "class4"):
+        shutil.copytree(photos / name, some / name)
+    arguments = {"images": some, "num_classes": 10, "teacher": TEACHER}
+    with pytest.raises(UsageError, match=r"2 classes in the source, 10 .*--classes"):
+        fd.import_fkd(tmp_path / "fkd", tmp_path / "out", **arguments)
+    listed = tmp_path / "classes.txt"
+    listed.write_text("".join(f"class{number}\n" for number in range(10)))
+    fd.import_fkd(tmp_path / "fkd", tmp_path / "out", **arguments, classes=listed)
+    targets = {row.key: row.target for row in fd.open_labels(tmp_path / "out")}
+    assert targets == {row.key: row.target for row in fd.open_labels(label_set) if row.key in targets}
+    assert set(targets.values()) == {4, 7}
+
+
 ROUNDED = torch.tensor([0.5003, 0.2502, 0.2502, 0.0001])
 """Their sum is 1.0008, and 1.0011 in float16."""
 DAMAGED = {
@@ -181,7 +198,9 @@ def many_rejects(number, place, **_):
         yield from (Reject(key=f"class0/{i}", reason="bad_key", detail=f"photo number {i}") for i in range(number))
         yield from source.list_images()
 
-    return SimpleNamespace(description=source.description, list_images=list_images, read=source.read)
+    return SimpleNamespace(
+        description=source.description, class_names=source.class_names, list_images=list_images, read=source.read
+    )
 
 
 def test_rejects_go_to_their_file_and_not_into_memory(label_set, photos, tmp_path, monkeypatch):

@@ -134,6 +134,13 @@ def test_conflicts_are_named(sets, tmp_path, photos):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["size=48", "mean=0.1", "std=0.5", "interpolation=bicubic"])
+def test_teachers_that_see_their_input_differently_are_no_same_teachers(sets, tmp_path, photos, tiny_teachers, option):
+    fd.build(photos, tmp_path / "b", teachers=[f"{tiny_teachers}?{option}"], seed=5, **SMALL)
+    with pytest.raises(LabelSetError, match=rf"teachers differs: .*'{option.partition('=')[0]}': "):
+        fd.merge([sets["a4"], tmp_path / "b"], tmp_path / "out")
+
+
 def test_the_command(sets, tmp_path, capsys):
     assert run(["merge", str(sets["a4"]), str(sets["b4"]), str(tmp_path / "out"), "--weights", "2,1"]) == 0
     printed = capsys.readouterr().out
