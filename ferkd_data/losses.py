@@ -16,6 +16,8 @@ from ferkd_data.targets import SoftTargets, check_positive
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 UNKNOWN = -1
 """In `targets.hard`: the ground truth is not known."""
+SMALLEST_SHARE = 1e-6
+"""Lower bound of the crops over which a mean is taken: below any share of a mixed crop that images can hold."""
 
 
 def soft_cross_entropy(logits: Tensor, targets: SoftTargets | Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -94,7 +96,7 @@ class SoftTargetLoss(nn.Module):
 
     soft_cross_entropy at temperature 1, else `kl_div` at that temperature on both sides. With `hard_weight` above 0,
     (1 - hard_weight) of that and hard_weight of the cross-entropy with the ground truth in `targets.hard`, over the
-    crops whose ground truth is known.
+    crops whose ground truth is known. Of mixed crops, both ground truths count, by their shares.
 
     Raises UsageError when it is made with values out of range, and when called with shapes that do not fit or, with
     `hard_weight`, without a ground truth.
@@ -125,16 +127,25 @@ class SoftTargetLoss(nn.Module):
     def _hard(self, logits: Tensor, targets: SoftTargets | Tensor) -> Tensor:
         if isinstance(targets, Tensor) or targets.hard is None:
             raise UsageError("hard_weight needs the ground truth: targets from a loader, with targets.hard")
-        loss = nn.functional.cross_entropy(
-            logits.to(_precision(logits)), targets.hard, ignore_index=UNKNOWN, reduction="none"
-        )
+        log_prob = logits.log_softmax(dim=1, dtype=_precision(logits))
+        loss, known = _negative_log_likelihood(log_prob, targets.hard)
+        if targets.hard_partner is not None and targets.hard_share is not None:
+            share = targets.hard_share.to(loss.dtype)
+            other, other_known = _negative_log_likelihood(log_prob, targets.hard_partner)
+            loss, known = share * loss + (1 - share) * other, share * known + (1 - share) * other_known
         if self.reduction != "mean":
             return _reduce(loss, self.reduction)
-        # PyTorch's own mean is NaN where no ground truth is known.
-        return loss.sum() / (targets.hard != UNKNOWN).sum().clamp(min=1)
+        # PyTorch's own mean is NaN where no ground truth is known; here the sum of losses is 0 then.
+        return loss.sum() / known.sum().clamp(min=SMALLEST_SHARE)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, hard_weight={self.hard_weight}, reduction={self.reduction!r}"
+
+
+def _negative_log_likelihood(log_prob: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss (B,) of class numbers, 0 where they are unknown, and 1 or 0 (B,) for known or not."""
+    loss = nn.functional.nll_loss(log_prob, target, ignore_index=UNKNOWN, reduction="none")
+    return loss, (target != UNKNOWN).to(loss.dtype)
 
 
 def _tempered(targets: SoftTargets | Tensor, temperature: float) -> SoftTargets | Tensor:

@@ -7,7 +7,8 @@ classes, plus `weight[b, j]` at class `index[b, j]`. Entries of one class add up
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -28,7 +29,8 @@ Number: TypeAlias = float
 """`float`, where `SoftTargets.float` hides it."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+# Not frozen: Lightning's precision plugins set the fields of a batch's dataclasses anew, and refuse frozen ones.
+@dataclass(kw_only=True, eq=False)
 class SoftTargets:
     """Soft targets of B crops over C classes, and what else a loader knows of each crop.
 
@@ -95,21 +97,23 @@ class SoftTargets:
         title = f"SoftTargets of {len(self):,} crops and {self.num_classes:,} classes{more}"
         return html_table(title, rows, head=("crop", f"the {count} largest", "ground truth"))
 
-    def __getitem__(self, rows: int | slice | Tensor) -> SoftTargets:
-        """Select some crops, by a slice, an int64 tensor of numbers or a bool mask; a number gives targets of one crop.
+    def __getitem__(self, rows: int | slice | Sequence[int] | npt.NDArray[Any] | Tensor) -> SoftTargets:
+        """Select some crops, by a slice, a list, array or tensor of numbers, or a bool mask; a number selects one crop.
 
         Raises IndexError for a number beyond the last crop.
         """
-        if isinstance(rows, (int, np.integer)):
+        selected = rows if isinstance(rows, (slice, Tensor)) else torch.as_tensor(rows, device="cpu")
+        if isinstance(selected, Tensor) and not selected.dim():
             # Not a row without its axis, as a tensor gives it: that would be no targets, and could not be printed.
-            row = range(len(self))[rows]
-            rows = slice(row, row + 1)
+            row = range(len(self))[operator.index(selected)]
+            selected = slice(row, row + 1)
         keys = None
         if self.keys is not None:
             # Keys are a tuple, which PyTorch's indices do not select from: numbers of rows stand in for them.
-            chosen = range(len(self))[rows] if isinstance(rows, slice) else torch.arange(len(self))[rows.cpu()].tolist()
-            keys = tuple(self.keys[row] for row in chosen)
-        return replace(self._map(lambda tensor: tensor[rows]), keys=keys)
+            numbers = torch.arange(len(self), device="cpu")
+            chosen = numbers[selected if isinstance(selected, slice) else selected.cpu()]
+            keys = tuple(self.keys[row] for row in chosen.tolist())
+        return replace(self._map(lambda tensor: tensor[selected]), keys=keys)
 
     @property
     def device(self) -> torch.device:
@@ -248,14 +252,36 @@ class SoftTargets:
 
     @classmethod
     def cat(cls, parts: list[SoftTargets]) -> SoftTargets:
-        """Join targets of equal K, one after the other, with the fields that all of them have."""
+        """Join targets of the same classes, one after the other, with the fields that all of them have.
+
+        Raises UsageError where there are none, or their numbers of classes differ.
+        """
+        classes = sorted({part.num_classes for part in parts})
+        if len(classes) != 1:
+            raise UsageError(
+                f"targets of {' and '.join(map(str, classes))} classes cannot be joined: class numbers would change "
+                "their meaning; map_classes gives label sets the same classes"
+                if classes
+                else "there are no targets to join"
+            )
+        # K differs where calibrations do, as between the epochs of a schedule.
+        width = max(part.index.shape[1] for part in parts)
+        parts = [part._padded(width) for part in parts]
         joined: dict[str, Any] = {}
         for name in (*TENSORS, "keys"):
             values = [getattr(part, name) for part in parts]
             # A field that one of them lacks would have fewer rows than the others.
             if all(value is not None for value in values):
                 joined[name] = sum(values, ()) if name == "keys" else torch.cat(values)
-        return cls(num_classes=parts[0].num_classes, **joined)
+        return cls(num_classes=classes[0], **joined)
+
+    def _padded(self, width: int) -> SoftTargets:
+        """Return the same targets with K = `width` entries, those added having weight 0."""
+        missing = width - self.index.shape[1]
+        if not missing:
+            return self
+        index, weight = (torch.nn.functional.pad(tensor, (0, missing)) for tensor in (self.index, self.weight))
+        return replace(self, index=index, weight=weight)
 
 
 TENSORS = ("index", "weight", "floor", "hard", "hard_partner", "hard_share", "bucket", "rows")

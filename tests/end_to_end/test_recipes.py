@@ -336,3 +336,41 @@ def test_lightning(added, expected, tmp_path):
     assert fit(second, tmp_path / "second", ckpt_path=str(checkpoint)).global_step == 3 * STEPS
     assert second.model.seen.total() == (2 * STEPS - 2) * BATCH
     assert second.model.seen > expected([2]) and second.model.seen < expected([1, 2])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", "bf16-mixed"])
+def test_lightnings_precisions_take_soft_targets(added, precision):
+    """The plugins convert whatever floating-point tensors a batch's dataclasses hold."""
+    import lightning
+
+    dtypes = set()
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(48, 10)
+
+        def training_step(self, batch, batch_idx):
+            images, targets = batch
+            dtypes.add((targets.weight.dtype, targets.hard.dtype, images.dtype))
+            pixels = fd.normalize(images, dtype=self.head.weight.dtype)
+            loss = fd.soft_cross_entropy(self.head(nn.functional.adaptive_avg_pool2d(pixels, 4).flatten(1)), targets)
+            assert loss.isfinite()
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        precision=precision,
+    )
+    trainer.fit(Module(), added("lightning")["loader"])
+    wanted = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+    assert dtypes == {(wanted.get(precision, torch.float32), torch.int64, torch.uint8)}

@@ -40,12 +40,19 @@ def plain(num=3):
 
 def test_rows_are_chosen_in_every_field():
     targets = made([0, 1, 2, 3, 4])
-    for chosen, expected in ((slice(1, 4), [1, 2, 3]), (torch.tensor([4, 0]), [4, 0])):
+    chosen_ways = [slice(1, 4), torch.tensor([4, 0]), [4, 0], (4, 0), np.array([4, 0]), torch.tensor(3), np.int64(3), -2]
+    rows_chosen = [[1, 2, 3], *[[4, 0]] * 4, *[[3]] * 3]
+    for chosen, expected in zip(chosen_ways, rows_chosen, strict=True):
         part = targets[chosen]
         assert part.hard.tolist() == expected and part.rows.tolist() == [row + 100 for row in expected]
         assert part.keys == tuple(f"image{row + 100}" for row in expected) and len(part) == len(expected)
         assert part.bucket.tolist() == [row % 4 for row in expected]
-    assert targets[torch.tensor([True, False, False, True, False])].keys == ("image100", "image103")
+    mask = [True, False, False, True, False]
+    for chosen in (mask, np.array(mask), torch.tensor(mask)):
+        assert targets[chosen].keys == ("image100", "image103") and targets[chosen].hard.tolist() == [0, 3]
+    for chosen in (0.5, torch.tensor(0.5)):
+        with pytest.raises(TypeError):
+            targets[chosen]
     assert targets[slice(0, 0)].keys == ()
     back = fd.SoftTargets.cat([targets[slice(0, 2)], targets[slice(2, 5)]])
     for name in TENSORS:

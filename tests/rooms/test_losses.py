@@ -223,6 +223,21 @@ def test_the_loss_as_a_module():
             SoftTargetLoss(**settings)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_module_counts_both_ground_truths_of_a_mixed_crop(reduction):
+    """As torch's cross-entropy of the mixed one-hot ground truths, over the shares that are known."""
+    hard, partner = torch.tensor([3, -1, 7, -1]), torch.tensor([1, 0, 3, 2])
+    targets = replace(random_targets(4, 9, 3), hard=hard, hard_partner=hard, hard_share=torch.ones(4))
+    mixed = targets.mix(partner, torch.tensor([0.75, 0.6, 0.3, 0.2]))
+    logits = torch.randn(4, 9)
+    one_hot = torch.eye(10)[hard][:, :9]
+    share = torch.tensor([0.75, 0.6, 0.3, 0.2])[:, None]
+    dense = share * one_hot + (1 - share) * one_hot[partner]
+    each = functional.cross_entropy(logits, dense, reduction="none")
+    expected = {"mean": each.sum() / dense.sum(), "sum": each.sum(), "none": each}[reduction]
+    torch.testing.assert_close(SoftTargetLoss(hard_weight=1, reduction=reduction)(logits, mixed), expected)
+
+
 def test_half_precision_targets_lose_little():
     targets, logits = random_targets(8, 50, 4), torch.randn(8, 50)
     for half in (targets.half(), targets.bfloat16()):

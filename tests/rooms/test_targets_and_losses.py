@@ -330,6 +330,20 @@ def test_targets_move_slice_and_join():
     assert targets.to("cpu").device.type == "cpu"
 
 
+def test_targets_with_other_numbers_of_entries_join():
+    parts = [random_targets(3, 9, entries, entries) for entries in (2, 5, 1)]
+    joined = SoftTargets.cat(parts)
+    assert joined.index.shape == joined.weight.shape == (9, 5)
+    assert torch.equal(joined.dense(), torch.cat([part.dense() for part in parts]))
+
+
+def test_targets_of_other_classes_do_not_join():
+    with pytest.raises(UsageError, match="targets of 9 and 12 classes cannot be joined"):
+        SoftTargets.cat([random_targets(2, 12, 3, 1), random_targets(2, 9, 3, 1)])
+    with pytest.raises(UsageError, match="no targets to join"):
+        SoftTargets.cat([])
+
+
 def test_a_number_selects_the_targets_of_one_crop():
     targets = random_targets(3, 9, 3, 1)
     for one in (targets[1], targets[-2], targets[np.int64(1)], list(targets)[1]):
