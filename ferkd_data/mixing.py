@@ -51,7 +51,7 @@ def blend_cycles(images: Tensor, cycles: Iterable[list[int]], share: Sequence[fl
     # Any order of bytes serves, as blending looks at each alone: every 3 in a row are called a pixel.
     outputs = images.as_strided((len(images), 1, CHANNELS, 1, width), (images.stride(0), 0, 1, size_bytes, CHANNELS))
     output = outputs.unbind()
-    aside = torch.empty((3, size_bytes), dtype=torch.uint8)
+    aside = torch.empty((3, size_bytes), dtype=torch.uint8, device="cpu")
     copies = aside.numpy()
     pairs = [aside[k:].as_strided((1, CHANNELS, 2, width), (0, 1, size_bytes, CHANNELS)) for k in range(2)]
 
@@ -314,7 +314,7 @@ def _rectangle(box: list[int], channels_last: bool) -> tuple[Any, ...]:
 
 def _half(partner: npt.NDArray[np.int64], share: Tensor) -> Tensor:
     """Return the rounding term (B,) int16. A half is rounded up, but down where two images keep their sum."""
-    half = torch.full((len(partner),), LEVELS // 2, dtype=torch.int16)
+    half = torch.full((len(partner),), LEVELS // 2, dtype=torch.int16, device="cpu")
     shares = share.tolist()
     half[[cycle[1] for cycle in cycles(partner) if keeps_sum(cycle, shares)]] -= 1
     return half
@@ -350,6 +350,9 @@ def _rectangles(
 def _num_rows(images: Tensor, targets: SoftTargets) -> int:
     if len(images) != len(targets):
         raise UsageError(f"{len(images)} images have {len(targets)} targets")
+    if images.dim() != 4 or (images.shape[3] == CHANNELS != images.shape[1]):
+        hint = "; permute(0, 3, 1, 2) brings the channels to the front" if images.dim() == 4 else ""
+        raise UsageError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}{hint}")
     return len(images)
 
 

@@ -36,19 +36,23 @@ def normalize(
     >>> fd.normalize(images, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).amax().item()
     1.0
     """
+    if not isinstance(images, Tensor):
+        raise UsageError(f"images must be a tensor, got {type(images).__name__}")
     if max_value is None:
         max_value = 255.0
         _check_pixels(images)
     elif not 0 < max_value < math.inf:
         raise UsageError(f"max_value must be positive and finite, got {max_value}")
+    elif images.dtype == torch.uint8 and max_value != 255:
+        raise UsageError(f"uint8 images have a max_value of 255, got {max_value}; max_value is for float images")
     _check_shape(images)
     _check_statistics(mean, std)
     if not dtype.is_floating_point:
         raise UsageError(f"normalised images need a floating-point dtype, got {dtype}")
     # Folded into one multiply-add: (p / m - mean) / std = p / (m std) + (-mean / std).
     # In float64, so that each constant is rounded to float32 once.
-    means = torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
-    stds = torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
+    means = torch.tensor(mean, dtype=torch.float64, device="cpu").view(1, 3, 1, 1)
+    stds = torch.tensor(std, dtype=torch.float64, device="cpu").view(1, 3, 1, 1)
     scale = (1 / (max_value * stds)).to(images.device, torch.float32, non_blocking=True)
     shift = (-means / stds).to(images.device, torch.float32, non_blocking=True)
     return scaled(images, scale, shift, dtype)
@@ -56,8 +60,6 @@ def normalize(
 
 def _check_pixels(images: Tensor) -> None:
     """Raise UsageError for images whose dtype does not tell the range of the pixels."""
-    if not isinstance(images, Tensor):
-        raise UsageError(f"images must be a tensor, got {type(images).__name__}")
     if images.is_floating_point():
         raise UsageError(
             f"normalize takes uint8 images; these are {images.dtype}. Say max_value=1 for floats in 0..1, "

@@ -44,9 +44,9 @@ def empty_batch(num_crops: int, size: int, *, shared: bool = False) -> Tensor:
     flat = num_crops * size * size * 3
     if shared:
         storage = torch.UntypedStorage._new_shared(flat, device="cpu")  # type: ignore[no-untyped-call]
-        pixels = torch.empty(0, dtype=torch.uint8).set_(storage)
+        pixels = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
     else:
-        pixels = torch.empty(flat, dtype=torch.uint8)
+        pixels = torch.empty(flat, dtype=torch.uint8, device="cpu")
     return pixels.view(num_crops, size, size, 3).permute(0, 3, 1, 2)
 
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ferkd_data import rng
+from ferkd_data.errors import LoaderError
 from ferkd_data.locks import is_still_there
 
 LOCK_NAME = "lock"
@@ -50,6 +51,14 @@ class Scratch:
 
     def __reduce__(self) -> str:
         raise TypeError("a scratch folder belongs to one process; pickle its path")
+
+
+def owner_is_gone(path: Path) -> LoaderError:
+    """Return the error for a copy of something that needs a scratch folder after that folder was removed."""
+    return LoaderError(
+        f"{path}: it was removed with the loader or data set that made it. A copy works only as long as the original "
+        "exists, on the same machine: keep the original, or make one in each process"
+    )
 
 
 def _host() -> str:

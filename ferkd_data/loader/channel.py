@@ -153,10 +153,12 @@ class Slot:
             self.descriptor = anonymous_file(num_bytes)
             self.close = weakref.finalize(self, os.close, self.descriptor)
             # Python's mmap would hold another descriptor for as long as the map exists.
-            self.flat = torch.from_file(f"/dev/fd/{self.descriptor}", shared=True, size=num_bytes, dtype=torch.uint8)
+            self.flat = torch.from_file(
+                f"/dev/fd/{self.descriptor}", shared=True, size=num_bytes, dtype=torch.uint8, device="cpu"
+            )
         else:
-            # Without workers no other process reads it.
-            self.flat = torch.empty(num_bytes, dtype=torch.uint8)
+            # Without workers no other process reads it. The device is named, since users may have set another default.
+            self.flat = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
     def images(self) -> tuple[Tensor, ...]:
         """(num_crops, 3, S, S) for each shape, in the memory format that the cutter writes fastest (channels last)."""

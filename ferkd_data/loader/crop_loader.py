@@ -278,6 +278,10 @@ class CropLoader(DataLoaderLike):
         ]
         return "\n".join(lines + ([f"  also:    {', '.join(different)}"] if different else []))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process: a copy starts workers of its own, with the next epoch."""
+        return {**self.__dict__, "_workers": None, "_under_way": None, "_clock": None}
+
     def __getitem__(self, index: Any) -> NoReturn:
         """Refuse: a DataLoader that wraps this loader asks it for items."""
         raise UsageError(

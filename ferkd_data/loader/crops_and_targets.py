@@ -193,7 +193,7 @@ def window_targets(
         # As if every crop were mixed with itself: what `SoftTargets.mix` then changes is true also where nothing was
         # mixed.
         hard_partner=known,
-        hard_share=torch.ones(len(known)),
+        hard_share=torch.ones(len(known), dtype=torch.float32, device="cpu"),
         bucket=torch.from_numpy(drawn.bucket.reshape(-1)[flat]),
         rows=torch.from_numpy(rows[image]),
     )

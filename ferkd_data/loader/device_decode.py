@@ -225,8 +225,8 @@ def _mapped(descriptor: int) -> Tensor:
     try:
         size = os.fstat(descriptor).st_size
         if not size:
-            return torch.empty(0, dtype=torch.uint8)
-        return torch.from_file(f"/dev/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
+        return torch.from_file(f"/dev/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8, device="cpu")
     finally:
         os.close(descriptor)
 

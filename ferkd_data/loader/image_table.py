@@ -26,7 +26,7 @@ from ferkd_data.images import ImageRef, ImageSource, decode_rgb, image_size, in_
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.order import Stage
 from ferkd_data.loader.shard_files import HeldFiles
-from ferkd_data.scratch import Scratch
+from ferkd_data.scratch import Scratch, owner_is_gone
 from ferkd_data.storage import OpenFile
 
 SCHEMA = pa.schema([("file", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
@@ -200,7 +200,10 @@ class ImageTable:
 
     def _open(self) -> None:
         """Map the file, and look at its columns as NumPy: Arrow's scalars would cost more than reading the image."""
-        reader = pa.ipc.open_file(pa.memory_map(str(self.folder / FILE_NAME)))
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(self.folder / FILE_NAME)))
+        except FileNotFoundError as error:
+            raise owner_is_gone(self.folder) from error
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         for batch in batches:
@@ -287,7 +290,10 @@ class KeyTable:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open()
+        try:
+            self._open()
+        except FileNotFoundError as error:
+            raise owner_is_gone(self.folder) from error
 
 
 class CheckedImages:

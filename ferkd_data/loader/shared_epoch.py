@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import get_worker_info
 
-from ferkd_data.scratch import Scratch
+from ferkd_data.scratch import Scratch, owner_is_gone
 
 FILE_NAME = "epoch.bin"
 RUNS = 16
@@ -138,7 +138,10 @@ class SharedEpoch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open()
+        try:
+            self._open()
+        except FileNotFoundError as error:
+            raise owner_is_gone(self._path) from error
 
 
 class RunTokens:

@@ -40,7 +40,16 @@ def plain(num=3):
 
 def test_rows_are_chosen_in_every_field():
     targets = made([0, 1, 2, 3, 4])
-    chosen_ways = [slice(1, 4), torch.tensor([4, 0]), [4, 0], (4, 0), np.array([4, 0]), torch.tensor(3), np.int64(3), -2]
+    chosen_ways = [
+        slice(1, 4),
+        torch.tensor([4, 0]),
+        [4, 0],
+        (4, 0),
+        np.array([4, 0]),
+        torch.tensor(3),
+        np.int64(3),
+        -2,
+    ]
     rows_chosen = [[1, 2, 3], *[[4, 0]] * 4, *[[3]] * 3]
     for chosen, expected in zip(chosen_ways, rows_chosen, strict=True):
         part = targets[chosen]

@@ -50,6 +50,8 @@ def test_floats_are_told_apart_by_their_largest_value():
         (torch.zeros(3, 4, 5, dtype=torch.uint8), {}, r"shape \(B, 3, H, W\), got \(3, 4, 5\)"),
         (torch.zeros(2, 1, 4, 5, dtype=torch.uint8), {}, r"got \(2, 1, 4, 5\)"),
         (torch.rand(2, 3, 4, 5), {"max_value": 0}, "max_value must be positive"),
+        (None, {"max_value": 1}, "uint8 images have a max_value of 255, got 1"),
+        (np.zeros((2, 3, 4, 5)), {"max_value": 1}, "images must be a tensor, got ndarray"),
         (None, {"mean": (123.675, 116.28, 103.53), "std": (58.4, 57.1, 57.4)}, r"scaled to 0\.\.1, .*by 255"),
         (None, {"std": (0.0, 1, 1)}, r"scaled to 0\.\.1"),
         (None, {"mean": (0.5,)}, r"mean must be three numbers, one for each channel, got \(0\.5,\)"),

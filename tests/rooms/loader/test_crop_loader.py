@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import shutil
 
 import numpy as np
@@ -366,6 +369,51 @@ def test_a_second_iteration_ends_the_first(make):
     next(iter(loader))
     with pytest.raises(LoaderError, match="another one over the same loader"):
         next(first)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])
+def test_a_copy_goes_on_as_the_loader_would(make, copied, num_workers):
+    """Also one made while an iteration is under way, as launchers that spawn processes make them."""
+    loader, untouched = make(num_workers=num_workers, keys=True), list(make(keys=True, seed=0))
+    batches = iter(loader)
+    next(batches)
+    other = copied(loader)
+    assert [targets.keys for _, targets in batches] == [targets.keys for _, targets in untouched[1:]]
+    assert same(contents(other), contents(loader))
+
+
+def test_a_copy_without_its_original_says_so(make, tmp_path):
+    for changes in ({}, {"keys": True}):
+        loader = make(**changes)
+        pickled = pickle.dumps(loader)
+        del loader
+        gc.collect()
+        with pytest.raises(LoaderError, match="A copy works only as long as the original exists"):
+            next(iter(pickle.loads(pickled)))
+
+
+def test_a_default_device_is_no_place_for_batches(make):
+    """Users set CUDA as the default; "meta" stands in for it, and holds no pixels at all."""
+    settings = [{"selfmix": fd.SelfMix(prob=1, mode=mode), "keys": True} for mode in ("cutmix", "mixup")]
+    settings += [{"decode_device": "cpu"}, {"targets": "dense"}, {"num_workers": 1}]
+    expected = [list(make(**changes)) for changes in settings]
+    torch.set_default_device("meta")
+    try:
+        found = [list(make(**changes)) for changes in settings]
+        for changes, batches, wanted in zip(settings, found, expected, strict=True):
+            for (images, targets), (pixels, soft) in zip(batches, wanted, strict=True):
+                assert torch.equal(images, pixels) and torch.equal(fd.normalize(images), fd.normalize(pixels))
+                if changes.get("targets") == "dense":
+                    assert torch.equal(targets, soft)
+                    continue
+                assert targets.hard_share.device.type == "cpu" and targets[[1, 0]].keys == soft[[1, 0]].keys
+                mixed, other = (
+                    fd.Mixup()(x, t, rng=np.random.default_rng(0)) for x, t in ((images, targets), (pixels, soft))
+                )
+                assert torch.equal(mixed[0], other[0]) and torch.equal(mixed[1].dense(), other[1].dense())
+    finally:
+        torch.set_default_device(None)
 
 
 def test_blocks_are_unpacked_once_and_dropped(make, tmp_path):
