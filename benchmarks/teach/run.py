@@ -11,6 +11,7 @@ killed goes on where it stopped. README.md beside this file says how to make LAB
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import sys
@@ -69,8 +70,12 @@ def drop_half_a_line(path: Path) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def one(setup: Setup, method: str, seed: int, classes: list[str]) -> dict[str, Any]:
-    photos = load_photos(Path(setup.val), classes, setup.size, setup.val_labels)
+# Decoded once by each process, which trains several students.
+cached_photos = functools.cache(load_photos)
+
+
+def one(setup: Setup, method: str, seed: int, classes: tuple[str, ...]) -> dict[str, Any]:
+    photos = cached_photos(Path(setup.val), classes, setup.size, setup.val_labels)
     return {**run(setup, method, seed, photos), "setup": asdict(setup)}
 
 
@@ -93,7 +98,8 @@ def main() -> None:
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         sys.exit(f"no method {unknown[0]!r}; there are {', '.join(METHODS)}")
-    classes = [line.split("\t")[0] for line in Path(arguments.classes).read_text(encoding="utf-8").splitlines()]
+    lines = Path(arguments.classes).read_text(encoding="utf-8").splitlines()
+    classes = tuple(line.split("\t")[0] for line in lines)
     path = Path(arguments.runs)
     drop_half_a_line(path)
     done = {key(line) for line in known_runs(path)}

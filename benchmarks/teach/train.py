@@ -70,7 +70,7 @@ class Photos:
     """The teachers' most probable class for each photo, int64 (N,); -1 where they were not asked."""
 
 
-def load_photos(folder: Path, classes: list[str], size: int, labels: str = "") -> Photos:
+def load_photos(folder: Path, classes: tuple[str, ...], size: int, labels: str = "") -> Photos:
     """Load all photos of the class folders: the shorter side resized to `size`, cut to the middle square."""
     from PIL import Image
     from torchvision.transforms.v2 import functional
@@ -86,7 +86,7 @@ def load_photos(folder: Path, classes: list[str], size: int, labels: str = "") -
         told = {image.key: int(image.class_index[0, 0]) for image in fd.open_labels(labels)}
         teacher = torch.tensor([told.get(key, -1) for key in keys])
     shown = torch.stack(images)
-    return Photos(images=shown, targets=torch.tensor(targets), classes=tuple(classes), teacher=teacher)
+    return Photos(images=shown, targets=torch.tensor(targets), classes=classes, teacher=teacher)
 
 
 @torch.no_grad()
@@ -195,7 +195,7 @@ def run(setup: Setup, method: str, seed: int, photos: Photos) -> dict[str, Any]:
     labels = open_setup(setup)
     if setup.student == "efficientnet-lite0":
         student = pretrained(seed).to(setup.device)
-        photos = load_photos(Path(setup.val), list(photos.classes), setup.size, setup.val_labels)
+        photos = load_photos(Path(setup.val), photos.classes, setup.size, setup.val_labels)
     else:
         student = small_resnet(labels.num_classes, seed).to(setup.device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=setup.lr, weight_decay=setup.weight_decay)
