@@ -21,10 +21,14 @@ from ferkd_data.images import ImageRef, ImageSource, Reject, decode_rgb, open_so
 from ferkd_data.labels.soft_labels import Ensemble, combine
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.probe import (
+    STEADY_IMAGES,
     centre_crop,
     check_answers,
     check_class_count,
     check_class_order,
+    check_folder_order,
+    check_same_order,
+    check_steady,
     count_different,
     odd_answers,
 )
@@ -111,6 +115,9 @@ def evaluate(
     # Before anything is run: wrong classes would look like a bad teacher.
     for model in models:
         check_class_order(images.class_names, model)
+    check_same_order(models)
+    if classes is None:
+        check_folder_order(images.class_folder_names, models)
     gathered = _Gathered(len(models))
     for pixels, targets, broken in _batches(images, refs):
         rejects += broken
@@ -169,6 +176,9 @@ class _Gathered:
             batch = torch.cat([centre_crop(image, model) for image in pixels]).to(device)
             logits = model.logits(batch).cpu()
             check_answers(logits, count_different(batch), model)
+            if not self.targets:
+                alone = torch.cat([model.logits(image[None]).cpu() for image in batch[:STEADY_IMAGES]])
+                check_steady(alone, logits[:STEADY_IMAGES], model)
             self.logits[i].append(logits)
             if diagnosing:
                 self.right[i] += _right(logits, target)

@@ -7,7 +7,7 @@ references to images, and read the bytes of references. `decode_rgb` turns bytes
 from __future__ import annotations
 
 from ferkd_data.errors import ImageError
-from ferkd_data.images.class_list import ClassList, read_class_list
+from ferkd_data.images.class_list import ClassList, order_note, read_class_list
 from ferkd_data.images.decode import DEFAULT_MAX_PIXELS, decode_rgb, image_extension, image_size
 from ferkd_data.images.folder import FolderSource
 from ferkd_data.images.keys import check_key
@@ -44,6 +44,7 @@ __all__ = [
     "image_size",
     "in_groups",
     "open_source",
+    "order_note",
     "read_class_list",
     "while_it_answers",
 ]

@@ -152,6 +152,29 @@ def _pair(entry: Any) -> tuple[str, str] | None:
     return None
 
 
+def order_note(names: Sequence[str]) -> str | None:
+    """Explain how class names were numbered where programs sort them differently; None where all agree.
+
+    torchvision and datasets sort by characters, timm as people read: with numbers by their value, whatever the case.
+
+    >>> order_note(["1", "10", "2"])
+    "class names are sorted by characters, as torchvision does, so '10' is class 1; timm's own reader makes '2' class 1"
+    """
+    natural = sorted(names, key=_natural_key)
+    first = next((number for number, name in enumerate(names) if natural[number] != name), None)
+    if first is None:
+        return None
+    return (
+        f"class names are sorted by characters, as torchvision does, so {names[first]!r} is class {first}; timm's own "
+        f"reader makes {natural[first]!r} class {first}"
+    )
+
+
+def _natural_key(name: str) -> list[int | str]:
+    # Splitting at a group gives texts and numbers in turn, so that only like is compared with like.
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
+
+
 MAX_SHOWN = 40
 """Characters of a label in a message."""
 MAX_SUFFIXES = 12

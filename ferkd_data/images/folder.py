@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ferkd_data.errors import ImageError, LabelSetError, SourceError
-from ferkd_data.images.class_list import ClassList
+from ferkd_data.images.class_list import ClassList, order_note
 from ferkd_data.images.file_kinds import (
     EXTENSIONS,
     HEAD_BYTES,
@@ -33,16 +33,24 @@ class FolderSource:
 
     Keys are paths below the root, without extension and with forward slashes. `class_folders` maps each class folder to
     its target, or to None where the target is unknown. `class_folders=None` is a flat folder: the images lie in the
-    root itself and have no targets.
+    root itself and have no targets. `order_note` says how the class folders were numbered.
     """
 
-    def __init__(self, root: Path, class_folders: Mapping[str, int | None] | None, classes: ClassList | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        class_folders: Mapping[str, int | None] | None,
+        classes: ClassList | None,
+        *,
+        order_note: str | None = None,
+    ) -> None:
         self.root = root
         self.class_folders = class_folders
         self.class_names = None if classes is None else classes.names
         self.class_folder_names = None if classes is None else classes.folders
         self.left_out = LeftOut()
         """Files below the root that are no images; complete after listing."""
+        self._order_note = order_note
         self._nested = ""
         """First folder below a class folder that holds images; known after listing."""
 
@@ -52,10 +60,13 @@ class FolderSource:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        if not self._nested:
-            return ()
-        above = self._nested.partition("/")[0]
-        return (f"images in folders below a class folder count for that class: those in {self._nested} for {above}",)
+        found = [self._order_note] if self._order_note else []
+        if self._nested:
+            above = self._nested.partition("/")[0]
+            found.append(
+                f"images in folders below a class folder count for that class: those in {self._nested} for {above}"
+            )
+        return tuple(found)
 
     def list_images(self) -> Iterator[ImageRef | Reject]:
         # A listing may be asked for again, as for the comparison with a finished build: it counts anew.
@@ -222,7 +233,7 @@ def open_folder(root: Path, classes: ClassList | None) -> FolderSource:
     if classes is None:
         # Sorted by `_entries`, so these are ImageFolder's numbers.
         classes = ClassList(str(root), tuple(folders), tuple(folders))
-        return FolderSource(root, classes.numbers, classes)
+        return FolderSource(root, classes.numbers, classes, order_note=order_note(folders))
     unknown = [name for name in folders if name not in named]
     if unknown:
         raise SourceError(

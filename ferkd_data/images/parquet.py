@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from ferkd_data.errors import ImageError, SourceError
-from ferkd_data.images.class_list import ClassList, LabelCounts
+from ferkd_data.images.class_list import ClassList, LabelCounts, order_note
 from ferkd_data.images.keys import DuplicateFilter, check_key
 from ferkd_data.images.parquet_columns import describe_differing, find_columns, open_table
 from ferkd_data.images.parquet_rows import RowReader
@@ -88,7 +88,8 @@ class ParquetSource:
         label = self.columns.label
         if label is not None and self.columns.other_labels:
             found.append(f"the ground truth is the column {label}, not {' or '.join(self.columns.other_labels)}")
-        return (*found, self._key_note) if self._key_note else tuple(found)
+        order = order_note(self._texts.names) if self._texts else None
+        return (*found, *filter(None, (order, self._key_note)))
 
     def list_images(self) -> Iterator[ImageRef | Reject]:
         self.left_out.start_from(self._beside)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ferkd_data.crops import Crops
 from ferkd_data.errors import ImageError, TeacherError, UsageError
-from ferkd_data.images import ImageRef, ImageSource, decode_rgb
+from ferkd_data.images import ImageRef, ImageSource, decode_rgb, order_note
 from ferkd_data.replay import replay
 from ferkd_data.teachers.outputs import check_activation, looks_like
-from ferkd_data.teachers.teacher import Teacher
+from ferkd_data.teachers.teacher import Teacher, is_out_of_memory
 
 PROBE_IMAGES = 32
 TELLING_IMAGES = 4
@@ -28,6 +28,11 @@ ZEROS_OF_A_RELU = 0.01
 """Share of exact zeros among numbers that are never negative from which they look like features after a ReLU."""
 CONTRADICTIONS = 0.1
 """Share of the names known to both sides that may have other numbers: lists of one data set differ in a few names."""
+STEADY_IMAGES = 2
+UNSTEADY = 0.15
+"""Difference between two answers to one image, relative to their spread over the classes, from which a teacher answers
+by chance or by its batch. Measured on EfficientNet-Lite0: bfloat16 0.005, dynamic int8 0.03, a dropout of 0.1 before
+the classifier 0.36, one batch normalisation in training mode 2.8."""
 NAMES_SHOWN = 3
 
 
@@ -59,8 +64,8 @@ def probe_teachers(
 
     `device` is the one on which the teachers were loaded. The result is empty where no image can be decoded.
 
-    Raises TeacherError that names the teacher for NaN or infinite logits, probabilities in place of logits, and
-    answers that are the same for all images or all classes.
+    Raises TeacherError that names the teacher for NaN or infinite logits, probabilities in place of logits, answers
+    that are the same for all images or all classes, and answers that depend on the batch or on chance.
     """
     chosen = list(itertools.islice(refs, PROBE_IMAGES))
     pictures, targets = _decoded(source, chosen)
@@ -108,6 +113,22 @@ def check_answers(logits_BC: Tensor, num_different: int, teacher: Teacher) -> No
         )
 
 
+def check_steady(alone_BC: Tensor, together_BC: Tensor, teacher: Teacher) -> None:
+    """Raise TeacherError where the answer to an image depends on the other images of its batch, or on chance.
+
+    `alone_BC` are the logits of images one by one, `together_BC` those of the same images in a batch. They differ in
+    training mode, which a module may turn on by itself and a traced or exported file may have stored.
+    """
+    # Variances over the classes: what is added to all of them changes no probability.
+    difference = float((together_BC - alone_BC).var(dim=1).mean().sqrt())
+    if difference > UNSTEADY * float(alone_BC.var(dim=1).mean().sqrt()):
+        raise TeacherError(
+            f"teacher {teacher.spec} gives images other logits one by one than in a batch (different by "
+            f"{difference:.3g}), so its labels would depend on the batch or on chance: is dropout or batch "
+            "normalisation in training mode? Trace or export a model after eval()"
+        )
+
+
 def odd_answers(logits_BC: Tensor, teacher: Teacher) -> tuple[str, ...]:
     """Describe answers that few classifiers give; empty where nothing looks odd."""
     if teacher.spec.activation is not None or float(logits_BC.min()) < 0:
@@ -129,10 +150,10 @@ def _probe(
     teacher: Teacher, pictures: Sequence[npt.NDArray[np.uint8]], targets: Sequence[int | None], device: str
 ) -> TeacherProbe:
     batch = torch.cat([centre_crop(picture, teacher) for picture in pictures])
-    # One by one, since any device has memory for one image. A model that gives one row for a whole batch is noticed
-    # only at the first batch of the build.
+    # One by one, since any device has memory for one image.
     logits = torch.cat([teacher.logits(image[None].to(device)).cpu() for image in batch])
     check_answers(logits, count_different(batch), teacher)
+    check_steady(logits[:STEADY_IMAGES], _together(teacher, batch[:STEADY_IMAGES].to(device)), teacher)
     prob = (logits / teacher.spec.temperature).softmax(dim=1)
     known = [number for number, target in enumerate(targets) if target is not None]
     right = sum(int(logits[number].argmax()) == targets[number] for number in known)
@@ -147,6 +168,16 @@ def _probe(
         all_equal=float(_equal_rows(prob).float().mean()),
         hints=(*teacher.hints, *odd_answers(logits, teacher)),
     )
+
+
+def _together(teacher: Teacher, images_BCSS: Tensor) -> Tensor:
+    """Return the logits of a batch on the CPU; where there is no room for it, those of the images one by one."""
+    try:
+        return teacher.logits(images_BCSS).cpu()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return torch.cat([teacher.logits(image[None]).cpu() for image in images_BCSS])
 
 
 def _equal_rows(values_BC: Tensor) -> Tensor:
@@ -200,20 +231,54 @@ def check_class_order(class_names: Sequence[str] | None, teacher: Teacher) -> No
 
     Nothing is raised where either has no names, or where most names are unknown to the other side.
     """
-    theirs = teacher.class_names
-    if class_names is None or theirs is None or len(class_names) != len(theirs):
-        return
-    known, wrong = _common_classes(class_names, theirs)
-    # Few common names mean another vocabulary, such as WordNet IDs beside English: nothing can be compared.
-    if len(known) < max(2, len(class_names) / 2) or not wrong:
-        return
-    # Where all names are known, one wrong number is a fault. Where only most are, a word may mean something else there.
-    if len(known) == len(class_names) or len(wrong) > CONTRADICTIONS * len(known):
-        shown = "; ".join(f"class {i} is {class_names[i]!r} here and {theirs[i]!r} there" for i in wrong[:NAMES_SHOWN])
+    shown = _contradictions(class_names, teacher.class_names)
+    if shown:
         raise UsageError(
             f"teacher {teacher.spec}: knows the classes of the images in another order ({shown}); give --classes FILE "
             "with one line per class folder in the teacher's order"
         )
+
+
+def check_same_order(teachers: Sequence[Teacher]) -> None:
+    """Raise UsageError where two teachers name the same classes in another order, so that no ensemble can be made.
+
+    A teacher without names, or with names that most others do not know, is not compared.
+    """
+    for teacher, other in itertools.combinations(teachers, 2):
+        shown = _contradictions(teacher.class_names, other.class_names)
+        if shown:
+            raise UsageError(
+                f"teachers {teacher.spec} and {other.spec}: know the same classes in another order ({shown}); wrap one "
+                "of them in a python: teacher that brings its outputs into the other's order"
+            )
+
+
+def check_folder_order(folders: Sequence[str] | None, teachers: Sequence[Teacher]) -> None:
+    """Raise UsageError where timm would number class folders, which were numbered in sorted order, in another order.
+
+    timm's own reader puts 2 before 10 and takes no notice of case; torchvision's ImageFolder sorts by characters.
+    """
+    teacher = next((teacher for teacher in teachers if teacher.spec.kind == "timm"), None)
+    differing = order_note(folders or ())
+    if teacher is not None and differing:
+        raise UsageError(
+            f"teacher {teacher.spec}: {differing}. Which of them numbered its classes? Give --classes FILE with one "
+            "line per class folder in the order of its outputs; `ferkd-data evaluate` tells which order is right"
+        )
+
+
+def _contradictions(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> str:
+    """Describe the first classes that two lists of names have in another order; empty where the lists may agree."""
+    if ours is None or theirs is None or len(ours) != len(theirs):
+        return ""
+    known, wrong = _common_classes(ours, theirs)
+    # Few common names mean another vocabulary, such as WordNet IDs beside English: nothing can be compared.
+    if len(known) < max(2, len(ours) / 2) or not wrong:
+        return ""
+    # Where all names are known, one wrong number is a fault. Where only most are, a word may mean something else there.
+    if len(known) < len(ours) and len(wrong) <= CONTRADICTIONS * len(known):
+        return ""
+    return "; ".join(f"class {i} is {ours[i]!r} here and {theirs[i]!r} there" for i in wrong[:NAMES_SHOWN])
 
 
 def _common_classes(ours: Sequence[str], theirs: Sequence[str]) -> tuple[list[int], list[int]]:

@@ -14,10 +14,10 @@ LIVES = Path(__file__).parent.with_name("lives")
 
 
 class Deadly(Tiny):
-    """Dies on its real batches as long as it finds lives to take; a probe is one image."""
+    """Dies on its real batches as long as it finds lives to take; a probe has at most two images."""
 
     def forward(self, x):
-        if len(x) > 1:
+        if len(x) > 2:
             for life in LIVES.glob("*"):
                 try:
                     life.unlink()
@@ -33,7 +33,7 @@ def deadly():
 
 class Slow(Tiny):
     def forward(self, x):
-        if len(x) > 1:
+        if len(x) > 2:
             (LIVES / f"asleep-{os.getpid()}").touch()
             time.sleep(600)
         return super().forward(x)
@@ -47,7 +47,7 @@ class Frozen(Tiny):
     """Hangs in C code that keeps all other threads of its process from running."""
 
     def forward(self, x):
-        if len(x) > 1:
+        if len(x) > 2:
             ctypes.PyDLL(None).sleep(600)
         return super().forward(x)
 
@@ -60,7 +60,7 @@ class Late(Tiny):
     """Says nothing that makes sense of its real batches."""
 
     def forward(self, x):
-        return super().forward(x) * (float("nan") if len(x) > 1 else 1)
+        return super().forward(x) * (float("nan") if len(x) > 2 else 1)
 
 
 def late():

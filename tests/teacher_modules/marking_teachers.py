@@ -11,7 +11,7 @@ from ferkd_tiny_teachers import Tiny
 
 class Marking(Tiny):
     def forward(self, x):
-        if len(x) > 1:
+        if len(x) > 2:
             (Path(__file__).parent / f"{os.getpid()}-with-{torch.get_num_threads()}-threads").touch()
         return super().forward(x)
 
@@ -22,7 +22,7 @@ def marking():
 
 class Dying(Tiny):
     def forward(self, x):
-        if len(x) > 1:
+        if len(x) > 2:
             os._exit(9)
         return super().forward(x)
 

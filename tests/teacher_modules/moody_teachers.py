@@ -12,7 +12,7 @@ class Moody(Tiny):
     asked = 0
 
     def bad(self, x):
-        self.asked += len(x) > 1
+        self.asked += len(x) > 2
         return self.asked == 4 and Path(os.environ["FERKD_MOOD"]).exists()
 
 

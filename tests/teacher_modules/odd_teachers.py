@@ -43,6 +43,30 @@ class Wrapped(Linear):
         return self.give(self.pool(x).flatten(1), super().forward(x))
 
 
+class TrainingMode(Linear):
+    """Keeps one layer in training mode, whatever it is told."""
+
+    def __init__(self, layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor):
+        return self.head(self.layer.train()(self.pool(x).flatten(1)))
+
+
+def dropout_that_stays():
+    return TrainingMode(nn.Dropout(0.1))
+
+
+class OfTheBatch(TrainingMode):
+    def forward(self, x: Tensor):
+        return self.head(self.layer.train()(self.pool(x)).flatten(1))
+
+
+def batch_norm_in_training_mode():
+    return OfTheBatch(nn.BatchNorm2d(3))
+
+
 Named = collections.namedtuple("Named", "features logits")
 
 

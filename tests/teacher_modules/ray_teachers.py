@@ -18,7 +18,7 @@ class Deadly(Tiny):
     """Ends its process as long as it finds lives to take."""
 
     def forward(self, x):
-        for life in FOLDER.glob("life-*") if IN_WORKER and len(x) > 1 else ():
+        for life in FOLDER.glob("life-*") if IN_WORKER and len(x) > 2 else ():
             life.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)
@@ -32,7 +32,7 @@ class Slow(Tiny):
     """Slow while a file `slow` is there; waits while a file says that its process is to, or all for somebody beside."""
 
     def forward(self, x):
-        if IN_WORKER and len(x) > 1:
+        if IN_WORKER and len(x) > 2:
             (FOLDER / f"at-work-{os.getpid()}").touch()
             until = time.monotonic() + 60
             while self.waits():
@@ -54,7 +54,7 @@ def slow():
 
 class Hanging(Tiny):
     def forward(self, x):
-        if IN_WORKER and len(x) > 1:
+        if IN_WORKER and len(x) > 2:
             time.sleep(60)
         return super().forward(x)
 
@@ -67,7 +67,7 @@ class NaN(Tiny):
     """Gives NaN, but not to the driver, which would find out first."""
 
     def forward(self, x):
-        return super().forward(x) * (float("nan") if IN_WORKER and len(x) > 1 else 1)
+        return super().forward(x) * (float("nan") if IN_WORKER and len(x) > 2 else 1)
 
 
 def nan():

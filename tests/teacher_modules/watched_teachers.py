@@ -8,10 +8,10 @@ from ferkd_tiny_teachers import Tiny
 
 
 class Deadly(Tiny):
-    """Dies once, on a real batch: a probe is one image."""
+    """Dies once, on a real batch: a probe has at most two images."""
 
     def forward(self, x):
-        if len(x) > 1 and take(Path(os.environ["WATCHED_LIFE"])):
+        if len(x) > 2 and take(Path(os.environ["WATCHED_LIFE"])):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)
 

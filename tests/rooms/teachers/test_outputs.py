@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 
 import ferkd_data as fd
@@ -15,7 +16,7 @@ from ferkd_data.images import open_source
 from ferkd_data.teachers import TeacherSpec, load_teacher
 from ferkd_data.teachers.compiled import is_plain_module
 from ferkd_data.teachers.outputs import looks_like
-from ferkd_data.teachers.probe import check_class_order, probe_teachers
+from ferkd_data.teachers.probe import check_class_order, check_same_order, probe_teachers
 
 
 def load(name: str):
@@ -236,6 +237,62 @@ def test_two_lists_of_imagenet_that_tell_its_cranes_and_maillots_apart_or_not():
     check_class_order(theirs, named(*ours))
     with pytest.raises(UsageError, match=r"class 0 is 'dog' here and 'cat' there"):
         check_class_order(("dog", "cat", *ours[2:]), named(*theirs))
+
+
+def test_an_ensemble_that_numbers_its_classes_in_two_ways():
+    """Also where the images' own names are of another vocabulary, or there are none."""
+    orders = [named(), named(*ANIMALS), named("n01", "n02", "n03", "n04", "n05", "n06")]
+    check_same_order(orders)
+    with pytest.raises(UsageError, match=r"timm:x and timm:x: .*class 0 is .cat. here and .dog. there"):
+        check_same_order([*orders, named("dog", "cat", *ANIMALS[2:])])
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("python:odd_teachers:dropout_that_stays", "or on chance"),
+        ("python:odd_teachers:batch_norm_in_training_mode", "depend on the batch"),
+        ("torchscript:traced.pt?size=32&mean=0.5&std=0.25", "Trace or export a model after eval"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_teacher_in_training_mode(photos, tmp_path, monkeypatch, teacher, message):
+    import odd_teachers
+
+    monkeypatch.chdir(tmp_path)
+    network = torch.nn.Sequential(odd_teachers.plain(), torch.nn.Dropout(0.1))
+    torch.jit.save(torch.jit.trace(network.train(), torch.zeros(1, 3, 32, 32), check_trace=False), "traced.pt")
+    for run in (
+        lambda: fd.build(photos, tmp_path / "out", teachers=[teacher], crops=2, top_k=2),
+        lambda: evaluate(photos, teachers=[teacher]),
+    ):
+        with pytest.raises(TeacherError, match=message):
+            run()
+    torch.jit.save(torch.jit.trace(network.eval(), torch.zeros(1, 3, 32, 32)), "traced.pt")
+    if teacher.startswith("torchscript"):
+        fd.build(photos, tmp_path / "other", teachers=[teacher], crops=2, top_k=2)
+
+
+def test_half_precision_is_steady_enough(photos, tmp_path):
+    fd.build(photos, tmp_path / "out", teachers=["python:odd_teachers:plain"], crops=2, top_k=2, precision="bf16")
+
+
+@pytest.mark.parametrize("folders", [["1", "10", "2"], ["Bengal", "Sphynx", "beagle"]])
+def test_folders_that_timm_and_torchvision_number_differently(folders, tmp_path, make_photos):
+    for name in folders:
+        make_photos(tmp_path / "made", num_images=4, classes=1).joinpath("class0").rename(tmp_path / "made" / name)
+    images = tmp_path / "made"
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "w.pth")
+    spec = f"timm:test_resnet@{tmp_path / 'w.pth'}?classes=3&size=32"
+    message = r"so '(10|Bengal)' is class .*timm's own reader makes '(2|beagle)' class .*--classes"
+    for run in (
+        lambda **more: fd.build(images, tmp_path / "out", teachers=[spec], crops=2, top_k=2, **more),
+        lambda **more: evaluate(images, teachers=[spec], **more),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run()
+        (tmp_path / "classes.txt").write_text("\n".join(folders))
+        run(classes=tmp_path / "classes.txt")
 
 
 def test_random_weights_are_noticed_by_a_resume_and_by_workers(photos, tmp_path, quick_workers):
