@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from ferkd_data.calibration import CalibrationSetting
+from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import Work
@@ -265,8 +266,17 @@ class CropDataset(Dataset[Item]):
 
     @staticmethod
     def collate(items: list[Item]) -> Item:
-        """Join images and targets of several rows to one batch; an image's crops stay side by side."""
+        """Join images and targets of several rows to one batch; an image's crops stay side by side.
+
+        Raises UsageError for crops of several sizes.
+        """
         images, targets = [images for images, _ in items], [targets for _, targets in items]
+        sizes = sorted({part.shape[-1] for part in images})
+        if len(sizes) > 1:
+            raise UsageError(
+                f"crops of {' and '.join(map(str, sizes))} pixels do not go into one batch: where size is a function "
+                "of the epoch, call set_epoch before each epoch, and give repeats= for a sampler that repeats rows"
+            )
         return torch.cat(images), torch.cat(targets) if isinstance(targets[0], Tensor) else SoftTargets.cat(targets)
 
 

@@ -228,6 +228,8 @@ class CropLoader(DataLoaderLike):
         # Started by the first iteration: a loader that is only asked for its length or its repr costs no processes.
         self._workers: Workers | DeviceWorkers | None = None
         self._begun = False
+        self._told: set[int] = set()
+        """Every number of batches that len() has given."""
         self._under_way: int | None = None
         """The epoch whose iterator somebody holds, also when that has given its last batch."""
         self._iteration = 0
@@ -238,7 +240,9 @@ class CropLoader(DataLoaderLike):
     def __len__(self) -> int:
         """Batches of an epoch from its start, for this rank: the one under way, else the one that comes next."""
         epoch = self._start().epoch if self._under_way is None else self._under_way
-        return self._count(Cursor(epoch=epoch))
+        count = self._count(Cursor(epoch=epoch))
+        self._told.add(count)
+        return count
 
     def _layout(self, epoch: int) -> Layout:
         return self._maker.epochs.at(epoch).layout(self.settings)
@@ -250,10 +254,12 @@ class CropLoader(DataLoaderLike):
     def _check_not_empty(self, epoch: int) -> None:
         if not self._count(Cursor(epoch=epoch)):
             layout, settings = self._layout(epoch), self.settings
+            remedy = "use a smaller batch_size, or drop_last=False"
+            if not layout.num_images:
+                remedy = 'epoch="crops" needs at least crops_per_image images: use fewer crops, or epoch="images"'
             raise UsageError(
                 f"{layout.num_images} images x {layout.crops_per_image} crops make no batch of {settings.batch_size} "
-                f"for each of {self.world_size} ranks in epoch {epoch}; use a smaller batch_size, or "
-                "drop_last=False"
+                f"for each of {self.world_size} ranks in epoch {epoch}; {remedy}"
             )
 
     def __repr__(self) -> str:
@@ -363,11 +369,27 @@ class CropLoader(DataLoaderLike):
         finally:
             # Also where a loop leaves early, as soon as nobody holds the iterator.
             clock.enter(None)
+            if left:
+                self._warn_if_cut_short(start.epoch, left)
             if self.settings.log_stats:
                 log_stats(stats_of(clock.times(), self.settings), ranks)
             # Otherwise `_under_way` is that of a later iteration.
             if self._iteration == iteration:
                 self._under_way = None
+
+    def _warn_if_cut_short(self, epoch: int, left: int) -> None:
+        """Warn where a loop left an epoch after as many batches as another one has: it asked for the length too early.
+
+        Lightning and HF Trainer ask for it once, before the first epoch, and end each epoch after so many batches.
+        """
+        count = self._count(Cursor(epoch=epoch))
+        if count - left in self._told - {count}:
+            warnings.warn(
+                f"epoch {epoch} has {count} batches and was left after {count - left}, the length of another epoch: "
+                'does the loop ask for len(loader) only once? Epochs of equal length need epoch="crops", or a '
+                "crops_per_image that does not change",
+                stacklevel=2,
+            )
 
     def _start(self) -> Cursor:
         """Return the cursor at which an iteration that begins now begins."""

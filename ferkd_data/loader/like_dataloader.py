@@ -110,6 +110,8 @@ class DataLoaderLike:
     multiprocessing_context = None
     timeout = 0
     in_order = True
+    # timm's train.py asks for it, and turns it off, with --mixup-off-epoch.
+    mixup_enabled = False
 
     def set_epoch(self, epoch: int) -> None:
         raise NotImplementedError

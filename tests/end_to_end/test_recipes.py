@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -197,6 +199,13 @@ class Classifier(nn.Module):
         return ImageClassifierOutput(logits=self.student(pixel_values))
 
 
+def loss_of_the_recipe():
+    line = next(line for line in changed("hf_trainer", "+") if "compute_loss_func" in line)
+    names = {"fd": fd, "torch": torch}
+    exec(f"given = dict({line.strip()})", names)
+    return names["given"]
+
+
 def trainer_of(added, folder, model, epochs, callbacks=(), **settings):
     from transformers import Trainer, TrainingArguments
 
@@ -210,10 +219,7 @@ def trainer_of(added, folder, model, epochs, callbacks=(), **settings):
         **settings,
     )
     loader = added("hf_trainer", args=arguments)["loader"]
-    line = next(line for line in changed("hf_trainer", "+") if "compute_loss_func" in line)
-    names = {"fd": fd}
-    exec(f"given = dict({line.strip()})", names)
-    trainer = Trainer(model=model, args=arguments, callbacks=list(callbacks), **names["given"])
+    trainer = Trainer(model=model, args=arguments, callbacks=list(callbacks), **loss_of_the_recipe())
     trainer.get_train_dataloader = lambda: loader
     return trainer, loader
 
@@ -224,6 +230,73 @@ def test_hf_trainer(added, expected, tmp_path):
     done = trainer.train()
     assert done.global_step == 3 * len(loader) == 3 * STEPS and done.training_loss > 0
     assert model.student.seen == expected([0, 1, 2])
+
+
+GRADIENTS = """
+import os, sys
+import torch
+import ferkd_data as fd
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_outputs import ImageClassifierOutput
+
+labels, photos, cache, out = sys.argv[1:]
+STEPS = 3  # batches accumulated for an update
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(3, 10)
+    def forward(self, pixel_values, labels=None):
+        return ImageClassifierOutput(logits=self.head(pixel_values.mean(dim=(2, 3))))
+
+def batches(**settings):
+    labels_ = fd.open_labels(labels)
+    return fd.CropLoader(labels_, images=photos, crops_per_image=2, size=16, epoch="crops", cache_dir=cache, **settings)
+
+found = []
+
+class Gradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **ignored):
+        found.append(model.head.weight.grad.clone())
+
+model = Model()
+args = TrainingArguments(
+    out, num_train_epochs=1, learning_rate=0.0, max_grad_norm=0, report_to=[], use_cpu=True, disable_tqdm=True,
+    logging_strategy="no", save_strategy="no", gradient_accumulation_steps=STEPS)
+loader = batches(
+    batch_size=4 // args.world_size, targets="dense",
+    to_batch=lambda x, y: {"pixel_values": fd.normalize(x), "labels": y})
+numbers = [{"pixel_values": torch.rand(3, 16, 16), "labels": number} for number in range(6)]
+trainer = Trainer(model=model, args=args, callbacks=[Gradients()], eval_dataset=numbers, LOSS)
+trainer.get_train_dataloader = lambda: loader
+trainer.train()
+assert 1 < trainer.evaluate()["eval_loss"] < 4
+
+whole = list(batches(batch_size=4, rank=0, world_size=1))
+expected = []
+for group in (whole[:STEPS], whole[STEPS:]):
+    model.zero_grad()
+    for images, targets in group:
+        logits = model(fd.normalize(images)).logits
+        (fd.soft_cross_entropy(logits, targets) / len(group)).backward()
+    expected.append(model.head.weight.grad.clone())
+torch.testing.assert_close(found, expected)
+print("same gradients")
+"""
+"""Takes 5 batches of 4 crops, however many processes share them. With a rate of 0 the model stays as it is."""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_hf_trainers_gradients_are_means_over_processes_and_accumulated_batches(label_set, photos, tmp_path, processes):
+    """The last update of an epoch has fewer batches to accumulate. Evaluation is on class numbers."""
+    program = tmp_path / "train.py"
+    line = next(line for line in changed("hf_trainer", "+") if "compute_loss_func" in line)
+    program.write_text(GRADIENTS.replace("LOSS", line.strip().rstrip(",")))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, program, label_set, photos, tmp_path / "cache", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("same gradients") == processes, done.stderr[-3000:]
 
 
 def test_hf_trainer_resumes_in_the_middle_of_an_epoch(added, expected, tmp_path):

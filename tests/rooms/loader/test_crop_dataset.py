@@ -96,6 +96,21 @@ def test_under_a_dataloader_it_moves_on_by_itself(dataset, epochs, num_workers, 
         assert sorted(seen) == [(epoch, row) for row in range(20)]
 
 
+def test_a_batch_of_rows_that_are_in_different_epochs(label_set, photos, tmp_path):
+    """A sampler that repeats rows takes them ahead of the others, and schedules are by epoch."""
+
+    def dataset(**changes):
+        return fd.CropDataset(fd.open_labels(label_set), images=photos, cache_dir=tmp_path, **({"size": 16} | changes))
+
+    mixed = dataset(calibration=lambda epoch: fd.Calibration.fkd() if epoch < 1 else fd.Calibration.blend())
+    _, targets = mixed.collate(mixed.__getitems__([0, 0, 1]))
+    own = [mixed.item(row, epoch)[1].dense() for row, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert torch.equal(targets.dense(), torch.cat(own))
+    sized = dataset(size=lambda epoch: 16 + 16 * epoch)
+    with pytest.raises(UsageError, match="crops of 16 and 32 pixels do not go into one batch"):
+        sized.collate(sized.__getitems__([0, 0, 1]))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_set_epoch_says_where_to_go_on(dataset, epochs, num_workers):
     loader = loader_of(dataset, num_workers, num_workers > 0)

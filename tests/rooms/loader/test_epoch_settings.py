@@ -246,6 +246,37 @@ def test_an_epoch_without_a_batch_is_an_error(make):
     contents(loader)
     with pytest.raises(UsageError, match=r"20 images x 1 crops make no batch of 40 .* in epoch 1"):
         contents(loader)
+    with pytest.raises(
+        UsageError, match=r'0 images x 30 crops .*; epoch="crops" needs at least crops_per_image images'
+    ):
+        make(epoch="crops", batch_size=30, crops_per_image=30, drop_last=False)
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_a_loop_that_asks_for_the_length_once_is_warned_when_epochs_grow(make, close):
+    """Lightning and HF Trainer ask before the first epoch, and leave out what a longer epoch has beyond that."""
+
+    def left_after(epoch, steps):
+        loader.set_epoch(epoch)
+        batches = iter(loader)
+        for _ in range(steps):
+            next(batches)
+        if close:
+            batches.close()
+
+    loader = make(crops_per_image=lambda epoch: (1, 2, 1)[epoch])
+    steps = len(loader)
+    assert steps == 5
+    left_after(0, steps)
+    with pytest.warns(UserWarning, match="epoch 1 has 10 batches and was left after 5, the length of another epoch"):
+        left_after(1, steps)
+    # What a user does on purpose: another number of steps, and epochs of one length.
+    left_after(1, 4)
+    left_after(2, 5)
+    loader = make()
+    for epoch in (0, 1):
+        left_after(epoch, len(loader) - 1)
+        left_after(epoch, len(loader))
 
 
 def test_digests_are_checked_in_the_whole_first_pass(make, photos, tmp_path):
