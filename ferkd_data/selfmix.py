@@ -55,12 +55,27 @@ class SelfMix:
     ) -> tuple[Tensor, SoftTargets]:
         """Mix images (B, 3, H, W) and targets whose rows are groups of `crops_per_image` crops of one image.
 
-        Raises UsageError when a group has one crop, or B is no multiple of the group's size.
+        Raises UsageError when a group has one crop, B is no multiple of the group's size, or the targets know that the
+        crops of a group are of several images (`targets.rows`, on the CPU).
         """
         partner = partners(len(images), crops_per_image, rng)
+        _check_groups(targets, crops_per_image)
         use_mixup = self.mode == "mixup" or (self.mode == "both" and rng.random() < 0.5)
         mix = mixup if use_mixup else cutmix
         return mix(images, targets, partner, self.prob, self.alpha, self.per, rng, inplace)
+
+
+def _check_groups(targets: SoftTargets, crops_per_image: int) -> None:
+    rows = targets.rows
+    # Elsewhere the comparison would wait for the device.
+    if rows is None or rows.device.type != "cpu":
+        return
+    groups = rows.view(-1, crops_per_image)
+    if bool((groups != groups[:, :1]).any()):
+        raise UsageError(
+            f"SelfMix mixes crops of one image, and these do not lie side by side in groups of {crops_per_image}: give "
+            "the loader's crops_per_image, and leave out spread="
+        )
 
 
 def partners(num: int, crops_per_image: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:

@@ -227,7 +227,7 @@ class CropLoader(DataLoaderLike):
         self._decode_device = None if decode_device is None else open_device(decode_device)
         # Started by the first iteration: a loader that is only asked for its length or its repr costs no processes.
         self._workers: Workers | DeviceWorkers | None = None
-        self._begun = False
+        self._warned = False
         self._told: set[int] = set()
         """Every number of batches that len() has given."""
         self._under_way: int | None = None
@@ -239,10 +239,20 @@ class CropLoader(DataLoaderLike):
 
     def __len__(self) -> int:
         """Batches of an epoch from its start, for this rank: the one under way, else the one that comes next."""
-        epoch = self._start().epoch if self._under_way is None else self._under_way
-        count = self._count(Cursor(epoch=epoch))
+        # A schedule of the learning rate that is made before the process group would have too many steps.
+        self._warn_if_alone(ranks_now(self.settings.rank, self.settings.world_size))
+        count = self._length()
         self._told.add(count)
         return count
+
+    def _length(self) -> int:
+        epoch = self._start().epoch if self._under_way is None else self._under_way
+        return self._count(Cursor(epoch=epoch))
+
+    def _warn_if_alone(self, ranks: Ranks) -> None:
+        if not self._warned:
+            self._warned = True
+            warn_if_alone(ranks, self.settings.world_size)
 
     def _layout(self, epoch: int) -> Layout:
         return self._maker.epochs.at(epoch).layout(self.settings)
@@ -272,7 +282,7 @@ class CropLoader(DataLoaderLike):
         ranks = f", rank {self.rank} of {self.world_size}" if self.world_size > 1 else ""
         by_kind = [f"{kind.crops_per_image} {kind.name} of {kind.size} px" for kind in settings.kinds]
         lines = [
-            f"CropLoader: epoch {self.epoch} of {len(self):,} batches{ranks}",
+            f"CropLoader: epoch {self.epoch} of {self._length():,} batches{ranks}",
             f"  batches: {settings.batch_size // layout.crops_per_image:,} images with {', '.join(by_kind)} each"
             if by_kind
             else f"  batches: {settings.batch_size:,} crops of {self._maker.epochs.at(self.epoch).size} px, "
@@ -330,9 +340,7 @@ class CropLoader(DataLoaderLike):
         # Looked up now, not in __init__: a script may make its loader before it initialises torch.distributed.
         ranks = ranks_now(self.settings.rank, self.settings.world_size)
         start = self._start()
-        if not self._begun:
-            warn_if_alone(ranks, self.settings.world_size)
-            self._begun = True
+        self._warn_if_alone(ranks)
         self._check_not_empty(start.epoch)
         # The clock runs from here, so that unpacking crop blocks counts as "prepare".
         clock = EpochClock(start.epoch, self._count(start))

@@ -69,8 +69,8 @@ def warn_if_alone(ranks: Ranks, given: int | None, environment: Mapping[str, str
         if rank in environment and count.isdecimal() and int(count) > 1:
             warnings.warn(
                 f"{rank}={environment[rank]} and {world_size}={count} say that {count} processes train together, but "
-                "torch.distributed is not initialised: each of them trains on all images. Initialise it before the "
-                "first batch, or give rank= and world_size= (0 and 1 if it is meant so)",
+                "torch.distributed is not initialised: each of them trains on all images, and len() counts all "
+                "batches. Initialise it before that, or give rank= and world_size= (0 and 1 if it is meant so)",
                 stacklevel=3,
             )
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -115,7 +117,10 @@ def test_selfmix_keeps_the_ground_truth_and_strangers_are_named(mode):
     hard = [0, 0, 0, 0, 3, 3, 3, 3]
     images = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
     selfmix = fd.SelfMix(prob=1.0, mode=mode, per="sample")
-    _, mixed = selfmix(images, made(hard), crops_per_image=4, rng=np.random.default_rng(0))
+    with pytest.raises(fd.FerkdError, match="do not lie side by side in groups of 4"):
+        selfmix(images, made(hard), crops_per_image=4, rng=np.random.default_rng(0))
+    of_two = replace(made(hard), rows=torch.tensor([7] * 4 + [2] * 4))
+    _, mixed = selfmix(images, of_two, crops_per_image=4, rng=np.random.default_rng(0))
     assert mixed.hard.tolist() == hard and mixed.hard_partner.tolist() == hard and mixed.hard_share.tolist() == [1] * 8
     strangers = fd.CutMix() if mode == "cutmix" else fd.Mixup(alpha=1.0)
     _, twice = strangers(images, mixed, rng=np.random.default_rng(2))

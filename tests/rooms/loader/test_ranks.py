@@ -26,7 +26,9 @@ loader = fd.CropLoader(labels, batch_size=4, **settings)
 stream = fd.CropDataset(labels, **settings).stream()
 alone = fd.CropLoader(labels, batch_size=4, rank=0, world_size=1, **settings)
 if when == "after":
-    assert (loader.world_size, len(loader), len(stream)) == (1, 10, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert (loader.world_size, len(loader), len(stream)) == (1, 10, 20)
     dist.init_process_group("gloo")
 rank = dist.get_rank()
 assert (loader.rank, loader.world_size, len(loader), len(stream)) == (rank, 2, 5, 10)
@@ -82,6 +84,13 @@ def test_a_launcher_without_a_process_group_is_warned_of_once(make, monkeypatch,
         list(loader)
     assert len(said) == 1
     assert len(list(make(rank=0, world_size=1))) == 10
+    loader = make()
+    repr(loader)
+    # A learning rate's schedule is often made of it, before the process group.
+    with pytest.warns(UserWarning, match=r"len\(\) counts all batches") as said:
+        assert len(loader) == 10 and len(loader) == 10
+        list(loader)
+    assert len(said) == 1
 
 
 def test_no_warning_where_there_is_nothing_to_say():
