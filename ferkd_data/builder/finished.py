@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import glob
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -185,10 +186,25 @@ def _raise_if_different(location: Path | str, saved: dict[str, Any], present: di
 
 
 def _is_newer(location: Path | str, teachers: Sequence[TeacherSpec]) -> bool:
-    """Return whether a teacher's file was written after the label set: it may hold other weights now."""
+    """Return whether a teacher's file was written, or put in its place, after the label set: it may be another now."""
     if not isinstance(location, Path):
         # A store's clock cannot be compared with the times of files here.
         return True
     written = (location / FILE_NAME).stat().st_mtime
-    files = [Path(name).expanduser() for spec in teachers for name in (spec.name, spec.checkpoint) if name]
-    return any(file.is_file() and file.stat().st_mtime > written for file in files)
+    states = (file.stat() for spec in teachers for file in _files_of(spec))
+    # A file that was copied or renamed may keep an old time of writing.
+    return any(max(state.st_mtime, state.st_ctime) > written for state in states)
+
+
+def _files_of(spec: TeacherSpec) -> Iterator[Path]:
+    """Yield the files that a spec names, also weights beside an ONNX file and those in a folder."""
+    for name in filter(None, (spec.name, spec.checkpoint, spec.names, spec.templates)):
+        path = Path(name).expanduser()
+        if path.is_file():
+            # With model.onnx.data, which PyTorch writes beside model.onnx.
+            yield from path.parent.glob(f"{glob.escape(path.name)}*")
+    # Other names are those of models; a folder of the same name may lie here by chance.
+    _, is_local, place = spec.name.rpartition("local-dir:")
+    for folder in filter(None, (spec.checkpoint, place if is_local else None)):
+        if Path(folder).expanduser().is_dir():
+            yield from filter(Path.is_file, Path(folder).expanduser().rglob("*"))

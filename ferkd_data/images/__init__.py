@@ -7,7 +7,8 @@ references to images, and read the bytes of references. `decode_rgb` turns bytes
 from __future__ import annotations
 
 from ferkd_data.errors import ImageError
-from ferkd_data.images.class_list import ClassList, order_note, read_class_list
+from ferkd_data.images.class_list import ClassList, read_class_list
+from ferkd_data.images.class_names import contradictions, order_note
 from ferkd_data.images.decode import DEFAULT_MAX_PIXELS, decode_rgb, image_extension, image_size
 from ferkd_data.images.folder import FolderSource
 from ferkd_data.images.keys import check_key
@@ -38,6 +39,7 @@ __all__ = [
     "Reject",
     "TarSource",
     "check_key",
+    "contradictions",
     "decode_rgb",
     "describe_left_out",
     "image_extension",

@@ -31,6 +31,9 @@ NUMBERED_NAME = re.compile(r"\d+(\s|$)")
 """A name that begins with a number, as in the development kit's map_clsloc.txt: n02119789 1 kit_fox."""
 
 
+WHOLE_NUMBER = re.compile(r"[-+]?\d{1,18}(\.0*)?")
+
+
 @dataclass(frozen=True)
 class ClassList:
     """Classes in the order of the teachers' outputs."""
@@ -57,14 +60,18 @@ class ClassList:
 
     @cached_property
     def by_text(self) -> dict[str, int]:
-        """Class number of each folder and of each name; names that several classes share are left out."""
-        found: dict[str, int] = {}
-        shared: set[str] = set()
-        for number, name in enumerate(self.names):
-            if found.setdefault(name, number) != number:
-                shared.add(name)
-        by_name = {name: number for name, number in found.items() if name not in shared}
-        return {**by_name, **{folder: number for number, folder in enumerate(self.folders) if folder not in shared}}
+        """Class number of each folder and of each name; texts that several classes share are left out."""
+        by_folder, shared_folders = _numbered(self.folders)
+        by_name, shared_names = _numbered(self.names)
+        shared = shared_folders | shared_names
+        return {text: number for text, number in {**by_name, **by_folder}.items() if text not in shared}
+
+
+def _numbered(texts: Sequence[str]) -> tuple[dict[str, int], set[str]]:
+    """Return the class number of each text, and the texts that several classes have."""
+    found: dict[str, int] = {}
+    shared = {text for number, text in enumerate(texts) if found.setdefault(text, number) != number}
+    return found, shared
 
 
 def read_class_list(path: Path) -> ClassList:
@@ -152,29 +159,6 @@ def _pair(entry: Any) -> tuple[str, str] | None:
     return None
 
 
-def order_note(names: Sequence[str]) -> str | None:
-    """Explain how class names were numbered where programs sort them differently; None where all agree.
-
-    torchvision and datasets sort by characters, timm as people read: with numbers by their value, whatever the case.
-
-    >>> order_note(["1", "10", "2"])
-    "class names are sorted by characters, as torchvision does, so '10' is class 1; timm's own reader makes '2' class 1"
-    """
-    natural = sorted(names, key=_natural_key)
-    first = next((number for number, name in enumerate(names) if natural[number] != name), None)
-    if first is None:
-        return None
-    return (
-        f"class names are sorted by characters, as torchvision does, so {names[first]!r} is class {first}; timm's own "
-        f"reader makes {natural[first]!r} class {first}"
-    )
-
-
-def _natural_key(name: str) -> list[int | str]:
-    # Splitting at a group gives texts and numbers in turn, so that only like is compared with like.
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
-
-
 MAX_SHOWN = 40
 """Characters of a label in a message."""
 MAX_SUFFIXES = 12
@@ -208,10 +192,14 @@ def _number_of_text(text: str, classes: ClassList | None) -> int | None:
         return None
     if classes is not None and text in classes.by_text:
         return classes.by_text[text]
-    try:
-        return class_number(int(text), None)
-    except ValueError:
-        raise KeyError(text) from None
+    if not is_number(text):
+        raise KeyError(text)
+    return class_number(int(text.partition(".")[0]), None)
+
+
+def is_number(text: str) -> bool:
+    """Return whether a label that is a text is a class number, such as "3" or, out of a column with gaps, "3.0"."""
+    return WHOLE_NUMBER.fullmatch(text.strip()) is not None
 
 
 @dataclass

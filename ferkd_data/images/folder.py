@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ferkd_data.errors import ImageError, LabelSetError, SourceError
-from ferkd_data.images.class_list import ClassList, order_note
+from ferkd_data.images.class_list import ClassList
+from ferkd_data.images.class_names import order_note
 from ferkd_data.images.file_kinds import (
     EXTENSIONS,
     HEAD_BYTES,

@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 from ferkd_data.errors import ImageError, SourceError
-from ferkd_data.images.class_list import ClassList, LabelCounts, order_note
+from ferkd_data.images.class_list import ClassList, LabelCounts, is_number
+from ferkd_data.images.class_names import contradictions, order_note
 from ferkd_data.images.keys import DuplicateFilter, check_key
 from ferkd_data.images.parquet_columns import describe_differing, find_columns, open_table
 from ferkd_data.images.parquet_rows import RowReader
@@ -23,6 +24,8 @@ OWN_KEYS = ("key", "__key__")
 """Columns whose values are taken as keys without a test: a second image with the same key is a reject."""
 MAX_TEXT_CLASSES = 100_000
 """Distinct values above which a text column does not name classes."""
+MISSING = ("nan", "none", "null", "<na>")
+"""Texts that pandas writes for missing values, in lower case."""
 LISTED_ROWS = 4096
 """Rows of keys and labels read at a time."""
 
@@ -136,6 +139,12 @@ class ParquetSource:
         unknown = [name for name in names if name not in self.classes.by_text]
         # As many names and none in common: the list names the same classes in another vocabulary, such as WordNet IDs.
         if len(unknown) == len(names) == len(self.classes.names):
+            differing = contradictions(names, self.classes.names)
+            if differing:
+                raise SourceError(
+                    f"{self.root}: the column {self.columns.label} and {self.classes.where} write the names of the "
+                    f"classes differently, and in another order ({differing}); write them alike"
+                )
             return None
         if unknown:
             raise SourceError(
@@ -153,7 +162,8 @@ class ParquetSource:
             texts.update([text] if text else [])
             if len(texts) > MAX_TEXT_CLASSES:
                 return None
-        if not texts or all(text.lstrip("+-").isdecimal() for text in texts):
+        # Where a table has gaps, pandas writes numbers and "nan", which then is no class but leaves a note.
+        if all(is_number(text) or text.lower() in MISSING for text in texts):
             return None
         names = tuple(sorted(texts))
         return ClassList(f"the column {label}", names, names)
@@ -162,7 +172,7 @@ class ParquetSource:
         """Choose the function that makes a row's key; the second value is True where keys are known to be unique."""
         own = next((name for name in OWN_KEYS if name in self.columns.keys), None)
         if own is not None:
-            return lambda file, row, record: "" if record[own] is None else str(record[own]), False
+            return lambda file, row, record: "" if record[own] is None else _key_text(record[own]), False
         # Each candidate costs a pass over the columns of keys alone, which are small beside the images.
         repeated = []
         for name, key_of in self._candidates():
@@ -182,7 +192,7 @@ class ParquetSource:
             yield f"{self.columns.image}.path", self._path_stem
 
     def _id(self, file: str, row: int, record: Record) -> str:
-        return self._file_and_row(file, row, record) if record["id"] is None else str(record["id"])
+        return self._file_and_row(file, row, record) if record["id"] is None else _key_text(record["id"])
 
     def _path_stem(self, file: str, row: int, record: Record) -> str:
         path = (record.get(self.columns.image) or {}).get("path")
@@ -212,6 +222,11 @@ class ParquetSource:
                     yield file, row, record
             except (OSError, ValueError, pa.ArrowException) as error:
                 raise SourceError(f"{self.root / file}: cannot be read to its end ({error})") from error
+
+
+def _key_text(value: Any) -> str:
+    # Some writers store texts as bytes. What is not UTF-8 becomes a reject (see `keys.check_key`).
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 def _read_records(path: Path, columns: list[str]) -> Iterator[Record]:

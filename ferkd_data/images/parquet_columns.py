@@ -206,9 +206,12 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
 
 def describe_differing(columns: ParquetColumns, other: ParquetColumns) -> Sequence[str]:
     """List the differences that keep two files from being one source, such as `labels in MINE and THEIRS`."""
+    # A later file may have more columns of keys, which are not used.
+    keys = tuple(name for name in columns.keys if name in other.keys)
     return [
         f"{what} {mine or 'none'} and {theirs or 'none'}"
         for what, mine, theirs in (
+            ("keys in", ", ".join(columns.keys), ", ".join(keys)),
             ("images in", columns.image, other.image),
             ("labels in", columns.label, other.label),
             ("labels as", columns.label_kind, other.label_kind),

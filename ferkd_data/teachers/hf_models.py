@@ -58,6 +58,8 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
             f"teacher {spec}: its checkpoint lacks {len(missing)} weights ({', '.join(missing[:3])}), which would be "
             "random; it has no classifier, or belongs to another model"
         )
+    # transformers 5 keeps the dtype of the file; what is below float32 is for `precision` to say.
+    model = model.float()
     known, bgr = measure_processor(processor, spec)
     names = tuple(model.config.id2label[number] for number in sorted(model.config.id2label))
     module = HfClassifier(model, bgr=bgr)
@@ -88,6 +90,8 @@ def measure_processor(processor: Any, spec: TeacherSpec) -> tuple[dict[str, Any]
     if (
         black.shape != (3, size, size)
         or np.abs(low + (high - low) / 5 - middle).max() > 0.02 * np.abs(high - low).max()
+        # A picture of one colour stays one: a border would be part of the means above.
+        or any(np.ptp(image, axis=(1, 2)).max() > CLOSE * np.abs(high - low).max() for image in (black, grey, white))
     ):
         raise TeacherError(
             f"teacher {spec}: its image processor turns a square image into {black.shape}, or does more than scaling "
@@ -95,14 +99,21 @@ def measure_processor(processor: Any, spec: TeacherSpec) -> tuple[dict[str, Any]
         )
     red = np.zeros((PROBE_SIDE, PROBE_SIDE, 3), np.uint8)
     red[..., 0] = 255
-    # The channel in which a red image differs from a black one.
-    bgr = bool(np.abs(_seen(processor, red, spec).mean(axis=(1, 2)) - low).argmax() == 2)
+    # The channels in which a red image differs from a black one.
+    changed = np.abs(_seen(processor, red, spec).mean(axis=(1, 2)) - low) > CLOSE * np.abs(high - low)
+    if changed.tolist() not in ([True, False, False], [False, False, True]):
+        raise TeacherError(
+            f"teacher {spec}: its image processor mixes the colours; write a python: teacher that does the same"
+        )
+    bgr = bool(changed[2])
+    # Without resizing, the side is that of whatever picture comes.
+    resizes = _seen(processor, np.zeros((2 * PROBE_SIDE, 2 * PROBE_SIDE, 3), np.uint8), spec).shape[1] == size
     # (0 - mean) / std = low and (1 - mean) / std = high.
     std = 1 / (high - low)
     mean = -low * std
     order = slice(None, None, -1) if bgr else slice(None)
     return {
-        "size": size,
+        "size": size if resizes else None,
         "mean": _as_written(mean[order], getattr(processor, "image_mean", None)),
         "std": _as_written(std[order], getattr(processor, "image_std", None)),
         "interpolation": _interpolation(processor),

@@ -38,6 +38,8 @@ INPUT_TYPES: dict[str, Any] = {
     "tensor(double)": np.float64,
     "tensor(uint8)": np.uint8,
 }
+AS_THEY_ARE = {"mean": (0.0,), "std": (1 / 255,)}
+"""A normalisation that leaves pixel values as they are: (pixel / 255 - 0) / (1 / 255) = pixel."""
 WARNINGS_AND_UP = 3
 
 
@@ -105,6 +107,9 @@ class OnnxTeacher:
             if is_out_of_memory(error):
                 raise torch.cuda.OutOfMemoryError(str(error)) from error
             raise TeacherError(f"teacher {self.spec}: cannot run on {padded.shape}: {error}") from error
+        if not isinstance(output, np.ndarray) or output.dtype.kind != "f":
+            kind = output.dtype if isinstance(output, np.ndarray) else type(output).__name__
+            raise TeacherError(f"teacher {self.spec}: its output is of type {kind}, expected logits, which are floats")
         # (B, C, 1, 1), as fully convolutional heads give it, to (B, C).
         output = output.reshape(len(output), -1) if sum(side != 1 for side in output.shape[1:]) <= 1 else output
         check_shape(torch.from_numpy(output), len(padded), self.spec)
@@ -175,10 +180,16 @@ class OnnxTeacher:
         if fixed is not None:
             known.setdefault("size", fixed)
         if self.input.dtype == np.uint8:
-            # A model that takes uint8 normalises by itself. mean 0 and std 1/255 leave the pixel values as they are:
-            # (pixel / 255 - 0) / (1 / 255) = pixel.
-            known = {"mean": (0.0,), "std": (1 / 255,), **known}
+            known = {**AS_THEY_ARE, **known}
         chosen = preprocessing_of(self.spec, **known)
+        # uint8 holds no other values than pixels.
+        if self.input.dtype == np.uint8 and (chosen.mean, chosen.std) != (
+            AS_THEY_ARE["mean"] * 3,
+            AS_THEY_ARE["std"] * 3,
+        ):
+            raise TeacherError(
+                f"teacher {self.spec}: takes uint8 images, so it normalises them itself; drop the options mean and std"
+            )
         if fixed is not None and chosen.size != fixed:
             raise TeacherError(f"teacher {self.spec}: takes {fixed}x{fixed} images and no other size")
         return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ferkd_data import extras
-from ferkd_data.errors import TeacherError
+from ferkd_data.errors import SourceError, TeacherError
+from ferkd_data.images import read_class_list
 from ferkd_data.storage import read_text
 from ferkd_data.teachers.digest import module_digest
 from ferkd_data.teachers.module_teacher import ModuleTeacher
@@ -19,6 +21,8 @@ from ferkd_data.teachers.teacher import Precision, reason
 
 IMAGENET = "imagenet"
 SIMPLE = "simple"
+NO_NAME = re.compile(r"n?\d+")
+"""WordNet IDs, and plain numbers."""
 SELF_CONTAINED = ("hf-hub:", "local-dir:")
 """Prefixes of architectures whose name includes the location of the weights."""
 
@@ -86,7 +90,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
 
 
 def _names(spec: TeacherSpec, open_clip: Any) -> list[str]:
-    """Read the class names in order. A file for --classes, with the names behind a tab, is accepted too."""
+    """Read the class names in order, from a file in any of the forms of `--classes`. Raises TeacherError."""
     if spec.names is None:
         raise TeacherError(
             f"teacher {spec}: needs the names of the classes: ?names=FILE with one per line in the order of the "
@@ -94,9 +98,20 @@ def _names(spec: TeacherSpec, open_clip: Any) -> list[str]:
         )
     if spec.names == IMAGENET:
         return list(open_clip.IMAGENET_CLASSNAMES)
-    lines = _lines(spec, spec.names)
+    try:
+        listed = read_class_list(Path(spec.names).expanduser())
+    except SourceError as error:
+        raise TeacherError(f"teacher {spec}: {error}") from error
+    if all(NO_NAME.fullmatch(name) for name in listed.names):
+        raise TeacherError(
+            f"teacher {spec}: {spec.names} has numbers for its classes ({listed.names[0]!r}), which mean nothing in a "
+            "prompt; write each class's name behind a tab"
+        )
     # Prompts are sentences: folder names such as golden_retriever lose their underscores.
-    return [line.partition("\t")[2] or line.replace("_", " ") for line in lines]
+    return [
+        name.replace("_", " ") if name == folder else name
+        for folder, name in zip(listed.folders, listed.names, strict=True)
+    ]
 
 
 def _templates(spec: TeacherSpec, open_clip: Any) -> list[Any]:

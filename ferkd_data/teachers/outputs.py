@@ -50,7 +50,7 @@ def pick_output(result: Any, spec: TeacherSpec) -> Tensor:
     if isinstance(result, Tensor):
         if spec.output is not None:
             raise TeacherError(f"teacher {spec}: its model returns a single tensor; drop the option output")
-        return _rows(result)
+        return _rows(result, spec)
     entries = _entries(result)
     if not entries:
         raise TeacherError(
@@ -71,13 +71,14 @@ def pick_output(result: Any, spec: TeacherSpec) -> Tensor:
         )
     if not isinstance(chosen, Tensor):
         raise TeacherError(f"teacher {spec}: the output it takes for logits is {_article(chosen)}, not a tensor")
-    return _rows(chosen)
+    return _rows(chosen, spec)
 
 
 def to_logits(output_BC: Tensor, activation: Activation | None) -> Tensor:
     """Invert the activation: return logits (B, C) whose softmax (for `sigmoid`: logistic function) is the output.
 
-    Probabilities become their logarithms: softmax(log p) = p.
+    Probabilities become their logarithms: softmax(log p) = p. Those of percentages are larger by a constant, which the
+    softmax takes away.
     """
     if activation == "probabilities":
         # A probability that was rounded to 0 gets a finite logarithm, -87: the checks refuse infinite logits.
@@ -88,17 +89,22 @@ def to_logits(output_BC: Tensor, activation: Activation | None) -> Tensor:
 
 
 def looks_like(output_BC: Tensor) -> Activation:
-    """Guess the kind of numbers in an output (B, C) by their range: logits are hardly ever all within 0..1.
+    """Guess the kind of numbers in an output (B, C): logits are hardly ever all positive with equal sums, or in 0..1.
 
-    Numbers within 0..1 are probabilities where rows sum to 1, else outputs of a sigmoid. Too few numbers to tell are
-    taken for logits.
+    Numbers from 0 on are probabilities, or percentages, where all rows have the same sum; other numbers within 0..1 are
+    outputs of a sigmoid. Too few numbers to tell are taken for logits.
     """
     values = output_BC.detach().float()
-    if not torch.isfinite(values).all() or values.min() < 0 or values.max() > 1 + ROW_SUM_TOLERANCE:
+    if not torch.isfinite(values).all() or values.min() < 0:
         return "logits"
     rows, classes = values.shape
-    if ((values.sum(dim=1) - 1).abs() < ROW_SUM_TOLERANCE).all():
-        return "probabilities" if rows >= TELLING_ROWS or classes >= TELLING_CLASSES else "logits"
+    if _have_one_sum(values):
+        # One row has the same sum as itself: 1 tells something, another sum does not.
+        sums_to_1 = abs(float(values.sum(dim=1)[0]) - 1) < ROW_SUM_TOLERANCE
+        telling = rows >= TELLING_ROWS or (sums_to_1 and classes >= TELLING_CLASSES)
+        return "probabilities" if telling else "logits"
+    if values.max() > 1 + ROW_SUM_TOLERANCE:
+        return "logits"
     # Equal values for every class allow no guess; `probe.check_answers` refuses such a model.
     same = bool((values == values[:, :1]).all())
     return "logits" if same or values.numel() < TELLING_NUMBERS else "sigmoid"
@@ -106,16 +112,16 @@ def looks_like(output_BC: Tensor) -> Activation:
 
 def check_activation(output_BC: Tensor, spec: TeacherSpec) -> None:
     """Raise TeacherError where the output contradicts the spec's activation, or is probabilities without one."""
+    sums = output_BC.float().sum(dim=1)
     if spec.activation is None and looks_like(output_BC) == "probabilities":
         raise TeacherError(
-            f"teacher {spec}: gives probabilities (rows within 0..1 that sum to 1), not logits, and a softmax over "
-            "them would make every class about equally likely; add the option ?activation=probabilities"
+            f"teacher {spec}: gives probabilities (no number below 0, and rows that all sum to {float(sums[0]):.3g}), "
+            "not logits, and a softmax over them would give other ones; add the option ?activation=probabilities"
         )
-    sums = output_BC.float().sum(dim=1)
-    if spec.activation == "probabilities" and not ((sums - 1).abs() < ROW_SUM_TOLERANCE).all():
+    if spec.activation == "probabilities" and (output_BC.min() < 0 or not _have_one_sum(output_BC.float())):
         raise TeacherError(
-            f"teacher {spec}: is declared to give probabilities, but its rows are not within 0..1 with sum 1 (row sums "
-            f"{_range(sums)}, values {_range(output_BC)}); drop the option activation"
+            f"teacher {spec}: is declared to give probabilities, but its rows are not numbers from 0 on with one sum "
+            f"(row sums {_range(sums)}, values {_range(output_BC)}); drop the option activation"
         )
     if spec.activation == "sigmoid" and (output_BC.min() < 0 or output_BC.max() > 1):
         raise TeacherError(
@@ -144,8 +150,19 @@ def check_shape(output: Tensor, num_images: int, spec: TeacherSpec) -> None:
         )
 
 
-def _rows(output: Tensor) -> Tensor:
-    """Drop axes of size 1, which fully convolutional heads leave: (B, C, 1, 1) becomes (B, C)."""
+def _have_one_sum(values_BC: Tensor) -> bool:
+    """Return whether all rows have the same sum, above 0."""
+    sums = values_BC.sum(dim=1)
+    return bool(sums.min() > 0 and sums.max() - sums.min() < ROW_SUM_TOLERANCE * sums.mean())
+
+
+def _rows(output: Tensor, spec: TeacherSpec) -> Tensor:
+    """Drop axes of size 1, which fully convolutional heads leave: (B, C, 1, 1) becomes (B, C).
+
+    Raises TeacherError for integers, such as the number of the best class or quantised probabilities.
+    """
+    if not output.is_floating_point():
+        raise TeacherError(f"teacher {spec}: its output is of type {output.dtype}, expected logits, which are floats")
     if output.ndim > 2 and sum(side != 1 for side in output.shape[1:]) <= 1:
         return output.flatten(1)
     return output

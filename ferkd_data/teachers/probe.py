@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ferkd_data.crops import Crops
 from ferkd_data.errors import ImageError, TeacherError, UsageError
-from ferkd_data.images import ImageRef, ImageSource, decode_rgb, order_note
+from ferkd_data.images import ImageRef, ImageSource, contradictions, decode_rgb, order_note
 from ferkd_data.replay import replay
 from ferkd_data.teachers.outputs import check_activation, looks_like
 from ferkd_data.teachers.teacher import Teacher, is_out_of_memory
@@ -26,14 +26,11 @@ TELLING_IMAGES = 4
 """Different images with equal answers that show that a teacher always answers the same."""
 ZEROS_OF_A_RELU = 0.01
 """Share of exact zeros among numbers that are never negative from which they look like features after a ReLU."""
-CONTRADICTIONS = 0.1
-"""Share of the names known to both sides that may have other numbers: lists of one data set differ in a few names."""
 STEADY_IMAGES = 2
 UNSTEADY = 0.15
 """Difference between two answers to one image, relative to their spread over the classes, from which a teacher answers
 by chance or by its batch. Measured on EfficientNet-Lite0: bfloat16 0.005, dynamic int8 0.03, a dropout of 0.1 before
 the classifier 0.36, one batch normalisation in training mode 2.8."""
-NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +228,7 @@ def check_class_order(class_names: Sequence[str] | None, teacher: Teacher) -> No
 
     Nothing is raised where either has no names, or where most names are unknown to the other side.
     """
-    shown = _contradictions(class_names, teacher.class_names)
+    shown = contradictions(class_names, teacher.class_names)
     if shown:
         raise UsageError(
             f"teacher {teacher.spec}: knows the classes of the images in another order ({shown}); give --classes FILE "
@@ -245,7 +242,7 @@ def check_same_order(teachers: Sequence[Teacher]) -> None:
     A teacher without names, or with names that most others do not know, is not compared.
     """
     for teacher, other in itertools.combinations(teachers, 2):
-        shown = _contradictions(teacher.class_names, other.class_names)
+        shown = contradictions(teacher.class_names, other.class_names)
         if shown:
             raise UsageError(
                 f"teachers {teacher.spec} and {other.spec}: know the same classes in another order ({shown}); wrap one "
@@ -265,50 +262,3 @@ def check_folder_order(folders: Sequence[str] | None, teachers: Sequence[Teacher
             f"teacher {teacher.spec}: {differing}. Which of them numbered its classes? Give --classes FILE with one "
             "line per class folder in the order of its outputs; `ferkd-data evaluate` tells which order is right"
         )
-
-
-def _contradictions(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> str:
-    """Describe the first classes that two lists of names have in another order; empty where the lists may agree."""
-    if ours is None or theirs is None or len(ours) != len(theirs):
-        return ""
-    known, wrong = _common_classes(ours, theirs)
-    # Few common names mean another vocabulary, such as WordNet IDs beside English: nothing can be compared.
-    if len(known) < max(2, len(ours) / 2) or not wrong:
-        return ""
-    # Where all names are known, one wrong number is a fault. Where only most are, a word may mean something else there.
-    if len(known) < len(ours) and len(wrong) <= CONTRADICTIONS * len(known):
-        return ""
-    return "; ".join(f"class {i} is {ours[i]!r} here and {theirs[i]!r} there" for i in wrong[:NAMES_SHOWN])
-
-
-def _common_classes(ours: Sequence[str], theirs: Sequence[str]) -> tuple[list[int], list[int]]:
-    """List our classes whose name both sides have, and those among them that have another number on their side.
-
-    A synonym that two of our classes have tells nothing. ImageNet has two cranes and two maillots, which some lists of
-    its names tell apart and some do not.
-    """
-    numbers = _numbers_by_synonym(theirs)
-    unambiguous = {synonym for synonym, found in _numbers_by_synonym(ours).items() if len(found) == 1}
-    known, wrong = [], []
-    for number, name in enumerate(ours):
-        found = set().union(*(numbers.get(synonym, set()) for synonym in _synonyms(name) & unambiguous))
-        if found:
-            known.append(number)
-            if number not in found:
-                wrong.append(number)
-    return known, wrong
-
-
-def _numbers_by_synonym(names: Sequence[str]) -> dict[str, set[int]]:
-    """Map each synonym to the classes that have it."""
-    numbers: dict[str, set[int]] = {}
-    for number, name in enumerate(names):
-        for synonym in _synonyms(name):
-            numbers.setdefault(synonym, set()).add(number)
-    return numbers
-
-
-def _synonyms(name: str) -> set[str]:
-    """Split a name at its commas; case, underscores and hyphens do not count. `tench, Tinca tinca` has two synonyms."""
-    plain = name.casefold().replace("_", " ").replace("-", " ")
-    return {" ".join(piece.split()) for piece in plain.split(",")}

@@ -18,6 +18,8 @@ Activation: TypeAlias = Literal["logits", "probabilities", "sigmoid"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 Triple: TypeAlias = tuple[float, float, float]
 EXAMPLE = "timm:resnet50@weights.safetensors?size=224&weight=2"
+LARGEST_STATISTIC = 2.0
+"""Largest mean and std of pixels scaled to 0..1, with room for uncommon scalings; those of 0..255 are far above."""
 CENTRE_SHARE = 0.875
 """Share of the shorter side in the usual central crop: resize to 256, crop 224."""
 
@@ -71,6 +73,11 @@ class Preprocessing:
             raise UsageError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
         if min(self.std) <= 0:
             raise UsageError(f"std must be positive, got {self.std}")
+        if max(map(abs, (*self.mean, *self.std))) > LARGEST_STATISTIC:
+            raise UsageError(
+                f"mean and std are in units of pixels scaled to 0..1, got mean={_text(self.mean)} and "
+                f"std={_text(self.std)}; divide those of pixels in 0..255 by 255, as in mean=127/255"
+            )
         if not 0 < self.crop_pct <= 1:
             raise UsageError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}")
 
@@ -275,7 +282,10 @@ def preprocessing_of(
         )
     # 0 is refused everywhere, so `or` passes over missing values alone.
     values["crop_pct"] = spec.crop_pct or crop_pct or CENTRE_SHARE
-    return Preprocessing(interpolation=chosen_filter, **values)
+    try:
+        return Preprocessing(interpolation=chosen_filter, **values)
+    except UsageError as error:
+        raise UsageError(f"teacher {spec}: {error}") from error
 
 
 def _side(value: Any) -> int:

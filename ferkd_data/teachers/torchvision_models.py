@@ -33,6 +33,14 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
         ) from error
     if spec.checkpoint is not None:
         load_checkpoint(module, Path(spec.checkpoint), teacher=str(spec))
+        if hasattr(module, "transform_input") and None in (spec.mean, spec.std):
+            # Inception v3 and GoogLeNet. torchvision turns the switch on with its own weights alone; the files do not
+            # say which it was. Its effect is to undo ImageNet's statistics and to normalise to -1..1.
+            raise TeacherError(
+                f"teacher {spec}: {spec.name} normalises its input once more in some trainings, and a checkpoint does "
+                "not say which: add ?mean=0.5&std=0.5 for torchvision's own file and what was fine-tuned from its "
+                "weights, or the mean and std of a training from the start"
+            )
     transforms = weights.transforms()
     preprocessing = preprocessing_of(
         spec,

@@ -133,6 +133,14 @@ def features_map():
     return Wrapped(lambda features, logits: features.view(-1, 3, 4, 4))
 
 
+def percentages():
+    return Wrapped(lambda features, logits: 100 * logits.softmax(dim=1))
+
+
+def best_class():
+    return Wrapped(lambda features, logits: logits.argmax(dim=1, keepdim=True))
+
+
 def probabilities():
     return Wrapped(lambda features, logits: logits.softmax(1))
 

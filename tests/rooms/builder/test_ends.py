@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from dataclasses import fields
 
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 import ferkd_data as fd
 from ferkd_data.builder import BuildSettings, build_part, finish
 from ferkd_data.builder import run as run_module
-from ferkd_data.builder.finished import _saved
+from ferkd_data.builder.finished import _is_newer, _saved
 from ferkd_data.errors import BuildError, ManifestError, SettingsMismatchError
 from ferkd_data_cli.main import run
 
@@ -243,6 +244,33 @@ def test_a_teacher_s_file_that_is_newer_than_the_labels_is_looked_at(few, tiny_t
     os.utime(file, (2e9, 2e9))
     with pytest.raises(SettingsMismatchError, match=r"teachers\[0\].digest"):
         fd.build(few, out, teachers=[spec], **TINY)
+
+
+@pytest.mark.parametrize(
+    ("spec", "file"),
+    [
+        ("onnx:{0}/model.onnx", "model.onnx"),
+        ("onnx:{0}/model.onnx", "model.onnx.data"),
+        ("hf:mine@{0}/folder", "folder/model.safetensors"),
+        ("timm:local-dir:{0}/folder", "folder/model.safetensors"),
+        ("openclip:local-dir:{0}/folder?names={0}/names.txt", "names.txt"),
+    ],
+)
+def test_other_files_of_a_teacher_under_the_same_name_are_looked_at(tmp_path, spec, file):
+    """Also where the time of writing is an old one, as of a copy."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in ("model.onnx", "folder/config.json", file):
+        (tmp_path / name).write_bytes(b"old")
+    time.sleep(0.05)
+    (tmp_path / "out/manifest.json").write_bytes(b"{}")
+    teachers = [fd.TeacherSpec.parse(spec.format(tmp_path))]
+    assert not _is_newer(tmp_path / "out", teachers)
+    time.sleep(0.05)
+    (tmp_path / "copy").write_bytes(b"new")
+    os.utime(tmp_path / "copy", (1e9, 1e9))
+    (tmp_path / "copy").replace(tmp_path / file)
+    assert _is_newer(tmp_path / "out", teachers)
 
 
 def test_missing_files_of_a_finished_set_are_no_success(few, tiny_teachers, tmp_path):

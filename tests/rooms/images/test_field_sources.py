@@ -361,6 +361,9 @@ CLASS_LABEL = {"names": ["cat", "dog"], "_type": "ClassLabel"}
         ({"label": pa.array(["dog", None])}, None, [0, None], ("dog",)),
         ({"label": pa.array(["dog", "cat"]).dictionary_encode()}, None, [1, 0], ("cat", "dog")),
         ({"label": ["3", "12"]}, None, [3, 12], None),
+        ({"label": ["3.0", "12.0"]}, None, [3, 12], None),
+        ({"label": ["12", "nan"]}, None, [12, None], None),
+        ({"label": ["3.5", "12"]}, None, [1, 0], ("12", "3.5")),
         ({"label": [1.0, 3.0]}, None, [1, 3], None),
         ({"label": [1.0, float("nan")]}, None, [1, None], None),
         ({"label": [True, False]}, None, [1, 0], None),
@@ -392,6 +395,33 @@ def test_names_of_a_classlabel_are_looked_up_in_the_classes_file(tmp_path):
     classes.write_text("Katze\nHund\n")
     source = open_source(tmp_path / "x.parquet", classes=classes)
     assert list(listed(source).values()) == [0, 1] and source.class_names == ("Katze", "Hund")
+    for names in ("Dog\nCat\n", "dog, domestic\ncat, tabby\n"):
+        classes.write_text(names)
+        with pytest.raises(SourceError, match=r"in another order \(class 0 is 'cat' here and '[Dd]og"):
+            open_source(tmp_path / "x.parquet", classes=classes)
+    classes.write_text("Cat\nDog\n")
+    assert list(listed(open_source(tmp_path / "x.parquet", classes=classes)).values()) == [0, 1]
+
+
+def test_a_text_that_two_lines_of_the_classes_file_have_names_no_class(tmp_path):
+    write_parquet(tmp_path / "x.parquet", structs("a.jpg", "b.jpg", "c.jpg"), label=["crane", "dog", "machine"])
+    (tmp_path / "classes.txt").write_text("crane\tbird\ndog\tdog\ncrane\tmachine\n")
+    source = open_source(tmp_path / "x.parquet", classes=tmp_path / "classes.txt")
+    assert list(listed(source).values()) == [None, 1, 2]
+    assert source.notes == ("1 image with labels that are not in the classes file, such as 'crane': no ground truth",)
+
+
+def test_text_labels_that_programs_sort_differently_are_named(tmp_path):
+    write_parquet(tmp_path / "x.parquet", structs("a.jpg", "b.jpg", "c.jpg"), label=["c 10", "c 2", "c 1"])
+    source = open_source(tmp_path / "x.parquet")
+    assert list(listed(source).values()) == [1, 2, 0]
+    assert "so 'c 10' is class 1; timm's own reader makes 'c 2' class 1" in source.notes[0]
+
+
+def test_keys_that_are_stored_as_bytes(tmp_path):
+    write_parquet(tmp_path / "x.parquet", structs("a.jpg", "b.jpg"), key=pa.array(["Jörg/1".encode(), b"\xff"]))
+    good, bad = open_source(tmp_path / "x.parquet").list_images()
+    assert good.key == "Jörg/1" and bad.reason == "bad_key"
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
@@ -443,6 +473,10 @@ def test_files_that_differ_are_not_one_source(tmp_path):
     write_parquet(tmp_path / "a.parquet", structs("a.jpg"), label=[1])
     write_parquet(tmp_path / "b.parquet", structs("b.jpg"), labels=[1])
     with pytest.raises(SourceError, match="has labels in label and labels"):
+        open_source(tmp_path)
+    write_parquet(tmp_path / "a.parquet", structs("a.jpg"), id=["a"])
+    write_parquet(tmp_path / "b.parquet", structs("b.jpg"))
+    with pytest.raises(SourceError, match="has keys in id and none"):
         open_source(tmp_path)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import ferkd_data as fd
 from ferkd_data.errors import TeacherError
 from ferkd_data.teachers import TeacherSpec, load_teacher
 
@@ -258,6 +259,24 @@ def test_a_fine_tuned_head_of_another_size(tmp_path, kind):
         load_teacher(TeacherSpec.parse(f"{kind}@{tmp_path / 'w.pth'}"))
     teacher = load_teacher(TeacherSpec.parse(f"{kind}@{tmp_path / 'w.pth'}?classes=7"))
     assert teacher.num_classes == 7 and teacher.class_names is None and teacher.published_top1 is None
+
+
+@pytest.mark.filterwarnings("ignore:.*init_weights.*:FutureWarning")
+def test_a_checkpoint_of_a_model_that_may_normalise_its_input(tmp_path):
+    """GoogLeNet and Inception v3 do so with torchvision's own weights; mean 0.5 and std 0.5 have the same effect."""
+    import torchvision
+
+    network = torchvision.models.googlenet(num_classes=4, aux_logits=True, init_weights=False)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    spec = f"torchvision:googlenet@{tmp_path / 'w.pth'}?classes=4&size=64"
+    with pytest.raises(TeacherError, match=r"does not say which: add \?mean=0.5&std=0.5 for torchvision"):
+        load_teacher(TeacherSpec.parse(spec))
+    batch = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    teacher = load_teacher(TeacherSpec.parse(f"{spec}&mean=0.5&std=0.5"))
+    network.eval().transform_input = True
+    with torch.no_grad():
+        expected = network(fd.normalize(batch))
+    torch.testing.assert_close(teacher.logits(batch), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_vision_transformer_trained_at_another_size(tmp_path):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import ferkd_data as fd
 from ferkd_data.errors import MissingExtraError, TeacherError, UsageError
 from ferkd_data.teachers import TeacherSpec, load_teacher
+from ferkd_data.teachers.hf_models import measure_processor
 
 COLOURS = [(0, 0, 0), (200, 30, 90), (30, 200, 255)]
 LABELS = {0: "tench, Tinca tinca", 1: "goldfish", 2: "great white shark"}
@@ -101,6 +102,39 @@ def test_a_model_of_transformers_sees_what_its_processor_gives(saved, make):
             expected = model(**inputs).logits
         given = teacher.logits(torch.from_numpy(image).permute(2, 0, 1)[None])
         torch.testing.assert_close(given, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_weights_in_half_precision_are_computed_in_float32(saved):
+    folder, model, *_ = saved(vit)
+    model.half().save_pretrained(folder)
+    teacher = load(f"hf:org/tiny@{folder}")
+    assert teacher.precision == "fp32" and teacher.input_dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"do_resize": False}, r"its size is not known; add the option, such as \?size=224"),
+        ({"do_resize": False, "do_center_crop": True, "crop_size": {"height": 300, "width": 300}}, "does more than"),
+        ({"size": {"height": 32, "width": 24}}, r"turns a square image into \(3, 32, 24\)"),
+    ],
+)
+def test_processors_that_crops_cannot_be_given(saved, changes, message):
+    folder, *_ = saved(convnext)
+    transformers.BitImageProcessor(**{"do_center_crop": False, **changes}).save_pretrained(folder)
+    with pytest.raises(TeacherError, match=message):
+        load(f"hf:org/tiny@{folder}")
+
+
+class Grey(transformers.BitImageProcessor):
+    def __call__(self, images, **options):
+        return super().__call__(images.convert("L").convert("RGB"), **options)
+
+
+def test_a_processor_that_mixes_the_colours():
+    processor = Grey(size={"shortest_edge": 32}, do_center_crop=False)
+    with pytest.raises(TeacherError, match="mixes the colours"):
+        measure_processor(processor, TeacherSpec.parse("hf:org/tiny"))
 
 
 def test_the_settings_of_a_processor_are_kept_to_the_last_digit(saved):
@@ -238,6 +272,12 @@ def test_zero_shot_is_what_open_clip_does(clip):
         features = torch.nn.functional.normalize(model.encode_image((batch / 255 - mean) / std), dim=-1)
         expected = model.logit_scale.exp() * features @ classes.T
     torch.testing.assert_close(teacher.logits(batch), expected, atol=1e-3, rtol=1e-3)
+    for text in (
+        "n01 cat\nn02 golden retriever\nn03 great white shark\n".replace("n0", "n0000000"),
+        '["cat", "golden_retriever", "great_white_shark"]',
+    ):
+        (folder / "names.txt").write_text(text)
+        assert load(spec).digest == teacher.digest, "the same names in another form of --classes"
     (folder / "names.txt").write_text("cat\ngolden retriever\nshark\n")
     assert load(spec).digest != teacher.digest, "other names are another teacher"
 
@@ -246,9 +286,10 @@ def test_zero_shot_is_what_open_clip_does(clip):
     ("options", "message"),
     [
         ("@{0}/clip.pt", r"needs the names of the classes: \?names=FILE"),
-        ("@{0}/clip.pt?names={0}/nowhere.txt", "nowhere.txt cannot be read"),
+        ("@{0}/clip.pt?names={0}/nowhere.txt", "nowhere.txt: cannot be read"),
         ("@{0}/clip.pt?names={0}/empty.txt", "empty"),
         ("@{0}/clip.pt?names={0}/names.txt&templates={0}/names.txt", "'cat' must have {} once"),
+        ("@{0}/clip.pt?names={0}/numbers.txt", "has numbers for its classes"),
         ("?names={0}/names.txt", "name its weights: openclip:tiny-clip@FILE"),
         ("@{0}/none.pt?names={0}/names.txt", "open_clip cannot make it"),
     ],
@@ -257,6 +298,7 @@ def test_open_clip_teachers_that_cannot_be_had(clip, options, message):
     _, folder = clip
     (folder / "names.txt").write_text("cat\ndog\n")
     (folder / "empty.txt").write_text("\n")
+    (folder / "numbers.txt").write_text("n01440764\nn01443537\n")
     with pytest.raises(TeacherError, match=message):
         load("openclip:tiny-clip" + options.format(folder))
 

@@ -36,6 +36,7 @@ def model(
     extra_input=False,
     tail=False,
     softmax=False,
+    integers=False,
 ):
     """A network whose logits are the channels' means times (3, 9) weights; `features` are the means."""
     numpy_dtype = helper.tensor_dtype_to_np_dtype(dtype)
@@ -55,6 +56,9 @@ def model(
     if tail:
         nodes.append(helper.make_node("Unsqueeze", [last, "axes"], ["tailed"]))
         last = "tailed"
+    if integers:
+        nodes.append(helper.make_node("Cast", [last], ["whole"], to=TensorProto.INT64))
+        last = "whole"
     nodes.append(helper.make_node("Identity", [last], ["logits"]))
     nodes.append(helper.make_node("Identity", [flat], ["features"]))
     working_numpy = np.float32 if dtype == TensorProto.UINT8 else numpy_dtype
@@ -68,7 +72,8 @@ def model(
     if extra_input:
         inputs.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, (1,)))
     shapes = {"logits": None if tail else ("batch", CLASSES), "features": ("batch", "means")}
-    outs = [helper.make_tensor_value_info(name, working, shapes[name]) for name in outputs]
+    kinds = {"logits": TensorProto.INT64 if integers else working, "features": working}
+    outs = [helper.make_tensor_value_info(name, kinds[name], shapes[name]) for name in outputs]
     graph = helper.make_graph(nodes, "g", inputs, outs, initialisers)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     made.ir_version = 9
@@ -150,6 +155,8 @@ def test_one_image_at_a_time_is_slow_and_said(save, arguments):
         ({"dtype": TensorProto.BFLOAT16}, "", r"takes tensor\(bfloat16\)|cannot load it"),
         ({"extra_input": True}, "", r"2 inputs \(images .*, mask .*\), expected one"),
         ({"softmax": True}, "", "gives probabilities .*activation=probabilities"),
+        ({"dtype": TensorProto.UINT8}, "", "takes uint8 images, so it normalises them itself; drop the options"),
+        ({"integers": True}, "", "its output is of type int64, expected logits"),
         ({}, "&classes=7", "gives 9 numbers for each image, expected 7 classes"),
     ],
 )

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from label_sets import same_label_sets
 
 import ferkd_data as fd
 from ferkd_data.builder.labelling.forwards import Forwards
@@ -116,6 +117,9 @@ def test_few_numbers_are_no_evidence():
     assert looks_like(torch.tensor([[0.4, 0.6]])) == "logits"
     assert looks_like(torch.tensor([[0.4, 0.6]] * 4)) == "probabilities"
     assert looks_like(torch.full((1, 1000), 0.001)) == "probabilities"
+    assert looks_like(torch.tensor([[40.0, 60.0], [1.0, 99.0]] * 2)) == "probabilities"
+    assert looks_like(torch.tensor([[40.0, 60.0]])) == "logits"
+    assert looks_like(torch.tensor([[1.0, 9.0], [3.0, 2.0]] * 2)) == "logits"
     assert looks_like(torch.zeros(8, 10)) == "logits"
     assert looks_like(torch.rand(8, 10)) == "sigmoid"
     assert looks_like(torch.randn(8, 10)) == "logits"
@@ -303,6 +307,18 @@ def test_random_weights_are_noticed_by_a_resume_and_by_workers(photos, tmp_path,
         fd.build(photos, tmp_path / "a", teachers=[teacher], crops=2, top_k=2, workers=2)
     with pytest.raises(SettingsMismatchError, match="digest"):
         fd.build(photos, tmp_path / "a", teachers=[teacher], crops=2, top_k=2)
+
+
+def test_percentages_and_the_number_of_the_best_class(photos, tmp_path):
+    settings = {"crops": 2, "top_k": 2}
+    with pytest.raises(TeacherError, match=r"rows that all sum to 100\), .*activation=probabilities"):
+        fd.build(photos, tmp_path / "a", teachers=["python:odd_teachers:percentages"], **settings)
+    teachers = [f"python:odd_teachers:{name}?activation=probabilities" for name in ("percentages", "probabilities")]
+    for teacher, out in zip(teachers, ("b", "c"), strict=True):
+        fd.build(photos, tmp_path / out, teachers=[teacher], **settings)
+    assert same_label_sets(tmp_path / "b", tmp_path / "c")
+    with pytest.raises(TeacherError, match=r"output is of type torch.int64, expected logits"):
+        load("best_class")
 
 
 class TwoOutputs(torch.nn.Module):

@@ -237,6 +237,13 @@ def test_teachers_that_cannot_be_loaded(spec, message, tiny_teachers):
         load_teacher(TeacherSpec.parse(spec))
 
 
+@pytest.mark.parametrize("options", ["mean=123.675,116.28,103.53&std=58.395,57.12,57.375", "mean=127&std=1"])
+def test_statistics_of_pixels_in_0_to_255_are_refused(tiny_teachers, options):
+    """Every image would be nearly the same to the teacher."""
+    with pytest.raises(UsageError, match=rf"^teacher {tiny_teachers}.*in units of pixels scaled to 0\.\.1.*divide"):
+        load_teacher(TeacherSpec.parse(f"{tiny_teachers}?{options}"))
+
+
 def test_unknown_preprocessing_names_the_option(tmp_path, lite0_onnx):
     import onnx
 
