@@ -193,6 +193,8 @@ def _precision(logits: Tensor) -> torch.dtype:
 def _check(logits: Tensor, targets: SoftTargets | Tensor) -> None:
     if not isinstance(targets, (SoftTargets, Tensor)):
         raise UsageError(f"targets must be SoftTargets or a tensor (B, C), got {type(targets).__name__}")
+    if not isinstance(logits, Tensor):
+        raise UsageError(f"logits must be a tensor (B, C), got {type(logits).__name__}; give the model's logits alone")
     expected = tuple(targets.shape) if isinstance(targets, Tensor) else (len(targets), targets.num_classes)
     if isinstance(targets, Tensor) and targets.dim() == 1:
         raise UsageError("these targets are class numbers (B,), not distributions; use torch's cross_entropy for them")

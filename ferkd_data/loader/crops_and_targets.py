@@ -62,7 +62,8 @@ def draw(
     """Draw crops: their numbers within the block, (I, draws.num).
 
     `key_hash` (I,) identifies the images, `use` (I, n) is each crop's probability of being in use: 0, 1, or between
-    for crops that are thinned out. Where an image has none in use in this block, all its crops there are drawn from.
+    for crops that are thinned out. Where an image has none in use in this block, those that were only thinned
+    out are drawn from, else all its crops there.
     """
     # A stream of random words for each image, (I, 1): of its key and not of its row, so that a selection draws the
     # same.
@@ -73,7 +74,9 @@ def draw(
     # words.
     coin = rng.uniforms(rng.counter64(stream, crop))
     in_use = coin < use
-    in_use |= ~in_use.any(axis=1, keepdims=True)
+    # Where chance has thinned out all of an image's crops, they are drawn from before any that is discarded.
+    for instead in (use > 0, np.ones_like(in_use)):
+        in_use |= instead & ~in_use.any(axis=1, keepdims=True)
     count = in_use.sum(axis=1)[:, None]
     numbers = draws.first + np.arange(draws.num)[None]
     # Draw t of a block that has `count` crops in use is the t % count-th of its order number t // count.

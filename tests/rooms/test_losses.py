@@ -250,6 +250,8 @@ def test_dense_targets_are_not_broadcast():
         soft_cross_entropy(torch.randn(3, 7), torch.rand(1, 7))
     with pytest.raises(UsageError, match=r"targets must be SoftTargets or a tensor \(B, C\), got list"):
         soft_cross_entropy(torch.zeros(2, 5), [0, 1])
+    with pytest.raises(UsageError, match=r"logits must be a tensor \(B, C\), got tuple"):
+        soft_cross_entropy((torch.randn(3, 7),), torch.rand(3, 7))
     with pytest.raises(UsageError, match="class numbers"):
         soft_cross_entropy(torch.randn(3, 7), torch.arange(3))
     with pytest.raises(UsageError, match="temperature must be positive"):

@@ -135,6 +135,14 @@ def test_thinned_crops_come_as_often_as_asked():
     assert abs(thinned - 5 / 30) < 0.02
 
 
+def test_discarded_crops_stay_out_where_all_others_are_thinned_out():
+    use = np.zeros((400, 10), np.float32)
+    use[:, :3] = 0.05
+    draws = epoch_draws(0, crops_per_image=4, num_crops=10, crops_per_block=10)[0]
+    drawn = draw(rng.counter64(1, np.arange(400)), use, draws, seed=0)
+    assert set(np.unique(drawn).tolist()) == {0, 1, 2}
+
+
 LAYOUTS = st.builds(
     Layout,
     num_images=st.integers(1, 150),
