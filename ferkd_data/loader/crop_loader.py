@@ -349,7 +349,7 @@ class CropLoader(DataLoaderLike):
         # Only now, since everything above may raise: an iteration that cannot begin leaves the loader where it was.
         self._cursor, self._asked = start, None
         self._iteration += 1
-        iteration, left = self._iteration, self._count(start)
+        iteration, left, whole = self._iteration, self._count(start), self._count(Cursor(epoch=start.epoch))
         self._under_way, self._clock = start.epoch, clock
         self._maker.clock.take()  # What an iteration that failed has left behind.
         clock.enter("wait")
@@ -377,27 +377,14 @@ class CropLoader(DataLoaderLike):
         finally:
             # Also where a loop leaves early, as soon as nobody holds the iterator.
             clock.enter(None)
-            if left:
-                self._warn_if_cut_short(start.epoch, left)
+            # As the interpreter ends, too, when nothing can be imported or looked up any more.
+            if whole - left in self._told - {whole}:
+                _warn_of_cut_epoch(start.epoch, whole, whole - left)
             if self.settings.log_stats:
                 log_stats(stats_of(clock.times(), self.settings), ranks)
             # Otherwise `_under_way` is that of a later iteration.
             if self._iteration == iteration:
                 self._under_way = None
-
-    def _warn_if_cut_short(self, epoch: int, left: int) -> None:
-        """Warn where a loop left an epoch after as many batches as another one has: it asked for the length too early.
-
-        Lightning and HF Trainer ask for it once, before the first epoch, and end each epoch after so many batches.
-        """
-        count = self._count(Cursor(epoch=epoch))
-        if count - left in self._told - {count}:
-            warnings.warn(
-                f"epoch {epoch} has {count} batches and was left after {count - left}, the length of another epoch: "
-                'does the loop ask for len(loader) only once? Epochs of equal length need epoch="crops", or a '
-                "crops_per_image that does not change",
-                stacklevel=2,
-            )
 
     def _start(self) -> Cursor:
         """Return the cursor at which an iteration that begins now begins."""
@@ -530,6 +517,19 @@ class CropLoader(DataLoaderLike):
             **asdict(self._layout(epoch)),
             **self._maker.epochs.fingerprint(epoch),
         }
+
+
+def _warn_of_cut_epoch(epoch: int, whole: int, given: int) -> None:
+    """Warn where a loop left an epoch after as many batches as another one has: it asked for the length too early.
+
+    Lightning and HF Trainer ask for it once, before the first epoch, and end each epoch after so many batches.
+    """
+    warnings.warn(
+        f"epoch {epoch} has {whole} batches and was left after {given}, the length of another epoch: does the loop ask "
+        'for len(loader) only once? Epochs of equal length need epoch="crops", or a crops_per_image that does not '
+        "change",
+        stacklevel=3,
+    )
 
 
 __all__: Sequence[str] = ["CropLoader"]

@@ -216,6 +216,10 @@ class ImageTable:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_scratch": None, "_index": None, "_batches": []}
 
+    def __deepcopy__(self, memo: Any) -> ImageTable:
+        # Nothing here changes; a copy within the process would lose its files with the original.
+        return self
+
 
 class OwnImages:
     """The images inside a label set of layout `webdataset`, read where their records say. Can be pickled."""
@@ -287,6 +291,10 @@ class KeyTable:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
+
+    def __deepcopy__(self, memo: Any) -> KeyTable:
+        # As for an `ImageTable`.
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -6,6 +6,8 @@ import copy
 import gc
 import pickle
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -381,6 +383,11 @@ def test_a_copy_goes_on_as_the_loader_would(make, copied, num_workers):
     other = copied(loader)
     assert [targets.keys for _, targets in batches] == [targets.keys for _, targets in untouched[1:]]
     assert same(contents(other), contents(loader))
+    if copied is copy.deepcopy:
+        del loader, batches
+        gc.collect()
+        # In the process, a copy may outlive its original.
+        assert len(list(other)) == 5
 
 
 def test_a_copy_without_its_original_says_so(make, tmp_path):
@@ -391,6 +398,26 @@ def test_a_copy_without_its_original_says_so(make, tmp_path):
         gc.collect()
         with pytest.raises(LoaderError, match="A copy works only as long as the original exists"):
             next(iter(pickle.loads(pickled)))
+
+
+def test_an_iterator_that_lives_to_the_end_of_the_program_is_silent(label_set, photos, tmp_path):
+    program = (
+        "import sys, ferkd_data as fd\n"
+        "labels, photos, cache = sys.argv[1:]\n"
+        "loader = fd.CropLoader(fd.open_labels(labels), images=photos, batch_size=4, size=16, cache_dir=cache)\n"
+        "len(loader)\n"
+        "class Held: pass\n"
+        "Held.one = Held()\n"
+        "Held.one.other, Held.one.batches = Held, iter(loader)\n"
+        "next(Held.one.batches)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, label_set, photos, tmp_path / "cache"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_a_default_device_is_no_place_for_batches(make):
