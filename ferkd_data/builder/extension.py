@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ferkd_data.builder.known_images import KnownImages
-from ferkd_data.builder.plan import Plan, PlanWriter, open_plan, save_plan
+from ferkd_data.builder.plan import Plan, PlanWriter, resume_plan, save_plan
 from ferkd_data.builder.seal import write_rejects
 from ferkd_data.builder.settings import DEFAULT_IMAGES_PER_SHARD, BuildSettings
 from ferkd_data.builder.state import BuildFolder, Facts
@@ -264,7 +264,7 @@ def load_or_make_extension(source: ImageSource, folder: Path, base: Base, settin
     SettingsMismatchError for one that has another target there.
     """
     if (folder / "plan.json").exists():
-        return open_plan(folder)
+        return resume_plan(source, folder)
     return _Extension(source, folder, base, settings).plan()
 
 

@@ -7,6 +7,7 @@ shards of one part of a build for a batch system: every n-th.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from ferkd_data.errors import SourceError, UsageError
 from ferkd_data.format.rejects import RejectWriter
 from ferkd_data.images import ImageRef, ImageSource, Reject, describe_left_out, in_groups
 from ferkd_data.labels.rows import DIGEST_BYTES
-from ferkd_data.storage import write_atomically
+from ferkd_data.storage import open_regular_stream, write_atomically
 
 FORMAT: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["target"], "write_statistics": False}
 """Keys and files do not repeat, so a dictionary would cost space. Statistics would fill the footer, which every worker
@@ -33,6 +34,7 @@ reads for each shard: 10 million images have 2,500 row groups."""
 REF_FIELDS = ("key", "target", "file", "offset", "length")
 DIGEST = pa.binary(DIGEST_BYTES)
 DIGESTED_TOGETHER = 4096
+FINGERPRINT_BYTES = 4096
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -68,6 +70,8 @@ class PlanSummary(BaseModel):
     left_out: dict[str, int] = {}
     """Number of files that are no images, by reason (see ferkd_data.images.refs)."""
     left_out_examples: dict[str, str] = {}
+    containers: dict[str, str] = {}
+    """The files that hold many images each (see `ImageSource.containers`), and their fingerprints."""
     notes: tuple[str, ...] = ()
     """Remarks about how the source was read, a sentence each."""
     first_shard: int = 0
@@ -130,10 +134,10 @@ class Plan:
 def load_or_make_plan(source: ImageSource, folder: Path, *, images_per_shard: int) -> Plan:
     """Return the plan that an earlier run of this build made, or make one.
 
-    Raises SourceError when the source holds no image at all.
+    Raises SourceError when the source holds no image at all, or has other contents than in that run.
     """
     if (folder / "plan.json").exists():
-        return open_plan(folder)
+        return resume_plan(source, folder)
     with PlanWriter(folder) as writer:
         for refs in _shards(source.list_images(), writer, images_per_shard):
             writer.add_shard(table_of(refs))
@@ -146,6 +150,40 @@ def load_or_make_plan(source: ImageSource, folder: Path, *, images_per_shard: in
 def open_plan(folder: Path) -> Plan:
     """Open the plan in `folder`."""
     return Plan(folder=folder, summary=PlanSummary.model_validate_json((folder / "plan.json").read_bytes()))
+
+
+def resume_plan(source: ImageSource, folder: Path) -> Plan:
+    """Open the plan of an earlier run.
+
+    Raises SourceError for a tar or Parquet file that was written anew since then: other images may lie at the places
+    of the plan. A file that is gone is left to its images, which become rejects.
+    """
+    plan = open_plan(folder)
+    for file, now in _fingerprints(source).items():
+        if now != plan.summary.containers.get(file, now):
+            raise SourceError(
+                f"{file}: was written anew since this build began, and its images may lie elsewhere in it now; bring "
+                "the old file back, or begin again with --overwrite"
+            )
+    return plan
+
+
+def _fingerprints(source: ImageSource) -> dict[str, str]:
+    return {file: _fingerprint(Path(file)) for file in source.containers if Path(file).is_file()}
+
+
+def _fingerprint(path: Path) -> str:
+    """Hash the size, the beginning and the end of a file: a tar's first member, or a Parquet file's footer, are there.
+
+    Not the time of writing, which a copy on another machine has not.
+    """
+    with open_regular_stream(path) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        begin = stream.read(FINGERPRINT_BYTES)
+        stream.seek(max(0, size - FINGERPRINT_BYTES))
+        end = stream.read(FINGERPRINT_BYTES)
+    return hashlib.blake2b(b"%d\0" % size + begin + end, digest_size=8).hexdigest()
 
 
 def save_plan(folder: Path, summary: PlanSummary) -> Plan:
@@ -210,6 +248,7 @@ class PlanWriter:
             class_names=source.class_names,
             class_folders=source.class_folder_names,
             left_out=dict(source.left_out.counts),
+            containers=_fingerprints(source),
             left_out_examples=source.left_out.examples,
             notes=source.notes,
         )

@@ -56,6 +56,10 @@ class FolderSource:
         """First folder below a class folder that holds images; known after listing."""
 
     @property
+    def containers(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def description(self) -> str:
         return f"folder {self.root.resolve().name}"
 

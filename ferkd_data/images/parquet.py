@@ -69,6 +69,10 @@ class ParquetSource:
                 )
 
     @property
+    def containers(self) -> tuple[str, ...]:
+        return tuple(str(self.root / file) for file in self.files)
+
+    @property
     def description(self) -> str:
         count = len(self.files)
         return f"{count} Parquet {'file' if count == 1 else 'files'} in {self.root.resolve().name}"

@@ -105,6 +105,10 @@ class ImageSource(Protocol):
     def notes(self) -> tuple[str, ...]:
         """Sentences that tell a person how the source was read; complete after listing."""
 
+    @property
+    def containers(self) -> tuple[str, ...]:
+        """Files on the disk that hold many images each, in which references are places; none in a folder of images."""
+
     def list_images(self) -> Iterator[ImageRef | Reject]:
         """Yield each image once, without holding the listing in memory. Raises SourceError."""
 

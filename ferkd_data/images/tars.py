@@ -26,7 +26,7 @@ from ferkd_data.images.file_kinds import (
 from ferkd_data.images.keys import DuplicateFilter, check_key
 from ferkd_data.images.refs import ImageRef, LeftOut, Reject
 from ferkd_data.images.retrying import ReopeningFile, unreadable
-from ferkd_data.storage import CHUNK_BYTES
+from ferkd_data.storage import CHUNK_BYTES, is_url
 
 TARGET_SUFFIXES = ("cls", "class", "label", "target")
 TARGET_FIELDS = (
@@ -67,6 +67,10 @@ class TarSource:
         """Members that are no images and belong to none, and `beside`; complete after listing."""
         self._beside = beside or LeftOut()
         self._labels = LabelCounts()
+
+    @property
+    def containers(self) -> tuple[str, ...]:
+        return tuple(tar for tar in self.tars if not is_url(tar))
 
     @property
     def description(self) -> str:

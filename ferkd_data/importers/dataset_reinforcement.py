@@ -205,7 +205,8 @@ def image_folder_ids(root: Path, folder: Path) -> dict[str, int]:
 def listed_ids(path: Path) -> dict[str, int]:
     """Map keys to IDs by a text file, line n for ID n. Raises UsageError."""
     try:
-        keys = read_text(path).splitlines()
+        # Not `splitlines`, which also splits at characters that a file's name may hold, such as U+2028.
+        keys = read_text(path).removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as a list of keys ({error})") from error
     ids = {key: number for number, key in enumerate(keys)}

@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from label_sets import SMALL, same_files, wait_until
 
 import ferkd_data as fd
 from ferkd_data.builder import build_part, finish
 from ferkd_data.builder.plan import Part
-from ferkd_data.errors import BuildError, BuildLockedError, SettingsMismatchError, UsageError
+from ferkd_data.errors import BuildError, BuildLockedError, SettingsMismatchError, SourceError, UsageError
 from ferkd_data_cli.main import run
 
 OPTIONS = ("--crops", "10", "--crops-per-block", "4", "--top-k", "4", "--images-per-shard", "2", "--device", "cpu")
@@ -38,7 +41,7 @@ def test_parts_at_the_same_time_make_the_build_of_one(photos, tiny_teachers, tmp
     layout = {"layout": "webdataset", "thresholds": fd.QuantileThresholds(low=0.1, mid=0.25, top=0.8)} if more else {}
     fd.build(photos, undisturbed, teachers=[tiny_teachers], **SETTINGS, **layout)
     # The second sleeps long enough to be at work still when it is killed.
-    sleeps = ((1, 0.2), (2, 3), (3, 0.2))
+    sleeps = ((1, 0.2), (2, 2), (3, 0.2))
     parts = [start_part(photos, out, tiny_teachers, f"{i}/3", *more, sleep=sleep) for i, sleep in sleeps]
     wait_until(lambda: (out / ".build/shards/00001.json").exists())
     parts[1].kill()
@@ -106,6 +109,34 @@ def test_a_whole_build_takes_over_what_parts_have_done(photos, tiny_teachers, tm
     assert {1, 4, 7}.isdisjoint({progress.shard for progress in seen})
     fd.build(photos, tmp_path / "undisturbed", teachers=[tiny_teachers], **SETTINGS)
     assert same_files(tmp_path / "undisturbed", tmp_path / "out")
+
+
+def write_tar(path, photos):
+    with tarfile.open(path, "w") as tar:
+        for photo in photos:
+            tar.add(photo, photo.name)
+
+
+def write_parquet(path, photos):
+    rows = [{"bytes": photo.read_bytes(), "path": photo.name} for photo in photos]
+    pq.write_table(pa.table({"image": rows}), path)
+
+
+@pytest.mark.parametrize(("name", "write"), [("some.tar", write_tar), ("some.parquet", write_parquet)])
+def test_a_source_that_changes_before_the_next_part_is_noticed(photos, tiny_teachers, tmp_path, name, write):
+    """Images are read at the places that were listed at first; other images would get their keys."""
+    source, out = tmp_path / name, tmp_path / "out"
+    found = sorted(photos.rglob("*.jpg"))
+    write(source, found)
+    before = source.read_bytes()
+    build_part(source, out, part="1/2", teachers=[tiny_teachers], **SETTINGS)
+    write(source, found[::-1])
+    with pytest.raises(SourceError, match=rf"{name}: was written anew since this build began, .*again with --over"):
+        build_part(source, out, part="2/2", teachers=[tiny_teachers], **SETTINGS)
+    source.write_bytes(before)
+    build_part(source, out, part="2/2", teachers=[tiny_teachers], **SETTINGS)
+    finish(out)
+    assert fd.verify(out, images=source).ok
 
 
 def test_every_shard_is_in_one_part():

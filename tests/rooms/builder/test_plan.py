@@ -25,6 +25,7 @@ class MadeUp:
     class_folder_names = None
     left_out = LeftOut()
     notes = ()
+    containers = ()
     description = "made up"
 
     def __init__(self, num_images, with_rejects=False):

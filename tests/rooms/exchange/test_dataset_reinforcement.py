@@ -11,7 +11,7 @@ from torchvision.datasets import ImageFolder
 
 import ferkd_data as fd
 from ferkd_data.errors import ForeignFileError, UsageError
-from ferkd_data.importers.dataset_reinforcement import image_folder_ids
+from ferkd_data.importers.dataset_reinforcement import image_folder_ids, listed_ids
 from ferkd_data_cli.main import run
 
 CONFIG = {
@@ -199,3 +199,8 @@ def test_the_command(label_set, photos, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "20 images with 10 crops" in said and "the ground truth is the most probable class of" in said
     assert [teacher.name for teacher in fd.open_labels(tmp_path / "out").manifest.teachers] == ["mine"]
+
+
+def test_a_line_of_the_list_of_keys_ends_at_its_newline_alone(tmp_path):
+    (tmp_path / "ids.txt").write_bytes("a/1\r\nodd\u2028name\nb/2\n".encode())
+    assert listed_ids(tmp_path / "ids.txt") == {"a/1": 0, "odd\u2028name": 1, "b/2": 2}
