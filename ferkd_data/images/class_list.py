@@ -33,6 +33,9 @@ NUMBERED_NAME = re.compile(r"\d+(\s|$)")
 
 WHOLE_NUMBER = re.compile(r"[-+]?\d{1,18}(\.0*)?")
 
+NUMBERED_LINE = re.compile(r"(\d{1,18})\s*?([\t,:;])\s*(\S.*)")
+"""A line with a class number or a folder that is called so: `0<tab>tench`, `0,tench`, `0: tench`."""
+
 
 @dataclass(frozen=True)
 class ClassList:
@@ -107,6 +110,9 @@ def _from_lines(path: Path, text: str) -> list[tuple[str, str]]:
     # All lines, since a folder may be called n01440764 in a file of another form.
     if lines and all(map(WORDNET_LINE.fullmatch, lines)):
         return _from_wordnet_lines(path, lines)
+    numbered = [match for match in map(NUMBERED_LINE.fullmatch, lines) if match]
+    if lines and len(numbered) == len(lines):
+        return _from_numbered_lines(path, numbered)
     pairs = []
     for number, line in enumerate(lines, 1):
         folder, _, name = line.partition("\t")
@@ -126,6 +132,20 @@ def _from_wordnet_lines(path: Path, lines: list[str]) -> list[tuple[str, str]]:
             "as LOC_synset_mapping.txt"
         )
     return found
+
+
+def _from_numbered_lines(path: Path, lines: list[re.Match[str]]) -> list[tuple[str, str]]:
+    """Read lines such as `0<tab>tench` or `0: tench`. Raises SourceError for class numbers that are not in order."""
+    numbers, ascending = [int(line[1]) for line in lines], list(range(len(lines)))
+    # Behind a tab, other numbers than 0 .. C - 1 are the names of class folders.
+    are_folders = all(line[2] == "\t" for line in lines) and sorted(numbers) != ascending
+    if numbers != ascending and not are_folders:
+        raise SourceError(
+            f"{path}: numbers its lines ({lines[0][0]!r}), but not from 0 in their order, and a line's place is the "
+            "number of its class; sort the lines and write the names alone, or, where the numbers are class folders, "
+            "only these"
+        )
+    return [(line[1], line[3].strip()) for line in lines]
 
 
 def _from_json(path: Path, text: str) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from unicodedata import normalize
 
 from ferkd_data.errors import ImageError, LabelSetError, SourceError
 from ferkd_data.images.class_list import ClassList
@@ -241,9 +242,12 @@ def open_folder(root: Path, classes: ClassList | None) -> FolderSource:
         return FolderSource(root, classes.numbers, classes, order_note=order_note(folders))
     unknown = [name for name in folders if name not in named]
     if unknown:
+        # Two texts that look the same: macOS writes é as two characters.
+        same = next((name for name in named if normalize("NFC", name) == normalize("NFC", unknown[0])), None)
+        forms = f"; {same!a} there is {unknown[0]!a} here, in another Unicode form: write it alike" if same else ""
         raise SourceError(
             f"{root}: class folder {unknown[0]!r} is not in the classes file {classes.where}, which begins with "
-            f"{', '.join(map(repr, classes.folders[:3]))}; each line there names a class folder"
+            f"{', '.join(map(repr, classes.folders[:3]))}; each line there names a class folder{forms}"
         )
     return FolderSource(root, {name: named[name] for name in folders}, classes)
 

@@ -28,6 +28,7 @@ from ferkd_data.images.refs import ImageRef, LeftOut, Reject
 from ferkd_data.images.retrying import ReopeningFile, unreadable
 from ferkd_data.storage import CHUNK_BYTES, is_url
 
+# The likeliest first, whatever the order of the members and the case of their names.
 TARGET_SUFFIXES = ("cls", "class", "label", "target")
 TARGET_FIELDS = (
     "label",
@@ -233,7 +234,11 @@ def _image_of(tar: str, parts: list[tuple[str, tarfile.TarInfo]], stream: Reopen
     if not images:
         unknown = [(suffix, member) for suffix, member in parts if _extension(suffix) not in NO_IMAGES]
         # No name of an image: first bytes decide, as for files in a folder.
-        images = [member for suffix, member in unknown if suffix not in TARGET_SUFFIXES and _is_decoded(member, stream)]
+        images = [
+            member
+            for suffix, member in unknown
+            if suffix.lower() not in TARGET_SUFFIXES and _is_decoded(member, stream)
+        ]
     if len(images) > 1:
         names = " and ".join(member.name for member in images[:2])
         raise ImageError("bad_key", f"{tar}: {names} are one sample to WebDataset, which cuts at the first dot")
@@ -277,22 +282,22 @@ def _label(parts: list[tuple[str, tarfile.TarInfo]], stream: ReopeningFile) -> A
 
     Raises ImageError.
     """
-    for suffix, member in parts:
-        if suffix in TARGET_SUFFIXES:
+    found = {suffix.lower(): member for suffix, member in reversed(parts)}
+    for suffix in TARGET_SUFFIXES:
+        if suffix in found:
             # The pattern is narrower than int(), which also takes "1_000" and digits of other scripts.
-            text = _read_member(member, stream).decode("utf-8", "replace").strip()
+            text = _read_member(found[suffix], stream).decode("utf-8", "replace").strip()
             return int(text) if NUMBER.fullmatch(text) else text
-    for suffix, member in parts:
-        if suffix == "json":
-            try:
-                content = json.loads(_read_member(member, stream))
-            except (ValueError, RecursionError):
-                return b"not JSON"
-            fields = content if isinstance(content, dict) else {}
-            label = next((fields[name] for name in TARGET_FIELDS if fields.get(name) is not None), None)
-            # Bytes are no value that names a class: `class_number` refuses them, and the note shows them.
-            return b"true or false" if isinstance(label, bool) else label
-    return None
+    if "json" not in found:
+        return None
+    try:
+        content = json.loads(_read_member(found["json"], stream))
+    except (ValueError, RecursionError):
+        return b"not JSON"
+    fields = content if isinstance(content, dict) else {}
+    label = next((fields[name] for name in TARGET_FIELDS if fields.get(name) is not None), None)
+    # Bytes are no value that names a class: `class_number` refuses them, and the note shows them.
+    return b"true or false" if isinstance(label, bool) else label
 
 
 def _read_member(member: tarfile.TarInfo, stream: ReopeningFile) -> bytes:

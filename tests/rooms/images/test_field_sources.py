@@ -525,6 +525,37 @@ def test_class_files_that_could_mean_anything(tmp_path, text, message):
         read_class_list(tmp_path / "classes.txt")
 
 
+@pytest.mark.parametrize("separator", ["\t", ",", ": ", ";"])
+def test_class_files_with_numbers(tmp_path, separator):
+    """A pandas series that was written to a file has its numbers in any order."""
+    path = tmp_path / "classes.txt"
+    for names in ("tench", "goldfish", "shark"), ("1 euro", "2 euro", "10 cents"):
+        path.write_text("".join(f"{number}{separator}{name}\n" for number, name in enumerate(names)))
+        assert read_class_list(path).names == names
+    for order in (0, 2, 1), (1, 2, 3):
+        path.write_text("".join(f"{number}{separator}class {number}\n" for number in order))
+        if separator == "\t" and order == (1, 2, 3):
+            assert read_class_list(path).folders == ("1", "2", "3"), "folders, as those of Flowers 102"
+            continue
+        with pytest.raises(SourceError, match=r"numbers its lines .* not from 0 in their order.*only these"):
+            read_class_list(path)
+
+
+def test_a_class_folder_in_another_unicode_form(tmp_path):
+    put(tmp_path, "images/cafe\u0301/1.jpg")
+    (tmp_path / "classes.txt").write_text("caf\u00e9\nother\n")
+    with pytest.raises(SourceError, match=r"'caf\\xe9' there is 'cafe\\u0301' here, in another Unicode form"):
+        open_source(tmp_path / "images", classes=tmp_path / "classes.txt")
+
+
+def test_the_label_of_a_sample_that_has_several(tmp_path):
+    """The likeliest member counts, wherever it stands and however it is written."""
+    members = [("1.class", b"cat"), ("1.cls", b"3"), ("1.jpg", jpeg()), ("2.CLS", b"4"), ("2.jpg", jpeg())]
+    write_tar(tmp_path / "a.tar", [*members, ("3.jpg", jpeg()), ("3.JSON", b'{"label": 5}')])
+    source = open_source(tmp_path / "a.tar")
+    assert listed(source) == {"1": 3, "2": 4, "3": 5} and source.notes == ()
+
+
 def test_class_files_that_cannot_be_read(tmp_path):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": 0}))
     with pytest.raises(SourceError, match="pickles can run code"):
