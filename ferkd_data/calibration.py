@@ -101,7 +101,8 @@ class Calibration:
         check_positive("temperature", self.temperature)
         if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
             raise UsageError(
-                f"thresholds must be Thresholds (for QuantileThresholds, call resolve first), got {self.thresholds!r}"
+                f"thresholds must be Thresholds, got {self.thresholds!r}; shares of the crops become Thresholds in a "
+                "build, and ferkd-data report shows what share of the crops lies below which value"
             )
 
     @classmethod

@@ -183,7 +183,7 @@ def cutmix(
 
     Returns new images (`images` itself when `inplace`). Raises UsageError when images and targets differ in number.
     """
-    num, height, width = _num_rows(images, targets), images.shape[2], images.shape[3]
+    num, height, width = num_rows(images, targets), images.shape[2], images.shape[3]
     boxes = _rectangles(1 if per == "batch" else num, height, width, prob, alpha, rng)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     # The area that was really pasted: rectangles are clipped at the edges (Yun et al.'s corrected lambda).
@@ -209,7 +209,7 @@ def mixup(
 
     Two images that blend with each other do so by the same share, and keep their sum.
     """
-    num = _num_rows(images, targets)
+    num = num_rows(images, targets)
     count = 1 if per == "batch" else num
     own = np.where(rng.random(count) < prob, rng.beta(alpha, alpha, count), 1.0)
     if per == "sample":
@@ -347,7 +347,13 @@ def _rectangles(
     return np.stack([top, left, bottom, right], axis=1)
 
 
-def _num_rows(images: Tensor, targets: SoftTargets) -> int:
+def num_rows(images: Tensor, targets: SoftTargets) -> int:
+    """Return B. Raises UsageError for images and targets that cannot be mixed."""
+    if not isinstance(targets, SoftTargets):
+        raise UsageError(
+            f"mixing takes SoftTargets, got {type(targets).__name__}; torchvision's v2.CutMix and v2.MixUp take dense "
+            "targets"
+        )
     if len(images) != len(targets):
         raise UsageError(f"{len(images)} images have {len(targets)} targets")
     if images.dim() != 4 or (images.shape[3] == CHANNELS != images.shape[1]):

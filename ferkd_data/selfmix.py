@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ferkd_data.errors import UsageError
-from ferkd_data.mixing import Per, check_mixing, cutmix, mixup
+from ferkd_data.mixing import Per, check_mixing, cutmix, mixup, num_rows
 from ferkd_data.targets import SoftTargets
 
 
@@ -58,7 +58,7 @@ class SelfMix:
         Raises UsageError when a group has one crop, B is no multiple of the group's size, or the targets know that the
         crops of a group are of several images (`targets.rows`, on the CPU).
         """
-        partner = partners(len(images), crops_per_image, rng)
+        partner = partners(num_rows(images, targets), crops_per_image, rng)
         _check_groups(targets, crops_per_image)
         use_mixup = self.mode == "mixup" or (self.mode == "both" and rng.random() < 0.5)
         mix = mixup if use_mixup else cutmix

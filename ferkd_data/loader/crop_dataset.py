@@ -132,7 +132,11 @@ class CropDataset(Dataset[Item]):
         check_labels(labels)
         crops_per_image = counted("crops_per_image", crops_per_image)
         check_ranks(rank, world_size)
-        self._turns = Turns.of(counted("repeats", repeats), ranks_now(rank, world_size))
+        ranks = ranks_now(rank, world_size)
+        self._turns = Turns.of(counted("repeats", repeats), ranks)
+        if repeats > 1:
+            # Every rank would take itself for the first, and give the crops that the others give.
+            warn_if_alone(ranks, world_size)
         settings = LoaderSettings(
             # To the batch maker an epoch draws the crops of all turns; `item` takes one turn's slice of them.
             batch_size=crops_per_image * self._turns.count,

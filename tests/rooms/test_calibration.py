@@ -12,7 +12,7 @@ from ferkd_data.targets import recover
 
 
 def test_shares_are_not_taken_for_thresholds():
-    with pytest.raises(UsageError, match="call resolve first"):
+    with pytest.raises(UsageError, match="shares of the crops become Thresholds in a build"):
         Calibration(thresholds=QuantileThresholds())
 
 

@@ -181,8 +181,12 @@ def test_what_cannot_be_mixed():
             mix(images, one_hot(3), rng=np.random.default_rng(0))
         with pytest.raises(UsageError, match=r"\(B, 3, H, W\), got \(4, \d+, \d+, 3\); permute\(0, 3, 1, 2\)"):
             mix(images.permute(0, 2, 3, 1), one_hot(4), rng=np.random.default_rng(0))
+        with pytest.raises(UsageError, match="mixing takes SoftTargets, got Tensor; torchvision's"):
+            mix(images, one_hot(4).dense(), rng=np.random.default_rng(0))
         with pytest.raises(UsageError, match=r"must have shape \(B, 3, H, W\)"):
             mix(images[:, 0], one_hot(4), rng=np.random.default_rng(0))
+    with pytest.raises(UsageError, match="mixing takes SoftTargets, got Tensor"):
+        SelfMix()(images, one_hot(4).dense(), crops_per_image=2, rng=np.random.default_rng(0))
     for alpha in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="alpha must be positive and finite"):
             CutMix(alpha=alpha)

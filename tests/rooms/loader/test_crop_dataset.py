@@ -199,6 +199,17 @@ def test_ranks_draw_different_crops_where_rows_repeat():
         assert turns[0].turn(turns[0].per_rank) == (1, 0)
 
 
+def test_repeated_rows_before_the_process_group_are_warned_of(label_set, photos, tmp_path, monkeypatch):
+    """Each process would take itself for the only one, and all would give the same crops of a row."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings = {"images": photos, "size": 16, "cache_dir": tmp_path}
+    with pytest.warns(UserWarning, match=r"RANK=1 and WORLD_SIZE=2 .* torch\.distributed is not initialised"):
+        fd.CropDataset(fd.open_labels(label_set), repeats=3, **settings)
+    for changes in ({}, {"repeats": 3, "rank": 1, "world_size": 2}):
+        fd.CropDataset(fd.open_labels(label_set), **settings, **changes)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_of_timms_sampler_never_train_on_one_crop(label_set, photos, tmp_path, world_size):
     from timm.data.distributed_sampler import RepeatAugSampler
