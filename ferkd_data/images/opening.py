@@ -46,7 +46,8 @@ def open_source(
     if is_url(text):
         if _is_parquet(text):
             raise SourceError(f"{text}: Parquet is read from disk only; download the files and give their folder")
-        return TarSource(expand(text), listed)
+        files = expand(text)
+        return TarSource(files, listed, split_note=_split_note(files))
     if path.is_file():
         return _open_files([text], listed)
     if any(mark in text for mark in "*?[{"):
@@ -81,7 +82,8 @@ def _open_files(files: list[str], classes: ClassList | None) -> TarSource | Parq
     """Open the files that a pattern names, or one file."""
     if all(map(_is_parquet, files)):
         folder = Path(os.path.commonpath([str(Path(file).parent) for file in files]))
-        return ParquetSource(folder, [Path(file).relative_to(folder).as_posix() for file in files], classes)
+        tables = [Path(file).relative_to(folder).as_posix() for file in files]
+        return ParquetSource(folder, tables, classes, split_note=_split_note(tables))
     if any(map(_is_parquet, files)):
         raise SourceError(f"{files[0]}: the pattern names Parquet files and others; give one kind")
     for file in files:
@@ -92,7 +94,17 @@ def _open_files(files: list[str], classes: ClassList | None) -> TarSource | Parq
             raise SourceError(f"{file}: is a folder; give one folder, or a pattern of tars or Parquet files")
         if ".tar" not in PurePosixPath(name).name:
             raise SourceError(f"{file}: is neither a folder, nor a tar, nor a Parquet file")
-    return TarSource(files, classes)
+    return TarSource(files, classes, split_note=_split_note(files))
+
+
+def _split_note(files: list[str]) -> str:
+    """Name the splits of a pattern's files where they are several: asked for, but perhaps by mistake."""
+    splits = splits_of_files(files)
+    return f"files of several splits: {_counted(splits)}" if len(splits.keys() - {""}) > 1 else ""
+
+
+def _counted(splits: dict[str, list[str]]) -> str:
+    return ", ".join(f"{name or 'others'} ({len(files)})" for name, files in sorted(splits.items()))
 
 
 def _is_parquet(name: str) -> bool:
@@ -129,11 +141,11 @@ def _ask_for_a_split(path: Path, files: list[str], extension: str) -> None:
     # One split beside files that name none is not a choice between splits.
     if len(splits.keys() - {""}) < 2:
         return
-    counts = ", ".join(f"{name or 'others'} ({len(files)})" for name, files in sorted(splits.items()))
     first = next(files[0] for name, files in sorted(splits.items()) if name)
     pattern = _pattern_of(first, extension)
     raise SourceError(
-        f"{path}: holds several splits: {counts}; give one of them as a pattern, such as '{path}/{pattern}' (in quotes)"
+        f"{path}: holds several splits: {_counted(splits)}; give one of them as a pattern, such as "
+        f"'{path}/{pattern}' (in quotes)"
     )
 
 

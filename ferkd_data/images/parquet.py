@@ -41,11 +41,18 @@ class ParquetSource:
 
     Targets come from a label column (see `parquet_columns.TARGET_COLUMNS`). Numbers are targets as they are, unless a
     ClassLabel feature names them and `classes` lists the names. Texts are looked up in `classes`; without it they are
-    numbered in sorted order, as class folders are. `beside` counts the files that `open_source` met beside these.
+    numbered in sorted order, as class folders are. `beside` counts the files that `open_source` met beside these,
+    `split_note` names their splits where they are several.
     """
 
     def __init__(
-        self, root: Path, files: list[str], classes: ClassList | None, *, beside: LeftOut | None = None
+        self,
+        root: Path,
+        files: list[str],
+        classes: ClassList | None,
+        *,
+        beside: LeftOut | None = None,
+        split_note: str = "",
     ) -> None:
         self.root = root
         self.files = files
@@ -54,6 +61,7 @@ class ParquetSource:
         self.left_out = LeftOut()
         """Files beside these; complete after listing."""
         self._beside = beside or LeftOut()
+        self._split_note = split_note
         self._labels = LabelCounts()
         self._key_note = ""
         self._texts: ClassList | None = None
@@ -96,7 +104,7 @@ class ParquetSource:
         if label is not None and self.columns.other_labels:
             found.append(f"the ground truth is the column {label}, not {' or '.join(self.columns.other_labels)}")
         order = order_note(self._texts.names) if self._texts else None
-        return (*found, *filter(None, (order, self._key_note)))
+        return (*filter(None, (self._split_note, order, self._key_note)), *found)
 
     def list_images(self) -> Iterator[ImageRef | Reject]:
         self.left_out.start_from(self._beside)

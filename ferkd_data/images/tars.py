@@ -57,16 +57,20 @@ class TarSource:
 
     Keys are the member names up to the first dot of the last component, as in WebDataset. Targets come from `KEY.cls`
     (a number, or a text that `classes` lists), or from a field of `KEY.json` such as label, target, cls or class.
-    `beside` counts the files that `open_source` met beside the tars.
+    `beside` counts the files that `open_source` met beside the tars, `split_note` names their splits where they are
+    several.
     """
 
-    def __init__(self, tars: list[str], classes: ClassList | None, *, beside: LeftOut | None = None) -> None:
+    def __init__(
+        self, tars: list[str], classes: ClassList | None, *, beside: LeftOut | None = None, split_note: str = ""
+    ) -> None:
         self.tars = tars
         self.classes = classes
         self.class_names = None if classes is None else classes.names
         self.left_out = LeftOut()
         """Members that are no images and belong to none, and `beside`; complete after listing."""
         self._beside = beside or LeftOut()
+        self._split_note = split_note
         self._labels = LabelCounts()
 
     @property
@@ -88,7 +92,8 @@ class TarSource:
     def notes(self) -> tuple[str, ...]:
         members = ", ".join(sorted(self._labels.suffixes))
         where = f": the samples hold {members}; it is read from cls, or from label, target, cls or class in json"
-        return tuple(self._labels.notes(has_classes=self.classes is not None, where=where))
+        found = self._labels.notes(has_classes=self.classes is not None, where=where)
+        return (*filter(None, (self._split_note,)), *found)
 
     def list_images(self) -> Iterator[ImageRef | Reject]:
         self.left_out.start_from(self._beside)

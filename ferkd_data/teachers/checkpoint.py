@@ -68,6 +68,13 @@ def load_checkpoint(module: nn.Module, path: Path, *, teacher: str) -> None:
                 f"teacher {teacher}: {path}: {name} has shape {tuple(given.shape)}, the model needs "
                 f"{tuple(value.shape)}{_advice(name, given, value)}"
             )
+        is_number = isinstance(value, Tensor) and not name.endswith(IRRELEVANT)
+        # PyTorch would take quantised weights for the numbers that they stand for, without their scale.
+        if is_number and given.is_floating_point() != value.is_floating_point():
+            raise TeacherError(
+                f"teacher {teacher}: {path}: {name} is of type {given.dtype}, the model needs {value.dtype}; give a "
+                "file that is not quantised"
+            )
     module.load_state_dict(state)
 
 
@@ -119,10 +126,11 @@ def _unwrapped(content: Any, path: Path, teacher: str) -> dict[str, Any]:
     """Find the innermost dictionary that holds the weights, and drop torch.compile's segments from its names."""
     while isinstance(content, Mapping):
         # Wrappers nest: Lightning and EMA each add one.
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
+        wrapped = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
+        if not wrapped:
             break
-        content = inner
+        # An entry for averaged weights may hold none, but only how they are to be made.
+        content = next(filter(_holds_tensors, wrapped), wrapped[0])
     if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
         return {str(name).replace(COMPILED, ""): value for name, value in content.items()}
     if isinstance(content, Inert) or (
@@ -133,6 +141,13 @@ def _unwrapped(content: Any, path: Path, teacher: str) -> dict[str, Any]:
             "the model's state_dict alone, best as .safetensors"
         )
     raise TeacherError(f"teacher {teacher}: {path} holds no state_dict of tensors")
+
+
+def _holds_tensors(content: Any) -> bool:
+    """Return whether a tensor is in nested dictionaries and lists."""
+    if isinstance(content, Mapping):
+        return any(map(_holds_tensors, content.values()))
+    return any(map(_holds_tensors, content)) if isinstance(content, (list, tuple)) else isinstance(content, Tensor)
 
 
 def _fitting(state: dict[str, Any], wanted: Mapping[str, Any], path: Path, teacher: str) -> dict[str, Any]:

@@ -315,6 +315,18 @@ def test_several_splits_are_asked_about_and_a_pattern_takes_one(tmp_path, files)
     assert len(listed(open_source(f"{tmp_path}/{{{','.join(files)}}}"))) == len(files)
 
 
+def test_a_pattern_of_several_splits_is_taken_and_said(tmp_path):
+    """Perhaps it was meant, perhaps the test images get into the training."""
+    for name in ("train-0", "train-1", "test-0"):
+        write_parquet(tmp_path / f"{name}.parquet", structs(f"{name}.jpg"), label=[0])
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.jpg", jpeg()), (f"{name}.cls", b"0")])
+    for kind in ("parquet", "tar"):
+        source = open_source(f"{tmp_path}/*.{kind}")
+        assert len(listed(source)) == 3 and source.notes == ("files of several splits: test (1), train (2)",)
+        source = open_source(f"{tmp_path}/train-*.{kind}")
+        assert len(listed(source)) == 2 and source.notes == ()
+
+
 @pytest.mark.parametrize("other", ["a.parquet", "z.parquet"])
 def test_one_split_beside_files_that_name_none_is_no_choice(tmp_path, other):
     """It used to be asked about where the other file came first in the alphabet."""

@@ -164,6 +164,10 @@ def the_same_twice(net, path):
     torch.save({**{f"model.{k}": v for k, v in state.items()}, **{f"net.{k}": v for k, v in state.items()}}, path)
 
 
+def averages_that_are_none(net, path):
+    torch.save({"model": net.state_dict(), "ema": {"decay": 0.99, "updates": 7}, "model_ema": {}}, path)
+
+
 def half_precision(net, path):
     torch.save({k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}, path)
 
@@ -180,6 +184,7 @@ WRITERS = [
     nested,
     objects_of_all_kinds_beside,
     the_same_twice,
+    averages_that_are_none,
     half_precision,
 ]
 
@@ -216,6 +221,10 @@ def test_what_does_not_fit_is_named(net, tmp_path):
     torch.save(Net(7).state_dict(), tmp_path / "seven.pth")
     with pytest.raises(TeacherError, match=r"head.weight has shape \(7, 48\).*option \?classes=7"):
         load(tmp_path / "seven.pth")
+    whole = {k: (100 * v).to(torch.int8) if v.is_floating_point() else v for k, v in state.items()}
+    torch.save(whole, tmp_path / "quantised.pth")
+    with pytest.raises(TeacherError, match=r"of type torch.int8, the model needs torch.float32; give a"):
+        load(tmp_path / "quantised.pth")
     torch.save({"epoch": 1, "own": NoSuchClassHere()}, tmp_path / "none.pth")
     with pytest.raises(TeacherError, match="no state_dict of tensors, only objects whose making could run code"):
         load(tmp_path / "none.pth")
