@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,6 +318,11 @@ class CropStream(IterableDataset[Item]):
         # Not a generator: the epoch is settled here, when all workers begin, and not with the first item.
         ranks = self._ranks()
         warn_if_alone(ranks, self._world_size)
+        if ranks.world_size > 1 and _is_dealt_out_by_accelerate(self):
+            raise UsageError(
+                "Accelerate (also in HF Trainer) deals this stream's images out to the processes, and so does the "
+                "stream itself: an epoch would have a part of them. Leave its DataLoader out of accelerator.prepare"
+            )
         return self._items(self._shared.begin_run(self._tokens.next(), self.dataset.shared), ranks)
 
     def _items(self, epoch: int, ranks: Ranks) -> Iterator[Item]:
@@ -337,6 +343,14 @@ class CropStream(IterableDataset[Item]):
         """Fix the ranks for worker processes, in which torch.distributed is not initialised."""
         rank, world_size = self._ranks()
         return {**self.__dict__, "_rank": rank, "_world_size": world_size}
+
+
+def _is_dealt_out_by_accelerate(stream: CropStream) -> bool:
+    """Return whether the loader that Accelerate iterates over now reads this stream, by itself or in a shard."""
+    state: Any = sys.modules.get("accelerate.state")
+    active = None if state is None else getattr(state.GradientState(), "active_dataloader", None)
+    dataset = getattr(active, "dataset", None)
+    return dataset is stream or getattr(dataset, "dataset", None) is stream
 
 
 class NumberedSampler(Sampler[Numbered]):

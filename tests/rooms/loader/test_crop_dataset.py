@@ -270,6 +270,26 @@ def test_a_stream_that_is_left_early_goes_on_with_the_next_epoch(dataset, epochs
     assert sorted(epochs[images.numpy().tobytes()] for images, _ in loader) == [(1, row) for row in range(20)]
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("dispatch", [True, False])
+def test_accelerate_must_not_deal_a_stream_out_again(dataset, num_workers, dispatch):
+    """What `accelerator.prepare` makes of its DataLoader in the first of two processes."""
+    from accelerate.data_loader import prepare_data_loader
+
+    def prepared(stream):
+        loader = DataLoader(stream, batch_size=2, collate_fn=dataset.collate, num_workers=num_workers)
+        device = torch.device("cpu")
+        return prepare_data_loader(
+            loader, device, num_processes=2, process_index=0, put_on_device=True, dispatch_batches=dispatch
+        )
+
+    with pytest.raises(UsageError, match=r"Leave its DataLoader out of accelerator\.prepare"):
+        next(iter(prepared(dataset.stream(rank=0, world_size=2))))
+    if not dispatch:
+        # Each process then reads everything, and Accelerate alone deals out.
+        assert sum(len(images) for images, _ in prepared(dataset.stream(rank=0, world_size=1))) == 20
+
+
 def test_what_a_stream_cannot_be(dataset):
     for changes, message in (
         ({"rank": 2, "world_size": 2}, r"rank must be 0\.\.1"),
