@@ -278,6 +278,8 @@ class _Merge:
             "created_by": CreatedBy(name="ferkd-data", version=ferkd_data.__version__),
             "layout": "parquet",
             "num_images": self.images,
+            # Of sets without names, nothing but the number of classes is compared.
+            "class_names": next((names for one in self.sets if (names := one.manifest.class_names)), None),
             "crops_per_block": self.crops_per_block,
             "shards": tuple(entries),
             "statistics": counted,

@@ -266,12 +266,18 @@ class _Import:
     def _check_targets(self, items: Iterable[ImageRef | Reject]) -> None:
         """Raise UsageError where the images' class numbers cannot be those of the label files."""
         known = [item.target for item in items if isinstance(item, ImageRef) and item.target is not None]
-        check_class_count(
-            self.files.num_classes,
-            class_names=self.source.class_names,
-            max_target=max(known, default=-1),
-            classes_given=self.classes_given,
-        )
+        try:
+            check_class_count(
+                self.files.num_classes,
+                class_names=self.source.class_names,
+                max_target=max(known, default=-1),
+                classes_given=self.classes_given,
+            )
+        except UsageError as error:
+            raise UsageError(
+                f"{error}; where the labels have another number of classes than {self.files.num_classes}, give that "
+                "(--num-classes)"
+            ) from error
 
     def _rows(self, items: Iterable[ImageRef | Reject], rejects: RejectWriter) -> Iterator[ImageLabels]:
         # Rejects of the listing first: reading wants images alone, and in order.

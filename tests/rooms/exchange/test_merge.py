@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from label_sets import SMALL, same_labels
+from label_sets import SMALL, edit_manifest, same_labels
 
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, UsageError
@@ -139,6 +139,14 @@ def test_teachers_that_see_their_input_differently_are_no_same_teachers(sets, tm
     fd.build(photos, tmp_path / "b", teachers=[f"{tiny_teachers}?{option}"], seed=5, **SMALL)
     with pytest.raises(LabelSetError, match=rf"teachers differs: .*'{option.partition('=')[0]}': "):
         fd.merge([sets["a4"], tmp_path / "b"], tmp_path / "out")
+
+
+def test_names_of_classes_that_only_one_set_has_are_kept(sets, tmp_path):
+    bare = shutil.copytree(sets["b4"], tmp_path / "bare")
+    edit_manifest(bare, lambda content: content.update(class_names=None))
+    names = fd.open_labels(sets["a4"]).manifest.class_names
+    for number, order in enumerate([(bare, sets["a4"]), (sets["a4"], bare)]):
+        assert names and fd.merge(order, tmp_path / str(number)).manifest.class_names == names
 
 
 def test_the_command(sets, tmp_path, capsys):
