@@ -157,7 +157,9 @@ def _fine_tuning() -> dict[str, Method]:
     """A pretrained EfficientNet-Lite 0, fine-tuned: the paper's ViT-G14 in small."""
     small = {"student": "efficientnet-lite0", "size": 112, "batch_size": 32, "steps": 120, "lr": 3e-4, "bf16": False}
     tuned = ("hard", "fkd", "fkd+cutmix", "ferkd", "ferkd+selfmix", "all-blend")
-    return {f"tune/{name}": replace(MAIN[name], changes=small) for name in tuned}
+    methods = {f"tune/{name}": replace(MAIN[name], changes=small) for name in tuned}
+    ten = {**small, "photos_classes_only": True}
+    return methods | {f"tune/{name}/ten-classes": replace(MAIN[name], changes=ten) for name in ("fkd", "ferkd")}
 
 
 METHODS: dict[str, Method] = {**MAIN, **_variants(), **_setups(), **_alone(), **_fine_tuning()}
