@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from label_sets import same_label_sets
 
 import ferkd_data as fd
 from ferkd_data.builder.labelling.forwards import Forwards
 from ferkd_data.errors import SettingsMismatchError, TeacherError, UsageError
 from ferkd_data.evaluate import evaluate
-from ferkd_data.images import open_source
+from ferkd_data.images import open_source, order_note
 from ferkd_data.teachers import TeacherSpec, load_teacher
 from ferkd_data.teachers.compiled import is_plain_module
 from ferkd_data.teachers.outputs import looks_like
@@ -279,6 +281,14 @@ def test_a_teacher_in_training_mode(photos, tmp_path, monkeypatch, teacher, mess
 
 def test_half_precision_is_steady_enough(photos, tmp_path):
     fd.build(photos, tmp_path / "out", teachers=["python:odd_teachers:plain"], crops=2, top_k=2, precision="bf16")
+
+
+@given(st.sets(st.text("ab_AB019 -", min_size=1, max_size=5), min_size=1, max_size=6))
+def test_the_note_on_class_names_knows_timm_s_order(names):
+    from timm.utils.misc import natural_key
+
+    ours, theirs = sorted(names), sorted(sorted(names), key=natural_key)
+    assert (order_note(ours) is None) == (ours == theirs)
 
 
 @pytest.mark.parametrize("folders", [["1", "10", "2"], ["Bengal", "Sphynx", "beagle"]])
