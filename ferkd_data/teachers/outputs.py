@@ -99,9 +99,10 @@ def looks_like(output_BC: Tensor) -> Activation:
         return "logits"
     rows, classes = values.shape
     if _have_one_sum(values):
-        # One row has the same sum as itself: 1 tells something, another sum does not.
+        # One row, or several equal ones, have the same sum: 1 tells something, another sum does not.
         sums_to_1 = abs(float(values.sum(dim=1)[0]) - 1) < ROW_SUM_TOLERANCE
-        telling = rows >= TELLING_ROWS or (sums_to_1 and classes >= TELLING_CLASSES)
+        differ = bool((values != values[:1]).any())
+        telling = (rows >= TELLING_ROWS and (sums_to_1 or differ)) or (sums_to_1 and classes >= TELLING_CLASSES)
         return "probabilities" if telling else "logits"
     if values.max() > 1 + ROW_SUM_TOLERANCE:
         return "logits"

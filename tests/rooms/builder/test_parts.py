@@ -41,7 +41,7 @@ def test_parts_at_the_same_time_make_the_build_of_one(photos, tiny_teachers, tmp
     layout = {"layout": "webdataset", "thresholds": fd.QuantileThresholds(low=0.1, mid=0.25, top=0.8)} if more else {}
     fd.build(photos, undisturbed, teachers=[tiny_teachers], **SETTINGS, **layout)
     # The second sleeps long enough to be at work still when it is killed.
-    sleeps = ((1, 0.2), (2, 2), (3, 0.2))
+    sleeps = ((1, 0.2), (2, 1), (3, 0.2))
     parts = [start_part(photos, out, tiny_teachers, f"{i}/3", *more, sleep=sleep) for i, sleep in sleeps]
     wait_until(lambda: (out / ".build/shards/00001.json").exists())
     parts[1].kill()

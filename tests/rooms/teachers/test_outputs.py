@@ -121,6 +121,7 @@ def test_few_numbers_are_no_evidence():
     assert looks_like(torch.full((1, 1000), 0.001)) == "probabilities"
     assert looks_like(torch.tensor([[40.0, 60.0], [1.0, 99.0]] * 2)) == "probabilities"
     assert looks_like(torch.tensor([[40.0, 60.0]])) == "logits"
+    assert looks_like(torch.tensor([[40.0, 60.0]] * 4)) == "logits"
     assert looks_like(torch.tensor([[1.0, 9.0], [3.0, 2.0]] * 2)) == "logits"
     assert looks_like(torch.zeros(8, 10)) == "logits"
     assert looks_like(torch.rand(8, 10)) == "sigmoid"
