@@ -56,8 +56,9 @@ class Scratch:
 def owner_is_gone(path: Path) -> LoaderError:
     """Return the error for a copy of something that needs a scratch folder after that folder was removed."""
     return LoaderError(
-        f"{path}: it was removed with the loader or data set that made it. A copy works only as long as the original "
-        "exists, on the same machine: keep the original, or make one in each process"
+        f"{path}: is gone. The loader or data set that made it removed it when it ended, or somebody cleared the "
+        "temporary folder. A copy works only as long as the original exists, on the same machine: keep the original, "
+        "or make one in each process"
     )
 
 

@@ -129,7 +129,7 @@ def test_workers_that_cannot_live_are_an_error_not_a_hang(make, monkeypatch):
 def test_an_error_in_a_worker_is_the_error_itself_with_its_traceback(make, num_workers):
     loader = make(num_workers=num_workers)
     shutil.rmtree(loader._maker.images.folder)
-    with pytest.raises(FileNotFoundError, match=r"images\.arrow") as caught:
+    with pytest.raises(LoaderError, match=r"is gone\. The loader or data set that made it") as caught:
         list(loader)
     if num_workers:
         assert "worker_process.py" in str(caught.value.__cause__)
