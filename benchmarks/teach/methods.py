@@ -13,9 +13,9 @@ import numpy as np
 from torch import Tensor
 
 import ferkd_data as fd
+from ferkd_data.labels.buckets import BUCKETS
 
 Batch = tuple[Tensor, fd.SoftTargets]
-BUCKETS = ("extreme_hard", "moderate_hard", "hard_positive", "easy_positive")
 PAPER_QUANTILES = (0.01, 0.03, 0.9)
 """The shares of crops below LOW, MID and TOP that `build --thresholds quantile:` names as its example."""
 KEPT = (1, 2, 5, 10, 50)
@@ -93,7 +93,6 @@ def _variants() -> dict[str, Method]:
         "ferkd/epsilon-0.2": replace(FERKD, epsilon=0.2),
         "ferkd/mid-0.5": replace(FERKD, thresholds=fd.Thresholds(mid=0.5)),
         "ferkd/mid-0.7": replace(FERKD, thresholds=fd.Thresholds(mid=0.7)),
-        "ferkd/wrong-soften+mid-0.5": replace(FERKD, confident_but_wrong="soften", thresholds=fd.Thresholds(mid=0.5)),
         "ferkd/on-target": replace(FERKD, thresholds=fd.Thresholds(confidence="target")),
         "fkd/temperature-0.5": replace(FKD, temperature=0.5),
         "fkd/temperature-2": replace(FKD, temperature=2.0),
@@ -106,9 +105,8 @@ def _variants() -> dict[str, Method]:
 
 def _setups() -> dict[str, Method]:
     """FerKD and FKD with another loader or other classes."""
-    few_crops = {f"ferkd/crops-{n}": {"crops": n} for n in (4, 8)}
+    few_crops = {f"ferkd/crops-{n}": {"crops": n} for n in (4, 8, 16, 50, 100)}
     at_once = {f"ferkd/m-{m}": {"crops_per_image": m} for m in (1, 2, 8)}
-    few_crops |= {f"ferkd/crops-{n}": {"crops": n} for n in (16, 50, 100)}
     # As many decoded photos as 400 steps of 128 crops with 4 crops of each.
     decodes = {f"ferkd/m-{m}-equal-decodes": {"crops_per_image": m, "steps": 100 * m} for m in (1, 2, 8)}
     together = {"ferkd/together": {"spread": False}, "ferkd/m-8-together": {"spread": False, "crops_per_image": 8}}

@@ -75,7 +75,9 @@ cached_photos = functools.cache(load_photos)
 
 
 def one(setup: Setup, method: str, seed: int, classes: tuple[str, ...]) -> dict[str, Any]:
-    photos = cached_photos(Path(setup.val), classes, setup.size, setup.val_labels)
+    # A method may have a size of its own.
+    size = METHODS[method].changes.get("size", setup.size)
+    photos = cached_photos(Path(setup.val), classes, size, setup.val_labels)
     return {**run(setup, method, seed, photos), "setup": asdict(setup)}
 
 

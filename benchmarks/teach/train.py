@@ -64,8 +64,6 @@ class Photos:
 
     images: Tensor
     targets: Tensor
-    classes: tuple[str, ...]
-    """All class folders' names, in the order of the class numbers."""
     teacher: Tensor | None = None
     """The teachers' most probable class for each photo, int64 (N,); -1 where they were not asked."""
 
@@ -85,8 +83,7 @@ def load_photos(folder: Path, classes: tuple[str, ...], size: int, labels: str =
     if labels:
         told = {image.key: int(image.class_index[0, 0]) for image in fd.open_labels(labels)}
         teacher = torch.tensor([told.get(key, -1) for key in keys])
-    shown = torch.stack(images)
-    return Photos(images=shown, targets=torch.tensor(targets), classes=classes, teacher=teacher)
+    return Photos(images=torch.stack(images), targets=torch.tensor(targets), teacher=teacher)
 
 
 @torch.no_grad()
@@ -195,7 +192,6 @@ def run(setup: Setup, method: str, seed: int, photos: Photos) -> dict[str, Any]:
     labels = open_setup(setup)
     if setup.student == "efficientnet-lite0":
         student = pretrained(seed).to(setup.device)
-        photos = load_photos(Path(setup.val), photos.classes, setup.size, setup.val_labels)
     else:
         student = small_resnet(labels.num_classes, seed).to(setup.device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=setup.lr, weight_decay=setup.weight_decay)

@@ -132,8 +132,8 @@ def from_patterns(patterns: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     """
     wide = patterns.astype(np.uint32)
     # The mantissa's bits stay the same, and the exponent is rescaled. Shifted by 13 bits, the fields of float16 lie
-    # where float32 has its own. The exponent's bias is 15 in float16 and
-    # 127 in float32, so the value is too small by 2**(127 - 15). Subnormal numbers come out right too.
+    # where float32 has its own. The exponent's bias is 15 in float16 and 127 in float32, so the value is too small by
+    # 2**(127 - 15). Subnormal numbers come out right too.
     wide <<= 13
     values = wide.view(np.float32)
     values *= np.float32(2.0**112)
