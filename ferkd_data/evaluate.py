@@ -25,9 +25,7 @@ from ferkd_data.teachers.probe import (
     centre_crop,
     check_answers,
     check_class_count,
-    check_class_order,
-    check_folder_order,
-    check_same_order,
+    check_class_orders,
     check_steady,
     count_different,
     odd_answers,
@@ -113,11 +111,8 @@ def evaluate(
         classes_given=classes is not None,
     )
     # Before anything is run: wrong classes would look like a bad teacher.
-    for model in models:
-        check_class_order(images.class_names, model)
-    check_same_order(models)
-    if classes is None:
-        check_folder_order(images.class_folder_names, models)
+    sorted_folders = images.class_folder_names if classes is None else None
+    check_class_orders(models, class_names=images.class_names, sorted_folders=sorted_folders)
     gathered = _Gathered(len(models))
     for pixels, targets, broken in _batches(images, refs):
         rejects += broken

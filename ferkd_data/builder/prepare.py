@@ -29,7 +29,7 @@ from ferkd_data.images import ClassList, ImageSource, describe_left_out, read_cl
 from ferkd_data.labels.buckets import QuantileThresholds
 from ferkd_data.storage import is_url
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
-from ferkd_data.teachers.probe import check_class_count, check_class_order, check_folder_order, check_same_order
+from ferkd_data.teachers.probe import check_class_count, check_class_orders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +158,8 @@ class Prepared:
     def _plan_and_facts(self, folder: BuildFolder) -> tuple[Plan, Facts]:
         plan = self._plan(folder)
         check_targets(plan, self.ensemble[0].num_classes, classes_given=self.job.classes is not None)
-        for teacher in self.ensemble:
-            check_class_order(plan.summary.class_names, teacher)
-        check_same_order(self.ensemble)
-        if self.job.classes is None:
-            check_folder_order(plan.summary.class_folders, self.ensemble)
+        sorted_folders = plan.summary.class_folders if self.job.classes is None else None
+        check_class_orders(self.ensemble, class_names=plan.summary.class_names, sorted_folders=sorted_folders)
         facts = Facts(
             teachers=tuple(teacher_entry(teacher) for teacher in self.ensemble),
             num_classes=self.ensemble[0].num_classes,

@@ -223,6 +223,19 @@ def check_class_count(
         )
 
 
+def check_class_orders(
+    teachers: Sequence[Teacher], *, class_names: Sequence[str] | None, sorted_folders: Sequence[str] | None
+) -> None:
+    """Raise UsageError where the images' classes and the teachers' are in different orders.
+
+    `class_names` are those of the images, `sorted_folders` the class folders where they were numbered in sorted order.
+    """
+    for teacher in teachers:
+        check_class_order(class_names, teacher)
+    check_same_order(teachers)
+    check_folder_order(sorted_folders, teachers)
+
+
 def check_class_order(class_names: Sequence[str] | None, teacher: Teacher) -> None:
     """Raise UsageError where source and teacher name the same classes in another order.
 
