@@ -19,7 +19,13 @@ from ferkd_data.images import open_source, order_note
 from ferkd_data.teachers import TeacherSpec, load_teacher
 from ferkd_data.teachers.compiled import is_plain_module
 from ferkd_data.teachers.outputs import looks_like
-from ferkd_data.teachers.probe import check_class_order, check_same_order, probe_teachers
+from ferkd_data.teachers.probe import (
+    STEADY_IMAGES,
+    check_class_order,
+    check_same_order,
+    check_steady,
+    probe_teachers,
+)
 
 
 def load(name: str):
@@ -278,6 +284,20 @@ def test_a_teacher_in_training_mode(photos, tmp_path, monkeypatch, teacher, mess
     torch.jit.save(torch.jit.trace(network.eval(), torch.zeros(1, 3, 32, 32)), "traced.pt")
     if teacher.startswith("torchscript"):
         fd.build(photos, tmp_path / "other", teachers=[teacher], crops=2, top_k=2)
+
+
+def test_a_dropout_after_the_last_layer_is_always_noticed():
+    import odd_teachers
+
+    network = torch.nn.Sequential(odd_teachers.plain(), torch.nn.Dropout(0.1)).train()
+    generator = torch.Generator().manual_seed(1)
+    for seed in range(50):
+        torch.manual_seed(seed)
+        images = (
+            torch.randn(STEADY_IMAGES, 3, 4, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
+        )
+        with torch.no_grad(), pytest.raises(TeacherError, match="or on chance"):
+            check_steady(torch.cat([network(image[None]) for image in images]), network(images), named())
 
 
 def test_half_precision_is_steady_enough(photos, tmp_path):
