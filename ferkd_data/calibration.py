@@ -25,7 +25,7 @@ THIN = re.compile(r"thin\((\d*\.?\d+)\)")
 
 
 @dataclass(frozen=True)
-class Action:
+class Policy:
     """A policy for the crops of a bucket."""
 
     kind: Kind
@@ -33,7 +33,7 @@ class Action:
     """For `thin`: the share of crops that stay in use."""
 
     @classmethod
-    def parse(cls, text: str) -> Action:
+    def parse(cls, text: str) -> Policy:
         """Read `discard`, `soften`, `blend`, `keep` or `thin(P)`. Raises UsageError for anything else."""
         if text in ("discard", "soften", "blend", "keep"):
             return cls(text)  # type: ignore[arg-type]
@@ -88,9 +88,9 @@ class Calibration:
     def __post_init__(self) -> None:
         # Parsed once to refuse bad words here; the texts stay, as they are what a saved state compares.
         for name in BUCKETS:
-            Action.parse(getattr(self, name))
+            Policy.parse(getattr(self, name))
         if self.confident_but_wrong is not None:
-            Action.parse(self.confident_but_wrong)
+            Policy.parse(self.confident_but_wrong)
         if self.all_discarded not in ("soften", "keep"):
             raise UsageError(f"all_discarded must be soften or keep, got {self.all_discarded!r}")
         for name in ("epsilon", "blend_weight"):
@@ -124,9 +124,9 @@ class Calibration:
         return cls(extreme_hard="blend", moderate_hard="blend", hard_positive="blend", easy_positive="blend")
 
     @property
-    def actions(self) -> tuple[Action, ...]:
+    def policies(self) -> tuple[Policy, ...]:
         """The policies by bucket code."""
-        return tuple(Action.parse(getattr(self, name)) for name in BUCKETS)
+        return tuple(Policy.parse(getattr(self, name)) for name in BUCKETS)
 
     @property
     def needs_target(self) -> bool:
@@ -172,30 +172,30 @@ def crop_buckets(
     return buckets_of(class_prob, target_prob, calibration.thresholds)
 
 
-def crop_actions(
+def crop_policies(
     calibration: Calibration,
     bucket: npt.NDArray[np.uint8],
     top1: npt.NDArray[Any],
     target: npt.NDArray[np.integer[Any]],
 ) -> npt.NDArray[np.uint8]:
-    """Return codes (...,) into `action_table`; `target` broadcasts against `bucket` and `top1`."""
+    """Return codes (...,) into `policy_table`; `target` broadcasts against `bucket` and `top1`."""
     if calibration.confident_but_wrong is None:
         return bucket
     # Buckets 2 and 3 are the positive ones.
     wrong = (bucket >= 2) & (target != UNKNOWN_TARGET) & (top1.astype(np.int64) != target)
-    # The code after the last bucket's, as in `action_table`.
+    # The code after the last bucket's, as in `policy_table`.
     return np.where(wrong, len(BUCKETS), bucket).astype(np.uint8)
 
 
-def action_table(calibration: Calibration) -> tuple[Action, ...]:
-    """Actions by code: the four buckets, then confident but wrong."""
+def policy_table(calibration: Calibration) -> tuple[Policy, ...]:
+    """Policies by code: the four buckets, then confident but wrong."""
     extra = calibration.confident_but_wrong
-    return (*calibration.actions, *((Action.parse(extra),) if extra is not None else ()))
+    return (*calibration.policies, *((Policy.parse(extra),) if extra is not None else ()))
 
 
 def use_probability(calibration: Calibration, codes: npt.NDArray[np.uint8]) -> Floats:
     """Return each crop's probability of being in use: 0 where discarded, P where thinned out, else 1."""
-    in_use = [0.0 if a.kind == "discard" else a.share for a in action_table(calibration)]
+    in_use = [0.0 if a.kind == "discard" else a.share for a in policy_table(calibration)]
     return np.array(in_use, np.float32)[codes]
 
 
@@ -205,7 +205,7 @@ class Judged(NamedTuple):
     bucket: npt.NDArray[np.uint8]
     """Difficulty codes (see `buckets.BUCKETS`)."""
     codes: npt.NDArray[np.uint8]
-    """Action codes (see `action_table`)."""
+    """Policy codes (see `policy_table`)."""
     use: Floats
     """Probability of being in use."""
 
@@ -219,12 +219,12 @@ def judge_crops(
     target: npt.NDArray[np.integer[Any]],
     target_prob: npt.NDArray[np.float16],
 ) -> Judged:
-    """Judge stored crops: their bucket, action and probability of being in use, before any is drawn.
+    """Judge stored crops: their bucket, policy and probability of being in use, before any is drawn.
 
     `bucket`, `top1` and `target_prob` are (..., N), `class_prob` (..., N, k); `target` broadcasts against them.
     """
     bucket = crop_buckets(calibration, bucket, class_prob, target_prob)
-    codes = crop_actions(calibration, bucket, top1, target)
+    codes = crop_policies(calibration, bucket, top1, target)
     return Judged(bucket, codes, use_probability(calibration, codes))
 
 
@@ -238,12 +238,12 @@ def calibrate(
     num_classes: int,
     class_map: ClassMap | None = None,
 ) -> SoftTargets:
-    """Make targets from class_index and class_prob (B, k), action codes (B,) and target (B,), -1 where unknown.
+    """Make targets from class_index and class_prob (B, k), policy codes (B,) and target (B,), -1 where unknown.
 
     class_index and num_classes are the teacher's, as stored. With a class map, soft labels are recovered over
     the teacher's classes and then mapped; `target` and the targets returned are of the new classes.
 
-    A crop whose action is `discard` was drawn because its image has none in use in this block: `all_discarded` decides.
+    A crop whose policy is `discard` was drawn because its image has none in use in this block: `all_discarded` decides.
     Where the ground truth is unknown, `soften` and `blend` keep the soft label.
     """
     # These look at the first class alone, which the class map may have dropped.
@@ -278,7 +278,7 @@ def calibrate(
 
 
 def _soft_share(calibration: Calibration) -> Floats:
-    """Return the share of the soft label in a target, by action code."""
+    """Return the share of the soft label in a target, by policy code."""
     fallback = 0.0 if calibration.all_discarded == "soften" else 1.0
     shares = {"discard": fallback, "soften": 0.0, "blend": calibration.blend_weight, "keep": 1.0, "thin": 1.0}
-    return np.array([shares[action.kind] for action in action_table(calibration)], np.float32)
+    return np.array([shares[policy.kind] for policy in policy_table(calibration)], np.float32)

@@ -204,10 +204,10 @@ def block_of_kinds(kinds: Sequence[CropKind], at_most: int) -> int:
     block = max(divisor for divisor in range(1, at_most + 1) if common % divisor == 0)
     blocks = -(-(starts[-1] + kinds[-1].crops) // block)
     if blocks > MOST_BLOCKS:
-        told = ", ".join(f"{kind.name} at crop {start}" for kind, start in zip(kinds, starts, strict=True))
+        positions = ", ".join(f"{kind.name} at crop {start}" for kind, start in zip(kinds, starts, strict=True))
         raise UsageError(
-            f"crop kinds begin within crop blocks of {at_most} ({told}), and blocks of {block}, which would fit, make "
-            f"{blocks} files of every shard. Give all kinds but the last a number of crops with a larger common "
+            f"crop kinds begin within crop blocks of {at_most} ({positions}), and blocks of {block}, which would fit, "
+            f"make {blocks} files of every shard. Give all kinds but the last a number of crops with a larger common "
             f"divisor, such as {_rounder(kinds, at_most)}, or ask for --crops-per-block {block}"
         )
     return block

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ferkd_data.errors import ImageError, SourceError, check_at_least
 from ferkd_data.images import ImageRef, ImageSource, Reject, decode_rgb, open_source
-from ferkd_data.labels.soft_labels import Ensemble, combine
+from ferkd_data.labels.soft_labels import EnsembleMode, combine
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.probe import (
     STEADY_IMAGES,
@@ -82,7 +82,7 @@ def evaluate(
     *,
     teachers: Sequence[str | TeacherSpec],
     classes: str | Path | None = None,
-    ensemble: Ensemble = "mean",
+    ensemble: EnsembleMode = "mean",
     device: str = "cpu",
     precision: str = "auto",
     limit: int | None = 1000,

@@ -78,7 +78,7 @@ def targets_of(labels: fd.LabelSet, how: fd.Calibration) -> Iterator[tuple[npt.N
             continue
         bucket = calibration.crop_buckets(how, image.bucket, image.class_prob, image.target_prob)
         truth = np.full(len(bucket), image.target)
-        codes = calibration.crop_actions(how, bucket, image.class_index[:, 0], truth)
+        codes = calibration.crop_policies(how, bucket, image.class_index[:, 0], truth)
         targets = calibration.calibrate(
             how,
             class_index=image.class_index,

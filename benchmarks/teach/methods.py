@@ -145,8 +145,8 @@ def _alone() -> dict[str, Method]:
     methods = {}
     for code, bucket in enumerate(BUCKETS):
         others = {other: "discard" for other in BUCKETS if other != bucket}
-        for target, action in (("soft", "keep"), ("truth", "soften")):
-            only = fd.Calibration(**{**others, bucket: action}, epsilon=0.0)
+        for target, policy in (("soft", "keep"), ("truth", "soften")):
+            only = fd.Calibration(**{**others, bucket: policy}, epsilon=0.0)
             methods[f"{bucket}/{target}"] = Method(named=bucket, calibration=only, changes={"bucket": code})
     return methods
 

@@ -127,8 +127,8 @@ class Augmentation:
         return cls(kind=kind, options=tuple(options.items()))
 
     def __str__(self) -> str:
-        told = ",".join(f"{name}={_text(value)}" for name, value in self.options)
-        return f"{self.kind}:{told}" if told else self.kind
+        options = ",".join(f"{name}={_text(value)}" for name, value in self.options)
+        return f"{self.kind}:{options}" if options else self.kind
 
     @property
     def num_operations(self) -> int:

@@ -108,7 +108,7 @@ def dry_run(
         ) as prepared,
     ):
         plan = load_or_make_plan(prepared.images, folder, images_per_shard=prepared.job.settings.shard_images)
-        check_targets(plan, prepared.ensemble[0].num_classes, classes_given=classes is not None)
+        check_targets(plan, prepared.teachers[0].num_classes, classes_given=classes is not None)
         shards = list(plan.shards) if mine is None else mine.shards(plan.shards)
         if plan.summary.shards and not shards:
             raise BuildError(
@@ -135,7 +135,7 @@ def _measure(prepared: Prepared, plan: Plan, shards: Sequence[int]) -> list[Samp
     if not labels_here(job, prepared.placement):  # also for a single shard: its worker has its share of the cores
         return measure_with(workers_of(job, placement), refs) if shards else []
     device = prepared.placement.devices[0]
-    with open_tools(job, device, prepared.ensemble) as tools:
+    with open_tools(job, device, prepared.teachers) as tools:
         return [measure(tools, each, device) for each in refs]
 
 
@@ -190,7 +190,7 @@ def _estimate(
     samples: Sequence[Sample],
     overview: Overview,
 ) -> Estimate:
-    settings, ensemble = prepared.job.settings, prepared.ensemble
+    settings, teachers = prepared.job.settings, prepared.teachers
     num_images = plan.count_images(shards)
     num_crops = num_images * settings.crops
     # The workers were measured at the same time, so the rate of one has the share of the others in it already.
@@ -200,7 +200,7 @@ def _estimate(
     return Estimate(
         images=num_images,
         crops=num_crops,
-        forwards=num_crops * len(ensemble),
+        forwards=num_crops * len(teachers),
         crops_per_second=rate * workers,
         hours=num_crops / (rate * workers) / 3600,
         label_bytes=round(sum(sample.label_bytes for sample in samples) * scale),
@@ -215,7 +215,7 @@ def _estimate(
                 # An hour has 3.6 million milliseconds.
                 hours=num_crops * cost / 3.6e6 / workers,
             )
-            for teacher, cost in zip(ensemble, costs, strict=True)
+            for teacher, cost in zip(teachers, costs, strict=True)
         ),
         measured_crops=sum(sample.crops for sample in samples),
         workers=workers,

@@ -46,7 +46,7 @@ def label_shards(
     # Until here a signal may end the process at once. From here on shards are in work, and it waits for these.
     with stop.labelling():
         if labels_here(job, placement):
-            with open_tools(job, placement.devices[0], prepared.ensemble, _TellHalvings(counter)) as tools:
+            with open_tools(job, placement.devices[0], prepared.teachers, _TellHalvings(counter)) as tools:
                 label_here(folder, plan, tools, todo, counter, stop)
             return
         # Before any worker loads its own, which may need all the memory of the first GPU.
@@ -108,7 +108,7 @@ def _counter(prepared: Prepared, plan: Plan, shards: Sequence[int], watcher: Wat
         shards_total=len(shards),
         images_total=sum(images),
         crops_total=sum(n * (crops - plan.first_crop(shard)) for shard, n in zip(shards, images, strict=True)),
-        num_teachers=len(prepared.ensemble),
+        num_teachers=len(prepared.teachers),
         # Rejects of the listing belong to no shard: the whole build counts them, a part of it does not.
         rejects_before=plan.summary.rejects if len(shards) == len(plan.shards) else 0,
     )

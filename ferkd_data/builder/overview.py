@@ -27,7 +27,7 @@ def overview_of(prepared: Prepared, plan: Plan, todo: Sequence[int]) -> Overview
     Raises TeacherError for a teacher that is no classifier (see `probe_teachers`).
     """
     summary = plan.summary
-    names = class_names(plan, prepared.ensemble)
+    names = class_names(plan, prepared.teachers)
     reasons = Counter(reject.reason for reject in read_rejects(plan.folder / "plan-rejects.parquet"))
     return Overview(
         source=prepared.images.description,
@@ -37,7 +37,7 @@ def overview_of(prepared: Prepared, plan: Plan, todo: Sequence[int]) -> Overview
         left_out=summary.left_out,
         left_out_examples=summary.left_out_examples,
         notes=summary.notes,
-        num_classes=prepared.ensemble[0].num_classes,
+        num_classes=prepared.teachers[0].num_classes,
         first_class=names[0] if names else None,
         last_class=names[-1] if names else None,
         shards=summary.shards,
@@ -70,7 +70,7 @@ def _probe(prepared: Prepared, refs: Sequence[ImageRef]) -> tuple[TeacherProbe, 
 
     def ask() -> None:
         try:
-            answers.append(probe_teachers(prepared.ensemble, prepared.images, refs, device=placement.driver_device))
+            answers.append(probe_teachers(prepared.teachers, prepared.images, refs, device=placement.driver_device))
         except BaseException as error:
             failures.append(error)
 
@@ -81,7 +81,7 @@ def _probe(prepared: Prepared, refs: Sequence[ImageRef]) -> tuple[TeacherProbe, 
         thread = Thread(target=ask, daemon=True, name="ferkd-data-probe")
         thread.start()
         # The limit is for one teacher, and they are asked one after the other.
-        thread.join(timeout * max(1, len(prepared.ensemble)))
+        thread.join(timeout * max(1, len(prepared.teachers)))
         if thread.is_alive():
             raise TeacherError(
                 f"teachers {', '.join(map(str, job.teachers))}: no answer for {len(refs)} images within "

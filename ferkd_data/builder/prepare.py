@@ -124,7 +124,7 @@ class Prepared:
     job: Job
     placement: Placement
     images: ImageSource
-    ensemble: list[Teacher]
+    teachers: list[Teacher]
     base: Base | None = None
     """The label set that is to be extended."""
 
@@ -135,7 +135,7 @@ class Prepared:
         """
         if self.base is not None:
             self._check_base(folder, self.base, afresh=afresh)
-        folder.check_settings(_fingerprint(self.job, self.ensemble, self.base))
+        folder.check_settings(_fingerprint(self.job, self.teachers, self.base))
         begun_before = folder.is_begun
         try:
             plan, facts = self._plan_and_facts(folder)
@@ -152,18 +152,18 @@ class Prepared:
     def let_teachers_go(self) -> None:
         """Free the driver's teachers. Workers have their own, and these would only take memory of the first device."""
         # The list itself is emptied: others refer to it, and the teachers must have no reference left.
-        self.ensemble.clear()
+        self.teachers.clear()
         torch.cuda.empty_cache()
 
     def _plan_and_facts(self, folder: BuildFolder) -> tuple[Plan, Facts]:
         plan = self._plan(folder)
-        check_targets(plan, self.ensemble[0].num_classes, classes_given=self.job.classes is not None)
+        check_targets(plan, self.teachers[0].num_classes, classes_given=self.job.classes is not None)
         sorted_folders = plan.summary.class_folders if self.job.classes is None else None
-        check_class_orders(self.ensemble, class_names=plan.summary.class_names, sorted_folders=sorted_folders)
+        check_class_orders(self.teachers, class_names=plan.summary.class_names, sorted_folders=sorted_folders)
         facts = Facts(
-            teachers=tuple(teacher_entry(teacher) for teacher in self.ensemble),
-            num_classes=self.ensemble[0].num_classes,
-            class_names=class_names(plan, self.ensemble),
+            teachers=tuple(teacher_entry(teacher) for teacher in self.teachers),
+            num_classes=self.teachers[0].num_classes,
+            class_names=class_names(plan, self.teachers),
             source=self.images.description,
             place_sha256=digest_of_location(self.job.source),
             class_folders=plan.summary.class_folders,
@@ -210,15 +210,15 @@ def open_request(request: Request) -> Iterator[Prepared]:
         )
         images = job.open_source()
         with same_working_folder():
-            ensemble = load_teachers(
+            teachers = load_teachers(
                 job.teachers, device=placement.driver_device, precision=job.precision, used_on=placement.devices[0]
             )
-        if settings.top_k > ensemble[0].num_classes:
-            raise UsageError(f"top_k {settings.top_k} is more than the teachers' {ensemble[0].num_classes} classes")
+        if settings.top_k > teachers[0].num_classes:
+            raise UsageError(f"top_k {settings.top_k} is more than the teachers' {teachers[0].num_classes} classes")
         if base is not None:
-            base.check_teachers([teacher_entry(teacher) for teacher in ensemble])
-        job = replace(job, digests=tuple(teacher.digest for teacher in ensemble))
-        yield Prepared(job=job, placement=placement, images=images, ensemble=ensemble, base=base)
+            base.check_teachers([teacher_entry(teacher) for teacher in teachers])
+        job = replace(job, digests=tuple(teacher.digest for teacher in teachers))
+        yield Prepared(job=job, placement=placement, images=images, teachers=teachers, base=base)
 
 
 def check_targets(plan: Plan, num_classes: int, *, classes_given: bool) -> None:

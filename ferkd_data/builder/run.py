@@ -250,7 +250,7 @@ def _confirm(finished: Finished, request: Request) -> None:
         finished.check_source(open_source(request.source, classes=request.classes))
     if not finished.teachers_are_sure:
         with open_request(request) as prepared:
-            finished.check_teachers([teacher_entry(teacher) for teacher in prepared.ensemble])
+            finished.check_teachers([teacher_entry(teacher) for teacher in prepared.teachers])
 
 
 def _result_of(finished: Finished) -> BuildResult:

@@ -208,8 +208,8 @@ def _comparable(labels: LabelSet, name: str) -> Any:
     if name == "crop_kinds":
         return [str(kind) for kind in labels.crop_kinds] or "none"
     if name == "teachers":
-        told = [{field: getattr(teacher, field) for field in TEACHER_FIELDS} for teacher in value]
-        return [{**one, "digest": one["digest"][:12]} for one in told]
+        teachers = [{field: getattr(teacher, field) for field in TEACHER_FIELDS} for teacher in value]
+        return [{**one, "digest": one["digest"][:12]} for one in teachers]
     return value
 
 

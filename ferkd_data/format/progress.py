@@ -15,9 +15,9 @@ class TransferProgress:
 
     The first one comes before the first byte, as soon as the totals are known.
 
-    >>> told = []
-    >>> _ = fd.pull(LABELS, "copy", on_progress=told.append)
-    >>> told[0].files, told[-1].files == told[-1].files_total
+    >>> updates = []
+    >>> _ = fd.pull(LABELS, "copy", on_progress=updates.append)
+    >>> updates[0].files, updates[-1].files == updates[-1].files_total
     (0, True)
     """
 

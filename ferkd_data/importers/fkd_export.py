@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
-from ferkd_data.calibration import Calibration, action_table, calibrate, crop_actions, crop_buckets, use_probability
+from ferkd_data.calibration import Calibration, calibrate, crop_buckets, crop_policies, policy_table, use_probability
 from ferkd_data.errors import UsageError, check_at_least
 from ferkd_data.format import out_folder
 from ferkd_data.format.progress import OnProgress, TransferProgress
@@ -93,7 +93,7 @@ def export_fkd(
 
 def _entries(calibration: Calibration, top_k: int, num_classes: int) -> int:
     """Return K. Raises UsageError where FKD's script has no label type that holds the calibrated targets."""
-    blends = any(action.kind == "blend" for action in action_table(calibration))
+    blends = any(policy.kind == "blend" for policy in policy_table(calibration))
     # A blend has the ground truth beside the top k; a softened target has it alone.
     needed = top_k + 1 if blends else top_k
     fitting = [entries for entries in ENTRIES if needed <= entries < num_classes]
@@ -110,7 +110,7 @@ def calibrated(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
     """Return coords (N, 4), flips (N,), labels (N, 2, K) of the crops in use, at least `min_crops` of them."""
     bucket = crop_buckets(calibration, row.bucket, row.class_prob, row.target_prob)
-    codes = crop_actions(calibration, bucket, row.class_index[:, 0], np.array(row.target))
+    codes = crop_policies(calibration, bucket, row.class_index[:, 0], np.array(row.target))
     use = use_probability(calibration, codes)
     # A crop that is thinned out is left out for good, by a draw that depends on the image and the crop alone.
     kept = rng.generator("fkd export", row.key).random(len(use)) < use

@@ -64,8 +64,8 @@ class RelabelMaps:
 def _label_map(path: Path, content: Any, num_classes: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Split a label map into scores and class numbers, each (P, S, S). Raises ForeignFileError for anything else."""
     if not isinstance(content, np.ndarray) or content.ndim != 4 or content.shape[0] != 2 or not content.size:
-        told = f"an array of shape {content.shape}" if isinstance(content, np.ndarray) else type(content).__name__
-        raise ForeignFileError(f"{path}: is {told}; ReLabel's label maps are arrays of shape (2, 5, 15, 15)")
+        found = f"an array of shape {content.shape}" if isinstance(content, np.ndarray) else type(content).__name__
+        raise ForeignFileError(f"{path}: is {found}; ReLabel's label maps are arrays of shape (2, 5, 15, 15)")
     if content.shape[2] != content.shape[3]:
         raise ForeignFileError(f"{path}: a label map of {content.shape[2]} x {content.shape[3]} cells is not square")
     with np.errstate(over="ignore"):

@@ -70,11 +70,11 @@ def merge_labels(
     # Comparing the m candidates of a crop with each other takes m * m values: some megabytes at a time.
     for start in range(0, len(target), CROPS_AT_ONCE):
         rows = slice(start, start + CROPS_AT_ONCE)
-        told = [
+        members = [
             _told(index[rows], prob[rows], target[rows], known[rows], num_classes)
             for (index, prob), known in zip(flat, target_probs, strict=True)
         ]
-        pieces.append(_mean(told, shares, top_k))
+        pieces.append(_mean(members, shares, top_k))
     class_index, class_prob, uncertain = (np.concatenate(column) for column in zip(*pieces, strict=True))
     # NaN where any of them does not know it: a mean of the others would be no probability of this ensemble.
     target_prob = sum(s * p.astype(np.float32) for s, p in zip(shares, target_probs, strict=True))
@@ -104,7 +104,7 @@ def check_same_crops(a: ShardLabels, b: ShardLabels, where: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Told:
+class _Distributions:
     """The distributions of one label set for M crops: `prob` of `index` (M, k + 1), and `rest` (M,) of any other class.
 
     The last column is the ground truth where it was not kept, else class -1.
@@ -123,7 +123,7 @@ def _told(
     target: npt.NDArray[np.int32],
     target_prob: npt.NDArray[np.float16],
     num_classes: int,
-) -> _Told:
+) -> _Distributions:
     # The ground truth is stored apart where it is outside the top k: one more class of which the probability is known.
     extra = (target != UNKNOWN_TARGET) & (index != target[:, None]).all(axis=1) & ~np.isnan(target_prob)
     last = np.where(extra, target, -1)
@@ -135,21 +135,21 @@ def _told(
     others = num_classes - index.shape[1] - extra
     # Recovery `smooth`: each class that was neither kept nor the ground truth gets the same share of the mass cut off.
     rest = np.where(others > 0, cut / np.maximum(others, 1), 0).astype(np.float32)
-    return _Told(all_index, all_prob, rest, cut)
+    return _Distributions(all_index, all_prob, rest, cut)
 
 
 def _mean(
-    told: Sequence[_Told], shares: npt.NDArray[np.float32], top_k: int
+    members: Sequence[_Distributions], shares: npt.NDArray[np.float32], top_k: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16], npt.NDArray[np.float32]]:
-    candidates = np.concatenate([one.index for one in told], axis=1)
+    candidates = np.concatenate([one.index for one in members], axis=1)
     # A class that several label sets kept is a candidate once: where an earlier column names it, the later one goes.
     earlier = np.tril(np.ones((candidates.shape[1],) * 2, np.bool_), -1)
     again = ((candidates[:, :, None] == candidates[:, None, :]) & earlier).any(axis=2)
     mean = np.zeros(candidates.shape, np.float32)
-    for one, share in zip(told, shares, strict=True):
+    for one, share in zip(members, shares, strict=True):
         found = candidates[:, :, None] == one.index[:, None, :]
-        said = np.where(found, one.prob[:, None, :], 0).sum(axis=2)
-        mean += share * np.where(found.any(axis=2), said, one.rest[:, None])
+        kept = np.where(found, one.prob[:, None, :], 0).sum(axis=2)
+        mean += share * np.where(found.any(axis=2), kept, one.rest[:, None])
     stored = mean.astype(np.float16)
     # As labels.soft_labels ranks: by the stored bits, ties by class.
     rank = stored.view(np.int16).astype(np.int64) << CLASS_BITS
@@ -157,7 +157,7 @@ def _mean(
     # Below every real rank, as bit patterns of probabilities are not negative. -1 stands for "no ground truth to add".
     rank[again | (candidates < 0)] = -1
     best = np.argsort(-rank, axis=1, kind="stable")[:, :top_k]
-    cut = sum(share * one.cut for one, share in zip(told, shares, strict=True))
+    cut = sum(share * one.cut for one, share in zip(members, shares, strict=True))
     return (
         np.take_along_axis(candidates, best, axis=1),
         np.take_along_axis(stored, best, axis=1),
@@ -190,8 +190,8 @@ class EnsembleReader:
         )
         self.num_crops = first.num_crops
         # Weights are part of it: caches and saved states of another weighting must not fit.
-        told = "".join(f"{labels.identity}{share!r}" for labels, share in zip(sets, self.shares, strict=True))
-        self.identity = hashlib.sha256(told.encode()).hexdigest()
+        parts = "".join(f"{labels.identity}{share!r}" for labels, share in zip(sets, self.shares, strict=True))
+        self.identity = hashlib.sha256(parts.encode()).hexdigest()
 
     def __repr__(self) -> str:
         manifest = self.manifest

@@ -244,9 +244,9 @@ def _checked_rows(path: Path, manifest: Manifest, entry: ShardEntry, rows: list[
                 f"the manifest says {expected} of {np.dtype(dtype)}"
             )
         if row.operations.shape[1] != manifest.operation_words:
-            told = ", ".join(manifest.augmentations or ()) or "none"
+            names = ", ".join(manifest.augmentations or ()) or "none"
             raise ShardError(
                 f"{path}: image {row.key!r} has {row.operations.shape[1]} words of recorded operations, the "
-                f"manifest's augmentations ({told}) take {manifest.operation_words}"
+                f"manifest's augmentations ({names}) take {manifest.operation_words}"
             )
     return ShardLabels.from_rows(rows)

@@ -224,8 +224,8 @@ class MappedReader(View):
         }
         self.manifest = base.manifest.model_copy(update=changes)
         self.num_crops = base.num_crops
-        told = f"classes {class_map.num_classes}".encode()
-        self.identity = _identity(base, told, class_map.new.astype("<i8").tobytes())
+        size = f"classes {class_map.num_classes}".encode()
+        self.identity = _identity(base, size, class_map.new.astype("<i8").tobytes())
 
     def __repr__(self) -> str:
         return f"<{self.class_map.num_classes} classes out of the {self.base.manifest.num_classes} of {self.base!r}>"
@@ -251,6 +251,6 @@ class MappedReader(View):
         return MappedReader(self.base.verified(verify_labels), self.class_map)
 
 
-def _identity(base: RowReader, *told: bytes) -> str:
+def _identity(base: RowReader, *content: bytes) -> str:
     """Hash the identity of `base` and what a view makes of it, so that the same view always has the same identity."""
-    return hashlib.sha256(b"".join((base.identity.encode(), *told))).hexdigest()
+    return hashlib.sha256(b"".join((base.identity.encode(), *content))).hexdigest()

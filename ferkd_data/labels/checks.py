@@ -244,8 +244,8 @@ def image_rules(labels: ShardLabels, num_classes: int, pixel_limit: int) -> Iter
     yield Rule("height", labels.height == 0, "{value}, must be at least 1")
     yield Rule("width", labels.width == 0, "{value}, must be at least 1")
     too_large = labels.height.astype(np.int64) * labels.width > pixel_limit
-    told = f"{{value}}: with its width more than the {pixel_limit} pixels that max_pixels allows"
-    yield Rule("height", too_large, told)
+    message = f"{{value}}: with its width more than the {pixel_limit} pixels that max_pixels allows"
+    yield Rule("height", too_large, message)
     yield Rule("target", _strange(labels.target, num_classes), f"{{value}}, must be a class in 0..{num_classes - 1}")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ferkd_data.errors import TeacherError, UsageError
 from ferkd_data.labels.rows import UNKNOWN_TARGET, class_index_dtype
 
-Ensemble: TypeAlias = Literal["mean", "logits", "geometric"]
+EnsembleMode: TypeAlias = Literal["mean", "logits", "geometric"]
 
 
 CLASS_BITS = 24
@@ -28,7 +28,7 @@ CLASS_BITS = 24
 
 
 def combine(
-    logits: Sequence[Tensor], *, weights: Sequence[float], temperatures: Sequence[float], mode: Ensemble
+    logits: Sequence[Tensor], *, weights: Sequence[float], temperatures: Sequence[float], mode: EnsembleMode
 ) -> Tensor:
     """Combine the logits (B, C) of each teacher into one distribution (B, C) float32.
 

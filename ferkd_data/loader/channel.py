@@ -264,9 +264,9 @@ class BatchBuffers:
 
     def _no_memory(self, slots: int, why: str) -> LoaderError:
         megabytes = slots * _num_bytes(self._shapes) / 1e6
-        told = " and ".join(f"{num_crops} crops of {size} pixels" for num_crops, size in self._shapes)
+        shapes = " and ".join(f"{num_crops} crops of {size} pixels" for num_crops, size in self._shapes)
         return LoaderError(
-            f"{slots} windows of {told} need {megabytes:,.0f} MB of memory, which could not be allocated ({why}); "
+            f"{slots} windows of {shapes} need {megabytes:,.0f} MB of memory, which could not be allocated ({why}); "
             "lower num_workers, prefetch_factor, batch_size or spread"
         )
 

@@ -115,7 +115,7 @@ class Drawn(NamedTuple):
     class_prob: npt.NDArray[np.float16]
     bucket: npt.NDArray[np.uint8]
     codes: npt.NDArray[np.uint8]
-    """Action codes (see `calibration.crop_actions`)."""
+    """Policy codes (see `calibration.crop_policies`)."""
 
 
 def draw_crops(

@@ -235,8 +235,8 @@ class ShardRecords:
 
     def _path(self, shard: int, block: int) -> Path:
         # The layout of records is part of the name, so that another version of this code makes files of its own.
-        told = f"{self.labels.identity} {shard} {block} {record_dtype(self.labels, block).descr}"
-        return self._cache.path(hashlib.sha256(told.encode()).hexdigest() + SUFFIX)
+        content = f"{self.labels.identity} {shard} {block} {record_dtype(self.labels, block).descr}"
+        return self._cache.path(hashlib.sha256(content.encode()).hexdigest() + SUFFIX)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"labels": self.labels, "_cache": self._cache}

@@ -190,16 +190,16 @@ def facts(labels: LabelSet, found: Collected, hours: float | None) -> list[tuple
 def distributions(manifest: Manifest) -> list[tuple[str, str]]:
     """List how crops were drawn as (name, value): all of them, or those of each kind."""
 
-    def told(crops: CropDistribution | CropDistributionEntry) -> str:
+    def described(crops: CropDistribution | CropDistributionEntry) -> str:
         return (
             f"area {crops.scale[0]:g} to {crops.scale[1]:g} of the image, ratio {crops.ratio[0]:.3g} to "
             f"{crops.ratio[1]:.3g}, flipped with probability {crops.hflip:g}, seed {manifest.seed}"
         )
 
     if not manifest.kinds:
-        return [("Crop distribution", told(manifest.crop_distribution))]
+        return [("Crop distribution", described(manifest.crop_distribution))]
     return [
-        (f"Crop kind {kind.name}", f"{kind.crops:,} of each image, for {kind.size} px: {told(kind.distribution)}")
+        (f"Crop kind {kind.name}", f"{kind.crops:,} of each image, for {kind.size} px: {described(kind.distribution)}")
         for kind in manifest.kinds
     ]
 

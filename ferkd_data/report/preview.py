@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ferkd_data.calibration import Action, Calibration, action_table
+from ferkd_data.calibration import Calibration, Policy, policy_table
 from ferkd_data.errors import UsageError
 from ferkd_data.labels.buckets import BUCKETS
 from ferkd_data.loader import CropLoader
@@ -145,7 +145,7 @@ class _Batch:
             "mixed": f"{100 * partner[1]:.0f} % of it is this crop, the rest crop {partner[0]}" if partner else "",
             "bucket": bucket,
             "bucket_name": BUCKET_TITLES[BUCKETS[bucket]],
-            "action": self._said(action_table(self._calibration)[code], code, truth),
+            "policy": self._said(policy_table(self._calibration)[code], code, truth),
             "truth": class_name(self._labels, truth),
             "stored": self._stored(i, m),
             "target": self._largest(self._before[slot]),
@@ -188,19 +188,19 @@ class _Batch:
         rest = max(0.0, float(target.sum() - target[order].sum()))
         return [*rows, ("all other classes", f"{rest:.3f}", min(1.0, rest))]
 
-    def _said(self, action: Action, code: int, truth: int) -> str:
+    def _said(self, policy: Policy, code: int, truth: int) -> str:
         wrong = "confident but wrong; " if code >= len(BUCKETS) else ""
-        return wrong + _in_words(action, self._calibration, truth)
+        return wrong + _in_words(policy, self._calibration, truth)
 
     def _key(self, row: int) -> str:
         shard, at = self._labels.position(row)
         return self._labels.keys_of(shard)[at]
 
 
-def _in_words(action: Action, calibration: Calibration, truth: int) -> str:
-    if truth < 0 and action.kind in ("soften", "blend"):
+def _in_words(policy: Policy, calibration: Calibration, truth: int) -> str:
+    if truth < 0 and policy.kind in ("soften", "blend"):
         return "keeps its soft label, since its ground truth is unknown"
-    if action.kind == "discard":
+    if policy.kind == "discard":
         kept = calibration.all_discarded == "keep" or truth < 0
         instead = "keeps its soft label" if kept else "gets the softened ground truth"
         return f"its image has no crop in use, so it {instead}"
@@ -208,9 +208,9 @@ def _in_words(action: Action, calibration: Calibration, truth: int) -> str:
         ("soften", f"softened ground truth, epsilon {calibration.epsilon:g}"),
         ("blend", f"{percent(calibration.blend_weight, 0)} of its soft label, the rest the softened ground truth"),
         ("keep", "keeps its soft label"),
-        ("thin", f"keeps its soft label; {percent(action.share, 0)} of such crops are in use"),
+        ("thin", f"keeps its soft label; {percent(policy.share, 0)} of such crops are in use"),
     )
-    return dict(words)[action.kind]
+    return dict(words)[policy.kind]
 
 
 def _picture(image_CHW: Tensor) -> str:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferkd_data.calibration import Calibration, calibrate, crop_actions
+from ferkd_data.calibration import Calibration, calibrate, crop_policies
 from ferkd_data.mixing import CutMix, Mixup
 from ferkd_data.selfmix import SelfMix
 from ferkd_data.targets import RECOVERIES, SoftTargets
@@ -109,7 +109,7 @@ def test_sparse_equals_dense_under_every_composition(calibration, classes, seed,
     index, prob = stored_labels(classes, k, seed, peak)
     rng = np.random.default_rng(seed)
     bucket, target = rng.integers(0, 4, NUM_CROPS).astype(np.uint8), rng.integers(-1, classes, NUM_CROPS)
-    codes = crop_actions(calibration, bucket, index[:, 0], target)
+    codes = crop_policies(calibration, bucket, index[:, 0], target)
     labels = {"class_index": index, "class_prob": prob, "codes": codes, "target": target}
     targets = calibrate(calibration, **labels, num_classes=classes)
     rows = zip(index, prob, codes, target, strict=True)

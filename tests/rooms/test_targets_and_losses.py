@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferkd_data.calibration import Calibration, calibrate, calibration_at, crop_actions, crop_buckets, use_probability
+from ferkd_data.calibration import Calibration, calibrate, calibration_at, crop_buckets, crop_policies, use_probability
 from ferkd_data.errors import UsageError
 from ferkd_data.labels.buckets import Thresholds
 from ferkd_data.losses import entropy, kl_div, soft_cross_entropy
@@ -216,14 +216,14 @@ def test_what_each_policy_makes_of_a_crop():
     np.testing.assert_allclose(one_crop(kept, 0), soft, atol=5e-4)
 
 
-def test_actions_use_and_thresholds():
+def test_policies_use_and_thresholds():
     bucket = np.array([0, 1, 2, 3, 2, 3], np.uint8)
     top1, target = np.array([0, 0, 7, 7, 1, 1]), np.array([7, 7, 7, 7, 7, -1])
     calibration = Calibration(easy_positive="thin(0.25)", confident_but_wrong="discard")
-    codes = crop_actions(calibration, bucket, top1, target)
+    codes = crop_policies(calibration, bucket, top1, target)
     assert codes.tolist() == [0, 1, 2, 3, 4, 3]
     assert use_probability(calibration, codes).tolist() == [0, 1, 1, 0.25, 0, 0.25]
-    assert crop_actions(Calibration(), bucket, top1, target) is bucket
+    assert crop_policies(Calibration(), bucket, top1, target) is bucket
     prob = np.array([[0.5, 0.1], [0.05, 0.01]], np.float16)
     other = Calibration(thresholds=Thresholds(low=0.1, mid=0.2, top=0.4))
     stored = np.array([1, 1], np.uint8)

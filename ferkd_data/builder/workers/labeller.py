@@ -114,7 +114,7 @@ class _Watch:
         self.sign_of_life = sign_of_life
         self.teachers: Sequence[TeacherSpec] = ()
         self.since = 0.0
-        self.crops = self.told = self.rejects = 0
+        self.crops = self.reported = self.rejects = 0
         self.queue: SimpleQueue[Halved | Finished] = SimpleQueue()
 
     def asking(self, teachers: Sequence[TeacherSpec]) -> None:
@@ -139,7 +139,7 @@ class _Watch:
 
     def begin(self) -> None:
         """Start counting anew. Called between shards, when the labelling thread is idle."""
-        self.crops = self.told = self.rejects = 0
+        self.crops = self.reported = self.rejects = 0
 
     def labelled(self, crops: int, rejects: int) -> None:
         self.rejects = rejects
@@ -151,9 +151,9 @@ class _Watch:
             yield self.queue.get()
         # Read once: the labelling thread may add to it between the lines below.
         crops = self.crops
-        if crops != self.told or self.sign_of_life:
-            yield Labelled(crops - self.told, self.rejects)
-        self.told = crops
+        if crops != self.reported or self.sign_of_life:
+            yield Labelled(crops - self.reported, self.rejects)
+        self.reported = crops
 
 
 def _is_done(future: Future[Result], seconds: float) -> bool:
