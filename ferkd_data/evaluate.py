@@ -19,6 +19,7 @@ from torch import Tensor
 from ferkd_data.errors import ImageError, SourceError, check_at_least
 from ferkd_data.images import ImageRef, ImageSource, Reject, decode_rgb, open_source
 from ferkd_data.labels.soft_labels import EnsembleMode, combine
+from ferkd_data.labels.statistics import near_chance
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.probe import (
     STEADY_IMAGES,
@@ -266,9 +267,8 @@ def _warnings(models: Sequence[Teacher], scores: Sequence[Score], gathered: _Gat
         # Three standard deviations of a share of `images` coin tosses, sqrt(p (1 - p) / n).
         # The variance is at least 0.01, so that 10 of 10 right do not count as certain.
         noise = 3 * math.sqrt(max(score.top1 * (1 - score.top1), 0.01) / score.images)
-        chance = 1 / model.num_classes
         # noise / 3 is one standard deviation.
-        if score.top1 < 3 * chance + noise / 3:
+        if score.top1 < near_chance(model.num_classes) + noise / 3:
             found.append(
                 f"{score.name}: top-1 {score.top1:.1%} is near chance: wrong weights, class order or normalisation"
             )

@@ -88,6 +88,23 @@ def make_photos() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def make_greys() -> Callable[..., Path]:
+    """Fills a folder with class folders of nearly even pictures: class 0 the darkest, as the teacher Brightness names
+    them. The crops of one picture are alike."""
+
+    def make(folder: Path, classes: int, each: int = 10) -> Path:
+        for number in range(classes * each):
+            target = number // each
+            noise = np.random.default_rng(number).normal(255 * (target + 0.5) / classes, 3, (48, 64, 3))
+            path = folder / f"class{target}" / f"grey{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(path)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory, make_photos: Callable[..., Path]) -> Path:
     """20 small JPEGs in 10 class folders; do not write here."""
     return make_photos(tmp_path_factory.mktemp("photos"))

@@ -174,6 +174,18 @@ def histogram(p_max: npt.NDArray[np.float64], counts: npt.NDArray[np.int64] | No
     return np.bincount(bins, counts, minlength=NUM_BINS).astype(np.int64)
 
 
+def near_chance(num_classes: int) -> float:
+    """Return the accuracy below which a teacher counts as guessing: three times chance, less where classes are few.
+
+    Three times chance is no accuracy at all with two or three classes, so a fifth of the way from chance to 1 limits it.
+
+    >>> [round(near_chance(classes), 3) for classes in (2, 3, 10, 1000)]
+    [0.6, 0.467, 0.28, 0.003]
+    """
+    chance = 1 / num_classes
+    return min(3 * chance, chance + 0.2 * (1 - chance))
+
+
 class Range(NamedTuple):
     """A row of FerKD's table: the crops with low <= p_max < high."""
 

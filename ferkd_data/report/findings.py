@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data.label_set import LabelSet
-from ferkd_data.labels.statistics import P_MAX_UNITS, TEACHER_BINS
+from ferkd_data.labels.statistics import P_MAX_UNITS, TEACHER_BINS, near_chance
 from ferkd_data.report.charts import Reliability, percent
 from ferkd_data.report.collect import Collected
 from ferkd_data.report.sketch import FLOAT16_VALUES, Counts, Sketch, counts_between
@@ -100,23 +100,24 @@ def _accuracy(labels: LabelSet, found: Collected) -> list[Finding]:
     if not known.sum():
         text = "No ground truth is known, so nothing here says whether the teachers are right."
         return [Finding(level="note", text=text, section="teachers")]
-    # Rules of thumb: near chance is below three times chance, or 60 % of two classes; crops of background keep even a
-    # good teacher well below its accuracy on whole images, so half of the crops is good.
+    # Rules of thumb: crops of background keep even a good teacher well below its accuracy on whole images, so half of
+    # the crops is good, and three quarters where half is what guessing one of two classes gives.
     share, chance = right.sum() / known.sum(), 1 / labels.num_classes
+    enough, words = (0.75, "three quarters") if labels.num_classes == 2 else (0.5, "half")
     text = f"The teachers name the ground truth on {percent(share)} of the crops"
-    if share < max(3 * chance, 0.05) or (labels.num_classes == 2 and share < 0.6):
+    if share < max(near_chance(labels.num_classes), 0.05):
         text += (
             f", near chance ({percent(chance)}). Are the class numbers those of the teachers, and is their "
             "normalisation right? ferkd-data evaluate checks it."
         )
         return [Finding(level="warning", text=text, section="teachers")]
-    if share >= 0.5:
+    if share >= enough:
         return [
             Finding(
                 level="good", text=text + ", many of which show background: they are wired right.", section="teachers"
             )
         ]
-    text += ", less than half. Compare with ferkd-data evaluate on whole images before you train."
+    text += f", less than {words}. Compare with ferkd-data evaluate on whole images before you train."
     return [Finding(level="note", text=text, section="teachers")]
 
 

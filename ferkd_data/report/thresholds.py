@@ -16,7 +16,8 @@ from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 from ferkd_data.report.charts import percent
 from ferkd_data.report.sketch import Counts, Sketch, counts_below
 
-Decider = Literal["accuracy", "cap", "share"]
+Decider = Literal["accuracy", "cap", "none", "share"]
+"""none: no crop is unsure enough for the threshold's bucket."""
 SUGGESTION_STEPS = 100
 """Thresholds are suggested in steps of 1 / STEPS."""
 DISCARD_BELOW, SOFTEN_BELOW, EASY_FROM = 1 / 3, 1 / 2, 0.98
@@ -57,20 +58,25 @@ class Suggestion:
         start = "a place to start, not a measurement of these teachers"
         if self.clauses[0].decided_by == "share":
             return f"{values} They are fixed shares of the crops: {start}."
+        if empty := self._decided_by("none"):
+            reasons: tuple[tuple[Decider, str], ...] = (
+                ("accuracy", "how often the teachers are right"), ("cap", "a limit on the size of the bucket"),
+            )  # fmt: skip
+            others = [f"{why} decided the {names}" for by, why in reasons if (names := self._decided_by(by))]
+            return f"{values} {'; '.join([f'No crop is unsure enough for the {empty}', *others])}."
         if not self.measured:
             return f"{values} Limits on the size of the buckets decided all three: {start}."
-        by_accuracy = " and the ".join(
-            name
-            for name, clause in zip(("first", "second", "third"), self.clauses, strict=True)
-            if clause.decided_by == "accuracy"
-        )
         if self.measured == 3:
             return f"{values} How often the teachers are right decided all three."
-        others = "the other" if self.measured == 2 else "the others"
+        rest = "the other" if self.measured == 2 else "the others"
         return (
-            f"{values} How often the teachers are right decided the {by_accuracy}; a limit on the size of the bucket "
-            f"decided {others}."
+            f"{values} How often the teachers are right decided the {self._decided_by('accuracy')}; a limit on the "
+            f"size of the bucket decided {rest}."
         )
+
+    def _decided_by(self, decider: Decider) -> str:
+        names = zip(("first", "second", "third"), self.clauses, strict=True)
+        return " and the ".join(name for name, clause in names if clause.decided_by == decider)
 
 
 def suggest(sketch: Sketch) -> Suggestion:
@@ -83,9 +89,9 @@ def suggest(sketch: Sketch) -> Suggestion:
     below, known_below, right_below = (counts_below(counts, edges) for counts in (total, known, right))
     # Counts of the WINDOW steps below each edge: differences of cumulative counts.
     near = [row - np.concatenate([np.zeros(WINDOW, np.int64), row[:-WINDOW]]) for row in (known_below, right_below)]
-    low, low_by = _lower(edges, near[1] <= DISCARD_BELOW * near[0], below <= MOST_DISCARDED * sketch.crops)
+    low, low_by = _lower(edges, near[1] <= DISCARD_BELOW * near[0], below, MOST_DISCARDED * sketch.crops)
     softened = below - below[round(low * SUGGESTION_STEPS)]
-    mid, mid_by = _lower(edges, near[1] <= SOFTEN_BELOW * near[0], softened <= MOST_SOFTENED * sketch.crops)
+    mid, mid_by = _lower(edges, near[1] <= SOFTEN_BELOW * near[0], softened, MOST_SOFTENED * sketch.crops)
     # Each follows from a test of its own, but thresholds must ascend.
     mid = max(low, mid)
     # Of the crops from each edge on; where none is left there is nothing to be right on.
@@ -113,24 +119,36 @@ def suggest(sketch: Sketch) -> Suggestion:
 
 def _clause(value: float, by: Decider, cap: float, bucket: str, crops: str, right: str) -> Clause:
     """Describe a threshold that ends a bucket; `right` is the share of its accuracy test in words."""
-    limit = f"the limit of {percent(cap, 0)}; by accuracy alone, the threshold could be higher"
+    said = {
+        "accuracy": "accuracy: beyond it, the teachers are right more often",
+        "cap": f"the limit of {percent(cap, 0)}; by accuracy alone, the threshold could be higher",
+        "none": "no crop is unsure enough, so the bucket stays empty",
+    }
     return Clause(
         value=value,
         rule=f"{crops} are {bucket}. Just below it, the teachers are right on at most {right} of the crops, and "
         f"at most {percent(cap, 0)} of all crops are {bucket}",
         decided_by=by,
-        decided="accuracy: beyond it, the teachers are right more often" if by == "accuracy" else limit,
+        decided=said[by],
     )
 
 
 def _lower(
-    edges: npt.NDArray[Any], accurate: npt.NDArray[np.bool_], few: npt.NDArray[np.bool_]
+    edges: npt.NDArray[Any], accurate: npt.NDArray[np.bool_], inside: Counts, most: float
 ) -> tuple[float, Decider]:
-    """Give the largest edge up to which the teachers are seldom right and the bucket is small enough."""
+    """Give the largest edge up to which the teachers are seldom right and at most `most` crops are in the bucket.
+
+    `inside` counts the crops of the bucket that ends at each edge; 0 where it would be empty.
+    """
     # Up to the first step at which the test fails: beyond it, single steps may pass by chance.
     by_accuracy = _last(edges, np.logical_and.accumulate(accurate))
-    by_cap = _last(edges, few)
-    return (by_cap, "cap") if by_cap < by_accuracy else (by_accuracy, "accuracy")
+    by_cap = _last(edges, inside <= most)
+    if by_cap < by_accuracy:
+        return by_cap, "cap"
+    # Where there are no crops the teachers are never right, and the test holds: that is no reason for a threshold.
+    if inside[round(by_accuracy * SUGGESTION_STEPS)] <= 0:
+        return 0.0, "none"
+    return by_accuracy, "accuracy"
 
 
 def _upper(

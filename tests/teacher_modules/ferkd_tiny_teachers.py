@@ -43,6 +43,34 @@ def eleven_classes():
     return Tiny(3, 11)
 
 
+class Brightness(nn.Module):
+    """Names the class in whose part of the range from black to white the mean brightness lies."""
+
+    preprocessing: ClassVar = {"size": 32, "mean": (0.0,), "std": (1.0,)}
+
+    def __init__(self, classes, wrong=0.0):
+        super().__init__()
+        self.centres = (torch.arange(classes) + 0.5) / classes
+        self.scale = 20.0 * classes
+        self.wrong = wrong
+
+    def forward(self, x):
+        brightness = x.mean(dim=(1, 2, 3)) + self.wrong
+        return -self.scale * (brightness[:, None] - self.centres).abs()
+
+
+def brightness_of_two():
+    return Brightness(2)
+
+
+def brightness_of_three():
+    return Brightness(3)
+
+
+def brightness_of_two_but_dark_alone():
+    return Brightness(2, wrong=-1.0)
+
+
 class Broken(Tiny):
     def forward(self, x):
         return super().forward(x) * float("nan")

@@ -19,7 +19,7 @@ from ferkd_data.labels.rows import ShardLabels
 from ferkd_data.report import temperatures
 from ferkd_data.report.charts import Reliability, percent
 from ferkd_data.report.collect import Collector, Duplicates, collect
-from ferkd_data.report.findings import _calibrated_apart, ensemble_reliability, findings
+from ferkd_data.report.findings import _accuracy, _calibrated_apart, ensemble_reliability, findings
 from ferkd_data.report.samples import Smallest, priorities
 from ferkd_data.report.sketch import FLOAT16_VALUES, Sketch, counts_below, counts_between
 from ferkd_data.report.suspects import CSV_COLUMNS, SuspectList
@@ -297,6 +297,45 @@ def test_a_suggestion_names_the_clause_that_decided_each_threshold():
     assert "How often the teachers are right decided the first and the second; a limit" in unsure.summary
     always = suggest(sketch_of(p_max, p_max > 0.8))
     assert always.clauses[2].decided_by == "cap" and always.thresholds.top > 0.8
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_teachers_of_few_classes_that_are_always_right_are_not_near_chance(classes, tmp_path, make_greys, tiny_teachers):
+    name = {2: "brightness_of_two", 3: "brightness_of_three"}[classes]
+    greys, out = make_greys(tmp_path / "greys", classes), tmp_path / "out"
+    fd.build(greys, out, teachers=[f"python:ferkd_tiny_teachers:{name}"], crops=4, top_k=2, device="cpu")
+    labels = fd.open_labels(out)
+    said = [one for one in findings(labels, collect(labels)) if one.section == "teachers"]
+    assert [one.level for one in said] == ["good"] and "near chance" not in said[0].text
+
+
+def test_guessing_one_of_two_classes_is_near_chance_and_most_crops_right_are_not_enough(opened):
+    binary = _Binary(opened)
+    levels = []
+    for share in (0.5, 0.7, 0.8):
+        p_max = np.linspace(0.5, 1, 1000)
+        found = replace(collect(opened), sketch=sketch_of(p_max, np.arange(1000) < 1000 * share))
+        (said,) = _accuracy(binary, found)
+        levels.append((said.level, "near chance" in said.text, "less than three quarters" in said.text))
+    assert levels == [("warning", True, False), ("note", False, True), ("good", False, False)]
+
+
+class _Binary:
+    """Stands in for a label set of two classes, of which the finding reads nothing else."""
+
+    def __init__(self, labels: fd.LabelSet) -> None:
+        self.num_classes = 2
+
+
+def test_a_threshold_below_which_no_crop_lies_is_not_suggested():
+    """Without crops, an accuracy test holds everywhere: low and mid were 1, and the next crop was discarded."""
+    sure = suggest(sketch_of(np.ones(500), np.ones(500, bool)))
+    assert (sure.thresholds.low, sure.thresholds.mid) == (0, 0) and sure.thresholds.top == 1
+    assert [clause.decided_by for clause in sure.clauses[:2]] == ["none", "none"]
+    assert "How often the teachers are right decided" not in sure.summary
+    # All crops from 0.6 on, and right: nothing to discard, nothing to soften.
+    high = suggest(sketch_of(np.linspace(0.6, 1, 5000), np.ones(5000, bool)))
+    assert (high.thresholds.low, high.thresholds.mid) == (0, 0)
 
 
 def test_thresholds_side_by_side(opened, found):
