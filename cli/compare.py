@@ -56,6 +56,9 @@ def _print_labels(result: Any) -> None:
     say(f"mean KL divergence   {result.mean_kl:>12.4f}   nats, of B from A")
     say(f"\n{'':<20} {'A':>12} {'B':>12}")
     say(f"{'mean p_max':<20} {result.mean_p_max_a:>12.3f} {result.mean_p_max_b:>12.3f}")
+    if result.right_a is None:
+        say("the ground truth is unknown for every image")
+        return
     say(f"{'right':<20} {result.right_a:>12.1%} {result.right_b:>12.1%}")
     say(f"{'right alone':<20} {result.only_a_right:>12.1%} {result.only_b_right:>12.1%}")
 

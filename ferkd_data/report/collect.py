@@ -150,7 +150,8 @@ class Collector:
         self._images = Smallest[SampledImage](IMAGES_SHOWN)
         self._discarded = Smallest[SampledImage](EXAMPLES)
         self._smallest = Smallest[SampledImage](EXAMPLES)
-        self._suspects = SuspectList(labels.num_classes)
+        thresholds = labels.manifest.thresholds
+        self._suspects = SuspectList(labels.num_classes, thresholds.mid if thresholds.confidence == "target" else None)
         self._duplicates = Duplicates()
         self._temperatures = TemperatureSample(labels.num_classes)
         self._rejects: Counter[str] = Counter()

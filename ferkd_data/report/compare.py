@@ -51,7 +51,10 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Result of `compare`: two label sets A and B on the crops that both have. Shares are in 0..1.
+    """Result of `compare`: two label sets A and B on the crops that both have.
+
+    Shares are in 0..1. Shares and means are None where they are of no crops: without common crops, or without a ground
+    truth. The ground truth is A's, or B's where A has none.
 
     >>> result = fd.compare(labels, labels)
     >>> result.images == len(labels), result.only_a, result.mean_kl, result.most_different
@@ -73,21 +76,21 @@ class Comparison:
     are about these."""
     other_crops: int
     """Crops of common images that are not compared, since their boxes, flips or recorded operations differ."""
-    same_top1: float
+    same_top1: float | None
     """Share of the crops with the same most probable class."""
-    right_a: float
+    right_a: float | None
     """Share of the crops with a ground truth whose most probable class in A it is."""
-    right_b: float
+    right_b: float | None
     """Share of the crops with a ground truth whose most probable class in B it is."""
-    only_a_right: float
+    only_a_right: float | None
     """Share of the crops with a ground truth that A names and B does not."""
-    only_b_right: float
+    only_b_right: float | None
     """Share of the crops with a ground truth that B names and A does not."""
-    mean_p_max_a: float
+    mean_p_max_a: float | None
     """Mean over crops of A's largest probability."""
-    mean_p_max_b: float
+    mean_p_max_b: float | None
     """Mean over crops of B's largest probability."""
-    mean_kl: float
+    mean_kl: float | None
     """Mean over crops of KL(A || B) in nats, with both labels recovered by `smooth`."""
     bucket_moves: tuple[tuple[int, ...], ...]
     """4 x 4 counts: entry [i][j] are the crops in bucket i of A and bucket j of B, each by its own thresholds."""
@@ -194,8 +197,9 @@ class _Sums:
         # With other recorded operations, the teachers saw another picture. Sets of different augmentations may differ
         # in the number of operations, and then have no crop in common.
         same_crop &= a.operations.shape == b.operations.shape and (a.operations == b.operations).all(axis=2)
-        # The same key may name another version of the image.
-        same_crop &= (a.image_digest == b.image_digest).all(axis=1)[:, None]
+        # The same key may name another version of the image. Zeros stand for an image that was not hashed.
+        hashed = a.image_digest.any(axis=1) & b.image_digest.any(axis=1)
+        same_crop &= ((a.image_digest == b.image_digest).all(axis=1) | ~hashed)[:, None]
         self.others += int((~same_crop).sum())
         rows, crops = np.nonzero(same_crop)
         # The divergence compares k classes with k for each crop: some at a time.
@@ -203,7 +207,7 @@ class _Sums:
             self._add_crops(a, b, rows[at : at + CROPS_AT_ONCE], crops[at : at + CROPS_AT_ONCE])
 
     def _add_crops(self, a: ShardLabels, b: ShardLabels, rows: Any, crops: Any) -> None:
-        target = a.target[rows].astype(np.int64)
+        target = np.where(a.target == UNKNOWN_TARGET, b.target, a.target)[rows].astype(np.int64)
         top_a, top_b = (labels.class_index[rows, crops, 0].astype(np.int64) for labels in (a, b))
         known = target != UNKNOWN_TARGET
         self.crops += len(rows)
@@ -235,7 +239,7 @@ class _Sums:
             self.worst.add(-difference.kl, difference.key, difference.crop, lambda kept=difference: kept)  # type: ignore[misc]
 
     def comparison(self, a: LabelSet, b: LabelSet) -> Comparison:
-        crops, known = max(self.crops, 1), max(self.known, 1)
+        right = self.right.tolist()
         return Comparison(
             a=a.location,
             b=b.location,
@@ -244,17 +248,21 @@ class _Sums:
             only_b=len(b) - self.images,
             crops=self.crops,
             other_crops=self.others,
-            same_top1=self.same / crops,
-            right_a=int(self.right[1].sum()) / known,
-            right_b=int(self.right[:, 1].sum()) / known,
-            only_a_right=int(self.right[1, 0]) / known,
-            only_b_right=int(self.right[0, 1]) / known,
-            mean_p_max_a=float(self.p_max[0]) / crops,
-            mean_p_max_b=float(self.p_max[1]) / crops,
-            mean_kl=self.kl / crops,
+            same_top1=_ratio(self.same, self.crops),
+            right_a=_ratio(sum(right[1]), self.known),
+            right_b=_ratio(right[0][1] + right[1][1], self.known),
+            only_a_right=_ratio(right[1][0], self.known),
+            only_b_right=_ratio(right[0][1], self.known),
+            mean_p_max_a=_ratio(float(self.p_max[0]), self.crops),
+            mean_p_max_b=_ratio(float(self.p_max[1]), self.crops),
+            mean_kl=_ratio(self.kl, self.crops),
             bucket_moves=tuple(tuple(row) for row in self.moves.tolist()),
             most_different=tuple(self.worst.items()),
         )
+
+
+def _ratio(total: float, crops: int) -> float | None:
+    return total / crops if crops else None
 
 
 Labels = tuple[npt.NDArray[Any], npt.NDArray[Any]]

@@ -111,7 +111,6 @@ def page(
         "suspects": suspect_groups(labels, found, pictures),
         "suspects_found": found.suspects.found,
         "confident_from": labels.manifest.thresholds.mid,
-        "confident_on": "p_max" if labels.manifest.thresholds.confidence == "max" else "ground truth's probability",
         # Inside the page, since the page may fetch nothing.
         "suspects_csv": suspects_csv(suspects, labels) if suspects else "",
         "suspects_kept": len(suspects),

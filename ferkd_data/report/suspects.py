@@ -1,7 +1,8 @@
 """Find images whose ground truth looks wrong: most of their crops are confidently named otherwise.
 
-A crop is confident where it is in one of the two positive buckets, that is, from the second stored threshold up. Labels
-alone decide; names of files and folders are not used.
+A crop is confident where its p_max reaches the second stored threshold: it is in one of the two positive buckets, unless
+buckets compare the ground truth's probability, which a wrong ground truth never has. Labels alone decide; names of files
+and folders are not used.
 """
 
 from __future__ import annotations
@@ -66,8 +67,10 @@ class Suspect:
 class SuspectList:
     """Find images with a doubtful ground truth: count all, keep the SUSPECTS_KEPT most doubtful ones."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, confident_from: float | None = None) -> None:
+        """`confident_from` is the p_max of confident crops; None: those of the two positive buckets."""
         self._sure_below = sure_below(num_classes)
+        self._confident_from = confident_from
         self.found = 0
         self.sure = 0
         """Number of them that are surely wrong."""
@@ -76,7 +79,11 @@ class SuspectList:
     def add(self, labels: ShardLabels, first_row: int) -> None:
         """Add a shard whose first row has the number `first_row`."""
         known = (labels.target != UNKNOWN_TARGET)[:, None]
-        wrong = known & (labels.bucket >= POSITIVE) & (labels.class_index[..., 0] != labels.target[:, None])
+        confident = labels.bucket >= POSITIVE
+        if self._confident_from is not None:
+            # float64 holds every float16 exactly, so that the threshold is not rounded.
+            confident = labels.class_prob[..., 0].astype(np.float64) >= self._confident_from
+        wrong = known & confident & (labels.class_index[..., 0] != labels.target[:, None])
         rows = np.flatnonzero(wrong.sum(axis=1) > MIN_SHARE * labels.num_crops)
         self.found += len(rows)
         for row in rows.tolist():

@@ -238,6 +238,18 @@ def test_surely_wrong_ones_come_first_and_are_counted_apart(opened):
     assert [len(group) for group in groups] == [1, 24] and not any(one.sure for one in groups[1])
 
 
+@pytest.mark.parametrize("confidence", ["max", "target"])
+def test_a_wrong_ground_truth_is_found_whatever_the_buckets_compare(confidence, tmp_path, make_greys, tiny_teachers):
+    """A wrong label has no probability, so buckets by the ground truth's never called such a crop confident."""
+    greys, out = make_greys(tmp_path / "greys", 3), tmp_path / "out"
+    (greys / "class0/grey004.png").rename(greys / "class2/grey004.png")
+    thresholds = fd.Thresholds(confidence=confidence)
+    teacher = "python:ferkd_tiny_teachers:brightness_of_three"
+    fd.build(greys, out, teachers=[teacher], crops=4, top_k=2, device="cpu", thresholds=thresholds)
+    (suspect,) = collect(fd.open_labels(out)).suspects.worst()
+    assert (suspect.image.key, suspect.suggested, suspect.crops, suspect.sure) == ("class2/grey004", 0, 4, True)
+
+
 def test_a_teacher_whose_calibration_error_stands_out_is_named():
     def curve(name: str, ece: float) -> Reliability:
         return Reliability(name=name, crops=(5,), mean_p_max=(0.5,), accuracy=(0.5,), ece=ece, top1=0.5)

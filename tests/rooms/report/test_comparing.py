@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError
-from ferkd_data.report.compare import divergence
+from ferkd_data.report.compare import _Sums, divergence
+from ferkd_data.report.samples import Smallest
 from ferkd_data.targets import SoftTargets, recover
 from ferkd_data_cli.main import run
 
@@ -120,6 +123,45 @@ def test_command(label_set, other, capsys):
     assert all(len(line) <= 100 for line in text.splitlines())
     assert run(["compare", str(label_set), str(other), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["crops"] == 120
+
+
+def test_without_a_ground_truth_nothing_is_said_to_be_wrong(photos, tiny_teachers, tmp_path, capsys):
+    """0 % right was printed, and 0.0 returned, for labels that nothing is known of."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for photo in photos.rglob("*.jpg"):
+        shutil.copyfile(photo, flat / photo.name)
+    fd.build(flat, tmp_path / "out", teachers=[tiny_teachers], **SMALL)
+    found = fd.compare(tmp_path / "out", tmp_path / "out")
+    assert (found.right_a, found.right_b, found.only_a_right, found.only_b_right) == (None,) * 4
+    assert found.same_top1 == 1 and run(["compare", *[str(tmp_path / "out")] * 2]) == 0
+    text = capsys.readouterr().out
+    assert "the ground truth is unknown for every image" in text and "right" not in text
+
+
+def test_without_common_crops_nothing_is_said_to_be_equal(label_set, photos, tiny_teachers, tmp_path, capsys):
+    """A divergence of 0 means equal labels."""
+    distribution = fd.CropDistribution(scale=(1, 1), ratio=(1, 1), hflip=0)
+    fd.build(photos, tmp_path / "whole", teachers=[tiny_teachers], distribution=distribution, **SMALL)
+    found = fd.compare(label_set, tmp_path / "whole")
+    assert found.crops == 0 and found.other_crops == 200
+    assert (found.mean_kl, found.same_top1, found.mean_p_max_a, found.right_a) == (None,) * 4
+    assert run(["compare", str(label_set), str(tmp_path / "whole"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mean_kl"] is None
+
+
+def test_one_ground_truth_is_enough(label_set):
+    """B's is taken where A has none, and an image that was not hashed is compared by its key."""
+    labels = fd.open_labels(label_set)
+    shards = list(labels.shards())
+    whole, blind = _Sums(num_classes=10, worst=Smallest(0)), _Sums(num_classes=10, worst=Smallest(0))
+    for shard in shards:
+        whole.add(shard, shard)
+        bare = replace(
+            shard, target=np.full_like(shard.target, -1), image_digest=np.zeros_like(shard.image_digest)
+        )
+        blind.add(bare, shard)
+    assert blind.comparison(labels, labels) == whole.comparison(labels, labels) and whole.others == 0
 
 
 def test_other_recorded_operations_are_other_crops(label_set, photos, tiny_teachers, tmp_path):
