@@ -14,7 +14,7 @@ from ferkd_data.format.manifest import FILE_NAME, Manifest
 
 from .display import show_transfer
 from .options import default_of
-from .overview import count, size
+from .overview import count, share, size
 from .terminal import say
 
 DONE_WITH_REJECTS = 3
@@ -174,5 +174,5 @@ def _report(out: Path, manifest: Manifest, *, imported: bool) -> None:
     )
     counted = manifest.statistics
     if imported and counted.crops_with_target:
-        share = counted.top1_matches_target / counted.crops_with_target
-        say(f"the ground truth is the most probable class of {share:.1%} of the crops")
+        right = share(counted.top1_matches_target / counted.crops_with_target)
+        say(f"the ground truth is the most probable class of {right} of the crops")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .options import GroupedCommand, json_option, print_json, require_teachers, teacher_options
-from .overview import count, left_out
+from .overview import count, left_out, share
 from .terminal import say
 
 
@@ -66,7 +66,7 @@ def command(
     for score in result.scores:
         published = "" if score.published_top1 is None else f"{score.published_top1:.1%}"
         say(
-            f"{score.images:>6}  {score.top1:>6.1%}  {score.top5:>6.1%}  {score.ece:>6.3f}  {published:>9}  "
+            f"{score.images:>6}  {share(score.top1):>6}  {share(score.top5):>6}  {score.ece:>6.3f}  {published:>9}  "
             f"{score.name}"
         )
     for warning in result.warnings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -262,5 +263,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def print_json(content: Any) -> None:
-    """Print plain values as indented JSON on stdout."""
-    say(json.dumps(content, indent=2, ensure_ascii=False))
+    """Print plain values as indented JSON on stdout. JSON has no NaN and no infinity: both become null."""
+    say(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

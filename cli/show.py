@@ -65,6 +65,7 @@ def command(
         raise UsageError(f"{labels}: no image has the key {key!r}; keys look like {first!r}") from error
     names = _names(classes, opened)
     if picture is not None:
+        _check_picture(picture, images, image.image_digest)
         # The picture grows with them; the table below has all that were asked for.
         shown = min(num_crops, 8)
         fd.show(opened, image.key, images=images, crops=shown, class_names=names).save(picture)
@@ -75,6 +76,22 @@ def command(
         return 0
     print_image(opened, image, crops, names)
     return 0
+
+
+def _check_picture(picture: Path, images: str | None, digest: bytes) -> None:
+    """Raise UsageError where the picture would replace a photo: --image is easily taken for the image to show."""
+    from ferkd_data.errors import UsageError
+    from ferkd_data.storage import image_digest
+
+    # Devices and FIFOs are refused by the writer.
+    exists = picture.is_file()
+    if picture.suffix.lower() != ".png" and (exists or not picture.exists()):
+        raise UsageError(
+            f"--image {picture}: is the PNG file to write, and must end in .png; --images names the photos"
+        )
+    inside = images is not None and picture.resolve().is_relative_to(Path(images).resolve())
+    if exists and (inside or image_digest(picture.read_bytes()) == digest):
+        raise UsageError(f"--image {picture}: is the file to write, and this is one of the photos; name another file")
 
 
 def _names(classes: Path | None, labels: Any) -> Sequence[str] | None:

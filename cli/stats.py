@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from .options import json_option, print_json
+from .overview import share
 from .terminal import say, say_table
 
 SHARES = ("share", "aggregate", "paper_share")
@@ -53,7 +54,7 @@ def command(labels: str, num_worst: int, as_json: bool) -> int:
     if worst:
         say("\nclasses that the teachers get right least often")
         entries = [_class_entry(opened, row) for row in worst]
-        rows = [[f"{entry['agreement']:.1%}", f"{entry['crops']:,}", entry["name"]] for entry in entries]
+        rows = [[share(entry["agreement"]), f"{entry['crops']:,}", entry["name"]] for entry in entries]
         say_table(["right", "crops", "class"], rows, indent=2)
     return 0
 
@@ -73,11 +74,11 @@ def print_statistics(summary: dict[str, Any], teacher_names: list[str]) -> None:
     ]
     say_table(["bucket", "crops", "share %", *(["right %"] if counted else [])], rows)
     if summary["crops_with_target"]:
-        say(f"\nthe ground truth is the most probable class of {summary['agreement_with_target']:.1%} of the crops")
+        say(f"\nthe ground truth is the most probable class of {share(summary['agreement_with_target'])} of the crops")
         say(f"its mean probability is {summary['mean_target_prob']:.3f}")
     else:
         say("\nthe ground truth is unknown for every image")
-    say(f"the stored top-k classes hold {summary['mean_kept_prob']:.1%} of the probability")
+    say(f"the stored top-k classes hold {share(summary['mean_kept_prob'])} of the probability")
     if summary["crops_with_target"] and summary["agreement_with_target"] < WEAK:
         say(
             "hint: a student trained on such labels alone may do worse than one trained on the ground truth; "
@@ -96,7 +97,7 @@ def _print_kinds(by_kind: dict[str, dict[str, Any]]) -> None:
             name,
             f"{summary['crops']:,}",
             *(f"{summary['buckets'][bucket]['share']:.2f}" for bucket in buckets),
-            *([f"{summary['agreement_with_target']:.1%}"] if known else []),
+            *([share(summary["agreement_with_target"])] if known else []),
         ]
         for name, summary in by_kind.items()
     ]
@@ -105,7 +106,8 @@ def _print_kinds(by_kind: dict[str, dict[str, Any]]) -> None:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+    # The column's title has the unit.
+    return "" if value is None else share(value / 100).removesuffix("%")
 
 
 def _print_teachers(summary: dict[str, Any], names: list[str]) -> None:
@@ -117,7 +119,7 @@ def _print_teachers(summary: dict[str, Any], names: list[str]) -> None:
         + ("; share on which each is right" if alone else "")
     )
     rows = [
-        [f"{a + 1}", name, *(f"{share:.1%}" for share in agreement[a]), *([f"{alone[a]:.1%}"] if alone else [])]
+        [f"{a + 1}", name, *map(share, agreement[a]), *([share(alone[a])] if alone else [])]
         for a, name in enumerate(names)
     ]
     numbers = [f"as {number + 1}" for number in range(len(names))]

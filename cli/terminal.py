@@ -69,13 +69,15 @@ def say_what_is_logged() -> None:
 
 
 def say_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, indent: int = 0) -> None:
-    """Print rows below the titles of their columns. A column whose cells begin with digits is aligned to the right.
+    """Print rows below the titles of their columns. A column of numbers, such as 12 or <0.1%, is aligned to the right.
 
     The last column is not padded.
     """
     # Before widths are measured, since escapes are longer than what they stand for.
     lines = [[printable(cell) for cell in row] for row in (head, *rows)]
-    numeric = [bool(rows) and all(row[i][:1].isdigit() for row in lines[1:] if row[i]) for i in range(len(head))]
+    numeric = [
+        bool(rows) and all(row[i].lstrip("<>")[:1].isdigit() for row in lines[1:] if row[i]) for i in range(len(head))
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
         cells = [

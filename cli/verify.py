@@ -13,7 +13,7 @@ from ferkd_data.errors import UsageError
 
 from .display import show_transfer
 from .options import GroupedCommand, default_of, json_option, print_json, signature_options
-from .overview import count, size
+from .overview import count, share, size
 from .terminal import say
 
 
@@ -95,7 +95,7 @@ def command(
         say(
             f"labelled again: {count(again.crops, 'crop')} of {count(again.images, 'image')}; probabilities differ by "
             f"at most {again.largest_difference:.4f}, {again.mean_difference:.4f} on average; same most probable class "
-            f"for {again.same_top1:.1%} of the crops"
+            f"for {share(again.same_top1)} of the crops"
         )
         for key in again.other_crops[:max_faults]:
             say(f"image {key!r}: the manifest's seed gives other crops")

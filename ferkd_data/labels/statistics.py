@@ -177,7 +177,7 @@ def histogram(p_max: npt.NDArray[np.float64], counts: npt.NDArray[np.int64] | No
 def near_chance(num_classes: int) -> float:
     """Return the accuracy below which a teacher counts as guessing: three times chance, less where classes are few.
 
-    Three times chance is no accuracy at all with two or three classes, so a fifth of the way from chance to 1 limits it.
+    With two or three classes, three times chance is 100 % or more: a fifth of the way from chance to 1 is the limit.
 
     >>> [round(near_chance(classes), 3) for classes in (2, 3, 10, 1000)]
     [0.6, 0.467, 0.28, 0.003]

@@ -79,11 +79,19 @@ def svg(height: int, parts: Sequence[Markup], title: str, width: int = WIDTH) ->
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """Format a share in 0..1 as `12.3 %`. A share above 0 is never shown as 0."""
+    """Format a share in 0..1 as `12.3 %`. A share above 0 is never shown as 0, nor one below 1 as 100."""
     smallest = 10.0**-digits
-    if 0 < 100 * share < smallest / 2:
+    text = f"{100 * share:.{digits}f}"
+    if share > 0 and text == f"{0:.{digits}f}":
         return f"<{smallest:.{digits}f} %"
-    return f"{100 * share:.{digits}f} %"
+    if share < 1 and text == f"{100:.{digits}f}":
+        return f">{100 - smallest:.{digits}f} %"
+    return f"{text} %"
+
+
+def in_percent(share: float) -> str:
+    """Format a share in 0..1 for a table's column whose title has the unit."""
+    return percent(share).removesuffix(" %")
 
 
 def grouped_bars(
@@ -286,7 +294,7 @@ def reliability_chart(curve: Reliability) -> Chart:
     )
     title = f"{curve.name}: how often it is right, by p_max"
     rows = [
-        [f"{i / len(curve.crops):.2f}-{(i + 1) / len(curve.crops):.2f}", f"{crops:,}", f"{p:.3f}", f"{100 * a:.1f}"]
+        [f"{i / len(curve.crops):.2f}-{(i + 1) / len(curve.crops):.2f}", f"{crops:,}", f"{p:.3f}", in_percent(a)]
         for i, (crops, p, a) in enumerate(zip(curve.crops, curve.mean_p_max, curve.accuracy, strict=True))
         if crops
     ]

@@ -81,8 +81,8 @@ def top_k_chart(sketch: Sketch) -> Chart:
         [("kept probability", "bar-a", kept.tolist()[:12])],
         title="Probability that the top-k keep",
         x_title="classes kept for each crop",
-        note=f"The mean over all crops. With k={len(kept)}, as stored, {kept[-1]:.1f} % is kept; the rest is spread "
-        "evenly over the other classes in training.",
+        note=f"The mean over all crops. With k={len(kept)}, as stored, {percent(kept[-1] / 100)} is kept; the rest is "
+        "spread evenly over the other classes in training.",
     )
     rows = [[name, f"{value:.2f}", f"{kept[-1] - value:.2f}"] for name, value in zip(names, kept.tolist(), strict=True)]
     columns = (

@@ -1,8 +1,8 @@
 """Find images whose ground truth looks wrong: most of their crops are confidently named otherwise.
 
-A crop is confident where its p_max reaches the second stored threshold: it is in one of the two positive buckets, unless
-buckets compare the ground truth's probability, which a wrong ground truth never has. Labels alone decide; names of files
-and folders are not used.
+A crop is confident where its p_max reaches the second stored threshold. Where buckets compare p_max, these are the
+crops of the two positive buckets; where they compare that of the ground truth, a wrong ground truth has hardly any.
+Labels alone decide; names of files and folders are not used.
 """
 
 from __future__ import annotations

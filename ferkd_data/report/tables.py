@@ -12,7 +12,7 @@ from ferkd_data.crop_kinds import CropKind
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.buckets import BUCKETS, Thresholds
 from ferkd_data.labels.statistics import Statistics
-from ferkd_data.report.charts import Cell, Column, Table, percent
+from ferkd_data.report.charts import Cell, Column, Table, in_percent, percent
 from ferkd_data.report.sketch import SIDE_EDGES, Sketch, counts_below
 from ferkd_data.report.thresholds import Suggestion
 
@@ -71,7 +71,7 @@ def kind_table(kinds: Sequence[tuple[CropKind, Statistics]]) -> Table | None:
         [
             f"{kind.name} ({kind.size} px)",
             f"{counted.crops:,}",
-            *(f"{100 * crops / max(counted.crops, 1):.1f}" for crops in counted.bucket_counts),
+            *(in_percent(crops / max(counted.crops, 1)) for crops in counted.bucket_counts),
             *([percent(counted.top1_matches_target / counted.crops_with_target)] if known else []),
         ]
         for kind, counted in kinds
@@ -102,8 +102,7 @@ def threshold_table(labels: LabelSet, sketch: Sketch, suggestion: Suggestion) ->
         )
         on = "" if chosen.confidence == "max" else " on the ground truth's probability"
         cells = [
-            percent(crops[i] / max(sketch.crops, 1))
-            + (f", right {100 * right[i] / known[i]:.1f} %" if known[i] else "")
+            percent(crops[i] / max(sketch.crops, 1)) + (f", right {percent(right[i] / known[i])}" if known[i] else "")
             for i in range(len(BUCKETS))
         ]
         rows.append([name, f"{chosen.low:.3g}, {chosen.mid:.3g}, {chosen.top:.3g}{on}", *cells])
@@ -128,8 +127,8 @@ def saves_table(labels: LabelSet) -> Table | None:
     )
     rows: list[list[Cell | str]] = []
     for i, teacher in enumerate(teachers):
-        shares = (100 * saved[i] / counted.crops_with_target).tolist()
-        cells = [Cell("", None) if i == j else Cell(f"{share:.1f}", share) for j, share in enumerate(shares)]
+        shares = (saved[i] / counted.crops_with_target).tolist()
+        cells = [Cell("", None) if i == j else Cell(in_percent(share), share) for j, share in enumerate(shares)]
         rows.append([teacher.name, *cells])
     caption = "Who saves whom: share of crops on which the teacher of the row is right and the one of the column wrong"
     return Table(caption=caption, columns=columns, rows=rows)
@@ -156,7 +155,7 @@ def class_table(labels: LabelSet, sketch: Sketch) -> Table | None:
         total = int(crops[number])
         share, mean = sketch.class_right[number] / total, sketch.class_p_max[number] / total
         rows.append(
-            [class_name(labels, number), _count(sketch.class_images[number]), Cell(f"{100 * share:.1f}", float(share)),
+            [class_name(labels, number), _count(sketch.class_images[number]), Cell(in_percent(share), float(share)),
              Cell(f"{mean:.3f}", float(mean)), _count(sketch.class_named[number])]
         )  # fmt: skip
     return Table(caption="Classes, the hardest first", columns=columns, rows=rows, sortable=True)
@@ -185,7 +184,7 @@ def confusion_table(labels: LabelSet, sketch: Sketch) -> Table | None:
                 class_name(labels, truth),
                 class_name(labels, named),
                 _count(count),
-                Cell(f"{100 * share:.1f}", float(share)),
+                Cell(in_percent(share), float(share)),
             ]
         )
     return Table(caption="Most confused pairs of classes", columns=columns, rows=rows, sortable=True)
@@ -197,7 +196,7 @@ def side_table(sketch: Sketch) -> Table:
     names = [*(f"{low} to {high - 1}" for low, high in itertools.pairwise(edges)), f"{edges[-1]} and more"]
     total = max(sketch.images, 1)
     rows: list[list[Cell | str]] = [
-        [name, _count(count), f"{100 * count / total:.1f}"]
+        [name, _count(count), in_percent(count / total)]
         for name, count in zip(names, sketch.sides.tolist(), strict=True)
         if count
     ]
@@ -233,7 +232,7 @@ def agreement_table(labels: LabelSet) -> Table | None:
         return None
     columns = (Column(title="teacher", numeric=False), *(Column(title=teacher.name, unit="%") for teacher in teachers))
     rows: list[list[Cell | str]] = [
-        [teacher.name, *(Cell(f"{100 * count / counted.crops:.1f}", count) for count in row)]
+        [teacher.name, *(Cell(in_percent(count / counted.crops), count) for count in row)]
         for teacher, row in zip(teachers, counted.teacher_agreement, strict=True)
     ]
     return Table(

@@ -312,7 +312,9 @@ def test_a_suggestion_names_the_clause_that_decided_each_threshold():
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_teachers_of_few_classes_that_are_always_right_are_not_near_chance(classes, tmp_path, make_greys, tiny_teachers):
+def test_teachers_of_few_classes_that_are_always_right_are_not_near_chance(
+    classes, tmp_path, make_greys, tiny_teachers
+):
     name = {2: "brightness_of_two", 3: "brightness_of_three"}[classes]
     greys, out = make_greys(tmp_path / "greys", classes), tmp_path / "out"
     fd.build(greys, out, teachers=[f"python:ferkd_tiny_teachers:{name}"], crops=4, top_k=2, device="cpu")
@@ -348,6 +350,20 @@ def test_a_threshold_below_which_no_crop_lies_is_not_suggested():
     # All crops from 0.6 on, and right: nothing to discard, nothing to soften.
     high = suggest(sketch_of(np.linspace(0.6, 1, 5000), np.ones(5000, bool)))
     assert (high.thresholds.low, high.thresholds.mid) == (0, 0)
+
+
+def test_only_nothing_is_shown_as_0_and_only_all_as_100_percent():
+    assert [percent(share) for share in (0, 0.0004, 0.5, 0.9996, 1)] == [
+        "0.0 %",
+        "<0.1 %",
+        "50.0 %",
+        ">99.9 %",
+        "100.0 %",
+    ]
+    assert [percent(share, 0) for share in (0.004, 0.98, 0.996)] == ["<1 %", "98 %", ">99 %"]
+    # 0.05 % is written as 0.1 or 0.0, as binary fractions have it.
+    assert "0.0 %" not in {percent(share / 10**6) for share in range(1, 2000)}
+    assert "100.0 %" not in {percent(1 - share / 10**6) for share in range(1, 2000)}
 
 
 def test_thresholds_side_by_side(opened, found):

@@ -157,9 +157,7 @@ def test_one_ground_truth_is_enough(label_set):
     whole, blind = _Sums(num_classes=10, worst=Smallest(0)), _Sums(num_classes=10, worst=Smallest(0))
     for shard in shards:
         whole.add(shard, shard)
-        bare = replace(
-            shard, target=np.full_like(shard.target, -1), image_digest=np.zeros_like(shard.image_digest)
-        )
+        bare = replace(shard, target=np.full_like(shard.target, -1), image_digest=np.zeros_like(shard.image_digest))
         blind.add(bare, shard)
     assert blind.comparison(labels, labels) == whole.comparison(labels, labels) and whole.others == 0
 

@@ -77,6 +77,29 @@ def test_command_writes_a_picture(label_set, photos, tmp_path, capsys):
     assert run(["show", str(label_set), "--images", str(photos)]) == 2
 
 
+def test_command_never_replaces_a_photo(tmp_path, make_greys, tiny_teachers, capsys):
+    """--image was taken for the image to show, and the photo was replaced by the drawing."""
+    greys = make_greys(tmp_path / "greys", 2, each=1)
+    photo = greys / "class1/grey001.png"
+    before = photo.read_bytes()
+    teachers = ["python:ferkd_tiny_teachers:brightness_of_two"]
+    for layout in ("parquet", "webdataset"):
+        out = tmp_path / layout
+        fd.build(greys, out, teachers=teachers, crops=2, top_k=2, device="cpu", layout=layout)
+        given = [] if layout == "webdataset" else ["--images", str(greys)]
+        assert run(["show", str(out), "class1/grey001", "--image", str(photo), *given]) == 2
+        assert "one of the photos" in capsys.readouterr().err and photo.read_bytes() == before
+    # Another photo than the one that is shown.
+    assert run(["show", str(out), "--image", str(photo), "--images", str(greys)]) == 2
+    jpeg = tmp_path / "holiday.jpg"
+    jpeg.write_bytes(b"a photo")
+    assert run(["show", str(out), "--image", str(jpeg)]) == 2
+    assert "must end in .png" in capsys.readouterr().err and jpeg.read_bytes() == b"a photo"
+    # What it wrote itself is replaced.
+    for _ in range(2):
+        assert run(["show", str(out), "--image", str(tmp_path / "shown.PNG")]) == 0
+
+
 def test_command_names_classes(tmp_path, photos, tiny_teachers, label_set, capsys):
     names = tmp_path / "names.txt"
     names.write_text("".join(f"class{n}\tanimal {n}\n" for n in range(10)))
