@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from .display import show_transfer
 from .options import GroupedCommand, default_of, json_option, print_json, signature_options
 from .overview import count, share, size
 from .terminal import say
+
+if TYPE_CHECKING:
+    from ferkd_data.relabelling import RelabelReport
 
 
 @click.command(cls=GroupedCommand, renamed={"--workers": "--threads"})
@@ -76,7 +79,7 @@ def command(
         again = fd.relabel(labels, images=str(images), **relabelling)
     if as_json:
         print_json({**report.to_dict(), **({"deep": asdict(again)} if again else {})})
-        return 0 if report.ok else 1
+        return 0 if report.ok and not _differs(again) else 1
     for warning in report.warnings:
         say(f"warning: {warning}", err=True)
     for fault in report.faults:
@@ -97,10 +100,18 @@ def command(
             f"at most {again.largest_difference:.4f}, {again.mean_difference:.4f} on average; same most probable class "
             f"for {share(again.same_top1)} of the crops"
         )
+        for text in again.not_labelled[:max_faults]:
+            say(f"not labelled again: {text}")
         for key in again.other_crops[:max_faults]:
             say(f"image {key!r}: the manifest's seed gives other crops")
         for spec in again.other_weights:
             say(f"warning: {spec}: its weights are not those of the manifest's teachers", err=True)
-    # Other crops are wrong for certain. How far probabilities may differ depends on the machines, so these are only
-    # printed.
-    return 0 if report.ok and not (again and again.other_crops) else 1
+    return 0 if report.ok and not _differs(again) else 1
+
+
+def _differs(again: RelabelReport | None) -> bool:
+    """Tell whether labelling again showed a fault: other crops, or images that could be labelled once.
+
+    How far probabilities may differ depends on the machines, so they decide nothing.
+    """
+    return again is not None and bool(again.other_crops or again.not_labelled)

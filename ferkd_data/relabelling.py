@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ferkd_data.builder.labelling.job import Job, open_tools
 from ferkd_data.builder.labelling.label_shard import LabelledBatch, label_shard
-from ferkd_data.builder.settings import BuildSettings, Resources
+from ferkd_data.builder.settings import BuildSettings, Resources, stored_settings
 from ferkd_data.errors import UsageError, check_at_least
 from ferkd_data.images import ImageRef, Reject, read_class_list
 from ferkd_data.label_set import LabelSet, open_labels
@@ -33,6 +32,9 @@ class RelabelReport:
     """Differences between stored labels and new ones of the same crops."""
 
     images: int
+    """Images of the sample that were labelled again."""
+    not_labelled: tuple[str, ...]
+    """Key and reason of each image of the sample that is not in the source or was rejected."""
     crops: int
     other_crops: tuple[str, ...]
     """Keys of images whose stored crops are not those of the seed."""
@@ -67,16 +69,15 @@ def relabel(
     check_at_least(1, sample=sample)
     check_at_least(0, seed=seed)
     labels = open_labels(path)
-    extra = labels.manifest.model_extra or {}
-    if "merged_from" in extra or "imported_from" in extra:
+    origin = labels.manifest.origin
+    if origin == "later kind":
+        raise UsageError(
+            f"{path}: holds one kind of crops that was pulled alone, and whose crop numbers do not begin at 0; pull "
+            "the whole and check that"
+        )
+    if origin != "build":
         raise UsageError(
             f"{path}: was merged or imported; only a label set as one build wrote it can be labelled again"
-        )
-    origin: Any = extra.get("pulled_from")
-    if isinstance(origin, dict) and origin.get("first_crop"):
-        raise UsageError(
-            f"{path}: holds one kind of crops, pulled out of {origin.get('url')}, whose crop numbers do not begin at "
-            "0; pull the whole and check that"
         )
     resources = resources or Resources()
     job = _job(labels, images, classes, teachers, precision, resources)
@@ -84,9 +85,14 @@ def relabel(
     loaded = load_teachers(job.teachers, device=device, precision=precision)
     # The builder's own labelling, so that what is compared is what a build would write today.
     with open_tools(job, device, loaded) as tools:
-        refs = _sample(labels, tools.source.list_images(), sample, seed)
-        batches = [item for item in label_shard(refs, tools) if isinstance(item, LabelledBatch)]
-    rows = [row for batch in batches for row in batch.rows]
+        refs, missing = _sample(labels, tools.source.list_images(), sample, seed)
+        rows: list[tuple[ImageLabels, bytes]] = []
+        not_labelled = [f"{key}: is not in the source" for key in missing]
+        for item in label_shard(refs, tools):
+            if isinstance(item, LabelledBatch):
+                rows += item.rows
+            else:
+                not_labelled.append(f"{item.key}: {item.reason} ({item.detail})")
     differences, same_top1, other_crops = [], [], []
     for fresh, _ in rows:
         stored = labels[fresh.key]
@@ -98,6 +104,7 @@ def relabel(
     worst = np.concatenate(differences) if differences else np.zeros(1)
     return RelabelReport(
         images=len(rows),
+        not_labelled=tuple(not_labelled),
         crops=sum(len(part) for part in differences),
         other_crops=tuple(other_crops),
         largest_difference=float(worst.max()),
@@ -145,31 +152,32 @@ def _job(
         teachers=tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in teachers),
         precision=precision,
         settings=BuildSettings(
+            **stored_settings(manifest),
             crops=manifest.num_crops,
             crops_per_block=manifest.crops_per_block,
-            top_k=manifest.top_k,
-            seed=manifest.seed,
-            distribution=manifest.crop_distribution.settings(),
             crop_kinds=manifest.kinds,
-            augment=manifest.augmentations or (),
-            ensemble=manifest.ensemble,
-            thresholds=manifest.thresholds.absolute(),
+            max_pixels=manifest.pixel_limit,
         ),
         resources=resources.local_worker(),
     )
 
 
-def _sample(labels: LabelSet, items: Iterable[ImageRef | Reject], sample: int, seed: int) -> list[ImageRef]:
-    """Choose random labelled images of the source. Raises UsageError where it has none of them."""
+def _sample(
+    labels: LabelSet, items: Iterable[ImageRef | Reject], sample: int, seed: int
+) -> tuple[list[ImageRef], list[str]]:
+    """Choose random labelled images: those of the source, and the keys of those that it does not have.
+
+    Raises UsageError where the source has none of them.
+    """
     rows = np.random.default_rng(seed).choice(len(labels), size=min(sample, len(labels)), replace=False)
-    keys = set()
     # Ascending, so that each shard is read once (`LabelSet` keeps two).
-    for row in np.sort(rows).tolist():
-        keys.add(labels[row].key)
-    refs = [item for item in items if isinstance(item, ImageRef) and item.key in keys]
+    keys = [labels[row].key for row in np.sort(rows).tolist()]
+    wanted = set(keys)
+    refs = [item for item in items if isinstance(item, ImageRef) and item.key in wanted]
     if not refs:
         raise UsageError(f"{labels.location}: none of its images is in the source; is it the same data set?")
-    return refs
+    found = {ref.key for ref in refs}
+    return refs, [key for key in keys if key not in found]
 
 
 def _other_weights(labels: LabelSet, loaded: Sequence[Teacher]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from typing import Any
 from ferkd_data.builder.known_images import KnownImages
 from ferkd_data.builder.plan import Plan, PlanWriter, resume_plan, save_plan
 from ferkd_data.builder.seal import write_rejects
-from ferkd_data.builder.settings import DEFAULT_IMAGES_PER_SHARD, BuildSettings
+from ferkd_data.builder.settings import DEFAULT_IMAGES_PER_SHARD, BuildSettings, stored_settings
 from ferkd_data.builder.state import BuildFolder, Facts
 from ferkd_data.crop_kinds import CropKind, make_crop_kinds
 from ferkd_data.crops import CropDistribution
@@ -93,10 +93,10 @@ class Base:
         crops = sum(kind.crops for kind in kinds) or int(self.manifest.num_crops if asked is None else asked)
         if kinds and asked not in (None, crops):
             raise UsageError(
-                f"{self.out}: has the crop kinds {self._told_kinds()}, so crops (--crops) cannot say which kind gets "
-                "more; give crop_kinds (--crop-kinds) with a larger n for the last kind, or with a further kind"
+                f"{self.out}: has the crop kinds {self._kinds_in_words()}, so crops (--crops) cannot say which "
+                "kind gets more; give crop_kinds (--crop-kinds) with a larger n for the last kind, or a further kind"
             )
-        fixed = {**self._stored(), "crops_per_block": self._crops_per_block(crops)}
+        fixed = {**stored_settings(self.manifest), "crops_per_block": self._crops_per_block(crops)}
         lines = [
             line
             for name in fixed
@@ -120,7 +120,7 @@ class Base:
             )
         return settings
 
-    def _told_kinds(self) -> str:
+    def _kinds_in_words(self) -> str:
         return ", ".join(f"{kind.name}:n={kind.crops}" for kind in self.manifest.kinds)
 
     def _kinds(self, given: Sequence[str | CropKind]) -> tuple[CropKind, ...]:
@@ -138,7 +138,7 @@ class Base:
             )
         kinds = make_crop_kinds(given, distribution=self.manifest.crop_distribution.settings(), known=old)
         what = (
-            f"{self.out}: has the crop kinds {self._told_kinds()}; an extension gives them all in this order, with "
+            f"{self.out}: has the crop kinds {self._kinds_in_words()}; an extension gives them all in this order, with "
             "more crops of the last one, further kinds after it, or both"
         )
         if [kind.name for kind in kinds[: len(old)]] != [kind.name for kind in old]:
@@ -166,19 +166,6 @@ class Base:
             return
         lines = describe_differences({"class_names": list(saved)}, {"class_names": list(names)})
         raise SettingsMismatchError(f"{self.out}: the source has other classes than the label set: {lines[0]}")
-
-    def _stored(self) -> dict[str, Any]:
-        """Return the settings that the manifest fixes."""
-        manifest = self.manifest
-        return {
-            "top_k": manifest.top_k,
-            "layout": manifest.layout,
-            "seed": manifest.seed,
-            "distribution": manifest.crop_distribution.settings(),
-            "augment": manifest.augmentations or (),
-            "ensemble": manifest.ensemble,
-            "thresholds": manifest.thresholds.absolute(),
-        }
 
     def _comparable(self, value: Any) -> Any:
         """Replace quantiles that are those of the manifest by the thresholds that were derived from them."""
@@ -223,17 +210,16 @@ def open_base(out: Path) -> Base:
     """
     text = read_manifest_bytes(out)
     manifest = parse_manifest(text, str(out / FILE_NAME))
-    for mark, how in (("imported_from", "imported"), ("merged_from", "merged")):
-        if mark in (manifest.model_extra or {}):
-            raise UsageError(
-                f"{out}: was {how}, so no seed and teachers give its crops again; only a label set as a build wrote it "
-                "can be extended. Build the further crops or images into a folder of their own, and merge"
-            )
-    origin: Any = (manifest.model_extra or {}).get("pulled_from")
-    if isinstance(origin, dict) and origin.get("first_crop"):
+    if manifest.origin == "later kind":
         raise UsageError(
-            f"{out}: holds one kind of crops, pulled out of {origin.get('url')}, and further crops would not be those "
-            "of that label set; pull and extend the whole"
+            f"{out}: holds one kind of crops that was pulled alone, and further crops would not be those of the label "
+            "set that it comes from; pull and extend the whole"
+        )
+    if manifest.origin != "build":
+        how = {"import": "imported", "merge": "merged"}[manifest.origin]
+        raise UsageError(
+            f"{out}: was {how}, so no seed and teachers give its crops again; only a label set as a build wrote it "
+            "can be extended. Build the further crops or images into a folder of their own, and merge"
         )
     return Base(out=out, manifest=manifest, identity=identity_of(text))
 

@@ -70,9 +70,9 @@ def find_finished(asked: Request) -> Finished | None:
     manifest = _manifest_at(location)
     if manifest is None:
         return None
-    for mark, how in (("imported_from", "imported"), ("merged_from", "merged")):
-        if mark in (manifest.model_extra or {}):
-            raise BuildError(f"{location} holds a finished label set that was {how}, not built; {WAY_OUT}")
+    if manifest.origin != "build":
+        how = {"import": "imported", "merge": "merged", "later kind": "pulled as one of several crop kinds"}
+        raise BuildError(f"{location} holds a finished label set that was {how[manifest.origin]}, not built; {WAY_OUT}")
     # The cheapest comparison first: nothing is opened, listed or loaded for a build of other settings.
     _raise_if_different(location, _saved(manifest), _asked(asked, manifest))
     _check_files(location, manifest)

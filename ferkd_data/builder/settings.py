@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
@@ -20,7 +20,7 @@ from ferkd_data.augment.distribution import Augmentation, parse_augmentations
 from ferkd_data.crop_kinds import CropKind, block_of_kinds, draw_crops_of_kinds, make_crop_kinds
 from ferkd_data.crops import CropDistribution, Crops, draw_crops
 from ferkd_data.errors import UsageError
-from ferkd_data.format.manifest import Layout, check_limits
+from ferkd_data.format.manifest import Layout, Manifest, check_limits
 from ferkd_data.images import DEFAULT_MAX_PIXELS
 from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 from ferkd_data.teachers import TeacherSpec
@@ -130,6 +130,23 @@ class BuildSettings:
     def block_starts(self) -> range:
         """First crop of each block file."""
         return range(0, self.crops, self.crops_per_block if self.layout == "parquet" else self.crops)
+
+
+def stored_settings(manifest: Manifest) -> dict[str, Any]:
+    """Return the settings that decide on the crops and labels of images, as arguments of `BuildSettings`.
+
+    Quantile thresholds are returned as the numbers that were found. The number of crops, their kinds and the block size
+    are left to the caller, since an extension may raise them.
+    """
+    return {
+        "top_k": manifest.top_k,
+        "layout": manifest.layout,
+        "seed": manifest.seed,
+        "distribution": manifest.crop_distribution.settings(),
+        "augment": manifest.augmentations or (),
+        "ensemble": manifest.ensemble,
+        "thresholds": manifest.thresholds.absolute(),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

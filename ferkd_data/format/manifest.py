@@ -291,6 +291,20 @@ class Manifest(Record):
         return tuple(entry.kind() for entry in self.crop_kinds or ())
 
     @property
+    def origin(self) -> Literal["build", "import", "merge", "later kind"]:
+        """Where the labels come from: "later kind" is a crop kind pulled alone whose crop numbers do not begin at 0.
+
+        Only of "build" do seed, settings and teachers give the same crops and labels again.
+        """
+        extra = self.model_extra or {}
+        pulled: Any = extra.get("pulled_from")
+        if "imported_from" in extra:
+            return "import"
+        if "merged_from" in extra:
+            return "merge"
+        return "later kind" if isinstance(pulled, dict) and pulled.get("first_crop") else "build"
+
+    @property
     def operation_words(self) -> int:
         """W: uint16 words of recorded operations of each crop (see `augment.Operations.pack`); 0 without any."""
         return num_words(parse_augmentations(self.augmentations or ()))

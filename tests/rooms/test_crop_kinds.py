@@ -468,7 +468,7 @@ def test_pulling_one_kind(parquet, photos, teachers, tmp_path):
         lambda: fd.relabel(tmp_path / "local", images=photos, teachers=teachers),
         lambda: fd.build(photos, tmp_path / "local", extend=True, device="cpu"),
     ):
-        with pytest.raises(UsageError, match="holds one kind of crops, pulled out of"):
+        with pytest.raises(UsageError, match="holds one kind of crops that was pulled alone"):
             refuse()
     report = fd.relabel(tmp_path / "global", images=photos, teachers=teachers, sample=3)
     assert report.images == 3 and report.other_crops == ()

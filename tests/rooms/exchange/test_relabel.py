@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
@@ -51,3 +53,36 @@ def test_the_command(label_set, photos, tiny_teachers, capsys):
     assert "labelled again: 50 crops of 5 images" in capsys.readouterr().out
     assert run([*command, "--images", str(photos), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["deep"]["same_top1"] == 1
+
+
+def test_images_that_can_no_longer_be_labelled_are_named(label_set, photos, tiny_teachers, tmp_path, capsys):
+    images = shutil.copytree(photos, tmp_path / "photos")
+    gone, broken = sorted(images.rglob("*.jpg"))[:2]
+    gone.unlink()
+    broken.write_bytes(b"broken")
+    teachers = [tiny_teachers, SECOND]
+    report = fd.relabel(label_set, images=images, teachers=teachers)
+    assert report.images == 18 and len(report.not_labelled) == 2
+    assert f"{gone.parent.name}/{gone.stem}: is not in the source" in report.not_labelled
+    assert report.not_labelled[1].startswith(f"{broken.parent.name}/{broken.stem}: not_an_image (")
+
+
+def test_the_pixel_limit_is_the_build_s(photos, tiny_teachers, tmp_path):
+    images = shutil.copytree(photos, tmp_path / "photos")
+    fd.build(images, tmp_path / "out", teachers=[tiny_teachers], crops=2, top_k=2, max_pixels=10**6)
+    first = sorted(images.rglob("*.jpg"))[0]
+    Image.new("RGB", (1001, 1000)).save(first)
+    report = fd.relabel(tmp_path / "out", images=images, teachers=[tiny_teachers])
+    assert [text.partition(" (")[0] for text in report.not_labelled] == [
+        f"{first.parent.name}/{first.stem}: pixel_bomb"
+    ]
+
+
+def test_the_command_fails_where_images_are_not_labelled_again(label_set, photos, tiny_teachers, capsys, monkeypatch):
+    # `verify` refuses images that have changed before it labels any, so this is the rest: the report is made up.
+    report = replace(fd.relabel(label_set, images=photos, teachers=[SECOND], sample=1), not_labelled=("a: gone",))
+    monkeypatch.setattr(fd, "relabel", lambda *args, **options: report)
+    command = ["verify", str(label_set), "--deep", "--teacher", SECOND, "--images", str(photos)]
+    assert run(command) == 1
+    assert "not labelled again: a: gone" in capsys.readouterr().out
+    assert run([*command, "--json"]) == 1
