@@ -13,7 +13,7 @@ from ferkd_data.errors import UsageError
 from ferkd_data.format.manifest import FILE_NAME, Manifest
 
 from .display import show_transfer
-from .options import default_of
+from .options import default_of, given
 from .overview import count, share, size
 from .terminal import say
 
@@ -26,6 +26,14 @@ IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
     "relabel": (fd.import_relabel, ("num_classes", "top_k", "crops", "seed")),
 }
 """The function for each value of --from, and the options that it takes besides those of every import."""
+TAKEN = {
+    "--layout": ("images", "crops_per_block"),
+    "--to fkd": ("calibration", "min_crops"),
+    "--from fkd": (*FOR_EVERY_IMPORT, "num_classes", "top_k", "teacher", "teacher_size"),
+    "--from dr": (*FOR_EVERY_IMPORT, *IMPORTS["dr"][1]),
+    "--from relabel": (*FOR_EVERY_IMPORT, *IMPORTS["relabel"][1]),
+}
+"""The further options that each way to convert takes."""
 CALIBRATIONS = {"fkd": fd.Calibration.fkd, "ferkd": fd.Calibration.ferkd, "blend": fd.Calibration.blend}
 
 
@@ -104,9 +112,6 @@ def command(
     layout: Literal["parquet", "webdataset"] | None,
     source: str | None,
     target: str | None,
-    calibration: str | None,
-    min_crops: int,
-    images: str | None,
     **options: Any,
 ) -> int:
     """Convert LABELS and write the result to the folder OUT.
@@ -116,25 +121,25 @@ def command(
     """
     if [layout, source, target].count(None) != 2:
         raise UsageError("give one of --layout LAYOUT, --from fkd, --from dr, --from relabel and --to fkd")
-    if calibration is not None and target is None:
-        raise UsageError("--calibration is for --to fkd; a loader calibrates as it reads: CropLoader(calibration=…)")
-    if source is not None and images is None:
+    way = "--layout" if layout else f"--from {source}" if source else f"--to {target}"
+    _refuse_others(way, given(options))
+    if source is not None and options["images"] is None:
         raise UsageError(f"--from {source} needs --images SOURCE, the labelled images")
     if source == "fkd" and options["teacher"] is None:
         raise UsageError("--from fkd needs --teacher NAME, the name of the teacher")
     if target is not None:
-        return _export(labels, out, calibration, min_crops)
+        return _export(labels, out, options["calibration"], options["min_crops"])
     # Looked at before: afterwards a finished set and one that was just written look the same.
     finished = (out / FILE_NAME).exists()
     with show_transfer("convert") as show:
         if source is not None:
-            manifest = _import(source, labels, out, {**options, "images": images}, show)
+            manifest = _import(source, labels, out, options, show)
         elif layout is not None:
             manifest = fd.convert(
                 labels,
                 out,
                 layout=layout,
-                images=images,
+                images=options["images"],
                 crops_per_block=options["crops_per_block"],
                 on_progress=show,
             )
@@ -143,6 +148,19 @@ def command(
     _report(out, manifest, imported=source is not None)
     # A conversion copies the rejects of its source, which that build's status has told of.
     return DONE_WITH_REJECTS if source is not None and manifest.rejects.rows else 0
+
+
+def _refuse_others(way: str, options: dict[str, Any]) -> None:
+    """Raise UsageError for options that this way to convert would ignore."""
+    if "calibration" in options and "calibration" not in TAKEN[way]:
+        raise UsageError("--calibration is for --to fkd; a loader calibrates as it reads: CropLoader(calibration=…)")
+    for name in options:
+        if name not in TAKEN[way]:
+            option = f"--{name.replace('_', '-')}"
+            ways = [other for other, taken in TAKEN.items() if name in taken]
+            raise UsageError(f"{option} has no effect with {way}; it is for {' and '.join(ways)}")
+    if "min_crops" in options and "calibration" not in options:
+        raise UsageError("--min-crops has no effect without --calibration: all crops are written then")
 
 
 def _import(

@@ -56,7 +56,8 @@ class TarSource:
     """Source of images that are members of tars.
 
     Keys are the member names up to the first dot of the last component, as in WebDataset. Targets come from `KEY.cls`
-    (a number, or a text that `classes` lists), or from a field of `KEY.json` such as label, target, cls or class.
+    (a number, or a text that `classes` lists) or another of TARGET_SUFFIXES, or from one of TARGET_FIELDS in
+    `KEY.json`.
     `beside` counts the files that `open_source` met beside the tars, `split_note` names their splits where they are
     several.
     """
@@ -91,7 +92,8 @@ class TarSource:
     @property
     def notes(self) -> tuple[str, ...]:
         members = ", ".join(sorted(self._labels.suffixes))
-        where = f": the samples hold {members}; it is read from cls, or from label, target, cls or class in json"
+        suffixes, fields = (f"{', '.join(names[:-1])} or {names[-1]}" for names in (TARGET_SUFFIXES, TARGET_FIELDS))
+        where = f": the samples hold {members}; it is read from {suffixes}, or in json from {fields}"
         found = self._labels.notes(has_classes=self.classes is not None, where=where)
         return (*filter(None, (self._split_note,)), *found)
 

@@ -307,3 +307,23 @@ def test_the_commands(label_set, photos, tmp_path, capsys):
     assert run([*back[:2], str(tmp_path / "both"), *back[3:], "--teacher", "x", "--layout", "webdataset"]) == 2
     assert "give one of" in capsys.readouterr().err
     assert SMALL["crops"] == fd.open_labels(tmp_path / "back").num_crops
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--from", "dr", "--top-k", "10"],
+            "--top-k has no effect with --from dr; it is for --from fkd and --from rel",
+        ),
+        (["--from", "fkd", "--ids", "f"], "--ids has no effect with --from fkd; it is for --from dr"),
+        (["--from", "relabel", "--teacher", "a"], "--teacher has no effect with --from relabel"),
+        (["--to", "fkd", "--images", "x"], "--images has no effect with --to fkd"),
+        (["--to", "fkd", "--min-crops", "4"], "--min-crops has no effect without --calibration"),
+        (["--layout", "parquet", "--calibration", "fkd"], "--calibration is for --to fkd; a loader"),
+        (["--layout", "parquet", "--seed", "0"], "--seed has no effect with --layout; it is for --from relabel"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(label_set, tmp_path, capsys, options, message):
+    assert run(["convert", str(label_set), str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
