@@ -34,10 +34,12 @@ class Destination(Protocol):
 
 def open_target(url: str, retries: Retries | None = None) -> Remote:
     """Return the folder at a destination, for reading. Raises UsageError for one that cannot be written to."""
-    if url.partition("://")[0] in ("http", "https"):
-        raise UsageError(f"{url}: HTTP servers are read only here; publish to a folder, s3://, gs:// or hf://")
     if "://" in url:
-        return open_remote(url, retries)
+        # First, so that no message shows credentials that stand in a URL.
+        target = open_remote(url, retries)
+        if url.partition("://")[0] in ("http", "https"):
+            raise UsageError(f"{url}: HTTP servers are read only here; publish to a folder, s3://, gs:// or hf://")
+        return target
     if Path(url).is_file():
         raise UsageError(f"{url}: is a file; give a folder")
     return open_remote(Path(url).absolute().as_uri(), retries)

@@ -80,10 +80,13 @@ class TarSource:
 
     @property
     def description(self) -> str:
-        first = PurePosixPath(self.tars[0]).name
+        # The manifest records it: the query of a URL may hold a signature, which is a secret.
+        names = [
+            PurePosixPath(tar.partition("?")[0] if is_url(tar) else tar).name for tar in self.tars[:1] + self.tars[-1:]
+        ]
         if len(self.tars) == 1:
-            return f"tar {first}"
-        return f"{len(self.tars)} tars, {first} .. {PurePosixPath(self.tars[-1]).name}"
+            return f"tar {names[0]}"
+        return f"{len(self.tars)} tars, {names[0]} .. {names[1]}"
 
     @property
     def class_folder_names(self) -> tuple[str, ...] | None:

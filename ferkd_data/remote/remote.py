@@ -265,10 +265,37 @@ def is_remote(location: str | Path) -> bool:
 
 
 def open_remote(url: str, retries: Retries | None = None) -> Remote:
-    """Return the folder at a URL; nothing is contacted yet. Raises UsageError for a scheme that is not read."""
+    """Return the folder at a URL; nothing is contacted yet.
+
+    Raises UsageError for a scheme that is not read, for a URL with credentials in it, and for an HTTP URL with a query.
+    """
+    _check_no_credentials(url)
     # fsspec would take `a::b` for a chain of file systems.
     if url.partition("://")[0] not in SCHEMES or "::" in url:
         raise UsageError(f"{url}: label sets are read from and written to {', '.join(SCHEMES)} URLs only")
     if url.startswith("hf:"):
         hub_address(url)
     return Remote(url.rstrip("/"), retries or Retries())
+
+
+def _check_no_credentials(url: str) -> None:
+    """Raise UsageError for a URL that holds credentials, or may hold them; the text shows none of them.
+
+    URLs of label sets are shown, and recorded in manifests and cards that are published.
+    """
+    scheme, _, rest = url.partition("://")
+    place, slash, path = rest.partition("/")
+    user, at, host = place.rpartition("@")
+    # A secret key of S3 may hold a slash, which ends the place too early; names of buckets hold no colon.
+    if (at and (":" in user or scheme in ("http", "https"))) or (scheme == "s3" and ":" in place):
+        ways = LOG_IN.get(scheme, "files that anybody may read need none, and others cannot be had over HTTP")
+        shown = f"{scheme}://...@{host}{slash}{path}" if at else f"{scheme}://..."
+        raise UsageError(
+            f"{shown.partition('?')[0]}: credentials in a URL are not taken, since URLs are shown and recorded; {ways}"
+        )
+    if scheme in ("http", "https") and ("?" in rest or "#" in rest):
+        shown = re.split(r"[?#]", url, maxsplit=1)[0]
+        raise UsageError(
+            f"{shown}: the URL of a label set is that of a folder, to which names of files are added; it cannot end in "
+            "a query or a fragment (? or #)"
+        )

@@ -219,6 +219,39 @@ def test_other_schemes_are_refused(url):
         fd.open_labels(url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:geheim@example.org/labels",
+        "https://geheim@example.org/labels",
+        "http://me:p@geheim@example.org/labels",
+        "s3://KEY:geheim@bucket/labels",
+        "s3://KEY:geh/eim@bucket/labels",
+        "gs://me:geheim@bucket/labels",
+        "https://example.org/labels?sig=geheim",
+        "https://example.org/labels#geheim",
+    ],
+)
+@pytest.mark.parametrize("use", ["open", "pull", "publish", "part"])
+def test_credentials_in_a_url_are_refused_and_never_shown(url, use, label_set, tmp_path):
+    """A part's manifest and card name the URL that it came from, and are published again."""
+    uses = {
+        "open": lambda: fd.open_labels(url),
+        "pull": lambda: fd.pull(url, tmp_path / "out", retries=QUICK),
+        "part": lambda: fd.pull(url, tmp_path / "out", shards=[0], retries=QUICK),
+        "publish": lambda: fd.publish(label_set, url, card=fd.CardFields(license="mit"), retries=QUICK),
+    }
+    with pytest.raises(UsageError, match="credentials in a URL|cannot end in a query") as refusal:
+        uses[use]()
+    assert "geh" not in str(refusal.value) and "eim" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_urls_that_only_look_like_credentials_are_taken():
+    for url in ("gs://anonymous@bucket/x", "https://example.org:8080/a@b:c/x", "s3://bucket/a:b@c?region=eu-west-1"):
+        assert open_remote(url).url == url
+
+
 def test_the_hub(label_set, tmp_path, monkeypatch):
     """Against a stand-in of the hub's file addresses; the real one cannot be had here."""
     place = tmp_path / "www/datasets/org/tiny/resolve/v1/sub"

@@ -20,6 +20,7 @@ from PIL import Image
 from ferkd_data.errors import ImageError, SourceError, StorageFullError
 from ferkd_data.images import ImageRef, Reject, check_key, open_source
 from ferkd_data.images.keys import DuplicateFilter
+from ferkd_data.images.tars import TarSource
 
 
 def jpeg(color="red"):
@@ -360,3 +361,10 @@ def test_single_rows_of_parquet_in_any_order_open_each_file_twice_at_most(tmp_pa
     assert pickle.loads(pickle.dumps(source)).read_one(refs["1-7"]) == b"1 7" * 40_000
     with pytest.raises(ImageError, match=r"1\.parquet has no row 90; did it change"):
         source.read_one(dataclasses.replace(refs["1-7"], offset=90))
+
+
+def test_a_manifest_does_not_get_the_signature_of_a_tars_url():
+    tars = [f"https://example.org/train-{number}.tar?X-Amz-Signature=geheim/x" for number in (0, 1)]
+    assert TarSource(tars[:1], None).description == "tar train-0.tar"
+    assert TarSource(tars, None).description == "2 tars, train-0.tar .. train-1.tar"
+    assert TarSource(["what?.tar"], None).description == "tar what?.tar", "a file's own name stays as it is"
