@@ -8,6 +8,7 @@ import hashlib
 import io
 import mmap
 import os
+import re
 import secrets
 import stat
 import time
@@ -22,6 +23,8 @@ from ferkd_data.errors import LabelSetError, SourceError, StorageFullError, Usag
 CHUNK_BYTES = 2**20
 HASHED_BYTES = 2**18
 """Bytes hashed at a time where they are read again, so that they are still in a core's cache."""
+LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+"""Names that `write_atomically` gives to files while they are written."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 GO_ON = "free some and run the same command again: finished shards are kept"
 FREE_CACHE = "free some, or choose another place for the cache with cache_dir or FERKD_DATA_CACHE"
@@ -57,12 +60,16 @@ def write_atomically(path: Path, *, sync: bool = True, advice: str = GO_ON) -> I
         aside.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, *, older_than: float = 0.0) -> None:
-    """Remove the unfinished files of killed writers below `folder`, where no live process may be writing.
+def remove_leftovers(folder: Path, *, older_than: float = 0.0, below: bool = True) -> None:
+    """Remove the unfinished files of killed writers in `folder`, where no live process may be writing.
 
-    With `older_than`, only files that have not been touched for that many seconds.
+    Folders below it are searched too, unless `below` is False. With `older_than`, only files that have not been touched
+    for that many seconds are removed.
     """
-    for path in folder.rglob(".*.tmp"):
+    for path in folder.rglob(".*.tmp") if below else folder.glob(".*.tmp"):
+        # Other programs have files of such names as well.
+        if not LEFTOVER.fullmatch(path.name):
+            continue
         with suppress(FileNotFoundError):
             if not older_than or time.time() - path.stat().st_mtime > older_than:
                 path.unlink()

@@ -36,6 +36,8 @@ class FolderServer(http.server.ThreadingHTTPServer):
         """Answer 503 to so many requests."""
         self.refuse: dict[str, int] = {}
         """Path -> status."""
+        self.start_page = b""
+        """Answer 200 with this page where there is no such file, as hosts of web applications do."""
         self.refuse_all = 0
         """Answer this status to everything."""
         self.before_body: Any = None
@@ -79,9 +81,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._status(503)
         if server.refuse_all:
             return self._status(server.refuse_all)
-        if name in server.refuse or not file.is_file():
+        there = file.is_file()
+        if name in server.refuse or not (there or server.start_page):
             return self._status(server.refuse.get(name, 404))
-        data = file.read_bytes()
+        data = file.read_bytes() if there else server.start_page
         version = f'"{hashlib.md5(data).hexdigest()}"'
         if server.etags is True and self.headers.get("If-Range", version) != version:
             asked = None

@@ -28,6 +28,12 @@ class Destination(Protocol):
         Files named by `instead_of` are removed before any of `files` can be seen there.
         """
 
+    def would_replace(self) -> list[str]:
+        """Return the names of files seen by `missing` that `send` would replace, if no publish of ours put them there.
+
+        Empty where an interrupted publish is known, and where old versions of all files are kept.
+        """
+
     def finish(self) -> None:
         """Forget what was remembered for a resume: everything has been sent."""
 
@@ -58,12 +64,22 @@ class Store:
     def __init__(self, target: Remote, identity: str, threads: int) -> None:
         self._target, self._threads = target, threads
         self._journal = _Journal(identity, target.url)
+        self._folders: set[str] = set()
+        """Folders below the destination that files were sent to, or are there."""
+        self._others: list[str] = []
+        """Names of files that are there with other bytes, in the order of `missing`."""
 
     def missing(self, files: Sequence[FileToSend]) -> list[FileToSend]:
+        self._folders |= {file.name.rpartition("/")[0] for file in files}
         return [file for file in files if not self._holds(file)]
+
+    def would_replace(self) -> list[str]:
+        return [] if self._journal.was_there else self._others
 
     def send(self, files: Sequence[FileToSend], *, instead_of: Sequence[str] = ()) -> Iterator[FileToSend]:
         """Send several files at a time; the first failure ends it."""
+        # First of all: it says that what lies there from now on was put there by `publish`.
+        self._journal.begin()
         for name in instead_of:
             # Before any thread starts: the old manifest must be gone when the first new file can be seen.
             self._target.remove(name)
@@ -71,7 +87,6 @@ class Store:
         def send(file: FileToSend) -> None:
             self._target.upload(file.file, file.name, size=file.bytes, sha256=file.sha256)
 
-        self._journal.begin()
         # Threads only send; this generator alone writes the journal, after the digest of a file was compared.
         with Threads(self._threads, thread_name_prefix="ferkd-publish") as executor:
             for sent, _ in as_they_end(executor, send, files, ahead=2 * self._threads):
@@ -82,13 +97,21 @@ class Store:
     def finish(self) -> None:
         if self._target.url.startswith("file://"):
             # A killed publish leaves the file that it was writing under another name.
-            remove_leftovers(Path(url2pathname(urlsplit(self._target.url).path)))
+            root = Path(url2pathname(urlsplit(self._target.url).path))
+            for folder in sorted(self._folders):
+                remove_leftovers(root / folder, below=False)
         self._journal.remove()
 
     def _holds(self, file: FileToSend) -> bool:
-        if self._journal.holds(file) and self._target.size(file.name) == file.bytes:
+        size = self._target.size(file.name)
+        if size is None:
+            return False
+        if size == file.bytes and (
+            self._journal.holds(file) or self._target.holds(file.name, size=size, sha256=file.sha256)
+        ):
             return True
-        return self._target.holds(file.name, size=file.bytes, sha256=file.sha256)
+        self._others.append(file.name)
+        return False
 
 
 class _Journal:
@@ -102,7 +125,9 @@ class _Journal:
         self._path = default_cache_dir() / "publish" / f"{name}.txt"
         self._identity = identity
         # The first word is the label set's identity; after another set was sent, nothing here holds any more.
-        noted = self._path.read_text().split() if self._path.exists() else []
+        self.was_there = self._path.exists()
+        """An interrupted publish, of this label set or another one, has sent files to this destination."""
+        noted = self._path.read_text().split() if self.was_there else []
         self._arrived = set(noted[1:]) if noted[:1] == [identity] else set()
 
     def holds(self, file: FileToSend) -> bool:

@@ -73,6 +73,10 @@ class Hub:
                     f"{self._url}/{lost[0].name}: what arrived is not what was sent; run the same command again"
                 )
 
+    def would_replace(self) -> list[str]:
+        """Return nothing: the repository's history keeps what is replaced."""
+        return []
+
     def finish(self) -> None:
         """Do nothing: the hub itself remembers what has arrived."""
 

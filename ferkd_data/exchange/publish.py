@@ -10,7 +10,7 @@ from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageErr
 from ferkd_data.exchange.card import render_card
 from ferkd_data.exchange.card_facts import CardFields, check_fields, completed, is_generated
 from ferkd_data.exchange.croissant import render_croissant
-from ferkd_data.exchange.destinations import open_destination, open_target
+from ferkd_data.exchange.destinations import Destination, open_destination, open_target
 from ferkd_data.exchange.hub import FileToSend
 from ferkd_data.exchange.signing import SIGNATURE, sign
 from ferkd_data.exchange.verify import verify
@@ -70,7 +70,8 @@ def publish(
     it is.
 
     Raises UsageError for a card without a licence, and for more files than the hub takes; SignatureError; PublishError
-    when the label set has faults or the destination holds another one; RemoteError; MissingExtraError for the hub.
+    when the label set has faults, or the destination holds another one or somebody's files of the same names;
+    RemoteError; MissingExtraError for the hub.
 
     >>> card = fd.CardFields(license="cc-by-4.0", author="Vision Lab")
     >>> fd.publish(LABELS, "public", card=card).url
@@ -95,6 +96,8 @@ def publish(
         files, manifest = _files(labels, url, fields, scratch)
         files += _signature(labels, sign_with, scratch)
         missing = destination.missing(files)
+        if not same and not overwrite:
+            _check_nothing_is_replaced(destination, target)
         skipped = len(files) - len(missing)
         last = () if same and not destination.missing([manifest]) else (manifest,)
         skipped += not last
@@ -120,11 +123,8 @@ def _fields(labels: LabelSet, target: Remote, given: CardFields) -> CardFields:
     folder = Path(labels.location)
     own = inside(folder, README)
     cards = [_read_card(own)] if own.exists() else []
-    try:
-        cards.append(target.read(README, max_bytes=MAX_CARD_BYTES).decode("utf-8", "replace"))
-    except RemoteError as error:
-        if error.status != 404:
-            raise
+    published = _published_card(target)
+    cards += [] if published is None else [published]
     fields = completed(given, cards, identity=labels.identity, folder_name=folder.resolve().name)
     check_fields(fields, labels.manifest, has_license_file=inside(folder, LICENSE).is_file())
     return fields
@@ -172,6 +172,26 @@ def _is_there(target: Remote, labels: LabelSet, overwrite: bool) -> bool:
             "publish to another place, or replace it with --overwrite"
         )
     return there == labels.identity
+
+
+def _check_nothing_is_replaced(destination: Destination, target: Remote) -> None:
+    """Raise PublishError where files lie at a new destination that no publish put there, and that would be replaced."""
+    others = destination.would_replace()
+    # A card of ours: an interrupted publish from another host, of which nothing is noted here.
+    if others and not is_generated(_published_card(target) or ""):
+        raise PublishError(
+            f"{target.url}: holds {others[0]!r}, which is not of this label set; publish to another place, or replace "
+            "it with --overwrite"
+        )
+
+
+def _published_card(target: Remote) -> str | None:
+    try:
+        return target.read(README, max_bytes=MAX_CARD_BYTES).decode("utf-8", "replace")
+    except RemoteError as error:
+        if error.status != 404:
+            raise
+        return None
 
 
 def _read_card(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -10,9 +11,10 @@ from pathlib import Path
 from ferkd_data.crop_kinds import kind_starts
 from ferkd_data.errors import PublishError, RemoteError, UsageError, check_at_least, renamed
 from ferkd_data.exchange.card import render_card
-from ferkd_data.exchange.card_facts import recalled
+from ferkd_data.exchange.card_facts import is_generated, recalled
 from ferkd_data.exchange.signing import SIGNATURE, check_signed, read_remote_signature, require_signers
 from ferkd_data.exchange.threads import Threads, as_they_end
+from ferkd_data.format import out_folder
 from ferkd_data.format.manifest import (
     FILE_NAME,
     BlockEntry,
@@ -32,11 +34,13 @@ from ferkd_data.labels import statistics
 from ferkd_data.labels.statistics import Statistics, shard_statistics
 from ferkd_data.locks import held
 from ferkd_data.remote import Remote, Retries, is_remote, open_remote, part_of
-from ferkd_data.storage import inside, remove_leftovers, sha256_file, write_atomically
+from ferkd_data.storage import inside, read_regular, remove_leftovers, sha256_file, write_atomically
 
 README = "README.md"
 BESIDE = (README, "LICENSE")
 MAX_BESIDE_BYTES = 2**20
+WEB_PAGE = re.compile(rb"(?i)\s*<(?:!doctype\s+html|html)\b")
+"""The beginning of a page for browsers."""
 LOCK = ".pull.lock"
 
 LOOK_SECONDS = 0.5
@@ -83,8 +87,9 @@ def pull(
     >>> fd.pull(LABELS, "part", crops=2).manifest.num_crops  # a whole crop block
     3
 
-    Raises UsageError for crops or shards that are not there, SignatureError, PublishError when `out` holds another
-    label set or another pull works there, RemoteError, LabelSetError.
+    Raises UsageError for crops or shards that are not there, and where `out` holds anything else than a label set or an
+    interrupted pull; SignatureError; PublishError when `out` holds another label set or another pull works there;
+    RemoteError; LabelSetError.
     """
     threads = threads if workers is None else renamed("workers", "threads", workers)
     check_at_least(1, threads=threads)
@@ -103,9 +108,7 @@ def pull(
     whole = parse_manifest(text, f"{url}/{FILE_NAME}")
     part = _selected(whole, url, crops, crop_kind, shards)
     with _alone(out):
-        _check_folder(out, part)
-        # What a killed pull had begun to write; its unfinished downloads have other names, and are gone on with.
-        remove_leftovers(out)
+        _take(out, part)
         fetched = _fetch_files(remote, out, part, threads, on_progress)
         _fetch_beside(remote, out, BESIDE[1:] if part is not whole else BESIDE, folder)
         # `_selected` returns `whole` itself where nothing is left out.
@@ -120,6 +123,7 @@ def pull(
             _fetch_beside(remote, out, (SIGNATURE,), folder)
         # Last: only from here on is this folder a label set (invariant 3).
         write_manifest(out, text)
+        out_folder.clean(out)
     return PullResult(out=out, manifest=part, fetched=fetched, signer=name)
 
 
@@ -308,13 +312,19 @@ def _selected(
     return whole.model_copy(update=changes)
 
 
-def _check_folder(out: Path, part: Manifest) -> None:
-    if not (out / FILE_NAME).exists():
-        return
-    there = read_manifest(out)
-    # Files and digests decide. The same part pulled from another URL may go on here.
-    if there.shards != part.shards or there.rejects != part.rejects:
-        raise PublishError(f"{out}: holds another label set; pull into another folder, or remove it first")
+def _take(out: Path, part: Manifest) -> None:
+    """Take the folder, which is locked: an empty one, or one of this label set, whole or not."""
+    if (out / FILE_NAME).exists():
+        there = read_manifest(out)
+        # Files and digests decide. The same part pulled from another URL may go on here.
+        if there.shards != part.shards or there.rejects != part.rejects:
+            raise PublishError(f"{out}: holds another label set; pull into another folder, or remove it first")
+    else:
+        out_folder.begin_pull(out, lock=LOCK)
+    # What a killed pull had begun to write; its unfinished downloads have other names, and are gone on with.
+    listed = {inside(out, file.path).parent for shard in part.shards for file in shard.files}
+    for folder in sorted({out, *listed}):
+        remove_leftovers(folder, below=False)
 
 
 def _with_statistics(out: Path, part: Manifest) -> Manifest:
@@ -326,13 +336,11 @@ def _with_statistics(out: Path, part: Manifest) -> Manifest:
 
 def _write_card(remote: Remote, out: Path, part: Manifest, url: str, identity: str) -> None:
     """Write a card that describes the part, with the fields of the published card where that was generated."""
-    try:
-        # A card is text for people: bytes that are no UTF-8 must not stop a pull.
-        published = remote.read(README, max_bytes=MAX_BESIDE_BYTES).decode("utf-8", "replace")
-    except RemoteError as error:
-        if error.status != 404:
-            raise
+    card = _read_beside(remote, README)
+    if card is None:
         return
+    # A card is text for people: bytes that are no UTF-8 must not stop a pull.
+    published = card.decode("utf-8", "replace")
     labels = _labels_in(out, part, identity)
     fields, _ = recalled(published)
     unknown = f"see the card of {url}"
@@ -344,7 +352,7 @@ def _write_card(remote: Remote, out: Path, part: Manifest, url: str, identity: s
         # The hub wants a name for `other`, and a published card may be somebody's own text without fields.
         license_name=fields.license_name or ("see-the-whole" if fields.license == "other" else None),
     )
-    _write(out / README, render_card(labels, fields, url).encode())
+    _write_beside(out, README, render_card(labels, fields, url).encode())
 
 
 def _fetch_beside(remote: Remote, out: Path, names: Sequence[str], folder: Path | None) -> None:
@@ -353,13 +361,32 @@ def _fetch_beside(remote: Remote, out: Path, names: Sequence[str], folder: Path 
         if folder is not None:
             # In a stranger's folder they may be links to files of ours, and what is pulled may be published again.
             inside(folder, name)
-        try:
-            data = remote.read(name, max_bytes=MAX_BESIDE_BYTES)
-        except RemoteError as error:
-            if error.status == 404:
-                continue
+        data = _read_beside(remote, name)
+        if data is not None:
+            _write_beside(out, name, data)
+
+
+def _read_beside(remote: Remote, name: str) -> bytes | None:
+    """Read a published file that the manifest does not list; None where there is none."""
+    try:
+        data = remote.read(name, max_bytes=MAX_BESIDE_BYTES)
+    except RemoteError as error:
+        if error.status != 404:
             raise
-        _write(out / name, data)
+        return None
+    # Some servers answer every address, with their start page where there is no such file.
+    return None if WEB_PAGE.match(data) else data
+
+
+def _write_beside(out: Path, name: str, data: bytes) -> None:
+    """Write the card, the licence or the signature; a text of the user's own in a label set's folder stays."""
+    path = out / name
+    if name != SIGNATURE and path.exists() and (out / FILE_NAME).exists():
+        there = read_regular(path, MAX_BESIDE_BYTES).decode("utf-8", "replace")
+        # `publish` sends such a text in place of a card: it is meant to stay.
+        if not (name == README and is_generated(there)):
+            return
+    _write(path, data)
 
 
 def _write(path: Path, data: bytes) -> None:

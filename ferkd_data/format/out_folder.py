@@ -1,4 +1,4 @@
-"""The folder that convert, merge and an import write to: taken, resumed after a kill, and recognised when finished.
+"""The folder that a command writes a label set to: taken, resumed after a kill, and recognised when finished.
 
 A file `.ferkd-data-work.json` says what is written there. It is made in an empty folder before anything else, and
 removed when the manifest is there, so nothing that was not written by the same command is ever overwritten.
@@ -15,7 +15,7 @@ from ferkd_data.errors import ManifestError, UsageError
 from ferkd_data.format.manifest import FILE_NAME, Manifest, parse_manifest, read_manifest, write_manifest
 from ferkd_data.format.rejects import REJECTS_FILE
 from ferkd_data.format.writers import SHARD_FILE
-from ferkd_data.storage import remove_leftovers, write_atomically
+from ferkd_data.storage import LEFTOVER, remove_leftovers, write_atomically
 
 WORK = ".ferkd-data-work.json"
 MAX_WORK_BYTES = 2**20
@@ -33,12 +33,12 @@ def begin(out: str | Path, settings: Settings) -> Path:
     # Nothing is written before all refusals: a folder that is refused stays as it was.
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; give a new folder")
-    work = _read(out)
+    work = read_work(out)
     if (out / FILE_NAME).exists():
         raise UsageError(f"{out}: holds another label set; give a new folder")
-    there = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    there = _names(out)
     # Only the work file, or nothing: the folder is ours to take.
-    if set(there) <= {WORK}:
+    if not there:
         out.mkdir(parents=True, exist_ok=True)
         write_work(out, settings)
     elif work is None:
@@ -52,6 +52,27 @@ def begin(out: str | Path, settings: Settings) -> Path:
     # Only one command works here, so these are of a killed one. What it finished is written anew.
     remove_leftovers(out)
     return out
+
+
+def begin_pull(out: Path, *, lock: str) -> None:
+    """Take `out`, an existing folder, for a pull: an empty one, or one where any pull was interrupted.
+
+    Files of an interrupted pull that are not wanted now, or are damaged, may be replaced; nobody else's are. The file
+    `lock` counts as nothing. Raises UsageError for any other folder.
+    """
+    work = read_work(out)
+    there = [name for name in _names(out) if name != lock]
+    if there and (work is None or work.get("command") != "pull"):
+        raise UsageError(f"{out}: holds {there[0]!r}; give a new or empty folder")
+    write_work(out, {"command": "pull"})
+
+
+def _names(out: Path) -> list[str]:
+    """Return the sorted names of what is in `out`, but for the work file, whole or half written."""
+    if not out.exists():
+        return []
+    names = sorted(path.name for path in out.iterdir())
+    return [name for name in names if name != WORK and not (WORK in name and LEFTOVER.fullmatch(name))]
 
 
 def finish(out: Path, manifest: Manifest) -> Manifest:
@@ -94,7 +115,8 @@ def clean(out: str | Path) -> None:
     (Path(out) / WORK).unlink(missing_ok=True)
 
 
-def _read(out: Path) -> Settings | None:
+def read_work(out: Path) -> Settings | None:
+    """Return the settings of the command that works in `out`, or was interrupted there; None where there is none."""
     path = out / WORK
     if not path.is_file():
         return None

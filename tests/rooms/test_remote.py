@@ -241,7 +241,7 @@ def test_credentials_in_a_url_are_refused_and_never_shown(url, use, label_set, t
         "part": lambda: fd.pull(url, tmp_path / "out", shards=[0], retries=QUICK),
         "publish": lambda: fd.publish(label_set, url, card=fd.CardFields(license="mit"), retries=QUICK),
     }
-    with pytest.raises(UsageError, match="credentials in a URL|cannot end in a query") as refusal:
+    with pytest.raises(UsageError, match=r"credentials in a URL|cannot end in a query") as refusal:
         uses[use]()
     assert "geh" not in str(refusal.value) and "eim" not in str(refusal.value)
     assert not (tmp_path / "out").exists()

@@ -76,13 +76,88 @@ def test_a_command_that_has_ended_ends_well_again_and_changes_nothing(commands, 
     )
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "pull" not in name and name != "publish"])
-def test_a_folder_of_somebody_elses_is_left_alone(commands, tmp_path, name):
+MINE = {
+    "shards/00000.tar": b"my photos",
+    "labels/00000-000.parquet": b"my labels",
+    "README.md": b"my project",
+    "LICENSE": b"my licence",
+    "notes/.draft.tmp": b"my notes",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "publish"])
+@pytest.mark.parametrize("mine", MINE)
+def test_a_folder_of_somebody_elses_is_left_alone(commands, tmp_path, name, mine):
     """Also one that holds what looks like our own files: they would be written over."""
-    (tmp_path / "out/shards").mkdir(parents=True)
-    (tmp_path / "out/shards/00000.tar").write_text("my photos")
+    file = tmp_path / "out" / mine
+    file.parent.mkdir(parents=True)
+    file.write_bytes(MINE[mine])
     assert run(commands[name]) == 2
-    assert files_below(tmp_path / "out") == {"shards/00000.tar": b"my photos"}
+    assert files_below(tmp_path / "out") == {mine: MINE[mine]}
+
+
+@pytest.mark.parametrize("mine", ["labels/00000-000.parquet", "README.md", "LICENSE", "rejects.parquet"])
+def test_publish_replaces_nobodys_files(label_set, tmp_path, capsys, mine):
+    """In a project's own folder, a card in place of its README would be noticed too late."""
+    source, out = shutil.copytree(label_set, tmp_path / "source"), tmp_path / "out"
+    (source / "LICENSE").write_text("of the labels")
+    (out / mine).parent.mkdir(parents=True)
+    (out / mine).write_text("mine")
+    command = ["publish", str(source), str(out), "--license", "mit"]
+    for more in ([], ["--dry-run"]):
+        assert run([*command, *more]) == 1
+        assert f"holds '{mine}', which is not of this label set" in capsys.readouterr().err
+    assert files_below(out) == {mine: b"mine"}
+    assert run([*command, "--overwrite"]) == 0
+    assert fd.verify(out).ok
+
+
+def test_publish_and_pull_leave_other_files_and_folders_as_they_are(label_set, tmp_path):
+    """Files that other programs are writing have names of the same kind as ours."""
+    public, mine = tmp_path / "public", tmp_path / "mine"
+    fd.publish(label_set, str(public), card=CARD)
+    fd.pull(str(public), mine)
+    others = ["notes/.draft.tmp", ".draft.tmp", f"another/.x.parquet.{os.getpid()}-0123abcd.tmp"]
+    for folder in (public, mine):
+        for other in others:
+            (folder / other).parent.mkdir(exist_ok=True)
+            (folder / other).write_text("somebody's")
+    fd.publish(label_set, str(public), card=CARD)
+    fd.pull(str(public), mine)
+    assert all((folder / other).exists() for folder in (public, mine) for other in others)
+
+
+def test_a_pull_goes_on_where_one_of_other_settings_was_interrupted(label_set, tmp_path):
+    """What it left, and what of it was damaged meanwhile, is ours to replace."""
+    out = tmp_path / "out"
+
+    def cut(progress):
+        if progress.files == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fd.pull(str(label_set), out, crops=4, threads=1, on_progress=cut)
+    damaged = next((out / "labels").rglob("*.parquet"))
+    damaged.write_bytes(b"damaged")
+    fd.pull(str(label_set), out)
+    assert same_label_sets(label_set, out) and not list(out.rglob(".*"))
+
+
+def test_a_text_of_ones_own_in_a_pulled_label_set_stays(label_set, tmp_path):
+    public, mine = tmp_path / "public", tmp_path / "mine"
+    (tmp_path / "source").mkdir()
+    fd.publish(label_set, str(public), card=CARD)
+    (public / "LICENSE").write_text("theirs")
+    fd.pull(str(public), mine)
+    (mine / "LICENSE").write_text("mine")
+    card = (mine / "README.md").read_text()
+    (mine / "README.md").write_text(card.replace("## Uses", "## Old uses"))
+    fd.pull(str(public), mine)
+    assert (mine / "README.md").read_text() == card, "a card is not the user's own text"
+    (mine / "README.md").write_text("What I use it for")
+    fd.pull(str(public), mine)
+    assert (mine / "README.md").read_text() == "What I use it for"
+    assert (mine / "LICENSE").read_text() == "mine"
 
 
 def test_an_interrupted_conversion_of_other_settings_is_named(label_set, tmp_path):

@@ -216,6 +216,18 @@ def test_pull_the_first_crop_blocks_and_some_shards(label_set, tmp_path):
             fd.pull(str(label_set), tmp_path / "other", **wrong)
 
 
+@pytest.mark.parametrize("page", [b"<!DOCTYPE html>\n<html><body>Hello", b"\n <html lang='en'>", b"<!doctype HTML>"])
+def test_a_servers_start_page_is_no_card_no_licence_and_no_signature(label_set, tmp_path, page):
+    """Published again, it would be a licence and a signature of nothing."""
+    with serve(label_set) as server:
+        server.start_page = page
+        for name, part in {"whole": {}, "part": {"shards": [0]}}.items():
+            fd.pull(server.url, tmp_path / name, retries=QUICK, **part)
+            there = {path.name for path in (tmp_path / name).iterdir()}
+            assert there == {"labels", "manifest.json", "rejects.parquet"}
+            assert not any(page in path.read_bytes() for path in (tmp_path / name).rglob("*.*"))
+
+
 def test_a_pull_goes_on_after_dropped_connections_and_a_kill(label_set, tmp_path):
     with serve(label_set) as server:
         server.drop_after = 1000
