@@ -303,12 +303,29 @@ def _new_classes(classes: NewClasses, num_old: int, old_names: Sequence[str] | N
         new = np.full(num_old, DROPPED, np.int64)
         new[class_numbers(given, num_classes=num_old, names=old_names)] = np.arange(len(given))
         return new, given
+    if distinct_names:
+        _check_no_old_name_moves(given, old_names or ())
     if len(given) != num_old:
         raise UsageError(
             f"a class map that is a list has one new class (or None) for each of the {num_old} old ones, got "
             f"{len(given)}; a dict {{old: new}} may leave classes out"
         )
     return _numbered(given)
+
+
+def _check_no_old_name_moves(given: Sequence[str], old_names: Sequence[str]) -> None:
+    """Raise UsageError for new names of all old classes of which one is the name of another old class.
+
+    They are likely the old classes in another order with one misspelt: taken as new names, every label would be wrong.
+    """
+    for number, name in enumerate(given):
+        if name in old_names and old_names[number] != name:
+            unknown = next(name for name in given if name not in old_names)
+            raise UsageError(
+                f"these {len(given)} names may be the old classes in another order, but {unknown!r} is none of them, "
+                f"or new names of all, but {name!r} is the name of another old class than number {number}; give a "
+                "dict {old: new}"
+            )
 
 
 def _numbered(values: list[Any]) -> tuple[Ints, list[str] | None]:

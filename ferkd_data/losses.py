@@ -34,10 +34,13 @@ def soft_cross_entropy(logits: Tensor, targets: SoftTargets | Tensor, *, reducti
     tensor(1.3863)
     """
     _check(logits, targets)
+    # Targets of any type: in half precision, the sums of the backward pass would differ from those of the forward pass.
+    precision = _precision(logits)
     if isinstance(targets, Tensor):
-        loss = -(targets * logits.log_softmax(dim=1, dtype=_precision(logits))).sum(dim=1)
+        loss = -(targets.to(precision) * logits.log_softmax(dim=1, dtype=precision)).sum(dim=1)
     else:
-        loss = _SparseCrossEntropy.apply(logits, targets.index, targets.weight, targets.floor)
+        weight, floor = targets.weight.to(precision), targets.floor.to(precision)
+        loss = _SparseCrossEntropy.apply(logits, targets.index, weight, floor)
     return _reduce(loss, reduction)
 
 

@@ -103,6 +103,9 @@ class SoftTargets:
         Raises IndexError for a number beyond the last crop.
         """
         selected = rows if isinstance(rows, (slice, Tensor)) else torch.as_tensor(rows, device="cpu")
+        if isinstance(selected, Tensor) and not selected.numel() and selected.dtype != torch.bool:
+            # PyTorch takes an empty list for one of floats.
+            selected = selected.to(torch.int64)
         if isinstance(selected, Tensor) and not selected.dim():
             # Not a row without its axis, as a tensor gives it: that would be no targets, and could not be printed.
             row = range(len(self))[operator.index(selected)]

@@ -17,6 +17,7 @@ from servers import serve
 
 import ferkd_data as fd
 from ferkd_data.errors import ManifestError, RemoteError, UsageError
+from ferkd_data.format import out_folder
 from ferkd_data.label_set import opening, read_remote_manifest
 from ferkd_data.remote import Retries, open_remote
 from ferkd_data_cli.main import run
@@ -75,8 +76,13 @@ def test_a_link_waiting_in_the_folder_is_not_followed(copy, tmp_path):
     outside.mkdir()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/labels").symlink_to(outside)
-    with serve(copy) as server, pytest.raises(fd.FerkdError, match="leads outside"):
-        fd.pull(server.url, tmp_path / "mine")
+    with serve(copy) as server:
+        with pytest.raises(fd.FerkdError, match="holds 'labels'"):
+            fd.pull(server.url, tmp_path / "mine")
+        # As if a pull had been interrupted there.
+        out_folder.write_work(tmp_path / "mine", {"command": "pull"})
+        with pytest.raises(fd.FerkdError, match="leads outside"):
+            fd.pull(server.url, tmp_path / "mine")
     assert not list(outside.iterdir())
 
 

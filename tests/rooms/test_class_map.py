@@ -240,6 +240,18 @@ FORMS = {
     "array": (np.array([0, 0, 1, 1, -1]), [0, 0, 1, 1, -1], 2, ("tabby / tiger cat", "beagle / poodle")),
     "tensor": (torch.tensor([0, 0, 1, 1, -1]), [0, 0, 1, 1, -1], 2, ("tabby / tiger cat", "beagle / poodle")),
     "list of new names": (["cat", "cat", "dog", "dog", None], [0, 0, 1, 1, -1], 2, ("cat", "dog")),
+    "some new names": (
+        ["tabby", "tiger", "beagle", "dog", "lorry"],
+        [0, 1, 2, 3, 4],
+        5,
+        (
+            "tabby",
+            "tiger",
+            "beagle",
+            "dog",
+            "lorry",
+        ),
+    ),
     "names to keep": (["poodle", "tabby"], [1, -1, -1, 0, -1], 2, ("poodle", "tabby")),
     "all names in another order": (list(NAMES[::-1]), [4, 3, 2, 1, 0], 5, NAMES[::-1]),
     "gaps": ({0: 3}, [3, -1, -1, -1, -1], 4, ("class 0", "class 1", "class 2", "tabby")),
@@ -278,6 +290,9 @@ def test_more_classes_than_are_used_and_names_of_ones_own():
         ([], {}, "one new class .or None. for each of the 5 old ones, got 0"),
         ([0, 1], {}, "for each of the 5 old ones, got 2; a dict"),
         (["tabby", "wolf"], {}, "1 of 2 classes are unknown: 'wolf'"),
+        # One misspelt: as new names of all classes, every label would be another class's.
+        (["lorry", "poodle", "beagles", "tiger cat", "tabby"], {}, "'beagles' is none of them, or .* but 'lorry'"),
+        (["tabby", "tiger", "beagle", "lorry", "poodle"], {}, r"'tiger' is none of them.*than number 3; give a dict"),
         ("tabby", {}, "a class map is a dict, a list"),
         ({0: 5}, {"num_classes": 5}, "num_classes must be above 5"),
         ({0: 0}, {"names": ["a", "b"], "num_classes": 1}, "1 new classes have 2 names"),

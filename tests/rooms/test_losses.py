@@ -245,6 +245,29 @@ def test_half_precision_targets_lose_little():
             torch.testing.assert_close(loss(logits, half), loss(logits, targets), atol=0.05, rtol=0.02)
 
 
+@pytest.mark.parametrize("of_logits", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("of_targets", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+@pytest.mark.parametrize("rows", [0, 7])
+def test_gradients_for_every_pair_of_types_are_those_of_float64(of_logits, of_targets, form, rows):
+    """Of the very targets that are given: their rounding is no error of the loss."""
+    precision = torch.promote_types(of_logits, torch.float32)
+    targets = random_targets(8, 1000, 5).to(of_targets)[:rows]
+    dense = targets.double().dense()
+    if form == "dense":
+        dense, targets = targets.dense().double(), targets.dense()
+    logits = (3 * torch.randn(rows, 1000)).to(of_logits).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    loss = soft_cross_entropy(logits, targets, reduction="sum")
+    reference = -(dense * exact.log_softmax(dim=1)).sum()
+    loss.backward()
+    reference.backward()
+    assert loss.dtype == precision
+    torch.testing.assert_close(loss.double(), reference, atol=1e-5, rtol=1e-5)
+    # One rounding, to the logits' own type.
+    torch.testing.assert_close(logits.grad, exact.grad.to(of_logits), atol=1e-6, rtol=torch.finfo(of_logits).eps + 1e-5)
+
+
 def test_dense_targets_are_not_broadcast():
     with pytest.raises(UsageError, match=r"\(3, 7\), the targets need \(1, 7\)"):
         soft_cross_entropy(torch.randn(3, 7), torch.rand(1, 7))

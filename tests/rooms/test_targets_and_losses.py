@@ -351,6 +351,8 @@ def test_a_number_selects_the_targets_of_one_crop():
     assert len(list(targets)) == 3 and "1 rows" in repr(targets[0])
     for several in ([0, 2], np.array([0, 2])):
         assert torch.equal(targets[several].dense(), targets.dense()[[0, 2]])
+    for none in ([], np.array([]), slice(0, 0), [False] * 3):
+        assert len(targets[none]) == 0
     with pytest.raises(IndexError):
         targets[3]
 
