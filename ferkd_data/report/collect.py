@@ -101,10 +101,14 @@ DUPLICATES_SHOWN = 12
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicateGroup:
-    """Images with the same bytes; at most EXAMPLES of them."""
+    """Images with the same bytes; at most EXAMPLES of them, first one of each ground truth."""
 
     keys: tuple[str, ...]
     targets: tuple[int, ...]
+    images: int
+    """Number of images in all."""
+    conflict: bool
+    """Whether two of the images have different ground truths."""
 
 
 @dataclass(kw_only=True)
@@ -129,9 +133,11 @@ class Collected:
     smallest_images: list[SampledImage]
     duplicates: list[DuplicateGroup]
     duplicate_groups: float
-    """Number of groups; an estimate where there are more images than digests are kept."""
+    """Number of groups; an estimate where not all images were compared."""
     duplicate_conflicts: float
     """Number of groups whose copies have different ground truths; an estimate likewise."""
+    duplicates_compared: float = 1.0
+    """Share of the images that were compared: below 1 where there are more than digests are kept."""
     rejects: Counter[str] = field(default_factory=Counter)
     reject_examples: dict[str, list[Reject]] = field(default_factory=dict)
 
@@ -199,9 +205,9 @@ class Collector:
         Raises ShardError or RemoteError where the keys of duplicates, which are read again, cannot be read.
         """
         groups = self._duplicates.groups()
-        conflicts = [group for group in groups if len(np.unique(group["target"])) > 1]
+        conflicts = [group for group in groups if _in_conflict(group)]
         # Copies under different ground truths first: one of them is wrong.
-        shown = [*conflicts, *(group for group in groups if len(np.unique(group["target"])) == 1)][:DUPLICATES_SHOWN]
+        shown = [*conflicts, *(group for group in groups if not _in_conflict(group))][:DUPLICATES_SHOWN]
         return Collected(
             sketch=self._sketch,
             kinds=list(zip(self._kinds, self._of_kinds, strict=True)),
@@ -217,6 +223,7 @@ class Collector:
             # Scaled up from the share of digests that was compared.
             duplicate_groups=len(groups) / self._duplicates.share,
             duplicate_conflicts=len(conflicts) / self._duplicates.share,
+            duplicates_compared=self._duplicates.share,
             rejects=self._rejects,
             reject_examples=self._reject_examples,
         )
@@ -250,9 +257,22 @@ def _add_images(
             sample.add(float(rank[row]), labels.keys[row], 0, lambda row=row: sampled(labels, row, first_row))  # type: ignore[misc]
 
 
+def _in_conflict(group: npt.NDArray[np.void]) -> bool:
+    """Whether copies have different ground truths. An unlabelled copy contradicts none."""
+    return len(np.unique(group["target"][group["target"] != UNKNOWN_TARGET])) > 1
+
+
 def _named(labels: LabelSet, group: npt.NDArray[np.void]) -> DuplicateGroup:
+    # One of each ground truth first: of many copies, the one that differs may be the last.
+    firsts = np.sort(np.unique(group["target"], return_index=True)[1])
+    examples = group[np.concatenate([firsts, np.delete(np.arange(len(group)), firsts)])[:EXAMPLES]]
     keys = []
-    for row in group["row"][:EXAMPLES].tolist():
+    for row in examples["row"].tolist():
         shard, at = labels.position(row)
         keys.append(labels.keys_of(shard)[at])
-    return DuplicateGroup(keys=tuple(keys), targets=tuple(group["target"][:EXAMPLES].tolist()))
+    return DuplicateGroup(
+        keys=tuple(keys),
+        targets=tuple(examples["target"].tolist()),
+        images=len(group),
+        conflict=_in_conflict(group),
+    )

@@ -263,7 +263,7 @@ def _quality(labels: LabelSet, found: Collected) -> list[Finding]:
         said.append(Finding(level="note", text=text, section="quality"))
     if found.duplicate_groups:
         text, conflicts = duplicates_said(found), found.duplicate_conflicts
-        which = "" if conflicts == found.duplicate_groups else f"{_about(conflicts)} of them "
+        which = "" if conflicts == found.duplicate_groups else f"{_about(conflicts, found)} of them "
         text += f", {which}under different ground truths." if conflicts else "."
         said.append(Finding(level="warning" if conflicts else "note", text=text, section="quality"))
     small = int(found.sketch.sides[:2].sum())
@@ -285,15 +285,19 @@ def _top_k(labels: LabelSet, found: Collected) -> list[Finding]:
 def duplicates_said(found: Collected) -> str:
     """Say how many images occur more than once."""
     count = found.duplicate_groups
-    return f"{_about(count)} image{'s come' if count != 1 else ' comes'} more than once"
+    if not count:
+        share = found.duplicates_compared
+        return "None" if share == 1 else f"None among the {percent(share)} of the images that were compared"
+    return f"{_about(count, found)} image{'s come' if count != 1 else ' comes'} more than once"
 
 
 def _images(count: int) -> str:
     return f"{count:,} images have" if count != 1 else "1 image has"
 
 
-def _about(count: float) -> str:
-    return f"{count:,.0f}" if count == int(count) else f"about {count:,.0f}"
+def _about(count: float, found: Collected) -> str:
+    # An estimate is a whole number too: it is scaled up by a power of 2.
+    return f"{count:,.0f}" if found.duplicates_compared == 1 else f"about {count:,.0f}"
 
 
 def ranges_of(counts: Counts, edges: tuple[float, ...]) -> list[int]:

@@ -240,7 +240,7 @@ def quality(labels: LabelSet, found: Collected, pictures: Pictures) -> dict[str,
         ],
         "duplicates": [
             {"keys": group.keys, "truths": [tables.class_name(labels, target) for target in group.targets],
-             "conflict": len(set(group.targets)) > 1}
+             "conflict": group.conflict, "more": group.images - len(group.keys)}
             for group in found.duplicates
         ],
         "duplicates_said": duplicates_said(found),

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ from ferkd_data.labels.rows import ShardLabels
 from ferkd_data.report import temperatures
 from ferkd_data.report.charts import Reliability, percent
 from ferkd_data.report.collect import Collector, Duplicates, collect
-from ferkd_data.report.findings import _accuracy, _calibrated_apart, ensemble_reliability, findings
+from ferkd_data.report.findings import _accuracy, _calibrated_apart, duplicates_said, ensemble_reliability, findings
 from ferkd_data.report.samples import Smallest, priorities
 from ferkd_data.report.sketch import FLOAT16_VALUES, Sketch, counts_below, counts_between
 from ferkd_data.report.suspects import CSV_COLUMNS, SuspectList
@@ -192,6 +194,44 @@ def test_duplicates_in_bounded_memory_are_estimated():
         assert len(duplicates._kept) + duplicates._num_waiting <= 2000
     assert duplicates.share == 1 / 16
     assert len(duplicates.groups()) / duplicates.share == pytest.approx(10_000, rel=0.1)
+
+
+def test_copies_contradict_each_other_by_what_is_known_and_the_one_that_differs_is_shown(
+    tmp_path, make_greys, tiny_teachers
+):
+    """An unlabelled copy was said to have another ground truth; the tenth copy's was not shown."""
+    photos = [path.read_bytes() for path in sorted(make_greys(tmp_path / "greys", 3, each=1).rglob("*.png"))]
+    copies = [(0, [0] * 9 + [2]), (1, [1, None]), (2, [2, 2])]
+    rows = [
+        {"image": {"bytes": photos[number], "path": f"{number}_{i}.png"}, "label": target}
+        for number, targets in copies
+        for i, target in enumerate(targets)
+    ]
+    source = tmp_path / "source"
+    source.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), source / "train.parquet")
+    teacher = "python:ferkd_tiny_teachers:brightness_of_three"
+    fd.build(source, tmp_path / "out", teachers=[teacher], crops=2, top_k=2, device="cpu")
+    labels = fd.open_labels(tmp_path / "out")
+    found = collect(labels)
+    assert (found.duplicate_groups, found.duplicate_conflicts) == (3, 1)
+    first = found.duplicates[0]
+    assert first.keys[:2] == ("0_0", "0_9") and first.targets[:2] == (0, 2) and first.conflict
+    assert (first.images, len(first.keys)) == (10, 8) and not any(one.conflict for one in found.duplicates[1:])
+    text = fd.write_report(labels, tmp_path / "report.html").path.read_text(encoding="utf-8")
+    assert " and 2 more" in text and "3 images come more than once, 1 of them under different ground truths" in text
+
+
+def test_an_estimate_of_duplicates_is_called_one(found):
+    """Scaled up by a power of two it is a whole number, and was written like a count."""
+    exact = replace(found, duplicate_groups=3.0, duplicate_conflicts=0.0)
+    assert duplicates_said(exact) == "3 images come more than once"
+    assert duplicates_said(replace(exact, duplicates_compared=0.25)) == "about 3 images come more than once"
+    none = replace(exact, duplicate_groups=0.0)
+    assert duplicates_said(none) == "None"
+    assert duplicates_said(replace(none, duplicates_compared=0.25)) == (
+        "None among the 25.0 % of the images that were compared"
+    )
 
 
 def test_images_without_a_digest_are_no_duplicates():
