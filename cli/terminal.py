@@ -10,6 +10,9 @@ way. A build first gives its shards in progress some time (`--grace`) at SIGTERM
 
 from __future__ import annotations
 
+import codecs
+import io
+import json
 import logging
 import os
 import re
@@ -87,6 +90,30 @@ def say_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, indent: int
         say(" " * indent + "  ".join(cells).rstrip())
 
 
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """Give the escapes, as JSON writes them, of characters that a stream's encoding lacks."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error("ferkd_data.escape", _escaped)
+
+
+@contextmanager
+def _escaping(stream: TextIO) -> Iterator[None]:
+    """Let a stream write characters as escapes where its encoding (Latin-1, or that of a Windows pipe) lacks them."""
+    # Only real files: what tests and notebooks put in their place takes every text.
+    if not isinstance(stream, io.TextIOWrapper) or stream.errors != "strict":
+        yield
+        return
+    stream.reconfigure(errors="ferkd_data.escape")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors="strict")
+
+
 class Forgiving:
     """A text stream that discards its output once nobody can read it; everything else is the stream's own."""
 
@@ -128,7 +155,8 @@ def forgiving_streams() -> Iterator[None]:
     sys.stdout = Forgiving(out, forgives=(BrokenPipeError,))
     sys.stderr = Forgiving(err, forgives=(OSError,))
     try:
-        yield
+        with _escaping(out), _escaping(err):
+            yield
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -66,13 +66,15 @@ def write_report(
     called with (images done, images in all).
 
     Raises MissingExtraError without the extra `report`, LabelSetError or RemoteError where the labels cannot be read,
-    SourceError or UsageError where the images are not those that were labelled.
+    SourceError or UsageError where the images are not those that were labelled, UsageError where two of the files are
+    the same one.
 
     >>> result = fd.write_report(labels, "report.html")
     >>> result.images == len(labels), result.path.stat().st_size == result.bytes
     (True, True)
     """
-    # First, so that a wrong log fails before minutes of reading.
+    # First, so that a wrong name or log fails before minutes of reading.
+    _check_names(path, csv, log_json)
     hours = None if log_json is None else hours_of(Path(log_json))
     progress = None
     unfinished = None if isinstance(labels, LabelSet) else open_unfinished(labels)
@@ -95,6 +97,13 @@ def write_report(
         suspects=found.suspects.found,
         pictures=pictures.problem,
     )
+
+
+def _check_names(*names: str | Path | None) -> None:
+    files = [Path(name).resolve() for name in names if name is not None]
+    twice = [file for file in files if files.count(file) > 1]
+    if twice:
+        raise UsageError(f"report: {twice[0]} is given twice: name different files for the page, the list and the log")
 
 
 def pictures_for(labels: LabelSet, found: Collected, images: str | Path | ImageSource | None) -> Pictures:

@@ -129,6 +129,18 @@ def test_command(label_set, photos, tmp_path, capsys):
     assert "1.5 hours" in file.read_text(encoding="utf-8")
 
 
+def test_one_file_for_two_things_is_refused(label_set, tmp_path, capsys):
+    """The list replaced the page, and the command said that it had written the page."""
+    page, log = tmp_path / "report.html", tmp_path / "log.jsonl"
+    log.write_text('{"elapsed": 1}\n')
+    link = tmp_path / "link.html"
+    link.symlink_to(page)
+    assert run(["report", str(label_set), str(page), "--csv", str(link)]) == 2
+    assert "is given twice" in capsys.readouterr().err and not page.exists()
+    assert run(["report", str(label_set), str(page), "--csv", str(log), "--log-json", str(log)]) == 2
+    assert run(["report", str(label_set), str(log), "--log-json", str(log)]) == 2 and log.stat().st_size == 15
+
+
 def test_a_log_that_is_none_is_refused(tmp_path):
     (tmp_path / "log").write_text("hello\n")
     with pytest.raises(UsageError, match="'hello' is not a line"):
