@@ -75,13 +75,16 @@ def teacher_reliability(labels: LabelSet) -> list[Reliability]:
     return curves
 
 
-def findings(labels: LabelSet, found: Collected) -> list[Finding]:
-    """List the findings: warnings, then good news such as the teachers' accuracy, then notes."""
+def findings(labels: LabelSet, found: Collected, *, provisional: bool = False) -> list[Finding]:
+    """List the findings: warnings, then good news such as the teachers' accuracy, then notes.
+
+    `provisional` says that the thresholds are not those of the finished label set.
+    """
     if not found.sketch.crops:
         return [Finding(level="note", text="No image has been labelled yet.", section="glance")]
     said = [
         *_accuracy(labels, found),
-        *_buckets(labels, found),
+        *(_provisional(labels, found) if provisional else _buckets(labels, found)),
         *_calibration(found),
         *_teachers(labels),
         *_calibrated_apart(teacher_reliability(labels)),
@@ -155,6 +158,18 @@ def _buckets(labels: LabelSet, found: Collected) -> list[Finding]:
         )
         said.append(Finding(level="note", text=text, section="quality"))
     return said
+
+
+def _provisional(labels: LabelSet, found: Collected) -> list[Finding]:
+    """Say that the buckets are not known yet: the thresholds that stand in put nearly all crops into one."""
+    thresholds = labels.manifest.thresholds
+    text = (
+        "The thresholds were asked for as shares of all crops, which follow at the end of the build. Until then "
+        f"{thresholds.low:g}, {thresholds.mid:g} and {thresholds.top:g} stand in: the buckets, and which crops count "
+        "as confident, are not those of the finished label set."
+    )
+    said = Finding(level="warning", text=text, section="thresholds")
+    return [said, Finding(level="note", text=suggest(found.sketch).summary, section="thresholds")]
 
 
 def _calibration(found: Collected) -> list[Finding]:

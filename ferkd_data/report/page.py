@@ -93,7 +93,7 @@ def page(
         "progress": progress,
         "facts": facts(labels, found, hours),
         "teachers": tables.teacher_table(labels, found.sketch),
-        "findings": findings(labels, found),
+        "findings": findings(labels, found, provisional=progress is not None and progress.provisional),
         "pictures": pictures,
         "kinds": tables.kind_table(found.kinds),
         "p_max": figures.p_max_chart(found.sketch),

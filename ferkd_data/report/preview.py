@@ -142,7 +142,7 @@ class _Batch:
             "before": _picture(self._before_images[slot]) if changed else "",
             "partner": partner[0] if partner else None,
             "partner_picture": _picture(self._before_images[partner[0]]) if partner else "",
-            "mixed": f"{100 * partner[1]:.0f} % of it is this crop, the rest crop {partner[0]}" if partner else "",
+            "mixed": f"{percent(partner[1], 0)} of it is this crop, the rest crop {partner[0]}" if partner else "",
             "bucket": bucket,
             "bucket_name": BUCKET_TITLES[BUCKETS[bucket]],
             "policy": self._said(policy_table(self._calibration)[code], code, truth),

@@ -34,6 +34,8 @@ class Progress:
     shards_done: int
     shards_total: int
     images_total: int
+    provisional: bool = False
+    """Whether others stand in for the thresholds, which were asked for as shares of all crops, until the build ends."""
 
 
 def open_unfinished(path: str | Path) -> Unfinished | None:
@@ -72,7 +74,12 @@ class Unfinished:
         """Number of shards added so far, and in all."""
         summary = self._plan.summary
         total = len(self._plan.shards)
-        return Progress(shards_done=total - len(self._left), shards_total=total, images_total=summary.images)
+        return Progress(
+            shards_done=total - len(self._left),
+            shards_total=total,
+            images_total=summary.images,
+            provisional=not isinstance(self._settings.thresholds, Thresholds),
+        )
 
     def add_new_shards(self) -> int:
         """Add the shards that were finished since the last call; return their number."""

@@ -180,7 +180,16 @@ def test_an_interrupted_build_is_reported_as_far_as_it_is(tmp_path, photos, tiny
     result = fd.write_report(out, tmp_path / "report.html", images=photos)
     assert result.images in (10, 15) and result.pictures == ""
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "The build is still running" in text and re.search(r"of\s+4 shards are done", text)
+    assert "The build is not finished" in text and re.search(r"of\s+4 shards are done", text)
+    # The thresholds that stand in until the end were described as if they had been chosen.
+    assert "which follow at the end of the build" in text and "below 0: ferkd discards" not in text
+    assert "Lower the third threshold" not in text
+    fd.build(
+        photos, out, teachers=[tiny_teachers], crops=4, top_k=2, images_per_shard=5, device="cpu",
+        thresholds=fd.QuantileThresholds(low=0.1, mid=0.2, top=0.9),
+    )  # fmt: skip
+    text = fd.write_report(out, tmp_path / "report.html").path.read_text(encoding="utf-8")
+    assert "which follow at the end of the build" not in text and ": ferkd discards them" in text
 
 
 def test_a_build_that_has_not_begun_is_refused(tmp_path):
@@ -228,7 +237,7 @@ def test_a_build_keeps_its_report_up_to_date(tmp_path, photos, tiny_teachers, la
     assert [int(match[1]) for match in reader.seen] == [1, 2, 3, 4]
     fd.write_report(out, tmp_path / "again.html", images=photos)
     assert file.read_bytes() == (tmp_path / "again.html").read_bytes()
-    assert "still running" not in file.read_text(encoding="utf-8")
+    assert "is not finished" not in file.read_text(encoding="utf-8")
 
 
 def test_a_build_that_fails_leaves_the_report_of_its_shards(tmp_path, photos, tiny_teachers):
@@ -246,7 +255,7 @@ def test_a_build_that_fails_leaves_the_report_of_its_shards(tmp_path, photos, ti
             photos, tmp_path / "out", teachers=[tiny_teachers], crops=4, top_k=2, images_per_shard=5, device="cpu",
             watchers=[fd.LiveReport(file), StopAfterOne()],
         )  # fmt: skip
-    assert "The build is still running" in file.read_text(encoding="utf-8")
+    assert "The build is not finished" in file.read_text(encoding="utf-8")
 
 
 def test_a_report_that_cannot_be_written_does_not_end_the_build(tmp_path, photos, tiny_teachers, capsys):
