@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ferkd_data import rng
 from ferkd_data.errors import ImageError, SourceError, check_at_least
 from ferkd_data.images import ImageRef, ImageSource, Reject, decode_rgb, open_source
 from ferkd_data.labels.soft_labels import EnsembleMode, combine
@@ -91,8 +92,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure top-1, top-5 and ECE on central crops of up to `limit` labelled images, spread evenly over the source.
 
-    On the first `diagnose` of them, each teacher also runs under other common normalisations; a warning says where one
-    of those is clearly better.
+    On about `diagnose` of them, spread likewise, each teacher also runs under other common normalisations; a warning
+    says where one of those is clearly better.
 
     Raises SourceError where no image has a target, UsageError where targets and outputs cannot be the same classes and
     for a `limit` below 1, and TeacherError where a teacher gives no class logits (see ferkd_data.teachers.probe).
@@ -115,10 +116,13 @@ def evaluate(
     sorted_folders = images.class_folder_names if classes is None else None
     check_class_orders(models, class_names=images.class_names, sorted_folders=sorted_folders)
     gathered = _Gathered(len(models))
+    seen = 0
     for pixels, targets, broken in _batches(images, refs):
         rejects += broken
+        seen += len(pixels) + broken
         if pixels:
-            gathered.add(models, pixels, targets, device, diagnose)
+            # Whenever too few were diagnosed for what was seen: batches of all classes, not of the first ones.
+            gathered.add(models, pixels, targets, device, diagnosing=gathered.diagnosed < diagnose * seen / len(refs))
     if not gathered.targets:
         raise SourceError(f"{source}: none of the {len(refs)} images could be decoded")
     target = torch.tensor(gathered.targets)
@@ -164,10 +168,10 @@ class _Gathered:
         pixels: list[npt.NDArray[np.uint8]],
         targets: list[int],
         device: str,
-        diagnose: int,
+        *,
+        diagnosing: bool,
     ) -> None:
         target = torch.tensor(targets)
-        diagnosing = self.diagnosed < diagnose
         for i, model in enumerate(models):
             batch = torch.cat([centre_crop(image, model) for image in pixels]).to(device)
             logits = model.logits(batch).cpu()
@@ -187,7 +191,7 @@ class _Gathered:
 
 
 def _choose(source: ImageSource, limit: int | None) -> tuple[list[ImageRef], int, int, int]:
-    """Choose up to `limit` labelled images, spread evenly over the listing.
+    """Choose `limit` labelled images, or all where there are fewer: one at random of each of `limit` equal parts.
 
     Returns them with the number of rejects, the number of unlabelled images and the largest target. The listing is read
     twice, so that it need not be held in memory.
@@ -202,10 +206,19 @@ def _choose(source: ImageSource, limit: int | None) -> tuple[list[ImageRef], int
         else:
             labelled += 1
             max_target = max(max_target, item.target)
-    # Every step-th labelled image: class folders come one after the other, so the first ones would be of one class.
-    step = 1 if limit is None else max(1, math.ceil(labelled / limit))
     known = (item for item in source.list_images() if isinstance(item, ImageRef) and item.target is not None)
-    return list(itertools.islice(known, 0, None, step)), rejects, unlabelled, max_target
+    return list(_spread(known, labelled, limit)), rejects, unlabelled, max_target
+
+
+def _spread(items: Iterator[ImageRef], length: int, limit: int | None) -> Iterator[ImageRef]:
+    """Return one of each of `limit` equal parts of the items, the same every time."""
+    if limit is None or limit >= length:
+        return items
+    # Not the first ones, which are of one class where class folders come one after the other. Nor every step-th: where
+    # classes take turns, and their number and the step have a common divisor, these would be of a few classes.
+    starts = [part * length // limit for part in range(limit + 1)]
+    chosen = {start + rng.hash64("evaluate", start) % (stop - start) for start, stop in itertools.pairwise(starts)}
+    return (item for number, item in enumerate(items) if number in chosen)
 
 
 def _batches(
