@@ -31,7 +31,7 @@ from loader_speed import write_labels, write_photos
 from loader_start import OPERATIONS, step
 
 import ferkd_data as fd
-from ferkd_data.loader.batch_maker import BatchMaker, Made, Work
+from ferkd_data.loader.batch_maker import BatchMaker, Made, WindowMemory
 from ferkd_data.loader.schedule import Cursor, Window, windows
 from ferkd_data.replay import empty_batch
 
@@ -55,7 +55,7 @@ def by_threads(folder: Path, number: int, *, shared: bool = False) -> Iterator[t
             labels, cache, images = pickle.loads(parts)
             own.maker = BatchMaker(labels, cache, images, loader.settings)
         images = empty_batch(BATCH, 224, shared=shared)
-        return images, own.maker.make(Work(window, images))
+        return images, own.maker.make(WindowMemory(window, images))
 
     waiting: deque[Future[tuple[torch.Tensor, Made]]] = deque()
     with ThreadPoolExecutor(number) as pool:

@@ -77,7 +77,7 @@ class Teller:
     def settle(self) -> None:
         pass
 
-    def hear(self) -> Message:
+    def receive(self) -> Message:
         self.due += 1
         return self.message
 
@@ -100,7 +100,7 @@ class Tellers:
     def start(self, number: int) -> Teller:
         return Teller(number)
 
-    def with_news(self, workers: Sequence[Teller], seconds: float) -> list[Teller]:
+    def with_messages(self, workers: Sequence[Teller], seconds: float) -> list[Teller]:
         first = min(worker.due for worker in workers)
         time.sleep(max(0.0, min(seconds, first - time.monotonic())))
         now = time.monotonic()

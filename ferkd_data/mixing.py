@@ -41,7 +41,7 @@ def can_blend(images: Tensor) -> bool:
 def blend_cycles(images: Tensor, cycles: Iterable[list[int]], share: Sequence[float]) -> None:
     """In place: along each cycle b, c, d ..., image b becomes share[b] of itself and the rest of c, and so on to b.
 
-    Two that blend with each other by the same share keep their sum: the second is what the first leaves of it, at half
+    Two that blend with each other by the same share keep their sum: the second is this sum minus the new first, at half
     the cost. Elsewhere an image is copied aside once, so that the two to be blended lie one behind the other.
     """
     size_bytes = images[0].numel()

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from ferkd_data import parquet_guard
 from ferkd_data.augment import OPERATIONS
 from ferkd_data.format import crop_arrays, manifest, parquet
-from ferkd_data.images import REASONS
+from ferkd_data.images import REJECT_REASONS
 from ferkd_data.images.keys import MAX_KEY_BYTES
 from ferkd_data.labels import statistics
 
@@ -57,7 +57,8 @@ def operations_table() -> str:
 
 
 def reasons_table() -> str:
-    return "\n".join(["| reason | meaning |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in REASONS.items())])
+    rows = (f"| `{reason}` | {meaning} |" for reason, meaning in REJECT_REASONS.items())
+    return "\n".join(["| reason | meaning |", "| --- | --- |", *rows])
 
 
 def manifest_tables() -> str:

@@ -19,7 +19,7 @@ from ferkd_data.builder.labelling.job import open_tools
 from ferkd_data.builder.labelling.measuring import Sample, measure
 from ferkd_data.builder.overview import overview_of
 from ferkd_data.builder.plan import Part, Plan, load_or_make_plan
-from ferkd_data.builder.prepare import Prepared, check_targets, make_request, open_request
+from ferkd_data.builder.prepare import Prepared, check_plan_targets, make_request, open_request
 from ferkd_data.builder.settings import DryRunKeywords
 from ferkd_data.builder.watch.events import Overview
 from ferkd_data.builder.workers.messages import (
@@ -108,7 +108,7 @@ def dry_run(
         ) as prepared,
     ):
         plan = load_or_make_plan(prepared.images, folder, images_per_shard=prepared.job.settings.shard_images)
-        check_targets(plan, prepared.teachers[0].num_classes, classes_given=classes is not None)
+        check_plan_targets(plan, prepared.teachers[0].num_classes, classes_given=classes is not None)
         shards = list(plan.shards) if mine is None else mine.shards(plan.shards)
         if plan.summary.shards and not shards:
             raise BuildError(
@@ -154,7 +154,7 @@ def measure_with(workers: Workers[AnyWorker], shards: Sequence[Sequence[ImageRef
             stack.callback(started[-1].end, 0)
         while len(samples) < len(started):
             waiting = [worker for worker in started if worker.number not in samples]
-            for worker in workers.with_news(waiting, POLL_SECONDS):
+            for worker in workers.with_messages(waiting, POLL_SECONDS):
                 message = _hear(worker, workers.when_none_gets_ready)
                 if isinstance(message, Ready):
                     # Nobody measures while others still load their teachers: these would take its cores.
@@ -169,7 +169,7 @@ def measure_with(workers: Workers[AnyWorker], shards: Sequence[Sequence[ImageRef
 
 def _hear(worker: AnyWorker, hint: str) -> Message:
     try:
-        message = worker.hear()
+        message = worker.receive()
     except WorkerLostError as error:
         raise BuildError(f"{worker} {error} while it was measured; {hint}") from error
     if isinstance(message, Failed):

@@ -41,16 +41,16 @@ def label_shards(
             todo.append(shard)
         else:
             counter.shard_found(record)
-    _tell_of_start(prepared, plan, counter)
+    _report_start(prepared, plan, counter)
     watcher.see(overview_of(prepared, plan, todo))
     # Until here a signal may end the process at once. From here on shards are in work, and it waits for these.
     with stop.labelling():
         if labels_here(job, placement):
-            with open_tools(job, placement.devices[0], prepared.teachers, _TellHalvings(counter)) as tools:
+            with open_tools(job, placement.devices[0], prepared.teachers, _ReportHalvings(counter)) as tools:
                 label_here(folder, plan, tools, todo, counter, stop)
             return
         # Before any worker loads its own, which may need all the memory of the first GPU.
-        prepared.let_teachers_go()
+        prepared.free_teachers()
         timeout = job.resources.teacher_timeout
         with WorkerPool(workers_of(job, placement), folder, counter, stop, timeout) as pool:
             pool.label(todo)
@@ -89,7 +89,7 @@ def label_here(
         behind.settle()
 
 
-class _TellHalvings(NullObserver):
+class _ReportHalvings(NullObserver):
     """Tells the watchers when a teacher of this process gets smaller batches."""
 
     def __init__(self, counter: ProgressCounter) -> None:
@@ -114,7 +114,7 @@ def _counter(prepared: Prepared, plan: Plan, shards: Sequence[int], watcher: Wat
     )
 
 
-def _tell_of_start(prepared: Prepared, plan: Plan, counter: ProgressCounter) -> None:
+def _report_start(prepared: Prepared, plan: Plan, counter: ProgressCounter) -> None:
     job = prepared.job
     crops = counter.crops_total - counter.crops_found
     started = BuildStarted(

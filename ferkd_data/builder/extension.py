@@ -25,8 +25,7 @@ from ferkd_data.builder.settings import DEFAULT_IMAGES_PER_SHARD, BuildSettings,
 from ferkd_data.builder.state import BuildFolder, Facts
 from ferkd_data.crop_kinds import CropKind, make_crop_kinds
 from ferkd_data.crops import CropDistribution
-from ferkd_data.differences import describe_differences
-from ferkd_data.errors import BuildError, SettingsMismatchError, SourceError, UsageError
+from ferkd_data.errors import BuildError, SettingsMismatchError, SourceError, UsageError, describe_differences
 from ferkd_data.format.manifest import (
     FILE_NAME,
     CreatedBy,
@@ -387,7 +386,7 @@ def seal_extension(folder: BuildFolder, plan: Plan, settings: BuildSettings, fac
         # Old images may be as large as the old limit, new ones as this build's.
         manifest = manifest.model_copy(update={"max_pixels": max(old.pixel_limit, settings.max_pixels)})
     if manifest.model_copy(update={"created_by": old.created_by, "source": old.source}) == old:
-        return old  # nothing came to it
+        return old  # nothing was added
     # Before the manifest: a run after a kill finds one whose digest stands here, and knows that the extension has
     # ended.
     with write_atomically(folder.path / "sealed") as aside:

@@ -14,8 +14,7 @@ from ferkd_data.builder.prepare import Request
 from ferkd_data.builder.shard_files import FOLDER
 from ferkd_data.builder.state import digest_of_location
 from ferkd_data.builder.store_files import StoreFiles
-from ferkd_data.differences import describe_differences
-from ferkd_data.errors import BuildError, RemoteError, SettingsMismatchError
+from ferkd_data.errors import BuildError, RemoteError, SettingsMismatchError, describe_differences
 from ferkd_data.format.manifest import (
     FILE_NAME,
     MAX_MANIFEST_BYTES,

@@ -68,7 +68,7 @@ def make_request(source: str | Path, out: str | Path, **arguments: Unpack[BuildK
     # In an extension, what the caller gave is compared with the label set, and what is left out is taken from it. A
     # BuildSettings gives all of its fields.
     wanted = {**(vars(settings) if settings else {}), **given}
-    # The crop kinds of an extension are read beside those of the label set, which say what they leave out.
+    # An extension's crop kinds are parsed in `Base.settings`, where those of the label set fill in options left out.
     changes = {name: value for name, value in given.items() if base is None or name != "crop_kinds"}
     settings, resources = with_changes(settings, resources, changes)
     if base is not None:
@@ -149,7 +149,7 @@ class Prepared:
         folder.files.share()
         return plan, facts
 
-    def let_teachers_go(self) -> None:
+    def free_teachers(self) -> None:
         """Free the driver's teachers. Workers have their own, and these would only take memory of the first device."""
         # The list itself is emptied: others refer to it, and the teachers must have no reference left.
         self.teachers.clear()
@@ -157,7 +157,7 @@ class Prepared:
 
     def _plan_and_facts(self, folder: BuildFolder) -> tuple[Plan, Facts]:
         plan = self._plan(folder)
-        check_targets(plan, self.teachers[0].num_classes, classes_given=self.job.classes is not None)
+        check_plan_targets(plan, self.teachers[0].num_classes, classes_given=self.job.classes is not None)
         sorted_folders = plan.summary.class_folders if self.job.classes is None else None
         check_class_orders(self.teachers, class_names=plan.summary.class_names, sorted_folders=sorted_folders)
         facts = Facts(
@@ -221,7 +221,7 @@ def open_request(request: Request) -> Iterator[Prepared]:
         yield Prepared(job=job, placement=placement, images=images, teachers=teachers, base=base)
 
 
-def check_targets(plan: Plan, num_classes: int, *, classes_given: bool) -> None:
+def check_plan_targets(plan: Plan, num_classes: int, *, classes_given: bool) -> None:
     """Raise UsageError where targets and teachers' outputs cannot mean the same classes."""
     summary = plan.summary
     try:

@@ -122,7 +122,7 @@ def build(
     (1, 4, 0)
     """
     watcher = Watchers(watchers, on_progress)
-    with watcher.told_of_failure():
+    with watcher.reporting_failure():
         request = make_request(
             source,
             out,
@@ -179,7 +179,7 @@ def build_part(
     mine = Part.parse(part)
     location = _local(out, "parts share a folder; for a store, use --engine ray or build without --part")
     watcher = Watchers(watchers, on_progress)
-    with watcher.told_of_failure():
+    with watcher.reporting_failure():
         request = make_request(source, out, **arguments)
         finished = None if request.base is not None else find_finished(request)
         if finished is not None:

@@ -46,7 +46,7 @@ def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts,
         settings,
         facts,
         plan,
-        Contents(
+        SealedContents(
             shards=tuple(ShardEntry(index=r.index, rows=r.rows, files=r.files) for r in records),
             rejects=write_rejects(folder, plan, REJECTS_NAME),
             images_seen=plan.summary.images + plan.summary.rejects,
@@ -60,7 +60,7 @@ def seal(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
+class SealedContents:
     """The contents of a label set, as its manifest counts them."""
 
     shards: tuple[ShardEntry, ...]
@@ -72,7 +72,7 @@ class Contents:
     """Thresholds of the stored buckets: numbers also where quantiles were asked for."""
 
 
-def manifest_of(settings: BuildSettings, facts: Facts, plan: Plan, contents: Contents, version: str) -> Manifest:
+def manifest_of(settings: BuildSettings, facts: Facts, plan: Plan, contents: SealedContents, version: str) -> Manifest:
     """Return the manifest of a build with these contents; `version` is that of ferkd-data. Does no I/O."""
     return Manifest(
         created_by=CreatedBy(name="ferkd-data", version=version),

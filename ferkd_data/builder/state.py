@@ -36,8 +36,7 @@ from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.builder.shard_files import FOLDER, STATE_VERSION, DiskFiles, ShardFiles, ShardRecord
 from ferkd_data.crop_kinds import CropKind
 from ferkd_data.crops import CropDistribution
-from ferkd_data.differences import describe_differences
-from ferkd_data.errors import BuildError, SettingsMismatchError
+from ferkd_data.errors import BuildError, SettingsMismatchError, describe_differences
 from ferkd_data.format.manifest import (
     FILE_NAME,
     Manifest,

@@ -46,7 +46,7 @@ class MergeResult:
 
     out: Path
     kind: Kind
-    """The kind of what the label sets add to each other: teachers, crops or images."""
+    """What the label sets add to each other: teachers, crops or images."""
     manifest: Manifest
     mean_uncertain: float
     """Mean over the crops of the bound on a probability's error against a joint build; 0 unless teachers differ."""
@@ -60,7 +60,7 @@ def merge(
     weights: Sequence[float] | None = None,
     on_progress: OnProgress | None = None,
 ) -> MergeResult:
-    """Merge label sets into a new one of layout parquet; what they add to each other is seen from them.
+    """Merge label sets into a new one of layout parquet. `merge` finds out what they add to each other:
 
     - The same crops of the same images by other teachers: their ensemble, weighted by `weights` (default: the teachers'
       own weights). Exact for classes that all kept; see ferkd_data.label_set.ensemble for the rest.

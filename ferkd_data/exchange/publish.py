@@ -10,8 +10,7 @@ from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageErr
 from ferkd_data.exchange.card import render_card
 from ferkd_data.exchange.card_facts import CardFields, check_fields, completed, is_generated
 from ferkd_data.exchange.croissant import render_croissant
-from ferkd_data.exchange.destinations import Destination, open_destination, open_target
-from ferkd_data.exchange.hub import FileToSend
+from ferkd_data.exchange.destinations import Destination, FileToSend, open_destination, open_target
 from ferkd_data.exchange.signing import SIGNATURE, sign
 from ferkd_data.exchange.verify import verify
 from ferkd_data.format.manifest import FILE_NAME, Manifest, identity_of

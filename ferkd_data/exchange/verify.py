@@ -21,7 +21,7 @@ from ferkd_data.exchange.threads import Threads
 from ferkd_data.format import parquet
 from ferkd_data.format.manifest import FILE_NAME, ShardEntry
 from ferkd_data.format.progress import OnProgress, TransferProgress
-from ferkd_data.images import REASONS, ImageError, ImageRef, in_groups, open_source
+from ferkd_data.images import REJECT_REASONS, ImageError, ImageRef, in_groups, open_source
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.labels import statistics
 from ferkd_data.labels.rows import ShardLabels
@@ -196,7 +196,7 @@ class _Check:
             self.add(Fault(file=entry.path, message=without_path(error, self.labels.location, entry.path)))
             return
         # A minor version may add reasons (docs/format.md), so an unknown one is no fault.
-        unknown = sorted(set(reasons) - set(REASONS))
+        unknown = sorted(set(reasons) - set(REJECT_REASONS))
         if unknown:
             named = ", ".join(map(repr, unknown[: self.max_faults]))
             self.warnings.append(f"{entry.path}: reasons that this ferkd-data does not know: {named}")

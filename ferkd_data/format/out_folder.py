@@ -45,8 +45,8 @@ def begin(out: str | Path, settings: Settings) -> Path:
         raise UsageError(f"{out}: holds {there[0]!r}; give a new or empty folder")
     elif work != settings:
         raise UsageError(
-            f"{out}: an interrupted command with other settings was writing here ({_told(work)}; now "
-            f"{_told(settings)}); "
+            f"{out}: an interrupted command with other settings was writing here ({_in_words(work)}; now "
+            f"{_in_words(settings)}); "
             "give a new folder, or remove this one"
         )
     # Only one command works here, so these are of a killed one. What it finished is written anew.
@@ -132,5 +132,5 @@ def read_work(out: Path) -> Settings | None:
     return content
 
 
-def _told(settings: Settings) -> str:
+def _in_words(settings: Settings) -> str:
     return ", ".join(f"{name} {value}" for name, value in sorted(settings.items()))

@@ -15,7 +15,7 @@ from ferkd_data.images.keys import check_key
 from ferkd_data.images.opening import open_source
 from ferkd_data.images.parquet import ParquetSource
 from ferkd_data.images.refs import (
-    REASONS,
+    REJECT_REASONS,
     ImageRef,
     ImageSource,
     LeftOut,
@@ -28,7 +28,7 @@ from ferkd_data.images.tars import TarSource
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
-    "REASONS",
+    "REJECT_REASONS",
     "ClassList",
     "FolderSource",
     "ImageError",

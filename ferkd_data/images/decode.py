@@ -88,8 +88,8 @@ READERS: dict[str, tuple[bytes, type[ImageFile.ImageFile]]] = {
 def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """Decode to pixels (H, W, 3) uint8, C-contiguous and writable.
 
-    Raises ImageError, with one of `images.REASONS`, for bytes that are no whole image of a supported format, and for
-    more than `max_pixels` pixels.
+    Raises ImageError, with one of `images.REJECT_REASONS`, for bytes that are no whole image of a supported format, and
+    for more than `max_pixels` pixels.
     """
     if data.startswith(JPEG_START):
         pixels = _decode_jpeg(data, max_pixels)

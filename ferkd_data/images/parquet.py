@@ -17,7 +17,7 @@ from ferkd_data.images.class_list import ClassList, LabelCounts, is_number
 from ferkd_data.images.class_names import contradictions, order_note
 from ferkd_data.images.keys import DuplicateFilter, check_key
 from ferkd_data.images.parquet_columns import describe_differing, find_columns, open_table
-from ferkd_data.images.parquet_rows import RowReader
+from ferkd_data.images.parquet_rows import ImageRowReader
 from ferkd_data.images.refs import ImageRef, LeftOut, Reject
 
 OWN_KEYS = ("key", "__key__")
@@ -68,7 +68,7 @@ class ParquetSource:
         """Texts of the label column as classes, where no list was given; complete after listing."""
         self._numbers = self._renumbered()
         self._stems = _stems(files)
-        self._rows = RowReader(root, self.columns.image)
+        self._rows = ImageRowReader(root, self.columns.image)
         for file in files[1:]:
             differing = describe_differing(self.columns, find_columns(root / file))
             if differing:

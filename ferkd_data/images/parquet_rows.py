@@ -29,7 +29,7 @@ KEPT_BYTES = 4 * 2**20
 """Images that a cursor keeps in memory, unless one batch alone is larger."""
 
 
-class RowReader:
+class ImageRowReader:
     """Read the images of one column in the files below a folder. Threads may share it; it can be pickled."""
 
     def __init__(self, root: Path, column: str) -> None:

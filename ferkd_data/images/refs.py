@@ -19,7 +19,7 @@ MAX_TARGET = 2**31 - 1
 """Largest class number: label sets store targets as int32."""
 MAX_EXTENSIONS = 16
 """Extensions counted separately; files with further extensions are counted together as `other`."""
-KINDS = {
+LEFT_OUT_REASONS = {
     "system": ("system file", "system files"),
     "hidden": ("hidden file", "hidden files"),
     "empty_folder": ("folder without images", "folders without images"),
@@ -32,7 +32,7 @@ KINDS = {
 }
 """Reasons for leaving out a file: singular and plural for messages. Any other reason is a file name extension."""
 
-REASONS: dict[str, str] = {
+REJECT_REASONS: dict[str, str] = {
     "bad_key": "the key cannot be a member name in a tar: a dot in the file name, a climbing or absolute path, "
     "control characters, not UTF-8, or too long",
     "duplicate_key": "an earlier image has the same key",
@@ -74,7 +74,7 @@ class Reject:
 
     key: str
     reason: str
-    """One of REASONS."""
+    """One of REJECT_REASONS."""
     detail: str
     """A sentence for a person: the file, and what is wrong with it."""
 
@@ -130,7 +130,7 @@ class LeftOut:
         self.examples: dict[str, str] = {}
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
-        """Count files under a reason: one of KINDS, or an extension such as `.txt`."""
+        """Count files under a reason: one of LEFT_OUT_REASONS, or an extension such as `.txt`."""
         # A folder may hold files with thousands of different extensions, such as numbered backups.
         if reason.startswith(".") and reason not in self.counts:
             if sum(known.startswith(".") for known in self.counts) >= MAX_EXTENSIONS:
@@ -149,8 +149,8 @@ def describe_left_out(counts: Mapping[str, int]) -> list[str]:
 
 
 def _words(reason: str, count: int) -> str:
-    if reason in KINDS:
-        return KINDS[reason][count != 1]
+    if reason in LEFT_OUT_REASONS:
+        return LEFT_OUT_REASONS[reason][count != 1]
     return f"{reason} file" if count == 1 else f"{reason} files"
 
 

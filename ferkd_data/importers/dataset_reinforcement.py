@@ -22,9 +22,9 @@ from ferkd_data.importers.foreign_arrays import load_arrays
 from ferkd_data.importers.foreign_labels import (
     ForeignLabels,
     check_boxes,
-    check_labels,
-    class_numbers,
+    check_foreign_labels,
     foreign_teacher,
+    whole_class_numbers,
 )
 from ferkd_data.storage import read_text
 
@@ -121,8 +121,8 @@ class ReinforcedFiles:
         # A file that was renamed would put its labels on another image.
         if found != number:
             raise ForeignFileError(f"{path}: says that it belongs to ID {found!r}")
-        numbers = class_numbers(path, index, self.num_classes)
-        check_labels(path, numbers, prob, self.num_classes)
+        numbers = whole_class_numbers(path, index, self.num_classes)
+        check_foreign_labels(path, numbers, prob, self.num_classes)
         return ForeignLabels(boxes=check_boxes(box, *size), flip=flip, class_index=numbers, class_prob=prob)
 
     def _box_and_flip(self, params: Any) -> tuple[Any, bool]:

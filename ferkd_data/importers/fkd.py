@@ -22,9 +22,9 @@ from ferkd_data.importers.foreign_arrays import load_arrays
 from ferkd_data.importers.foreign_labels import (
     ForeignLabels,
     check_boxes,
-    check_labels,
-    class_numbers,
+    check_foreign_labels,
     foreign_teacher,
+    whole_class_numbers,
 )
 from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.storage import inside
@@ -97,7 +97,7 @@ class FkdFiles:
         with np.errstate(over="ignore"):
             # What float32 cannot hold becomes infinite, which the check refuses.
             index, prob = _labels(path, labels, self.num_classes, self.top_k)
-        check_labels(path, index, prob, self.num_classes)
+        check_foreign_labels(path, index, prob, self.num_classes)
         boxes = boxes_of(coords.astype(np.float64), *size)
         return ForeignLabels(boxes=boxes, flip=flip.astype(np.bool_), class_index=index, class_prob=prob)
 
@@ -113,7 +113,7 @@ def _labels(
     """Return (N, k) classes and probabilities from any label type; the types differ in their shapes."""
     # marginal_smoothing and marginal_renorm: classes and probabilities, both as floats.
     if labels.ndim == 3 and labels.shape[1] == 2:
-        return class_numbers(path, labels[:, 0], num_classes), labels[:, 1].astype(np.float32)
+        return whole_class_numbers(path, labels[:, 0], num_classes), labels[:, 1].astype(np.float32)
     # Full distributions. With two classes they have the shape of `smoothing`, which is the likelier one.
     if labels.ndim == 2 and labels.shape[1] == num_classes and num_classes > 2:
         full = labels.astype(np.float32)
@@ -121,10 +121,10 @@ def _labels(
         return best, np.take_along_axis(full, best, axis=1)
     # smoothing: the first class and its probability.
     if labels.ndim == 2 and labels.shape[1] == 2:
-        return class_numbers(path, labels[:, :1], num_classes), labels[:, 1:].astype(np.float32)
+        return whole_class_numbers(path, labels[:, :1], num_classes), labels[:, 1:].astype(np.float32)
     # hard: the class alone, to which all of the probability goes.
     if labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 1):
-        classes = class_numbers(path, labels.reshape(-1, 1), num_classes)
+        classes = whole_class_numbers(path, labels.reshape(-1, 1), num_classes)
         return classes, np.ones(classes.shape, np.float32)
     raise ForeignFileError(f"{path}: labels of shape {labels.shape} are of none of FKD's types")
 

@@ -95,7 +95,9 @@ def foreign_teacher(
     )
 
 
-def check_labels(path: Path, index: npt.NDArray[np.int64], prob: npt.NDArray[np.float32], num_classes: int) -> None:
+def check_foreign_labels(
+    path: Path, index: npt.NDArray[np.int64], prob: npt.NDArray[np.float32], num_classes: int
+) -> None:
     """Raise ForeignFileError for impossible classes (N, k) or probabilities (N, k)."""
     if not np.isfinite(prob).all():
         raise ForeignFileError(f"{path}: holds numbers that are not finite")
@@ -107,7 +109,7 @@ def check_labels(path: Path, index: npt.NDArray[np.int64], prob: npt.NDArray[np.
         )
 
 
-def class_numbers(path: Path, values: npt.NDArray[Any], num_classes: int) -> npt.NDArray[np.int64]:
+def whole_class_numbers(path: Path, values: npt.NDArray[Any], num_classes: int) -> npt.NDArray[np.int64]:
     """Return class numbers that other formats keep as floats. Raises ForeignFileError for other than 0 .. C - 1.
 
     Compared before they are cast: of NaN or 1e30, NumPy would make any number, and of 1.5 class 1.

@@ -1,8 +1,8 @@
-"""Reading the rows of a label set: what every kind of label set can do, and reading one from its own files.
+"""`RowReader`, the interface to the rows of a label set, and `StoredReader`, which reads them from files.
 
 A `LabelSet` is what users hold. It asks one `RowReader` for its rows: a `StoredReader` for a label set on disk or on a
 server, an `EnsembleReader` for several of the same crops, a `SelectionReader` or a `MappedReader` for a view. Readers
-hold other readers and never inherit from one another.
+hold other readers; the three views share `View`, which passes calls on to the reader below.
 
 Legend: R images of a shard, N crops per image, k kept classes.
 """
@@ -88,7 +88,7 @@ class RowReader(Protocol):
         """Open a file on this host: it has the size of the manifest and, with `check`, its SHA-256."""
 
     def verified(self, verify_labels: VerifyLabels) -> RowReader:
-        """Return a reader of the same rows that compares digests when it is told to."""
+        """Return a reader of the same rows that compares digests as `verify_labels` says."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -49,7 +49,7 @@ def map_reader(reader: RowReader, class_map: ClassMap) -> RowReader:
 
 
 class View:
-    """What every view leaves to the reader below it, `base`: where files lie, and getting them."""
+    """The methods that every view passes on to the reader below it, `base`: where files lie, and getting them."""
 
     base: RowReader
 

@@ -31,7 +31,14 @@ from ferkd_data.images.decode import decode_reduced, divisor_for, reduced_crops
 from ferkd_data.images.retrying import IMAGES_IN_A_ROW, UnansweredImageError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.clocks import NOTHING, Spent, StageClock
-from ferkd_data.loader.crops_and_targets import BlockDraws, Drawn, draw_crops, draw_seed, epoch_draws, window_targets
+from ferkd_data.loader.crops_and_targets import (
+    BlockDraws,
+    Drawn,
+    draw_seed,
+    draw_stored_crops,
+    epoch_draws,
+    window_targets,
+)
 from ferkd_data.loader.epochs import Epochs, EpochSettings
 from ferkd_data.loader.image_table import (
     CheckedImages,
@@ -46,7 +53,7 @@ from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import FromPosition, InChunks, epoch_order
 from ferkd_data.loader.schedule import Window, stand_in
 from ferkd_data.loader.settings import LoaderSettings, without_functions
-from ferkd_data.loader.shard_files import ShardRecords
+from ferkd_data.loader.streaming import StreamedLabels
 from ferkd_data.loader.transform import Transform, crop_seed, lent_generators, transformed
 from ferkd_data.replay import replay
 from ferkd_data.storage import image_digest
@@ -56,7 +63,7 @@ MAX_SKIPPED = 1000
 """Images in a row that may be unusable. More mean that the source is gone, or the labels are of other images."""
 
 
-class Work(NamedTuple):
+class WindowMemory(NamedTuple):
     """A window to make, and the memory for its crops."""
 
     window: Window
@@ -67,7 +74,7 @@ class Work(NamedTuple):
 
 
 class Made(NamedTuple):
-    """The targets of a window's crops, and how many crops of `Work.out` are filled.
+    """The targets of a window's crops, and how many crops of `WindowMemory.out` are filled.
 
     NumPy, because a tensor would travel between processes through a file of shared memory of its own.
     """
@@ -119,7 +126,7 @@ class Labelled(NamedTuple):
         return Crops(boxes=drawn.boxes[i], flip=drawn.flip[i], operations=drawn.operations[i])
 
 
-class Canvas(NamedTuple):
+class CutPlan(NamedTuple):
     """A window and the memory that its crops go into."""
 
     window: Window
@@ -129,7 +136,7 @@ class Canvas(NamedTuple):
     """(I,) whether all of an image's crops are wanted, and lie side by side."""
 
     @classmethod
-    def of(cls, window: Window, out: Tensor) -> Canvas:
+    def of(cls, window: Window, out: Tensor) -> CutPlan:
         # A slot has room for a whole window. An epoch's last window, and the rest of one after a resume, are shorter.
         # Images whose crops go side by side, which is all of them unless batches are spread, take one call of the
         # cutter each.
@@ -138,7 +145,7 @@ class Canvas(NamedTuple):
 
 
 class BatchMaker:
-    """Makes windows. `make(work)` is a pure function of the window and the settings, whichever process calls it.
+    """Makes windows. `make(memory)` is a pure function of the window and the settings, whichever process calls it.
 
     Only `Made.spent`, the time that it took, differs from call to call. A maker is used by one thread at a time: it
     keeps open files, the order of the present pass and a clock between windows.
@@ -147,7 +154,7 @@ class BatchMaker:
     def __init__(
         self,
         labels: LabelSet,
-        cache: LabelCache | ShardRecords,
+        cache: LabelCache | StreamedLabels,
         images: Images,
         settings: LoaderSettings,
         keys: KeyTable | None = None,
@@ -173,31 +180,31 @@ class BatchMaker:
         self._order: tuple[int, InChunks] | None = None
         self._shard_rows = np.array([shard.rows for shard in labels.manifest.shards], np.int64)
 
-    def make(self, work: Work) -> Made:
-        """Fill `work.out` with the window's crops and return their targets.
+    def make(self, memory: WindowMemory) -> Made:
+        """Fill `memory.out` with the window's crops and return their targets.
 
         Raises LoaderError where an image cannot be used and must not be skipped.
         """
         makers = (self, *self.others)
-        outs = (work.out, *work.others)
-        canvases = [Canvas.of(maker.window_of(work.window), out) for maker, out in zip(makers, outs, strict=True)]
+        outs = (memory.out, *memory.others)
+        plans = [CutPlan.of(maker.window_of(memory.window), out) for maker, out in zip(makers, outs, strict=True)]
 
         def cut(labelled: Labelled, i: int) -> None:
-            kinds = list(zip(makers, canvases, (labelled, *labelled.others), strict=True))
+            kinds = list(zip(makers, plans, (labelled, *labelled.others), strict=True))
             data = self.read(int(labelled.rows[i]), labelled.records[i])
             with self.clock.decode:
                 # The image is decoded once for all kinds, so the one that needs most pixels decides how far it may be
                 # reduced.
-                divisor = min(maker._divisor(canvas, part, i) for maker, canvas, part in kinds)
+                divisor = min(maker._divisor(plan, part, i) for maker, plan, part in kinds)
                 pixels, divisor = self._decoded(data, labelled.records[i], divisor)
-            for maker, canvas, part in kinds:
-                maker._cut(canvas, part, i, pixels, divisor)
+            for maker, plan, part in kinds:
+                maker._cut(plan, part, i, pixels, divisor)
 
         with one_thread():
-            labelled, skipped = self.filled(work.window, cut)
+            labelled, skipped = self.filled(memory.window, cut)
             made = [
-                maker.finish(canvas.window, canvas.images, part.targets, skipped)
-                for maker, canvas, part in zip(makers, canvases, (labelled, *labelled.others), strict=True)
+                maker.finish(plan.window, plan.images, part.targets, skipped)
+                for maker, plan, part in zip(makers, plans, (labelled, *labelled.others), strict=True)
             ]
         return made[0]._replace(spent=self.clock.take(), others=tuple(made[1:]))
 
@@ -230,7 +237,7 @@ class BatchMaker:
 
     def _share_clock(self) -> None:
         for maker in self.others:
-            # One clock for all: their work is one window's, and its stages are told together.
+            # One clock for all: their work is one window's, and its stages are reported together.
             maker.clock = self.clock
 
     def for_workers(self) -> BatchMaker:
@@ -307,7 +314,7 @@ class BatchMaker:
             records = self._records(window, order, rows, draws)
         with self.clock.label:
             calibration = self.epochs.at(window.epoch).calibration
-            drawn = draw_crops(self.labels, records, draws, calibration=calibration, seed=self._draw_seed)
+            drawn = draw_stored_crops(self.labels, records, draws, calibration=calibration, seed=self._draw_seed)
             target = records[0]["target"]
             targets = window_targets(self.labels, window, drawn, rows=rows, target=target, calibration=calibration)
         others = tuple(maker.labelled(maker.window_of(window)) for maker in self.others)
@@ -322,11 +329,11 @@ class BatchMaker:
             self._newest = window.epoch
             self.cache.forget_except(blocks)
         # A LabelCache maps whole blocks: any row may come next, and no shard has to be announced.
-        stage = None
-        if isinstance(self.cache, ShardRecords):
-            stage = order.stage(window.positions)
-            self.cache.stage(stage, blocks)
-        self.images.stage(stage)
+        needed = None
+        if isinstance(self.cache, StreamedLabels):
+            needed = order.needed_shards(window.positions)
+            self.cache.prefetch(needed, blocks)
+        self.images.prefetch(needed)
         return [self.cache.take(part.block, rows) for part in draws]
 
     def finish(self, window: Window, images: Tensor, targets: list[SoftTargets], skipped: list[str]) -> Made:
@@ -380,12 +387,12 @@ class BatchMaker:
             raise LoaderError(f"{image}: {error}") from error
         return f"{image}: {error}"
 
-    def _divisor(self, canvas: Canvas, labelled: Labelled, i: int) -> int:
+    def _divisor(self, plan: CutPlan, labelled: Labelled, i: int) -> int:
         """Return the fraction 1/n of its sides at which image i of the window may be decoded for its crops."""
-        wanted = canvas.window.slots[i] >= 0
+        wanted = plan.window.slots[i] >= 0
         if self.settings.decode_scale == "exact" or not wanted.any():
             return 1
-        return divisor_for(labelled.drawn.boxes[i][wanted], canvas.images.shape[-1])
+        return divisor_for(labelled.drawn.boxes[i][wanted], plan.images.shape[-1])
 
     def _decoded(self, data: bytes, record: np.void, divisor: int) -> tuple[npt.NDArray[np.uint8], int]:
         """Decode an image, (H, W, 3), at 1/divisor of its sides where its format can do that; returns what it did."""
@@ -399,20 +406,20 @@ class BatchMaker:
                 return pixels, divisor
         return decode_checked(data, record, pixel_limit), 1
 
-    def _cut(self, canvas: Canvas, labelled: Labelled, i: int, pixels: npt.NDArray[np.uint8], divisor: int) -> None:
+    def _cut(self, plan: CutPlan, labelled: Labelled, i: int, pixels: npt.NDArray[np.uint8], divisor: int) -> None:
         """Cut the crops of image i of the window, decoded at 1/divisor of its sides, into their places."""
-        crops, window = labelled.crops(i), canvas.window
+        crops, window = labelled.crops(i), plan.window
         if divisor > 1:
             crops = reduced_crops(crops, divisor, *pixels.shape[:2])
         try:
             with self.clock.cut:
-                self._cut_image(pixels, window.slots[i], crops, bool(canvas.together[i]), canvas.images)
+                self._cut_image(pixels, window.slots[i], crops, bool(plan.together[i]), plan.images)
         except UsageError as error:
             # A box outside the image. For replay it is its caller's mistake; here it is one of the label.
             raise LoaderError(f"{self._describe(int(labelled.rows[i]))}: {error}") from error
         if self.settings.transform is not None:
             with self.clock.transform:
-                self._transform(self.settings.transform, window, labelled, i, canvas.images)
+                self._transform(self.settings.transform, window, labelled, i, plan.images)
 
     def _cut_image(
         self, pixels: npt.NDArray[np.uint8], slots: npt.NDArray[np.int64], crops: Crops, together: bool, out: Tensor

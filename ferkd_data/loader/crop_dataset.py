@@ -18,10 +18,10 @@ from ferkd_data.calibration import CalibrationSetting
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.batch_maker import Work
+from ferkd_data.loader.batch_maker import WindowMemory
 from ferkd_data.loader.kinds import default_size
-from ferkd_data.loader.like_dataloader import class_names, class_numbers, refuse_transform
-from ferkd_data.loader.opening import check_labels, open_maker
+from ferkd_data.loader.like_dataloader import class_names, class_to_idx_of, refuse_transform
+from ferkd_data.loader.opening import check_is_label_set, open_maker
 from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
 from ferkd_data.loader.schedule import Cursor, Window
 from ferkd_data.loader.settings import (
@@ -130,7 +130,7 @@ class CropDataset(Dataset[Item]):
 
         The other arguments are those of `CropLoader`. Raises UsageError and LabelSetError as it does.
         """
-        check_labels(labels)
+        check_is_label_set(labels)
         crops_per_image = counted("crops_per_image", crops_per_image)
         check_ranks(rank, world_size)
         ranks = ranks_now(rank, world_size)
@@ -175,7 +175,7 @@ class CropDataset(Dataset[Item]):
 
     @property
     def class_to_idx(self) -> dict[str, int]:
-        return class_numbers(self.labels)
+        return class_to_idx_of(self.labels)
 
     @property
     def transform(self) -> Transform | None:
@@ -242,7 +242,7 @@ class CropDataset(Dataset[Item]):
         # Crops of other turns keep slot -1: they are drawn, so that draws agree over turns, and not cut.
         slots[0, turn * crops : (turn + 1) * crops] = np.arange(crops)
         window = Window(epoch=epoch, positions=np.array([row]), slots=slots, batches=(crops,), cursors=(Cursor(),))
-        made = self._maker.make(Work(window, images))
+        made = self._maker.make(WindowMemory(window, images))
         targets = self._maker.targets(made)
         return images, targets.dense() if self._maker.settings.targets == "dense" else targets
 
@@ -358,7 +358,7 @@ class NumberedSampler(Sampler[Numbered]):
 
     def __init__(self, dataset: CropDataset, sampler: Iterable[int]) -> None:
         self.dataset, self.sampler = dataset, sampler
-        self._next, self._told = dataset.epoch, dataset.shared.calls
+        self._next, self._calls_seen = dataset.epoch, dataset.shared.calls
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
@@ -372,8 +372,8 @@ class NumberedSampler(Sampler[Numbered]):
     def __iter__(self) -> Iterator[Numbered]:
         shared = self.dataset.shared
         # `calls` tells a set_epoch of the data set since the last iteration, also one for the same epoch again.
-        epoch = self._next if self._told == shared.calls else shared.epoch
-        self._next, self._told = epoch + 1, shared.calls
+        epoch = self._next if self._calls_seen == shared.calls else shared.epoch
+        self._next, self._calls_seen = epoch + 1, shared.calls
         # Counted here, where the sampler runs, and in its order: workers cannot come between.
         counts = np.zeros(len(self.dataset), np.int32)
         for row in self.sampler:

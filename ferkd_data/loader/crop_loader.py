@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ferkd_data.calibration import CalibrationSetting
-from ferkd_data.differences import describe_differences
-from ferkd_data.errors import LoaderError, StateMismatchError, UsageError
+from ferkd_data.errors import LoaderError, StateMismatchError, UsageError, describe_differences
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet, VerifyLabels
 from ferkd_data.loader.batch_maker import BatchMaker, Made
@@ -23,10 +22,19 @@ from ferkd_data.loader.clocks import EpochClock
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.kinds import by_kind, crops_of_batch
 from ferkd_data.loader.like_dataloader import DataLoaderLike
-from ferkd_data.loader.opening import check_labels, open_maker
+from ferkd_data.loader.opening import check_is_label_set, open_maker
 from ferkd_data.loader.order import OrderKind
 from ferkd_data.loader.pool import Workers
-from ferkd_data.loader.schedule import Cursor, Layout, Window, count_batches, read_cursor, saved_epoch, settled, windows
+from ferkd_data.loader.schedule import (
+    Cursor,
+    EpochShape,
+    Window,
+    count_batches,
+    read_cursor,
+    saved_epoch,
+    settled,
+    windows,
+)
 from ferkd_data.loader.settings import (
     DecodeScale,
     EpochKind,
@@ -176,7 +184,7 @@ class CropLoader(DataLoaderLike):
 
         Raises UsageError for settings that cannot be right, LabelSetError when images and labels do not match.
         """
-        check_labels(labels)
+        check_is_label_set(labels)
         labels = labels if verify_labels is None else labels.verified(verify_labels)
         self.settings = LoaderSettings(
             batch_size=batch_size,
@@ -217,8 +225,8 @@ class CropLoader(DataLoaderLike):
         # Checked here as well as in each iteration, so that a batch_size that leaves no batch fails where it was given.
         self._check_not_empty(0)
         self._cursor = Cursor()
-        """After the last batch given, or where the next iteration was told to begin."""
-        self._asked: int | None = None
+        """The position after the last batch given, or the start that `set_epoch` or `load_state_dict` set."""
+        self._requested_epoch: int | None = None
         """The epoch of a call to `set_epoch` that no iteration has begun with yet."""
         self._resumes = False
         """A state was loaded and no batch has been given since: the next iteration continues its epoch."""
@@ -228,9 +236,9 @@ class CropLoader(DataLoaderLike):
         # Started by the first iteration: a loader that is only asked for its length or its repr costs no processes.
         self._workers: Workers | DeviceWorkers | None = None
         self._warned = False
-        self._told: set[int] = set()
+        self._lengths_reported: set[int] = set()
         """Every number of batches that len() has given."""
-        self._under_way: int | None = None
+        self._running_epoch: int | None = None
         """The epoch whose iterator somebody holds, also when that has given its last batch."""
         self._iteration = 0
         """Number of the iteration that may go on; earlier ones have ended."""
@@ -242,11 +250,11 @@ class CropLoader(DataLoaderLike):
         # A schedule of the learning rate that is made before the process group would have too many steps.
         self._warn_if_alone(ranks_now(self.settings.rank, self.settings.world_size))
         count = self._length()
-        self._told.add(count)
+        self._lengths_reported.add(count)
         return count
 
     def _length(self) -> int:
-        epoch = self._start().epoch if self._under_way is None else self._under_way
+        epoch = self._start().epoch if self._running_epoch is None else self._running_epoch
         return self._count(Cursor(epoch=epoch))
 
     def _warn_if_alone(self, ranks: Ranks) -> None:
@@ -254,26 +262,26 @@ class CropLoader(DataLoaderLike):
             self._warned = True
             warn_if_alone(ranks, self.settings.world_size)
 
-    def _layout(self, epoch: int) -> Layout:
-        return self._maker.epochs.at(epoch).layout(self.settings)
+    def _shape(self, epoch: int) -> EpochShape:
+        return self._maker.epochs.at(epoch).shape(self.settings)
 
     def _count(self, cursor: Cursor) -> int:
         """Count the batches from a cursor to the end of its epoch."""
-        return count_batches(self._layout(cursor.epoch), cursor, world_size=self.world_size)
+        return count_batches(self._shape(cursor.epoch), cursor, world_size=self.world_size)
 
     def _check_not_empty(self, epoch: int) -> None:
         if not self._count(Cursor(epoch=epoch)):
-            layout, settings = self._layout(epoch), self.settings
+            shape, settings = self._shape(epoch), self.settings
             remedy = "use a smaller batch_size, or drop_last=False"
-            if not layout.num_images:
+            if not shape.num_images:
                 remedy = 'epoch="crops" needs at least crops_per_image images: use fewer crops, or epoch="images"'
             raise UsageError(
-                f"{layout.num_images} images x {layout.crops_per_image} crops make no batch of {settings.batch_size} "
+                f"{shape.num_images} images x {shape.crops_per_image} crops make no batch of {settings.batch_size} "
                 f"for each of {self.world_size} ranks in epoch {epoch}; {remedy}"
             )
 
     def __repr__(self) -> str:
-        settings, layout = self.settings, self._layout(self.epoch)
+        settings, shape = self.settings, self._shape(self.epoch)
         different = [
             f"{field.name}={getattr(settings, field.name)!r}"
             for field in fields(settings)
@@ -283,11 +291,11 @@ class CropLoader(DataLoaderLike):
         by_kind = [f"{kind.crops_per_image} {kind.name} of {kind.size} px" for kind in settings.kinds]
         lines = [
             f"CropLoader: epoch {self.epoch} of {self._length():,} batches{ranks}",
-            f"  batches: {settings.batch_size // layout.crops_per_image:,} images with {', '.join(by_kind)} each"
+            f"  batches: {settings.batch_size // shape.crops_per_image:,} images with {', '.join(by_kind)} each"
             if by_kind
             else f"  batches: {settings.batch_size:,} crops of {self._maker.epochs.at(self.epoch).size} px, "
-            f"{layout.crops_per_image} of each image",
-            f"  images:  {layout.num_images:,} in this epoch, each with {self.labels.num_crops} labelled crops",
+            f"{shape.crops_per_image} of each image",
+            f"  images:  {shape.num_images:,} in this epoch, each with {self.labels.num_crops} labelled crops",
             f"  labels:  {self.labels!r}",
             f"  targets: {settings.targets}, calibration {settings.calibration!r}",
             f"  workers: {settings.num_workers}",
@@ -296,7 +304,7 @@ class CropLoader(DataLoaderLike):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process: a copy starts workers of its own, with the next epoch."""
-        return {**self.__dict__, "_workers": None, "_under_way": None, "_clock": None}
+        return {**self.__dict__, "_workers": None, "_running_epoch": None, "_clock": None}
 
     def __getitem__(self, index: Any) -> NoReturn:
         """Refuse: a DataLoader that wraps this loader asks it for items."""
@@ -328,7 +336,7 @@ class CropLoader(DataLoaderLike):
         """
         epoch = epoch_number(epoch)
         if not (self._resumes and epoch == self._cursor.epoch):
-            self._cursor, self._asked, self._resumes = Cursor(epoch=epoch), epoch, False
+            self._cursor, self._requested_epoch, self._resumes = Cursor(epoch=epoch), epoch, False
 
     def __iter__(self) -> Iterator[Any]:
         """A whole epoch of `len(loader)` batches or, after `load_state_dict`, the rest of the one that was saved.
@@ -347,14 +355,14 @@ class CropLoader(DataLoaderLike):
         # Before workers ask for the blocks: all would wait for the one that unpacks.
         self._maker.prepare_blocks(start.epoch)
         # Only now, since everything above may raise: an iteration that cannot begin leaves the loader where it was.
-        self._cursor, self._asked = start, None
+        self._cursor, self._requested_epoch = start, None
         self._iteration += 1
         iteration, left, whole = self._iteration, self._count(start), self._count(Cursor(epoch=start.epoch))
-        self._under_way, self._clock = start.epoch, clock
+        self._running_epoch, self._clock = start.epoch, clock
         self._maker.clock.take()  # What an iteration that failed has left behind.
         clock.enter("wait")
         try:
-            for window, images, made in self._made(start, ranks):
+            for window, images, made in self._windows(start, ranks):
                 sizes = [sum(kinds) for kinds in zip(*(kind.batches for kind in made.kinds), strict=True)]
                 clock.add_window(
                     images=len(window.positions), crops=sum(sizes), spent=made.spent, by_worker=made.by_worker
@@ -378,19 +386,19 @@ class CropLoader(DataLoaderLike):
             # Also where a loop leaves early, as soon as nobody holds the iterator.
             clock.enter(None)
             # As the interpreter ends, too, when nothing can be imported or looked up any more.
-            if whole - left in self._told - {whole}:
+            if whole - left in self._lengths_reported - {whole}:
                 _warn_of_cut_epoch(start.epoch, whole, whole - left)
             if self.settings.log_stats:
                 log_stats(stats_of(clock.times(), self.settings), ranks)
-            # Otherwise `_under_way` is that of a later iteration.
+            # Otherwise `_running_epoch` is that of a later iteration.
             if self._iteration == iteration:
-                self._under_way = None
+                self._running_epoch = None
 
     def _start(self) -> Cursor:
         """Return the cursor at which an iteration that begins now begins."""
         cursor = self._cursor
-        if self._asked is not None:
-            return Cursor(epoch=self._asked)
+        if self._requested_epoch is not None:
+            return Cursor(epoch=self._requested_epoch)
         # After an epoch's last batch the cursor is the start of the next one (`settled`): any other lies within an
         # epoch.
         if self._resumes or cursor == Cursor(epoch=cursor.epoch):
@@ -433,10 +441,10 @@ class CropLoader(DataLoaderLike):
         # Pickled as for a worker: what is open or mapped stays behind, and the copies open their own files.
         labels, cache, images = pickle.loads(pickle.dumps((self._maker.labels, self._maker.cache, self._maker.images)))
         maker = BatchMaker(labels, cache, images, self._maker.settings)
-        cursor = self._start() if self._under_way is None else self._cursor
+        cursor = self._start() if self._running_epoch is None else self._cursor
         maker.prepare_blocks(cursor.epoch)
         ranks = ranks_now(self.settings.rank, self.settings.world_size)
-        return maker, next(windows(self._layout(cursor.epoch), cursor, rank=ranks.rank, world_size=ranks.world_size))
+        return maker, next(windows(self._shape(cursor.epoch), cursor, rank=ranks.rank, world_size=ranks.world_size))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on with exactly the next batch; the number of workers and of ranks may differ.
@@ -453,13 +461,13 @@ class CropLoader(DataLoaderLike):
         differences = describe_differences(saved, present)
         if differences:
             raise StateMismatchError(f"this state was saved by another loader: {'; '.join(differences)}")
-        cursor = read_cursor(state.get("place"), self._layout(saved_epoch(state.get("place"))))
-        self._cursor, self._asked, self._resumes = self._settled(cursor), None, True
+        cursor = read_cursor(state.get("place"), self._shape(saved_epoch(state.get("place"))))
+        self._cursor, self._requested_epoch, self._resumes = self._settled(cursor), None, True
         # With another number, the iteration under way ends: its batches are not those that the state goes on with.
-        self._iteration, self._under_way = self._iteration + 1, None
+        self._iteration, self._running_epoch = self._iteration + 1, None
 
     def _settled(self, cursor: Cursor) -> Cursor:
-        return settled(self._layout(cursor.epoch), cursor, world_size=self.world_size)
+        return settled(self._shape(cursor.epoch), cursor, world_size=self.world_size)
 
     def _split(self, made: Made, window: Window, images: Sequence[Tensor]) -> Iterator[tuple[Any, Cursor]]:
         """Yield the window's batches, each with the cursor after it. `images` has the crops of each kind."""
@@ -491,9 +499,9 @@ class CropLoader(DataLoaderLike):
         pair = (by_kind(kinds, images), by_kind(kinds, wanted)) if kinds else (images[0], wanted[0])
         return pair if self._to_batch is None else self._to_batch(*pair)
 
-    def _made(self, start: Cursor, ranks: Ranks) -> Iterator[tuple[Window, tuple[Tensor, ...], Made]]:
+    def _windows(self, start: Cursor, ranks: Ranks) -> Iterator[tuple[Window, tuple[Tensor, ...], Made]]:
         """The windows from `start` to the end of its epoch in order, each with the crops of each kind."""
-        planned = windows(self._layout(start.epoch), start, rank=ranks.rank, world_size=ranks.world_size)
+        planned = windows(self._shape(start.epoch), start, rank=ranks.rank, world_size=ranks.world_size)
         yield from self._open_workers().make(planned)
 
     def _open_workers(self) -> Workers | DeviceWorkers:
@@ -514,7 +522,7 @@ class CropLoader(DataLoaderLike):
             "labels": self.labels.identity,
             "crops": self.labels.num_crops,
             **({"kinds": kinds} if kinds else {}),
-            **asdict(self._layout(epoch)),
+            **asdict(self._shape(epoch)),
             **self._maker.epochs.fingerprint(epoch),
         }
 

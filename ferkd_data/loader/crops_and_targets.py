@@ -118,7 +118,7 @@ class Drawn(NamedTuple):
     """Policy codes (see `calibration.crop_policies`)."""
 
 
-def draw_crops(
+def draw_stored_crops(
     labels: LabelSet,
     records: list[npt.NDArray[np.void]],
     draws: tuple[BlockDraws, ...],

@@ -24,7 +24,7 @@ from torch import Tensor
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, UsageError
 from ferkd_data.images.decode import ANY_SIZE, decode_rgb, jpeg_size
-from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Made, Work
+from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Made, WindowMemory
 from ferkd_data.loader.channel import anonymous_file, write_all
 from ferkd_data.loader.clocks import added
 from ferkd_data.loader.epochs import EpochSettings
@@ -74,7 +74,7 @@ class DeviceWorkers:
     def __init__(self, maker: BatchMaker, device: torch.device, num_workers: int, prefetch_factor: int) -> None:
         self._maker, self._device = maker, device
         self._pool: Pool[EncodedJob] = Pool(
-            lambda: pickled(EncodeWork(maker.for_workers())), num_workers, prefetch_factor, drop=lambda job: None
+            lambda: pickled(EncodeHandler(maker.for_workers())), num_workers, prefetch_factor, drop=lambda job: None
         )
 
     def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, tuple[Tensor, ...], Made]]:
@@ -130,7 +130,7 @@ class DeviceWorkers:
     def _on_host(self, window: Window) -> tuple[Tensor, Made]:
         """Make the window on the host, where an image that cannot be decoded is an error or is replaced."""
         images = empty_batch(sum(window.batches), self._maker.epochs.at(window.epoch).size, shared=False)
-        made = self._maker.make(Work(window, images))
+        made = self._maker.make(WindowMemory(window, images))
         return images.to(self._device, non_blocking=True), made
 
     def _placed(
@@ -166,7 +166,7 @@ class DeviceWorkers:
             yield i, found if isinstance(found, ImageError) else _of_size(found, encoded.sizes[i].tolist())
 
 
-class EncodeWork:
+class EncodeHandler:
     """The work of a worker: read, check and label a window; the images travel back in a file."""
 
     def __init__(self, maker: BatchMaker) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ferkd_data.calibration import Calibration, calibration_at
-from ferkd_data.loader.schedule import Layout
+from ferkd_data.loader.schedule import EpochShape
 from ferkd_data.loader.settings import LoaderSettings
 
 KEPT = 3
@@ -47,8 +47,8 @@ class EpochSettings:
         """Images of a rank's whole window."""
         return self.window_batches * batch_size // self.crops_per_image
 
-    def layout(self, settings: LoaderSettings) -> Layout:
-        return Layout(
+    def shape(self, settings: LoaderSettings) -> EpochShape:
+        return EpochShape(
             num_images=self.num_images,
             crops_per_image=self.crops_per_image,
             batch_size=settings.batch_size,
@@ -72,7 +72,7 @@ class Epochs:
         return self._known[epoch]
 
     def fingerprint(self, epoch: int) -> dict[str, Any]:
-        """Plain values of the settings that decide what a loader gives in this epoch, besides its layout."""
+        """Plain values of the settings that decide what a loader gives in this epoch, besides its shape."""
         settings, at = self._settings, self.at(epoch)
         described: dict[str, Any] = {
             "size": at.size,

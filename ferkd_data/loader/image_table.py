@@ -24,8 +24,8 @@ from ferkd_data import rng
 from ferkd_data.errors import ImageError, LabelSetError, UsageError
 from ferkd_data.images import ImageRef, ImageSource, decode_rgb, image_size, in_groups, open_source
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.order import Stage
-from ferkd_data.loader.shard_files import HeldFiles
+from ferkd_data.loader.order import NeededShards
+from ferkd_data.loader.streaming import HeldFiles
 from ferkd_data.scratch import Scratch, owner_is_gone
 from ferkd_data.storage import OpenFile
 
@@ -45,7 +45,7 @@ Missing = Literal["raise", "drop", "later"]
 class Images(Protocol):
     """The images of a label set. Can be pickled."""
 
-    def stage(self, stage: Stage | None) -> None:
+    def prefetch(self, needed: NeededShards | None) -> None:
         """Announce the shards of the windows to come, so that they can be fetched together."""
 
     def read(self, row: int, record: np.void) -> bytes:
@@ -172,7 +172,7 @@ class ImageTable:
         self._batches: list[tuple[npt.NDArray[Any], ...]] = []
         self._starts = np.zeros(1, np.int64)
 
-    def stage(self, stage: Stage | None) -> None:
+    def prefetch(self, needed: NeededShards | None) -> None:
         """Images of a source are read where they lie."""
 
     def read(self, row: int, record: np.void) -> bytes:
@@ -231,11 +231,11 @@ class OwnImages:
         self._at_random = HeldFiles(self._open, max_open())
         self._staged = False
 
-    def stage(self, stage: Stage | None) -> None:
+    def prefetch(self, needed: NeededShards | None) -> None:
         """Fetch the tars of this stage, in the background, and let go of all others."""
-        self._staged = stage is not None
-        if stage is not None:
-            self._held.stage(stage.now, stage.coming)
+        self._staged = needed is not None
+        if needed is not None:
+            self._held.prefetch(needed.now, needed.coming)
 
     def read(self, row: int, record: np.void) -> bytes:
         """Read the encoded bytes. Raises ImageError where the tar ends within the image; ShardError, RemoteError."""

@@ -20,7 +20,7 @@ def class_names(labels: LabelSet) -> list[str]:
     return [str(number) for number in range(labels.num_classes)] if names is None else list(names)
 
 
-def class_numbers(labels: LabelSet) -> dict[str, int]:
+def class_to_idx_of(labels: LabelSet) -> dict[str, int]:
     """Map each class name to its number; of classes with the same name, to the first."""
     # ImageNet has two classes named crane: the last entry of a dict wins, so the first number comes last.
     return {name: number for number, name in reversed(list(enumerate(class_names(labels))))}
@@ -62,7 +62,7 @@ class LoaderDataset:
 
     @property
     def class_to_idx(self) -> dict[str, int]:
-        return class_numbers(self.labels)
+        return class_to_idx_of(self.labels)
 
     @property
     def transform(self) -> Any:

@@ -18,11 +18,11 @@ from ferkd_data.loader.image_table import KeyTable, Missing, open_images
 from ferkd_data.loader.kinds import check_one_kind
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.settings import LoaderSettings
-from ferkd_data.loader.shard_files import ShardRecords
+from ferkd_data.loader.streaming import StreamedLabels
 from ferkd_data.loader.transform import draws_elsewhere
 
 
-def check_labels(labels: Any) -> None:
+def check_is_label_set(labels: Any) -> None:
     """Raise UsageError for anything but an open label set, such as the path of one."""
     if not isinstance(labels, LabelSet):
         raise UsageError(f"labels must be a label set, as fd.open_labels({labels!r}) opens it")
@@ -77,7 +77,7 @@ def open_maker(
 
     def make(part: LabelSet, own: LoaderSettings, others: Sequence[BatchMaker] = ()) -> BatchMaker:
         stored = part.unmapped
-        cache = ShardRecords(stored, cache_dir) if streamed else LabelCache(stored, cache_dir)
+        cache = StreamedLabels(stored, cache_dir) if streamed else LabelCache(stored, cache_dir)
         return BatchMaker(part, cache, table, own, keys, others)
 
     if not settings.kinds:

@@ -25,7 +25,7 @@ KNOWN_CHUNKS = 4
 """Number of chunks that `InChunks` keeps."""
 
 
-class Stage(NamedTuple):
+class NeededShards(NamedTuple):
     """Shards that a piece of an epoch needs, for orders that go from shard to shard."""
 
     now: list[int]
@@ -40,7 +40,7 @@ class Order(Protocol):
     def rows(self, positions: Rows) -> Rows:
         """Return the rows at these positions of the epoch, in their shape."""
 
-    def stage(self, positions: Rows) -> Stage | None:
+    def needed_shards(self, positions: Rows) -> NeededShards | None:
         """Return the shards of these positions; None where any shard may be needed at any time."""
 
 
@@ -87,12 +87,12 @@ class Sequential:
     def rows(self, positions: Rows) -> Rows:
         return positions
 
-    def stage(self, positions: Rows) -> Stage:
+    def needed_shards(self, positions: Rows) -> NeededShards:
         # side="right": a position equal to a shard's stop is the first of the next shard.
         touched = np.unique(np.searchsorted(self._stops, positions, side="right"))
         after = int(touched[-1]) + 1
         coming = self._full[after : after + self._shards_ahead]
-        return Stage(self._full[touched].tolist(), coming.tolist())
+        return NeededShards(self._full[touched].tolist(), coming.tolist())
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class GlobalShuffle:
     def rows(self, positions: Rows) -> Rows:
         return permute(positions, self.num_images, self.key)
 
-    def stage(self, positions: Rows) -> None:
+    def needed_shards(self, positions: Rows) -> None:
         return None
 
 
@@ -137,10 +137,10 @@ class ShardShuffle:
             found[inside] = self._first[shard] + shuffled - self._starts[shard]
         return found.reshape(np.shape(positions))
 
-    def stage(self, positions: Rows) -> Stage:
+    def needed_shards(self, positions: Rows) -> NeededShards:
         groups = np.unique(self._groups(positions)).tolist()
         now = [shard for group in groups for shard in self._shards_of(group)]
-        return Stage(now, self._shards_of(groups[-1] + 1))
+        return NeededShards(now, self._shards_of(groups[-1] + 1))
 
     def _groups(self, positions: Rows) -> Rows:
         return np.searchsorted(self._group_starts, positions, side="right") - 1
@@ -166,8 +166,8 @@ class InChunks:
             found[inside] = self._rows_of(number)[positions[inside] - number * self._chunk]
         return found
 
-    def stage(self, positions: Rows) -> Stage | None:
-        return self._order.stage(positions)
+    def needed_shards(self, positions: Rows) -> NeededShards | None:
+        return self._order.needed_shards(positions)
 
     def _rows_of(self, number: int) -> Rows:
         if number not in self._known:
@@ -189,8 +189,8 @@ class FromPosition:
     def rows(self, positions: Rows) -> Rows:
         return self.order.rows(positions + self.first)
 
-    def stage(self, positions: Rows) -> Stage | None:
-        return self.order.stage(positions + self.first)
+    def needed_shards(self, positions: Rows) -> NeededShards | None:
+        return self.order.needed_shards(positions + self.first)
 
 
 def check_order(kind: str) -> None:

@@ -20,7 +20,7 @@ import cloudpickle
 from torch import Tensor
 
 from ferkd_data.errors import LoaderError, UsageError
-from ferkd_data.loader.batch_maker import BatchMaker, Made, Work
+from ferkd_data.loader.batch_maker import BatchMaker, Made, WindowMemory
 from ferkd_data.loader.channel import NOT_KEPT, BatchBuffers, MappedSlots, Slot
 from ferkd_data.loader.clocks import added, spent_on
 from ferkd_data.loader.epochs import EpochSettings
@@ -229,7 +229,7 @@ class WindowTask(NamedTuple):
     """The number of the slot that comes with it."""
 
 
-class CropWork:
+class CropHandler:
     """The work of a worker: it writes the crops into the slot that comes with the task, and sends the targets back."""
 
     def __init__(self, maker: BatchMaker) -> None:
@@ -242,7 +242,7 @@ class CropWork:
         # Mapping counts as sending: it is part of the price of handing crops over in shared memory.
         with self.maker.clock.send:
             out, *others = self.memory.images(task.slot, descriptors[0], self.maker.shapes(task.settings))
-        return self.maker.make(Work(task.window, out, tuple(others))), []
+        return self.maker.make(WindowMemory(task.window, out, tuple(others))), []
 
 
 @dataclass(eq=False, kw_only=True)
@@ -280,7 +280,7 @@ class Workers:
                 buffers.give_back(job.slot)
 
         # Pickled when workers are started, and never without workers: what the user gave need not be picklable then.
-        self._pool = Pool(lambda: pickled(CropWork(maker.for_workers())), num_workers, prefetch_factor, drop)
+        self._pool = Pool(lambda: pickled(CropHandler(maker.for_workers())), num_workers, prefetch_factor, drop)
 
     def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, tuple[Tensor, ...], Made]]:
         """Yield the windows in order, with their crops (of each kind) and targets. Raises what making them raises."""
@@ -297,7 +297,7 @@ class Workers:
     def _here(self, job: CropJob) -> Made:
         job.slot = job.slot or job.take(None)
         out, *others = job.slot.images()
-        return self._maker.make(Work(job.window, out, tuple(others)))
+        return self._maker.make(WindowMemory(job.window, out, tuple(others)))
 
     def wait(self) -> None:
         """Wait until all workers are ready. Without this, windows are made in this process until the first one is."""

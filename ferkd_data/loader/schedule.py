@@ -25,7 +25,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class EpochShape:
     """The settings that shape an epoch."""
 
     num_images: int
@@ -71,8 +71,8 @@ class Window:
     """The cursor after each of these batches: where a resume goes on."""
 
 
-def read_cursor(saved: Any, layout: Layout) -> Cursor:
-    """Read a cursor that `asdict` wrote. Raises StateMismatchError where it is malformed or in no epoch of `layout`."""
+def read_cursor(saved: Any, shape: EpochShape) -> Cursor:
+    """Read a cursor that `asdict` wrote. Raises StateMismatchError where it is malformed or in no epoch of `shape`."""
     names = [field.name for field in fields(Cursor)]
     if not isinstance(saved, dict) or set(saved) != set(names):
         raise StateMismatchError(f"this state is damaged: its place must hold {', '.join(names)}; it is {saved!r}")
@@ -81,59 +81,59 @@ def read_cursor(saved: Any, layout: Layout) -> Cursor:
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
             raise StateMismatchError(f"this state is damaged: {name} of its place is {value!r}, not a number from 0 on")
     cursor = Cursor(**{name: int(value) for name, value in saved.items()})
-    window = _window_images(layout, cursor)
+    window = _window_images(shape, cursor)
     # Both ends excluded: a window that is finished counts under `images` (see `_after`).
-    in_window = 0 < cursor.crops < window * layout.crops_per_image
-    if cursor.images + window > layout.num_images or not (in_window or cursor.crops == window == 0):
+    in_window = 0 < cursor.crops < window * shape.crops_per_image
+    if cursor.images + window > shape.num_images or not (in_window or cursor.crops == window == 0):
         raise StateMismatchError(
-            f"this state is damaged: its place is in no epoch of {layout.num_images} images with "
-            f"{layout.crops_per_image} crops of each: {saved}"
+            f"this state is damaged: its place is in no epoch of {shape.num_images} images with "
+            f"{shape.crops_per_image} crops of each: {saved}"
         )
     return cursor
 
 
 def saved_epoch(saved: Any) -> int:
-    """Return the epoch of a saved cursor, which decides the layout that it must fit; 0 for a damaged one."""
+    """Return the epoch of a saved cursor, which decides the shape that it must fit; 0 for a damaged one."""
     epoch = saved.get("epoch") if isinstance(saved, dict) else None
     return max(int(epoch), 0) if isinstance(epoch, Integral) else 0
 
 
-def windows(layout: Layout, cursor: Cursor, *, rank: int, world_size: int) -> Iterator[Window]:
+def windows(shape: EpochShape, cursor: Cursor, *, rank: int, world_size: int) -> Iterator[Window]:
     """Yield the rest of an epoch for one rank, from `cursor` on. All ranks get the same number of batches."""
     # After a resume within a window: its rest first, with the P and W that it was begun with.
     if cursor.crops:
-        yield from _rest_of_window(layout, cursor, rank, world_size)
-        cursor = Cursor(epoch=cursor.epoch, images=cursor.images + _window_images(layout, cursor))
-    step_images = world_size * layout.batch_images
-    while (steps := (layout.num_images - cursor.images) // step_images) > 0:
+        yield from _rest_of_window(shape, cursor, rank, world_size)
+        cursor = Cursor(epoch=cursor.epoch, images=cursor.images + _window_images(shape, cursor))
+    step_images = world_size * shape.batch_images
+    while (steps := (shape.num_images - cursor.images) // step_images) > 0:
         # The last window has as many batches as are left, so that spreading costs an epoch no batch.
-        begun = replace(cursor, window_batches=min(layout.spread, steps), window_ranks=world_size)
-        yield _window(layout, begun, 0, rank)
+        begun = replace(cursor, window_batches=min(shape.spread, steps), window_ranks=world_size)
+        yield _window(shape, begun, 0, rank)
         cursor = replace(cursor, images=cursor.images + begun.window_batches * step_images)
-    left = layout.num_images - cursor.images
-    if left and not layout.drop_last:
-        yield _last_window(layout, cursor, left, rank, world_size)
+    left = shape.num_images - cursor.images
+    if left and not shape.drop_last:
+        yield _last_window(shape, cursor, left, rank, world_size)
 
 
-def count_batches(layout: Layout, cursor: Cursor, *, world_size: int) -> int:
+def count_batches(shape: EpochShape, cursor: Cursor, *, world_size: int) -> int:
     """Count the batches that `windows` yields, without making them."""
     total = 0
     if cursor.crops:
-        left = _window_images(layout, cursor) * layout.crops_per_image - cursor.crops
+        left = _window_images(shape, cursor) * shape.crops_per_image - cursor.crops
         # Rounded up: where W has changed, the last batch of the window's rest is short (`_rest_of_window`).
-        total += -(-left // (world_size * layout.batch_size))
-        cursor = Cursor(epoch=cursor.epoch, images=cursor.images + _window_images(layout, cursor))
-    step_images = world_size * layout.batch_images
-    steps, rest = divmod(layout.num_images - cursor.images, step_images)
-    return total + steps + (1 if rest and not layout.drop_last else 0)
+        total += -(-left // (world_size * shape.batch_size))
+        cursor = Cursor(epoch=cursor.epoch, images=cursor.images + _window_images(shape, cursor))
+    step_images = world_size * shape.batch_images
+    steps, rest = divmod(shape.num_images - cursor.images, step_images)
+    return total + steps + (1 if rest and not shape.drop_last else 0)
 
 
-def settled(layout: Layout, cursor: Cursor, *, world_size: int) -> Cursor:
+def settled(shape: EpochShape, cursor: Cursor, *, world_size: int) -> Cursor:
     """Return the cursor, or the start of the next epoch where no batch of this one is left.
 
     So the cursor after an epoch's last batch is the start of the next epoch, whether or not the loop asks for more.
     """
-    if count_batches(layout, cursor, world_size=world_size):
+    if count_batches(shape, cursor, world_size=world_size):
         return cursor
     return Cursor(epoch=cursor.epoch + 1)
 
@@ -150,11 +150,11 @@ def stand_in(position: int, attempt: int, step: int, *, num_images: int) -> int:
     return (position + attempt * step + attempt // lap) % num_images
 
 
-def _window_images(layout: Layout, cursor: Cursor) -> int:
-    return cursor.window_batches * cursor.window_ranks * layout.batch_images
+def _window_images(shape: EpochShape, cursor: Cursor) -> int:
+    return cursor.window_batches * cursor.window_ranks * shape.batch_images
 
 
-def _batch_of_crop(layout: Layout, cursor: Cursor) -> Ints:
+def _batch_of_crop(shape: EpochShape, cursor: Cursor) -> Ints:
     """Return (P * b, M): the batch, within its window, that crop m of a rank's image i goes into.
 
     Image i begins at batch i % P, and its crops lie at the same distances from there: M distinct batches where P >= M,
@@ -162,21 +162,21 @@ def _batch_of_crop(layout: Layout, cursor: Cursor) -> Ints:
     """
     batches = cursor.window_batches
     # `images` differs between the windows of an epoch, so each window spreads by distances of its own.
-    key = rng.hash64("spread", layout.seed, cursor.epoch, cursor.images)
+    key = rng.hash64("spread", shape.seed, cursor.epoch, cursor.images)
     # A random permutation, as the order of random numbers: its first M entries are M different distances.
-    distance = np.argsort(rng.counter64(key, np.arange(max(batches, layout.crops_per_image))), kind="stable")
+    distance = np.argsort(rng.counter64(key, np.arange(max(batches, shape.crops_per_image))), kind="stable")
     distance = (
         # P < M without spreading (P = 1) and in an epoch's last window: there, an image has several crops in a batch.
-        distance[: layout.crops_per_image] if batches >= layout.crops_per_image else np.arange(layout.crops_per_image)
+        distance[: shape.crops_per_image] if batches >= shape.crops_per_image else np.arange(shape.crops_per_image)
     )
-    image = np.arange(batches * layout.batch_images)[:, None]
+    image = np.arange(batches * shape.batch_images)[:, None]
     # The P * b images reach each batch b times at each of the M distances: b * M = B crops in every batch.
     return np.asarray((image + distance[None]) % batches, np.int64)
 
 
-def _slots(layout: Layout, cursor: Cursor) -> Ints:
+def _slots(shape: EpochShape, cursor: Cursor) -> Ints:
     """Return (P * b, M): each crop's slot, 0 .. P * B - 1, in a rank's window, batch after batch."""
-    batch = _batch_of_crop(layout, cursor)
+    batch = _batch_of_crop(shape, cursor)
     # Stable: an image's crops that go into the same batch stay side by side there, as SelfMix needs them.
     order = np.argsort(batch.reshape(-1), kind="stable")
     slots = np.empty(order.size, np.int64)
@@ -184,12 +184,12 @@ def _slots(layout: Layout, cursor: Cursor) -> Ints:
     return slots.reshape(batch.shape)
 
 
-def _window(layout: Layout, cursor: Cursor, done: int, rank: int) -> Window:
+def _window(shape: EpochShape, cursor: Cursor, done: int, rank: int) -> Window:
     """Return a rank's window from its batch number `done` on, for the number of ranks it was begun with."""
-    size, step = layout.batch_size, cursor.window_ranks * layout.batch_size
-    images = cursor.window_batches * layout.batch_images
+    size, step = shape.batch_size, cursor.window_ranks * shape.batch_size
+    images = cursor.window_batches * shape.batch_images
     # Slots of batches that were given become negative, and their crops are not wanted any more.
-    slots = _slots(layout, cursor) - done * size
+    slots = _slots(shape, cursor) - done * size
     # A run of positions for each rank: in a streamed order, a host then reads as few shards as can be.
     positions = cursor.images + rank * images + np.arange(images)
     # An image whose crops were all given is not decoded again.
@@ -200,61 +200,61 @@ def _window(layout: Layout, cursor: Cursor, done: int, rank: int) -> Window:
         positions=positions[wanted],
         slots=np.maximum(slots[wanted], -1),
         batches=(size,) * len(rest),
-        cursors=tuple(_after(layout, cursor, batch * step) for batch in rest),
+        cursors=tuple(_after(shape, cursor, batch * step) for batch in rest),
     )
 
 
-def _after(layout: Layout, cursor: Cursor, crops: int) -> Cursor:
+def _after(shape: EpochShape, cursor: Cursor, crops: int) -> Cursor:
     """Return the cursor after `crops` of the window in work."""
-    total = _window_images(layout, cursor)
-    if crops >= total * layout.crops_per_image:
+    total = _window_images(shape, cursor)
+    if crops >= total * shape.crops_per_image:
         return Cursor(epoch=cursor.epoch, images=cursor.images + total)
     return replace(cursor, crops=crops)
 
 
-def _rest_of_window(layout: Layout, cursor: Cursor, rank: int, world_size: int) -> Iterator[Window]:
-    done, odd = divmod(cursor.crops, cursor.window_ranks * layout.batch_size)
+def _rest_of_window(shape: EpochShape, cursor: Cursor, rank: int, world_size: int) -> Iterator[Window]:
+    done, odd = divmod(cursor.crops, cursor.window_ranks * shape.batch_size)
     if cursor.window_ranks == world_size and not odd:
-        yield _window(layout, cursor, done, rank)
+        yield _window(shape, cursor, done, rank)
         return
     # Another number of ranks began the window: deal out what is left of it anew, in the order they would have had it.
     # All crops of all ranks, also those given: they are counted off from the front, in the order of the batches.
-    images, crops = _window_crops(layout, cursor)
-    step = world_size * layout.batch_size
+    images, crops = _window_crops(shape, cursor)
+    step = world_size * shape.batch_size
     for start in range(cursor.crops, len(images), step):
         stop = min(start + step, len(images))
         # The same bounds on all ranks: r * n / W rounded down, so that shares differ by at most one crop.
         bounds = [start + (stop - start) * r // world_size for r in (rank, rank + 1)]
         mine = slice(bounds[0], bounds[1])
-        yield _dealt(layout, cursor, images[mine], crops[mine], _after(layout, cursor, stop))
+        yield _dealt(shape, cursor, images[mine], crops[mine], _after(shape, cursor, stop))
 
 
-def _window_crops(layout: Layout, cursor: Cursor) -> tuple[Ints, Ints]:
+def _window_crops(shape: EpochShape, cursor: Cursor) -> tuple[Ints, Ints]:
     """Return positions and crop numbers m of all ranks' window, ordered by batch, then rank, then slot."""
-    images = cursor.window_batches * layout.batch_images
-    slots = _slots(layout, cursor).reshape(-1)
+    images = cursor.window_batches * shape.batch_images
+    slots = _slots(shape, cursor).reshape(-1)
     rank = np.repeat(np.arange(cursor.window_ranks), slots.size)
     slot = np.tile(slots, cursor.window_ranks)
-    order = np.lexsort((slot, rank, slot // layout.batch_size))
-    image = np.repeat(np.arange(images), layout.crops_per_image)
+    order = np.lexsort((slot, rank, slot // shape.batch_size))
+    image = np.repeat(np.arange(images), shape.crops_per_image)
     position = cursor.images + rank * images + np.tile(image, cursor.window_ranks)
-    crop = np.tile(np.arange(layout.crops_per_image), images * cursor.window_ranks)
+    crop = np.tile(np.arange(shape.crops_per_image), images * cursor.window_ranks)
     return position[order], crop[order]
 
 
-def _dealt(layout: Layout, cursor: Cursor, images: Ints, crops: Ints, after: Cursor) -> Window:
+def _dealt(shape: EpochShape, cursor: Cursor, images: Ints, crops: Ints, after: Cursor) -> Window:
     # An image with several crops here is decoded once.
     positions, which = np.unique(images, return_inverse=True)
-    slots = np.full((len(positions), layout.crops_per_image), -1, np.int64)
+    slots = np.full((len(positions), shape.crops_per_image), -1, np.int64)
     slots[which, crops] = np.arange(len(images))
     return Window(epoch=cursor.epoch, positions=positions, slots=slots, batches=(len(images),), cursors=(after,))
 
 
-def _last_window(layout: Layout, cursor: Cursor, left: int, rank: int, world_size: int) -> Window:
+def _last_window(shape: EpochShape, cursor: Cursor, left: int, rank: int, world_size: int) -> Window:
     """Return the epoch's last, short batch; images from its start fill up, so that all ranks get equally many."""
     # Equally many for every rank, since one that ran out of batches would leave the others waiting in all-reduce.
     images = -(-left // world_size)
-    positions = (cursor.images + rank * images + np.arange(images)) % layout.num_images
-    slots = np.arange(images * layout.crops_per_image).reshape(images, layout.crops_per_image)
-    end = Cursor(epoch=cursor.epoch, images=layout.num_images)
+    positions = (cursor.images + rank * images + np.arange(images)) % shape.num_images
+    slots = np.arange(images * shape.crops_per_image).reshape(images, shape.crops_per_image)
+    end = Cursor(epoch=cursor.epoch, images=shape.num_images)
     return Window(epoch=cursor.epoch, positions=positions, slots=slots, batches=(slots.size,), cursors=(end,))

@@ -34,13 +34,13 @@ import torch
 
 from ferkd_data.loader import batch_maker as _preloaded  # noqa: F401
 from ferkd_data.loader.channel import Channel
-from ferkd_data.loader.shard_files import set_share
+from ferkd_data.loader.streaming import set_share
 
 LOOK_SECONDS = 1.0
 """Seconds between two looks at whether the parent still exists."""
 
 
-class Work(Protocol):
+class TaskHandler(Protocol):
     """The work of a loader's workers. Pickled once, for the template."""
 
     def __call__(self, task: Any, descriptors: list[int]) -> tuple[Any, list[int]]:
@@ -140,7 +140,7 @@ def _template(control: int, payload: int) -> NoReturn:
         os.close(descriptors[0])
 
 
-def _worker(work: Work, fork: Fork, descriptor: int) -> NoReturn:
+def _worker(handler: TaskHandler, fork: Fork, descriptor: int) -> NoReturn:
     set_share(fork.number, fork.of)
     # All workers would go on with the same numbers from the generators that they have from the template.
     seed = int.from_bytes(os.urandom(8), "little")
@@ -164,7 +164,7 @@ def _worker(work: Work, fork: Fork, descriptor: int) -> NoReturn:
         try:
             # Whatever is raised goes to the training, also a SystemExit of the user's code: a worker ends with its
             # socket alone.
-            result, sent = work(do.task, received)
+            result, sent = handler(do.task, received)
         except BaseException as error:
             result, sent = _raised(error), []
         # CPU time, because a full socket makes this wait until the training asks for a batch, which costs nothing.

@@ -44,7 +44,7 @@ from ferkd_data.report.pictures import Pictures
 from ferkd_data.report.sketch import CONFIDENCES, Sketch, counts_between
 from ferkd_data.report.suspects import SURE_P_MAX, SURE_SHARE, sure_below
 from ferkd_data.report.thresholds import suggest
-from ferkd_data.report.unfinished import Progress
+from ferkd_data.report.unfinished import ShardProgress
 from ferkd_data.storage import write_atomically
 
 SECTIONS = (
@@ -68,7 +68,7 @@ def render_report(
     pictures: Pictures,
     *,
     hours: float | None = None,
-    progress: Progress | None = None,
+    progress: ShardProgress | None = None,
 ) -> str:
     """Render what was collected as HTML."""
     content = page(labels, found, pictures, hours=hours, progress=progress)
@@ -81,7 +81,7 @@ def page(
     pictures: Pictures,
     *,
     hours: float | None = None,
-    progress: Progress | None = None,
+    progress: ShardProgress | None = None,
 ) -> dict[str, Any]:
     """Arrange the template's variables."""
     suggestion = suggest(found.sketch)

@@ -19,7 +19,7 @@ from ferkd_data.calibration import Calibration, Policy, policy_table
 from ferkd_data.errors import UsageError
 from ferkd_data.labels.buckets import BUCKETS
 from ferkd_data.loader import CropLoader
-from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Work
+from ferkd_data.loader.batch_maker import BatchMaker, Labelled, WindowMemory
 from ferkd_data.loader.image_table import decode_checked
 from ferkd_data.loader.schedule import Window
 from ferkd_data.replay import empty_batch
@@ -97,7 +97,7 @@ def _labelled(maker: BatchMaker, window: Window) -> Labelled:
 
 def _made(maker: BatchMaker, window: Window, size: int) -> tuple[Tensor, SoftTargets]:
     out = empty_batch(sum(window.batches), size)
-    targets = maker.targets(maker.make(Work(window, out)))
+    targets = maker.targets(maker.make(WindowMemory(window, out)))
     return out, targets
 
 

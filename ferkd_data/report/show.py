@@ -84,7 +84,7 @@ def show(
     pixels = image_of(labels, name, images)
     names = class_names or labels.class_names
     rows = _rows(labels, image, crops)
-    return Shown(_drawn(image, pixels, rows, names), _told(image, rows, names))
+    return Shown(_drawn(image, pixels, rows, names), _in_words(image, rows, names))
 
 
 def _rows(labels: LabelSet, image: ImageLabels, crops: int) -> list[tuple[str, list[int]]]:
@@ -198,7 +198,7 @@ def _name(names: Sequence[str] | None, number: int) -> str:
     return names[number].split(",")[0] if names and number < len(names) else f"class {number}"
 
 
-def _told(image: ImageLabels, rows: list[tuple[str, list[int]]], names: Sequence[str] | None) -> str:
+def _in_words(image: ImageLabels, rows: list[tuple[str, list[int]]], names: Sequence[str] | None) -> str:
     truth = "unlabelled" if image.target < 0 else _name(names, image.target)
     lines = [f"{image.key} ({image.width}x{image.height}, {truth})"]
     for title, numbers in rows:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ferkd_data
 from ferkd_data.builder.plan import open_plan
-from ferkd_data.builder.seal import Contents, manifest_of
+from ferkd_data.builder.seal import SealedContents, manifest_of
 from ferkd_data.builder.shard_files import FOLDER, DiskFiles, ShardRecord
 from ferkd_data.builder.state import BuildFolder
 from ferkd_data.errors import BuildError
@@ -28,8 +28,8 @@ NO_DIGEST = "0" * 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Progress of a build that has not ended."""
+class ShardProgress:
+    """ShardProgress of a build that has not ended."""
 
     shards_done: int
     shards_total: int
@@ -70,11 +70,11 @@ class Unfinished:
         self._collector = Collector(self.labels())
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> ShardProgress:
         """Number of shards added so far, and in all."""
         summary = self._plan.summary
         total = len(self._plan.shards)
-        return Progress(
+        return ShardProgress(
             shards_done=total - len(self._left),
             shards_total=total,
             images_total=summary.images,
@@ -112,7 +112,7 @@ class Unfinished:
         low, mid, top = self._thresholds or (
             (asked.low, asked.mid, asked.top) if isinstance(asked, Thresholds) else (0.0, 0.0, 1.0)
         )
-        contents = Contents(
+        contents = SealedContents(
             shards=tuple(self._entries),
             rejects=RejectsEntry(path=REJECTS_NAME, rows=self._rejects, bytes=0, sha256=NO_DIGEST),
             images_seen=sum(entry.rows for entry in self._entries) + self._rejects,

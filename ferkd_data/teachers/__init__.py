@@ -6,10 +6,9 @@ its kind. `spec.KINDS` lists the kinds, `teacher.py` holds the protocols that a 
 
 from __future__ import annotations
 
-from ferkd_data.teachers.load import load_teacher, load_teachers
 from ferkd_data.teachers.module_teacher import ModuleTeacher
 from ferkd_data.teachers.spec import Preprocessing, TeacherSpec
-from ferkd_data.teachers.teacher import LoadTeacher, Precision, Teacher
+from ferkd_data.teachers.teacher import LoadTeacher, Precision, Teacher, load_teacher, load_teachers
 
 __all__ = [
     "LoadTeacher",

@@ -203,7 +203,7 @@ class Watchers:
             self._on_progress(event)
 
     @contextmanager
-    def told_of_failure(self) -> Iterator[None]:
+    def reporting_failure(self) -> Iterator[None]:
         """Report an exception that leaves the context as BuildFailed."""
         try:
             yield

@@ -28,13 +28,13 @@ from ferkd_data.builder.store_files import folder_of
 from ferkd_data.builder.workers.messages import (
     Computed,
     Failed,
-    Finished,
     Halved,
     Labelled,
     Measured,
     Message,
     Ready,
     Settled,
+    ShardSaved,
     Slow,
 )
 from ferkd_data.images import ImageRef
@@ -115,7 +115,7 @@ class _Watch:
         self.teachers: Sequence[TeacherSpec] = ()
         self.since = 0.0
         self.crops = self.reported = self.rejects = 0
-        self.queue: SimpleQueue[Halved | Finished] = SimpleQueue()
+        self.queue: SimpleQueue[Halved | ShardSaved] = SimpleQueue()
 
     def asking(self, teachers: Sequence[TeacherSpec]) -> None:
         # The time first: a reader that sees the new teachers must not see the old time.
@@ -129,7 +129,7 @@ class _Watch:
         self.queue.put(Halved(teacher, crops))
 
     def saved(self, record: ShardRecord) -> None:
-        self.queue.put(Finished(record.index))
+        self.queue.put(ShardSaved(record.index))
 
     def late(self, limit_seconds: float) -> str:
         """Return the names of teachers that are waited for longer than that, or an empty string."""

@@ -8,7 +8,7 @@ A worker gets ready when it starts (message Ready). Then the driver asks it for 
 | `settle()`, where there is no other shard for it | Settled |
 | `measure(refs)`, in a dry run | Measured |
 
-Finished and Halved may come with any of them. Slow and Failed end a request, and the worker with it.
+ShardSaved and Halved may come with any of them. Slow and Failed end a request, and the worker with it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Computed(NamedTuple):
     """The shard is labelled, and being written. The worker is free for another."""
 
 
-class Finished(NamedTuple):
+class ShardSaved(NamedTuple):
     """A shard is written, and its record is saved."""
 
     shard: int
@@ -78,7 +78,7 @@ class Failed(NamedTuple):
     trace: str
 
 
-Message: TypeAlias = Ready | Halved | Labelled | Computed | Finished | Settled | Measured | Slow | Failed
+Message: TypeAlias = Ready | Halved | Labelled | Computed | ShardSaved | Settled | Measured | Slow | Failed
 
 
 class WorkerLostError(Exception):
@@ -105,7 +105,7 @@ class Worker(Protocol):
     def measure(self, refs: Sequence[ImageRef]) -> None:
         """Ask it to time the labelling of these images; does not wait."""
 
-    def hear(self) -> Message:
+    def receive(self) -> Message:
         """Wait for the next message and return it. Raises WorkerLostError."""
 
     def leave(self) -> None:
@@ -129,5 +129,5 @@ class Workers(Protocol[AnyWorker]):
 
     def start(self, number: int) -> AnyWorker: ...
 
-    def with_news(self, workers: Sequence[AnyWorker], seconds: float) -> list[AnyWorker]:
+    def with_messages(self, workers: Sequence[AnyWorker], seconds: float) -> list[AnyWorker]:
         """Return those that have a message or are lost; wait up to `seconds` for the first."""

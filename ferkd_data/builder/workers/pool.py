@@ -22,11 +22,11 @@ from ferkd_data.builder.workers.messages import (
     AnyWorker,
     Computed,
     Failed,
-    Finished,
     Halved,
     Labelled,
     Ready,
     Settled,
+    ShardSaved,
     Slow,
     WorkerLostError,
     Workers,
@@ -209,7 +209,7 @@ class WorkerPool(Generic[AnyWorker]):
         # No more members than shards that are not done: others would load teachers for nothing.
         while len(self.members) < min(self.room, len(self.todo) + self._in_work()):
             number = len(self.members)
-            # A member's number is its index: `with_news` returns workers, which are found again by it.
+            # A member's number is its index: `with_messages` returns workers, which are found again by it.
             self.members.append(Member(number=number, worker=self.workers.start(number)))
 
     def _give(self, member: Member[AnyWorker]) -> bool:
@@ -228,10 +228,10 @@ class WorkerPool(Generic[AnyWorker]):
 
     def _listen(self) -> None:
         began = time.monotonic()
-        spoke = self.workers.with_news([member.worker for member in self.members], POLL_SECONDS)
+        ready = self.workers.with_messages([member.worker for member in self.members], POLL_SECONDS)
         # Not the clock's time: a driver that was suspended with its workers must not count that as silence.
         self.listened_seconds += min(time.monotonic() - began, 2 * POLL_SECONDS)
-        for member in [self.members[worker.number] for worker in spoke]:
+        for member in [self.members[worker.number] for worker in ready]:
             member.heard_at = self.listened_seconds
             self._hear(member)
         if self.teacher_timeout is not None:
@@ -239,9 +239,9 @@ class WorkerPool(Generic[AnyWorker]):
 
     def _hear(self, member: Member[AnyWorker]) -> None:
         try:
-            message = member.worker.hear()
+            message = member.worker.receive()
         except WorkerLostError as lost:
-            self._bury(member, lost)
+            self._replace_dead(member, lost)
             return
         match message:
             case Ready():
@@ -259,7 +259,7 @@ class WorkerPool(Generic[AnyWorker]):
                 member.shard = None
                 self.free.append(member)
                 self.counter.worker_idle(member.number)
-            case Finished(shard):
+            case ShardSaved(shard):
                 member.writing.discard(shard)
                 # From here on the shard is in `unseen`, so that it counts as in work until its record is seen.
                 self.held.discard(shard)
@@ -298,7 +298,7 @@ class WorkerPool(Generic[AnyWorker]):
         if in_vain:
             self.folder.files.look_again()
 
-    def _bury(self, member: Member[AnyWorker], lost: WorkerLostError) -> None:
+    def _replace_dead(self, member: Member[AnyWorker], lost: WorkerLostError) -> None:
         """Put the shards of a worker that died back, and start a new one. Raises BuildError where that is hopeless."""
         if self.stop.requested:  # a batch system that stops a job often signals all its processes
             raise self.stop.error()

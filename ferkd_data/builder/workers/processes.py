@@ -46,7 +46,7 @@ class WorkerProcess:
     def measure(self, refs: Sequence[ImageRef]) -> None:
         self._send(refs)
 
-    def hear(self) -> Message:
+    def receive(self) -> Message:
         try:
             message: Message = self.connection.recv()
         except (EOFError, OSError) as error:
@@ -96,9 +96,9 @@ class WorkerProcesses:
         theirs.close()
         return WorkerProcess(number, device, process, ours)
 
-    def with_news(self, workers: Sequence[WorkerProcess], seconds: float) -> list[WorkerProcess]:
-        spoke = wait([worker.connection for worker in workers], timeout=seconds)
-        return [worker for worker in workers if worker.connection in spoke]
+    def with_messages(self, workers: Sequence[WorkerProcess], seconds: float) -> list[WorkerProcess]:
+        ready = wait([worker.connection for worker in workers], timeout=seconds)
+        return [worker for worker in workers if worker.connection in ready]
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ class RayWorker:
     def measure(self, refs: Sequence[ImageRef]) -> None:
         self.call = self.actor.measure.options(name="measure", num_returns="streaming").remote(refs)
 
-    def hear(self) -> Message:
+    def receive(self) -> Message:
         """Wait for the next message and return it. Raises WorkerLostError, and BuildError for an error of the actor."""
         errors = self.cluster.ray.exceptions
         try:
@@ -111,7 +111,7 @@ class RayWorkers:
         here = {"driver_folder": str(Path.cwd()), "driver_version": ferkd_data.__version__}
         return RayWorker(number, self.cluster, actor.remote(self.job, self.cluster.device, **here))
 
-    def with_news(self, workers: Sequence[RayWorker], seconds: float) -> list[RayWorker]:
+    def with_messages(self, workers: Sequence[RayWorker], seconds: float) -> list[RayWorker]:
         self._tell_of_waiting(workers)
         ray, calls = self.cluster.ray, [worker.call for worker in workers if worker.call is not None]
         if not calls:
@@ -120,8 +120,8 @@ class RayWorkers:
         # Ray returns at most `num_returns`: the first call waits for any news, the second collects all there is.
         ray.wait(calls, num_returns=1, timeout=seconds)
         ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-        spoke = {id(call) for call in ready}
-        return [worker for worker in workers if id(worker.call) in spoke]
+        ready = {id(call) for call in ready}
+        return [worker for worker in workers if id(worker.call) in ready]
 
     def _tell_of_waiting(self, workers: Sequence[RayWorker]) -> None:
         if any(worker.is_ready for worker in workers):

@@ -13,8 +13,7 @@ from ferkd_data.builder.labelling.crop_batches import look_ahead
 from ferkd_data.builder.labelling.job import open_tools
 from ferkd_data.builder.prepare import make_request, open_request
 from ferkd_data.crops import Crops
-from ferkd_data.differences import describe_differences
-from ferkd_data.errors import TeacherError, UsageError
+from ferkd_data.errors import TeacherError, UsageError, describe_differences
 from ferkd_data.images import decode_rgb
 from ferkd_data.replay import replay
 from ferkd_data.teachers import load_teachers

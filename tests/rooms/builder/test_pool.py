@@ -186,9 +186,9 @@ def test_ctrl_c_does_not_reach_a_worker_that_is_still_being_loaded(job, capfd):
     """It comes to all processes of a terminal, and Python would print a traceback for each."""
     workers = WorkerProcesses(job, ["cpu"])
     worker = workers.start(0)
-    while not workers.with_news([worker], 0.02):
+    while not workers.with_messages([worker], 0.02):
         os.kill(worker.process.pid, signal.SIGINT)
-    assert isinstance(worker.hear(), Failed)  # there is nothing to build: it lives, and says so
+    assert isinstance(worker.receive(), Failed)  # there is nothing to build: it lives, and says so
     worker.leave()
     worker.end(30)
     assert "Traceback" not in capfd.readouterr().err
@@ -200,7 +200,7 @@ def test_a_worker_that_dies_before_it_can_be_started_is_lost():
     ours, theirs = context.Pipe()
     theirs.close()
     with pytest.raises(WorkerLostError):
-        WorkerProcess(0, "cpu", context.Process(), ours).hear()
+        WorkerProcess(0, "cpu", context.Process(), ours).receive()
 
 
 def test_a_shard_does_not_begin_with_the_rejects_of_the_one_before(job, monkeypatch):

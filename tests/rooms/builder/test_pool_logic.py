@@ -9,13 +9,13 @@ import pytest
 
 from ferkd_data.builder import Stop
 from ferkd_data.builder.workers import pool
-from ferkd_data.builder.workers.messages import Computed, Failed, Finished, Labelled, Ready, Settled, WorkerLostError
+from ferkd_data.builder.workers.messages import Computed, Failed, Labelled, Ready, Settled, ShardSaved, WorkerLostError
 from ferkd_data.builder.workers.pool import WorkerPool
 from ferkd_data.errors import BuildError, TeacherError
 
 LOST = WorkerLostError("killed by SIGKILL")
 FAILED = Failed("PermissionError", "no", "trace")
-ANSWERS = {"label": lambda shard: [Labelled(10, 0), Computed()], "settle": lambda shard: [Finished(shard), Settled()]}
+ANSWERS = {"label": lambda shard: [Labelled(10, 0), Computed()], "settle": lambda shard: [ShardSaved(shard), Settled()]}
 
 
 class Scripted:
@@ -36,7 +36,7 @@ class Scripted:
         return "cpu"
 
     def label(self, shard):
-        before = [Finished(self.labelled.pop())] if self.labelled else []
+        before = [ShardSaved(self.labelled.pop())] if self.labelled else []
         self.labelled.append(shard)
         self.answer("label", shard, [*before, *ANSWERS["label"](shard)])
 
@@ -48,12 +48,12 @@ class Scripted:
         self.asked.append((what, shard))
         self.messages.extend(self.script.pop((what, shard), usual))
 
-    def hear(self):
+    def receive(self):
         message = self.messages.popleft()
         if message is LOST:
             self.messages.clear()
             raise LOST
-        if isinstance(message, Finished):
+        if isinstance(message, ShardSaved):
             self.saved.add(message.shard)
         return message
 
@@ -80,7 +80,7 @@ class Scripts:
         self.started.append(Scripted(number, self.script, self.saved))
         return self.started[-1]
 
-    def with_news(self, workers, seconds):
+    def with_messages(self, workers, seconds):
         return [worker for worker in workers if worker.messages]
 
 
@@ -172,17 +172,17 @@ def test_a_worker_that_says_nothing_at_all(monkeypatch):
     """Its process is stuck, and cannot even tell that its teacher hangs."""
     monkeypatch.setattr(pool, "SILENT_SECONDS", 0.02)
     scripts = Scripts({("label", 0): []})
-    scripts.with_news = _slowly(scripts.with_news)
+    scripts.with_messages = _slowly(scripts.with_messages)
     with pytest.raises(TeacherError, match=r"shard 0: a teacher hangs, and worker 0 with it, .* than 0.05 seconds"):
         pool_of(scripts, teacher_timeout=0.05).label([0])
 
 
-def _slowly(with_news):
+def _slowly(with_messages):
     import time
 
     def wait(workers, seconds):
         time.sleep(seconds)
-        return with_news(workers, seconds)
+        return with_messages(workers, seconds)
 
     return wait
 
@@ -190,7 +190,7 @@ def _slowly(with_news):
 def test_signs_of_life_are_enough(monkeypatch):
     monkeypatch.setattr(pool, "SILENT_SECONDS", 0.02)
     scripts = Scripts({("label", 0): [*[Labelled(0, 0)] * 50, Computed()]})
-    scripts.with_news = _slowly(scripts.with_news)
+    scripts.with_messages = _slowly(scripts.with_messages)
     made = pool_of(scripts, teacher_timeout=0.05)
     made.label([0])
     assert done(made) == [0]

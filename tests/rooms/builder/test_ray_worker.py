@@ -111,7 +111,7 @@ def test_waiting_for_a_place_is_said_once(job, cluster, monkeypatch, caplog):
     monkeypatch.setattr("ferkd_data.builder.workers.ray_actors.NOTICE_SECONDS", -1)
     workers = RayWorkers(job, cluster)
     for _ in range(2):
-        workers.with_news([workers.start(0)], 0)
+        workers.with_messages([workers.start(0)], 0)
     (said,) = caplog.messages
     assert "no worker yet: each asks for 0.5 GPU and 1 CPU" in said
 

@@ -11,7 +11,7 @@ from label_sets import SMALL
 
 import ferkd_data as fd
 from ferkd_data.builder import JsonLog, MetricsFile, build_part
-from ferkd_data.builder.engines import _TellHalvings
+from ferkd_data.builder.engines import _ReportHalvings
 from ferkd_data.builder.shard_files import ShardRecord
 from ferkd_data.builder.watch import progress as counting
 from ferkd_data.builder.watch.events import (
@@ -118,7 +118,7 @@ class FullDisk:
 
 
 def test_a_watcher_that_fails_on_the_failure_does_not_take_its_place():
-    with pytest.raises(KeyError), Watchers([FullDisk()]).told_of_failure():
+    with pytest.raises(KeyError), Watchers([FullDisk()]).reporting_failure():
         raise KeyError
 
 
@@ -267,7 +267,7 @@ def test_forwards_and_the_expected_end_know_what_was_there_and_what_was_lost(clo
 
 def test_a_halved_batch_is_told(clock):
     seen = Seen()
-    _TellHalvings(counter_of(seen, clock)).halved("timm:big", 64)
+    _ReportHalvings(counter_of(seen, clock)).halved("timm:big", 64)
     assert seen == [BatchHalved(worker=0, teacher="timm:big", crops=64)]
 
 

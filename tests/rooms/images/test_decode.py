@@ -18,7 +18,7 @@ from PIL import Image, ImageFile
 
 from ferkd_data.errors import ImageError
 from ferkd_data.images import decode_rgb, image_extension, image_size
-from ferkd_data.images.refs import REASONS
+from ferkd_data.images.refs import REJECT_REASONS
 
 MODES = {
     "JPEG": ["RGB", "L", "CMYK"],
@@ -103,7 +103,7 @@ def test_damaged_bytes_give_an_image_or_a_known_reason(combination, data):
     try:
         assert decode_rgb(damaged, max_pixels=10**6).ndim == 3
     except ImageError as error:
-        assert error.reason in REASONS
+        assert error.reason in REJECT_REASONS
 
 
 def test_our_limit_is_the_only_one(monkeypatch):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ferkd_data import rng
 from ferkd_data.loader.crops_and_targets import draw, epoch_draws
 from ferkd_data.loader.order import InChunks, epoch_order, permute
-from ferkd_data.loader.schedule import Cursor, Layout, count_batches, settled, stand_in, windows
+from ferkd_data.loader.schedule import Cursor, EpochShape, count_batches, settled, stand_in, windows
 
 
 @settings(deadline=None)
@@ -144,7 +144,7 @@ def test_discarded_crops_stay_out_where_all_others_are_thinned_out():
 
 
 LAYOUTS = st.builds(
-    Layout,
+    EpochShape,
     num_images=st.integers(1, 150),
     crops_per_image=st.integers(1, 4),
     batch_size=st.integers(1, 4),
@@ -262,7 +262,7 @@ def test_stand_ins_of_a_window_are_different_images(step, attempt):
 
 
 def test_a_place_with_no_batch_left_is_the_next_epochs_start():
-    layout = Layout(num_images=11, crops_per_image=2, batch_size=4, spread=1, drop_last=True, seed=0)
+    layout = EpochShape(num_images=11, crops_per_image=2, batch_size=4, spread=1, drop_last=True, seed=0)
     assert settled(layout, Cursor(epoch=3, images=8), world_size=1) == Cursor(epoch=3, images=8)
     assert settled(layout, Cursor(epoch=3, images=8), world_size=2) == Cursor(epoch=4)
     assert settled(layout, Cursor(epoch=3, images=10), world_size=1) == Cursor(epoch=4)

@@ -18,7 +18,7 @@ import pytest
 import ferkd_data as fd
 from ferkd_data.errors import LoaderError, StorageFullError
 from ferkd_data.loader.label_cache import STALE_SECONDS, LabelCache
-from ferkd_data.loader.shard_files import ShardRecords
+from ferkd_data.loader.streaming import StreamedLabels
 
 TRAINING = """
 import hashlib, itertools, sys
@@ -194,7 +194,7 @@ def test_a_full_disk_says_what_a_trainer_can_do(label_set, photos, small_disk):
 
 
 @pytest.mark.parametrize("layout", ["parquet", "webdataset"])
-@pytest.mark.parametrize("kind", [LabelCache, ShardRecords])
+@pytest.mark.parametrize("kind", [LabelCache, StreamedLabels])
 def test_a_flipped_bit_in_the_cache_reaches_no_batch(label_set, tar_label_set, tmp_path, caplog, kind, layout):
     labels = fd.open_labels(label_set if layout == "parquet" else tar_label_set)
     rows, generator = np.arange(20), random.Random(0)
@@ -234,8 +234,8 @@ def test_a_bit_that_flips_while_a_worker_has_the_block_open(label_set, photos, t
 
 def test_a_disk_that_damages_whatever_is_written(label_set, tmp_path, monkeypatch):
     monkeypatch.setattr("ferkd_data.loader.label_cache.are_intact", lambda records: False)
-    monkeypatch.setattr("ferkd_data.loader.shard_files.are_intact", lambda records: False)
-    for kind in (LabelCache, ShardRecords):
+    monkeypatch.setattr("ferkd_data.loader.streaming.are_intact", lambda records: False)
+    for kind in (LabelCache, StreamedLabels):
         with pytest.raises(LoaderError, match="damaged again right after it was written"):
             kind(fd.open_labels(label_set), tmp_path).take(0, np.arange(3))
 

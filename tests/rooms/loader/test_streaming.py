@@ -19,7 +19,7 @@ from ferkd_data.errors import LoaderError, RemoteError, StorageFullError
 from ferkd_data.loader.image_table import max_open
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import epoch_order
-from ferkd_data.loader.shard_files import HeldFiles, ShardRecords
+from ferkd_data.loader.streaming import HeldFiles, StreamedLabels
 from ferkd_data.remote import Retries
 from ferkd_data.storage import explain_full_disk
 
@@ -57,7 +57,7 @@ def same(a, b):
 def everything_at_hand(monkeypatch):
     """The loader as it is for a global shuffle: whole blocks, unpacked before the first batch."""
     with monkeypatch.context() as patch:
-        patch.setattr("ferkd_data.loader.opening.ShardRecords", LabelCache)
+        patch.setattr("ferkd_data.loader.opening.StreamedLabels", LabelCache)
         yield
 
 
@@ -71,9 +71,9 @@ def test_a_cache_on_a_full_disk(many_shards, tmp_path, monkeypatch):
         with explain_full_disk(path, advice):
             yield Path("/dev/full")
 
-    monkeypatch.setattr("ferkd_data.loader.shard_files.write_atomically", on_a_full_disk)
+    monkeypatch.setattr("ferkd_data.loader.streaming.write_atomically", on_a_full_disk)
     with pytest.raises(StorageFullError, match="no space left"):
-        ShardRecords(fd.open_labels(many_shards / "parquet"), tmp_path).take(0, np.arange(3))
+        StreamedLabels(fd.open_labels(many_shards / "parquet"), tmp_path).take(0, np.arange(3))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -98,7 +98,7 @@ def test_batches_are_those_of_a_set_that_is_all_there(
 def test_the_first_batch_waits_for_one_group_of_shards(many_shards, images_of, tmp_path, layout):
     """The server keeps back what is neither of the first group nor of the one that is fetched ahead."""
     order = epoch_order("shards", [2] * NUM_SHARDS, seed=0, epoch=0, shards_together=2)
-    stage = order.stage(np.arange(4))
+    stage = order.needed_shards(np.arange(4))
     free = threading.Event()
     early = {f"{shard:05d}" for shard in (*stage.now, *stage.coming)}
     with serve(many_shards / layout) as server:
@@ -116,7 +116,7 @@ def test_the_first_batch_waits_for_one_group_of_shards(many_shards, images_of, t
 
 def test_the_next_group_comes_by_itself(many_shards, tmp_path):
     order = epoch_order("shards", [2] * NUM_SHARDS, seed=0, epoch=0, shards_together=2)
-    coming = {f"shards/{shard:05d}.tar" for shard in order.stage(np.arange(4)).coming}
+    coming = {f"shards/{shard:05d}.tar" for shard in order.needed_shards(np.arange(4)).coming}
     assert len(coming) == 2
     arrived = threading.Event()
     with serve(many_shards / "webdataset") as server:
@@ -217,7 +217,7 @@ def test_one_record_after_the_other_is_the_whole_block(many_shards, tmp_path):
         rows = np.random.default_rng(0).permutation(20)
         for block in range(labels.num_blocks):
             expected = LabelCache(labels, tmp_path).take(block, rows)
-            assert np.array_equal(ShardRecords(labels, tmp_path).take(block, rows).view("u1"), expected.view("u1"))
+            assert np.array_equal(StreamedLabels(labels, tmp_path).take(block, rows).view("u1"), expected.view("u1"))
 
 
 @pytest.mark.parametrize("kind", ["shards", "sequential"])
@@ -228,14 +228,14 @@ def test_a_stage_names_the_shards_of_its_rows_and_the_next_ones(kind):
     seen = []
     for position in range(sum(counts)):
         shards = np.searchsorted(starts, order.rows(np.array([position])), side="right") - 1
-        stage = order.stage(np.array([position]))
+        stage = order.needed_shards(np.array([position]))
         assert set(shards) <= set(stage.now) and not set(stage.now) & set(stage.coming) and 1 not in stage.now
         if not seen or stage.now != seen[-1].now:
             assert not seen or set(stage.now) <= set(seen[-1].coming)
             seen.append(stage)
     assert seen[-1].coming == []
     assert {shard for stage in seen for shard in stage.now} == {0, 2, 3, 4, 5, 6}
-    assert epoch_order("global", counts, seed=0, epoch=0).stage(np.arange(3)) is None
+    assert epoch_order("global", counts, seed=0, epoch=0).needed_shards(np.arange(3)) is None
 
 
 def test_held_files_are_closed_when_their_stage_is_over():
@@ -248,8 +248,8 @@ def test_held_files_are_closed_when_their_stage_is_over():
     held = HeldFiles(File)
     first = held.get(1)
     assert held.get(1) is first
-    held.stage([1, 2], [3])
-    held.stage([2], [])
+    held.prefetch([1, 2], [3])
+    held.prefetch([2], [])
     assert held.get(2) is held.get(2) and held.get(1) is not first
     held.forget(1)
     assert held.get(1) and opened.count(1) == 2

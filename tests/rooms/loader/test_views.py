@@ -11,7 +11,7 @@ import torch
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, StateMismatchError, UsageError
 from ferkd_data.loader.label_cache import LabelCache
-from ferkd_data.loader.shard_files import ShardRecords
+from ferkd_data.loader.streaming import StreamedLabels
 
 ROWS = [1, 2, 3, 5, 8, 9, 11, 12, 16, 17, 19]
 
@@ -182,7 +182,7 @@ def test_mapped_labels_share_the_cache_of_the_stored_ones(make, source, tmp_path
     assert [folder.name for folder in folders] == [labels.identity[:32]]
 
 
-@pytest.mark.parametrize("cache", [LabelCache, ShardRecords])
+@pytest.mark.parametrize("cache", [LabelCache, StreamedLabels])
 def test_records_of_a_view_are_those_of_its_rows(source, tmp_path, cache):
     labels = source[0]
     every = cache(labels, tmp_path / "a").take(0, np.arange(20))

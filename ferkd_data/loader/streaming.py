@@ -1,7 +1,7 @@
 """Read labels shard by shard: keep the files of the shards in work open, and fetch the next ones meanwhile.
 
 `HeldFiles` keeps files open and fetches ahead. The workers of a loader share the fetching out among themselves: what
-one has fetched, the others find in the cache. `ShardRecords` gives the labels: each (shard, crop block) is unpacked
+one has fetched, the others find in the cache. `StreamedLabels` gives the labels: each (shard, crop block) is unpacked
 when it is needed, or a little before.
 
 The unpacked records lie in the cache beside the shards, as files named by what they hold; all processes of a host map
@@ -28,7 +28,7 @@ from ferkd_data.errors import FerkdError, LoaderError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.label_set.files import ShardCache
 from ferkd_data.loader.label_cache import Records, are_intact, fill, record_dtype
-from ferkd_data.loader.order import Stage
+from ferkd_data.loader.order import NeededShards
 from ferkd_data.storage import FREE_CACHE, write_atomically
 
 K = TypeVar("K")
@@ -84,7 +84,7 @@ class HeldFiles(Generic[K, T]):
         for key in list(self._open)[: max(len(self._open) - limit, 0)]:
             del self._open[key], self._wanted[key]
 
-    def stage(self, now: Iterable[K], coming: Iterable[K]) -> None:
+    def prefetch(self, now: Iterable[K], coming: Iterable[K]) -> None:
         """Close all other files, and fetch this worker's share of these in the background."""
         wanted = dict.fromkeys((*now, *coming))
         # What is open or asked for already is not asked for again.
@@ -172,7 +172,7 @@ SUFFIX = ".records"
 log = logging.getLogger("ferkd_data.loader")
 
 
-class ShardRecords:
+class StreamedLabels:
     """The records that a `LabelCache` gives, for orders that go from shard to shard. Can be pickled."""
 
     def __init__(self, labels: LabelSet, cache_dir: Path) -> None:
@@ -186,11 +186,11 @@ class ShardRecords:
     def forget_except(self, blocks: set[int]) -> None:
         """`stage` says what is no longer needed."""
 
-    def stage(self, stage: Stage | None, blocks: set[int]) -> None:
+    def prefetch(self, needed: NeededShards | None, blocks: set[int]) -> None:
         """Fetch the shards of this stage, in the background, and let go of all others."""
-        if stage is not None:
-            now, coming = ([(shard, block) for shard in shards for block in sorted(blocks)] for shards in stage)
-            self._held.stage(now, coming)
+        if needed is not None:
+            now, coming = ([(shard, block) for shard in shards for block in sorted(blocks)] for shards in needed)
+            self._held.prefetch(now, coming)
 
     def take(self, block: int, rows: npt.NDArray[np.int64]) -> Records:
         """Return the records of these rows. Raises ShardError, RemoteError, StorageFullError."""
