@@ -8,16 +8,16 @@ import signal
 import time
 from pathlib import Path
 
-from ferkd_tiny_teachers import Tiny
+from ferkd_tiny_teachers import Tiny, is_real_batch
 
 LIVES = Path(__file__).parent.with_name("lives")
 
 
 class Deadly(Tiny):
-    """Dies on its real batches as long as it finds lives to take; a probe has at most two images."""
+    """Dies on its real batches as long as it finds lives to take; the probe is spared."""
 
     def forward(self, x):
-        if len(x) > 2:
+        if is_real_batch(x):
             for life in LIVES.glob("*"):
                 try:
                     life.unlink()
@@ -33,7 +33,7 @@ def deadly():
 
 class Slow(Tiny):
     def forward(self, x):
-        if len(x) > 2:
+        if is_real_batch(x):
             (LIVES / f"asleep-{os.getpid()}").touch()
             time.sleep(600)
         return super().forward(x)
@@ -47,7 +47,7 @@ class Frozen(Tiny):
     """Hangs in C code that keeps all other threads of its process from running."""
 
     def forward(self, x):
-        if len(x) > 2:
+        if is_real_batch(x):
             ctypes.PyDLL(None).sleep(600)
         return super().forward(x)
 
@@ -60,7 +60,7 @@ class Late(Tiny):
     """Says nothing that makes sense of its real batches."""
 
     def forward(self, x):
-        return super().forward(x) * (float("nan") if len(x) > 2 else 1)
+        return super().forward(x) * (float("nan") if is_real_batch(x) else 1)
 
 
 def late():

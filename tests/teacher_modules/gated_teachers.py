@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from ferkd_tiny_teachers import Tiny
+from ferkd_tiny_teachers import Tiny, is_real_batch
 
 FOLDER = Path(os.environ["GATED_FOLDER"])
 
@@ -19,7 +19,7 @@ class Gated(Tiny):
             if any(FOLDER.glob("out/.build/shards/*.json")):
                 (FOLDER / "waits").touch()
             time.sleep(0.01)
-        self.crops += len(x) if len(x) > 2 else 0
+        self.crops += len(x) if is_real_batch(x) else 0
         return super().forward(x)
 
 

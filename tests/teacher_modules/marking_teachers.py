@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 import torch
-from ferkd_tiny_teachers import Tiny
+from ferkd_tiny_teachers import Tiny, is_real_batch
 
 
 class Marking(Tiny):
     def forward(self, x):
-        if len(x) > 2:
+        if is_real_batch(x):
             (Path(__file__).parent / f"{os.getpid()}-with-{torch.get_num_threads()}-threads").touch()
         return super().forward(x)
 
@@ -22,7 +22,7 @@ def marking():
 
 class Dying(Tiny):
     def forward(self, x):
-        if len(x) > 2:
+        if is_real_batch(x):
             os._exit(9)
         return super().forward(x)
 

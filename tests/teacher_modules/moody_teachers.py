@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ferkd_tiny_teachers import Tiny
+from ferkd_tiny_teachers import Tiny, is_real_batch
 
 
 class Moody(Tiny):
     asked = 0
 
     def bad(self, x):
-        self.asked += len(x) > 2
+        self.asked += is_real_batch(x)
         return self.asked == 4 and Path(os.environ["FERKD_MOOD"]).exists()
 
 

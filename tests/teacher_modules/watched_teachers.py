@@ -4,14 +4,14 @@ import os
 import signal
 from pathlib import Path
 
-from ferkd_tiny_teachers import Tiny
+from ferkd_tiny_teachers import Tiny, is_real_batch
 
 
 class Deadly(Tiny):
-    """Dies once, on a real batch: a probe has at most two images."""
+    """Dies once, on a real batch: the probe is spared."""
 
     def forward(self, x):
-        if len(x) > 2 and take(Path(os.environ["WATCHED_LIFE"])):
+        if is_real_batch(x) and take(Path(os.environ["WATCHED_LIFE"])):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)
 

@@ -69,7 +69,7 @@ def test_threads_that_decode_have_no_threads_of_their_own(photos, tiny_teachers,
     try:
         with (
             open_request(make_request(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL)) as prepared,
-            open_tools(prepared.job, "cpu", prepared.ensemble) as tools,
+            open_tools(prepared.job, "cpu", prepared.teachers) as tools,
         ):
             assert tools.executor.submit(torch.get_num_threads).result() == 1
             assert torch.get_num_threads() == 2
