@@ -182,23 +182,29 @@ def slider_data(
     """Make the numbers and texts that the page's script reads.
 
     For each kind of confidence, `below` counts the crops below each threshold, as `assign_buckets` compares them;
-    `known` counts the crops with a ground truth among these, and `right` those named right.
+    `known` counts the crops with a ground truth among these, and `right` those named right. `exact` has the same counts
+    for thresholds that may lie between two steps: (threshold, below, known, right).
     """
     edges = np.arange(SLIDER_STEPS + 1) / SLIDER_STEPS
     stored = labels.manifest.thresholds
     quantiles = {}
     confidence: dict[str, Any] = {}
+    exact: dict[str, list[list[float]]] = {}
+    given = np.array(sorted({*_values(stored.absolute()), *_values(suggestion.thresholds)}))
     for which in CONFIDENCES:
         counts = sketch.confidence[which]
         # Sums, so that the page's script gets any bucket's size as a difference of two numbers.
         below = [counts_below(row, edges).tolist() for row in counts]
         confidence[which] = {"below": below[0], "known": below[1], "right": below[2]}
         quantiles[which] = counts.sum(axis=1).tolist()
+        rows = [given.tolist(), *(counts_below(row, given).tolist() for row in counts)]
+        exact[which] = [list(one) for one in zip(*rows, strict=True)]
     return {
         "steps": SLIDER_STEPS,
         "bins": BINS,
         "totals": quantiles,
         "confidence": confidence,
+        "exact": exact,
         "buckets": list(BUCKETS),
         "stored": _thresholds(stored.absolute()),
         "suggested": _thresholds(suggestion.thresholds),
@@ -208,7 +214,11 @@ def slider_data(
 
 
 def _thresholds(thresholds: Thresholds) -> dict[str, Any]:
-    return {"values": [thresholds.low, thresholds.mid, thresholds.top], "confidence": thresholds.confidence}
+    return {"values": _values(thresholds), "confidence": thresholds.confidence}
+
+
+def _values(thresholds: Thresholds) -> list[float]:
+    return [thresholds.low, thresholds.mid, thresholds.top]
 
 
 def _crop(labels: LabelSet, crop: Crop, pictures: Pictures) -> dict[str, Any]:

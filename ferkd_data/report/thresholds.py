@@ -176,7 +176,8 @@ def _last(edges: npt.NDArray[Any], fits: npt.NDArray[np.bool_]) -> float:
 def _by_shares(total: Counts) -> Suggestion:
     shares = QuantileThresholds()
     found = shares.resolve(total)
-    low, mid, top = (round(value, 3) for value in (found.low, found.mid, found.top))
+    # Not rounded: of 20,000 classes many crops may lie within a thousandth.
+    low, mid, top = found.low, found.mid, found.top
     decided = "by shares of the crops, since no ground truth is known"
     clauses = [
         Clause(value=value, rule=f"{percent(share, 0)} of the crops lie below it", decided_by="share", decided=decided)

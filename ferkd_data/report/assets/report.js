@@ -8,9 +8,12 @@
   let thresholds = data.stored.values.slice();
   let which = data.stored.confidence;
 
+  const ROWS = ["below", "known", "right"];
   const counted = (row, threshold) => {
+    // Thresholds between two steps come from quantiles alone: a build's, or suggested ones.
+    const exact = data.exact[which].find((one) => one[0] === threshold);
+    if (exact) return exact[1 + ROWS.indexOf(row)];
     const at = Math.round(threshold * data.steps);
-    // A threshold between two steps, which only a build can have stored, is rounded to the nearest one.
     return data.confidence[which][row][Math.min(data.steps, Math.max(0, at))];
   };
   const edgesOf = (row, total) => [0, ...thresholds.map((t) => counted(row, t)), total];
@@ -19,7 +22,11 @@
     return data.buckets.map((_, i) => edges[i + 1] - edges[i]);
   };
   const bucketOf = (value, given) => given.filter((t) => value >= t).length;
-  const number = (value) => String(Number(value.toFixed(3)));
+  // In full where it lies between two steps: rounded, it would give other buckets.
+  const number = (value) => {
+    const rounded = Number(value.toFixed(3));
+    return String(Math.abs(rounded - value) < 1e-9 * value ? rounded : value);
+  };
 
   function drawHistogram() {
     const below = data.confidence[which].below, total = data.totals[which][0];
@@ -48,7 +55,7 @@
   }
 
   function fillTable() {
-    const [all, known, right] = ["below", "known", "right"].map((row, i) => differences(row, data.totals[which][i]));
+    const [all, known, right] = ROWS.map((row, i) => differences(row, data.totals[which][i]));
     const total = Math.max(1, data.totals[which][0]);
     const said = [];
     byId("buckets").querySelectorAll("tbody tr").forEach((row, i) => {

@@ -381,6 +381,16 @@ class _Binary:
         self.num_classes = 2
 
 
+def test_shares_are_those_of_the_crops_however_flat_the_teachers_are():
+    """Rounded to three digits, thresholds of very flat teachers had no crop below them, or all."""
+    p_max = np.linspace(0.0001, 0.002, 10_000)
+    sketch = sketch_of(p_max, np.zeros(len(p_max), bool))
+    sketch.confidence["max"][1:] = 0
+    found = suggest(sketch)
+    below = counts_below(sketch.confidence["max"][0], np.array([clause.value for clause in found.clauses]))
+    assert (below / len(p_max)).tolist() == pytest.approx([0.01, 0.03, 0.9], abs=0.005)
+
+
 def test_a_threshold_below_which_no_crop_lies_is_not_suggested():
     """Without crops, an accuracy test holds everywhere: low and mid were 1, and the next crop was discarded."""
     sure = suggest(sketch_of(np.ones(500), np.ones(500, bool)))

@@ -111,6 +111,23 @@ def test_sliders_say_what_crop_buckets_says(browser, page, hostile_labels, low, 
     assert option == f"--thresholds {low} {mid} {top}" + (" --confidence target" if confidence == "target" else "")
 
 
+@pytest.mark.parametrize("confidence", ["max", "target"])
+def test_thresholds_between_two_steps_of_the_sliders_are_exact(browser, photos, tiny_teachers, confidence, tmp_path):
+    """Those of quantiles were rounded to a thousandth: the page named other shares, and other thresholds to copy."""
+    thresholds = fd.QuantileThresholds(low=0.1, mid=0.3, top=0.6, confidence=confidence)
+    fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], crops=10, thresholds=thresholds, device="cpu")
+    labels = fd.open_labels(tmp_path / "out")
+    browser.open(fd.write_report(labels, tmp_path / "report.html").path)
+    stored = labels.manifest.thresholds.absolute()
+    assert any(value * 1000 % 1 for value in (stored.low, stored.mid, stored.top))
+    for _ in range(2):
+        assert bucket_rows(browser) == expected_rows(labels, stored)
+        line = browser.run("return document.getElementById('line').textContent")
+        assert eval(line, {"fd": fd}) == fd.Calibration(thresholds=stored)
+        browser.run("document.getElementById('use-suggested').click()")
+        browser.run("document.getElementById('use-stored').click()")
+
+
 def test_sliders_push_each_other_and_show_crops_that_move(browser, page):
     browser.open(page)
     shown = "return document.querySelectorAll('#moved li').length"
