@@ -88,13 +88,19 @@ def findings(labels: LabelSet, found: Collected, *, provisional: bool = False) -
         *_calibration(found),
         *_teachers(labels),
         *_calibrated_apart(teacher_reliability(labels)),
-        *_suspects(found),
+        *_suspects(found, guessing=_guessing(labels, found.sketch)),
         *_quality(labels, found),
         *_top_k(labels, found),
     ]
     order = ("warning", "good", "note")
     # Stable: within a level, findings keep the order above.
     return sorted(said, key=lambda finding: order.index(finding.level))
+
+
+def _guessing(labels: LabelSet, sketch: Sketch) -> bool:
+    """Whether the teachers name the ground truth no more often than a guess would."""
+    _, known, right = sketch.confidence["max"]
+    return bool(right.sum() < max(near_chance(labels.num_classes), 0.05) * known.sum())
 
 
 def _accuracy(labels: LabelSet, found: Collected) -> list[Finding]:
@@ -108,7 +114,7 @@ def _accuracy(labels: LabelSet, found: Collected) -> list[Finding]:
     share, chance = right.sum() / known.sum(), 1 / labels.num_classes
     enough, words = (0.75, "three quarters") if labels.num_classes == 2 else (0.5, "half")
     text = f"The teachers name the ground truth on {percent(share)} of the crops"
-    if share < max(near_chance(labels.num_classes), 0.05):
+    if _guessing(labels, found.sketch):
         text += (
             f", near chance ({percent(chance)}). Are the class numbers those of the teachers, and is their "
             "normalisation right? ferkd-data evaluate checks it."
@@ -128,12 +134,15 @@ def _buckets(labels: LabelSet, found: Collected) -> list[Finding]:
     """Say what the stored thresholds do, which ones are suggested, and where a bucket is too large or empty."""
     sketch, thresholds = found.sketch, labels.manifest.thresholds
     hard, moderate, _, easy = (sketch.buckets[0] / sketch.crops).tolist()
+    known = sketch.confidence["max"][1].any()
     said = [
         Finding(
             level="note",
             text=f"{percent(hard)} of the crops are below {thresholds.low:g}: ferkd discards them. "
-            f"{percent(moderate)} lie between {thresholds.low:g} and {thresholds.mid:g}: they get the softened ground "
-            "truth.",
+            f"{percent(moderate)} lie between {thresholds.low:g} and {thresholds.mid:g}: they "
+            + (
+                "get the softened ground truth." if known else "keep their soft labels, since no ground truth is known."
+            ),
             section="thresholds",
         ),
         Finding(level="note", text=suggest(sketch).summary, section="thresholds"),
@@ -152,9 +161,10 @@ def _buckets(labels: LabelSet, found: Collected) -> list[Finding]:
         said.append(Finding(level="note", text=text, section="thresholds"))
     none_in_use = int(sketch.in_use[0])
     if none_in_use:
+        target = "softened ground truth" if known else "soft label"
         text = (
             f"{_images(none_in_use)} no crop in use: all are extreme hard. ferkd discards crops only where "
-            "others are left, so it draws from these all the same, with the softened ground truth."
+            f"others are left, so it draws from these all the same, with the {target}."
         )
         said.append(Finding(level="note", text=text, section="quality"))
     return said
@@ -246,10 +256,16 @@ def _calibrated_apart(curves: list[Reliability]) -> list[Finding]:
     return said
 
 
-def _suspects(found: Collected) -> list[Finding]:
+def _suspects(found: Collected, *, guessing: bool) -> list[Finding]:
     count, sure = found.suspects.found, found.suspects.sure
     if not count:
         return []
+    if guessing:
+        text = (
+            f"{_images(count)} a ground truth in doubt by the rule below, which says nothing where the teachers name "
+            "the ground truth near chance."
+        )
+        return [Finding(level="note", text=text, section="suspects")]
     first = f" The first to look at is {found.suspects.worst()[0].image.key}."
     said = []
     if sure:

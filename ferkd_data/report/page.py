@@ -171,12 +171,17 @@ def facts(labels: LabelSet, found: Collected, hours: float | None) -> list[tuple
     thresholds = manifest.thresholds
     cost = f"{forwards:,} teacher forwards" + (f", {hours:,.1f} hours" if hours is not None else "")
     kind = "p_max" if thresholds.confidence == "max" else "the ground truth's probability"
+    layout: tuple[str, str] = ("Layout", manifest.layout)
+    # The files of a view hold more than it shows, and those of an ensemble are of one label set only.
+    if manifest.statistics.crops == sketch.crops:
+        each = f"{size / max(sketch.crops, 1):.1f} bytes per crop"
+        layout = ("Size", f"{size / 1e6:,.2f} MB, {each}, layout {manifest.layout}")
     return [
         ("Images", f"{sketch.images:,}" + (f", {manifest.rejects.rows:,} rejected" if manifest.rejects.rows else "")),
-        ("Crops", f"{sketch.crops:,}: {manifest.num_crops:,} of each image"),
+        ("Crops", f"{sketch.crops:,}: {labels.num_crops:,} of each image"),
         ("Classes", f"{manifest.num_classes:,}, of which {int((sketch.class_images > 0).sum()):,} have images"),
         ("Soft labels", f"the {manifest.top_k} most probable classes of each crop"),
-        ("Size", f"{size / 1e6:,.2f} MB, {size / max(sketch.crops, 1):.1f} bytes per crop, layout {manifest.layout}"),
+        layout,
         ("Cost", cost),
         *distributions(manifest),
         ("Thresholds", f"{thresholds.low:g}, {thresholds.mid:g}, {thresholds.top:g} on {kind}"),

@@ -42,7 +42,8 @@ def teacher_table(labels: LabelSet, sketch: Sketch) -> Table:
     )
     rows = []
     for i, teacher in enumerate(labels.manifest.teachers):
-        known = counted.teacher_top1_matches_target and counted.crops_with_target
+        # Counted over all crops that were labelled, of which fewer may be shown.
+        known = counted.teacher_top1_matches_target and counted.crops_with_target and counted.crops == sketch.crops
         right = percent(counted.teacher_top1_matches_target[i] / counted.crops_with_target) if known else "not counted"
         rows.append(
             [teacher.name, right, str(teacher.size), f"{teacher.weight:g}", f"{teacher.temperature:g}",
@@ -210,7 +211,8 @@ def epoch_table(sketch: Sketch) -> Table:
     # Over images with crops in use, as the caption says: the others get the softened ground truth.
     used = max(sketch.images - int(sketch.in_use[0]), 1)
     ferkd = sketch.epoch_share / used
-    uses = ("discarded", "softened ground truth", "soft label", "soft label")
+    softened = "softened ground truth" if sketch.confidence["max"][1].any() else "soft label"
+    uses = ("discarded", softened, "soft label", "soft label")
     rows = [
         [BUCKET_TITLES[name], percent(float(fkd[i])), "soft label", percent(float(ferkd[i])), uses[i]]
         for i, name in enumerate(BUCKETS)

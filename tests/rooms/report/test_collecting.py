@@ -374,6 +374,19 @@ def test_guessing_one_of_two_classes_is_near_chance_and_most_crops_right_are_not
     assert levels == [("warning", True, False), ("note", False, True), ("good", False, False)]
 
 
+def test_teachers_that_guess_put_no_ground_truth_in_doubt(tmp_path, make_greys, tiny_teachers):
+    """With classes in another order, nearly every image was said to have a ground truth that is surely wrong."""
+    greys, out = make_greys(tmp_path / "greys", 3), tmp_path / "out"
+    for old, new in (("class0", "x"), ("class1", "class0"), ("class2", "class1"), ("x", "class2")):
+        (greys / old).rename(greys / new)
+    fd.build(greys, out, teachers=["python:ferkd_tiny_teachers:brightness_of_three"], crops=4, top_k=2, device="cpu")
+    labels = fd.open_labels(out)
+    said = findings(labels, collect(labels))
+    assert any("near chance" in one.text for one in said if one.level == "warning")
+    assert [one.level for one in said if one.section == "suspects"] == ["note"]
+    assert not any("surely wrong" in one.text for one in said)
+
+
 class _Binary:
     """Stands in for a label set of two classes, of which the finding reads nothing else."""
 
@@ -436,6 +449,7 @@ def test_without_ground_truth_everything_still_works(tmp_path, make_photos, tiny
     assert (result.images, result.suspects, result.pictures) == (6, 0, "")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "No ground truth is known" in text and "by shares of the crops" in text
+    assert "keep their soft labels, since no ground truth is known" in text and "they get the softened" not in text
 
 
 def right_on(share: float, num_images: int = 300, start: int = 0) -> ShardLabels:

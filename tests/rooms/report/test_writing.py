@@ -14,8 +14,10 @@ import pytest
 
 import ferkd_data as fd
 from ferkd_data.errors import BuildError, MissingExtraError, UsageError
+from ferkd_data.report.collect import collect
 from ferkd_data.report.make import hours_of
-from ferkd_data.report.page import asset, inert_json, policy
+from ferkd_data.report.page import asset, facts, inert_json, policy
+from ferkd_data.report.tables import teacher_table
 from ferkd_data_cli.main import run
 
 
@@ -274,6 +276,24 @@ def test_build_command_with_a_report(tmp_path, photos, tiny_teachers):
     command = ["build", photos, tmp_path / "out", "--teacher", tiny_teachers, "--crops", 4, "--top-k", 2]
     assert run([*map(str, command), "--device", "cpu", "--report", str(file)]) == 0
     assert file.read_text(encoding="utf-8").count("data:image/jpeg") > 20
+
+
+def test_facts_of_a_part_are_not_those_of_the_whole(label_set):
+    """Bytes per crop were all files' bytes by the crops shown, and `700: 23 of each image` stood for 7 of each."""
+    whole = fd.open_labels(label_set)
+    few = fd.open_labels(label_set, crops=4)
+    told = {}
+    for name, labels in (("whole", whole), ("few", few), ("view", whole.select(rows=range(3)))):
+        found = collect(labels)
+        told[name] = dict(facts(labels, found, None))
+        right = [row[1] for row in teacher_table(labels, found.sketch).rows]
+        assert ("not counted" in right) is (name != "whole")
+    size = sum(file.bytes for shard in whole.manifest.shards for file in shard.files)
+    assert f"{size / 200:.1f} bytes per crop" in told["whole"]["Size"] and told["whole"]["Crops"].startswith(
+        "200: 10 of"
+    )
+    assert told["few"]["Crops"] == "80: 4 of each image" and told["view"]["Crops"] == "30: 10 of each image"
+    assert not {"Size"} & {*told["few"], *told["view"]}
 
 
 def test_views_and_ensembles_have_reports(label_set, tar_label_set, photos, tmp_path):
