@@ -40,7 +40,7 @@ from .terminal import say
 DONE_WITH_REJECTS = 3
 
 
-SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
+SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresholds()
 """The defaults of the options, written once: in the library."""
 
 
@@ -122,7 +122,7 @@ SETTINGS, RESOURCES = fd.BuildSettings(), fd.Resources()
 @grouped(
     "--thresholds",
     group=LABELS,
-    default="0.15 0.3 0.95",
+    default=" ".join(f"{value:g}" for value in (THRESHOLDS.low, THRESHOLDS.mid, THRESHOLDS.top)),
     show_default=True,
     metavar="LOW MID TOP",
     help="Bucket thresholds, or quantile:LOW,MID,TOP as shares of this label set's own crops. A loader can use others "

@@ -144,14 +144,14 @@ def _head(frame: Frame, room: int, ascii_only: bool) -> list[str]:
         return [frame.what]
     share = 1.0 if frame.total <= 0 else min(1.0, max(0.0, frame.done / frame.total))
     # Never 100 % before the end.
-    said = f"{int(100 * share):>3} %"
-    cells = min(BAR_CELLS, room - _cells(f"{frame.what}  {said} {frame.amount}"))
+    percent = f"{int(100 * share):>3} %"
+    cells = min(BAR_CELLS, room - _cells(f"{frame.what}  {percent} {frame.amount}"))
     # Narrower bars show nothing that the percentage does not.
     if cells < 4:
-        return [frame.what, said]
+        return [frame.what, percent]
     full = int(share * cells)
     marks = ("#", "-") if ascii_only else ("━", "╌")
-    return [frame.what, marks[0] * full + marks[1] * (cells - full), said]
+    return [frame.what, marks[0] * full + marks[1] * (cells - full), percent]
 
 
 def _fitted(parts: list[str], room: int, between: str, *, first: str = "") -> str:

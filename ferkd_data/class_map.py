@@ -227,19 +227,19 @@ def make_class_map(
     names: Sequence[str] | None = None,
 ) -> ClassMap:
     """Make a class map from what users write (see `LabelSet.map_classes`). Raises UsageError."""
-    new, said = _new_classes(classes, num_old, old_names)
+    new, new_names = _new_classes(classes, num_old, old_names)
     if names is not None:
-        said = list(names)
+        new_names = list(names)
     largest = int(new.max(initial=DROPPED)) + 1
     if num_classes is None:
-        num_classes = max(largest, len(said or ()))
+        num_classes = max(largest, len(new_names or ()))
     if not largest <= num_classes <= MAX_NEW_CLASSES:
         raise UsageError(f"num_classes must be above {largest - 1}, which is a class of this map; got {num_classes}")
-    if said is None and old_names is not None:
-        said = _inherited(new, num_classes, old_names)
-    if said is not None and names is None:
-        said += [f"class {number}" for number in range(len(said), num_classes)]
-    return ClassMap(new=new, num_classes=num_classes, names=None if said is None else tuple(said))
+    if new_names is None and old_names is not None:
+        new_names = _inherited(new, num_classes, old_names)
+    if new_names is not None and names is None:
+        new_names += [f"class {number}" for number in range(len(new_names), num_classes)]
+    return ClassMap(new=new, num_classes=num_classes, names=None if new_names is None else tuple(new_names))
 
 
 def class_numbers(classes: Any, *, num_classes: int, names: Sequence[str] | None) -> Ints:
@@ -289,10 +289,10 @@ def _new_classes(classes: NewClasses, num_old: int, old_names: Sequence[str] | N
         old = class_numbers(list(classes), num_classes=num_old, names=old_names)
         if len(set(old.tolist())) < len(old):
             raise UsageError("this class map names an old class twice, once by its number and once by its name")
-        numbers, said = _numbered(list(classes.values()))
+        numbers, new_names = _numbered(list(classes.values()))
         new = np.full(num_old, DROPPED, np.int64)
         new[old] = numbers
-        return new, said
+        return new, new_names
     if isinstance(classes, str):
         raise UsageError(f"a class map is a dict, a list of new classes or a list of class names, got {classes!r}")
     given = classes.tolist() if hasattr(classes, "tolist") else list(classes)

@@ -256,18 +256,16 @@ def _score(name: str, prob_BC: Tensor, target: Tensor, published: float | None) 
     )
 
 
-def expected_calibration_error(
-    confidences: npt.NDArray[np.float32], right: npt.NDArray[np.bool_], bins: int = ECE_BINS
-) -> float:
-    """Compute the ECE of predictions (B,): the mean over equal bins of |accuracy - confidence|, weighted by their size.
+def expected_calibration_error(confidences: npt.NDArray[np.float32], right: npt.NDArray[np.bool_]) -> float:
+    """Compute the ECE of predictions (B,): |accuracy - confidence| of ECE_BINS equal bins, weighted by their size.
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
     """
     # A confidence of 1 belongs to the last bin.
-    which = np.minimum((confidences * bins).astype(int), bins - 1)
+    which = np.minimum((confidences * ECE_BINS).astype(int), ECE_BINS - 1)
     gaps = [
         abs(float(right[which == b].mean()) - float(confidences[which == b].mean())) * (which == b).mean()
-        for b in range(bins)
+        for b in range(ECE_BINS)
         if (which == b).any()
     ]
     return float(sum(gaps))

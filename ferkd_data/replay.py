@@ -189,7 +189,7 @@ def _resized(image_CHW: Tensor, filters: _Filters) -> Tensor:
     num, size, taps = down.shape
     # Padding without weight on the right and below: room for all taps, and rows whose length suits tensor cores.
     height, width = image_CHW.shape[1:]
-    padded_h, padded_w = _multiple(height + taps), _multiple(width + taps)
+    padded_h, padded_w = _multiple_of_8(height + taps), _multiple_of_8(width + taps)
     rows_CHW = across_weight.new_zeros((3, padded_h, padded_w))
     rows_CHW[:, :height, :width] = image_CHW
     across_NSW = across_weight.new_zeros((num, size, padded_w)).scatter_(2, across, across_weight)
@@ -241,8 +241,8 @@ def num_taps(length: int, size: int, interpolation: Interpolation) -> int:
     return int(2 * RADIUS[interpolation] * max(1.0, length / size) + 1.5) + 1
 
 
-def _multiple(length: int, of: int = 8) -> int:
-    return -(-length // of) * of
+def _multiple_of_8(length: int) -> int:
+    return -(-length // 8) * 8
 
 
 def _triangle(distance: Tensor) -> Tensor:

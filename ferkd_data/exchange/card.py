@@ -9,7 +9,7 @@ from ferkd_data.crop_kinds import kind_starts
 from ferkd_data.crops import CropDistribution
 from ferkd_data.exchange.card_facts import CardFields, Contents, check_fields, columns_table, mark, read_contents
 from ferkd_data.exchange.front_matter import front_matter, loading
-from ferkd_data.format.manifest import CropDistributionEntry, Manifest
+from ferkd_data.format.manifest import UNKNOWN_SHA256, CropDistributionEntry, Manifest
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.statistics import summarise
 
@@ -136,7 +136,7 @@ def _teachers(manifest: Manifest) -> str:
         if statistics.crops_with_target and len(statistics.teacher_top1_matches_target) > number:
             right = f"{statistics.teacher_top1_matches_target[number] / statistics.crops_with_target:.1%}"
         # Imports write zeros: other formats do not say which weights were used.
-        digest = "unknown" if set(teacher.digest) == {"0"} else f"`{teacher.digest[:16]}`"
+        digest = "unknown" if teacher.digest == UNKNOWN_SHA256 else f"`{teacher.digest[:16]}`"
         rows.append(
             f"| {_code(teacher.name)} | {teacher.size} px {teacher.interpolation} | {teacher.weight:g} | "
             f"{teacher.temperature:g} | {right} | {digest} |"

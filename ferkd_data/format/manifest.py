@@ -47,6 +47,8 @@ IMAGE_BYTES, CROP_BYTES = 32, 12
 REJECT_BYTES = 32
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1024
 """Bytes of a file's name, and of a path, that every file system and object store accepts."""
+UNKNOWN_SHA256 = "0" * 64
+"""Digest where none is known, such as that of a teacher whose labels were imported."""
 PIXELS = "decoded raster, converted to RGB; EXIF orientation ignored"
 
 RECORDED_OPERATIONS = "recorded-operations-1"

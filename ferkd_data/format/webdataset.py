@@ -19,12 +19,11 @@ import numpy as np
 from ferkd_data.errors import ImageError, ShardError
 from ferkd_data.format import crop_arrays
 from ferkd_data.images.decode import image_extension, image_size
+from ferkd_data.images.tars import TAR_ERRORS
 from ferkd_data.labels.rows import NO_OPERATIONS, UNKNOWN_TARGET, ImageLabels, shard_folder
 from ferkd_data.storage import image_digest
 
 MEMBER_MODE = 0o444
-TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
-"""Errors of tarfile for malformed headers."""
 
 
 def file_name(shard: int) -> str:

@@ -48,7 +48,7 @@ NUMBER = re.compile(r"[-+]?\d{1,18}")
 """Whole numbers within int64; longer ones are texts, which name no class."""
 MAX_TARGET_BYTES = 2**20
 """Bytes of a label member that are read: a hostile one may have gigabytes."""
-DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
+TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
 """Errors that tarfile raises for damaged or hostile headers, such as absurd sizes and endless nesting."""
 
 
@@ -154,7 +154,7 @@ class TarSource:
             raise SourceError(
                 f"{name}: not an uncompressed tar, or damaged ({error}); unpack compressed tars first"
             ) from error
-        except DAMAGE as error:
+        except TAR_ERRORS as error:
             raise SourceError(f"{name}: cannot be read as a tar ({str(error) or type(error).__name__})") from error
 
     def _belongs_to_a_sample(self, tar: str, member: tarfile.TarInfo, suffix: str, stream: ReopeningFile) -> bool:

@@ -78,8 +78,8 @@ class ReinforcedFiles:
     @property
     def teachers(self) -> tuple[TeacherEntry, ...]:
         """The teachers that the configuration names; the probabilities of several were averaged."""
-        said = self.config.get("teacher", {})
-        named = self.teacher or said.get("name") or said.get("arch") or "unknown"
+        entry = self.config.get("teacher", {})
+        named = self.teacher or entry.get("name") or entry.get("arch") or "unknown"
         # An ensemble is a list of names, or one text with commas.
         names = named.split(",") if isinstance(named, str) else [str(name) for name in named]
         size = self.transforms[CROP]["size"]

@@ -13,14 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data.errors import ForeignFileError
-from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
+from ferkd_data.format.manifest import UNKNOWN_SHA256, CropDistributionEntry, TeacherEntry
 from ferkd_data.labels.buckets import Thresholds, buckets_of
-from ferkd_data.labels.rows import UNKNOWN_TARGET, ImageLabels, class_index_dtype
-from ferkd_data.labels.soft_labels import CLASS_BITS
+from ferkd_data.labels.rows import UNKNOWN_TARGET, ImageLabels, class_index_dtype, rank_of
 
 HIGHEST_TOTAL = 1 + 1e-3
 """Largest sum of a crop's probabilities that rounding explains."""
-UNKNOWN_DIGEST = "0" * 64
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -83,7 +81,7 @@ def foreign_teacher(
         spec=spec,
         name=name,
         # Zeros, which no digest is: readers show such weights as unknown.
-        digest=UNKNOWN_DIGEST,
+        digest=UNKNOWN_SHA256,
         num_classes=num_classes,
         size=size,
         interpolation=interpolation,
@@ -144,9 +142,7 @@ def to_row(
     """Make a row of a label set. The ground truth's probability is unknown where it was cut off."""
     # Rounded first and sorted after: two probabilities that float16 makes equal must be in the order of their classes.
     stored = labels.class_prob.clip(0, 1).astype(np.float16)
-    # Descending by the stored probability, ties by class: float16 patterns of 0..1 are in the order of their values.
-    rank = stored.view(np.int16).astype(np.int64) << CLASS_BITS
-    order = np.argsort(-(rank - labels.class_index), axis=1, kind="stable")
+    order = np.argsort(-rank_of(stored, labels.class_index), axis=1, kind="stable")
     index = np.take_along_axis(labels.class_index, order, axis=1)
     prob = np.take_along_axis(stored, order, axis=1)
     is_target = index == target

@@ -13,6 +13,7 @@ from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import ForeignFileError, ImageError, ShardError, UsageError, check_at_least
 from ferkd_data.format import out_folder
 from ferkd_data.format.manifest import (
+    UNKNOWN_SHA256,
     CreatedBy,
     Manifest,
     RejectsEntry,
@@ -378,7 +379,7 @@ class _Import:
                 description=f"imported from {self.files.format}'s files, images: {self.source.description}",
                 images_seen=num_images + rejects.rows,
                 # There was no plan. Zeros match no build's, so that nothing is taken for an extension of this set.
-                plan_sha256="0" * 64,
+                plan_sha256=UNKNOWN_SHA256,
             ),
             shards=shards,
             rejects=rejects,

@@ -23,11 +23,10 @@ from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.format.manifest import FileEntry, TeacherEntry
 from ferkd_data.label_set.reader import RowReader, VerifyLabels
 from ferkd_data.labels.buckets import Thresholds, buckets_of
-from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels, class_index_dtype
+from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels, class_index_dtype, rank_of
 from ferkd_data.labels.statistics import Statistics
 from ferkd_data.storage import OpenFile
 
-CLASS_BITS = 24
 CROPS_AT_ONCE = 16384
 SAME_FIELDS = ("image_digest", "height", "width", "target", "boxes", "flip", "operations")
 
@@ -71,7 +70,7 @@ def merge_labels(
     for start in range(0, len(target), CROPS_AT_ONCE):
         rows = slice(start, start + CROPS_AT_ONCE)
         members = [
-            _told(index[rows], prob[rows], target[rows], known[rows], num_classes)
+            _with_target(index[rows], prob[rows], target[rows], known[rows], num_classes)
             for (index, prob), known in zip(flat, target_probs, strict=True)
         ]
         pieces.append(_mean(members, shares, top_k))
@@ -117,7 +116,7 @@ class _Distributions:
     """(M,): the mass of which only the sum is known."""
 
 
-def _told(
+def _with_target(
     index: npt.NDArray[Any],
     prob: npt.NDArray[np.float16],
     target: npt.NDArray[np.int32],
@@ -151,9 +150,7 @@ def _mean(
         kept = np.where(found, one.prob[:, None, :], 0).sum(axis=2)
         mean += share * np.where(found.any(axis=2), kept, one.rest[:, None])
     stored = mean.astype(np.float16)
-    # As labels.soft_labels ranks: by the stored bits, ties by class.
-    rank = stored.view(np.int16).astype(np.int64) << CLASS_BITS
-    rank += (1 << CLASS_BITS) - 1 - candidates
+    rank = rank_of(stored, candidates)
     # Below every real rank, as bit patterns of probabilities are not negative. -1 stands for "no ground truth to add".
     rank[again | (candidates < 0)] = -1
     best = np.argsort(-rank, axis=1, kind="stable")[:, :top_k]

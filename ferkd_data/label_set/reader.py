@@ -147,10 +147,10 @@ class StoredReader:
         # One block has no other that it could contradict, and hashing its keys would cost for nothing.
         if len(entry.files) == 1:
             return
-        said = identity_of_images(labels)
+        digest = identity_of_images(labels)
         # Threads may read blocks of one shard at the same time: setdefault is atomic, so that all compare with one.
-        first, known = self._images.setdefault(shard, (block, said))
-        if said != known:
+        first, known = self._images.setdefault(shard, (block, digest))
+        if digest != known:
             raise ShardError(
                 f"{self.location}/{entry.files[block].path}: the keys, digests, sizes or targets of its images are not "
                 f"those of {entry.files[first].path}; do not train on this label set"

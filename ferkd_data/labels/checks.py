@@ -124,8 +124,8 @@ def refusing_rules(num_classes: int) -> Rules:
             twice |= (c.index[apart:] == c.index[:-apart]).any(axis=0)
         yield Rule("class_index", twice, "{value} names a class twice", "name a class twice")
         yield from _probability_rules(c)
-        said = c.target_prob
-        outside = (said >= NUM_FLOAT16) & ~_is_nan(said)
+        target_prob = c.target_prob
+        outside = (target_prob >= NUM_FLOAT16) & ~_is_nan(target_prob)
         yield Rule("target_prob", outside, "{value} is not in 0..1", "is not in 0..1")
         unknown = f"is none of the {len(BUCKETS)} buckets"
         yield Rule("bucket", c.bucket >= len(BUCKETS), f"{{value}} {WRONG_BUCKET}", unknown)
@@ -188,7 +188,7 @@ def agreement_rules(num_classes: int, thresholds: Thresholds) -> Rules:
 
 
 def _target_rules(c: _Columns, num_classes: int) -> Iterator[Rule]:
-    said, absent = c.target_prob, _is_nan(c.target_prob)
+    target_prob, absent = c.target_prob, _is_nan(c.target_prob)
     unknown = c.target == UNKNOWN_TARGET
     yield Rule("target_prob", unknown & ~absent, "{value}, though the ground truth is unknown")
     # A target that is no class may look like one when it is cut to the size of class_index.
@@ -197,9 +197,9 @@ def _target_rules(c: _Columns, num_classes: int) -> Iterator[Rule]:
     kept = is_target.any(axis=0)
     # Labels imported from elsewhere do not know it where the ground truth was cut off.
     yield Rule("target_prob", kept & absent, "is null, though the ground truth is among the classes kept")
-    other = (is_target & (c.prob != said)).any(axis=0) & ~absent
+    other = (is_target & (c.prob != target_prob)).any(axis=0) & ~absent
     yield Rule("target_prob", other, "{value} is not the probability of this class in class_prob")
-    above = known & ~kept & (said > c.prob[-1]) & (said < NUM_FLOAT16) & (c.prob[-1] < NUM_FLOAT16)
+    above = known & ~kept & (target_prob > c.prob[-1]) & (target_prob < NUM_FLOAT16) & (c.prob[-1] < NUM_FLOAT16)
     yield Rule("target_prob", above, "{value} is more than the least probability that was kept")
 
 

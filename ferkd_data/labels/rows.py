@@ -19,8 +19,19 @@ UNKNOWN_TARGET = -1
 SHARDS_PER_FOLDER = 500
 """Image shards whose files lie in one folder. The hub takes 10,000 files in each, so 20 crop blocks fit."""
 DIGEST_BYTES = 16
+CLASS_BITS = 24
+"""Bits that hold any class number."""
 NO_OPERATIONS: npt.NDArray[np.uint16] = np.empty((0, 0), np.uint16)
 """Default of rows without recorded operations (W = 0). It is replaced by an array of the rows' own shape."""
+
+
+def rank_of(prob: npt.NDArray[np.float16], index: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return integers that rank classes by their stored probability, and equal probabilities by the smaller class.
+
+    Bits of non-negative floats sort like the floats; the lower bits hold (most classes - class).
+    """
+    rank = prob.view(np.int16).astype(np.int64) << CLASS_BITS
+    return rank + ((1 << CLASS_BITS) - 1 - index.astype(np.int64))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

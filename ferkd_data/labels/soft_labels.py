@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from ferkd_data.errors import TeacherError, UsageError
-from ferkd_data.labels.rows import UNKNOWN_TARGET, class_index_dtype
+from ferkd_data.labels.rows import CLASS_BITS, UNKNOWN_TARGET, class_index_dtype
 
 EnsembleMode: TypeAlias = Literal["mean", "logits", "geometric"]
 
 
-CLASS_BITS = 24
 """Bits of the ranking key that hold the class: 16.7 million classes."""
 
 
@@ -115,8 +114,7 @@ def soft_labels(prob_BC: Tensor, target_B: Tensor, *, top_k: int) -> DeviceLabel
     if not 1 <= top_k <= num_classes:
         raise UsageError(f"top_k must be 1..{num_classes}, the number of classes; got {top_k}")
     stored = prob_BC.to(torch.float16)
-    # Bits of non-negative floats sort like the floats. With (most classes - class) in the lower bits, one integer
-    # ranks by probability, and equal probabilities by the smaller class.
+    # As `rows.rank_of`, on the device.
     rank = stored.view(torch.int16).to(torch.int64) << CLASS_BITS
     rank += (1 << CLASS_BITS) - 1 - torch.arange(num_classes, device=prob_BC.device)
     best = rank.topk(top_k, dim=1, sorted=True).values

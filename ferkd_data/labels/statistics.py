@@ -117,7 +117,7 @@ def crop_statistics(
 ) -> Statistics:
     """Return the statistics of columns class_index, class_prob (R, N, k); target_prob, bucket (R, N); target (R,)."""
     known = target != UNKNOWN_TARGET
-    said = target_prob if known.all() else target_prob[known]
+    with_target = target_prob if known.all() else target_prob[known]
     num_crops = target_prob.shape[1]
     return Statistics(
         crops=target_prob.size,
@@ -126,7 +126,7 @@ def crop_statistics(
         crops_with_target=int(known.sum()) * num_crops,
         # No class is numbered -1, so crops without a target never match.
         top1_matches_target=int((class_index[..., 0] == target[:, None]).sum()),
-        target_prob_sum=_total(np.where(np.isnan(said), np.float16(0), said)),
+        target_prob_sum=_total(np.where(np.isnan(with_target), np.float16(0), with_target)),
         kept_prob_sum=_total(class_prob),
     )
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 
 from ferkd_data.calibration import CalibrationSetting, calibration_at
+from ferkd_data.crop_kinds import MAX_SIZE
 from ferkd_data.errors import UsageError
 from ferkd_data.loader.kinds import KindOfBatch
 from ferkd_data.loader.order import OrderKind, check_order
@@ -103,7 +104,6 @@ AT_LEAST = {
 """The smallest value of each setting that counts something."""
 WHOLE_NUMBERS = (*AT_LEAST, "size", "seed")
 SWITCHES = ("drop_last", "pin_memory", "keys", "log_stats")
-MAX_SIZE = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,11 +267,11 @@ def epoch_number(epoch: Any) -> int:
     return number
 
 
-def counted(name: str, value: Any, least: int = 1) -> int:
-    """Return a setting that counts something, as a plain int. Raises UsageError for less than `least`."""
+def counted(name: str, value: Any) -> int:
+    """Return a setting that counts something, as a plain int. Raises UsageError for less than 1."""
     number = _whole_number(name, value)
-    if number < least:
-        raise UsageError(f"{name} must be at least {least}, got {number}")
+    if number < 1:
+        raise UsageError(f"{name} must be at least 1, got {number}")
     return number
 
 

@@ -265,9 +265,9 @@ def _cause(error: Exception) -> BaseException:
 
 def _of_tls(cause: BaseException, url: str, host: str) -> RemoteError | Transient:
     if isinstance(cause, ssl.SSLCertVerificationError):
-        said = cause.verify_message or _short(cause)
+        reason = cause.verify_message or _short(cause)
         return RemoteError(
-            f"{url}: the certificate of {host} is not trusted ({said}); add its authority to the system's, "
+            f"{url}: the certificate of {host} is not trusted ({reason}); add its authority to the system's, "
             "or name a file of authorities in SSL_CERT_FILE"
         )
     if isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError, TimeoutError)):

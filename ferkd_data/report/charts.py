@@ -72,10 +72,10 @@ def _number(value: object) -> object:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 
-def svg(height: int, parts: Sequence[Markup], title: str, width: int = WIDTH) -> Markup:
+def svg(height: int, parts: Sequence[Markup], title: str) -> Markup:
     """Write the SVG of a chart, with its title for screen readers."""
     content = tag("title", escape(title)) + Markup("").join(parts)
-    return tag("svg", content, viewBox=f"0 0 {width} {height}", role="img", class_="chart", aria_label=title)
+    return tag("svg", content, viewBox=f"0 0 {WIDTH} {height}", role="img", class_="chart", aria_label=title)
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -346,4 +346,4 @@ def boxes_picture(
                     font_size=font)
             )  # fmt: skip
     content = tag("title", escape(title)) + Markup("").join(parts)
-    return tag("svg", content, viewBox=f"0 0 {width} {height}", role="img", class_="photo", aria_label=title)
+    return tag("svg", content, viewBox=f"0 0 {WIDTH} {height}", role="img", class_="photo", aria_label=title)

@@ -13,6 +13,7 @@ from ferkd_data.builder.state import BuildFolder
 from ferkd_data.errors import BuildError
 from ferkd_data.format.manifest import (
     FILE_NAME,
+    UNKNOWN_SHA256,
     RejectsEntry,
     ShardEntry,
 )
@@ -23,8 +24,6 @@ from ferkd_data.labels.buckets import Thresholds
 from ferkd_data.labels.statistics import Statistics
 from ferkd_data.remote import is_remote
 from ferkd_data.report.collect import Collected, Collector
-
-NO_DIGEST = "0" * 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +113,7 @@ class Unfinished:
         )
         contents = SealedContents(
             shards=tuple(self._entries),
-            rejects=RejectsEntry(path=REJECTS_NAME, rows=self._rejects, bytes=0, sha256=NO_DIGEST),
+            rejects=RejectsEntry(path=REJECTS_NAME, rows=self._rejects, bytes=0, sha256=UNKNOWN_SHA256),
             images_seen=sum(entry.rows for entry in self._entries) + self._rejects,
             statistics=self._statistics,
             thresholds=Thresholds(low=low, mid=mid, top=top, confidence=asked.confidence),

@@ -29,14 +29,13 @@ class JsonLog:
     the log cannot be written any more, that is said once on stderr. Raises UsageError where it cannot be opened.
     """
 
-    def __init__(self, path: Path, progress_seconds: float = PROGRESS_SECONDS) -> None:
+    def __init__(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
         except OSError as error:
             raise UsageError(f"log {path}: cannot be opened ({error.strerror})") from error
         self._path = path
-        self._progress_seconds = progress_seconds
         self._opened = time.monotonic()
         self._logged_progress = float("-inf")
         self._progress: Progress | None = None
@@ -47,7 +46,7 @@ class JsonLog:
         now = time.monotonic()
         if isinstance(event, Progress):
             self._progress = event
-            if now - self._logged_progress < self._progress_seconds:
+            if now - self._logged_progress < PROGRESS_SECONDS:
                 return
             self._logged_progress = now
         # The last progress, which the interval held back, belongs before the end.

@@ -12,7 +12,6 @@ from ferkd_data.builder.shard_files import ShardRecord
 from ferkd_data.builder.watch.events import (
     BatchHalved,
     ImageRejected,
-    OnProgress,
     Progress,
     ShardDone,
     Watcher,
@@ -20,8 +19,6 @@ from ferkd_data.builder.watch.events import (
     WorkerProgress,
     WorkerStarted,
 )
-
-__all__ = ["OnProgress", "Progress", "ProgressCounter", "WorkerProgress"]
 
 RATE_SECONDS = 60.0
 """Length of the time over which a worker's rate is taken."""
