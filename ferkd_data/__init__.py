@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from ferkd_data.exchange.pull import pull as pull
     from ferkd_data.exchange.verify import verify as verify
     from ferkd_data.format.progress import TransferProgress as TransferProgress
+    from ferkd_data.importers.dataset_reinforcement import import_dr as import_dr
     from ferkd_data.importers.fkd import FkdTeacher as FkdTeacher
+    from ferkd_data.importers.fkd import import_fkd as import_fkd
     from ferkd_data.importers.fkd_export import export_fkd as export_fkd
-    from ferkd_data.importers.import_labels import import_dr as import_dr
-    from ferkd_data.importers.import_labels import import_fkd as import_fkd
-    from ferkd_data.importers.import_labels import import_relabel as import_relabel
+    from ferkd_data.importers.relabel_maps import import_relabel as import_relabel
     from ferkd_data.label_set import LabelSet as LabelSet
     from ferkd_data.label_set import open_labels as open_labels
     from ferkd_data.labels.buckets import QuantileThresholds as QuantileThresholds
@@ -98,9 +98,9 @@ _EXPORTS: dict[str, str] = {
     "convert": "exchange.convert",
     "export_fkd": "importers.fkd_export",
     "export_teacher": "bench",
-    "import_dr": "importers.import_labels",
-    "import_fkd": "importers.import_labels",
-    "import_relabel": "importers.import_labels",
+    "import_dr": "importers.dataset_reinforcement",
+    "import_fkd": "importers.fkd",
+    "import_relabel": "importers.relabel_maps",
     "merge": "exchange.merge",
     "TransferProgress": "format.progress",
     "publish": "exchange.publish",

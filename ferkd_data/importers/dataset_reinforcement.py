@@ -16,8 +16,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ferkd_data.errors import ForeignFileError, UsageError
-from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
+from ferkd_data.errors import ForeignFileError, UsageError, check_at_least
+from ferkd_data.format.manifest import CropDistributionEntry, Manifest, TeacherEntry, check_limits
+from ferkd_data.format.progress import OnProgress
+from ferkd_data.images import FolderSource, open_source
 from ferkd_data.importers.foreign_arrays import load_arrays
 from ferkd_data.importers.foreign_labels import (
     ForeignLabels,
@@ -26,6 +28,7 @@ from ferkd_data.importers.foreign_labels import (
     foreign_teacher,
     whole_class_numbers,
 )
+from ferkd_data.importers.import_labels import run_import
 from ferkd_data.storage import read_text
 
 CONFIG = "config.pth.tar"
@@ -213,3 +216,51 @@ def listed_ids(path: Path) -> dict[str, int]:
     if len(ids) != len(keys):
         raise UsageError(f"{path}: names a key twice")
     return ids
+
+
+def import_dr(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    images: str | Path,
+    ids: str | Path | None = None,
+    num_classes: int | None = None,
+    teacher: str | None = None,
+    crops_per_block: int = 50,
+    images_per_shard: int = 4096,
+    classes: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Manifest:
+    """Make a label set of layout parquet from Dataset Reinforcement's FOLDER/ID.pth.tar and FOLDER/config.pth.tar.
+
+    An ID is an image's number in torchvision's ImageFolder of the training set; with `ids`, the line of that text file
+    that holds the image's key. The configuration names the teachers and the number of classes unless these are given.
+
+    >>> fd.import_dr("imagenet_plus", "labels", images="imagenet/train")  # doctest: +SKIP
+
+    Raises SourceError; UsageError for crops that cannot be replayed (RandAugment, erasing, mixing) and when nothing can
+    be imported.
+    """
+    check_at_least(1, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
+    check_at_least(2, num_classes=num_classes)
+    check_limits(crops_per_block=crops_per_block, num_classes=num_classes)
+    source = open_source(images, classes=None if classes is None else Path(classes))
+    folder = Path(folder)
+    if ids is not None:
+        known = listed_ids(Path(ids))
+    elif isinstance(source, FolderSource) and source.class_folders is not None:
+        known = image_folder_ids(source.root, folder)
+    else:
+        raise UsageError(f"{images}: only a folder of class folders numbers its images; give a file of keys with --ids")
+    files = open_reinforced(folder, known, num_classes=num_classes, teacher=teacher)
+    settings = {"folder": str(folder.absolute()), "images": str(images), "ids": str(ids), "teacher": teacher}
+    return run_import(
+        files,
+        source,
+        Path(out),
+        crops_per_block=crops_per_block,
+        images_per_shard=images_per_shard,
+        settings=settings | {"num_classes": num_classes, "classes": str(classes)},
+        classes_given=classes is not None,
+        on_progress=on_progress,
+    )

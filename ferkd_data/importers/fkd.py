@@ -17,7 +17,10 @@ import numpy.typing as npt
 import torch
 
 from ferkd_data.errors import ForeignFileError, check_at_least
-from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
+from ferkd_data.format import out_folder
+from ferkd_data.format.manifest import CropDistributionEntry, Manifest, TeacherEntry, check_limits
+from ferkd_data.format.progress import OnProgress
+from ferkd_data.images import open_source
 from ferkd_data.importers.foreign_arrays import load_arrays
 from ferkd_data.importers.foreign_labels import (
     ForeignLabels,
@@ -26,6 +29,7 @@ from ferkd_data.importers.foreign_labels import (
     foreign_teacher,
     whole_class_numbers,
 )
+from ferkd_data.importers.import_labels import run_import
 from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.storage import inside
 
@@ -163,3 +167,48 @@ def write_arrays(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save([torch.from_numpy(part) for part in (coords, flip, soft)], path)
+
+
+def import_fkd(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    images: str | Path,
+    num_classes: int,
+    teacher: FkdTeacher,
+    top_k: int = 5,
+    crops_per_block: int = 50,
+    images_per_shard: int = 4096,
+    classes: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Manifest:
+    """Make a label set of layout parquet from FKD's files: FOLDER/KEY.tar for each image of `images`, such as
+    FOLDER/n01440764/n01440764_10026.tar.
+
+    `top_k` applies to full distributions; FKD's other label types keep the k they have. An image without labels or with
+    labels that cannot be read becomes a reject.
+
+    >>> teacher = fd.FkdTeacher(name="efficientnet_l2", size=475)
+    >>> fd.import_fkd("FKD", "labels", images="imagenet/train", num_classes=1000, teacher=teacher)  # doctest: +SKIP
+
+    Raises SourceError; UsageError for numbers that cannot be right, and when nothing can be imported.
+    """
+    check_at_least(1, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
+    check_at_least(2, num_classes=num_classes)
+    check_limits(top_k=top_k, crops_per_block=crops_per_block, num_classes=num_classes)
+    files = FkdFiles(folder=Path(folder), num_classes=num_classes, top_k=top_k, teacher=teacher)
+    # All that decides what is written: another value must not go on with, or take for done, what lies in OUT.
+    settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
+    settings |= {"teacher": f"{teacher.name} {teacher.size}", "classes": str(classes)}
+    settings |= {"num_classes": num_classes, "top_k": top_k}
+    source = open_source(images, classes=None if classes is None else Path(classes))
+    return run_import(
+        files,
+        source,
+        Path(out),
+        crops_per_block=crops_per_block,
+        images_per_shard=images_per_shard,
+        settings=settings,
+        classes_given=classes is not None,
+        on_progress=on_progress,
+    )

@@ -1,4 +1,4 @@
-"""`convert --from`: label files of other projects and their images, made into a label set of layout parquet."""
+"""Make a label set of layout parquet from another project's label files and their images, whatever the format."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ferkd_data
-from ferkd_data.crops import CropDistribution
-from ferkd_data.errors import ForeignFileError, ImageError, ShardError, UsageError, check_at_least
+from ferkd_data.errors import ForeignFileError, ImageError, ShardError, UsageError
 from ferkd_data.format import out_folder
 from ferkd_data.format.manifest import (
     UNKNOWN_SHA256,
@@ -20,25 +19,19 @@ from ferkd_data.format.manifest import (
     ShardEntry,
     SourceEntry,
     ThresholdsEntry,
-    check_limits,
 )
 from ferkd_data.format.progress import OnProgress, TransferProgress, with_files
 from ferkd_data.format.rejects import REJECTS_NAME, RejectWriter, rejects_entry
 from ferkd_data.format.writers import write_shard
 from ferkd_data.images import (
     DEFAULT_MAX_PIXELS,
-    FolderSource,
     ImageRef,
     ImageSource,
     Reject,
     image_size,
     in_groups,
-    open_source,
 )
-from ferkd_data.importers.dataset_reinforcement import image_folder_ids, listed_ids, open_reinforced
-from ferkd_data.importers.fkd import FkdFiles, FkdTeacher
 from ferkd_data.importers.foreign_labels import LabelFiles, to_row
-from ferkd_data.importers.relabel_maps import RelabelMaps
 from ferkd_data.labels import statistics
 from ferkd_data.labels.buckets import Thresholds
 from ferkd_data.labels.checks import check_rows
@@ -49,148 +42,32 @@ from ferkd_data.storage import image_digest, write_atomically
 from ferkd_data.teachers.probe import check_class_count
 
 
-def import_fkd(
-    folder: str | Path,
-    out: str | Path,
+def run_import(
+    files: LabelFiles,
+    source: ImageSource,
+    out: Path,
     *,
-    images: str | Path,
-    num_classes: int,
-    teacher: FkdTeacher,
-    top_k: int = 5,
-    crops_per_block: int = 50,
-    images_per_shard: int = 4096,
-    classes: str | Path | None = None,
-    on_progress: OnProgress | None = None,
+    crops_per_block: int,
+    images_per_shard: int,
+    settings: out_folder.Settings,
+    classes_given: bool,
+    on_progress: OnProgress | None,
 ) -> Manifest:
-    """Make a label set of layout parquet from FKD's files: FOLDER/KEY.tar for each image of `images`, such as
-    FOLDER/n01440764/n01440764_10026.tar.
+    """Write the label set `out` from another project's label files and their images; go on where a run was killed.
 
-    `top_k` applies to full distributions; FKD's other label types keep the k they have. An image without labels or with
-    labels that cannot be read becomes a reject.
-
-    >>> teacher = fd.FkdTeacher(name="efficientnet_l2", size=475)
-    >>> fd.import_fkd("FKD", "labels", images="imagenet/train", num_classes=1000, teacher=teacher)  # doctest: +SKIP
-
-    Raises SourceError; UsageError for numbers that cannot be right, and when nothing can be imported.
+    `settings` are those that a finished or interrupted import must share with this one, besides the format and shapes.
+    `classes_given`: class numbers come from a list that the user gave. Raises SourceError; UsageError where no image
+    has labels, and where the images' classes cannot be those of the labels.
     """
-    check_at_least(1, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
-    check_at_least(2, num_classes=num_classes)
-    check_limits(top_k=top_k, crops_per_block=crops_per_block, num_classes=num_classes)
-    files = FkdFiles(folder=Path(folder), num_classes=num_classes, top_k=top_k, teacher=teacher)
-    # All that decides what is written: another value must not go on with, or take for done, what lies in OUT.
-    settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
-    settings |= {"teacher": f"{teacher.name} {teacher.size}", "classes": str(classes)}
-    settings |= {"num_classes": num_classes, "top_k": top_k}
-    source = open_source(images, classes=None if classes is None else Path(classes))
     work = _Import(
         files=files,
         source=source,
         crops_per_block=crops_per_block,
         images_per_shard=images_per_shard,
         settings=settings,
-        classes_given=classes is not None,
+        classes_given=classes_given,
     )
-    return work.run(Path(out), on_progress)
-
-
-def import_dr(
-    folder: str | Path,
-    out: str | Path,
-    *,
-    images: str | Path,
-    ids: str | Path | None = None,
-    num_classes: int | None = None,
-    teacher: str | None = None,
-    crops_per_block: int = 50,
-    images_per_shard: int = 4096,
-    classes: str | Path | None = None,
-    on_progress: OnProgress | None = None,
-) -> Manifest:
-    """Make a label set of layout parquet from Dataset Reinforcement's FOLDER/ID.pth.tar and FOLDER/config.pth.tar.
-
-    An ID is an image's number in torchvision's ImageFolder of the training set; with `ids`, the line of that text file
-    that holds the image's key. The configuration names the teachers and the number of classes unless these are given.
-
-    >>> fd.import_dr("imagenet_plus", "labels", images="imagenet/train")  # doctest: +SKIP
-
-    Raises SourceError; UsageError for crops that cannot be replayed (RandAugment, erasing, mixing) and when nothing can
-    be imported.
-    """
-    check_at_least(1, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
-    check_at_least(2, num_classes=num_classes)
-    check_limits(crops_per_block=crops_per_block, num_classes=num_classes)
-    source = open_source(images, classes=None if classes is None else Path(classes))
-    folder = Path(folder)
-    if ids is not None:
-        known = listed_ids(Path(ids))
-    elif isinstance(source, FolderSource) and source.class_folders is not None:
-        known = image_folder_ids(source.root, folder)
-    else:
-        raise UsageError(f"{images}: only a folder of class folders numbers its images; give a file of keys with --ids")
-    files = open_reinforced(folder, known, num_classes=num_classes, teacher=teacher)
-    settings = {"folder": str(folder.absolute()), "images": str(images), "ids": str(ids), "teacher": teacher}
-    work = _Import(
-        files=files,
-        source=source,
-        crops_per_block=crops_per_block,
-        images_per_shard=images_per_shard,
-        settings=settings | {"num_classes": num_classes, "classes": str(classes)},
-        classes_given=classes is not None,
-    )
-    return work.run(Path(out), on_progress)
-
-
-def import_relabel(
-    folder: str | Path,
-    out: str | Path,
-    *,
-    images: str | Path,
-    crops: int = 200,
-    seed: int = 0,
-    distribution: CropDistribution | None = None,
-    num_classes: int = 1000,
-    top_k: int = 5,
-    crops_per_block: int = 50,
-    images_per_shard: int = 4096,
-    classes: str | Path | None = None,
-    on_progress: OnProgress | None = None,
-) -> Manifest:
-    """Make a label set of layout parquet from ReLabel's label maps, FOLDER/KEY.pt for each image, without a teacher.
-
-    `crops` crops of each image are drawn as `build` draws them, and labelled by pooling the map under each.
-
-    Raises SourceError; UsageError for numbers that cannot be right, and when nothing can be imported.
-
-    >>> fd.import_relabel("relabel_imagenet", "labels", images="imagenet/train", crops=100)  # doctest: +SKIP
-    """
-    check_at_least(1, crops=crops, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
-    check_at_least(2, num_classes=num_classes)
-    check_at_least(0, seed=seed)
-    check_limits(crops=crops, top_k=top_k, crops_per_block=crops_per_block, num_classes=num_classes)
-    # ReLabel's maps give a whole distribution, of which top_k classes are taken; the other formats cut at what they
-    # have.
-    if top_k > num_classes:
-        raise UsageError(f"top_k {top_k} is more than the {num_classes} classes")
-    files = RelabelMaps(
-        folder=Path(folder),
-        num_classes=num_classes,
-        top_k=top_k,
-        crops=crops,
-        seed=seed,
-        drawn=distribution or CropDistribution(),
-    )
-    source = open_source(images, classes=None if classes is None else Path(classes))
-    settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
-    settings |= {"crops": crops, "seed": seed, "distribution": repr(files.drawn), "classes": str(classes)}
-    work = _Import(
-        files=files,
-        source=source,
-        crops_per_block=crops_per_block,
-        images_per_shard=images_per_shard,
-        settings=settings | {"num_classes": num_classes, "top_k": top_k},
-        classes_given=classes is not None,
-    )
-    return work.run(Path(out), on_progress)
+    return work.run(out, on_progress)
 
 
 @dataclass(kw_only=True)

@@ -18,10 +18,14 @@ import numpy.typing as npt
 import torch
 
 from ferkd_data.crops import CropDistribution, draw_crops
-from ferkd_data.errors import ForeignFileError
-from ferkd_data.format.manifest import CropDistributionEntry, TeacherEntry
+from ferkd_data.errors import ForeignFileError, UsageError, check_at_least
+from ferkd_data.format import out_folder
+from ferkd_data.format.manifest import CropDistributionEntry, Manifest, TeacherEntry, check_limits
+from ferkd_data.format.progress import OnProgress
+from ferkd_data.images import open_source
 from ferkd_data.importers.foreign_arrays import load_arrays
 from ferkd_data.importers.foreign_labels import ForeignLabels, foreign_teacher
+from ferkd_data.importers.import_labels import run_import
 from ferkd_data.storage import inside
 
 
@@ -112,3 +116,57 @@ def pooled(
     logits_NC[:, torch.from_numpy(named)] = pooled_NU
     prob: npt.NDArray[np.float32] = logits_NC.softmax(dim=1).numpy()
     return prob
+
+
+def import_relabel(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    images: str | Path,
+    crops: int = 200,
+    seed: int = 0,
+    distribution: CropDistribution | None = None,
+    num_classes: int = 1000,
+    top_k: int = 5,
+    crops_per_block: int = 50,
+    images_per_shard: int = 4096,
+    classes: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Manifest:
+    """Make a label set of layout parquet from ReLabel's label maps, FOLDER/KEY.pt for each image, without a teacher.
+
+    `crops` crops of each image are drawn as `build` draws them, and labelled by pooling the map under each.
+
+    Raises SourceError; UsageError for numbers that cannot be right, and when nothing can be imported.
+
+    >>> fd.import_relabel("relabel_imagenet", "labels", images="imagenet/train", crops=100)  # doctest: +SKIP
+    """
+    check_at_least(1, crops=crops, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
+    check_at_least(2, num_classes=num_classes)
+    check_at_least(0, seed=seed)
+    check_limits(crops=crops, top_k=top_k, crops_per_block=crops_per_block, num_classes=num_classes)
+    # ReLabel's maps give a whole distribution, of which top_k classes are taken; the other formats cut at what they
+    # have.
+    if top_k > num_classes:
+        raise UsageError(f"top_k {top_k} is more than the {num_classes} classes")
+    files = RelabelMaps(
+        folder=Path(folder),
+        num_classes=num_classes,
+        top_k=top_k,
+        crops=crops,
+        seed=seed,
+        drawn=distribution or CropDistribution(),
+    )
+    source = open_source(images, classes=None if classes is None else Path(classes))
+    settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
+    settings |= {"crops": crops, "seed": seed, "distribution": repr(files.drawn), "classes": str(classes)}
+    return run_import(
+        files,
+        source,
+        Path(out),
+        crops_per_block=crops_per_block,
+        images_per_shard=images_per_shard,
+        settings=settings | {"num_classes": num_classes, "top_k": top_k},
+        classes_given=classes is not None,
+        on_progress=on_progress,
+    )

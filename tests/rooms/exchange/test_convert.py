@@ -21,7 +21,7 @@ import ferkd_data as fd
 from ferkd_data.errors import ForeignFileError, LabelSetError, UsageError
 from ferkd_data.format.out_folder import WORK
 from ferkd_data.images import Reject, open_source
-from ferkd_data.importers import import_labels
+from ferkd_data.importers import fkd
 from ferkd_data.importers.fkd import boxes_of
 from ferkd_data.importers.foreign_arrays import load_arrays
 from ferkd_data_cli.main import run
@@ -207,7 +207,7 @@ def test_rejects_go_to_their_file_and_not_into_memory(label_set, photos, tmp_pat
     fd.export_fkd(label_set, tmp_path / "fkd")
     peaks = {}
     for number in (5_000, 50_000):
-        monkeypatch.setattr(import_labels, "open_source", partial(many_rejects, number))
+        monkeypatch.setattr(fkd, "open_source", partial(many_rejects, number))
         tracemalloc.start()
         manifest = fd.import_fkd(
             tmp_path / "fkd", tmp_path / str(number), images=photos, num_classes=10, teacher=TEACHER
