@@ -20,7 +20,7 @@ SLOW = frozenset(
     rooms/exchange/test_hub rooms/exchange/test_publish_and_pull rooms/exchange/test_signing
     rooms/images/test_parquet_pages rooms/images/test_sources rooms/loader/test_batch_knowledge
     rooms/loader/test_crop_dataset rooms/loader/test_crop_loader rooms/loader/test_environments
-    rooms/loader/test_epoch_settings rooms/loader/test_epochs rooms/loader/test_image_table rooms/loader/test_kinds
+    rooms/loader/test_epoch_settings rooms/loader/test_epochs rooms/loader/test_joined_images rooms/loader/test_kinds
     rooms/loader/test_ranks rooms/loader/test_shared_cache rooms/loader/test_skipping rooms/loader/test_stats
     rooms/loader/test_streaming rooms/loader/test_transform rooms/loader/test_views rooms/loader/test_workers
     rooms/report/test_in_a_browser rooms/report/test_preview rooms/report/test_writing

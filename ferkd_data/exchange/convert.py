@@ -18,7 +18,7 @@ from ferkd_data.format.rejects import check_rejects
 from ferkd_data.format.writers import Row, write_shard
 from ferkd_data.images import open_source
 from ferkd_data.label_set import LabelSet, open_labels
-from ferkd_data.loader.image_table import ImageTable, join_images
+from ferkd_data.label_set.joined_images import ImageTable, join_images
 from ferkd_data.storage import image_digest
 
 

@@ -24,11 +24,11 @@ from torch import Tensor
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, UsageError
 from ferkd_data.images.decode import ANY_SIZE, decode_rgb, jpeg_size
+from ferkd_data.label_set.joined_images import check_labelled_size, decode_checked, labelled_pixels
 from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Made, WindowMemory
 from ferkd_data.loader.channel import anonymous_file, write_all
 from ferkd_data.loader.clocks import added
 from ferkd_data.loader.epochs import EpochSettings
-from ferkd_data.loader.image_table import check_labelled_size, decode_checked, labelled_pixels
 from ferkd_data.loader.pool import Job, Pool, WindowTask, pickled, timed
 from ferkd_data.loader.schedule import Window
 from ferkd_data.replay import empty_batch, replay_on_device

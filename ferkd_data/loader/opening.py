@@ -13,8 +13,9 @@ from typing import Any
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
+from ferkd_data.label_set.joined_images import Missing
 from ferkd_data.loader.batch_maker import BatchMaker
-from ferkd_data.loader.image_table import KeyTable, Missing, open_images
+from ferkd_data.loader.images_and_keys import KeyTable, open_images
 from ferkd_data.loader.kinds import check_one_kind
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.settings import LoaderSettings

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ferkd_data.calibration import Calibration, Policy, policy_table
 from ferkd_data.errors import UsageError
+from ferkd_data.label_set.joined_images import decode_checked
 from ferkd_data.labels.buckets import BUCKETS
 from ferkd_data.loader import CropLoader
 from ferkd_data.loader.batch_maker import BatchMaker, Labelled, WindowMemory
-from ferkd_data.loader.image_table import decode_checked
 from ferkd_data.loader.schedule import Window
 from ferkd_data.replay import empty_batch
 from ferkd_data.report.charts import percent

@@ -12,7 +12,8 @@ from label_sets import SMALL, edit_manifest
 import ferkd_data as fd
 from ferkd_data.errors import FerkdError, ImageError, LoaderError
 from ferkd_data.images import DEFAULT_MAX_PIXELS
-from ferkd_data.loader import batch_maker, device_decode, image_table
+from ferkd_data.label_set import joined_images
+from ferkd_data.loader import batch_maker, device_decode
 
 PIXELS = 64 * 48
 """Of each photo."""
@@ -40,7 +41,7 @@ def no_decoding(monkeypatch):
         raise AssertionError("decoded")
 
     for module, name in (
-        (image_table, "decode_rgb"),
+        (joined_images, "decode_rgb"),
         (batch_maker, "decode_reduced"),
         (device_decode, "decode_rgb"),
         (device_decode, "_decode"),

@@ -11,7 +11,7 @@ import torch
 
 import ferkd_data as fd
 from ferkd_data.labels.buckets import assign_buckets, confidence
-from ferkd_data.loader.image_table import KeyTable
+from ferkd_data.loader.images_and_keys import KeyTable
 
 
 @pytest.fixture(params=["parquet", "webdataset"])

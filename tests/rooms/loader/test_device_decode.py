@@ -187,7 +187,7 @@ def test_what_neither_decodes_is_an_error_that_names_the_image(make, monkeypatch
     strict, lenient = make(decode_device="cpu"), make(decode_device="cpu", on_error="skip")
     monkeypatch.setattr(device_decode, "_decode", never)
     monkeypatch.setattr(device_decode, "decode_rgb", corrupt)
-    monkeypatch.setattr("ferkd_data.loader.image_table.decode_rgb", corrupt)
+    monkeypatch.setattr("ferkd_data.label_set.joined_images.decode_rgb", corrupt)
     with pytest.raises(LoaderError, match=r"image 'class\d/photo\d+' \(shard .*nothing but noise"):
         list(strict)
     with pytest.raises(LoaderError, match=r"20 images in a row cannot be used; the last is image .*nothing but noise"):

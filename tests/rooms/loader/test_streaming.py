@@ -16,7 +16,7 @@ from servers import serve
 
 import ferkd_data as fd
 from ferkd_data.errors import LoaderError, RemoteError, StorageFullError
-from ferkd_data.loader.image_table import max_open
+from ferkd_data.loader.images_and_keys import max_open
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import epoch_order
 from ferkd_data.loader.streaming import HeldFiles, StreamedLabels
@@ -261,7 +261,7 @@ def test_more_tars_than_a_process_may_open(many_shards, tmp_path, monkeypatch):
     most, settings = 0, {"batch_size": 8, "crops_per_image": 2, "size": 32, "calibration": "fkd", "spread": True}
     expected = contents(fd.CropLoader(labels, cache_dir=tmp_path, **settings))
     gc.collect()
-    monkeypatch.setattr("ferkd_data.loader.image_table.max_open", lambda: 3)
+    monkeypatch.setattr("ferkd_data.loader.images_and_keys.max_open", lambda: 3)
     loader = fd.CropLoader(labels, cache_dir=tmp_path, **settings)
     read = loader._maker.images.read
 
@@ -278,5 +278,5 @@ def test_more_tars_than_a_process_may_open(many_shards, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("limit", "expected"), [(1024, 256), (256, 64), (16, 8), (10**6, 256)])
 def test_a_quarter_of_the_files_is_for_tars(monkeypatch, limit, expected):
-    monkeypatch.setattr("ferkd_data.loader.image_table.resource.getrlimit", lambda _: (limit, limit))
+    monkeypatch.setattr("ferkd_data.loader.images_and_keys.resource.getrlimit", lambda _: (limit, limit))
     assert max_open() == expected

@@ -1,76 +1,31 @@
-"""The images of a label set: where each one's bytes are, what its key is, and that it is the one that was labelled.
+"""The images of a source that are labelled: where each one's bytes are, and that it is the one that was labelled.
 
-Images come from a source, joined with the labels by the hash of their key (`ImageTable`), or from the label set itself
-where its layout is `webdataset` (`OwnImages`).
-
-Tables of a whole data set are files of a temporary folder that every worker maps: a worker's own memory does not grow
-with the data set. While an `ImageTable` is made, 24 bytes for each image are held, and given back.
+A table of a whole data set is a file of a temporary folder that every process maps: a worker's own memory does not grow
+with the data set. While it is made, 24 bytes for each image are held, and given back.
 """
 
 from __future__ import annotations
 
 import ctypes
-import mmap
-import resource
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from torch import Tensor
 
 from ferkd_data import rng
-from ferkd_data.errors import ImageError, LabelSetError, UsageError
-from ferkd_data.images import ImageRef, ImageSource, decode_rgb, image_size, in_groups, open_source
+from ferkd_data.errors import ImageError, LabelSetError
+from ferkd_data.images import ImageRef, ImageSource, decode_rgb, image_size, in_groups
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.order import NeededShards
-from ferkd_data.loader.streaming import HeldFiles
 from ferkd_data.scratch import Scratch, owner_is_gone
-from ferkd_data.storage import OpenFile
 
 SCHEMA = pa.schema([("file", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 FILE_NAME = "images.arrow"
 INDEX_NAME = "index.npy"
 INDEX_DTYPE = np.dtype([("key_hash", "<u8"), ("number", "<i8")])
 SPOOL_ROWS = 8192
-TEXT_NAME = "keys.txt"
-BOUNDS_NAME = "bounds.npy"
-MAX_OPEN = 256
-"""Tars that a process keeps open where any may be needed next, if it may open four times as many files."""
 Missing = Literal["raise", "drop", "later"]
 """What to do with a labelled image that the source lacks; see `join_images`."""
-
-
-class Images(Protocol):
-    """The images of a label set. Can be pickled."""
-
-    def prefetch(self, needed: NeededShards | None) -> None:
-        """Announce the shards of the windows to come, so that they can be fetched together."""
-
-    def read(self, row: int, record: np.void) -> bytes:
-        """Read the encoded bytes of a labelled image, given its row and record. Raises ImageError."""
-
-
-def open_images(
-    labels: LabelSet, images: str | Path | ImageSource | None, *, missing: Missing, streamed: bool
-) -> tuple[LabelSet, Images]:
-    """Join labels with their images: from a source, by key, or from a label set of layout `webdataset` itself.
-
-    The labels come back without those of missing images where these are dropped. Where labels of another host are
-    `streamed` and no image is dropped, keys are not known beforehand: a missing image is found when its turn comes.
-
-    Raises UsageError when there are no images, LabelSetError as `join_images` does.
-    """
-    if images is None:
-        if labels.manifest.layout != "webdataset":
-            raise UsageError(f"{labels.location}: a label set of layout parquet holds no images; give images=…")
-        return labels, OwnImages(labels)
-    source = open_source(images) if isinstance(images, (str, Path)) else images
-    # To read all keys would fetch one block of every shard before the first batch.
-    if streamed and missing != "drop" and not labels.is_local:
-        return labels, _tabulate(source, None)[0]
-    return join_images(labels, source, missing=missing)
 
 
 def join_images(labels: LabelSet, source: ImageSource, *, missing: Missing) -> tuple[LabelSet, ImageTable]:
@@ -85,7 +40,7 @@ def join_images(labels: LabelSet, source: ImageSource, *, missing: Missing) -> t
         raise LabelSetError(f"{labels.location}: it has labels of no image")
     hashes = labels.key_hashes()
     # Only images that are labelled enter the table: a source may have many more.
-    table, theirs = _tabulate(source, np.sort(hashes))
+    table, theirs = tabulate(source, np.sort(hashes))
     # By hash alone. Of 10**9 keys, two share one of 64 bits with probability 0.03; the image's digest then tells.
     index = np.load(table.folder / INDEX_NAME, mmap_mode="r", allow_pickle=False)
     there = np.isin(hashes, index["key_hash"])
@@ -105,7 +60,7 @@ def give_memory_back() -> None:
         trim(0)
 
 
-def _tabulate(source: ImageSource, wanted: npt.NDArray[np.uint64] | None) -> tuple[ImageTable, str]:
+def tabulate(source: ImageSource, wanted: npt.NDArray[np.uint64] | None) -> tuple[ImageTable, str]:
     """Tabulate the images of a source, or those whose keys have one of the sorted hashes `wanted`.
 
     Returns the table and the first key that the source lists.
@@ -172,8 +127,8 @@ class ImageTable:
         self._batches: list[tuple[npt.NDArray[Any], ...]] = []
         self._starts = np.zeros(1, np.int64)
 
-    def prefetch(self, needed: NeededShards | None) -> None:
-        """Images of a source are read where they lie."""
+    def prefetch(self, needed: object) -> None:
+        """Do nothing: images of a source are read where they lie."""
 
     def read(self, row: int, record: np.void) -> bytes:
         return self.read_key(int(record["key_hash"]))
@@ -219,114 +174,6 @@ class ImageTable:
     def __deepcopy__(self, memo: Any) -> ImageTable:
         # Nothing here changes; a copy within the process would lose its files with the original.
         return self
-
-
-class OwnImages:
-    """The images inside a label set of layout `webdataset`, read where their records say. Can be pickled."""
-
-    def __init__(self, labels: LabelSet) -> None:
-        self.labels = labels
-        # Two pools of open tars: those of a streamed order's stage, and, where any row may come, the last few used.
-        self._held = HeldFiles(self._open)
-        self._at_random = HeldFiles(self._open, max_open())
-        self._staged = False
-
-    def prefetch(self, needed: NeededShards | None) -> None:
-        """Fetch the tars of this stage, in the background, and let go of all others."""
-        self._staged = needed is not None
-        if needed is not None:
-            self._held.prefetch(needed.now, needed.coming)
-
-    def read(self, row: int, record: np.void) -> bytes:
-        """Read the encoded bytes. Raises ImageError where the tar ends within the image; ShardError, RemoteError."""
-        tar = (self._held if self._staged else self._at_random).get(self.labels.position(row)[0])
-        length = int(record["image_bytes"])
-        data = tar.read(int(record["image_offset"]), length)
-        if len(data) != length:
-            raise ImageError("unreadable", f"{tar.path}: ends within the image; did the tar change?")
-        return data
-
-    def _open(self, shard: int) -> OpenFile:
-        # The digest of each image is compared where it is read (verify_images); hashing whole tars would add nothing.
-        return self.labels.open(self.labels.manifest.shards[shard].files[0], check=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"labels": self.labels}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
-
-def max_open() -> int:
-    """Return how many tars this process may keep open: a quarter of its files, the rest being the training's."""
-    return max(8, min(MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-
-
-class KeyTable:
-    """Keys of a label set. Can be pickled as long as the original exists, which removes `folder` with itself."""
-
-    def __init__(self, labels: LabelSet) -> None:
-        """Raises ShardError as `LabelSet.keys` does."""
-        self._scratch = Scratch("keys")
-        self.folder = self._scratch.path
-        lengths = [np.zeros(1, np.int64)]
-        with (self.folder / TEXT_NAME).open("wb") as text:
-            for entry in labels.filled_shards():
-                keys = [key.encode() for key in labels.keys_of(entry.index)]
-                # Without separators: a key is found by where it begins and ends, 8 bytes for each.
-                text.write(b"".join(keys))
-                lengths.append(np.fromiter(map(len, keys), np.int64, len(keys)))
-        np.save(self.folder / BOUNDS_NAME, np.cumsum(np.concatenate(lengths)))
-        self._open()
-
-    def take(self, rows: Tensor) -> tuple[str, ...]:
-        """Return the keys of these rows, int64 (B,)."""
-        at = rows.cpu().numpy()
-        bounds = zip(self._bounds[at].tolist(), self._bounds[at + 1].tolist(), strict=True)
-        return tuple(self._text[start:stop].tobytes().decode() for start, stop in bounds)
-
-    def _open(self) -> None:
-        self._bounds: npt.NDArray[np.int64] = np.load(self.folder / BOUNDS_NAME, mmap_mode="r", allow_pickle=False)
-        self._text: npt.NDArray[np.uint8] = np.memmap(self.folder / TEXT_NAME, np.uint8, mode="r")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
-
-    def __deepcopy__(self, memo: Any) -> KeyTable:
-        # As for an `ImageTable`.
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        try:
-            self._open()
-        except FileNotFoundError as error:
-            raise owner_is_gone(self.folder) from error
-
-
-class CheckedImages:
-    """A bit for each row of a label set: its image was found to be the one that was labelled.
-
-    Only good images have theirs set, so a wrong one is found again in every epoch, by whichever process reads it, and
-    after a resume. The bits are shared with processes that are forked; a copy that travels by pickle begins anew. Two
-    processes that set bits of one byte at once may lose one, and that image is hashed once more.
-    """
-
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
-        self._bits: npt.NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, num_rows // 8 + 1), np.uint8)
-
-    def __contains__(self, row: int) -> bool:
-        return bool(self._bits[row >> 3] >> (row & 7) & 1)
-
-    def add(self, row: int) -> None:
-        self._bits[row >> 3] |= np.uint8(1 << (row & 7))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"num_rows": self._num_rows}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
 
 
 def decode_checked(data: bytes, record: np.void, pixel_limit: int) -> npt.NDArray[np.uint8]:

@@ -14,8 +14,8 @@ import ferkd_data as fd
 from ferkd_data import rng
 from ferkd_data.errors import ImageError, LabelSetError
 from ferkd_data.images import open_source
-from ferkd_data.loader import image_table
-from ferkd_data.loader.image_table import join_images
+from ferkd_data.label_set import joined_images
+from ferkd_data.label_set.joined_images import join_images
 
 
 @pytest.mark.parametrize("spool_rows", [1, 3, 8192])
@@ -23,7 +23,7 @@ def test_every_row_finds_its_image_whatever_else_the_source_has(
     label_set, photos, make_photos, tmp_path, monkeypatch, spool_rows
 ):
     """More images than labels, in another order, with one missing; the join works by so many at a time."""
-    monkeypatch.setattr(image_table, "SPOOL_ROWS", spool_rows)
+    monkeypatch.setattr(joined_images, "SPOOL_ROWS", spool_rows)
     folder = shutil.copytree(photos, tmp_path / "photos")
     make_photos(folder / "class0", 4)
     (folder / "class3/photo0013.jpg").unlink()
