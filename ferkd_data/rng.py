@@ -58,6 +58,15 @@ def hashes64(texts: Sequence[str]) -> UInt64s:
     return np.frombuffer(b"".join([digest(text, size_bytes=8) for text in texts]), "<u8").astype(np.uint64)
 
 
+def find_hashes(ranked: UInt64s, wanted: UInt64s) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Return where each wanted hash is among ascending ones, and whether it is there; both of the shape of `wanted`."""
+    if not len(ranked):
+        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.bool_)
+    # searchsorted gives len(ranked) for a hash above all of them: the last one is not equal to it either.
+    at = np.minimum(np.searchsorted(ranked, wanted), len(ranked) - 1)
+    return at, ranked[at] == wanted
+
+
 def uniforms(raw: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     """Turn raw 64-bit words into doubles in [0, 1), of the same shape."""
     # A double holds 53 bits, so the upper 53 convert exactly; rounding all 64 could give 1.0.

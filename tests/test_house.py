@@ -13,7 +13,7 @@ ROOT = Path(ferkd_data.__file__).parent
 
 FLOORS = [
     {"errors", "html_tables"},
-    {"rng", "extras", "storage", "locks", "scratch", "parquet_guard"},
+    {"rng", "extras", "storage", "locks", "scratch", "threads", "parquet_guard"},
     {"remote"},
     {"crops", "crop_kinds", "augment"},
     {"images", "replay", "normalization"},

@@ -13,9 +13,9 @@ from urllib.request import url2pathname
 
 from ferkd_data import extras
 from ferkd_data.errors import RemoteError, UsageError
-from ferkd_data.exchange.threads import Threads, as_they_end
 from ferkd_data.remote import LOG_IN, Remote, Retries, hub_endpoint, open_remote, parse_hub_url
 from ferkd_data.storage import default_cache_dir, remove_leftovers
+from ferkd_data.threads import Threads, as_they_end
 
 COMMIT_FILES = 500
 """Files in a commit, unless that would make more than MAX_COMMITS."""

@@ -13,7 +13,6 @@ from ferkd_data.errors import PublishError, RemoteError, UsageError, check_at_le
 from ferkd_data.exchange.card import render_card
 from ferkd_data.exchange.card_facts import is_generated, recalled
 from ferkd_data.exchange.signing import SIGNATURE, check_signed, read_remote_signature, require_signers
-from ferkd_data.exchange.threads import Threads, as_they_end
 from ferkd_data.format import out_folder
 from ferkd_data.format.manifest import (
     FILE_NAME,
@@ -35,6 +34,7 @@ from ferkd_data.labels.statistics import Statistics, shard_statistics
 from ferkd_data.locks import held
 from ferkd_data.remote import Remote, Retries, is_remote, open_remote, part_of
 from ferkd_data.storage import inside, read_regular, remove_leftovers, sha256_file, write_atomically
+from ferkd_data.threads import Threads, as_they_end
 
 README = "README.md"
 BESIDE = (README, "LICENSE")

@@ -17,7 +17,6 @@ from ferkd_data import rng
 from ferkd_data.errors import LabelSetError, RemoteError, check_at_least, renamed
 from ferkd_data.exchange.checks import Block, Fault, FileCheck, VerifyReport, differing, without_path
 from ferkd_data.exchange.signing import SIGNATURE, check_signature, require_signers
-from ferkd_data.exchange.threads import Threads
 from ferkd_data.format import parquet
 from ferkd_data.format.manifest import FILE_NAME, ShardEntry
 from ferkd_data.format.progress import OnProgress, TransferProgress
@@ -28,6 +27,7 @@ from ferkd_data.labels.rows import ShardLabels
 from ferkd_data.labels.statistics import Statistics
 from ferkd_data.remote import is_remote
 from ferkd_data.storage import image_digest
+from ferkd_data.threads import Threads
 
 MAX_FAULTS = 20
 COMPANIONS = ("README.md", "croissant.json", "LICENSE", SIGNATURE)
@@ -224,13 +224,8 @@ class _Check:
         listed = (item for item in source.list_images() if isinstance(item, ImageRef))
         for refs in in_groups(listed, READ_AT_ONCE):
             wanted = rng.hashes64([ref.key for ref in refs])
-            # A hash above all gets the last place and fails the comparison below.
-            at = np.minimum(np.searchsorted(ranked, wanted), max(len(ranked) - 1, 0))
-            known = [
-                (ref, int(order[a]))
-                for ref, a, h in zip(refs, at, wanted, strict=True)
-                if len(ranked) and ranked[a] == h
-            ]
+            at, there = rng.find_hashes(ranked, wanted)
+            known = [(refs[i], int(order[at[i]])) for i in np.flatnonzero(there).tolist()]
             for (ref, row), data in zip(known, source.read(ref for ref, _ in known), strict=True):
                 seen[row] = True
                 if isinstance(data, ImageError):

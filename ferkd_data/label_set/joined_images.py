@@ -74,10 +74,7 @@ def tabulate(source: ImageSource, wanted: npt.NDArray[np.uint64] | None) -> tupl
             theirs = theirs or refs[0].key
             hashes = rng.hashes64([ref.key for ref in refs])
             if wanted is not None:
-                # searchsorted gives len(wanted) for a hash above all of them; the comparison below then fails as it
-                # should.
-                at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
-                ours = np.flatnonzero(wanted[at] == hashes)
+                ours = np.flatnonzero(rng.find_hashes(wanted, hashes)[1])
                 refs, hashes = [refs[i] for i in ours.tolist()], hashes[ours]
             found.append(hashes)
             writer.write_batch(_batch(refs))

@@ -18,9 +18,8 @@ import logging
 import os
 import time
 import zlib
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +39,7 @@ from ferkd_data.storage import (
     remove_leftovers,
     write_atomically,
 )
+from ferkd_data.threads import look_ahead
 
 CHECKSUM = "crc32"
 """The last field of a record."""
@@ -107,6 +107,23 @@ STALE_SECONDS = 86400.0
 """Seconds after which a file that was not opened counts as unused, where there are no locks."""
 
 
+def taken_intact(take: Callable[[], Records], discard: Callable[[], None], path: Path) -> Records:
+    """Take records that a file at `path` maps, each compared with its checksum. Raises LoaderError.
+
+    A map shows what the disk returns now, and bits may rot after the file was written: it is discarded and made again
+    once.
+    """
+    found = take()
+    if are_intact(found):
+        return found
+    log.warning("%s: damaged on its disk; made again", path)
+    discard()
+    found = take()
+    if not are_intact(found):
+        raise LoaderError(f"{path}: damaged again right after it was written; is the disk failing?")
+    return found
+
+
 class LabelCache:
     """Blocks of one label set, unpacked when first asked for. Can be pickled: each process maps files for itself."""
 
@@ -117,17 +134,7 @@ class LabelCache:
 
     def take(self, block: int, rows: npt.NDArray[np.int64]) -> Records:
         """Return the records of these rows, each compared with its checksum."""
-        found: Records = self.block(block)[rows]
-        if not are_intact(found):
-            # A map shows what the disk returns now, and bits may rot after the block was written. It is made again
-            # once.
-            self._discard(block, rows)
-            found = self.block(block)[rows]
-            if not are_intact(found):
-                raise LoaderError(
-                    f"{self._path(block)}: damaged again right after it was written; is the disk failing?"
-                )
-        return found
+        return taken_intact(lambda: self.block(block)[rows], lambda: self._discard(block, rows), self._path(block))
 
     def prepare(self, blocks: set[int]) -> None:
         """Unpack blocks before workers ask for them, and drop the others."""
@@ -179,7 +186,6 @@ class LabelCache:
 
     def _discard(self, block: int, rows: npt.NDArray[np.int64]) -> None:
         """Remove a block's file, unless another process has replaced it already."""
-        log.warning("%s: damaged on its disk; made again", self._path(block))
         del self._open[block]
         with locked_for_cache(self._lock):
             found = self._load(self._path(block), block)
@@ -242,25 +248,18 @@ class LabelCache:
         Threads of the executor fetch the next files meanwhile. They only fill the label set's cache, so that nothing is
         shared with this thread but their futures.
         """
-        pending: deque[tuple[int, Future[None]]] = deque()
+        filled = [entry.index for entry in self.labels.manifest.shards if entry.rows]
+
+        def fetch(shard: int) -> int:
+            self.labels.fetch(shard, block)
+            return shard
+
         with ThreadPoolExecutor(FETCH_AHEAD, thread_name_prefix="ferkd-fetch") as executor:
             # Few at a time: what is fetched much too early may be dropped from the cache before it is read.
-            for entry in self.labels.manifest.shards:
-                if entry.rows:
-                    pending.append((entry.index, executor.submit(self.labels.fetch, entry.index, block)))
-                if len(pending) > FETCH_AHEAD:
-                    yield _arrived(pending.popleft())
-            while pending:
-                yield _arrived(pending.popleft())
+            yield from look_ahead(executor, fetch, filled, depth=FETCH_AHEAD)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
-
-
-def _arrived(fetch: tuple[int, Future[None]]) -> int:
-    shard, future = fetch
-    future.result()
-    return shard
 
 
 class _OpenBlock(NamedTuple):

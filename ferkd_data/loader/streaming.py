@@ -24,10 +24,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data.errors import FerkdError, LoaderError
+from ferkd_data.errors import FerkdError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.label_set.files import ShardCache
-from ferkd_data.loader.label_cache import Records, are_intact, fill, record_dtype
+from ferkd_data.loader.label_cache import Records, fill, record_dtype, taken_intact
 from ferkd_data.loader.order import NeededShards
 from ferkd_data.storage import FREE_CACHE, write_atomically
 
@@ -203,17 +203,14 @@ class StreamedLabels:
         return found
 
     def _take_of(self, shard: int, block: int, rows: npt.NDArray[np.int64]) -> Records:
-        found: Records = self._held.get((shard, block))[rows]
-        if not are_intact(found):
-            path = self._path(shard, block)
-            log.warning("%s: damaged on its disk; made again", path)
+        path = self._path(shard, block)
+
+        def discard() -> None:
             # Processes that have it mapped keep their map; the next to open it finds a new file.
             path.unlink(missing_ok=True)
             self._held.drop((shard, block))
-            found = self._held.get((shard, block))[rows]
-            if not are_intact(found):
-                raise LoaderError(f"{path}: damaged again right after it was written; is the disk failing?")
-        return found
+
+        return taken_intact(lambda: self._held.get((shard, block))[rows], discard, path)
 
     def _open(self, key: tuple[int, int]) -> Records:
         shard, block = key

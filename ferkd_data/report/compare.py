@@ -160,9 +160,8 @@ class _Index:
     def joined(self, ours: ShardLabels, num_crops: int) -> Iterator[tuple[ShardLabels, ShardLabels]]:
         """Yield those of our rows that the label set has too, shard by shard of it, so that each shard is read once."""
         wanted = rng.hashes64(ours.keys)
-        # A hash above all of them finds the last one, and is not equal to it.
-        at = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
-        found = np.flatnonzero(self._hashes[at] == wanted)
+        at, there = rng.find_hashes(self._hashes, wanted)
+        found = np.flatnonzero(there)
         theirs = self._rows[at[found]]
         shards = np.searchsorted(self._labels.first_row, theirs, side="right") - 1
         for shard in np.unique(shards).tolist():

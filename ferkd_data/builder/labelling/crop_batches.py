@@ -9,10 +9,7 @@ Legend: B crops of a batch, N crops per image, S output side.
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,6 +31,7 @@ from ferkd_data.replay import CUT_BYTES, Interpolation, empty_batch, replay, rep
 from ferkd_data.storage import image_digest
 from ferkd_data.teachers import Teacher
 from ferkd_data.teachers.teacher import is_out_of_memory
+from ferkd_data.threads import in_background, look_ahead
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -124,49 +122,6 @@ def crop_batches(refs: Sequence[ImageRef], tools: Tools, first_crop: int) -> Ite
     # asked.
     decoded = look_ahead(tools.executor, decode, encoded, depth=resources.threads + 1)
     return look_ahead(tools.executor, cut, _slices(decoded, resources.batch_size), depth=BATCHES_AHEAD)
-
-
-def look_ahead(
-    executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], *, depth: int
-) -> Iterator[Result]:
-    """Yield `map(function, items)` in order, with at most `depth` results computed or begun beyond the one in use.
-
-    `items` is consumed in the thread that asks for results, `function` runs in the executor. An exception of either is
-    raised where its result is due; what has begun is then finished, and its result dropped.
-    """
-    begun: deque[Future[Result]] = deque()
-    source = iter(items)
-    try:
-        while True:
-            while len(begun) < depth:
-                try:
-                    item = next(source)
-                except StopIteration:
-                    break
-                begun.append(executor.submit(function, item))
-            if not begun:
-                return
-            yield begun.popleft().result()
-    finally:
-        # What has not begun never will. What runs ends by itself: it changes nothing that others see.
-        for future in begun:
-            future.cancel()
-
-
-def in_background(items: Iterable[Item], *, depth: int) -> Iterator[Item]:
-    """Yield `items`, taken out of their iterator by a thread of its own, up to `depth` before they are asked for.
-
-    That thread alone touches the iterator. It ends with the generator.
-    """
-    source = iter(items)
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="ferkd-data-read") as executor:
-        # A sentinel, since a StopIteration that comes out of a future turns into a RuntimeError in a generator (PEP
-        # 479).
-        for item in look_ahead(executor, lambda _: next(source, end), itertools.repeat(None), depth=depth):
-            if item is end:
-                return
-            yield item  # type: ignore[misc]
 
 
 def _decode(

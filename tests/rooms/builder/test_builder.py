@@ -9,7 +9,6 @@ import torch
 from label_sets import SMALL
 
 import ferkd_data as fd
-from ferkd_data.builder.labelling.crop_batches import look_ahead
 from ferkd_data.builder.labelling.job import open_tools
 from ferkd_data.builder.prepare import make_request, open_request
 from ferkd_data.crops import Crops
@@ -17,6 +16,7 @@ from ferkd_data.errors import TeacherError, UsageError, describe_differences
 from ferkd_data.images import decode_rgb
 from ferkd_data.replay import replay
 from ferkd_data.teachers import load_teachers
+from ferkd_data.threads import look_ahead
 
 
 def test_a_label_is_what_the_teachers_say_of_the_replayed_crop(photos, label_set, tiny_teachers):

@@ -12,11 +12,11 @@ from label_sets import SMALL, same_files, same_label_sets
 from servers import serve
 
 import ferkd_data as fd
-from ferkd_data.builder.labelling.crop_batches import in_background
 from ferkd_data.errors import ImageError, SourceError, StorageFullError, TeacherError
 from ferkd_data.images import open_source
 from ferkd_data.images.retrying import ReopeningFile, retried
 from ferkd_data.remote import Retries
+from ferkd_data.threads import in_background
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from label_sets import SMALL
 from servers import serve
 
 import ferkd_data as fd
-from ferkd_data.exchange.threads import as_they_end
+from ferkd_data.threads import as_they_end
 
 
 def check(told, *, images=None):

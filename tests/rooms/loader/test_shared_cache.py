@@ -234,7 +234,6 @@ def test_a_bit_that_flips_while_a_worker_has_the_block_open(label_set, photos, t
 
 def test_a_disk_that_damages_whatever_is_written(label_set, tmp_path, monkeypatch):
     monkeypatch.setattr("ferkd_data.loader.label_cache.are_intact", lambda records: False)
-    monkeypatch.setattr("ferkd_data.loader.streaming.are_intact", lambda records: False)
     for kind in (LabelCache, StreamedLabels):
         with pytest.raises(LoaderError, match="damaged again right after it was written"):
             kind(fd.open_labels(label_set), tmp_path).take(0, np.arange(3))

@@ -1,8 +1,9 @@
-"""Threads for transfers and checks, which Ctrl-C ends at once."""
+"""Thread pools and iterators that work ahead in them."""
 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from types import TracebackType
@@ -46,3 +47,44 @@ def as_they_end(
             return
         ended, _ = wait(pending, timeout=seconds, return_when=FIRST_COMPLETED)
         yield [(pending.pop(future), future.result()) for future in ended], list(pending.values())
+
+
+def look_ahead(executor: Executor, function: Callable[[T], R], items: Iterable[T], *, depth: int) -> Iterator[R]:
+    """Yield `map(function, items)` in order, with at most `depth` results computed or begun beyond the one in use.
+
+    `items` is consumed in the thread that asks for results, `function` runs in the executor. An exception of either is
+    raised where its result is due; what has begun is then finished, and its result dropped.
+    """
+    begun: deque[Future[R]] = deque()
+    source = iter(items)
+    try:
+        while True:
+            while len(begun) < depth:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+                begun.append(executor.submit(function, item))
+            if not begun:
+                return
+            yield begun.popleft().result()
+    finally:
+        # What has not begun never will. What runs ends by itself: it changes nothing that others see.
+        for future in begun:
+            future.cancel()
+
+
+def in_background(items: Iterable[T], *, depth: int) -> Iterator[T]:
+    """Yield `items`, taken out of their iterator by a thread of its own, up to `depth` before they are asked for.
+
+    That thread alone touches the iterator. It ends with the generator.
+    """
+    source = iter(items)
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ferkd-data-read") as executor:
+        # A sentinel, since a StopIteration that comes out of a future turns into a RuntimeError in a generator (PEP
+        # 479).
+        for item in look_ahead(executor, lambda _: next(source, end), itertools.repeat(None), depth=depth):
+            if item is end:
+                return
+            yield item  # type: ignore[misc]
