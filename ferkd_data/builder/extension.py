@@ -47,9 +47,6 @@ from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 from ferkd_data.labels.rows import UNKNOWN_TARGET
 from ferkd_data.storage import write_atomically
 
-NOT_COMPARED = {"spec", "name"}
-"""Fields of a teacher's entry that only say how it was named."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
@@ -150,7 +147,7 @@ class Base:
 
     def check_teachers(self, entries: Sequence[TeacherEntry]) -> None:
         """Raise SettingsMismatchError, which names both values, where these teachers would give other labels."""
-        saved, present = ([_compared(entry) for entry in each] for each in (self.manifest.teachers, entries))
+        saved, present = ([entry.identity() for entry in each] for each in (self.manifest.teachers, entries))
         lines = describe_differences({"teachers": saved}, {"teachers": present})
         if lines:
             raise SettingsMismatchError(
@@ -221,13 +218,6 @@ def open_base(out: Path) -> Base:
             "can be extended. Build the further crops or images into a folder of their own, and merge"
         )
     return Base(out=out, manifest=manifest, identity=identity_of(text))
-
-
-def _compared(entry: TeacherEntry) -> dict[str, Any]:
-    return {name: value for name, value in entry.model_dump(mode="json").items() if name in _COMPARED}
-
-
-_COMPARED = set(TeacherEntry.model_fields) - NOT_COMPARED
 
 
 def _plain(value: Any) -> Any:

@@ -53,10 +53,7 @@ class Finished:
 
     def check_teachers(self, entries: Sequence[TeacherEntry]) -> None:
         """Raise SettingsMismatchError where teachers of these entries would give other labels."""
-        saved, present = (
-            [entry.model_dump(mode="json", exclude={"spec", "name"}) for entry in each]
-            for each in (self.manifest.teachers, entries)
-        )
+        saved, present = ([entry.identity() for entry in each] for each in (self.manifest.teachers, entries))
         _raise_if_different(self.location, {"teachers": saved}, {"teachers": present})
 
 

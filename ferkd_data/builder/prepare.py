@@ -293,7 +293,7 @@ def _absolute(source: str) -> str:
 def _fingerprint(job: Job, teachers: Sequence[Teacher], base: Base | None) -> dict[str, Any]:
     """Return everything that must be the same for a resume."""
     # By digest, not by name: weights that were moved are the same teacher, and others under the same name are not.
-    entries = [teacher_entry(teacher).model_dump(mode="json", exclude={"spec", "name"}) for teacher in teachers]
+    entries = [teacher_entry(teacher).identity() for teacher in teachers]
     # By content, since a file of classes may be edited between two runs.
     listed = None if job.classes is None else {"folders": job.classes.folders, "names": job.classes.names}
     return {

@@ -142,6 +142,11 @@ class TeacherEntry(Record):
     precision: Literal["fp32", "bf16", "fp16"]
     """Number format in which the teacher ran."""
 
+    def identity(self) -> dict[str, Any]:
+        """Return what decides on the teacher's labels: every known field but those that only say how it was named."""
+        known = set(TeacherEntry.model_fields) - {"spec", "name"}
+        return {name: value for name, value in self.model_dump(mode="json").items() if name in known}
+
 
 class CropDistributionEntry(Record):
     scale: tuple[float, float]
