@@ -65,10 +65,16 @@ def _part(manifest: Manifest) -> list[str]:
     origin: Any = (manifest.model_extra or {}).get("pulled_from")
     if not isinstance(origin, dict):
         return []
-    whole = f"{origin.get('images', '?')} images with {origin.get('crops', '?')} crops each"
+    images, crops, url = origin.get("images", "?"), origin.get("crops", "?"), str(origin.get("url"))
+    known = isinstance(images, int) and isinstance(crops, int)
+    # More images or crops were added to the part since, so it is none any more.
+    if known and (manifest.num_images > images or manifest.num_crops > crops):
+        return []
+    # A path on the publisher's disk is no address, and nobody else's business.
+    place = f", pulled from {_code(url)}" if "://" in url else ""
     return [
         f"**This is a part of a larger label set**: {manifest.num_images} images with {manifest.num_crops} crops each, "
-        f"out of {whole}, pulled from {_code(str(origin.get('url')))}. Everything below describes the part."
+        f"out of {images} images with {crops} crops each{place}. Everything below describes the part."
     ]
 
 
@@ -153,14 +159,19 @@ def _teachers(manifest: Manifest) -> str:
 
 def _crops(manifest: Manifest) -> str:
     thresholds = manifest.thresholds
-    imported = (manifest.model_extra or {}).get("imported_from")
-    seed = f"seed {manifest.seed}" if imported is None else "drawn elsewhere, without a seed of ours"
+    seed = "drawn elsewhere, without a seed of ours" if _drawn_elsewhere(manifest) else f"seed {manifest.seed}"
     measured = "p_max" if thresholds.confidence == "max" else "the ground truth's probability"
     return (
         f"## Crops\n\nRandomResizedCrop, {_drawn(manifest)}, {seed}; in blocks of {manifest.crops_per_block}. "
         f"Buckets by {measured}: below {thresholds.low:g} extreme hard, below {thresholds.mid:g} moderate hard, below "
         f"{thresholds.top:g} hard positive, else easy positive." + _augmentations(manifest) + _kinds(manifest)
     )
+
+
+def _drawn_elsewhere(manifest: Manifest) -> bool:
+    """Return whether crops were imported with their boxes; ReLabel's maps have none, and ours are drawn for them."""
+    imported: Any = (manifest.model_extra or {}).get("imported_from")
+    return imported is not None and not (isinstance(imported, dict) and imported.get("crops_follow_seed"))
 
 
 def _drawn(manifest: Manifest) -> str:
@@ -237,14 +248,13 @@ def _files(labels: LabelSet) -> str:
 
 
 def _uses(manifest: Manifest) -> str:
-    imported = "imported_from" in (manifest.model_extra or {})
     return (
         "## Uses and limits\n\n"
         "Meant for training image classifiers of the same classes by knowledge distillation, and for studying how "
         "teachers label crops. Not meant as ground truth: a soft label is a model's opinion, with that model's errors "
         "and biases, and the teachers' own training data and licences apply to what is learned from them. "
         f"Of each crop only the {manifest.top_k} most probable classes are kept, as float16. "
-        + ("Crops were drawn by another tool. " if imported else "")
+        + ("Crops were drawn by another tool. " if _drawn_elsewhere(manifest) else "")
         + "A student that cuts its crops with another resize than the teachers saw (bicubic kernels differ between "
         "libraries by up to 7 grey levels, which moved probabilities by up to 0.019) sees slightly other pixels than "
         "its labels were made from."

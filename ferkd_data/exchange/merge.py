@@ -299,7 +299,10 @@ class _Merge:
             changes["top_k"] = max(labels.top_k for labels in self.sets)
         if self.kind == "crops":
             changes["num_crops"] = sum(labels.num_crops for labels in self.sets)
-        return first.model_copy(update=changes)
+        merged = first.model_copy(update=changes)
+        # What the first set was a part of, the merged one is not; `merged_from` names what it was made of.
+        (merged.model_extra or {}).pop("pulled_from", None)
+        return merged
 
 
 def max_pixels_of(manifests: Sequence[Manifest]) -> int | None:

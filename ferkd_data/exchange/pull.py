@@ -343,10 +343,12 @@ def _write_card(remote: Remote, out: Path, part: Manifest, url: str, identity: s
     published = card.decode("utf-8", "replace")
     labels = _labels_in(out, part, identity)
     fields, _ = recalled(published)
-    unknown = f"see the card of {url}"
+    # Of a folder, the name alone: a path is no address.
+    shown = url if is_remote(url) else Path(url).resolve().name
+    unknown = f"see the card of {shown}"
     fields = replace(
         fields,
-        name=fields.name or f"A part of {url}",
+        name=fields.name or f"A part of {shown}",
         license=fields.license or unknown,
         image_license=fields.image_license or (unknown if part.layout == "webdataset" else None),
         # The hub wants a name for `other`, and a published card may be somebody's own text without fields.

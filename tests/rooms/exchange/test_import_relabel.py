@@ -57,10 +57,14 @@ def test_labels_are_what_the_authors_compute(classes):
         assert np.abs(ours[n] - theirs.numpy()).max() < 1e-6
 
 
-def test_a_label_set_without_a_teacher(maps, photos, tmp_path):
+def test_a_label_set_without_a_teacher(maps, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("FERKD_DATA_CACHE", str(tmp_path / "cache"))
     manifest = fd.import_relabel(maps, tmp_path / "out", images=photos, crops=6, top_k=4, num_classes=CLASSES, seed=2)
     assert (manifest.num_images, manifest.num_crops, manifest.top_k, manifest.seed) == (20, 6, 4, 2)
     assert fd.verify(tmp_path / "out", images=photos).ok
+    fd.publish(tmp_path / "out", str(tmp_path / "public"), card=fd.CardFields(license="mit"))
+    card = (tmp_path / "public/README.md").read_text()
+    assert ", seed 2; in blocks" in card and "drawn elsewhere" not in card and "another tool" not in card
     for row in fd.open_labels(tmp_path / "out"):
         drawn = draw_crops(row.key, row.height, row.width, seed=2, count=6, distribution=CropDistribution())
         assert np.array_equal(row.boxes, drawn.boxes) and np.array_equal(row.flip, drawn.flip)

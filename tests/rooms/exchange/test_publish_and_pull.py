@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import yaml
-from label_sets import same_label_sets
+from label_sets import SMALL, same_label_sets
 from servers import s3_store, serve
 
 import ferkd_data as fd
@@ -373,3 +373,25 @@ def test_the_commands(label_set, tmp_path, capsys):
     for shards in ("one", "0-", "\u00b2", "0-99999999999"):
         assert run(["pull", place, str(tmp_path / "x"), "--shards", shards]) == 2
     assert json.loads((tmp_path / "mine/manifest.json").read_text())["pulled_from"]["shards"] == [0, 1]
+
+
+def card_of(label_set, out):
+    fd.publish(label_set, str(out), card=fd.CardFields(license="mit"))
+    return (out / "README.md").read_text()
+
+
+def test_a_part_that_was_added_to_is_called_no_part(label_set, photos, tiny_teachers, tmp_path):
+    """Neither after a merge nor after an extension: the card would say that it holds more crops than the whole."""
+    part, second = tmp_path / "part", tmp_path / "second"
+    fd.pull(str(label_set), part, crops=4)
+    card = card_of(part, tmp_path / "0")
+    note = "This is a part of a larger label set"
+    assert f"**{note}**: {len(fd.open_labels(part))} images with 4 crops each, out of" in card
+    assert str(tmp_path) not in card and str(label_set) not in card, "nobody can use a path on this disk"
+    teachers = [tiny_teachers, "python:ferkd_tiny_teachers:second"]
+    fd.build(photos, second, teachers=teachers, **{**SMALL, "seed": 5})
+    fd.merge([part, second], tmp_path / "merged")
+    assert note not in card_of(tmp_path / "merged", tmp_path / "1")
+    fd.build(photos, part, teachers=teachers, crops=12, extend=True, device="cpu")
+    assert fd.open_labels(part).num_crops == 12
+    assert note not in card_of(part, tmp_path / "2")
