@@ -28,7 +28,7 @@ from ferkd_data.importers.foreign_labels import (
     foreign_teacher,
     whole_class_numbers,
 )
-from ferkd_data.importers.import_labels import run_import
+from ferkd_data.importers.import_labels import content_of, run_import
 from ferkd_data.storage import read_text
 
 CONFIG = "config.pth.tar"
@@ -253,14 +253,14 @@ def import_dr(
     else:
         raise UsageError(f"{images}: only a folder of class folders numbers its images; give a file of keys with --ids")
     files = open_reinforced(folder, known, num_classes=num_classes, teacher=teacher)
-    settings = {"folder": str(folder.absolute()), "images": str(images), "ids": str(ids), "teacher": teacher}
+    settings = {"folder": str(folder.absolute()), "images": str(images), "ids": content_of(ids), "teacher": teacher}
     return run_import(
         files,
         source,
         Path(out),
         crops_per_block=crops_per_block,
         images_per_shard=images_per_shard,
-        settings=settings | {"num_classes": num_classes, "classes": str(classes)},
+        settings=settings | {"num_classes": num_classes, "classes": content_of(classes)},
         classes_given=classes is not None,
         on_progress=on_progress,
     )

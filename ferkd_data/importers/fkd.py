@@ -29,7 +29,7 @@ from ferkd_data.importers.foreign_labels import (
     foreign_teacher,
     whole_class_numbers,
 )
-from ferkd_data.importers.import_labels import run_import
+from ferkd_data.importers.import_labels import content_of, run_import
 from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.storage import inside
 
@@ -199,7 +199,7 @@ def import_fkd(
     files = FkdFiles(folder=Path(folder), num_classes=num_classes, top_k=top_k, teacher=teacher)
     # All that decides what is written: another value must not go on with, or take for done, what lies in OUT.
     settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
-    settings |= {"teacher": f"{teacher.name} {teacher.size}", "classes": str(classes)}
+    settings |= {"teacher": f"{teacher.name} {teacher.size}", "classes": content_of(classes)}
     settings |= {"num_classes": num_classes, "top_k": top_k}
     source = open_source(images, classes=None if classes is None else Path(classes))
     return run_import(

@@ -25,7 +25,7 @@ from ferkd_data.format.progress import OnProgress
 from ferkd_data.images import open_source
 from ferkd_data.importers.foreign_arrays import load_arrays
 from ferkd_data.importers.foreign_labels import ForeignLabels, foreign_teacher
-from ferkd_data.importers.import_labels import run_import
+from ferkd_data.importers.import_labels import content_of, run_import
 from ferkd_data.storage import inside
 
 
@@ -159,7 +159,7 @@ def import_relabel(
     )
     source = open_source(images, classes=None if classes is None else Path(classes))
     settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
-    settings |= {"crops": crops, "seed": seed, "distribution": repr(files.drawn), "classes": str(classes)}
+    settings |= {"crops": crops, "seed": seed, "distribution": repr(files.drawn), "classes": content_of(classes)}
     return run_import(
         files,
         source,

@@ -262,3 +262,24 @@ def test_a_kill_at_any_line_of_the_end_loses_nothing(kind, tmp_path, quick_proce
         assert verified.ok and not verified.warnings, f"boundary {boundary}: {verified}"
         assert not list(out.rglob(".*")), f"boundary {boundary}"
     print(f"{kind}: killed at {boundaries - 1} lines")
+
+
+def test_an_import_with_a_class_list_that_was_edited_is_another_one(label_set, photos, tmp_path):
+    """Under its old name: taken for finished, the labels would keep the old order of classes."""
+    fd.export_fkd(label_set, tmp_path / "fkd")
+    classes, out = tmp_path / "classes.txt", tmp_path / "out"
+    names = sorted(folder.name for folder in photos.iterdir())
+
+    def import_again(out):
+        teacher = fd.FkdTeacher(name="x")
+        fd.import_fkd(tmp_path / "fkd", out, images=photos, num_classes=10, teacher=teacher, classes=classes)
+
+    classes.write_text("\n".join(names))
+    import_again(out)
+    import_again(out)
+    targets = [row.target for row in fd.open_labels(out)]
+    classes.write_text("\n".join(reversed(names)))
+    with pytest.raises(UsageError, match="holds another label set"):
+        import_again(out)
+    import_again(tmp_path / "new")
+    assert [row.target for row in fd.open_labels(tmp_path / "new")] == [9 - target for target in targets]
