@@ -38,7 +38,7 @@ CALIBRATIONS = {"fkd": fd.Calibration.fkd, "ferkd": fd.Calibration.ferkd, "blend
 
 
 @click.command()
-@click.argument("labels", type=click.Path(path_type=Path))
+@click.argument("labels")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--layout", type=click.Choice(["parquet", "webdataset"]), help="Write the label set in this layout.")
 @click.option(
@@ -107,7 +107,7 @@ CALIBRATIONS = {"fkd": fd.Calibration.fkd, "ferkd": fd.Calibration.ferkd, "blend
     help="With --from fkd: input size of the teacher in pixels.",
 )
 def command(
-    labels: Path,
+    labels: str,
     out: Path,
     layout: Literal["parquet", "webdataset"] | None,
     source: str | None,
@@ -164,7 +164,7 @@ def _refuse_others(way: str, options: dict[str, Any]) -> None:
 
 
 def _import(
-    source: str, labels: Path, out: Path, options: dict[str, Any], on_progress: Callable[[fd.TransferProgress], None]
+    source: str, labels: str, out: Path, options: dict[str, Any], on_progress: Callable[[fd.TransferProgress], None]
 ) -> Manifest:
     """Import the files of `source`, with the options that are for it; the library knows the defaults of the others."""
     function, names = IMPORTS[source]
@@ -176,7 +176,7 @@ def _import(
     return function(labels, out, **chosen, on_progress=on_progress)
 
 
-def _export(labels: Path, out: Path, calibration: str | None, min_crops: int) -> int:
+def _export(labels: str, out: Path, calibration: str | None, min_crops: int) -> int:
     chosen = None if calibration is None else CALIBRATIONS[calibration]()
     with show_transfer("convert") as show:
         label_type = fd.export_fkd(labels, out, calibration=chosen, min_crops=min_crops, on_progress=show)

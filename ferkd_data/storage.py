@@ -17,10 +17,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
+from urllib.parse import unquote
 
 from ferkd_data.errors import LabelSetError, SourceError, StorageFullError, UsageError
 
 CHUNK_BYTES = 2**20
+URL_AS_PATH = re.compile(r"(?:s3|gs|hf|https?):/")
+"""The beginning of a URL, also of one that went through `Path`, which joins its slashes."""
+FILE_URL = re.compile(r"file:(?://)?(?=/)")
 HASHED_BYTES = 2**18
 """Bytes hashed at a time where they are read again, so that they are still in a core's cache."""
 LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
@@ -36,8 +40,11 @@ def write_atomically(path: Path, *, sync: bool = True, advice: str = GO_ON) -> I
 
     Without `sync`, a power failure may lose the file, which is good enough for one that can be made again.
 
-    Raises StorageFullError when the disk is full, UsageError where `path` is a device, a FIFO or a socket.
+    Raises StorageFullError when the disk is full, UsageError where `path` is a device, a FIFO, a socket or a URL.
     """
+    # Parents would be made for it: a folder `s3:` on this host, and nothing at the URL.
+    if URL_AS_PATH.match(str(path)):
+        raise UsageError(f"{path}: is a URL; name a file of this host")
     # Renaming would put a file in its place: for root, in that of /dev/null.
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UsageError(f"{path}: is a device, a FIFO or a socket; name a file to write to")
@@ -276,6 +283,18 @@ def inside(folder: Path, name: str) -> Path:
     if not stays:
         raise LabelSetError(f"{folder}: {name!r} leads outside the label set")
     return path
+
+
+def local_path(path: str | Path) -> Path:
+    """Return the path on this host of a path, which may begin with `~`, or of a file:// URL.
+
+    Raises UsageError for another URL: as a path, it would name a folder `s3:` or `https:` on this host.
+    """
+    text = str(path)
+    if URL_AS_PATH.match(text):
+        raise UsageError(f"{text}: is a URL; give a folder of this host")
+    url = FILE_URL.match(text)
+    return Path(unquote(text[url.end() :])) if url else Path(text).expanduser()
 
 
 def is_url(text: str) -> bool:

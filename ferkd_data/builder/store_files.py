@@ -20,7 +20,7 @@ from ferkd_data.errors import BuildError, RemoteError, UsageError
 from ferkd_data.format.manifest import FILE_NAME, Manifest
 from ferkd_data.format.rejects import REJECTS_FILE
 from ferkd_data.remote import is_remote, open_remote
-from ferkd_data.storage import default_cache_dir, sha256_file
+from ferkd_data.storage import default_cache_dir, local_path, sha256_file
 
 WRITABLE = ("s3", "gs")
 STATE_FILES = ("state.json", "facts.json", "plan.parquet", "plan-rejects.parquet", "plan.json")
@@ -198,7 +198,7 @@ class StoreFiles:
 
 def location_of(out: str | Path) -> Path | str:
     """Return OUT as a folder, or as the URL of a store."""
-    return out if isinstance(out, str) and is_remote(out) else Path(str(out).removeprefix("file://")).expanduser()
+    return out if isinstance(out, str) and is_remote(out) else local_path(out)
 
 
 def folder_of(location: Path | str) -> BuildFolder:

@@ -13,8 +13,8 @@ from urllib.request import url2pathname
 
 from ferkd_data import extras
 from ferkd_data.errors import RemoteError, UsageError
-from ferkd_data.remote import LOG_IN, Remote, Retries, hub_endpoint, open_remote, parse_hub_url
-from ferkd_data.storage import default_cache_dir, remove_leftovers
+from ferkd_data.remote import LOG_IN, Remote, Retries, hub_endpoint, is_remote, open_remote, parse_hub_url
+from ferkd_data.storage import default_cache_dir, local_path, remove_leftovers
 from ferkd_data.threads import Threads, as_they_end
 
 COMMIT_FILES = 500
@@ -60,15 +60,16 @@ class Destination(Protocol):
 
 def open_target(url: str, retries: Retries | None = None) -> Remote:
     """Return the folder at a destination, for reading. Raises UsageError for one that cannot be written to."""
-    if "://" in url:
+    if is_remote(url):
         # First, so that no message shows credentials that stand in a URL.
         target = open_remote(url, retries)
         if url.partition("://")[0] in ("http", "https"):
             raise UsageError(f"{url}: HTTP servers are read only here; publish to a folder, s3://, gs:// or hf://")
         return target
-    if Path(url).is_file():
+    folder = local_path(url).absolute()
+    if folder.is_file():
         raise UsageError(f"{url}: is a file; give a folder")
-    return open_remote(Path(url).absolute().as_uri(), retries)
+    return open_remote(folder.as_uri(), retries)
 
 
 def open_destination(target: Remote, identity: str, threads: int) -> Destination:
@@ -147,7 +148,8 @@ class _Journal:
         # The first word is the label set's identity; after another set was sent, nothing here holds any more.
         self.was_there = self._path.exists()
         """An interrupted publish, of this label set or another one, has sent files to this destination."""
-        noted = self._path.read_text().split() if self.was_there else []
+        # Bytes that are no text, after a disk's failure, match no digest.
+        noted = self._path.read_text(encoding="utf-8", errors="replace").split() if self.was_there else []
         self._arrived = set(noted[1:]) if noted[:1] == [identity] else set()
 
     def holds(self, file: FileToSend) -> bool:

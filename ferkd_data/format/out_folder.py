@@ -15,7 +15,7 @@ from ferkd_data.errors import ManifestError, UsageError
 from ferkd_data.format.manifest import FILE_NAME, Manifest, parse_manifest, read_manifest, write_manifest
 from ferkd_data.format.rejects import REJECTS_FILE
 from ferkd_data.format.writers import SHARD_FILE
-from ferkd_data.storage import LEFTOVER, remove_leftovers, write_atomically
+from ferkd_data.storage import LEFTOVER, local_path, remove_leftovers, write_atomically
 
 WORK = ".ferkd-data-work.json"
 MAX_WORK_BYTES = 2**20
@@ -27,9 +27,9 @@ Settings = dict[str, Any]
 def begin(out: str | Path, settings: Settings) -> Path:
     """Take `out`: a new or empty folder, or one where a command of these settings was interrupted.
 
-    Raises UsageError for any other folder, and for a file.
+    Raises UsageError for any other folder, and for a file or a URL.
     """
-    out = Path(out)
+    out = local_path(out)
     # Nothing is written before all refusals: a folder that is refused stays as it was.
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; give a new folder")
@@ -97,7 +97,8 @@ def finish(out: Path, manifest: Manifest) -> Manifest:
 
 def finished(out: str | Path) -> Manifest | None:
     """Return the manifest of the label set in `out`; None where there is none. Raises ManifestError."""
-    return read_manifest(Path(out)) if (Path(out) / FILE_NAME).is_file() else None
+    folder = local_path(out)
+    return read_manifest(folder) if (folder / FILE_NAME).is_file() else None
 
 
 def settings_digest(settings: Settings) -> str:
@@ -112,7 +113,7 @@ def write_work(out: Path, settings: Settings) -> None:
 
 def clean(out: str | Path) -> None:
     """Remove the work file of a command that has ended."""
-    (Path(out) / WORK).unlink(missing_ok=True)
+    (local_path(out) / WORK).unlink(missing_ok=True)
 
 
 def read_work(out: Path) -> Settings | None:

@@ -29,7 +29,7 @@ from ferkd_data.importers.foreign_labels import (
     whole_class_numbers,
 )
 from ferkd_data.importers.import_labels import content_of, run_import
-from ferkd_data.storage import read_text
+from ferkd_data.storage import local_path, read_text
 
 CONFIG = "config.pth.tar"
 CROP, FLIP = "random_resized_crop", "random_horizontal_flip"
@@ -245,9 +245,9 @@ def import_dr(
     check_at_least(2, num_classes=num_classes)
     check_limits(crops_per_block=crops_per_block, num_classes=num_classes)
     source = open_source(images, classes=None if classes is None else Path(classes))
-    folder = Path(folder)
+    folder = local_path(folder)
     if ids is not None:
-        known = listed_ids(Path(ids))
+        known = listed_ids(local_path(ids))
     elif isinstance(source, FolderSource) and source.class_folders is not None:
         known = image_folder_ids(source.root, folder)
     else:
@@ -257,7 +257,7 @@ def import_dr(
     return run_import(
         files,
         source,
-        Path(out),
+        local_path(out),
         crops_per_block=crops_per_block,
         images_per_shard=images_per_shard,
         settings=settings | {"num_classes": num_classes, "classes": content_of(classes)},

@@ -31,7 +31,7 @@ from ferkd_data.importers.foreign_labels import (
 )
 from ferkd_data.importers.import_labels import content_of, run_import
 from ferkd_data.labels.rows import ImageLabels
-from ferkd_data.storage import inside
+from ferkd_data.storage import inside, local_path
 
 NUMERIC = "biuf"
 """Kinds of NumPy types that are numbers: bool, integers and floats."""
@@ -196,16 +196,16 @@ def import_fkd(
     check_at_least(1, top_k=top_k, crops_per_block=crops_per_block, images_per_shard=images_per_shard)
     check_at_least(2, num_classes=num_classes)
     check_limits(top_k=top_k, crops_per_block=crops_per_block, num_classes=num_classes)
-    files = FkdFiles(folder=Path(folder), num_classes=num_classes, top_k=top_k, teacher=teacher)
+    files = FkdFiles(folder=local_path(folder), num_classes=num_classes, top_k=top_k, teacher=teacher)
     # All that decides what is written: another value must not go on with, or take for done, what lies in OUT.
-    settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
+    settings: out_folder.Settings = {"folder": str(local_path(folder).absolute()), "images": str(images)}
     settings |= {"teacher": f"{teacher.name} {teacher.size}", "classes": content_of(classes)}
     settings |= {"num_classes": num_classes, "top_k": top_k}
     source = open_source(images, classes=None if classes is None else Path(classes))
     return run_import(
         files,
         source,
-        Path(out),
+        local_path(out),
         crops_per_block=crops_per_block,
         images_per_shard=images_per_shard,
         settings=settings,

@@ -38,7 +38,7 @@ from ferkd_data.labels.checks import check_rows
 from ferkd_data.labels.rows import UNKNOWN_TARGET, ImageLabels, ShardLabels
 from ferkd_data.labels.statistics import Statistics, shard_statistics
 from ferkd_data.scratch import Scratch
-from ferkd_data.storage import image_digest, sha256_file, write_atomically
+from ferkd_data.storage import image_digest, local_path, sha256_file, write_atomically
 from ferkd_data.teachers.probe import check_class_count
 
 
@@ -72,7 +72,7 @@ def run_import(
 
 def content_of(path: str | Path | None) -> str:
     """Return what tells one text file of settings from another: its digest, since its name stays when it is edited."""
-    return str(path) if path is None or not Path(path).is_file() else sha256_file(Path(path))
+    return str(path) if path is None or not local_path(path).is_file() else sha256_file(local_path(path))
 
 
 @dataclass(kw_only=True)

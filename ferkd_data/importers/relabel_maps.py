@@ -26,7 +26,7 @@ from ferkd_data.images import open_source
 from ferkd_data.importers.foreign_arrays import load_arrays
 from ferkd_data.importers.foreign_labels import ForeignLabels, foreign_teacher
 from ferkd_data.importers.import_labels import content_of, run_import
-from ferkd_data.storage import inside
+from ferkd_data.storage import inside, local_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def import_relabel(
     if top_k > num_classes:
         raise UsageError(f"top_k {top_k} is more than the {num_classes} classes")
     files = RelabelMaps(
-        folder=Path(folder),
+        folder=local_path(folder),
         num_classes=num_classes,
         top_k=top_k,
         crops=crops,
@@ -158,12 +158,12 @@ def import_relabel(
         drawn=distribution or CropDistribution(),
     )
     source = open_source(images, classes=None if classes is None else Path(classes))
-    settings: out_folder.Settings = {"folder": str(Path(folder).absolute()), "images": str(images)}
+    settings: out_folder.Settings = {"folder": str(local_path(folder).absolute()), "images": str(images)}
     settings |= {"crops": crops, "seed": seed, "distribution": repr(files.drawn), "classes": content_of(classes)}
     return run_import(
         files,
         source,
-        Path(out),
+        local_path(out),
         crops_per_block=crops_per_block,
         images_per_shard=images_per_shard,
         settings=settings | {"num_classes": num_classes, "top_k": top_k},

@@ -12,7 +12,7 @@ from ferkd_data.label_set.files import DEFAULT_BYTES, CachedFiles, Files, LocalF
 from ferkd_data.label_set.label_set import LabelSet
 from ferkd_data.label_set.reader import StoredReader, VerifyLabels
 from ferkd_data.remote import Remote, is_remote, open_remote
-from ferkd_data.storage import default_cache_dir
+from ferkd_data.storage import default_cache_dir, local_path
 
 
 def open_labels(
@@ -69,7 +69,7 @@ def open_labels(
         cache = ShardCache(Path(cache_dir or default_cache_dir()) / "shards", cache_bytes)
         files = CachedFiles(remote, cache)
     else:
-        folder = Path(str(path).removeprefix("file://"))
+        folder = local_path(path)
         text = read_manifest_bytes(folder)
         files = LocalFiles(folder)
     # From the same bytes as the identity below, so that the two cannot be of different versions of the file.

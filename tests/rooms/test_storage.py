@@ -91,7 +91,7 @@ def test_other_errors_pass_as_they_are(tmp_path):
 
 def test_leftovers_of_killed_writers_go_and_files_stay(tmp_path):
     (tmp_path / "labels").mkdir()
-    (tmp_path / "labels/.00000-000.parquet.77.tmp").touch()
+    (tmp_path / "labels/.00000-000.parquet.77-0123abcd.tmp").touch()
     (tmp_path / "labels/00000-000.parquet").touch()
     remove_leftovers(tmp_path)
     assert names(tmp_path / "labels") == ["00000-000.parquet"]

@@ -79,3 +79,73 @@ def test_the_old_option_goes_on_working_with_a_line_on_stderr(label_set, capsys,
     assert ("--workers is now called --threads" in capsys.readouterr().err) == option[0].startswith("--workers")
     assert run(["verify", "--help"]) == 0
     assert "--workers" not in capsys.readouterr().out
+
+
+WRITERS = {
+    "convert": ["convert", "A", "OUT", "--layout", "parquet"],
+    "convert --to fkd": ["convert", "A", "OUT", "--to", "fkd"],
+    "convert --from fkd": ["convert", "FKD", "OUT", "--from", "fkd", "--images", "IMAGES", "--num-classes", "10"],
+    "merge": ["merge", "A", "A", "OUT"],
+    "pull": ["pull", "A", "OUT"],
+    "report": ["report", "A", "OUT"],
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+@pytest.mark.parametrize("url", ["s3://bucket/out", "gs://bucket/out", "https://example.org/out", "hf://datasets/a/b"])
+def test_a_url_where_a_folder_is_wanted_is_not_taken_for_one(label_set, photos, tmp_path, monkeypatch, command, url):
+    """As a path, it would be a folder `s3:` here, and the command would report what it wrote to `s3:/bucket/out`."""
+    monkeypatch.chdir(tmp_path)
+    fd.export_fkd(label_set, tmp_path / "fkd")
+    names = {"A": str(label_set), "FKD": str(tmp_path / "fkd"), "IMAGES": str(photos), "OUT": url}
+    more = ["--teacher", "x"] if "--from" in WRITERS[command] else []
+    assert run([names.get(word, word) for word in WRITERS[command]] + more) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["fkd"]
+
+
+def test_a_tilde_is_the_home_folder_for_every_function(label_set, photos, tmp_path, monkeypatch):
+    """As it is for a build: a folder of the name ~ is not found again, and dangerous to remove."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("FERKD_DATA_CACHE", str(tmp_path / "cache"))
+    fd.publish(label_set, "~/public", card=CARD)
+    fd.pull("~/public", "~/mine")
+    fd.pull("~/public", "~/part", shards=[0])
+    fd.convert("~/mine", "~/blocks", layout="parquet", crops_per_block=2)
+    fd.merge(["~/mine", "~/mine"], "~/both")
+    fd.export_fkd("~/mine", "~/fkd")
+    (home / "classes.txt").write_text("\n".join(sorted(folder.name for folder in photos.iterdir())))
+    teacher = fd.FkdTeacher(name="x")
+    fd.import_fkd("~/fkd", "~/back", images=photos, num_classes=10, teacher=teacher, classes="~/classes.txt")
+    for name in ("public", "mine", "part", "blocks", "both", "back"):
+        assert fd.verify(f"~/{name}").ok and len(fd.open_labels(home / name)) == len(fd.open_labels(f"~/{name}"))
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("name", ["with space", "100%25", "a#b?c", "Übung"])
+def test_a_file_url_is_the_same_folder_for_every_function(label_set, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("FERKD_DATA_CACHE", str(tmp_path / "cache"))
+    public, mine = tmp_path / name, tmp_path / f"{name} mine"
+    fd.publish(label_set, public.as_uri(), card=CARD)
+    assert fd.open_labels(public.as_uri()).identity == fd.open_labels(public).identity
+    fd.pull(public.as_uri(), mine.as_uri())
+    assert fd.verify(mine).ok
+    fd.convert(mine.as_uri(), (tmp_path / f"{name} blocks").as_uri(), layout="parquet", crops_per_block=2)
+    assert fd.verify(tmp_path / f"{name} blocks").ok
+
+
+def test_a_damaged_note_of_an_interrupted_publish_is_no_hindrance(label_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("FERKD_DATA_CACHE", str(tmp_path / "cache"))
+
+    def cut(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fd.publish(label_set, str(tmp_path / "public"), card=CARD, on_progress=lambda p: cut(p) if p.files else None)
+    for note in (tmp_path / "cache/publish").iterdir():
+        note.write_bytes(b"\xff\xfe\x00" + note.read_bytes())
+    fd.publish(label_set, str(tmp_path / "public"), card=CARD)
+    assert fd.verify(tmp_path / "public").ok
