@@ -11,7 +11,7 @@ from label_sets import same_label_sets
 
 import ferkd_data as fd
 from ferkd_data.errors import MissingExtraError, PublishError, RemoteError
-from ferkd_data.exchange import hub as hub_module
+from ferkd_data.exchange import destinations
 from ferkd_data_cli.main import run
 
 CARD = fd.CardFields(name="tiny labels", license="cc-by-4.0", image_license="cc0-1.0", published="2026-11-24")
@@ -57,10 +57,10 @@ def test_into_a_folder_of_a_repository(label_set, hub):
 
 
 def test_many_files_are_few_commits(label_set, hub, monkeypatch):
-    monkeypatch.setattr(hub_module, "COMMIT_FILES", 5)
+    monkeypatch.setattr(destinations, "COMMIT_FILES", 5)
     fd.publish(label_set, URL, card=CARD)
     assert [len(names) for names in hub.commits] == [5, 5, 2, 1]
-    monkeypatch.setattr(hub_module, "MAX_COMMITS", 2)
+    monkeypatch.setattr(destinations, "MAX_COMMITS", 2)
     hub.files.clear()
     hub.commits.clear()
     fd.publish(label_set, URL, card=CARD)
@@ -100,7 +100,7 @@ def test_a_place_that_is_taken(label_set, tar_label_set, hub):
 def test_an_old_manifest_goes_in_the_commit_that_brings_the_first_new_files(
     label_set, tar_label_set, hub, monkeypatch, folder
 ):
-    monkeypatch.setattr(hub_module, "COMMIT_FILES", 4)
+    monkeypatch.setattr(destinations, "COMMIT_FILES", 4)
     fd.publish(label_set, f"{URL}{folder}", card=CARD)
     below = folder[1:] + "/" * bool(folder)
     hub.files[f"{below}manifest.json.sig"] = b"of the old one"
