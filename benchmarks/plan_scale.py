@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 from synthetic import write_label_set
 
-from ferkd_data.builder.extension import load_or_make_extension, open_base
+from ferkd_data.builder.base import open_base
+from ferkd_data.builder.extension import load_or_make_extension
 from ferkd_data.builder.plan import load_or_make_plan, open_plan
 from ferkd_data.images import ImageError, ImageRef, LeftOut, Reject
 from ferkd_data.images.keys import DuplicateFilter

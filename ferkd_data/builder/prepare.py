@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from typing_extensions import Unpack
 
-from ferkd_data.builder.extension import Base, load_or_make_extension, open_base
+from ferkd_data.builder.base import Base, open_base
+from ferkd_data.builder.extension import load_or_make_extension
 from ferkd_data.builder.labelling.job import Job, same_working_folder
 from ferkd_data.builder.plan import Plan, load_or_make_plan
 from ferkd_data.builder.settings import BuildKeywords, BuildSettings, Resources, renamed_workers
