@@ -42,9 +42,9 @@ def render_card(labels: LabelSet, fields: CardFields, url: str) -> str:
         _uses(manifest),
         _licence(manifest, fields),
         _citation(labels, fields, url),
-        mark(fields, labels.identity),
     ]
-    return "\n\n".join(sections) + "\n"
+    text = "\n\n".join(sections)
+    return f"{text}\n\n{mark(fields, labels.identity, text)}\n"
 
 
 def _summary(manifest: Manifest) -> str:

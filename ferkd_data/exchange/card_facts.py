@@ -6,6 +6,7 @@ that publishing again need not repeat them. Columns have one description, for th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -99,21 +100,16 @@ def check_fields(given: CardFields, manifest: Manifest, *, has_license_file: boo
         raise UsageError("licence `other` needs --license-link URL, or a file LICENSE in the label set's folder")
 
 
-def mark(given: CardFields, identity: str) -> str:
-    """Return the line of a card from which `recalled` reads its fields."""
+def mark(given: CardFields, identity: str, card: str) -> str:
+    """Return the last line of a card, from which `recalled` reads its fields; `card` is what stands before it."""
     # `>` never stands in it, so nothing in a field can end the comment.
-    text = json.dumps({"identity": identity, **asdict(given)}, sort_keys=True)
+    text = json.dumps({"identity": identity, "text": _digest(card), **asdict(given)}, sort_keys=True)
     return f"<!-- ferkd-data card {text.replace('<', chr(92) + 'u003c').replace('>', chr(92) + 'u003e')} -->"
 
 
 def recalled(card: str) -> tuple[CardFields, str | None]:
     """Read the fields of a generated card and the identity of its label set; of other texts, empty fields and None."""
-    found = MARK.search(card)
-    try:
-        content: Any = json.loads(found.group(1)) if found else {}
-    # A card is a stranger's text. Nesting of thousands of levels ends the parser, not this process.
-    except (ValueError, RecursionError):
-        content = {}
+    content = _marked(card)
     texts = {
         field.name: content.get(field.name)
         for field in fields(CardFields)
@@ -127,8 +123,28 @@ def recalled(card: str) -> tuple[CardFields, str | None]:
 
 
 def is_generated(card: str) -> bool:
-    """Return whether a README.md is a card that ferkd-data wrote."""
-    return MARK.search(card) is not None
+    """Return whether a README.md is a card as ferkd-data wrote it, and was not edited since."""
+    found = MARK.search(card)
+    if found is None:
+        return False
+    whole = _marked(card).get("text") in (None, _digest(card[: found.start()]))
+    return whole and not card[found.end() :].strip()
+
+
+def _marked(card: str) -> dict[str, Any]:
+    """Return the content of a card's last line; empty for other texts."""
+    found = MARK.search(card)
+    try:
+        content: Any = json.loads(found.group(1)) if found else {}
+    # A card is a stranger's text. Nesting of thousands of levels ends the parser, not this process.
+    except (ValueError, RecursionError):
+        content = {}
+    return content if isinstance(content, dict) else {}
+
+
+def _digest(text: str) -> str:
+    """Return a digest of a card's text, the same whatever a system's line ends are."""
+    return hashlib.sha256(text.replace("\r\n", "\n").strip().encode()).hexdigest()[:16]
 
 
 COLUMNS = {

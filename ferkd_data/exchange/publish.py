@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError, check_at_least, renamed
 from ferkd_data.exchange.card import render_card
-from ferkd_data.exchange.card_facts import CardFields, check_fields, completed, is_generated
+from ferkd_data.exchange.card_facts import CardFields, check_fields, completed, is_generated, recalled
 from ferkd_data.exchange.croissant import render_croissant
 from ferkd_data.exchange.destinations import Destination, FileToSend, open_destination, open_target
 from ferkd_data.exchange.signing import SIGNATURE, sign
@@ -58,7 +58,8 @@ def publish(
 
     A card, Croissant metadata and a file LICENSE in `path` are sent with it. The card says what `card` says; what
     `card` leaves out is taken from the card that is published there already. A README.md in `path` that is not a
-    card of ours is sent in place of the generated one.
+    card of ours, or was edited since, is sent in place of the generated one; one at `url` stays as long as the label
+    set is the same.
 
     The digest of every file that arrived is compared; the manifest goes last, so nobody ever opens half a label set.
     After an interruption, what arrived is not sent again; after success, nothing is. With `overwrite`, the manifest of
@@ -86,17 +87,20 @@ def publish(
     destination = open_destination(target, labels.identity, threads)
     # Refused before the label set is verified, which may take minutes.
     same = _is_there(target, labels, overwrite)
-    fields = _fields(labels, target, card or CardFields())
+    published = _published_card(target)
+    fields = _fields(labels, published, card or CardFields())
+    keeps_text = same and not overwrite and _keeps_text(labels, target, published, card or CardFields(), fields)
     if target.url.startswith("hf://"):
         check_number_of_files(labels.manifest)
     # Every file and row, before anything is sent: what is published is copied by others.
     _check(labels)
     with Scratch("publish") as scratch:
         files, manifest = _files(labels, url, fields, scratch)
+        files = [file for file in files if not (keeps_text and file.name == README)]
         files += _signature(labels, sign_with, scratch)
         missing = destination.missing(files)
         if not same and not overwrite:
-            _check_nothing_is_replaced(destination, target)
+            _check_nothing_is_replaced(destination, target, published)
         skipped = len(files) - len(missing)
         last = () if same and not destination.missing([manifest]) else (manifest,)
         skipped += not last
@@ -117,12 +121,11 @@ def publish(
     return PublishResult(url=url, sent=(*missing, *last), skipped=skipped)
 
 
-def _fields(labels: LabelSet, target: Remote, given: CardFields) -> CardFields:
+def _fields(labels: LabelSet, published: str | None, given: CardFields) -> CardFields:
     """Complete the card's fields from the folder's card and the published one. Raises UsageError."""
     folder = Path(labels.location)
     own = inside(folder, README)
     cards = [_read_card(own)] if own.exists() else []
-    published = _published_card(target)
     cards += [] if published is None else [published]
     fields = completed(given, cards, identity=labels.identity, folder_name=folder.resolve().name)
     check_fields(fields, labels.manifest, has_license_file=inside(folder, LICENSE).is_file())
@@ -173,11 +176,31 @@ def _is_there(target: Remote, labels: LabelSet, overwrite: bool) -> bool:
     return there == labels.identity
 
 
-def _check_nothing_is_replaced(destination: Destination, target: Remote) -> None:
+def _keeps_text(labels: LabelSet, target: Remote, published: str | None, given: CardFields, fields: CardFields) -> bool:
+    """Return whether the published README.md is somebody's text, or a card that was edited, and stays.
+
+    Raises PublishError for fields that it does not have: they could not be changed in it.
+    """
+    own = inside(Path(labels.location), README)
+    sends_text = own.exists() and not is_generated(_read_card(own))
+    if published is None or is_generated(published) or sends_text:
+        return False
+    has, _ = recalled(published)
+    said = [name for name, value in asdict(given).items() if value is not None]
+    changed = [name for name in said if getattr(fields, name) != getattr(has, name)]
+    if changed:
+        raise PublishError(
+            f"{target.url}: its README.md is not the generated one, or was edited, so {changed[0]} cannot be changed "
+            f"in it; put your text into {own} to send that, or replace it with a new card with --overwrite"
+        )
+    return True
+
+
+def _check_nothing_is_replaced(destination: Destination, target: Remote, published: str | None) -> None:
     """Raise PublishError where files lie at a new destination that no publish put there, and that would be replaced."""
     others = destination.would_replace()
     # A card of ours: an interrupted publish from another host, of which nothing is noted here.
-    if others and not is_generated(_published_card(target) or ""):
+    if others and recalled(published or "")[1] is None:
         raise PublishError(
             f"{target.url}: holds {others[0]!r}, which is not of this label set; publish to another place, or replace "
             "it with --overwrite"

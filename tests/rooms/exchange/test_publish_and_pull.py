@@ -7,6 +7,7 @@ import shutil
 import threading
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -395,3 +396,25 @@ def test_a_part_that_was_added_to_is_called_no_part(label_set, photos, tiny_teac
     fd.build(photos, part, teachers=teachers, crops=12, extend=True, device="cpu")
     assert fd.open_labels(part).num_crops == 12
     assert note not in card_of(part, tmp_path / "2")
+
+
+def test_a_card_that_was_edited_is_its_authors_text(label_set, tmp_path):
+    """People edit the card on the hub, or pull, edit and publish: their text must not vanish at the next publish."""
+    source, public = shutil.copytree(label_set, tmp_path / "source"), tmp_path / "public"
+    fd.publish(source, str(public), card=CARD)
+    card = (public / "README.md").read_text()
+    edited = card.replace("## Uses and limits", "## Our results\n\n75 %\n\n## Uses and limits")
+    (public / "README.md").write_text(edited)
+    assert fd.publish(source, str(public)).sent == ()
+    assert (public / "README.md").read_text() == edited
+    with pytest.raises(PublishError, match=r"README.md is not the generated one, or was edited, so author cannot be"):
+        fd.publish(source, str(public), card=fd.CardFields(author="Lab"))
+    same = replace(CARD, license="CC-BY-4.0")
+    assert fd.publish(source, str(public), card=same).sent == (), "what it says already is no change"
+    for own in (edited, card + "\nMore.\n", "Mine"):
+        (source / "README.md").write_text(own)
+        fd.publish(source, str(public), card=fd.CardFields(license="mit"))
+        assert (public / "README.md").read_text() == own
+    (source / "README.md").write_bytes(card.replace("\n", "\r\n").encode())
+    fd.publish(source, str(public), card=CARD, overwrite=True)
+    assert (public / "README.md").read_text() == card, "other line ends are no edit"
