@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -402,7 +403,7 @@ def _build_part(source: str, out: str, part: str, overwrite: bool, as_json: bool
     else:
         say(
             f"{out}: part {result.part} is done, {count(result.shards, 'shard')} with {count(result.images, 'image')}; "
-            f"when all parts are done, run `ferkd-data finish {out}`"
+            f"when all parts are done, run `ferkd-data finish {quote(out)}`"
         )
     return status_of(result)
 

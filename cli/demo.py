@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from shlex import quote
 
 import click
 
@@ -48,20 +50,26 @@ def command(out: Path, crops: int) -> int:
     for row in range(0, len(labels), max(1, len(labels) // IMAGES_SHOWN))[:IMAGES_SHOWN]:
         image = labels[row]
         print_image(labels, image, [describe_crop(labels, image, n) for n in range(min(CROPS_SHOWN, crops))])
-    teachers = " \\\n    ".join(f"--teacher {spec}" for spec in demo.teachers)
+    teachers = " \\\n    ".join(f"--teacher {quote(spec)}" for spec in demo.teachers)
+    photos, again, classes = (quote(str(path)) for path in (demo.photos, out / "again", demo.classes))
     click.echo(f"""
 The same build as a command:
-  ferkd-data build {demo.photos} {out / "again"} --classes {demo.classes} --crops {crops} \\
+  ferkd-data build {photos} {again} --classes {classes} --crops {crops} \\
     {teachers}
 
 Read the labels in Python:
   import ferkd_data as fd
-  labels = fd.open_labels("{out / "labels"}")
+  labels = fd.open_labels({_literal(out / "labels")})
   image = labels[0]
   print(image.key, image.boxes[0], image.class_index[0], image.class_prob[0])
 
 Train with them:
-  loader = fd.CropLoader(labels, images="{demo.photos}", batch_size=16)
+  loader = fd.CropLoader(labels, images={_literal(demo.photos)}, batch_size=16)
   for images, targets in loader:          # uint8 (16, 3, 224, 224), SoftTargets
       loss = fd.soft_cross_entropy(model(fd.normalize(images)), targets)""")
     return 0
+
+
+def _literal(path: Path) -> str:
+    """Write a path as Python reads it, also one with quotes or backslashes."""
+    return json.dumps(str(path), ensure_ascii=False)

@@ -12,7 +12,7 @@ import ferkd_data as fd
 from ferkd_data.errors import UsageError
 
 from .display import show_transfer
-from .options import GroupedCommand, default_of, json_option, print_json, signature_options
+from .options import GroupedCommand, default_of, given, json_option, print_json, signature_options
 from .overview import count, share, size
 from .terminal import say
 
@@ -61,6 +61,9 @@ def command(
     Prints one line per fault: file, row, image, crop, field and what is wrong. The exit status is 1 if there are any.
     """
     # Before the files are checked, which may take an hour.
+    if not deep and (useless := given(relabelling)):
+        names = " and ".join("--teacher" if name == "teachers" else f"--{name}" for name in useless)
+        raise UsageError(f"{names} would have no effect without --deep, which labels images again")
     if deep and (images is None or not relabelling["teachers"]):
         raise UsageError("--deep needs --images SOURCE (the labelled images) and each --teacher SPEC of the build")
     with show_transfer("verify") as on_progress:

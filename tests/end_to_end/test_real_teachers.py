@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from ferkd_data_cli.main import run
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    return write_demo(tmp_path_factory.mktemp("demo"))
+    return write_demo(tmp_path_factory.mktemp("demo") / "the demo")
 
 
 def test_the_demo_command(demo, capsys):
@@ -28,6 +29,9 @@ def test_the_demo_command(demo, capsys):
     printed = capsys.readouterr().out
     for part in ("0.95-1.00", "hard_positive", "ferkd-data build", "fd.open_labels", "bald eagle"):
         assert part in printed
+    # The command can be copied, also where a name has a space.
+    command = printed[printed.index("  ferkd-data build") : printed.index("Read the labels")].replace("\\\n", " ")
+    assert shlex.split(command)[2:4] == [str(demo.photos), str(folder / "again")]
     labels = fd.open_labels(folder / "labels")
     assert len(labels) == 20 and labels.num_classes == 1000
     # Crops that show most of the photo are centre-ish: there the ensemble names the ground truth.

@@ -55,6 +55,15 @@ def test_the_command(label_set, photos, tiny_teachers, capsys):
     assert json.loads(capsys.readouterr().out)["deep"]["same_top1"] == 1
 
 
+def test_a_teacher_without_deep_is_refused(label_set, photos, tiny_teachers, capsys):
+    """It was ignored, and `no faults` looked like its answer."""
+    command = ["verify", str(label_set), "--images", str(photos), "--teacher", tiny_teachers]
+    assert run(command) == 2
+    assert "--teacher would have no effect without --deep" in capsys.readouterr().err
+    assert run([*command, "--sample", "5"]) == 2
+    assert "--teacher and --sample" in capsys.readouterr().err
+
+
 def test_images_that_can_no_longer_be_labelled_are_named(label_set, photos, tiny_teachers, tmp_path, capsys):
     images = shutil.copytree(photos, tmp_path / "photos")
     gone, broken = sorted(images.rglob("*.jpg"))[:2]
