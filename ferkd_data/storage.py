@@ -106,7 +106,8 @@ def default_cache_dir() -> Path:
     """Return $FERKD_DATA_CACHE, or ferkd-data below the user's cache folder."""
     chosen = os.environ.get("FERKD_DATA_CACHE")
     if chosen:
-        return Path(chosen)
+        # A shell expands ~ in a variable, files of variables (.env, a batch system's) do not.
+        return local_path(chosen)
     # An empty variable counts as unset, as the XDG specification says.
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ferkd-data"
 

@@ -18,7 +18,7 @@ from ferkd_data.format.progress import OnProgress, TransferProgress
 from ferkd_data.label_set import LabelSet, open_labels, read_remote_manifest
 from ferkd_data.remote import Remote, Retries, is_remote
 from ferkd_data.scratch import Scratch
-from ferkd_data.storage import inside, read_regular, sha256_file
+from ferkd_data.storage import inside, local_path, read_regular, sha256_file
 
 README, CROISSANT, LICENSE = "README.md", "croissant.json", "LICENSE"
 MAX_CARD_BYTES = 2**20
@@ -245,7 +245,7 @@ def _files(labels: LabelSet, url: str, card: CardFields, scratch: Path) -> tuple
 def _signature(labels: LabelSet, key: str | Path | None, scratch: Path) -> list[FileToSend]:
     folder = Path(labels.location)
     if key is not None:
-        sign(folder / FILE_NAME, Path(key), scratch / SIGNATURE)
+        sign(folder / FILE_NAME, local_path(key), scratch / SIGNATURE)
         return [_to_send(SIGNATURE, scratch / SIGNATURE)]
     there = inside(folder, SIGNATURE)
     return [_to_send(SIGNATURE, there)] if there.exists() else []

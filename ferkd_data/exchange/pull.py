@@ -104,7 +104,7 @@ def pull(
     if signed_by is not None:
         signature = read_remote_signature(remote)
         # Before it is parsed, and before anything else is fetched: an unsigned manifest is not even looked at.
-        name = check_signed(text, signature, f"{url}/{FILE_NAME}", Path(signed_by), signer)
+        name = check_signed(text, signature, f"{url}/{FILE_NAME}", local_path(signed_by), signer)
     whole = parse_manifest(text, f"{url}/{FILE_NAME}")
     part = _selected(whole, url, crops, crop_kind, shards)
     with _alone(out):

@@ -26,7 +26,7 @@ from ferkd_data.labels import statistics
 from ferkd_data.labels.rows import ShardLabels
 from ferkd_data.labels.statistics import Statistics
 from ferkd_data.remote import is_remote
-from ferkd_data.storage import image_digest
+from ferkd_data.storage import image_digest, local_path
 from ferkd_data.threads import Threads
 
 MAX_FAULTS = 20
@@ -66,7 +66,7 @@ def verify(
     check_at_least(0, max_faults=max_faults)
     require_signers(signed_by, signer)
     labels = open_labels(path)
-    name = None if signed_by is None else check_signature(labels, Path(signed_by), signer)
+    name = None if signed_by is None else check_signature(labels, local_path(signed_by), signer)
     files, check = FileCheck(labels, max_faults, digests=images is not None), _Check(labels, max_faults)
     pairs = [(entry, file) for entry in labels.manifest.shards for file in entry.files]
     total = sum(file.bytes for _, file in pairs)

@@ -66,7 +66,7 @@ def open_labels(
     if is_remote(path):
         remote = open_remote(str(path))
         text = read_remote_manifest(remote)
-        cache = ShardCache(Path(cache_dir or default_cache_dir()) / "shards", cache_bytes)
+        cache = ShardCache(local_path(cache_dir or default_cache_dir()) / "shards", cache_bytes)
         files = CachedFiles(remote, cache)
     else:
         folder = local_path(path)

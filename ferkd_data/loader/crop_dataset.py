@@ -40,7 +40,7 @@ from ferkd_data.loader.settings import (
 from ferkd_data.loader.shared_epoch import RunTokens, SharedEpoch
 from ferkd_data.loader.transform import Transform
 from ferkd_data.replay import Interpolation, empty_batch
-from ferkd_data.storage import default_cache_dir
+from ferkd_data.storage import default_cache_dir, local_path
 from ferkd_data.targets import SoftTargets
 
 Item = tuple[Tensor, Any]
@@ -154,7 +154,7 @@ class CropDataset(Dataset[Item]):
             transform=transform,
             targets=targets,
         )
-        cache = Path(cache_dir) if cache_dir else default_cache_dir()
+        cache = local_path(cache_dir) if cache_dir else default_cache_dir()
         _, self._maker = open_maker(labels, images, settings, cache, at_random=True)
         self._crops_per_image = crops_per_image
         self.shared = SharedEpoch(len(self), self._turns.per_rank)

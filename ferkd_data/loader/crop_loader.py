@@ -53,7 +53,7 @@ from ferkd_data.loader.stats import LoaderStats, log_stats, stats_of
 from ferkd_data.loader.transform import Transform
 from ferkd_data.replay import Interpolation
 from ferkd_data.selfmix import SelfMix
-from ferkd_data.storage import default_cache_dir
+from ferkd_data.storage import default_cache_dir, local_path
 from ferkd_data.targets import SoftTargets
 
 STATE_VERSION = 1
@@ -220,7 +220,7 @@ class CropLoader(DataLoaderLike):
         """Number of images left out so far, with on_error="skip"."""
         self.skipped_last: list[str] = []
         """Key and reason of each image left out of the window that the last batch is from."""
-        cache = Path(cache_dir) if cache_dir else default_cache_dir()
+        cache = local_path(cache_dir) if cache_dir else default_cache_dir()
         self.labels, self._maker = open_maker(labels, images, self.settings, cache)
         # Checked here as well as in each iteration, so that a batch_size that leaves no batch fails where it was given.
         self._check_not_empty(0)

@@ -433,3 +433,18 @@ def test_a_disk_that_fills_up_meanwhile_gets_room_for_what_has_arrived(server, s
     with cache.fetch(remote, FileEntry(path="labels/a.parquet", bytes=len(DATA), sha256=DIGEST)) as file:
         assert file.path.read_bytes() == DATA
     assert not old[0].exists()
+
+
+def test_the_cache_of_every_reader_may_begin_with_a_tilde(label_set, photos, tmp_path, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    with serve(label_set) as server:
+        labels = fd.open_labels(server.url, cache_dir="~/a")
+        next(iter(fd.CropLoader(labels, images=photos, batch_size=4, size=16, cache_dir="~/b")))
+        fd.CropDataset(labels, images=photos, size=16, cache_dir="~/c")[0]
+        with pytest.raises(UsageError, match=r"s3://bucket/x: is a URL; give a folder of this host"):
+            fd.open_labels(server.url, cache_dir="s3://bucket/x")
+    assert (home / "a").is_dir() and not list(here.iterdir())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ferkd_data.errors import ImageError, LabelSetError, SourceError, StorageFullError
+from ferkd_data.errors import ImageError, LabelSetError, SourceError, StorageFullError, UsageError
 from ferkd_data.images.retrying import UnansweredImageError
 from ferkd_data.storage import (
     default_cache_dir,
@@ -185,6 +185,16 @@ def test_an_empty_variable_names_no_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / ".cache/ferkd-data"
+
+
+def test_a_cache_folder_may_begin_with_a_tilde_and_is_no_url(monkeypatch, tmp_path):
+    """As it stands in a file of variables, which no shell expands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FERKD_DATA_CACHE", "~/cache")
+    assert default_cache_dir() == tmp_path / "cache"
+    monkeypatch.setenv("FERKD_DATA_CACHE", "s3://bucket/cache")
+    with pytest.raises(UsageError, match="s3://bucket/cache: is a URL; give a folder of this host"):
+        default_cache_dir()
 
 
 @pytest.mark.parametrize("error", [ImageError("corrupt", "bad data"), UnansweredImageError("unreadable", "no answer")])
