@@ -145,18 +145,18 @@ def test_a_pull_goes_on_where_one_of_other_settings_was_interrupted(label_set, t
 
 def test_a_text_of_ones_own_in_a_pulled_label_set_stays(label_set, tmp_path):
     public, mine = tmp_path / "public", tmp_path / "mine"
-    (tmp_path / "source").mkdir()
     fd.publish(label_set, str(public), card=CARD)
     (public / "LICENSE").write_text("theirs")
     fd.pull(str(public), mine)
     (mine / "LICENSE").write_text("mine")
+    fd.publish(label_set, str(public), card=fd.CardFields(author="Lab"))
+    fd.pull(str(public), mine)
     card = (mine / "README.md").read_text()
-    (mine / "README.md").write_text(card.replace("## Uses", "## Old uses"))
-    fd.pull(str(public), mine)
-    assert (mine / "README.md").read_text() == card, "a card is not the user's own text"
-    (mine / "README.md").write_text("What I use it for")
-    fd.pull(str(public), mine)
-    assert (mine / "README.md").read_text() == "What I use it for"
+    assert "Published by Lab" in card, "a card that nobody edited is not the user's own text"
+    for text in (card.replace("## Uses", "## My uses"), "What I use it for"):
+        (mine / "README.md").write_text(text)
+        fd.pull(str(public), mine)
+        assert (mine / "README.md").read_text() == text
     assert (mine / "LICENSE").read_text() == "mine"
 
 
