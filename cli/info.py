@@ -29,7 +29,9 @@ def command(labels: str, as_json: bool) -> int:
     rows = {
         "layout": manifest.layout,
         "images": f"{manifest.num_images:,} ({manifest.rejects.rows:,} rejected)",
-        "crops": f"{manifest.num_crops} per image in blocks of {manifest.crops_per_block}",
+        "crops": f"{manifest.num_crops} per image"
+        # A tar has all crops of its images.
+        + (f" in blocks of {manifest.crops_per_block}" if manifest.layout == "parquet" else ""),
         "labels": f"top-{manifest.top_k} of {manifest.num_classes:,} classes",
         "size": f"{size(num_bytes)} in {count(files, 'file')}, "
         f"{num_bytes / max(manifest.statistics.crops, 1):.1f} bytes per crop",

@@ -53,6 +53,7 @@ def command(
     """
     import ferkd_data as fd
     from ferkd_data.errors import UsageError
+    from ferkd_data.storage import local_path
 
     if picture is None and images is not None:
         raise UsageError("--images is for --image FILE.png, the picture to write")
@@ -65,6 +66,7 @@ def command(
         raise UsageError(f"{labels}: no image has the key {key!r}; keys look like {first!r}") from error
     names = _names(classes, opened)
     if picture is not None:
+        picture = local_path(picture)
         _check_picture(picture, images, image.image_digest)
         # The picture grows with them; the table below has all that were asked for.
         shown = min(num_crops, 8)

@@ -293,7 +293,7 @@ def local_path(path: str | Path) -> Path:
     """
     text = str(path)
     if URL_AS_PATH.match(text):
-        raise UsageError(f"{text}: is a URL; give a folder of this host")
+        raise UsageError(f"{text}: is a URL; give a path on this host")
     url = FILE_URL.match(text)
     return Path(unquote(text[url.end() :])) if url else Path(text).expanduser()
 

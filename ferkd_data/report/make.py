@@ -21,6 +21,7 @@ from ferkd_data.report.page import render_report, write_page
 from ferkd_data.report.pictures import Pictures, no_pictures, take_pictures
 from ferkd_data.report.suspects import write_csv
 from ferkd_data.report.unfinished import Unfinished, open_unfinished
+from ferkd_data.storage import local_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,10 @@ def write_report(
     (True, True)
     """
     # First, so that a wrong name or log fails before minutes of reading.
-    _check_names(path, csv, log_json)
-    hours = None if log_json is None else hours_of(Path(log_json))
+    page = local_path(path)
+    rows, log = (None if name is None else local_path(name) for name in (csv, log_json))
+    _check_names(page, rows, log)
+    hours = None if log is None else hours_of(log)
     progress = None
     unfinished = None if isinstance(labels, LabelSet) else open_unfinished(labels)
     if unfinished is not None:
@@ -86,11 +89,11 @@ def write_report(
         found = collect(opened, on_progress)
     pictures = pictures_for(opened, found, images)
     text = render_report(opened, found, pictures, hours=hours, progress=progress)
-    write_page(Path(path), text)
-    if csv is not None:
-        write_csv(Path(csv), found.suspects.worst(), opened.class_names)
+    write_page(page, text)
+    if rows is not None:
+        write_csv(rows, found.suspects.worst(), opened.class_names)
     return ReportResult(
-        path=Path(path),
+        path=page,
         bytes=len(text.encode()),
         images=found.sketch.images,
         crops=found.sketch.crops,
@@ -99,8 +102,8 @@ def write_report(
     )
 
 
-def _check_names(*names: str | Path | None) -> None:
-    files = [Path(name).resolve() for name in names if name is not None]
+def _check_names(*names: Path | None) -> None:
+    files = [name.resolve() for name in names if name is not None]
     twice = [file for file in files if files.count(file) > 1]
     if twice:
         raise UsageError(f"report: {twice[0]} is given twice: name different files for the page, the list and the log")
@@ -134,6 +137,8 @@ def hours_of(log: Path) -> float:
         raise UsageError(f"log {log}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"log {log}: {line[:80]!r} is not a line that build --log-json writes") from error
+    if not line:
+        raise UsageError(f"log {log}: is empty; build --log-json writes a line for each event")
     return (seconds + last) / 3600
 
 
@@ -157,7 +162,7 @@ class LiveReport:
     def __init__(self, path: str | Path, *, images: str | Path | None = None) -> None:
         # Now, not at the first shard, when the build may have run for an hour.
         extras.require("jinja2", extra="report", what_for="a report")
-        self._path, self._images = Path(path), images
+        self._path, self._images = local_path(path), images
         if not self._path.parent.is_dir():
             raise UsageError(f"report {path}: there is no folder {self._path.parent}")
         self._out = ""

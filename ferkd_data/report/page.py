@@ -169,7 +169,7 @@ def facts(labels: LabelSet, found: Collected, hours: float | None) -> list[tuple
     size = sum(file.bytes for shard in manifest.shards for file in shard.files)
     forwards = sketch.crops * len(manifest.teachers)
     thresholds = manifest.thresholds
-    cost = f"{forwards:,} teacher forwards" + (f", {hours:,.1f} hours" if hours is not None else "")
+    cost = f"{forwards:,} teacher forwards" + (f", {duration(hours)}" if hours is not None else "")
     kind = "p_max" if thresholds.confidence == "max" else "the ground truth's probability"
     layout: tuple[str, str] = ("Layout", manifest.layout)
     # The files of a view hold more than it shows, and those of an ensemble are of one label set only.
@@ -189,6 +189,13 @@ def facts(labels: LabelSet, found: Collected, hours: float | None) -> list[tuple
         ("Written by", f"{manifest.created_by.name} {manifest.created_by.version}, format version {manifest.version}"),
         ("Identity", f"{labels.identity[:16]} (SHA-256 of the manifest)"),
     ]  # fmt: skip
+
+
+def duration(hours: float) -> str:
+    """Write hours as `1.5 hours`, shorter times as `12.0 minutes` or `3 seconds`."""
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{hours * 60:.1f} minutes" if hours * 60 >= 1 else f"{hours * 3600:.0f} seconds"
 
 
 def distributions(manifest: Manifest) -> list[tuple[str, str]]:

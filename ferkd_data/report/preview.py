@@ -27,6 +27,7 @@ from ferkd_data.report.charts import percent
 from ferkd_data.report.page import render, write_page
 from ferkd_data.report.pictures import data_uri
 from ferkd_data.report.tables import BUCKET_TITLES, class_name
+from ferkd_data.storage import local_path
 from ferkd_data.targets import SoftTargets
 
 BARS = 4
@@ -53,6 +54,7 @@ def preview(loader: CropLoader, path: str | Path, *, crops: int = 16) -> Path:
     """
     if crops < 1:
         raise UsageError(f"crops must be 1 or more, got {crops}")
+    page = local_path(path)
     maker, window = loader.next_window()
     size = maker.epochs.at(window.epoch).size
     # A second maker without SelfMix gives the same window before mixing.
@@ -70,8 +72,8 @@ def preview(loader: CropLoader, path: str | Path, *, crops: int = 16) -> Path:
         "facts": _facts(loader, window, shown),
         "crops": [batch.card(slot) for slot in range(shown)],
     }
-    write_page(Path(path), render("preview", content))
-    return Path(path)
+    write_page(page, render("preview", content))
+    return page
 
 
 def _facts(loader: CropLoader, window: Window, shown: int) -> list[tuple[str, str]]:

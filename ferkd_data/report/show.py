@@ -18,7 +18,7 @@ from ferkd_data.labels.buckets import BUCKETS
 from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.report.cards import box_text, ranked
 from ferkd_data.report.pictures import cut, image_of
-from ferkd_data.storage import write_atomically
+from ferkd_data.storage import local_path, write_atomically
 
 IMAGE_SIDE, CROP_SIDE = 480, 132
 GAP, LINE = 14, 15
@@ -45,7 +45,7 @@ class Shown:
 
     def save(self, path: str | Path) -> None:
         """Write a PNG file, under another name, and rename it."""
-        with write_atomically(Path(path)) as aside:
+        with write_atomically(local_path(path)) as aside:
             self.picture.save(aside, "PNG")
 
     def _repr_png_(self) -> bytes:

@@ -16,7 +16,7 @@ import ferkd_data as fd
 from ferkd_data.errors import BuildError, MissingExtraError, UsageError
 from ferkd_data.report.collect import collect
 from ferkd_data.report.make import hours_of
-from ferkd_data.report.page import asset, facts, inert_json, policy
+from ferkd_data.report.page import asset, duration, facts, inert_json, policy
 from ferkd_data.report.tables import teacher_table
 from ferkd_data_cli.main import run
 
@@ -146,6 +146,28 @@ def test_one_file_for_two_things_is_refused(label_set, tmp_path, capsys):
 def test_a_log_that_is_none_is_refused(tmp_path):
     (tmp_path / "log").write_text("hello\n")
     with pytest.raises(UsageError, match="'hello' is not a line"):
+        hours_of(tmp_path / "log")
+
+
+def test_files_are_written_where_their_names_say(label_set, tmp_path, monkeypatch):
+    """A folder called ~ was made for ~/report.html, and one called s3: for a URL."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    result = fd.write_report(label_set, "~/report.html", csv="~/doubtful.csv")
+    assert result.path == tmp_path / "home/report.html" and (tmp_path / "home/doubtful.csv").is_file()
+    with pytest.raises(UsageError, match="is a URL"):
+        fd.write_report(label_set, "s3://bucket/report.html")
+    assert run(["report", str(label_set), "s3://bucket/report.html"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_a_short_build_did_not_take_no_time(tmp_path):
+    """Two minutes were 0.0 hours, as was a log without a line."""
+    assert [duration(hours) for hours in (0.001, 1 / 30, 1, 1234.5)] == [
+        "4 seconds", "2.0 minutes", "1.0 hours", "1,234.5 hours",
+    ]  # fmt: skip
+    (tmp_path / "log").write_text("")
+    with pytest.raises(UsageError, match="is empty"):
         hours_of(tmp_path / "log")
 
 
