@@ -30,7 +30,13 @@ from ferkd_data.images import image_size
 from ferkd_data.images.decode import decode_reduced, divisor_for, reduced_crops
 from ferkd_data.images.retrying import IMAGES_IN_A_ROW, UnansweredImageError
 from ferkd_data.label_set import LabelSet
-from ferkd_data.label_set.joined_images import check_labelled_size, decode_checked, give_memory_back, labelled_pixels
+from ferkd_data.label_set.joined_images import (
+    CheckedImages,
+    check_labelled_size,
+    decode_checked,
+    give_memory_back,
+    labelled_pixels,
+)
 from ferkd_data.loader.clocks import NOTHING, Spent, StageClock
 from ferkd_data.loader.crops_and_targets import (
     BlockDraws,
@@ -41,7 +47,7 @@ from ferkd_data.loader.crops_and_targets import (
     window_targets,
 )
 from ferkd_data.loader.epochs import Epochs, EpochSettings
-from ferkd_data.loader.images_and_keys import CheckedImages, Images, KeyTable
+from ferkd_data.loader.images_and_keys import Images, KeyTable
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.order import FromPosition, InChunks, epoch_order
 from ferkd_data.loader.schedule import Window, stand_in

@@ -1,4 +1,4 @@
-"""The images of a loader, what keys they have, and which of them were found to be those that were labelled.
+"""The images of a loader, and what keys they have.
 
 Images come from a source, joined with the labels by the hash of their key (`label_set.joined_images`), or from the
 label set itself where its layout is `webdataset` (`OwnImages`).
@@ -6,7 +6,6 @@ label set itself where its layout is `webdataset` (`OwnImages`).
 
 from __future__ import annotations
 
-import mmap
 import resource
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,28 +141,3 @@ class KeyTable:
             self._open()
         except FileNotFoundError as error:
             raise owner_is_gone(self.folder) from error
-
-
-class CheckedImages:
-    """A bit for each row of a label set: its image was found to be the one that was labelled.
-
-    Only good images have theirs set, so a wrong one is found again in every epoch, by whichever process reads it, and
-    after a resume. The bits are shared with processes that are forked; a copy that travels by pickle begins anew. Two
-    processes that set bits of one byte at once may lose one, and that image is hashed once more.
-    """
-
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
-        self._bits: npt.NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, num_rows // 8 + 1), np.uint8)
-
-    def __contains__(self, row: int) -> bool:
-        return bool(self._bits[row >> 3] >> (row & 7) & 1)
-
-    def add(self, row: int) -> None:
-        self._bits[row >> 3] |= np.uint8(1 << (row & 7))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"num_rows": self._num_rows}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
