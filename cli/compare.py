@@ -85,4 +85,6 @@ def _print_examples(result: Any, names: tuple[str, ...] | None) -> None:
 def _name(names: tuple[str, ...] | None, number: int) -> str:
     if number < 0:
         return "unknown"
-    return names[number].split(",")[0] if names else f"class {number}"
+    from ferkd_data.report.tables import short_names
+
+    return short_names(names)[number] if names else f"class {number}"

@@ -144,7 +144,10 @@ def describe_crop(labels: Any, image: Any, n: int, names: Sequence[str] | None =
 
 def print_image(labels: Any, image: Any, crops: list[dict[str, Any]], names: Sequence[str] | None = None) -> None:
     """Print an image's crops as an aligned table with a head."""
+    from ferkd_data.report.tables import short_names
+
     names = names or labels.class_names
+    short = short_names(tuple(names)) if names else None
     target = "unlabelled" if image.target < 0 else (names[image.target] if names else f"class {image.target}")
     say(f"{image.key} ({image.width}x{image.height}, {target})")
     wide = max([4, *(len(crop["kind"]) for crop in crops if "kind" in crop)])
@@ -154,6 +157,7 @@ def print_image(labels: Any, image: Any, crops: list[dict[str, Any]], names: Seq
     for crop in crops:
         top, left, height, width = crop["box"]
         box = f"{width}x{height}+{left}+{top}{' flipped' if crop['flip'] else ''}"
-        text = ", ".join(f"{label['name'].split(',')[0]} {label['prob']:.2f}" for label in crop["labels"][:3])
+        top3 = crop["labels"][:3]
+        text = ", ".join(f"{short[one['class']] if short else one['name']} {one['prob']:.2f}" for one in top3)
         kind = f"{crop['kind']:<{wide}}  " if with_kind else ""
         say(f"  {crop['crop']:>4}  {kind}{box:<28} {crop['bucket']:<14} {text}")

@@ -18,6 +18,7 @@ from ferkd_data.labels.buckets import BUCKETS
 from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.report.cards import box_text, ranked
 from ferkd_data.report.pictures import cut, image_of
+from ferkd_data.report.tables import short_names
 from ferkd_data.storage import local_path, write_atomically
 
 IMAGE_SIDE, CROP_SIDE = 480, 132
@@ -195,7 +196,7 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
 
 def _name(names: Sequence[str] | None, number: int) -> str:
     # ImageNet's names are lists of synonyms.
-    return names[number].split(",")[0] if names and number < len(names) else f"class {number}"
+    return short_names(tuple(names))[number] if names and number < len(names) else f"class {number}"
 
 
 def _in_words(image: ImageLabels, rows: list[tuple[str, list[int]]], names: Sequence[str] | None) -> str:

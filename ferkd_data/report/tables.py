@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +27,21 @@ def class_name(labels: LabelSet, number: int) -> str:
     """Name a class for people: by the first of its names, or by its number."""
     if number < 0:
         return "unlabelled"
-    return labels.class_names[number].split(",")[0] if labels.class_names else f"class {number}"
+    return short_names(labels.class_names)[number] if labels.class_names else f"class {number}"
+
+
+@functools.lru_cache(maxsize=4)
+def short_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the first name of each class, with the class's number where several classes have the same one.
+
+    Of ImageNet's classes, two begin with `crane` and two with `maillot`.
+
+    >>> short_names(("crane", "cat, house cat", "crane, derrick"))
+    ('crane (class 0)', 'cat', 'crane (class 2)')
+    """
+    firsts = [name.split(",")[0] for name in names]
+    uses = Counter(firsts)
+    return tuple(first if uses[first] == 1 else f"{first} (class {number})" for number, first in enumerate(firsts))
 
 
 def teacher_table(labels: LabelSet, sketch: Sketch) -> Table:

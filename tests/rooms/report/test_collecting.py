@@ -25,7 +25,7 @@ from ferkd_data.report.findings import _accuracy, _calibrated_apart, duplicates_
 from ferkd_data.report.samples import Smallest, priorities
 from ferkd_data.report.sketch import FLOAT16_VALUES, Sketch, counts_below, counts_between
 from ferkd_data.report.suspects import CSV_COLUMNS, SuspectList
-from ferkd_data.report.tables import threshold_table
+from ferkd_data.report.tables import short_names, threshold_table
 from ferkd_data.report.temperatures import TemperatureSample
 from ferkd_data.report.thresholds import suggest
 from ferkd_data.targets import recover
@@ -413,6 +413,12 @@ def test_a_threshold_below_which_no_crop_lies_is_not_suggested():
     # All crops from 0.6 on, and right: nothing to discard, nothing to soften.
     high = suggest(sketch_of(np.linspace(0.6, 1, 5000), np.ones(5000, bool)))
     assert (high.thresholds.low, high.thresholds.mid) == (0, 0)
+
+
+def test_classes_of_the_same_first_name_are_told_apart():
+    """ImageNet has two cranes and two maillots: the report said that `crane` was confused with `crane`."""
+    names = ("crane", "cat, house cat", "crane, derrick", "Crane")
+    assert short_names(names) == ("crane (class 0)", "cat", "crane (class 2)", "Crane")
 
 
 def test_only_nothing_is_shown_as_0_and_only_all_as_100_percent():
