@@ -61,7 +61,7 @@ def by_threads(folder: Path, number: int, *, shared: bool = False) -> Iterator[t
     with ThreadPoolExecutor(number) as pool:
         for epoch in range(10**6):
             loader._maker.prepare_blocks(epoch)
-            for window in windows(loader._layout(epoch), Cursor(epoch=epoch), rank=0, world_size=1):
+            for window in windows(loader._shape(epoch), Cursor(epoch=epoch), rank=0, world_size=1):
                 waiting.append(pool.submit(make, window))
                 if len(waiting) > number * AHEAD:
                     yield waiting.popleft().result()[0]

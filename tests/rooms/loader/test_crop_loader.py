@@ -246,7 +246,7 @@ def test_spread_batches_hold_different_images(make):
         """Largest number of crops of one image in a batch, by the images' targets under hard recovery."""
         labels = fd.open_labels(loader.labels.location)
         assert len(labels) == 20
-        window = next(windows(loader._layout(0), Cursor(), rank=0, world_size=1))
+        window = next(windows(loader._shape(0), Cursor(), rank=0, world_size=1))
         image_of = {int(slot): i for i, row in enumerate(window.slots) for slot in row}
         return [
             max(np.bincount([image_of[slot] for slot in range(start, start + 8)]))
