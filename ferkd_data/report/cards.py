@@ -37,7 +37,7 @@ def crop_card(labels: LabelSet, crop: Crop, pictures: Pictures) -> dict[str, Any
     """Describe a crop: its picture, labels and ground truth."""
     image, number = crop.image, crop.number
     top = zip(image.class_index[number].tolist(), image.class_prob[number].astype(float).tolist(), strict=True)
-    said = float(image.target_prob[number])
+    truth_prob = float(image.target_prob[number])
     return {
         "key": image.key,
         "number": number,
@@ -48,7 +48,7 @@ def crop_card(labels: LabelSet, crop: Crop, pictures: Pictures) -> dict[str, Any
         "flipped": bool(image.flip[number]),
         "labels": [(class_name(labels, index), f"{prob:.2f}", prob) for index, prob in list(top)[:5]],
         "truth": class_name(labels, image.target),
-        "truth_prob": "" if np.isnan(said) else f"{said:.2f}",
+        "truth_prob": "" if np.isnan(truth_prob) else f"{truth_prob:.2f}",
         # An unlabelled image has nothing to be wrong about.
         "right": image.target < 0 or crop.top1 == image.target,
         "box": box_text(image, number),
@@ -222,13 +222,13 @@ def _values(thresholds: Thresholds) -> list[float]:
 
 
 def _crop(labels: LabelSet, crop: Crop, pictures: Pictures) -> dict[str, Any]:
-    said = float(crop.image.target_prob[crop.number])
+    truth_prob = float(crop.image.target_prob[crop.number])
     return {
         "key": crop.image.key,
         "crop": crop.number,
         "max": crop.p_max,
         # As `buckets.confidence` does where the ground truth's probability is unknown.
-        "target": crop.p_max if np.isnan(said) else said,
+        "target": crop.p_max if np.isnan(truth_prob) else truth_prob,
         "named": class_name(labels, crop.top1),
         "truth": class_name(labels, crop.image.target),
         "right": crop.top1 == crop.image.target,

@@ -82,7 +82,7 @@ def findings(labels: LabelSet, found: Collected, *, provisional: bool = False) -
     """
     if not found.sketch.crops:
         return [Finding(level="note", text="No image has been labelled yet.", section="glance")]
-    said = [
+    listed = [
         *_accuracy(labels, found),
         *(_provisional(labels, found) if provisional else _buckets(labels, found)),
         *_calibration(found),
@@ -94,7 +94,7 @@ def findings(labels: LabelSet, found: Collected, *, provisional: bool = False) -
     ]
     order = ("warning", "good", "note")
     # Stable: within a level, findings keep the order above.
-    return sorted(said, key=lambda finding: order.index(finding.level))
+    return sorted(listed, key=lambda finding: order.index(finding.level))
 
 
 def _guessing(labels: LabelSet, sketch: Sketch) -> bool:
@@ -135,7 +135,7 @@ def _buckets(labels: LabelSet, found: Collected) -> list[Finding]:
     sketch, thresholds = found.sketch, labels.manifest.thresholds
     hard, moderate, _, easy = (sketch.buckets[0] / sketch.crops).tolist()
     known = sketch.confidence["max"][1].any()
-    said = [
+    listed = [
         Finding(
             level="note",
             text=f"{percent(hard)} of the crops are below {thresholds.low:g}: ferkd discards them. "
@@ -149,16 +149,16 @@ def _buckets(labels: LabelSet, found: Collected) -> list[Finding]:
     ]
     if hard > 0.25:
         text = f"{percent(hard)} of the crops would be discarded: the thresholds are too high for these teachers."
-        said.append(Finding(level="warning", text=text, section="thresholds"))
+        listed.append(Finding(level="warning", text=text, section="thresholds"))
     if easy < 0.005:
         text = (
             f"Hardly any crop ({percent(easy)}) passes {thresholds.top:g}: the bucket easy_positive is empty for these "
             "teachers. Lower the third threshold if you want to thin out easy crops."
         )
-        said.append(Finding(level="note", text=text, section="thresholds"))
+        listed.append(Finding(level="note", text=text, section="thresholds"))
     elif easy > 0.5:
         text = f"{percent(easy)} of the crops are easy (from {thresholds.top:g}): many teach a student little."
-        said.append(Finding(level="note", text=text, section="thresholds"))
+        listed.append(Finding(level="note", text=text, section="thresholds"))
     none_in_use = int(sketch.in_use[0])
     if none_in_use:
         target = "softened ground truth" if known else "soft label"
@@ -166,8 +166,8 @@ def _buckets(labels: LabelSet, found: Collected) -> list[Finding]:
             f"{_images(none_in_use)} no crop in use: all are extreme hard. ferkd discards crops only where "
             f"others are left, so it draws from these all the same, with the {target}."
         )
-        said.append(Finding(level="note", text=text, section="quality"))
-    return said
+        listed.append(Finding(level="note", text=text, section="quality"))
+    return listed
 
 
 def _provisional(labels: LabelSet, found: Collected) -> list[Finding]:
@@ -178,8 +178,8 @@ def _provisional(labels: LabelSet, found: Collected) -> list[Finding]:
         f"{thresholds.low:g}, {thresholds.mid:g} and {thresholds.top:g} stand in: the buckets, and which crops count "
         "as confident, are not those of the finished label set."
     )
-    said = Finding(level="warning", text=text, section="thresholds")
-    return [said, Finding(level="note", text=suggest(found.sketch).summary, section="thresholds")]
+    warning = Finding(level="warning", text=text, section="thresholds")
+    return [warning, Finding(level="note", text=suggest(found.sketch).summary, section="thresholds")]
 
 
 def _calibration(found: Collected) -> list[Finding]:
@@ -210,7 +210,7 @@ def _calibration(found: Collected) -> list[Finding]:
 def _teachers(labels: LabelSet) -> list[Finding]:
     """Warn of a teacher that disagrees with the others, or is right less than half as often as the best."""
     counted, teachers = labels.statistics, labels.manifest.teachers
-    said = []
+    listed = []
     if len(teachers) > 1 and counted.teacher_agreement and counted.crops:
         agreement = np.array(counted.teacher_agreement) / counted.crops
         # Mean agreement with the others; each teacher agrees with itself on all crops, which is the 1.
@@ -221,7 +221,7 @@ def _teachers(labels: LabelSet) -> list[Finding]:
         # Far from the others, and clearly farther than they are from each other: otherwise all teachers merely differ.
         if apart > 0.15 and apart > 1.5 * (1 - rest.mean()):
             text = f"{teachers[worst].name} disagrees with the other teachers on {percent(apart)} of the crops"
-            said.append(Finding(level="warning", text=f"{text}: wired right?", section="teachers"))
+            listed.append(Finding(level="warning", text=f"{text}: wired right?", section="teachers"))
     if counted.teacher_top1_matches_target and counted.crops_with_target:
         right = np.array(counted.teacher_top1_matches_target) / counted.crops_with_target
         for teacher, share in zip(teachers, right.tolist(), strict=True):
@@ -229,13 +229,13 @@ def _teachers(labels: LabelSet) -> list[Finding]:
                 text = (
                     f"{teacher.name} is right on {percent(share)} of the crops, the best one on {percent(right.max())}."
                 )
-                said.append(Finding(level="warning", text=text, section="teachers"))
-    return said
+                listed.append(Finding(level="warning", text=text, section="teachers"))
+    return listed
 
 
 def _calibrated_apart(curves: list[Reliability]) -> list[Finding]:
     """Find each teacher whose calibration error is far from that of every other."""
-    said = []
+    listed = []
     for i, curve in enumerate(curves):
         others = sorted(other.ece for j, other in enumerate(curves) if j != i)
         # The nearest, since a teacher stands out only where it is far from every other.
@@ -250,10 +250,10 @@ def _calibrated_apart(curves: list[Reliability]) -> list[Finding]:
                 "evaluate (on whole images), each as ?temperature=T behind the teacher, keep the one of the least "
                 "error, and build again."
             )
-            said.append(Finding(level="note", text=text, section="teachers"))
+            listed.append(Finding(level="note", text=text, section="teachers"))
         if len(curves) == 2:
             break  # of two teachers, both stand out
-    return said
+    return listed
 
 
 def _suspects(found: Collected, *, guessing: bool) -> list[Finding]:
@@ -267,41 +267,41 @@ def _suspects(found: Collected, *, guessing: bool) -> list[Finding]:
         )
         return [Finding(level="note", text=text, section="suspects")]
     first = f" The first to look at is {found.suspects.worst()[0].image.key}."
-    said = []
+    listed = []
     if sure:
         text = (
             f"{_images(sure)} a ground truth that is surely wrong: nearly all crops agree on another class, with a "
             f"high p_max, and give the label almost no probability.{first}"
         )
-        said.append(Finding(level="warning", text=text, section="suspects"))
+        listed.append(Finding(level="warning", text=text, section="suspects"))
     if count > sure:
         text = (
             f"{_images(count - sure)} a ground truth in doubt: more than half of the crops confidently name "
             f"another class, often a related one, or the image shows several things.{'' if sure else first}"
         )
-        said.append(Finding(level="note", text=text, section="suspects"))
-    return said
+        listed.append(Finding(level="note", text=text, section="suspects"))
+    return listed
 
 
 def _quality(labels: LabelSet, found: Collected) -> list[Finding]:
-    said = []
+    listed = []
     rejected = labels.manifest.rejects.rows
     if rejected:
         main = ", ".join(f"{count:,} {reason}" for reason, count in found.rejects.most_common(3))
         text = f"{rejected:,} of {labels.manifest.source.images_seen:,} images could not be used" + (
             f": {main}." if main else "."
         )
-        said.append(Finding(level="note", text=text, section="quality"))
+        listed.append(Finding(level="note", text=text, section="quality"))
     if found.duplicate_groups:
         text, conflicts = duplicates_said(found), found.duplicate_conflicts
         which = "" if conflicts == found.duplicate_groups else f"{_about(conflicts, found)} of them "
         text += f", {which}under different ground truths." if conflicts else "."
-        said.append(Finding(level="warning" if conflicts else "note", text=text, section="quality"))
+        listed.append(Finding(level="warning" if conflicts else "note", text=text, section="quality"))
     small = int(found.sketch.sides[:2].sum())
     if small:
         text = f"{_images(small)} a shorter side below {SMALL_PIXELS} pixels."
-        said.append(Finding(level="note", text=text, section="quality"))
-    return said
+        listed.append(Finding(level="note", text=text, section="quality"))
+    return listed
 
 
 def _top_k(labels: LabelSet, found: Collected) -> list[Finding]:

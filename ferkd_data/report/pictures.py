@@ -98,10 +98,10 @@ def _problem(labels: LabelSet, wanted: dict[str, SampledImage], found: int, prob
             f"{next(iter(wanted))!r}; is it the same data set, with the same folder as its root?"
         )
     missing = len(wanted) - found
-    said = [f"{missing} of {len(wanted)} sampled images are not among the images given"] if missing else []
+    remarks = [f"{missing} of {len(wanted)} sampled images are not among the images given"] if missing else []
     if problems:
-        said.append(f"{len(problems)} could not be shown ({problems[0]})")
-    return "; ".join(said)
+        remarks.append(f"{len(problems)} could not be shown ({problems[0]})")
+    return "; ".join(remarks)
 
 
 def source_images(source: str | Path | ImageSource, wanted: Iterable[str]) -> Iterator[tuple[str, bytes | ImageError]]:

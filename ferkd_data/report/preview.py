@@ -147,7 +147,7 @@ class _Batch:
             "mixed": f"{percent(partner[1], 0)} of it is this crop, the rest crop {partner[0]}" if partner else "",
             "bucket": bucket,
             "bucket_name": BUCKET_TITLES[BUCKETS[bucket]],
-            "policy": self._said(policy_table(self._calibration)[code], code, truth),
+            "policy": self._policy_in_words(policy_table(self._calibration)[code], code, truth),
             "truth": class_name(self._labels, truth),
             "stored": self._stored(i, m),
             "target": self._largest(self._before[slot]),
@@ -190,7 +190,7 @@ class _Batch:
         rest = max(0.0, float(target.sum() - target[order].sum()))
         return [*rows, ("all other classes", f"{rest:.3f}", min(1.0, rest))]
 
-    def _said(self, policy: Policy, code: int, truth: int) -> str:
+    def _policy_in_words(self, policy: Policy, code: int, truth: int) -> str:
         wrong = "confident but wrong; " if code >= len(BUCKETS) else ""
         return wrong + _in_words(policy, self._calibration, truth)
 

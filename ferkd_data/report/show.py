@@ -167,8 +167,8 @@ def _crop(
     y += CROP_SIDE + 3
     for index, prob in list(zip(image.class_index[number], image.class_prob[number], strict=True))[:LABELS_SHOWN]:
         colour = INK if image.target < 0 else GOOD if index == image.target else BAD
-        said = f"{float(prob):.2f} "
-        _write(draw, (x, y), said + _fitted(draw, _name(names, int(index)), CROP_SIDE - 30), colour)
+        probability = f"{float(prob):.2f} "
+        _write(draw, (x, y), probability + _fitted(draw, _name(names, int(index)), CROP_SIDE - 30), colour)
         y += LINE
     _write(draw, (x, y), f"crop {number}", QUIET)
 
@@ -206,6 +206,6 @@ def _in_words(image: ImageLabels, rows: list[tuple[str, list[int]]], names: Sequ
         lines.append(f"{title}:")
         for number in numbers:
             top = zip(image.class_index[number].tolist(), image.class_prob[number].tolist(), strict=True)
-            said = ", ".join(f"{_name(names, index)} {prob:.2f}" for index, prob in list(top)[:LABELS_SHOWN])
-            lines.append(f"  crop {number}, {box_text(image, number)}: {said}")
+            labels = ", ".join(f"{_name(names, index)} {prob:.2f}" for index, prob in list(top)[:LABELS_SHOWN])
+            lines.append(f"  crop {number}, {box_text(image, number)}: {labels}")
     return "\n".join(lines)

@@ -86,8 +86,8 @@ class Sketch:
             patterns = _patterns(confidence(labels.class_prob, labels.target_prob, which))
             for row, mask in enumerate((None, known, right)):
                 self.confidence[which][row] += _counts(patterns if mask is None else patterns[mask], NUM_FLOAT16)
-        said = labels.target_prob[known & ~np.isnan(labels.target_prob)]
-        self.truth += _counts(_patterns(said), NUM_FLOAT16)
+        known_prob = labels.target_prob[known & ~np.isnan(labels.target_prob)]
+        self.truth += _counts(_patterns(known_prob), NUM_FLOAT16)
         self.truth_in_top_k += int((labels.class_index == labels.target[:, None, None]).any(axis=2).sum())
         # Summed in float64: float16 stops counting at 2,048.
         self.mass_by_rank += labels.class_prob.sum(axis=(0, 1), dtype=np.float64)

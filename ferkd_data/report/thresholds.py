@@ -119,7 +119,7 @@ def suggest(sketch: Sketch) -> Suggestion:
 
 def _clause(value: float, by: Decider, cap: float, bucket: str, crops: str, right: str) -> Clause:
     """Describe a threshold that ends a bucket; `right` is the share of its accuracy test in words."""
-    said = {
+    reasons = {
         "accuracy": "accuracy: beyond it, the teachers are right more often",
         "cap": f"the limit of {percent(cap, 0)}; by accuracy alone, the threshold could be higher",
         "none": "no crop is unsure enough, so the bucket stays empty",
@@ -129,7 +129,7 @@ def _clause(value: float, by: Decider, cap: float, bucket: str, crops: str, righ
         rule=f"{crops} are {bucket}. Just below it, the teachers are right on at most {right} of the crops, and "
         f"at most {percent(cap, 0)} of all crops are {bucket}",
         decided_by=by,
-        decided=said[by],
+        decided=reasons[by],
     )
 
 
@@ -160,8 +160,7 @@ def _upper(
     if len(allowed):
         by_cap = allowed[0] != sure[0]
         limit = f"the limit of {percent(MOST_EASY, 0)}; by accuracy alone, the threshold could be lower"
-        said = limit if by_cap else ""
-        return float(edges[allowed[0]]), "cap" if by_cap else "accuracy", said
+        return float(edges[allowed[0]]), "cap" if by_cap else "accuracy", limit if by_cap else ""
     why = f"the surest {percent(SUREST, 0)} of the crops, since no value does both"
     fits = np.flatnonzero(above <= SUREST)
     return float(edges[fits[0]]) if len(fits) else 1.0, "cap", why
