@@ -35,8 +35,8 @@ from .options import (
     require_teachers,
     teacher_options,
 )
-from .overview import ShowOverview, count, lines, size
-from .terminal import say
+from .overview import ShowOverview, lines
+from .terminal import count, say, size
 
 DONE_WITH_REJECTS = 3
 

@@ -9,8 +9,7 @@ import click
 
 from .display import show_images
 from .options import json_option, print_json
-from .overview import share
-from .terminal import say
+from .terminal import say, share
 
 
 @click.command()

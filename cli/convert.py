@@ -14,8 +14,7 @@ from ferkd_data.format.manifest import FILE_NAME, Manifest
 
 from .display import show_transfer
 from .options import default_of, given
-from .overview import count, share, size
-from .terminal import say
+from .terminal import count, say, share, size
 
 DONE_WITH_REJECTS = 3
 IMAGENET_CLASSES = 1000

@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .overview import size
-from .terminal import above, printable, say
+from .terminal import above, printable, say, size
 
 if TYPE_CHECKING:
     from ferkd_data.format.progress import TransferProgress

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from .options import GroupedCommand, json_option, print_json, require_teachers, teacher_options
-from .overview import count, left_out, share
-from .terminal import say
+from .overview import left_out
+from .terminal import count, say, share
 
 
 @click.command(cls=GroupedCommand)

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from .options import json_option, print_json
-from .overview import count, left_out, size
-from .terminal import say, say_table
+from .overview import left_out
+from .terminal import count, say, say_table, size
 
 
 @click.command()

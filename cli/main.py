@@ -16,15 +16,8 @@ import click
 import ferkd_data
 from ferkd_data.errors import FerkdError
 
-from .terminal import (
-    Signalled,
-    end_at_once,
-    forgiving_streams,
-    handle_ending,
-    orderly_end,
-    say,
-    say_what_is_logged,
-)
+from .signals import Signalled, end_at_once, handle_ending, orderly_end
+from .terminal import forgiving_streams, say, say_what_is_logged
 
 COMMANDS = {
     "build": "Label crops of images with an ensemble of teachers and write a label set.",

@@ -10,8 +10,7 @@ import ferkd_data as fd
 
 from .display import show_transfer
 from .options import GroupedCommand, default_of
-from .overview import count, size
-from .terminal import say
+from .terminal import count, say, size
 
 
 @click.command(cls=GroupedCommand, renamed={"--workers": "--threads"})

@@ -12,8 +12,7 @@ from ferkd_data.format.manifest import FILE_NAME
 
 from .display import show_transfer
 from .options import GroupedCommand, default_of, signature_options
-from .overview import count, size
-from .terminal import say
+from .terminal import count, say, size
 
 MAX_SHARDS = 10_000_000
 """More than any label set has: at 4,096 images in each, these would be 40 thousand million images."""

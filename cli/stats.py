@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from .options import json_option, print_json
-from .overview import share
-from .terminal import say, say_table
+from .terminal import say, say_table, share
 
 SHARES = ("share", "aggregate", "paper_share")
 WEAK = 0.75

@@ -1,11 +1,7 @@
-"""Output that is safe on a terminal, and signals that end a command.
+"""Output that is safe on a terminal, and numbers in words.
 
 Texts of strangers (keys, names, paths) are printed with control characters as escapes. Standard output and error may
 lose their reader (`2>&1 | head -1`, a closed terminal, a full disk below a log) without ending a command.
-
-SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) end a command in order at the first signal, with one line and
-status 128 + the signal's number. A second signal ends the process at once. Nothing that was finished is lost either
-way. A build first gives its shards in progress some time (`--grace`) at SIGTERM and SIGHUP.
 """
 
 from __future__ import annotations
@@ -16,12 +12,9 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from types import FrameType
 from typing import Any, TextIO
 
 import click
@@ -33,6 +26,28 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\
 def printable(text: str) -> str:
     r"""Return a text with each UNPRINTABLE character as its escape, such as \u001b (which is also JSON's)."""
     return UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
+def count(number: int, thing: str) -> str:
+    """Return a number with its noun: `1 image`, `1,200 images`."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def share(value: float) -> str:
+    """Return a share in 0..1 as `12.3%`. Only 0 is shown as 0.0%, and only 1 as 100.0%."""
+    text = f"{value:.1%}"
+    if text == "0.0%" and value > 0:
+        return "<0.1%"
+    return ">99.9%" if text == "100.0%" and value < 1 else text
+
+
+def size(num_bytes: float) -> str:
+    """Return bytes in a readable unit: `712 bytes`, `1.2 GB`, in powers of 1,000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
 
 
 _above: Callable[[str], None] | None = None
@@ -161,56 +176,3 @@ def forgiving_streams() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         sys.stdout, sys.stderr = before
-
-
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Signalled(KeyboardInterrupt):
-    """Raised in the main thread at the first signal; libraries handle it as they handle Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
-def end_at_once(number: int, frame: FrameType | None) -> None:
-    """End the process at a second signal."""
-    with suppress(OSError):
-        # The descriptor: the signal may have come in the middle of a write to the stream, whose lock is then held.
-        os.write(2, b"\nferkd-data: ended at once; run the same command again to resume\n")
-    os._exit(128 + number)
-
-
-def handle_ending(handler: Any) -> None:
-    """Give all of ENDING a handler, but for signals that are ignored: `nohup` and `&` in scripts do so on purpose."""
-    for number in ENDING:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
-@contextmanager
-def orderly_end() -> Iterator[None]:
-    """Handle ENDING until the context ends. Does nothing outside the main thread, and for signals that are ignored."""
-    # Python sets handlers in the main thread alone.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen = False
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        if seen:
-            end_at_once(number, frame)
-        seen = True
-        raise Signalled(number)
-
-    # `nohup` and `&` in scripts leave signals ignored on purpose.
-    taken = {number: before for number in ENDING if (before := signal.getsignal(number)) is not signal.SIG_IGN}
-    for number in taken:
-        signal.signal(number, on_signal)
-    try:
-        yield
-    finally:
-        for number, before in taken.items():
-            signal.signal(number, before)

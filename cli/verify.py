@@ -13,8 +13,7 @@ from ferkd_data.errors import UsageError
 
 from .display import show_transfer
 from .options import GroupedCommand, default_of, given, json_option, print_json, signature_options
-from .overview import count, share, size
-from .terminal import say
+from .terminal import count, say, share, size
 
 if TYPE_CHECKING:
     from ferkd_data.relabelling import RelabelReport

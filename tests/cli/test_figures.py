@@ -11,8 +11,7 @@ import pytest
 
 import ferkd_data as fd
 from ferkd_data_cli.options import print_json
-from ferkd_data_cli.overview import share
-from ferkd_data_cli.terminal import say_table
+from ferkd_data_cli.terminal import say_table, share
 
 
 def test_only_nothing_is_shown_as_0_and_only_all_as_100_percent():
