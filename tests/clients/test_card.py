@@ -197,7 +197,7 @@ def test_any_text_is_a_yaml_string(text):
 
 def test_what_a_card_remembers_comes_back():
     fields = fd.CardFields(name="a --> b <!-- c", license="mit", citation="x\ny", source_datasets=("a", "b"))
-    assert recalled(f"# title\n{mark(fields, 'f' * 64)}\n") == (fields, "f" * 64)
+    assert recalled(f"# title\n{mark(fields, 'f' * 64, '# title')}\n") == (fields, "f" * 64)
     for text in ("", "# words", "<!-- ferkd-data card {} -->", "<!-- ferkd-data card {[}] -->"):
         assert recalled(text) == (fd.CardFields(), None)
     hostile = '<!-- ferkd-data card {"name": 3, "license": ["x"], "source_datasets": [1], "nonsense": 1} -->'
@@ -226,7 +226,7 @@ def test_another_licence_in_the_card_with_its_file(label_set, tmp_path):
 
 
 def test_the_day_stays_while_the_label_set_is_the_same():
-    card = mark(fd.CardFields(license="mit", published="2020-01-02"), "a")
+    card = mark(fd.CardFields(license="mit", published="2020-01-02"), "a", "")
     assert completed(fd.CardFields(), [card], identity="a", folder_name="x").published == "2020-01-02"
     assert completed(fd.CardFields(), [card], identity="b", folder_name="x").published > "2026"
 

@@ -445,6 +445,6 @@ def test_the_cache_of_every_reader_may_begin_with_a_tilde(label_set, photos, tmp
         labels = fd.open_labels(server.url, cache_dir="~/a")
         next(iter(fd.CropLoader(labels, images=photos, batch_size=4, size=16, cache_dir="~/b")))
         fd.CropDataset(labels, images=photos, size=16, cache_dir="~/c")[0]
-        with pytest.raises(UsageError, match=r"s3://bucket/x: is a URL; give a folder of this host"):
+        with pytest.raises(UsageError, match=r"s3://bucket/x: is a URL; give a path on this host"):
             fd.open_labels(server.url, cache_dir="s3://bucket/x")
     assert (home / "a").is_dir() and not list(here.iterdir())

@@ -193,7 +193,7 @@ def test_a_cache_folder_may_begin_with_a_tilde_and_is_no_url(monkeypatch, tmp_pa
     monkeypatch.setenv("FERKD_DATA_CACHE", "~/cache")
     assert default_cache_dir() == tmp_path / "cache"
     monkeypatch.setenv("FERKD_DATA_CACHE", "s3://bucket/cache")
-    with pytest.raises(UsageError, match="s3://bucket/cache: is a URL; give a folder of this host"):
+    with pytest.raises(UsageError, match="s3://bucket/cache: is a URL; give a path on this host"):
         default_cache_dir()
 
 

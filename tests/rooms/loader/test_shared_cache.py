@@ -127,7 +127,7 @@ def test_without_locks_only_what_is_old_is_removed(label_set, tmp_path, monkeypa
     cache = LabelCache(fd.open_labels(label_set), tmp_path)
     cache.prepare({0})
     block = next(tmp_path.rglob("block-000.npy"))
-    aside = block.with_name(".block-001.npy.1-ab.tmp")
+    aside = block.with_name(".block-001.npy.1-0123abcd.tmp")
     aside.write_bytes(b"somebody writes here")
     cache.prepare({1})
     assert block.exists() and aside.exists()
