@@ -20,6 +20,7 @@ from ferkd_data.errors import UsageError
 from .display import show_progress
 from .options import (
     CLUSTER,
+    DONE_WITH_REJECTS,
     FILES,
     LABELS,
     MACHINE,
@@ -37,9 +38,6 @@ from .options import (
 )
 from .overview import ShowOverview, lines
 from .terminal import count, say, size
-
-DONE_WITH_REJECTS = 3
-
 
 SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresholds()
 """The defaults of the options, written once: in the library."""

@@ -9,18 +9,18 @@ from typing import Any, Literal
 import click
 
 import ferkd_data as fd
+from ferkd_data.calibration import PRESETS
 from ferkd_data.errors import UsageError
 from ferkd_data.format.manifest import FILE_NAME, Manifest
 
 from .display import show_transfer
-from .options import default_of, given
+from .options import DONE_WITH_REJECTS, default_of, given
 from .terminal import count, say, share, size
 
-DONE_WITH_REJECTS = 3
 IMAGENET_CLASSES = 1000
 FOR_EVERY_IMPORT = ("images", "classes", "crops_per_block")
 IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
-    "fkd": (fd.import_fkd, ("num_classes", "top_k")),
+    "fkd": (fd.import_fkd, ("num_classes", "top_k", "teacher", "teacher_size")),
     "dr": (fd.import_dr, ("num_classes", "ids", "teacher")),
     "relabel": (fd.import_relabel, ("num_classes", "top_k", "crops", "seed")),
 }
@@ -28,12 +28,9 @@ IMPORTS: dict[str, tuple[Callable[..., Manifest], tuple[str, ...]]] = {
 TAKEN = {
     "--layout": ("images", "crops_per_block"),
     "--to fkd": ("calibration", "min_crops"),
-    "--from fkd": (*FOR_EVERY_IMPORT, "num_classes", "top_k", "teacher", "teacher_size"),
-    "--from dr": (*FOR_EVERY_IMPORT, *IMPORTS["dr"][1]),
-    "--from relabel": (*FOR_EVERY_IMPORT, *IMPORTS["relabel"][1]),
+    **{f"--from {source}": (*FOR_EVERY_IMPORT, *names) for source, (_, names) in IMPORTS.items()},
 }
 """The further options that each way to convert takes."""
-CALIBRATIONS = {"fkd": fd.Calibration.fkd, "ferkd": fd.Calibration.ferkd, "blend": fd.Calibration.blend}
 
 
 @click.command()
@@ -52,7 +49,7 @@ CALIBRATIONS = {"fkd": fd.Calibration.fkd, "ferkd": fd.Calibration.ferkd, "blend
 @click.option("--to", "target", type=click.Choice(["fkd"]), help="Export FKD's files, for its own training script.")
 @click.option(
     "--calibration",
-    type=click.Choice(list(CALIBRATIONS)),
+    type=click.Choice(list(PRESETS)),
     help="With --to fkd: write calibrated targets, as FerKD trains on.  [default: the stored labels]",
 )
 @click.option(
@@ -166,17 +163,16 @@ def _import(
     source: str, labels: str, out: Path, options: dict[str, Any], on_progress: Callable[[fd.TransferProgress], None]
 ) -> Manifest:
     """Import the files of `source`, with the options that are for it; the library knows the defaults of the others."""
-    function, names = IMPORTS[source]
-    chosen = {name: options[name] for name in (*FOR_EVERY_IMPORT, *names) if options[name] is not None}
+    chosen = {name: options[name] for name in TAKEN[f"--from {source}"] if options[name] is not None}
     if source == "fkd":
         # The files of FKD do not say; those that people have are of ImageNet.
         chosen.setdefault("num_classes", IMAGENET_CLASSES)
-        chosen["teacher"] = fd.FkdTeacher(name=options["teacher"], size=options["teacher_size"])
-    return function(labels, out, **chosen, on_progress=on_progress)
+        chosen["teacher"] = fd.FkdTeacher(name=chosen["teacher"], size=chosen.pop("teacher_size"))
+    return IMPORTS[source][0](labels, out, **chosen, on_progress=on_progress)
 
 
 def _export(labels: str, out: Path, calibration: str | None, min_crops: int) -> int:
-    chosen = None if calibration is None else CALIBRATIONS[calibration]()
+    chosen = None if calibration is None else PRESETS[calibration]()
     with show_transfer("convert") as show:
         label_type = fd.export_fkd(labels, out, calibration=chosen, min_crops=min_crops, on_progress=show)
     say(f"{out}: written for FKD's training script; run it with --soft_label_type {label_type}")

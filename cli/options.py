@@ -17,6 +17,9 @@ from ferkd_data.storage import read_text
 
 from .terminal import say
 
+DONE_WITH_REJECTS = 3
+"""Exit status of a command that is done, and left images out as rejects."""
+
 TEACHERS = "Teachers and classes"
 LABELS = "Crops and labels"
 FILES = "Output"

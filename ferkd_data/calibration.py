@@ -139,6 +139,9 @@ class Calibration:
 
 CalibrationSetting: TypeAlias = "Calibration | str | Callable[[int], Calibration]"
 
+PRESETS = {"fkd": Calibration.fkd, "ferkd": Calibration.ferkd, "blend": Calibration.blend}
+"""Calibrations by the names that users may give."""
+
 
 def calibration_at(setting: CalibrationSetting, epoch: int) -> Calibration:
     """Return the calibration of an epoch, from a Calibration, a preset's name, or a function of the epoch.
@@ -152,12 +155,11 @@ def calibration_at(setting: CalibrationSetting, epoch: int) -> Calibration:
         if not isinstance(given, Calibration):
             raise UsageError(f"calibration must return a Calibration for every epoch; for {epoch} it gave {given!r}")
         return given
-    presets = {"fkd": Calibration.fkd, "ferkd": Calibration.ferkd, "blend": Calibration.blend}
-    if setting not in presets:
+    if setting not in PRESETS:
         raise UsageError(
             f"calibration must be a Calibration, a function of the epoch, fkd, ferkd or blend; got {setting!r}"
         )
-    return presets[setting]()
+    return PRESETS[setting]()
 
 
 def crop_buckets(

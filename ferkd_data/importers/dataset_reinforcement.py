@@ -253,14 +253,14 @@ def import_dr(
     else:
         raise UsageError(f"{images}: only a folder of class folders numbers its images; give a file of keys with --ids")
     files = open_reinforced(folder, known, num_classes=num_classes, teacher=teacher)
-    settings = {"folder": str(folder.absolute()), "images": str(images), "ids": content_of(ids), "teacher": teacher}
     return run_import(
         files,
         source,
         local_path(out),
+        images=images,
+        classes=classes,
         crops_per_block=crops_per_block,
         images_per_shard=images_per_shard,
-        settings=settings | {"num_classes": num_classes, "classes": content_of(classes)},
-        classes_given=classes is not None,
+        settings={"ids": content_of(ids), "teacher": teacher, "num_classes": num_classes},
         on_progress=on_progress,
     )

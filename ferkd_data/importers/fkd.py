@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 
 from ferkd_data.errors import ForeignFileError, check_at_least
-from ferkd_data.format import out_folder
 from ferkd_data.format.manifest import CropDistributionEntry, Manifest, TeacherEntry, check_limits
 from ferkd_data.format.progress import OnProgress
 from ferkd_data.images import open_source
@@ -29,7 +28,7 @@ from ferkd_data.importers.foreign_labels import (
     foreign_teacher,
     whole_class_numbers,
 )
-from ferkd_data.importers.import_labels import content_of, run_import
+from ferkd_data.importers.import_labels import run_import
 from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.storage import inside, local_path
 
@@ -197,18 +196,15 @@ def import_fkd(
     check_at_least(2, num_classes=num_classes)
     check_limits(top_k=top_k, crops_per_block=crops_per_block, num_classes=num_classes)
     files = FkdFiles(folder=local_path(folder), num_classes=num_classes, top_k=top_k, teacher=teacher)
-    # All that decides what is written: another value must not go on with, or take for done, what lies in OUT.
-    settings: out_folder.Settings = {"folder": str(local_path(folder).absolute()), "images": str(images)}
-    settings |= {"teacher": f"{teacher.name} {teacher.size}", "classes": content_of(classes)}
-    settings |= {"num_classes": num_classes, "top_k": top_k}
     source = open_source(images, classes=None if classes is None else Path(classes))
     return run_import(
         files,
         source,
         local_path(out),
+        images=images,
+        classes=classes,
         crops_per_block=crops_per_block,
         images_per_shard=images_per_shard,
-        settings=settings,
-        classes_given=classes is not None,
+        settings={"teacher": f"{teacher.name} {teacher.size}", "num_classes": num_classes, "top_k": top_k},
         on_progress=on_progress,
     )

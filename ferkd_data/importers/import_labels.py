@@ -47,25 +47,28 @@ def run_import(
     source: ImageSource,
     out: Path,
     *,
+    images: str | Path,
+    classes: str | Path | None,
     crops_per_block: int,
     images_per_shard: int,
     settings: out_folder.Settings,
-    classes_given: bool,
     on_progress: OnProgress | None,
 ) -> Manifest:
     """Write the label set `out` from another project's label files and their images; go on where a run was killed.
 
-    `settings` are those that a finished or interrupted import must share with this one, besides the format and shapes.
-    `classes_given`: class numbers come from a list that the user gave. Raises SourceError; UsageError where no image
-    has labels, and where the images' classes cannot be those of the labels.
+    `settings` are the format's own that a finished or interrupted import must share with this one. `images` and
+    `classes` are what the user gave for `source`. Raises SourceError; UsageError where no image has labels, and where
+    the images' classes cannot be those of the labels.
     """
+    # All that decides what is written: another value must not go on with, or take for done, what lies in OUT.
+    shared = {"folder": str(files.folder.absolute()), "images": str(images), "classes": content_of(classes)}
     work = _Import(
         files=files,
         source=source,
         crops_per_block=crops_per_block,
         images_per_shard=images_per_shard,
-        settings=settings,
-        classes_given=classes_given,
+        settings={**shared, **settings},
+        classes_given=classes is not None,
     )
     return work.run(out, on_progress)
 

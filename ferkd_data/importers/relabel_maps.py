@@ -25,7 +25,7 @@ from ferkd_data.format.progress import OnProgress
 from ferkd_data.images import open_source
 from ferkd_data.importers.foreign_arrays import load_arrays
 from ferkd_data.importers.foreign_labels import ForeignLabels, foreign_teacher
-from ferkd_data.importers.import_labels import content_of, run_import
+from ferkd_data.importers.import_labels import run_import
 from ferkd_data.storage import inside, local_path
 
 
@@ -158,15 +158,15 @@ def import_relabel(
         drawn=distribution or CropDistribution(),
     )
     source = open_source(images, classes=None if classes is None else Path(classes))
-    settings: out_folder.Settings = {"folder": str(local_path(folder).absolute()), "images": str(images)}
-    settings |= {"crops": crops, "seed": seed, "distribution": repr(files.drawn), "classes": content_of(classes)}
+    settings: out_folder.Settings = {"crops": crops, "seed": seed, "distribution": repr(files.drawn)}
     return run_import(
         files,
         source,
         local_path(out),
+        images=images,
+        classes=classes,
         crops_per_block=crops_per_block,
         images_per_shard=images_per_shard,
         settings=settings | {"num_classes": num_classes, "top_k": top_k},
-        classes_given=classes is not None,
         on_progress=on_progress,
     )
