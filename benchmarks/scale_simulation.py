@@ -40,8 +40,8 @@ from ferkd_data.format.manifest import (
     ShardEntry,
     SourceEntry,
     ThresholdsEntry,
-    parse_manifest,
 )
+from ferkd_data.format.manifest_file import parse_manifest
 from ferkd_data.labels.statistics import Statistics
 
 IMAGES, CROPS, BLOCK, BLOCK_BYTES = 4096, 200, 50, 3_860_000

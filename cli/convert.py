@@ -11,7 +11,8 @@ import click
 import ferkd_data as fd
 from ferkd_data.calibration import PRESETS
 from ferkd_data.errors import UsageError
-from ferkd_data.format.manifest import FILE_NAME, Manifest
+from ferkd_data.format.manifest import Manifest
+from ferkd_data.format.manifest_file import FILE_NAME
 
 from .display import show_transfer
 from .options import DONE_WITH_REJECTS, default_of, given

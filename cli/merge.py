@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ferkd_data.errors import UsageError
-from ferkd_data.format.manifest import FILE_NAME
+from ferkd_data.format.manifest_file import FILE_NAME
 
 from .display import show_transfer
 from .terminal import say

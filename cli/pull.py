@@ -8,7 +8,7 @@ import click
 
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
-from ferkd_data.format.manifest import FILE_NAME
+from ferkd_data.format.manifest_file import FILE_NAME
 
 from .display import show_transfer
 from .options import GroupedCommand, default_of, signature_options

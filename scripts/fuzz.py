@@ -56,7 +56,7 @@ def _foreign_files() -> list[Path]:
 def reader(target: str, folder: Path) -> Callable[[bytes], object]:
     """What reads such bytes; a file has to be one for most readers."""
     from ferkd_data.format import crop_arrays, parquet, webdataset
-    from ferkd_data.format.manifest import parse_manifest
+    from ferkd_data.format.manifest_file import parse_manifest
     from ferkd_data.importers.foreign_arrays import load_arrays
 
     path = folder / "input"

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from ferkd_data import parquet_guard
 from ferkd_data.augment import OPERATIONS
-from ferkd_data.format import crop_arrays, manifest, parquet
+from ferkd_data.format import crop_arrays, manifest, manifest_file, parquet
 from ferkd_data.images import REJECT_REASONS
 from ferkd_data.images.keys import MAX_KEY_BYTES
 from ferkd_data.labels import statistics
@@ -123,7 +123,7 @@ def field_docs(model: type[BaseModel]) -> dict[str, str]:
 
 def limits_table() -> str:
     rows = {
-        "bytes of `manifest.json`": manifest.MAX_MANIFEST_BYTES,
+        "bytes of `manifest.json`": manifest_file.MAX_MANIFEST_BYTES,
         "bytes of a key": MAX_KEY_BYTES,
         "crops per image": manifest.MAX_CROPS,
         "classes kept for each crop": manifest.MAX_TOP_K,

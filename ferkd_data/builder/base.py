@@ -7,18 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ferkd_data.builder.settings import DEFAULT_IMAGES_PER_SHARD, BuildSettings, stored_settings
+from ferkd_data.builder.settings import BuildSettings, stored_settings
 from ferkd_data.crop_kinds import CropKind, make_crop_kinds
 from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import SettingsMismatchError, UsageError, describe_differences
-from ferkd_data.format.manifest import (
-    FILE_NAME,
-    Manifest,
-    TeacherEntry,
-    identity_of,
-    parse_manifest,
-    read_manifest_bytes,
-)
+from ferkd_data.format.manifest import DEFAULT_IMAGES_PER_SHARD, Manifest, TeacherEntry
+from ferkd_data.format.manifest_file import FILE_NAME, identity_of, parse_manifest, read_manifest_bytes
 from ferkd_data.images import ClassList
 from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 

@@ -22,15 +22,8 @@ from ferkd_data.builder.seal import write_rejects
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.builder.state import BuildFolder, Facts
 from ferkd_data.errors import BuildError, SettingsMismatchError, SourceError
-from ferkd_data.format.manifest import (
-    CreatedBy,
-    CropKindEntry,
-    Manifest,
-    RejectsEntry,
-    ShardEntry,
-    identity_of,
-    write_manifest,
-)
+from ferkd_data.format.manifest import CreatedBy, CropKindEntry, Manifest, RejectsEntry, ShardEntry
+from ferkd_data.format.manifest_file import identity_of, write_manifest
 from ferkd_data.format.rejects import check_rejects, read_rejects, readable
 from ferkd_data.images import ImageRef, ImageSource, Reject, in_groups
 from ferkd_data.label_set import LabelSet, open_labels

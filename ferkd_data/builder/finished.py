@@ -15,14 +15,8 @@ from ferkd_data.builder.shard_files import FOLDER
 from ferkd_data.builder.state import digest_of_location
 from ferkd_data.builder.store_files import StoreFiles
 from ferkd_data.errors import BuildError, RemoteError, SettingsMismatchError, describe_differences
-from ferkd_data.format.manifest import (
-    FILE_NAME,
-    MAX_MANIFEST_BYTES,
-    Manifest,
-    TeacherEntry,
-    parse_manifest,
-    read_manifest,
-)
+from ferkd_data.format.manifest import Manifest, TeacherEntry
+from ferkd_data.format.manifest_file import FILE_NAME, MAX_MANIFEST_BYTES, parse_manifest, read_manifest
 from ferkd_data.images import ImageSource
 from ferkd_data.labels.buckets import QuantileThresholds
 from ferkd_data.remote import open_remote

@@ -13,7 +13,7 @@ from ferkd_data.builder.plan import Part
 from ferkd_data.builder.shard_files import FOLDER
 from ferkd_data.builder.state import PART_LOCK, BuildFolder, is_lock
 from ferkd_data.errors import BuildError, BuildLockedError
-from ferkd_data.format.manifest import FILE_NAME
+from ferkd_data.format.manifest_file import FILE_NAME
 from ferkd_data.format.rejects import REJECTS_FILE
 from ferkd_data.format.writers import SHARD_FILE
 from ferkd_data.locks import held

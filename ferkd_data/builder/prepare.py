@@ -25,7 +25,8 @@ from ferkd_data.builder.state import EXTENDS, BuildFolder, Facts, digest_of_loca
 from ferkd_data.builder.store_files import location_of
 from ferkd_data.builder.workers.ray_cluster import Placement, open_placement
 from ferkd_data.errors import BuildError, FerkdError, UsageError
-from ferkd_data.format.manifest import TeacherEntry, identity_of, read_manifest_bytes
+from ferkd_data.format.manifest import TeacherEntry
+from ferkd_data.format.manifest_file import identity_of, read_manifest_bytes
 from ferkd_data.images import ClassList, ImageSource, describe_left_out, read_class_list
 from ferkd_data.labels.buckets import QuantileThresholds
 from ferkd_data.storage import is_url

@@ -33,7 +33,8 @@ from ferkd_data.builder.stop import Stop
 from ferkd_data.builder.store_files import location_of, open_out
 from ferkd_data.builder.watch.events import BuildFinished, OnProgress, Watcher, Watchers
 from ferkd_data.errors import BuildError, UsageError
-from ferkd_data.format.manifest import FILE_NAME, Manifest, read_manifest
+from ferkd_data.format.manifest import Manifest
+from ferkd_data.format.manifest_file import FILE_NAME, read_manifest
 from ferkd_data.images import open_source
 from ferkd_data.storage import remove_leftovers
 from ferkd_data.teachers import TeacherSpec

@@ -21,8 +21,8 @@ from ferkd_data.format.manifest import (
     ShardEntry,
     SourceEntry,
     ThresholdsEntry,
-    write_manifest,
 )
+from ferkd_data.format.manifest_file import write_manifest
 from ferkd_data.format.rejects import REJECTS_NAME, RejectWriter, read_rejects, rejects_entry
 from ferkd_data.labels import statistics
 from ferkd_data.labels.buckets import Thresholds

@@ -20,12 +20,11 @@ from ferkd_data.augment.distribution import Augmentation, parse_augmentations
 from ferkd_data.crop_kinds import CropKind, block_of_kinds, draw_crops_of_kinds, make_crop_kinds
 from ferkd_data.crops import CropDistribution, Crops, draw_crops
 from ferkd_data.errors import UsageError
-from ferkd_data.format.manifest import Layout, Manifest, check_limits
+from ferkd_data.format.manifest import DEFAULT_CROPS_PER_BLOCK, DEFAULT_IMAGES_PER_SHARD, Layout, Manifest, check_limits
 from ferkd_data.images import DEFAULT_MAX_PIXELS
 from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 from ferkd_data.teachers import TeacherSpec
 
-DEFAULT_IMAGES_PER_SHARD: dict[Layout, int] = {"parquet": 4096, "webdataset": 1024}
 DEFAULT_CROPS = 200
 # On a CPU larger batches outgrow the caches of a core, smaller ones cost more than they save; a GPU needs many crops to
 # be busy. Both are fixed, since labels depend on the batch in their last bits (docs/decisions.md).
@@ -53,7 +52,7 @@ class BuildSettings:
 
     crops: int = None  # type: ignore[assignment]  # a number from __post_init__ on
     """Crops per image, N: by default 200 or, with `crop_kinds`, the sum of theirs."""
-    crops_per_block: int = 50
+    crops_per_block: int = DEFAULT_CROPS_PER_BLOCK
     """Crops in one block file; with `crop_kinds`, the largest number up to this with which no block holds two kinds."""
     top_k: int = 5
     layout: Layout = "parquet"

@@ -37,14 +37,8 @@ from ferkd_data.builder.shard_files import FOLDER, STATE_VERSION, DiskFiles, Sha
 from ferkd_data.crop_kinds import CropKind
 from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import BuildError, SettingsMismatchError, describe_differences
-from ferkd_data.format.manifest import (
-    FILE_NAME,
-    Manifest,
-    TeacherEntry,
-    identity_of,
-    read_manifest,
-    read_manifest_bytes,
-)
+from ferkd_data.format.manifest import Manifest, TeacherEntry
+from ferkd_data.format.manifest_file import FILE_NAME, identity_of, read_manifest, read_manifest_bytes
 from ferkd_data.format.rejects import REJECTS_FILE, REJECTS_NAME
 from ferkd_data.format.writers import SHARD_FILE
 from ferkd_data.labels.buckets import QuantileThresholds, Thresholds

@@ -17,7 +17,8 @@ from ferkd_data.builder.locks import locked, open_build_folder
 from ferkd_data.builder.shard_files import FOLDER, DiskFiles, ShardRecord
 from ferkd_data.builder.state import BuildFolder, alone_in, clear_state
 from ferkd_data.errors import BuildError, RemoteError, UsageError
-from ferkd_data.format.manifest import FILE_NAME, Manifest
+from ferkd_data.format.manifest import Manifest
+from ferkd_data.format.manifest_file import FILE_NAME
 from ferkd_data.format.rejects import REJECTS_FILE
 from ferkd_data.remote import is_remote, open_remote
 from ferkd_data.storage import default_cache_dir, local_path, sha256_file

@@ -17,7 +17,7 @@ from ferkd_data.crop_kinds import block_of_kinds
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.exchange.checks import check_as_verify_does
 from ferkd_data.format import out_folder, parquet
-from ferkd_data.format.manifest import CreatedBy, Manifest, RejectsEntry, ShardEntry
+from ferkd_data.format.manifest import DEFAULT_CROPS_PER_BLOCK, CreatedBy, Manifest, RejectsEntry, ShardEntry
 from ferkd_data.format.progress import OnProgress, TransferProgress, with_files
 from ferkd_data.format.rejects import LONGEST_TEXT, REJECTS_NAME, RejectWriter, rejects_entry
 from ferkd_data.format.writers import write_shard
@@ -228,8 +228,9 @@ class _Merge:
         self.given_weights = None if weights is None else [float(weight) for weight in weights]
         self.crops_per_block = self.first.crops_per_block
         if self.first.layout == "webdataset":
-            # A set of tars has no blocks; 50 crops are what a build writes by default.
-            self.crops_per_block = block_of_kinds(self.first.kinds, min(self.first.num_crops, 50))
+            # A set of tars has no blocks.
+            most = min(self.first.num_crops, DEFAULT_CROPS_PER_BLOCK)
+            self.crops_per_block = block_of_kinds(self.first.kinds, most)
         self.images = sum(map(len, sets)) if kind == "images" else len(sets[0])
         shards = sum(len(labels.manifest.shards) for labels in (sets if kind == "images" else sets[:1]))
         num_crops = sum(labels.num_crops for labels in sets) if kind == "crops" else self.first.num_crops

@@ -13,7 +13,8 @@ from ferkd_data.exchange.croissant import render_croissant
 from ferkd_data.exchange.destinations import Destination, FileToSend, open_destination, open_target
 from ferkd_data.exchange.signing import SIGNATURE, sign
 from ferkd_data.exchange.verify import verify
-from ferkd_data.format.manifest import FILE_NAME, Manifest, identity_of
+from ferkd_data.format.manifest import Manifest
+from ferkd_data.format.manifest_file import FILE_NAME, identity_of
 from ferkd_data.format.progress import OnProgress, TransferProgress
 from ferkd_data.label_set import LabelSet, open_labels, read_remote_manifest
 from ferkd_data.remote import Remote, Retries, is_remote

@@ -14,18 +14,8 @@ from ferkd_data.exchange.card import render_card
 from ferkd_data.exchange.card_facts import is_generated, recalled
 from ferkd_data.exchange.signing import SIGNATURE, check_signed, read_remote_signature, require_signers
 from ferkd_data.format import out_folder
-from ferkd_data.format.manifest import (
-    FILE_NAME,
-    BlockEntry,
-    CropKindEntry,
-    FileEntry,
-    Manifest,
-    ShardEntry,
-    identity_of,
-    parse_manifest,
-    read_manifest,
-    write_manifest,
-)
+from ferkd_data.format.manifest import BlockEntry, CropKindEntry, FileEntry, Manifest, ShardEntry
+from ferkd_data.format.manifest_file import FILE_NAME, identity_of, parse_manifest, read_manifest, write_manifest
 from ferkd_data.format.progress import OnProgress, TransferProgress
 from ferkd_data.format.rejects import check_rejects
 from ferkd_data.label_set import LabelSet, LocalFiles, StoredReader, VerifyLabels, read_remote_manifest

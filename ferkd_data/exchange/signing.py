@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 from ferkd_data.errors import RemoteError, SignatureError, UsageError
-from ferkd_data.format.manifest import FILE_NAME, identity_of, read_manifest_bytes
+from ferkd_data.format.manifest_file import FILE_NAME, identity_of, read_manifest_bytes
 from ferkd_data.label_set import LabelSet, read_remote_manifest
 from ferkd_data.remote import Remote, is_remote, open_remote
 from ferkd_data.scratch import Scratch

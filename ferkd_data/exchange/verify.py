@@ -18,7 +18,8 @@ from ferkd_data.errors import LabelSetError, RemoteError, check_at_least, rename
 from ferkd_data.exchange.checks import Block, Fault, FileCheck, VerifyReport, differing, without_path
 from ferkd_data.exchange.signing import SIGNATURE, check_signature, require_signers
 from ferkd_data.format import parquet
-from ferkd_data.format.manifest import FILE_NAME, ShardEntry
+from ferkd_data.format.manifest import ShardEntry
+from ferkd_data.format.manifest_file import FILE_NAME
 from ferkd_data.format.progress import OnProgress, TransferProgress
 from ferkd_data.images import REJECT_REASONS, ImageError, ImageRef, in_groups, open_source
 from ferkd_data.label_set import LabelSet, open_labels

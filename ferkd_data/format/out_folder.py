@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ferkd_data.errors import ManifestError, UsageError
-from ferkd_data.format.manifest import FILE_NAME, Manifest, parse_manifest, read_manifest, write_manifest
+from ferkd_data.format.manifest import Manifest
+from ferkd_data.format.manifest_file import FILE_NAME, parse_manifest, read_manifest, write_manifest
 from ferkd_data.format.rejects import REJECTS_FILE
 from ferkd_data.format.writers import SHARD_FILE
 from ferkd_data.storage import LEFTOVER, local_path, remove_leftovers, write_atomically

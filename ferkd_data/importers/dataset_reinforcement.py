@@ -17,7 +17,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ferkd_data.errors import ForeignFileError, UsageError, check_at_least
-from ferkd_data.format.manifest import CropDistributionEntry, Manifest, TeacherEntry, check_limits
+from ferkd_data.format.manifest import (
+    DEFAULT_CROPS_PER_BLOCK,
+    DEFAULT_IMAGES_PER_SHARD,
+    CropDistributionEntry,
+    Manifest,
+    TeacherEntry,
+    check_limits,
+)
 from ferkd_data.format.progress import OnProgress
 from ferkd_data.images import FolderSource, open_source
 from ferkd_data.importers.foreign_arrays import load_arrays
@@ -226,8 +233,8 @@ def import_dr(
     ids: str | Path | None = None,
     num_classes: int | None = None,
     teacher: str | None = None,
-    crops_per_block: int = 50,
-    images_per_shard: int = 4096,
+    crops_per_block: int = DEFAULT_CROPS_PER_BLOCK,
+    images_per_shard: int = DEFAULT_IMAGES_PER_SHARD["parquet"],
     classes: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Manifest:

@@ -17,7 +17,14 @@ import numpy.typing as npt
 import torch
 
 from ferkd_data.errors import ForeignFileError, check_at_least
-from ferkd_data.format.manifest import CropDistributionEntry, Manifest, TeacherEntry, check_limits
+from ferkd_data.format.manifest import (
+    DEFAULT_CROPS_PER_BLOCK,
+    DEFAULT_IMAGES_PER_SHARD,
+    CropDistributionEntry,
+    Manifest,
+    TeacherEntry,
+    check_limits,
+)
 from ferkd_data.format.progress import OnProgress
 from ferkd_data.images import open_source
 from ferkd_data.importers.foreign_arrays import load_arrays
@@ -176,8 +183,8 @@ def import_fkd(
     num_classes: int,
     teacher: FkdTeacher,
     top_k: int = 5,
-    crops_per_block: int = 50,
-    images_per_shard: int = 4096,
+    crops_per_block: int = DEFAULT_CROPS_PER_BLOCK,
+    images_per_shard: int = DEFAULT_IMAGES_PER_SHARD["parquet"],
     classes: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Manifest:

@@ -25,6 +25,8 @@ FILE_NAME = "images.arrow"
 INDEX_NAME = "index.npy"
 INDEX_DTYPE = np.dtype([("key_hash", "<u8"), ("number", "<i8")])
 SPOOL_ROWS = 8192
+Size = tuple[int, int]
+"""(height, width) in pixels."""
 Missing = Literal["raise", "drop", "later"]
 """What to do with a labelled image that the source lacks; see `join_images`."""
 
@@ -199,26 +201,31 @@ class CheckedImages:
         self.__init__(**state)  # type: ignore[misc]
 
 
-def decode_checked(data: bytes, record: np.void, pixel_limit: int) -> npt.NDArray[np.uint8]:
-    """Decode the image of a record: (H, W, 3) uint8.
+def decode_checked(data: bytes, labelled: Size, pixel_limit: int) -> npt.NDArray[np.uint8]:
+    """Decode an image that was labelled at this (height, width): (H, W, 3) uint8.
 
     Never decodes more pixels than were labelled, or than `pixel_limit`. Raises ImageError where the image has another
     size than was labelled, more pixels than `pixel_limit`, or cannot be decoded.
     """
     try:
-        pixels = decode_rgb(data, max_pixels=labelled_pixels(record, pixel_limit))
+        pixels = decode_rgb(data, max_pixels=labelled_pixels(labelled, pixel_limit))
     except ImageError as error:
         # More pixels than were labelled: another image, and no bomb.
         if error.reason == "pixel_bomb":
-            check_labelled_size(*image_size(data), record)
+            check_labelled_size(image_size(data), labelled)
         raise
-    check_labelled_size(pixels.shape[0], pixels.shape[1], record)
+    check_labelled_size((pixels.shape[0], pixels.shape[1]), labelled)
     return pixels
 
 
-def labelled_pixels(record: np.void, pixel_limit: int) -> int:
+def labelled_size(record: np.void) -> Size:
+    """Return the (height, width) that a record's image had when it was labelled."""
+    return int(record["height"]), int(record["width"])
+
+
+def labelled_pixels(labelled: Size, pixel_limit: int) -> int:
     """Return the pixels of the image that was labelled. Raises ImageError for more than `pixel_limit`."""
-    height, width = int(record["height"]), int(record["width"])
+    height, width = labelled
     if height * width > pixel_limit:
         raise ImageError(
             "pixel_bomb",
@@ -228,8 +235,8 @@ def labelled_pixels(record: np.void, pixel_limit: int) -> int:
     return height * width
 
 
-def check_labelled_size(height: int, width: int, record: np.void) -> None:
-    """Raise ImageError where an image of this size is not the one that was labelled."""
-    if (height, width) != (record["height"], record["width"]):
-        labelled = f"{record['width']}x{record['height']}"
-        raise ImageError("other_image", f"it is {width}x{height} pixels, {labelled} were labelled")
+def check_labelled_size(size: Size, labelled: Size) -> None:
+    """Raise ImageError where an image of this (height, width) is not the one that was labelled."""
+    if size != labelled:
+        found, expected = (f"{width}x{height}" for height, width in (size, labelled))
+        raise ImageError("other_image", f"it is {found} pixels, {expected} were labelled")

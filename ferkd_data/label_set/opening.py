@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ferkd_data.errors import ManifestError, RemoteError, UsageError, check_at_least
-from ferkd_data.format.manifest import FILE_NAME, MAX_MANIFEST_BYTES, identity_of, parse_manifest, read_manifest_bytes
+from ferkd_data.format.manifest_file import (
+    FILE_NAME,
+    MAX_MANIFEST_BYTES,
+    identity_of,
+    parse_manifest,
+    read_manifest_bytes,
+)
 from ferkd_data.label_set.ensemble import EnsembleReader
 from ferkd_data.label_set.files import DEFAULT_BYTES, CachedFiles, Files, LocalFiles, ShardCache
 from ferkd_data.label_set.label_set import LabelSet

@@ -12,9 +12,7 @@ Legend: I images of a window, M crops per image, B crops of a batch, S output si
 from __future__ import annotations
 
 import copy
-import ctypes
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -36,6 +34,7 @@ from ferkd_data.label_set.joined_images import (
     decode_checked,
     give_memory_back,
     labelled_pixels,
+    labelled_size,
 )
 from ferkd_data.loader.clocks import NOTHING, Spent, StageClock
 from ferkd_data.loader.crops_and_targets import (
@@ -57,6 +56,7 @@ from ferkd_data.loader.transform import Transform, crop_seed, lent_generators, t
 from ferkd_data.replay import replay
 from ferkd_data.storage import image_digest
 from ferkd_data.targets import TENSORS, SoftTargets
+from ferkd_data.threads import one_thread
 
 MAX_SKIPPED = 1000
 """Images in a row that may be unusable. More mean that the source is gone, or the labels are of other images."""
@@ -395,15 +395,15 @@ class BatchMaker:
 
     def _decoded(self, data: bytes, record: np.void, divisor: int) -> tuple[npt.NDArray[np.uint8], int]:
         """Decode an image, (H, W, 3), at 1/divisor of its sides where its format can do that; returns what it did."""
-        pixel_limit = self.labels.manifest.pixel_limit
+        labelled, pixel_limit = labelled_size(record), self.labels.manifest.pixel_limit
         if divisor > 1:
             # From the header, since the reduced picture no longer tells which size it had.
-            check_labelled_size(*image_size(data, max_pixels=labelled_pixels(record, pixel_limit)), record)
+            check_labelled_size(image_size(data, max_pixels=labelled_pixels(labelled, pixel_limit)), labelled)
             pixels = decode_reduced(data, divisor)
             # None for what is no JPEG, or one that cannot be reduced.
             if pixels is not None:
                 return pixels, divisor
-        return decode_checked(data, record, pixel_limit), 1
+        return decode_checked(data, labelled, pixel_limit), 1
 
     def _cut(self, plan: CutPlan, labelled: Labelled, i: int, pixels: npt.NDArray[np.uint8], divisor: int) -> None:
         """Cut the crops of image i of the window, decoded at 1/divisor of its sides, into their places."""
@@ -486,43 +486,3 @@ class BatchMaker:
                 inplace=True,
             )
             start += size
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run PyTorch's kernels in the calling thread alone; other threads of the process keep their settings.
-
-    PyTorch shares even the kernel of one crop among all its compute threads, which then busily wait for each other:
-    where other processes want the cores too, 27 times the CPU time of one thread was measured.
-
-    `torch.set_num_threads` would change all threads, so this sets OpenMP's number for the calling one. Where PyTorch
-    was built without OpenMP, nothing changes.
-    """
-    before = torch.get_num_threads()
-    if before == 1 or _set_threads is None:
-        yield
-        return
-    _set_threads(1)
-    try:
-        yield
-    finally:
-        _set_threads(before)
-
-
-def _find() -> Callable[[int], None] | None:
-    """Find OpenMP's function that sets the calling thread's number of threads, in the library that PyTorch loaded."""
-    try:
-        # The loader looks for a symbol in this library and in all that it needs.
-        found = ctypes.CDLL(torch._C.__file__).omp_set_num_threads
-    except (OSError, AttributeError):
-        return None
-    found.argtypes, found.restype = [ctypes.c_int], None
-    before = torch.get_num_threads()
-    found(1)
-    # PyTorch asks OpenMP for this number. Where it does not follow, the symbol is of another library than PyTorch's.
-    works = torch.get_num_threads() == 1
-    found(before)
-    return found if works else None
-
-
-_set_threads = _find()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,6 +69,19 @@ SHOWN = (
     "world_size",
 )
 """Settings that a loader's repr always shows, or shows resolved."""
+
+
+@dataclass
+class _Iteration:
+    """One iteration over a loader, which its iterator owns."""
+
+    number: int
+    start: Cursor
+    whole: int
+    """Batches of the epoch from its start."""
+    left: int
+    """Batches still to give."""
+    clock: EpochClock
 
 
 class CropLoader(DataLoaderLike):
@@ -347,6 +360,34 @@ class CropLoader(DataLoaderLike):
         """
         # Looked up now, not in __init__: a script may make its loader before it initialises torch.distributed.
         ranks = ranks_now(self.settings.rank, self.settings.world_size)
+        run = self._begin(ranks)
+        try:
+            for window, images, made in self._windows(run.start, ranks):
+                sizes = [sum(kinds) for kinds in zip(*(kind.batches for kind in made.kinds), strict=True)]
+                run.clock.add_window(
+                    images=len(window.positions), crops=sum(sizes), spent=made.spent, by_worker=made.by_worker
+                )
+                for (batch, cursor), crops in zip(self._split(made, window, images), sizes, strict=True):
+                    # Before the batch is given: a state that is saved while the loop works on it must go on with the
+                    # next one.
+                    self._cursor, self._resumes = cursor, False
+                    run.left -= 1
+                    run.clock.give(crops)
+                    yield batch
+                    run.clock.enter("hand_over")
+                    # The workers now make windows of the later iteration, and this one's were dropped (`Pool.run`). One
+                    # that has given all its batches ends normally.
+                    if self._iteration != run.number:
+                        if not run.left:
+                            return
+                        raise LoaderError("this iteration ended when another one over the same loader began")
+                run.clock.enter("wait")
+        finally:
+            # Also where a loop leaves early, as soon as nobody holds the iterator.
+            self._end(run, ranks)
+
+    def _begin(self, ranks: Ranks) -> _Iteration:
+        """Begin an iteration. Where it cannot begin, this raises and leaves the loader where it was."""
         start = self._start()
         self._warn_if_alone(ranks)
         self._check_not_empty(start.epoch)
@@ -354,45 +395,29 @@ class CropLoader(DataLoaderLike):
         clock = EpochClock(start.epoch, self._count(start))
         # Before workers ask for the blocks: all would wait for the one that unpacks.
         self._maker.prepare_blocks(start.epoch)
-        # Only now, since everything above may raise: an iteration that cannot begin leaves the loader where it was.
+        # Only now, since everything above may raise.
         self._cursor, self._requested_epoch = start, None
         self._iteration += 1
-        iteration, left, whole = self._iteration, self._count(start), self._count(Cursor(epoch=start.epoch))
         self._running_epoch, self._clock = start.epoch, clock
         self._maker.clock.take()  # What an iteration that failed has left behind.
         clock.enter("wait")
-        try:
-            for window, images, made in self._windows(start, ranks):
-                sizes = [sum(kinds) for kinds in zip(*(kind.batches for kind in made.kinds), strict=True)]
-                clock.add_window(
-                    images=len(window.positions), crops=sum(sizes), spent=made.spent, by_worker=made.by_worker
-                )
-                for (batch, cursor), crops in zip(self._split(made, window, images), sizes, strict=True):
-                    # Before the batch is given: a state that is saved while the loop works on it must go on with the
-                    # next one.
-                    self._cursor, self._resumes = cursor, False
-                    left -= 1
-                    clock.give(crops)
-                    yield batch
-                    clock.enter("hand_over")
-                    # The workers now make windows of the later iteration, and this one's were dropped (`Pool.run`). One
-                    # that has given all its batches ends normally.
-                    if self._iteration != iteration:
-                        if not left:
-                            return
-                        raise LoaderError("this iteration ended when another one over the same loader began")
-                clock.enter("wait")
-        finally:
-            # Also where a loop leaves early, as soon as nobody holds the iterator.
-            clock.enter(None)
-            # As the interpreter ends, too, when nothing can be imported or looked up any more.
-            if whole - left in self._lengths_reported - {whole}:
-                _warn_of_cut_epoch(start.epoch, whole, whole - left)
-            if self.settings.log_stats:
-                log_stats(stats_of(clock.times(), self.settings), ranks)
-            # Otherwise `_running_epoch` is that of a later iteration.
-            if self._iteration == iteration:
-                self._running_epoch = None
+        whole = self._count(Cursor(epoch=start.epoch))
+        return _Iteration(self._iteration, start, whole, self._count(start), clock)
+
+    def _end(self, run: _Iteration, ranks: Ranks) -> None:
+        """End an iteration, at its last batch or earlier: warn of an epoch cut short, and log where its time went.
+
+        May run as the interpreter ends, when nothing can be imported or looked up any more.
+        """
+        run.clock.enter(None)
+        given = run.whole - run.left
+        if given in self._lengths_reported - {run.whole}:
+            _warn_of_cut_epoch(run.start.epoch, run.whole, given)
+        if self.settings.log_stats:
+            log_stats(stats_of(run.clock.times(), self.settings), ranks)
+        # Otherwise `_running_epoch` is that of a later iteration.
+        if self._iteration == run.number:
+            self._running_epoch = None
 
     def _start(self) -> Cursor:
         """Return the cursor at which an iteration that begins now begins."""

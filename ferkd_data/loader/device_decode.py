@@ -24,7 +24,7 @@ from torch import Tensor
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, UsageError
 from ferkd_data.images.decode import ANY_SIZE, decode_rgb, jpeg_size
-from ferkd_data.label_set.joined_images import check_labelled_size, decode_checked, labelled_pixels
+from ferkd_data.label_set.joined_images import Size, check_labelled_size, decode_checked, labelled_pixels, labelled_size
 from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Made, WindowMemory
 from ferkd_data.loader.channel import anonymous_file, write_all
 from ferkd_data.loader.clocks import added
@@ -195,11 +195,12 @@ def encode(maker: BatchMaker, window: Window) -> tuple[Encoded, list[npt.NDArray
     def read(labelled: Labelled, i: int) -> None:
         record = labelled.records[i]
         data = maker.read(int(labelled.rows[i]), record)
-        sizes[i] = record["height"], record["width"]
+        size = labelled_size(record)
+        sizes[i] = size
         with maker.clock.decode:
-            is_jpeg[i] = _is_plain_jpeg(data, record, pixel_limit)
+            is_jpeg[i] = _is_plain_jpeg(data, size, pixel_limit)
             parts[i] = (
-                np.frombuffer(data, np.uint8) if is_jpeg[i] else decode_checked(data, record, pixel_limit).reshape(-1)
+                np.frombuffer(data, np.uint8) if is_jpeg[i] else decode_checked(data, size, pixel_limit).reshape(-1)
             )
 
     labelled, skipped = maker.filled(window, read)
@@ -231,19 +232,19 @@ def _mapped(descriptor: int) -> Tensor:
         os.close(descriptor)
 
 
-def _is_plain_jpeg(data: bytes, record: np.void, pixel_limit: int) -> bool:
+def _is_plain_jpeg(data: bytes, labelled: Size, pixel_limit: int) -> bool:
     """Return whether a device's decoder may take the image.
 
     Nothing is decoded: the size is that of the header. Raises ImageError where it is not the labelled one, or above
     `pixel_limit`.
     """
     # Only for its check against the limit.
-    labelled_pixels(record, pixel_limit)
+    labelled_pixels(labelled, pixel_limit)
     # A JPEG without its end marker was cut short. The host's decoder says so, where a device's may fill up with grey.
     size = jpeg_size(data, ANY_SIZE) if data.endswith(JPEG_END) else None
     if size is None:
         return False
-    check_labelled_size(*size, record)
+    check_labelled_size(size, labelled)
     return True
 
 

@@ -18,8 +18,9 @@ from PIL import Image
 
 from ferkd_data.errors import FerkdError, ImageError, UsageError
 from ferkd_data.format import webdataset
-from ferkd_data.images import ImageRef, ImageSource, decode_rgb, open_source
+from ferkd_data.images import ImageRef, ImageSource, open_source
 from ferkd_data.label_set import LabelSet
+from ferkd_data.label_set.joined_images import decode_checked
 from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.replay import replay
 from ferkd_data.report.samples import Crop, SampledImage
@@ -143,10 +144,7 @@ def checked_pixels(image: ImageLabels, data: bytes | ImageError, pixel_limit: in
     # Zeros stand for an image that was not hashed.
     if any(image.image_digest) and image_digest(data) != image.image_digest:
         raise ImageError("other_image", "is another image than the one that was labelled")
-    pixels = decode_rgb(data, max_pixels=pixel_limit)
-    if pixels.shape[:2] != (image.height, image.width):
-        raise ImageError("other_image", "has another size than the image that was labelled")
-    return pixels
+    return decode_checked(data, (image.height, image.width), pixel_limit)
 
 
 def cut(pixels: npt.NDArray[np.uint8], image: ImageLabels, number: int, size: int) -> npt.NDArray[np.uint8]:

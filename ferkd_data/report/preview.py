@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ferkd_data.calibration import Calibration, Policy, policy_table
 from ferkd_data.errors import UsageError
-from ferkd_data.label_set.joined_images import decode_checked
+from ferkd_data.label_set.joined_images import decode_checked, labelled_size
 from ferkd_data.labels.buckets import BUCKETS
 from ferkd_data.loader import CropLoader
 from ferkd_data.loader.batch_maker import BatchMaker, Labelled, WindowMemory
@@ -92,7 +92,8 @@ def _labelled(maker: BatchMaker, window: Window) -> Labelled:
 
     def look(labelled: Labelled, i: int) -> None:
         record = labelled.records[i]
-        decode_checked(maker.read(int(labelled.rows[i]), record), record, maker.labels.manifest.pixel_limit)
+        data = maker.read(int(labelled.rows[i]), record)
+        decode_checked(data, labelled_size(record), maker.labels.manifest.pixel_limit)
 
     return maker.filled(window, look)[0]
 

@@ -11,12 +11,8 @@ from ferkd_data.builder.seal import SealedContents, manifest_of
 from ferkd_data.builder.shard_files import FOLDER, DiskFiles, ShardRecord
 from ferkd_data.builder.state import BuildFolder
 from ferkd_data.errors import BuildError
-from ferkd_data.format.manifest import (
-    FILE_NAME,
-    UNKNOWN_SHA256,
-    RejectsEntry,
-    ShardEntry,
-)
+from ferkd_data.format.manifest import UNKNOWN_SHA256, RejectsEntry, ShardEntry
+from ferkd_data.format.manifest_file import FILE_NAME
 from ferkd_data.format.rejects import REJECTS_NAME
 from ferkd_data.label_set import LabelSet, LocalFiles, StoredReader
 from ferkd_data.labels import statistics

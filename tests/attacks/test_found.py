@@ -9,7 +9,7 @@ import pytest
 
 from ferkd_data.errors import FerkdError, ForeignFileError, ManifestError, ShardError
 from ferkd_data.format import crop_arrays, parquet, webdataset
-from ferkd_data.format.manifest import parse_manifest
+from ferkd_data.format.manifest_file import parse_manifest
 from ferkd_data.importers.foreign_arrays import load_arrays
 
 FOUND = Path(__file__).parent / "found"

@@ -14,7 +14,7 @@ from label_sets import relist
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError
 from ferkd_data.format import crop_arrays, webdataset
-from ferkd_data.format.manifest import parse_manifest
+from ferkd_data.format.manifest_file import parse_manifest
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "version-1"
 MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

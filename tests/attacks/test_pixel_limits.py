@@ -85,7 +85,7 @@ def test_a_manifest_without_a_limit_has_the_default_one(copy):
     record = np.zeros(1, [("height", "<u2"), ("width", "<u2")])[0]
     record["height"], record["width"] = 65_535, 65_535
     with pytest.raises(ImageError, match="65535x65535"):
-        batch_maker.labelled_pixels(record, DEFAULT_MAX_PIXELS)
+        batch_maker.labelled_pixels(batch_maker.labelled_size(record), DEFAULT_MAX_PIXELS)
 
 
 def test_what_a_device_makes_of_another_header_is_not_cut(copy, photos, tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ from ferkd_data.errors import UsageError
 from ferkd_data.exchange.card_facts import check_fields, completed, mark, recalled
 from ferkd_data.exchange.front_matter import distinct, quoted, size_category
 from ferkd_data.exchange.publish import check_number_of_files
-from ferkd_data.format.manifest import BlockEntry, ShardEntry, read_manifest
+from ferkd_data.format.manifest import BlockEntry, ShardEntry
+from ferkd_data.format.manifest_file import read_manifest
 
 CARD = fd.CardFields(
     name="tiny labels",

@@ -18,7 +18,7 @@ from servers import s3_store, serve
 import ferkd_data as fd
 from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError
 from ferkd_data.exchange.destinations import Store
-from ferkd_data.format.manifest import read_manifest
+from ferkd_data.format.manifest_file import read_manifest
 from ferkd_data.labels import rows
 from ferkd_data.remote import Remote, Retries, part_of
 from ferkd_data.storage import sha256_file

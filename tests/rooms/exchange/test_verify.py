@@ -14,7 +14,7 @@ from label_sets import edit_manifest
 
 import ferkd_data as fd
 from ferkd_data.format import parquet, webdataset
-from ferkd_data.format.manifest import read_manifest
+from ferkd_data.format.manifest_file import read_manifest
 from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.storage import sha256_file
 from ferkd_data_cli.main import run
