@@ -62,29 +62,7 @@ def convert(
     try:
         settings: out_folder.Settings = {"command": "convert", "labels": source.identity}
         out = out_folder.begin(out, settings | {"layout": layout, "crops_per_block": block})
-        entries: list[ShardEntry] = []
-        done = 0
-        starts = range(0, source.num_crops, block)
-        files_of_shard = len(starts) if layout == "parquet" else 1
-        num_files = files_of_shard * sum(shard.rows > 0 for shard in source.manifest.shards)
-        progress = TransferProgress(files_total=num_files, images=0, images_total=len(source))
-        report = on_progress or (lambda progress: None)
-        report(progress)
-        for shard in source.manifest.shards:
-            rows = 0
-            files: tuple[BlockEntry, ...] = ()
-            if shard.rows:
-                rows, files = write_shard(
-                    out,
-                    shard.index,
-                    _rows(source, shard, layout, table),
-                    layout=layout,
-                    block_starts=starts,
-                )
-            entries.append(ShardEntry(index=shard.index, rows=rows, files=files))
-            done += rows
-            progress = with_files(progress, files, done)
-            report(progress)
+        entries = tuple(_write_shards(source, out, layout, block, table, on_progress))
     finally:
         if table is not None:
             # Now and not with the last reference: an error that somebody keeps would keep the table too.
@@ -95,7 +73,7 @@ def convert(
         check_rejects(opened.path, rejects.rows)
         shutil.copyfile(opened.path, out / rejects.path)
     # Everything else stays, statistics too: they are counted over the same rows.
-    changes = {"layout": layout, "crops_per_block": block, "shards": tuple(entries)}
+    changes = {"layout": layout, "crops_per_block": block, "shards": entries}
     return out_folder.finish(out, source.manifest.model_copy(update=changes))
 
 
@@ -119,6 +97,29 @@ def _is_of(there: Manifest, source: Manifest, layout: Layout, block: int) -> boo
     rows = [shard.rows for shard in there.shards] == [shard.rows for shard in source.shards]
     changes = {"layout": layout, "crops_per_block": block, "shards": there.shards}
     return rows and source.model_copy(update=changes) == there
+
+
+def _write_shards(
+    source: LabelSet, out: Path, layout: Layout, block: int, table: ImageTable | None, on_progress: OnProgress | None
+) -> Iterator[ShardEntry]:
+    """Write the shards in order, and yield what the manifest says of each."""
+    starts = range(0, source.num_crops, block)
+    files_of_shard = len(starts) if layout == "parquet" else 1
+    num_files = files_of_shard * sum(shard.rows > 0 for shard in source.manifest.shards)
+    progress = TransferProgress(files_total=num_files, images=0, images_total=len(source))
+    report = on_progress or (lambda progress: None)
+    report(progress)
+    done = 0
+    for shard in source.manifest.shards:
+        rows = 0
+        files: tuple[BlockEntry, ...] = ()
+        if shard.rows:
+            contents = _rows(source, shard, layout, table)
+            rows, files = write_shard(out, shard.index, contents, layout=layout, block_starts=starts)
+        done += rows
+        progress = with_files(progress, files, done)
+        report(progress)
+        yield ShardEntry(index=shard.index, rows=rows, files=files)
 
 
 def _rows(source: LabelSet, shard: ShardEntry, layout: Layout, table: ImageTable | None) -> Iterator[Row]:

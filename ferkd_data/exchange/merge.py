@@ -118,50 +118,64 @@ def _result(out: Path, kind: Kind, manifest: Manifest) -> MergeResult:
 def _kind(sets: Sequence[LabelSet]) -> Kind:
     """Find what the label sets add to each other. Raises LabelSetError that names the first conflict."""
     first = sets[0]
-    hashes = [labels.key_hashes() for labels in sets]
-    for labels, theirs in zip(sets[1:], hashes[1:], strict=True):
+    for labels in sets[1:]:
         check_same_classes(first, labels)
-        known = np.isin(theirs, hashes[0])
-        if not known.any():
-            # Disjoint from the first set, but the others may overlap each other.
-            if len(np.unique(np.concatenate(hashes))) != sum(map(len, hashes)):
-                raise LabelSetError(f"{labels.location}: shares images with another label set, but not with the first")
-            continue
-        if not known.all() or len(theirs) != len(hashes[0]):
-            lacking, row = (labels, int((~known).argmax())) if not known.all() else _lacking(first, hashes[0], theirs)
-            shard, at = lacking.position(row)
-            raise LabelSetError(
-                f"{first.location} and {labels.location}: only some images are in both, {lacking.keys_of(shard)[at]!r} "
-                "is not; merge takes label sets with the same images, or without common images"
-            )
-    # Keys are compared by their 64-bit hashes: 8 bytes for each image, and no key stays in memory.
-    same = [bool(np.isin(theirs, hashes[0]).any()) for theirs in hashes[1:]]
-    if all(same):
+    if _same_images(sets):
         differs = any(getattr(first.manifest, n) != getattr(s.manifest, n) for s in sets for n in SAME_CROPS)
         # The same images: other crops if anything that draws crops differs, else the same crops by other teachers.
         kind: Kind = "crops" if differs else "teachers"
-    elif not any(same):
-        kind = "images"
     else:
-        raise LabelSetError("some of the label sets hold the same images and some do not; merge those that do first")
+        kind = "images"
     _check_settings(sets, kind)
-    with_kinds = next((labels for labels in sets if labels.crop_kinds), None)
-    if kind == "crops" and with_kinds is not None:
-        raise LabelSetError(
-            f"{with_kinds.location}: has crop kinds, so crops of another label set cannot be added to it: they would "
-            "be of no kind. More crops of its last kind, or a further kind: ferkd-data build --extend --crop-kinds"
-        )
     if kind == "crops":
         _check_other_crops(sets)
     return kind
 
 
-def _lacking(first: LabelSet, ours: npt.NDArray[np.uint64], theirs: npt.NDArray[np.uint64]) -> tuple[LabelSet, int]:
-    return first, int((~np.isin(ours, theirs)).argmax())
+def _same_images(sets: Sequence[LabelSet]) -> bool:
+    """Return whether all label sets hold the same images; False where no two have one in common.
+
+    Raises LabelSetError for anything between the two.
+    """
+    first = sets[0]
+    # Keys are compared by their 64-bit hashes: 8 bytes for each image, and no key stays in memory.
+    ours, *others = (labels.key_hashes() for labels in sets)
+    same = []
+    for labels, theirs in zip(sets[1:], others, strict=True):
+        known = np.isin(theirs, ours)
+        same.append(bool(known.any()))
+        if not known.any() or (known.all() and len(theirs) == len(ours)):
+            continue
+        lacking, row = (first, _first_without(ours, theirs)) if known.all() else (labels, _first_without(theirs, ours))
+        shard, at = lacking.position(row)
+        raise LabelSetError(
+            f"{first.location} and {labels.location}: only some images are in both, {lacking.keys_of(shard)[at]!r} "
+            "is not; merge takes label sets with the same images, or without common images"
+        )
+    if all(same):
+        return True
+    if any(same):
+        raise LabelSetError("some of the label sets hold the same images and some do not; merge those that do first")
+    # None shares an image with the first, but they may with each other.
+    if len(np.unique(np.concatenate([ours, *others]))) != len(ours) + sum(map(len, others)):
+        raise LabelSetError(f"{first.location}: shares no image with the others, but these share some with each other")
+    return False
+
+
+def _first_without(hashes: npt.NDArray[np.uint64], known: npt.NDArray[np.uint64]) -> int:
+    """Return the first row whose hash is not among `known`."""
+    return int((~np.isin(hashes, known)).argmax())
 
 
 def _check_other_crops(sets: Sequence[LabelSet]) -> None:
-    """Raise LabelSetError where two label sets hold the same draws: the crops of the smaller would come twice."""
+    """Raise LabelSetError where crops cannot be added: to crop kinds, or where two sets hold the same draws."""
+    with_kinds = next((labels for labels in sets if labels.crop_kinds), None)
+    if with_kinds is not None:
+        raise LabelSetError(
+            f"{with_kinds.location}: has crop kinds, so crops of another label set cannot be added to it: they would "
+            "be of no kind. More crops of its last kind, or a further kind: ferkd-data build --extend --crop-kinds"
+        )
+    # The crops of the smaller set would come twice.
     drawn: dict[str, LabelSet] = {}
     for labels in sets:
         for draw in _draws(labels.manifest):

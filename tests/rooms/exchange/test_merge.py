@@ -113,6 +113,13 @@ def test_other_images(sets, tmp_path, photos, make_photos, tiny_teachers):
         *fd.open_labels(sets["a4"]).keys(),
         *fd.open_labels(tmp_path / "b").keys(),
     ]
+    for several, error in (
+        ([sets["a4"], tmp_path / "b", sets["b4"]], "some of the label sets hold the same images and some do not"),
+        ([tmp_path / "b", sets["a4"], sets["b4"]], r"b: shares no image .* these share some with each other"),
+    ):
+        with pytest.raises(LabelSetError, match=error):
+            fd.merge(several, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_conflicts_are_named(sets, tmp_path, photos):
