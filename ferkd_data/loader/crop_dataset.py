@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,9 @@ class CropDataset(Dataset[Item]):
 
     Give `dataset.collate` to the DataLoader. Each reading of a row draws the row's next M crops, so that a DataLoader
     moves on from epoch to epoch by itself, also with workers. `set_epoch(e)` lets rows go on with the crops of epoch e:
-    call it before each epoch where training may resume, or where epochs may end early. Crops that a row gave in an
-    earlier epoch are left out. A reading is a pure function of (seed, key, number), its number in the row's order.
+    call it before each epoch where several processes train together, training may resume, or epochs may end early.
+    Crops that a row gave in an earlier epoch are left out. A reading is a pure function of (seed, key, number), its
+    number in the row's order.
 
     >>> dataset = fd.CropDataset(fd.open_labels("labels-with-images"), crops_per_image=2, size=32)
     >>> crops, targets = dataset[0]
@@ -126,7 +128,7 @@ class CropDataset(Dataset[Item]):
         repeats: how often the sampler gives a row in one epoch, for repeated augmentation (timm's RepeatAugSampler,
             torchvision's RASampler: 3 by default); all ranks together. Each time the row gives other crops.
         rank, world_size: which of these readings are this process's; those of torch.distributed by default, which must
-            then be initialised before the data set is made. They have no effect without `repeats`.
+            then be initialised before the data set is made. Without `repeats` they decide nothing.
 
         The other arguments are those of `CropLoader`. Raises UsageError and LabelSetError as it does.
         """
@@ -135,6 +137,7 @@ class CropDataset(Dataset[Item]):
         check_ranks(rank, world_size)
         ranks = ranks_now(rank, world_size)
         self._turns = Turns.of(counted("repeats", repeats), ranks)
+        self._rank, self._world_size = rank, world_size
         if repeats > 1:
             # Every rank would take itself for the first, and give the crops that the others give.
             warn_if_alone(ranks, world_size)
@@ -219,8 +222,29 @@ class CropDataset(Dataset[Item]):
         """Return the items of several rows, as a DataLoader asks for a batch. A row may come more than once."""
         checked = [_checked(row, len(self)) for row in rows]
         # Counted for the whole batch under one lock, before anything is read.
-        visits = iter(self.shared.visit([row for row in checked if not isinstance(row, Numbered)]))
-        return [self.item(*row) if isinstance(row, Numbered) else self.item(row, *next(visits)) for row in checked]
+        visits = self.shared.visit([row for row in checked if not isinstance(row, Numbered)])
+        self._warn_if_ranks_count_apart(visits)
+        counted = iter(visits)
+        return [self.item(*row) if isinstance(row, Numbered) else self.item(row, *next(counted)) for row in checked]
+
+    def _warn_if_ranks_count_apart(self, visits: Sequence[tuple[int, int]]) -> None:
+        """Warn, once, where a rank's own count of a row's readings stands in for the epoch of a training of several."""
+        ranks = ranks_now(self._rank, self._world_size)
+        if ranks.world_size == 1 or self._turns.count > 1 or self.shared.calls:
+            return
+        if any(epoch for epoch, _ in visits) and self.shared.first_warning():
+            warnings.warn(
+                f"rank {ranks.rank} of {ranks.world_size} reads a row again, and set_epoch of the CropDataset was "
+                "never called: ranks do not know what the others have read, so that a row repeats crops that it gave "
+                "on another rank, and schedules by epoch lag behind. Call dataset.set_epoch(epoch) before each epoch, "
+                "beside the sampler's set_epoch",
+                stacklevel=3,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Fix the ranks for worker processes, in which torch.distributed is not initialised."""
+        rank, world_size = ranks_now(self._rank, self._world_size)
+        return {**self.__dict__, "_rank": rank, "_world_size": world_size}
 
     def numbered(self, sampler: Iterable[int]) -> NumberedSampler:
         """Return the sampler's rows, each with the number of its reading, counted where the sampler runs.

@@ -79,7 +79,8 @@ class Epochs:
             "interpolation": settings.interpolation,
             "order": settings.order,
             "shards_together": settings.shards_together,
-            "calibration": _described(settings.calibration),
+            # Of a function, its Calibration in this epoch, as for sizes: many functions go by the name <lambda>.
+            "calibration": _described(at.calibration if callable(settings.calibration) else settings.calibration),
             "selfmix": None if settings.selfmix is None else asdict(settings.selfmix),
         }
         # Only what differs from the defaults: states saved before these settings existed stay valid.

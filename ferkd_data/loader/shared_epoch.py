@@ -11,7 +11,7 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ from ferkd_data.scratch import Scratch, owner_is_gone
 FILE_NAME = "epoch.bin"
 RUNS = 16
 """Number of iterations over a stream that may be under way at once."""
+WORKER_WORDS = 16
+"""64-bit words with one bit for each worker of an iteration; workers beyond these 1024 share bits."""
 HEADER = np.dtype(
     [
         ("epoch", "<i8"),
@@ -30,6 +32,8 @@ HEADER = np.dtype(
         ("followed", "<i8"),
         ("runs", "<i8"),
         ("run", "<i8", (RUNS, 3)),
+        ("joined", "<u8", (RUNS, WORKER_WORDS)),
+        ("warned", "<i8"),
     ]
 )
 READING_BITS = 40
@@ -95,22 +99,36 @@ class SharedEpoch:
                 self._next[row] = stamp + reading + 1
         return visits
 
-    def begin_run(self, token: tuple[int, int], leader: SharedEpoch) -> int:
+    def first_warning(self) -> bool:
+        """Return whether this is the first call, of all processes that read the data set."""
+        with self._locked():
+            is_first, self._header["warned"] = not self._header["warned"], 1
+            return is_first
+
+    def begin_run(self, token: RunToken, leader: SharedEpoch) -> int:
         """Return the epoch of an iteration over a stream, and move the stream on by one.
 
-        All worker processes of one iteration come with the same `token` and get the same epoch, whichever comes first.
-        Where `set_epoch` was called on `leader`, the data set of the stream, the stream follows.
+        All worker processes of one iteration come with the same `token`, but for their number, and get the same epoch,
+        whichever comes first. Where `set_epoch` was called on `leader`, the data set of the stream, the stream follows.
         """
+        word, bit = divmod(token.worker % (64 * WORKER_WORDS), 64)
         with self._locked():
-            runs = self._header["run"]
-            for first, second, epoch in runs[: min(int(self._header["runs"]), RUNS)].tolist():
-                if (first, second) == token:
+            runs, joined, begun = self._header["run"], self._header["joined"], int(self._header["runs"])
+            # The latest first: of two with the same token, an earlier one may have been left before all workers came.
+            for number in (run % RUNS for run in reversed(range(max(begun - RUNS, 0), begun))):
+                seed, count, epoch = runs[number].tolist()
+                # A worker begins an iteration once. Where it comes again with the same seed, the training has seeded
+                # its generator anew, and this is another iteration.
+                if (seed, count) == token[:2] and not int(joined[number, word]) >> bit & 1:
+                    joined[number, word] |= np.uint64(1 << bit)
                     return int(epoch)
             epoch = self.epoch
             if int(self._header["followed"]) != leader.calls:
                 epoch, self._header["followed"] = leader.epoch, leader.calls
             # The oldest is overwritten: its workers have all begun long ago.
-            runs[int(self._header["runs"]) % RUNS] = (*token, epoch)
+            oldest = begun % RUNS
+            runs[oldest], joined[oldest] = (*token[:2], epoch), 0
+            joined[oldest, word] = np.uint64(1 << bit)
             self._header["runs"] += 1
             self._header["epoch"] = epoch + 1
             return epoch
@@ -144,17 +162,28 @@ class SharedEpoch:
             raise owner_is_gone(self._path) from error
 
 
+class RunToken(NamedTuple):
+    """The name of an iteration over a stream, and the worker process that begins it."""
+
+    seed: int
+    """The base seed of a DataLoader's workers, or a number that stands for a process without workers."""
+    begun: int
+    """Iterations that this process has begun, this one included."""
+    worker: int
+    """The worker's number, 0 without workers."""
+
+
 class RunTokens:
     """Names the iterations over a stream, the same in all worker processes of one DataLoader iteration.
 
-    Workers that live for one epoch share a seed that no other iteration has; workers that live on begin their n-th
-    iteration together.
+    Workers that live for one epoch share a seed, which is that of another iteration only where the training seeds its
+    generator anew; workers that live on begin their n-th iteration together.
     """
 
     def __init__(self) -> None:
         self._process, self._begun = 0, 0
 
-    def next(self) -> tuple[int, int]:
+    def next(self) -> RunToken:
         worker, process = get_worker_info(), os.getpid()
         # Forked or unpickled in a worker: it counts its own iterations from here.
         if self._process != process:
@@ -162,6 +191,6 @@ class RunTokens:
         self._begun += 1
         if worker is None:
             # Without workers; negative, so that it is no seed of a DataLoader.
-            return -process, self._begun
+            return RunToken(-process, self._begun, 0)
         # A worker's seed is the base seed of its DataLoader iteration plus its number.
-        return (worker.seed - worker.id) % 2**62, self._begun
+        return RunToken((worker.seed - worker.id) % 2**62, self._begun, worker.id)

@@ -231,6 +231,34 @@ def test_ranks_of_timms_sampler_never_train_on_one_crop(label_set, photos, tmp_p
     assert len(seen) >= 18 and len(set(seen)) == len(seen)
 
 
+def test_ranks_that_count_apart_are_warned_once(label_set, photos, tmp_path):
+    """A distributed sampler gives a row to any rank, and each rank counts its own readings of it."""
+
+    def dataset(**changes):
+        settings = {"images": photos, "size": 16, "calibration": "fkd", "cache_dir": tmp_path}
+        return fd.CropDataset(fd.open_labels(label_set), **settings | {"rank": 1, "world_size": 2} | changes)
+
+    data = dataset()
+    data[3], data[4]
+    with pytest.warns(UserWarning, match=r"rank 1 of 2 reads a row again.*dataset\.set_epoch\(epoch\)"):
+        data[3]
+    data[3]
+    told = dataset()
+    for epoch in range(3):
+        told.set_epoch(epoch)
+        told[3]
+    alone, repeated, counted = dataset(rank=0, world_size=1), dataset(repeats=3), dataset()
+    rows = counted.numbered([3, 4])
+    for _ in range(3):
+        alone[3], repeated[3], [counted[row] for row in rows]
+    # Worker processes have copies, and know no process group.
+    sent = dataset()
+    copy = pickle.loads(pickle.dumps(sent))
+    sent[3]
+    with pytest.warns(UserWarning, match="rank 1 of 2"):
+        copy[3]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("order", ["global", "shards", "sequential"])
 def test_a_stream_gives_every_image_of_the_epoch_once(dataset, epochs, order, num_workers):
@@ -260,6 +288,24 @@ def test_each_iteration_over_a_stream_is_the_next_epoch(dataset, epochs, num_wor
     assert [run()[0][0] for _ in range(2)] == [1, 2]
     dataset.set_epoch(3)
     assert {epoch for epoch, _ in run()} == {3}
+
+
+@pytest.mark.parametrize(("num_workers", "persistent"), [(2, False), (2, True)])
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_stream_moves_on_also_where_the_training_seeds_its_generator_anew(
+    dataset, epochs, num_workers, persistent, anew
+):
+    """Worker processes then have the seeds of an earlier iteration. With `anew`, so has a new DataLoader."""
+    stream = dataset.stream()
+
+    def seeded():
+        return loader_of(stream, num_workers, persistent, generator=torch.Generator().manual_seed(7))
+
+    loader = seeded()
+    for epoch in range(4):
+        loader = seeded() if anew else loader
+        loader.generator.manual_seed(7)
+        assert sorted(epochs[images.numpy().tobytes()] for images, _ in loader) == [(epoch, row) for row in range(20)]
 
 
 @pytest.mark.parametrize(("num_workers", "persistent"), WORKERS)

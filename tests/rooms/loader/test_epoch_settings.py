@@ -217,10 +217,27 @@ def test_a_state_of_other_functions_is_refused_where_they_differ(make):
             make(**changes).load_state_dict(state)
 
 
+def test_a_state_of_another_calibration_is_refused_whatever_its_function_is_called(make):
+    def schedule(later, **changes):
+        return lambda epoch: fd.Calibration.fkd() if epoch < 2 else fd.Calibration(moderate_hard=later, **changes)
+
+    loader = make(calibration=schedule("blend"))
+    loader.set_epoch(1)
+    make(calibration=schedule("soften")).load_state_dict(loader.state_dict())
+    loader.set_epoch(2)
+    state = loader.state_dict()
+    make(calibration=schedule("blend")).load_state_dict(state)
+    with pytest.raises(StateMismatchError, match=r"moderate_hard: saved 'blend', now 'soften'"):
+        make(calibration=schedule("soften")).load_state_dict(state)
+    with pytest.raises(StateMismatchError, match=r"temperature: saved 1\.0, now 2\.0"):
+        make(calibration=schedule("blend", temperature=2.0)).load_state_dict(state)
+
+
 def test_states_are_plain_json_and_a_constant_says_nothing_of_functions(make):
     import json
 
-    for changes in ({}, {"size": grow, "crops_per_image": more, "epoch": "crops", "transform": torch.flip}):
+    functions = {"size": grow, "crops_per_image": more, "calibration": lambda epoch: fd.Calibration()}
+    for changes in ({}, functions | {"epoch": "crops", "transform": torch.flip}):
         state = make(**changes).state_dict()
         assert json.loads(json.dumps(state)) == state
     constant = make().state_dict()["settings"]
