@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
-from .options import TEACHER_HELP, json_option, print_json
+from ferkd_data.errors import UsageError
+
+from .options import TEACHER_HELP, given, json_option, named, print_json
 
 
 @click.command()
@@ -71,6 +73,16 @@ def command(
     from ferkd_data.builder import Resources
 
     if export is not None:
+        measuring = {
+            "device": device,
+            "precision": precision,
+            "batch_sizes": batch_sizes,
+            "threads": threads,
+            "seconds": seconds,
+            "compiled": compiled,
+        }
+        if useless := given(measuring):
+            raise UsageError(f"--export measures nothing, so {named(useless)} would have no effect; leave it out")
         return _export(teachers, export, as_json)
     result = bench_teachers(
         teachers,
@@ -91,7 +103,6 @@ def command(
 
 def _export(teachers: tuple[str, ...], path: Path, as_json: bool) -> int:
     from ferkd_data.bench import TOLERANCE, export_teacher
-    from ferkd_data.errors import UsageError
 
     if len(teachers) != 1:
         raise UsageError(f"--export writes one teacher into one file; {len(teachers)} were given")
@@ -117,8 +128,6 @@ def _print_teacher(teacher: Any) -> None:
 
 
 def _numbers(option: str, text: str | None) -> list[int] | None:
-    from ferkd_data.errors import UsageError
-
     if text is None:
         return None
     try:

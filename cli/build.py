@@ -32,6 +32,7 @@ from .options import (
     given,
     grouped,
     json_option,
+    named,
     print_json,
     require_teachers,
     teacher_options,
@@ -262,7 +263,8 @@ SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresho
     "--dry-run",
     group=WATCHING,
     is_flag=True,
-    help="Print an overview and estimate time and disk space for the given options. Writes nothing to OUT.",
+    help="Print an overview and estimate time and disk space for the given options. Writes nothing, neither to OUT nor "
+    "to the files of --report, --log-json and --metrics.",
 )
 @json_option
 @config_option
@@ -311,14 +313,10 @@ def command(
     if not extend:
         require_teachers(teachers)
     if dry_run:
-        with _quiet_ray(changes):
-            estimate = fd.builder.dry_run(
-                source, teachers=teachers, classes=classes, precision=precision, part=part, extend=extend, **changes
-            )
-        for line in lines(estimate.overview):
-            say(line, err=True)
-        print_json(asdict(estimate)) if as_json else _print_estimate(estimate)
-        return 0
+        unused = {"log_json": log_json, "metrics": metrics, "report_file": report_file}
+        _say_unused({**unused, "overwrite": overwrite, "grace": grace})
+        asked: dict[str, Any] = {"teachers": teachers, "classes": classes, "precision": precision, "on_error": on_error}
+        return _dry_run(source, part, as_json, {**asked, "extend": extend, **changes})
     overview = ShowOverview()
     # Signals are taken before anything starts, and given back after the display has ended.
     with stop_on_sigterm(grace) as stop, show_progress() as report, _quiet_ray(changes):
@@ -343,6 +341,21 @@ def command(
         result = fd.build(source, out, overwrite=overwrite, **changes)
     print_result(result, as_json, overview.overview)
     return status_of(result)
+
+
+def _say_unused(options: dict[str, Any]) -> None:
+    """Name the options that a dry run leaves aside. No error: people add --dry-run to a command that is complete."""
+    if unused := given(options):
+        say(f"note: --dry-run does not use {named(unused)}", err=True)
+
+
+def _dry_run(source: str, part: str | None, as_json: bool, arguments: dict[str, Any]) -> int:
+    with _quiet_ray(arguments):
+        estimate = fd.builder.dry_run(source, part=part, **arguments)
+    for line in lines(estimate.overview):
+        say(line, err=True)
+    print_json(asdict(estimate)) if as_json else _print_estimate(estimate)
+    return 0
 
 
 def _quiet_ray(changes: dict[str, Any]) -> AbstractContextManager[Any]:

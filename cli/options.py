@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -182,6 +182,12 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
     # manifest.
     default = click.core.ParameterSource.DEFAULT
     return {name: value for name, value in values.items() if context.get_parameter_source(name) is not default}
+
+
+def named(parameters: Iterable[str]) -> str:
+    """Name parameters of the running command as the options that people type, such as `--teacher and --sample`."""
+    options = {parameter.name: parameter.opts[0] for parameter in click.get_current_context().command.params}
+    return " and ".join(options[name] for name in parameters)
 
 
 def default_of(function: Callable[..., Any], name: str) -> Any:

@@ -21,7 +21,7 @@ from .terminal import say
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="Number of crops to show; of each kind, where there are crop kinds.",
+    help="Number of crops to show, at most 8 in a picture; of each kind, where there are crop kinds.",
 )
 @click.option(
     "--classes",

@@ -12,7 +12,7 @@ import ferkd_data as fd
 from ferkd_data.errors import UsageError
 
 from .display import show_transfer
-from .options import GroupedCommand, default_of, given, json_option, print_json, signature_options
+from .options import GroupedCommand, default_of, given, json_option, named, print_json, signature_options
 from .terminal import count, say, share, size
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def command(
     """
     # Before the files are checked, which may take an hour.
     if not deep and (useless := given(relabelling)):
-        names = " and ".join("--teacher" if name == "teachers" else f"--{name}" for name in useless)
-        raise UsageError(f"{names} would have no effect without --deep, which labels images again")
+        raise UsageError(f"{named(useless)} would have no effect without --deep, which labels images again")
     if deep and (images is None or not relabelling["teachers"]):
         raise UsageError("--deep needs --images SOURCE (the labelled images) and each --teacher SPEC of the build")
     with show_transfer("verify") as on_progress:

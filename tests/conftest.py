@@ -19,7 +19,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 import hypothesis
 import numpy as np
 import pytest
-from label_sets import SMALL
+from label_sets import SMALL, SMALL_TARS
 from markers import markers_of
 from PIL import Image
 
@@ -134,7 +134,7 @@ def tar_label_set(tmp_path_factory: pytest.TempPathFactory, photos: Path, tiny_t
 
     out = tmp_path_factory.mktemp("labels") / "tars"
     teachers = [tiny_teachers, "python:ferkd_tiny_teachers:second"]
-    fd.build(photos, out, teachers=teachers, layout="webdataset", **SMALL)
+    fd.build(photos, out, teachers=teachers, layout="webdataset", **SMALL_TARS)
     return out
 
 

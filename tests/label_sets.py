@@ -16,7 +16,8 @@ from ferkd_data.labels.rows import ShardLabels
 from ferkd_data.storage import sha256_file
 
 TEACHER_MODULES = Path(__file__).parent / "teacher_modules"
-SMALL = {"crops": 10, "crops_per_block": 4, "top_k": 4, "images_per_shard": 8, "device": "cpu"}
+SMALL_TARS = {"crops": 10, "top_k": 4, "images_per_shard": 8, "device": "cpu"}
+SMALL = {**SMALL_TARS, "crops_per_block": 4}
 
 
 def same_labels(a: ShardLabels, b: ShardLabels) -> bool:

@@ -24,6 +24,8 @@ from ferkd_data.builder.settings import BuildKeywords, BuildSettings, Resources,
 from ferkd_data.builder.state import EXTENDS, BuildFolder, Facts, digest_of_location
 from ferkd_data.builder.store_files import location_of
 from ferkd_data.builder.workers.ray_cluster import Placement, open_placement
+from ferkd_data.crop_kinds import make_crop_kinds
+from ferkd_data.crops import CropDistribution
 from ferkd_data.errors import BuildError, FerkdError, UsageError
 from ferkd_data.format.manifest import TeacherEntry
 from ferkd_data.format.manifest_file import identity_of, read_manifest_bytes
@@ -94,7 +96,10 @@ def make_request(source: str | Path, out: str | Path, **arguments: Unpack[BuildK
 def with_changes(
     settings: BuildSettings | None, resources: Resources | None, changes: Mapping[str, Any]
 ) -> tuple[BuildSettings, Resources]:
-    """Return the settings and resources with single fields replaced. Raises UsageError for a field of neither."""
+    """Return the settings and resources with single fields replaced.
+
+    Raises UsageError for a field of neither, and for one that would have no effect.
+    """
     settings, resources = settings or BuildSettings(), resources or Resources()
     changes = dict(changes)
     if changes.get("crop_kinds"):
@@ -104,6 +109,7 @@ def with_changes(
                 "crops (n=)"
             )
         changes["crops"] = None
+    _check_effect(settings, changes)
     if "processes" in changes:
         changes["workers"] = renamed_workers(changes.get("workers"), changes.pop("processes"))
     of_settings = {field.name for field in fields(BuildSettings)}
@@ -117,6 +123,26 @@ def with_changes(
         replace(settings, **{k: v for k, v in changes.items() if k in of_settings}),
         replace(resources, **{k: v for k, v in changes.items() if k in of_resources}),
     )
+
+
+def _check_effect(settings: BuildSettings, changes: Mapping[str, Any]) -> None:
+    """Raise UsageError for a setting that is given and that the other settings make ineffective."""
+    if changes.get("layout", settings.layout) == "webdataset" and "crops_per_block" in changes:
+        raise UsageError(
+            "crops_per_block (--crops-per-block) is for layout parquet: a tar of layout webdataset holds all crops of "
+            "its images; leave it out, or use layout parquet"
+        )
+    drawn, kinds = changes.get("distribution"), changes.get("crop_kinds")
+    if not kinds or drawn is None:
+        return
+    made, usual = make_crop_kinds(kinds, distribution=drawn), CropDistribution()
+    for name in ("scale", "ratio", "hflip"):
+        without = replace(drawn, **{name: getattr(usual, name)})
+        if without != drawn and make_crop_kinds(kinds, distribution=without) == made:
+            raise UsageError(
+                f"{name} (--{name}) has no effect: each of the crop kinds (--crop-kinds) gives its own {name}=; leave "
+                "out one of the two"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

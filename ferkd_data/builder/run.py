@@ -139,7 +139,10 @@ def build(
         finished = None if overwrite or extend else find_finished(request)
         if finished is not None:
             _confirm(finished, request)
-            return _result_of(finished)
+            result = _result_of(finished)
+            # Watchers made their files when they started: without an end, metrics would say "running" for ever.
+            watcher.see(_ended(result))
+            return result
         # Before the teachers are loaded, which takes minutes.
         if isinstance(request.out, Path):
             check_out(request.out)
@@ -157,8 +160,7 @@ def build(
             # An extension that found nothing to add returns the old manifest.
             if prepared.base is not None and result.manifest == prepared.base.manifest:
                 result = replace(result, already_finished=True)
-    files = sum(len(shard.files) for shard in result.manifest.shards)
-    watcher.see(BuildFinished(images=result.manifest.num_images, rejects=result.rejects, files=files))
+    watcher.see(_ended(result))
     return result
 
 
@@ -186,7 +188,8 @@ def build_part(
         if finished is not None:
             _confirm(finished, request)
             entries = [entry for entry in finished.manifest.shards if mine.has(entry.index)]
-            images = sum(entry.rows for entry in entries)
+            images, files = sum(entry.rows for entry in entries), sum(len(entry.files) for entry in entries)
+            watcher.see(BuildFinished(out=_place(location), images=images, rejects=0, files=files))
             return PartResult(
                 out=location, part=mine, shards=len(entries), images=images, rejects=0, already_finished=True
             )
@@ -210,7 +213,7 @@ def build_part(
         rejects=sum(len(record.rejects) for record in records),
     )
     files = sum(len(record.files) for record in records)
-    watcher.see(BuildFinished(images=result.images, rejects=result.rejects, files=files))
+    watcher.see(BuildFinished(out=_place(result.out), images=result.images, rejects=result.rejects, files=files))
     return result
 
 
@@ -256,6 +259,16 @@ def _confirm(finished: Finished, request: Request) -> None:
 
 def _result_of(finished: Finished) -> BuildResult:
     return BuildResult(out=finished.location, manifest=finished.manifest, already_finished=not finished.was_interrupted)
+
+
+def _ended(result: BuildResult) -> BuildFinished:
+    manifest = result.manifest
+    files = sum(len(shard.files) for shard in manifest.shards)
+    return BuildFinished(out=_place(result.out), images=manifest.num_images, rejects=result.rejects, files=files)
+
+
+def _place(out: Path | str) -> str:
+    return str(out.absolute()) if isinstance(out, Path) else out
 
 
 def _local(out: str | Path, hint: str) -> Path:

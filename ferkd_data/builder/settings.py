@@ -197,6 +197,10 @@ class Resources:
             raise UsageError(
                 "--gpus-per-teacher needs --engine ray; without it, --workers N runs N workers on each device"
             )
+        if self.gpus_per_teacher != 1 and self.device == "cpu":
+            raise UsageError(
+                "--gpus-per-teacher has no effect with --device cpu; leave it out, or use --device cuda or auto"
+            )
         if not 0 < self.gpus_per_teacher <= 1:
             raise UsageError(f"gpus_per_teacher must be above 0 and at most 1, got {self.gpus_per_teacher:g}")
         if self.teacher_timeout is not None and self.teacher_timeout <= 0:

@@ -33,11 +33,12 @@ def convert(
 ) -> Manifest:
     """Write a label set anew in another layout (or with other crop blocks): the same rows in the same shards.
 
-    Layout webdataset needs `images`, joined by key, each with the digest that was labelled. One shard is in memory at a
-    time; the manifest is written last. An interrupted conversion is begun again; one that has ended is left as it is.
+    Layout webdataset needs `images`, joined by key, each with the digest that was labelled; a label set that is of this
+    layout already has them. One shard is in memory at a time; the manifest is written last. An interrupted conversion
+    is begun again; one that has ended is left as it is.
 
-    Raises UsageError where `out` holds anything else and for blocks that would hold crops of two kinds, LabelSetError
-    for an image that is missing or another.
+    Raises UsageError where `out` holds anything else, for blocks that would hold crops of two kinds, and for an
+    argument that would have no effect; LabelSetError for an image that is missing or another.
 
     >>> fd.convert(LABELS, "out", layout="parquet", crops_per_block=5).num_blocks
     1
@@ -48,6 +49,7 @@ def convert(
     if layout not in get_args(Layout):
         raise UsageError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
     source = open_labels(labels)
+    _check_effect(source.manifest.layout, layout, images, crops_per_block)
     block = _block_size(source, layout, crops_per_block)
     there = out_folder.finished(out)
     # The same command again after it has ended, so that a batch system may start a job twice.
@@ -75,6 +77,22 @@ def convert(
     # Everything else stays, statistics too: they are counted over the same rows.
     changes = {"layout": layout, "crops_per_block": block, "shards": entries}
     return out_folder.finish(out, source.manifest.model_copy(update=changes))
+
+
+def _check_effect(now: Layout, wanted: Layout, images: str | Path | None, crops_per_block: int | None) -> None:
+    """Raise UsageError for an argument that this conversion would not use."""
+    if wanted == "webdataset" and crops_per_block is not None:
+        raise UsageError(
+            "crops_per_block (--crops-per-block) is for layout parquet: a tar of layout webdataset holds all crops of "
+            "its images; leave it out"
+        )
+    if images is not None and wanted == "parquet":
+        raise UsageError("layout parquet holds labels only, so images (--images) would not be read; leave them out")
+    if images is not None and now == "webdataset":
+        raise UsageError(
+            "the label set is of layout webdataset already: its own images are copied, and images (--images) would not "
+            "be read; leave them out"
+        )
 
 
 def _block_size(source: LabelSet, layout: Layout, asked: int | None) -> int:

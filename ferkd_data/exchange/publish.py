@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +26,10 @@ README, CROISSANT, LICENSE = "README.md", "croissant.json", "LICENSE"
 MAX_CARD_BYTES = 2**20
 HUB_FILES_PER_FOLDER, HUB_FILES = 10_000, 100_000
 """Most files of a folder, and of a repository, on the hub (from its documentation)."""
+ONLY_IN_THE_CARD = ("license_name", "license_link", "image_license", "source_datasets")
+"""Fields that stand in the card alone; the others are in croissant.json too."""
+
+log = logging.getLogger("ferkd_data.exchange")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +96,7 @@ def publish(
     published = _published_card(target)
     fields = _fields(labels, published, card or CardFields())
     keeps_text = same and not overwrite and _keeps_text(labels, target, published, card or CardFields(), fields)
+    _warn_of_unused(labels, card or CardFields())
     if target.url.startswith("hf://"):
         check_number_of_files(labels.manifest)
     # Every file and row, before anything is sent: what is published is copied by others.
@@ -130,7 +136,26 @@ def _fields(labels: LabelSet, published: str | None, given: CardFields) -> CardF
     cards += [] if published is None else [published]
     fields = completed(given, cards, identity=labels.identity, folder_name=folder.resolve().name)
     check_fields(fields, labels.manifest, has_license_file=inside(folder, LICENSE).is_file())
+    useless = given.license_name or given.license_link
+    if useless and fields.license != "other":
+        raise UsageError(
+            f"--license-name and --license-link describe a licence of your own, and are for --license other; the "
+            f"licence is {fields.license}, which has a name and a text; leave out {useless!r}"
+        )
     return fields
+
+
+def _warn_of_unused(labels: LabelSet, given: CardFields) -> None:
+    """Log a warning for fields that only a generated card shows, where somebody's own text is sent in its place."""
+    own = inside(Path(labels.location), README)
+    if not own.exists() or is_generated(_read_card(own)):
+        return
+    said = [name for name in ONLY_IN_THE_CARD if getattr(given, name) is not None]
+    if said:
+        log.warning(
+            f"{own} is a text of your own and is sent as it is, so {' and '.join(said)} will be read nowhere; write it "
+            "into that text, or remove the file to send the generated card"
+        )
 
 
 def check_number_of_files(manifest: Manifest) -> None:

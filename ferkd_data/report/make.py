@@ -183,6 +183,8 @@ class LiveReport:
         elif isinstance(event, ShardDone):
             self._shard_done.set()
         elif isinstance(event, BuildFinished):
+            # A build that had ended before has not started now.
+            self._out = self._out or event.out
             self._end()
             self._try(self._write_last)
         elif isinstance(event, BuildFailed):

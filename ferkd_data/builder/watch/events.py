@@ -149,8 +149,9 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildFinished:
-    """The label set, or the part of it, is whole."""
+    """The label set, or the part of it, is whole; also where it was so before, and nothing was done."""
 
+    out: str
     images: int
     rejects: int
     files: int

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from label_sets import SMALL, files_below, same_files, same_label_sets, same_rows
+from label_sets import SMALL, SMALL_TARS, files_below, same_files, same_label_sets, same_rows
 
 import ferkd_data as fd
 from ferkd_data.builder import build_part, finish
@@ -100,10 +100,10 @@ def test_a_source_of_new_images_alone(growing, make_photos, teachers, tmp_path):
 
 def test_tars_get_new_images_and_no_more_crops(growing, make_photos, teachers, tmp_path):
     out, fresh = tmp_path / "out", tmp_path / "fresh"
-    fd.build(growing, out, teachers=teachers, layout="webdataset", **SMALL)
+    fd.build(growing, out, teachers=teachers, layout="webdataset", **SMALL_TARS)
     make_photos(growing, 31)
     fd.build(growing, out, extend=True, device="cpu")
-    fd.build(growing, fresh, teachers=teachers, layout="webdataset", **SMALL)
+    fd.build(growing, fresh, teachers=teachers, layout="webdataset", **SMALL_TARS)
     assert same_rows(out, fresh) and is_whole(out, growing)
     assert len(list(out.glob("shards/*.tar"))) == 5
     with pytest.raises(UsageError, match=r"layout webdataset .* cannot get more; .*ferkd-data convert .* parquet"):
