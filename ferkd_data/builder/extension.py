@@ -70,6 +70,7 @@ class _Extension:
             self._learn(known)
             self._list(known, writer)
             self._check(known)
+            notes = tuple(self._notes(known))
             for reject, is_gone in zip(read_rejects(self.rejects_path), known.is_gone, strict=True):
                 # An old reject that the source no longer lists stays a reject, so that the counts go on adding up. The
                 # others are tried again: they are new images of the plan.
@@ -96,6 +97,7 @@ class _Extension:
             "known_images": num_known if self.more_crops else 0,
             "known_crops": manifest.num_crops,
             "all_listed": known.num_found == num_known,
+            "notes": (*summary.notes, *notes),
         }
         return save_plan(self.folder, summary.model_copy(update=changes))
 
@@ -126,6 +128,19 @@ class _Extension:
             raise SourceError(
                 f"image {missing!r} has labels in {self.base.out}, and is not in {self.source.description}: "
                 "it cannot get more crops. Put it back, or leave out --crops to add new images alone"
+            )
+
+    def _notes(self, known: KnownImages) -> Iterator[str]:
+        """Yield what should be said of labelled images that the source does not have: they may be there under new keys.
+
+        A file that was moved or renamed is a new image, and then has two rows, of two classes where its folder changed.
+        """
+        count = known.num_known - known.num_found
+        if count:
+            images, keep = ("image is", "keeps its") if count == 1 else ("images are", "keep their")
+            yield (
+                f"{count:,} labelled {images} not in {self.source.description} (such as {known.missing()!r}), and "
+                f"{keep} labels; a file that was moved or renamed is labelled once more, as a new image"
             )
 
     def _identities(self) -> Iterator[tuple[Sequence[str], list[int | None], list[bytes | None]]]:
@@ -228,4 +243,5 @@ def _next_name(path: str) -> str:
 def _description(old: Manifest, plan: Plan, facts: Facts) -> str:
     """Describe the new source, or both sources where the old images are not in the new one."""
     before = old.source.description
-    return facts.source if plan.summary.all_listed or facts.source in before else f"{before}; {facts.source}"
+    known = plan.summary.all_listed or facts.source in before.split("; ")
+    return facts.source if known else f"{before}; {facts.source}"

@@ -98,6 +98,33 @@ def test_a_source_of_new_images_alone(growing, make_photos, teachers, tmp_path):
         fd.build(more, out, extend=True, crops=12, classes=tmp_path / "classes.txt", device="cpu")
 
 
+def test_a_file_that_was_moved_is_said_to_be_labelled_once_more(growing, teachers, tmp_path, capsys):
+    """It has another key and another class; the old row stays as it is."""
+    out = tmp_path / "out"
+    fd.build(growing, out, teachers=teachers, **FIRST_CROPS)
+    (growing / "class0" / "photo0000.jpg").rename(growing / "class1" / "moved.jpg")
+    extend = ["build", str(growing), str(out), "--extend", "--device", "cpu"]
+    assert run(extend) == 0
+    said = capsys.readouterr().err
+    assert "1 labelled image is not in folder photos (such as 'class0/photo0000'), and keeps its labels" in said
+    labels = fd.open_labels(out)
+    assert [labels[key].target for key in ("class0/photo0000", "class1/moved")] == [0, 1]
+    make_again = growing / "class0" / "photo0000.jpg"
+    shutil.copy(growing / "class1" / "moved.jpg", make_again)
+    assert run(extend) == 0 and "labelled image" not in capsys.readouterr().err
+
+
+def test_a_source_whose_name_begins_like_another_ones_is_named_too(growing, make_photos, teachers, tmp_path):
+    """`folder photo` is the beginning of `folder photos`."""
+    out = tmp_path / "out"
+    fd.build(growing, out, teachers=teachers, **FIRST_CROPS)
+    new = make_photos(tmp_path / "new", 30)
+    for photo in growing.rglob("*.jpg"):
+        (new / photo.relative_to(growing)).unlink()
+    new = new.rename(tmp_path / "photo")
+    assert fd.build(new, out, extend=True, device="cpu").manifest.source.description == "folder photos; folder photo"
+
+
 def test_tars_get_new_images_and_no_more_crops(growing, make_photos, teachers, tmp_path):
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     fd.build(growing, out, teachers=teachers, layout="webdataset", **SMALL_TARS)
