@@ -16,6 +16,7 @@ import click
 import ferkd_data as fd
 import ferkd_data.builder
 from ferkd_data.errors import UsageError
+from ferkd_data.words import count
 
 from .display import show_progress
 from .options import (
@@ -38,7 +39,7 @@ from .options import (
     teacher_options,
 )
 from .overview import ShowOverview, lines
-from .terminal import count, say, size
+from .terminal import say, size
 
 SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresholds()
 """The defaults of the options, written once: in the library."""

@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
+from ferkd_data.words import percent
+
 from .display import show_images
 from .options import json_option, print_json
-from .terminal import say, share
+from .terminal import say
 
 
 @click.command()
@@ -52,15 +54,15 @@ def _print_counts(result: Any) -> None:
 
 
 def _print_labels(result: Any) -> None:
-    say(f"same class first     {share(result.same_top1):>12}")
+    say(f"same class first     {percent(result.same_top1):>12}")
     say(f"mean KL divergence   {result.mean_kl:>12.4f}   nats, of B from A")
     say(f"\n{'':<20} {'A':>12} {'B':>12}")
     say(f"{'mean p_max':<20} {result.mean_p_max_a:>12.3f} {result.mean_p_max_b:>12.3f}")
     if result.right_a is None:
         say("the ground truth is unknown for every image")
         return
-    say(f"{'right':<20} {share(result.right_a):>12} {share(result.right_b):>12}")
-    say(f"{'right alone':<20} {share(result.only_a_right):>12} {share(result.only_b_right):>12}")
+    say(f"{'right':<20} {percent(result.right_a):>12} {percent(result.right_b):>12}")
+    say(f"{'right alone':<20} {percent(result.only_a_right):>12} {percent(result.only_b_right):>12}")
 
 
 def _print_moves(result: Any) -> None:

@@ -13,10 +13,11 @@ from ferkd_data.calibration import PRESETS
 from ferkd_data.errors import UsageError
 from ferkd_data.format.manifest import Manifest
 from ferkd_data.format.manifest_file import FILE_NAME
+from ferkd_data.words import count, percent
 
 from .display import show_transfer
 from .options import DONE_WITH_REJECTS, default_of, given
-from .terminal import count, say, share, size
+from .terminal import say, size
 
 IMAGENET_CLASSES = 1000
 FOR_EVERY_IMPORT = ("images", "classes", "crops_per_block")
@@ -188,5 +189,5 @@ def _report(out: Path, manifest: Manifest, *, imported: bool) -> None:
     )
     counted = manifest.statistics
     if imported and counted.crops_with_target:
-        right = share(counted.top1_matches_target / counted.crops_with_target)
+        right = percent(counted.top1_matches_target / counted.crops_with_target)
         say(f"the ground truth is the most probable class of {right} of the crops")

@@ -8,9 +8,11 @@ from typing import Any
 
 import click
 
+from ferkd_data.words import count, percent
+
 from .options import GroupedCommand, json_option, print_json, require_teachers, teacher_options
 from .overview import left_out
-from .terminal import count, say, share
+from .terminal import say
 
 
 @click.command(cls=GroupedCommand)
@@ -64,10 +66,10 @@ def command(
     # The scores alone on stdout; all remarks go to stderr, so that a pipe gets a table.
     click.echo(f"{'images':>6}  {'top-1':>6}  {'top-5':>6}  {'ECE':>6}  {'published':>9}  teacher")
     for score in result.scores:
-        published = "" if score.published_top1 is None else f"{score.published_top1:.1%}"
+        published = "" if score.published_top1 is None else percent(score.published_top1)
         say(
-            f"{score.images:>6}  {share(score.top1):>6}  {share(score.top5):>6}  {score.ece:>6.3f}  {published:>9}  "
-            f"{score.name}"
+            f"{score.images:>6}  {percent(score.top1):>6}  {percent(score.top5):>6}  {score.ece:>6.3f}  "
+            f"{published:>9}  {score.name}"
         )
     for warning in result.warnings:
         say(f"warning: {warning}", err=True)

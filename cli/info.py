@@ -6,9 +6,11 @@ from typing import Any
 
 import click
 
+from ferkd_data.words import count
+
 from .options import json_option, print_json
 from .overview import left_out
-from .terminal import count, say, say_table, size
+from .terminal import say, say_table, size
 
 
 @click.command()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .terminal import count, say
+from ferkd_data.words import count, percent
+
+from .terminal import say
 
 SHOWN = 6
 """Most reasons in one line."""
@@ -73,8 +75,8 @@ def _classes(overview: Any) -> str:
 
 def _answers(teacher: Any) -> str:
     low, middle, high = teacher.p_max
-    top1 = "" if teacher.top1 is None else f"{teacher.top1:.0%} right, "
-    equal = f", all classes equal on {teacher.all_equal:.0%}" if teacher.all_equal else ""
+    top1 = "" if teacher.top1 is None else f"{percent(teacher.top1, 0)} right, "
+    equal = f", all classes equal on {percent(teacher.all_equal, 0)}" if teacher.all_equal else ""
     return f"on {count(teacher.images, 'image')}: {top1}p_max {low:.2f} to {high:.2f}, median {middle:.2f}{equal}"
 
 

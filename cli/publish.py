@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 import ferkd_data as fd
+from ferkd_data.words import count
 
 from .display import show_transfer
 from .options import GroupedCommand, default_of
-from .terminal import count, say, size
+from .terminal import say, size
 
 
 @click.command(cls=GroupedCommand, renamed={"--workers": "--threads"})

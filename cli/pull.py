@@ -9,10 +9,11 @@ import click
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
 from ferkd_data.format.manifest_file import FILE_NAME
+from ferkd_data.words import count
 
 from .display import show_transfer
 from .options import GroupedCommand, default_of, signature_options
-from .terminal import count, say, size
+from .terminal import say, size
 
 MAX_SHARDS = 10_000_000
 """More than any label set has: at 4,096 images in each, these would be 40 thousand million images."""

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
+from ferkd_data.words import count
+
 from .display import show_images
 from .options import json_option, print_json
-from .terminal import count, say, size
+from .terminal import say, size
 
 
 @click.command()

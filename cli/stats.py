@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
+from ferkd_data.words import in_percent, percent
+
 from .options import json_option, print_json
-from .terminal import say, say_table, share
+from .terminal import say, say_table
 
 SHARES = ("share", "aggregate", "paper_share")
 WEAK = 0.75
@@ -53,7 +55,7 @@ def command(labels: str, num_worst: int, as_json: bool) -> int:
     if worst:
         say("\nclasses that the teachers get right least often")
         entries = [_class_entry(opened, row) for row in worst]
-        rows = [[share(entry["agreement"]), f"{entry['crops']:,}", entry["name"]] for entry in entries]
+        rows = [[percent(entry["agreement"]), f"{entry['crops']:,}", entry["name"]] for entry in entries]
         say_table(["right", "crops", "class"], rows, indent=2)
     return 0
 
@@ -61,23 +63,29 @@ def command(labels: str, num_worst: int, as_json: bool) -> int:
 def print_statistics(summary: dict[str, Any], teacher_names: list[str]) -> None:
     """Print the p_max table with the paper's shares, the buckets, and the agreement of the teachers."""
     rows = [
-        [f"{row['low']:.2f}-{row['high']:.2f}", f"{row['crops']:,}", *(f"{row[name]:.2f}" for name in SHARES)]
+        [
+            f"{row['low']:.2f}-{row['high']:.2f}",
+            f"{row['crops']:,}",
+            *(in_percent(row[name] / 100, 2) for name in SHARES),
+        ]
         for row in summary["p_max"]
     ]
     say_table(["p_max", "crops", "share %", "aggregate %", "FerKD paper %"], rows)
     say("")
     counted = summary["crops_with_target"] and all("right" in one for one in summary["buckets"].values())
     rows = [
-        [name, f"{one['crops']:,}", f"{one['share']:.2f}", *([_percent(one["right"])] if counted else [])]
+        [name, f"{one['crops']:,}", in_percent(one["share"] / 100, 2), *([_percent(one["right"])] if counted else [])]
         for name, one in summary["buckets"].items()
     ]
     say_table(["bucket", "crops", "share %", *(["right %"] if counted else [])], rows)
     if summary["crops_with_target"]:
-        say(f"\nthe ground truth is the most probable class of {share(summary['agreement_with_target'])} of the crops")
+        say(
+            f"\nthe ground truth is the most probable class of {percent(summary['agreement_with_target'])} of the crops"
+        )
         say(f"its mean probability is {summary['mean_target_prob']:.3f}")
     else:
         say("\nthe ground truth is unknown for every image")
-    say(f"the stored top-k classes hold {share(summary['mean_kept_prob'])} of the probability")
+    say(f"the stored top-k classes hold {percent(summary['mean_kept_prob'])} of the probability")
     if summary["crops_with_target"] and summary["agreement_with_target"] < WEAK:
         say(
             "hint: a student trained on such labels alone may do worse than one trained on the ground truth; "
@@ -95,8 +103,8 @@ def _print_kinds(by_kind: dict[str, dict[str, Any]]) -> None:
         [
             name,
             f"{summary['crops']:,}",
-            *(f"{summary['buckets'][bucket]['share']:.2f}" for bucket in buckets),
-            *([share(summary["agreement_with_target"])] if known else []),
+            *(in_percent(summary["buckets"][bucket]["share"] / 100, 2) for bucket in buckets),
+            *([percent(summary["agreement_with_target"])] if known else []),
         ]
         for name, summary in by_kind.items()
     ]
@@ -106,7 +114,7 @@ def _print_kinds(by_kind: dict[str, dict[str, Any]]) -> None:
 
 def _percent(value: float | None) -> str:
     # The column's title has the unit.
-    return "" if value is None else share(value / 100).removesuffix("%")
+    return "" if value is None else in_percent(value / 100)
 
 
 def _print_teachers(summary: dict[str, Any], names: list[str]) -> None:
@@ -118,7 +126,7 @@ def _print_teachers(summary: dict[str, Any], names: list[str]) -> None:
         + ("; share on which each is right" if alone else "")
     )
     rows = [
-        [f"{a + 1}", name, *map(share, agreement[a]), *([share(alone[a])] if alone else [])]
+        [f"{a + 1}", name, *map(percent, agreement[a]), *([percent(alone[a])] if alone else [])]
         for a, name in enumerate(names)
     ]
     numbers = [f"as {number + 1}" for number in range(len(names))]

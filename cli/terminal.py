@@ -28,19 +28,6 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
-def count(number: int, thing: str) -> str:
-    """Return a number with its noun: `1 image`, `1,200 images`."""
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
-
-
-def share(value: float) -> str:
-    """Return a share in 0..1 as `12.3%`. Only 0 is shown as 0.0%, and only 1 as 100.0%."""
-    text = f"{value:.1%}"
-    if text == "0.0%" and value > 0:
-        return "<0.1%"
-    return ">99.9%" if text == "100.0%" and value < 1 else text
-
-
 def size(num_bytes: float) -> str:
     """Return bytes in a readable unit: `712 bytes`, `1.2 GB`, in powers of 1,000."""
     for unit in ("bytes", "kB", "MB", "GB"):

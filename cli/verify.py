@@ -10,10 +10,11 @@ import click
 
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
+from ferkd_data.words import count, percent
 
 from .display import show_transfer
 from .options import GroupedCommand, default_of, given, json_option, named, print_json, signature_options
-from .terminal import count, say, share, size
+from .terminal import say, size
 
 if TYPE_CHECKING:
     from ferkd_data.relabelling import RelabelReport
@@ -99,7 +100,7 @@ def command(
         say(
             f"labelled again: {count(again.crops, 'crop')} of {count(again.images, 'image')}; probabilities differ by "
             f"at most {again.largest_difference:.4f}, {again.mean_difference:.4f} on average; same most probable class "
-            f"for {share(again.same_top1)} of the crops"
+            f"for {percent(again.same_top1)} of the crops"
         )
         for text in again.not_labelled[:max_faults]:
             say(f"not labelled again: {text}")

@@ -32,6 +32,7 @@ from ferkd_data.teachers.probe import (
     count_different,
     odd_answers,
 )
+from ferkd_data.words import percent
 
 BATCH_IMAGES = 16
 ECE_BINS = 15
@@ -281,16 +282,16 @@ def _warnings(models: Sequence[Teacher], scores: Sequence[Score], gathered: _Gat
         # noise / 3 is one standard deviation.
         if score.top1 < near_chance(model.num_classes) + noise / 3:
             found.append(
-                f"{score.name}: top-1 {score.top1:.1%} is near chance: wrong weights, class order or normalisation"
+                f"{score.name}: top-1 {percent(score.top1)} is near chance: wrong weights, class order or normalisation"
             )
         # 5 points of slack: the published figure is of the whole validation set.
         elif score.published_top1 is not None and score.top1 < score.published_top1 - 0.05 - noise:
             found.append(
-                f"{score.name}: top-1 {score.top1:.1%} is far below the published {score.published_top1:.1%}: "
-                "check mean, std, size and the class order"
+                f"{score.name}: top-1 {percent(score.top1)} is far below the published "
+                f"{percent(score.published_top1)}: check mean, std, size and the class order"
             )
         elif score.top1 < best - 0.15 - noise:
-            found.append(f"{score.name}: top-1 {score.top1:.1%} is far below the best teacher's {best:.1%}")
+            found.append(f"{score.name}: top-1 {percent(score.top1)} is far below the best teacher's {percent(best)}")
         found.extend(_better_normalisation(score, gathered, i))
     return found
 

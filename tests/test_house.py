@@ -12,7 +12,7 @@ import ferkd_data
 ROOT = Path(ferkd_data.__file__).parent
 
 FLOORS = [
-    {"errors", "html_tables"},
+    {"errors", "html_tables", "words"},
     {"rng", "extras", "storage", "locks", "scratch", "threads", "parquet_guard"},
     {"remote"},
     {"crops", "crop_kinds", "augment"},

@@ -12,6 +12,7 @@ from ferkd_data.exchange.front_matter import front_matter, loading
 from ferkd_data.format.manifest import UNKNOWN_SHA256, CropDistributionEntry, Manifest
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.statistics import summarise
+from ferkd_data.words import count, in_percent, percent
 
 METHOD = (
     "Z. Shen and E. Xing, A Fast Knowledge Distillation Framework for Visual Recognition, ECCV 2022 (FKD), "
@@ -51,8 +52,8 @@ def _summary(manifest: Manifest) -> str:
     what = "images and their labels" if manifest.layout == "webdataset" else "labels only, without the images"
     teachers = "one teacher" if len(manifest.teachers) == 1 else f"an ensemble of {len(manifest.teachers)} teachers"
     return (
-        f"Soft labels of {_count(manifest.num_crops, 'crop')} for each of {_count(manifest.num_images, 'image')} "
-        f"({_count(manifest.statistics.crops, 'crop')}): the {manifest.top_k} most probable of "
+        f"Soft labels of {count(manifest.num_crops, 'crop')} for each of {count(manifest.num_images, 'image')} "
+        f"({count(manifest.statistics.crops, 'crop')}): the {manifest.top_k} most probable of "
         f"{manifest.num_classes:,} classes according to {teachers}, for knowledge distillation after FKD and FerKD. "
         f"Layout `{manifest.layout}`: {what}. Written by "
         f"{_code(f'{manifest.created_by.name} {manifest.created_by.version}')} from: "
@@ -119,7 +120,7 @@ def _classes(manifest: Manifest, contents: Contents) -> str:
             "## Classes",
             "",
             f"{len(counts):,} of {manifest.num_classes:,} classes have images: {common[-1][1]:,} to {common[0][1]:,} "
-            f"each. {_count(without, 'image')} without ground truth.",
+            f"each. {count(without, 'image')} without ground truth.",
             "",
             "| class | name | images | crops |",
             "| --- | --- | --- | --- |",
@@ -140,7 +141,7 @@ def _teachers(manifest: Manifest) -> str:
         right = "unknown"
         # Merged and imported sets, and parts, have no statistics for each teacher.
         if statistics.crops_with_target and len(statistics.teacher_top1_matches_target) > number:
-            right = f"{statistics.teacher_top1_matches_target[number] / statistics.crops_with_target:.1%}"
+            right = percent(statistics.teacher_top1_matches_target[number] / statistics.crops_with_target)
         # Imports write zeros: other formats do not say which weights were used.
         digest = "unknown" if teacher.digest == UNKNOWN_SHA256 else f"`{teacher.digest[:16]}`"
         rows.append(
@@ -151,7 +152,7 @@ def _teachers(manifest: Manifest) -> str:
         share = statistics.top1_matches_target / statistics.crops_with_target
         rows += [
             "",
-            f"Together (`{manifest.ensemble}`): the ground truth is the most probable class of {share:.1%} of "
+            f"Together (`{manifest.ensemble}`): the ground truth is the most probable class of {percent(share)} of "
             "the crops.",
         ]
     return "\n".join(rows)
@@ -220,14 +221,16 @@ def _statistics(manifest: Manifest) -> str:
     rows.append("| --- | --- | --- | --- |")
     for row in summary["p_max"]:
         rows.append(
-            f"| {row['low']:.2f}-{row['high']:.2f} | {row['share']:.2f} | {row['aggregate']:.2f} | "
-            f"{row['paper_share']:.2f} |"
+            f"| {row['low']:.2f}-{row['high']:.2f} | "
+            + " | ".join(in_percent(row[name] / 100, 2) for name in ("share", "aggregate", "paper_share"))
+            + " |"
         )
     rows += ["", "| bucket | crops | share % |", "| --- | --- | --- |"]
     rows += [
-        f"| `{name}` | {bucket['crops']:,} | {bucket['share']:.2f} |" for name, bucket in summary["buckets"].items()
+        f"| `{name}` | {bucket['crops']:,} | {in_percent(bucket['share'] / 100, 2)} |"
+        for name, bucket in summary["buckets"].items()
     ]
-    rows += ["", f"The stored classes hold {summary['mean_kept_prob']:.1%} of the probability on average."]
+    rows += ["", f"The stored classes hold {percent(summary['mean_kept_prob'])} of the probability on average."]
     return "\n".join(rows)
 
 
@@ -236,9 +239,9 @@ def _files(labels: LabelSet) -> str:
     files = [file for shard in manifest.shards for file in shard.files]
     size = sum(file.bytes for file in files)
     per_crop = size / max(manifest.statistics.crops, 1)
-    rejects = _count(manifest.rejects.rows, "image")
+    rejects = count(manifest.rejects.rows, "image")
     return (
-        f"## Files\n\n{_count(len(files), 'shard file')}, {size / 1e6:,.1f} MB ({per_crop:.1f} bytes per crop), each "
+        f"## Files\n\n{count(len(files), 'shard file')}, {size / 1e6:,.1f} MB ({per_crop:.1f} bytes per crop), each "
         "with its size and SHA-256 in `manifest.json`. `ferkd-data verify` checks all of it; `ferkd-data pull` copies "
         f"all or the first crop blocks. {rejects} could not be used: see `{manifest.rejects.path}`.\n\n"
         f"The identity of this label set, the SHA-256 of `manifest.json`, is `{labels.identity}`.\n\n"
@@ -293,10 +296,6 @@ def _citation(labels: LabelSet, fields: CardFields, url: str) -> str:
 
 def _bibtex_key(fields: CardFields) -> str:
     return re.sub(r"[^a-z0-9]+", "-", fields.title.lower()).strip("-") + fields.day[:4]
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _code(text: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from ferkd_data.html_tables import html_table
 from ferkd_data.loader.clocks import Times
 from ferkd_data.loader.settings import LoaderSettings, Ranks
+from ferkd_data.words import percent
 
 log = logging.getLogger("ferkd_data.loader")
 
@@ -99,7 +100,8 @@ class LoaderStats:
             return f"epoch {self.epoch}: {NO_BATCH}"
         text = (
             f"epoch {self.epoch}: {self._batches()} in {self.seconds:,.1f} s, {self.images_per_second:,.0f} images/s, "
-            f"{self.crops_per_second:,.0f} crops/s, {self.wait_share:.0%} of it waiting; bottleneck: {self.bottleneck}"
+            f"{self.crops_per_second:,.0f} crops/s, {percent(self.wait_share, 0)} of it waiting; "
+            f"bottleneck: {self.bottleneck}"
         )
         return text if self.bottleneck == "your step" else f"{text} ({self.advice})"
 
@@ -112,7 +114,7 @@ class LoaderStats:
             return [("", NO_BATCH)]
         parts = [("your step", self.step_seconds), ("waiting for batches", self.wait_seconds)]
         parts += [("hand-over", self.hand_over_seconds)]
-        shared = [f"{name} {value / self.seconds:.0%}" if self.seconds else name for name, value in parts]
+        shared = [f"{name} {percent(value / self.seconds, 0)}" if self.seconds else name for name, value in parts]
         rows = [
             ("speed", f"{self.images_per_second:,.0f} images/s, {self.crops_per_second:,.0f} crops/s"),
             ("time", f"{self.seconds:,.1f} s: {', '.join(shared)}"),
@@ -122,7 +124,8 @@ class LoaderStats:
         rows.append(("made by", self._makers()))
         for stage, seconds in self.stage_seconds.items():
             share = self.stage_shares[stage]
-            rows.append((f"  {stage}", f"{seconds:9,.2f} s {share:4.0%}  {'#' * round(share * BAR)}".rstrip()))
+            bar = "#" * round(share * BAR)
+            rows.append((f"  {stage}", f"{seconds:9,.2f} s {percent(share, 0):>4}  {bar}".rstrip()))
         return [*rows, ("bottleneck", self.bottleneck), ("advice", self.advice)]
 
     def _makers(self) -> str:
@@ -131,7 +134,7 @@ class LoaderStats:
         workers = f"{self.num_workers} worker{'' if self.num_workers == 1 else 's'}"
         if not self.here_share:
             return workers
-        return f"{workers}; {self.here_share:.0%} by the training process, before they had started"
+        return f"{workers}; {percent(self.here_share, 0)} by the training process, before they had started"
 
     def __str__(self) -> str:
         lines = [f"LoaderStats: epoch {self.epoch}, {self._batches()}"]

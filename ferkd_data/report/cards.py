@@ -14,7 +14,7 @@ from markupsafe import Markup
 from ferkd_data.format.manifest import ThresholdsEntry
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.buckets import BUCKETS, Thresholds
-from ferkd_data.report.charts import boxes_picture, percent
+from ferkd_data.report.charts import boxes_picture
 from ferkd_data.report.collect import Collected
 from ferkd_data.report.pictures import Pictures
 from ferkd_data.report.samples import Crop, SampledImage
@@ -22,6 +22,7 @@ from ferkd_data.report.sketch import CONFIDENCES, Sketch, counts_below
 from ferkd_data.report.suspects import CSV_COLUMNS, Suspect, csv_rows
 from ferkd_data.report.tables import BUCKET_TITLES, class_name
 from ferkd_data.report.thresholds import Suggestion
+from ferkd_data.words import percent
 
 BOXES_DRAWN = 40
 """Most boxes drawn on an image; more would hide it."""

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup, escape
 
+from ferkd_data.words import in_percent, percent
+
 WIDTH = 400
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 40
 """Margins of the plot area, for the axes."""
@@ -76,22 +78,6 @@ def svg(height: int, parts: Sequence[Markup], title: str) -> Markup:
     """Write the SVG of a chart, with its title for screen readers."""
     content = tag("title", escape(title)) + Markup("").join(parts)
     return tag("svg", content, viewBox=f"0 0 {WIDTH} {height}", role="img", class_="chart", aria_label=title)
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """Format a share in 0..1 as `12.3 %`. A share above 0 is never shown as 0, nor one below 1 as 100."""
-    smallest = 10.0**-digits
-    text = f"{100 * share:.{digits}f}"
-    if share > 0 and text == f"{0:.{digits}f}":
-        return f"<{smallest:.{digits}f} %"
-    if share < 1 and text == f"{100:.{digits}f}":
-        return f">{100 - smallest:.{digits}f} %"
-    return f"{text} %"
-
-
-def in_percent(share: float) -> str:
-    """Format a share in 0..1 for a table's column whose title has the unit."""
-    return percent(share).removesuffix(" %")
 
 
 def grouped_bars(

@@ -16,11 +16,11 @@ from ferkd_data.report.charts import (
     Table,
     grouped_bars,
     heat_map,
-    percent,
 )
 from ferkd_data.report.findings import ranges_of
 from ferkd_data.report.sketch import GRID, Sketch
 from ferkd_data.report.tables import BUCKET_TITLES
+from ferkd_data.words import percent
 
 FEWEST_IN_CELL = 10
 """Fewest crops for which a cell of a map is shaded."""

@@ -10,10 +10,11 @@ import numpy.typing as npt
 
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.statistics import P_MAX_UNITS, TEACHER_BINS, near_chance
-from ferkd_data.report.charts import Reliability, percent
+from ferkd_data.report.charts import Reliability
 from ferkd_data.report.collect import Collected
 from ferkd_data.report.sketch import FLOAT16_VALUES, Counts, Sketch, counts_between
 from ferkd_data.report.thresholds import suggest
+from ferkd_data.words import percent
 
 Level = Literal["warning", "note", "good"]
 ECE_APART, ECE_RATIO = 0.05, 2.0

@@ -31,7 +31,7 @@ from ferkd_data.report.cards import (
     suspects_csv,
     thumb_card,
 )
-from ferkd_data.report.charts import Chart, percent, reliability_chart
+from ferkd_data.report.charts import Chart, reliability_chart
 from ferkd_data.report.collect import Collected
 from ferkd_data.report.findings import (
     SMALL_PIXELS,
@@ -46,6 +46,7 @@ from ferkd_data.report.suspects import SURE_P_MAX, SURE_SHARE, sure_below
 from ferkd_data.report.thresholds import suggest
 from ferkd_data.report.unfinished import ShardProgress
 from ferkd_data.storage import write_atomically
+from ferkd_data.words import percent
 
 SECTIONS = (
     ("glance", "At a glance"),

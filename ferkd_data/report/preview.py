@@ -23,12 +23,12 @@ from ferkd_data.loader import CropLoader
 from ferkd_data.loader.batch_maker import BatchMaker, Labelled, WindowMemory
 from ferkd_data.loader.schedule import Window
 from ferkd_data.replay import empty_batch
-from ferkd_data.report.charts import percent
 from ferkd_data.report.page import render, write_page
 from ferkd_data.report.pictures import data_uri
 from ferkd_data.report.tables import BUCKET_TITLES, class_name
 from ferkd_data.storage import local_path
 from ferkd_data.targets import SoftTargets
+from ferkd_data.words import percent
 
 BARS = 4
 PICTURE_PIXELS = 160

@@ -14,9 +14,10 @@ from ferkd_data.crop_kinds import CropKind
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.buckets import BUCKETS, Thresholds
 from ferkd_data.labels.statistics import Statistics
-from ferkd_data.report.charts import Cell, Column, Table, in_percent, percent
+from ferkd_data.report.charts import Cell, Column, Table
 from ferkd_data.report.sketch import SIDE_EDGES, Sketch, counts_below
 from ferkd_data.report.thresholds import Suggestion
+from ferkd_data.words import in_percent, percent
 
 BUCKET_TITLES = {name: name.replace("_", " ") for name in BUCKETS}
 CLASSES_SHOWN = 1000

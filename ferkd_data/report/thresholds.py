@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
-from ferkd_data.report.charts import percent
 from ferkd_data.report.sketch import Counts, Sketch, counts_below
+from ferkd_data.words import percent
 
 Decider = Literal["accuracy", "cap", "none", "share"]
 """none: no crop is unsure enough for the threshold's bucket."""

@@ -96,7 +96,7 @@ def test_the_page_says_what_calibration_did(label_set, photos, tmp_path):
     )  # fmt: skip
     text = fd.preview(loader, tmp_path / "page.html", crops=40).read_text(encoding="utf-8")
     assert "softened ground truth, epsilon 0.2" in text and "moderate hard" in text
-    assert "50 % of such crops are in use" in text
+    assert "50% of such crops are in use" in text
     assert "script-src &#39;none&#39;" in text and "<script" not in text
     _, targets = next(iter(loader))
     dense = targets.dense()
