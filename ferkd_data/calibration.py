@@ -51,7 +51,8 @@ class Calibration:
     A policy is one of:
 
     - "keep": the soft label.
-    - "soften": the smoothed ground truth: 1 - epsilon on its class, epsilon spread evenly over the others.
+    - "soften": the smoothed ground truth: 1 - epsilon on its class, epsilon spread evenly over the others (with a class
+      map to a single class, which has no others: 1 on it).
     - "blend": `blend_weight` of the soft label, and the rest of the smoothed ground truth.
     - "discard": the crop is not drawn.
     - "thin(P)": the soft label; a share P of these crops is in use, drawn anew for each pass over an image's crops.
@@ -265,8 +266,10 @@ def calibrate(
         # The whole soft label: there is no ground truth to soften.
         share = np.where(target == UNKNOWN_TARGET, np.float32(1), share)
         # The softened ground truth as sparse target: floor `spread`, and on its class what is missing to 1 - epsilon.
-        spread = np.float32(calibration.epsilon / max(num_classes - 1, 1))
-        truth = (1 - share) * (np.float32(1 - calibration.epsilon) - spread)
+        # A single class, as a class map may leave it, has no others that could take epsilon: it keeps all.
+        epsilon = calibration.epsilon if num_classes > 1 else 0.0
+        spread = np.float32(epsilon / max(num_classes - 1, 1))
+        truth = (1 - share) * (np.float32(1 - epsilon) - spread)
         # An unknown target becomes class 0 with weight 0, as padding.
         index = np.concatenate([index, np.maximum(target, 0)[:, None].astype(np.int64)], axis=1)
         weight = np.concatenate([weight * share[:, None], truth[:, None]], axis=1)

@@ -170,7 +170,7 @@ def test_softened_ground_truth_is_of_the_new_classes(data):
     size = class_map.num_classes
     truth = np.full((len(index), size), 0.1 / max(size - 1, 1))
     known = np.flatnonzero(target >= 0)
-    truth[known, target[known]] = 0.9
+    truth[known, target[known]] = 0.9 if size > 1 else 1
     expected = soft.copy()
     expected[known] = 0.25 * soft[known] + 0.75 * truth[known]
     np.testing.assert_allclose(targets.dense().numpy(), expected, atol=1e-5)
@@ -360,3 +360,22 @@ def test_a_map_that_leaves_no_image(labels):
     only = labels.select(classes=[1])
     with pytest.raises(UsageError, match="no image of 2 is of a class that is kept"):
         only.map_classes({2: 0})
+
+
+@pytest.mark.parametrize("policy", ["soften", "blend", "keep", "thin(0.5)"])
+@pytest.mark.parametrize("recovery", RECOVERIES)
+def test_targets_of_a_single_class_are_that_class(policy, recovery):
+    """Nothing is left over that could take epsilon: the softened ground truth summed to 1 - epsilon."""
+    class_map = make_class_map(["pet", "pet", "pet", "pet", None], num_old=5, old_names=NAMES)
+    index, prob = np.array([[2, 0], [4, 1]], np.uint16), np.array([[0.5, 0.25], [0.9, 0.05]], np.float16)
+    targets = calibrate(
+        fd.Calibration(hard_positive=policy, recovery=recovery, blend_weight=0.25, epsilon=0.3),
+        class_index=index,
+        class_prob=prob,
+        codes=np.array([2, 2], np.uint8),
+        target=np.array([0, -1]),
+        num_classes=5,
+        class_map=class_map,
+    )
+    torch.testing.assert_close(targets.total(), torch.ones(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(targets.dense(), torch.ones(2, 1), atol=1e-6, rtol=0)
