@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import ferkd_data
 from ferkd_data.crop_kinds import block_of_kinds
 from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.exchange.checks import check_as_verify_does
+from ferkd_data.exchange.origins import draws_of, origin_of
 from ferkd_data.format import out_folder, parquet
 from ferkd_data.format.manifest import DEFAULT_CROPS_PER_BLOCK, CreatedBy, Manifest, RejectsEntry, ShardEntry
 from ferkd_data.format.progress import OnProgress, TransferProgress, with_files
@@ -122,6 +122,8 @@ def _kind(sets: Sequence[LabelSet]) -> Kind:
         check_same_classes(first, labels)
     if _same_images(sets):
         differs = any(getattr(first.manifest, n) != getattr(s.manifest, n) for s in sets for n in SAME_CROPS)
+        # Merged sets may agree in these and hold further draws: their seed is that of their first crops.
+        differs = differs or any(draws_of(labels.manifest) != draws_of(first.manifest) for labels in sets)
         # The same images: other crops if anything that draws crops differs, else the same crops by other teachers.
         kind: Kind = "crops" if differs else "teachers"
     else:
@@ -178,7 +180,7 @@ def _check_other_crops(sets: Sequence[LabelSet]) -> None:
     # The crops of the smaller set would come twice.
     drawn: dict[str, LabelSet] = {}
     for labels in sets:
-        for draw in _draws(labels.manifest):
+        for draw in draws_of(labels.manifest):
             other = drawn.setdefault(draw, labels)
             if other is not labels:
                 raise LabelSetError(
@@ -186,22 +188,6 @@ def _check_other_crops(sets: Sequence[LabelSet]) -> None:
                     f"{labels.num_crops} of each image; more of them come from `ferkd-data build --extend`, other ones "
                     "from a build with another --seed"
                 )
-
-
-def _draws(manifest: Manifest) -> set[str]:
-    """Name the draws in a label set: a seed and a distribution give the same crops in every build.
-
-    Crops that were imported with their boxes were drawn elsewhere, and have none.
-    """
-    extra = manifest.model_extra or {}
-    imported = extra.get("imported_from")
-    if imported is not None and not (isinstance(imported, dict) and imported.get("crops_follow_seed")):
-        return set()
-    own = {"seed": manifest.seed, "crop_distribution": manifest.crop_distribution.model_dump(mode="json")}
-    # The field is not in the manifest's schema, so a stranger's may hold anything.
-    merged = extra.get("merged_from")
-    origins = [own, *(one for one in merged if isinstance(one, dict))] if isinstance(merged, list) else [own]
-    return {f"seed {one.get('seed')}, {json.dumps(one.get('crop_distribution'))}" for one in origins}
 
 
 def _check_settings(sets: Sequence[LabelSet], kind: Kind) -> None:
@@ -305,7 +291,7 @@ class _Merge:
                     "plan_sha256": several if self.kind == "images" else first.source.plan_sha256,
                 }
             ),
-            "merged_from": [_origin(labels) for labels in self.sets],
+            "merged_from": [origin_of(labels) for labels in self.sets],
             "merge_uncertain": [self.uncertain_sum / max(counted.crops, 1), self.uncertain_max],
         }
         if self.kind == "teachers":
@@ -337,17 +323,6 @@ def gather(labels: LabelSet, keys: Sequence[str]) -> ShardLabels:
 
 def _without_crops(labels: ShardLabels) -> ShardLabels:
     return replace(labels, **{name: getattr(labels, name)[:, :0] for name in ("boxes", "flip", "operations")})
-
-
-def _origin(labels: LabelSet) -> dict[str, Any]:
-    manifest = labels.manifest
-    return {
-        "manifest_sha256": labels.identity,
-        "images": manifest.num_images,
-        "crops": manifest.num_crops,
-        "seed": manifest.seed,
-        "crop_distribution": manifest.crop_distribution.model_dump(mode="json"),
-    }
 
 
 def _write_rejects(out: Path, sets: Sequence[LabelSet], kind: Kind) -> RejectsEntry:

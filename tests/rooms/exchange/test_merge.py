@@ -10,6 +10,8 @@ from label_sets import SMALL, edit_manifest, same_labels
 
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, UsageError
+from ferkd_data.exchange.origins import _draws, draws_of, origin_of
+from ferkd_data.format.manifest_file import parse_manifest
 from ferkd_data_cli.main import run
 
 WHOLE = {**SMALL, "top_k": 10}
@@ -162,3 +164,71 @@ def test_the_command(sets, tmp_path, capsys):
     assert "the same crops by all teachers: 20 images with 10 crops, top-4 of 2 teachers" in printed
     assert "a build with all teachers at once by at most" in printed
     assert run(["merge", str(sets["a4"]), str(tmp_path / "x")]) == 2
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory, photos, tiny_teachers):
+    """The crops of three seeds, by the same teacher."""
+    folder = tmp_path_factory.mktemp("seeds")
+    small = {**SMALL, "crops": 4, "crops_per_block": 2}
+    for seed in range(3):
+        fd.build(photos, folder / str(seed), teachers=[tiny_teachers], **{**small, "seed": seed})
+    return [folder / str(seed) for seed in range(3)]
+
+
+def test_a_part_of_a_merged_set_holds_the_draws_that_were_pulled(seeds, tmp_path):
+    """Its manifest lists all sets that the whole was made of, so it was refused beside one whose crops it lacks."""
+    fd.merge(seeds[:2], tmp_path / "whole")
+    fd.pull(str(tmp_path / "whole"), tmp_path / "part", crops=4)
+    result = fd.merge([tmp_path / "part", seeds[1]], tmp_path / "again")
+    assert result.kind == "crops" and fd.verify(tmp_path / "again").ok
+    again, whole = fd.open_labels(tmp_path / "again"), fd.open_labels(tmp_path / "whole")
+    assert all(same_labels(x, y) for x, y in zip(again.shards(), whole.shards(), strict=True))
+    # A part with the first crops of the second set has draws of both.
+    fd.pull(str(tmp_path / "whole"), tmp_path / "more", crops=6)
+    with pytest.raises(LabelSetError, match=r"hold the same crops \(seed 1"):
+        fd.merge([tmp_path / "more", seeds[1]], tmp_path / "out")
+    assert fd.merge([tmp_path / "more", seeds[2]], tmp_path / "other").manifest.num_crops == 10
+
+
+def test_a_set_that_was_merged_twice_still_knows_its_draws(seeds, tmp_path):
+    """Only the first draw of a merged set was noted, so another of its sets could be added a second time in silence."""
+    fd.merge(seeds[:2], tmp_path / "two")
+    fd.merge([tmp_path / "two", seeds[2]], tmp_path / "three")
+    for seed in range(3):
+        with pytest.raises(LabelSetError, match=rf"hold the same crops \(seed {seed}"):
+            fd.merge([tmp_path / "three", seeds[seed]], tmp_path / "out")
+    # The draws of the first set, which it holds beside others, come before those of the second.
+    fd.pull(str(tmp_path / "three"), tmp_path / "part", crops=6)
+    with pytest.raises(LabelSetError, match=r"hold the same crops \(seed 1"):
+        fd.merge([tmp_path / "part", seeds[1]], tmp_path / "out")
+    assert fd.merge([tmp_path / "part", seeds[2]], tmp_path / "out").manifest.num_crops == 10
+
+
+def test_merged_sets_that_share_their_first_draw_are_told_apart(seeds, tmp_path):
+    fd.merge(seeds[:2], tmp_path / "a")
+    fd.merge([seeds[0], seeds[2]], tmp_path / "b")
+    with pytest.raises(LabelSetError, match=r"hold the same crops \(seed 0"):
+        fd.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+
+
+ODD = [7, "x", [None, 3], [{"crops": "many", "draws": {}}], [{"crops": -1}, {}], [{"draws": [1, {"crops": 2}]}]]
+
+
+@pytest.mark.parametrize("listed", ODD)
+def test_a_stranger_s_list_of_origins_is_no_hindrance(seeds, tmp_path, listed):
+    copy = shutil.copytree(seeds[0], tmp_path / "copy")
+    edit_manifest(copy, lambda content: content.update(merged_from=listed))
+    assert fd.merge([copy, seeds[1]], tmp_path / "out").manifest.num_crops == 8
+
+
+def test_a_manifest_stays_readable_after_many_merges(seeds):
+    """JSON parsers refuse deep nesting, so draws are one list, however often a set is merged."""
+    labels = fd.open_labels(seeds[0])
+    entry = origin_of(labels)
+    for number in range(300):
+        other = {**origin_of(labels), "seed": number + 5}
+        merged = labels.manifest.model_copy(update={"num_crops": 4 * (number + 2), "merged_from": [entry, other]})
+        entry = {**origin_of(labels), "draws": list(_draws(merged))}
+    assert len(draws_of(merged)) == 301
+    assert parse_manifest(labels.manifest.model_copy(update={"merged_from": [entry]}).to_json(), "here")

@@ -1,0 +1,63 @@
+"""Origins of a label set's crops: the draws that it holds, also after `merge` and `pull`.
+
+A merged label set lists the sets that it was made of in `merged_from`; the entry of one that was merged itself has its
+`draws`. They are a flat list: nested once for each merge, they would soon be too deep for JSON parsers. The field is
+not in the manifest's schema, so a stranger's may hold anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ferkd_data.format.manifest import Manifest
+from ferkd_data.label_set import LabelSet
+
+
+def origin_of(labels: LabelSet) -> dict[str, Any]:
+    """Return the entry of `merged_from` for a label set that is merged into another one."""
+    manifest = labels.manifest
+    draws = list(_draws(manifest))
+    return {
+        "manifest_sha256": labels.identity,
+        "images": manifest.num_images,
+        "crops": manifest.num_crops,
+        "seed": manifest.seed,
+        "crop_distribution": manifest.crop_distribution.model_dump(mode="json"),
+        **({"draws": draws} if len(draws) > 1 else {}),
+    }
+
+
+def draws_of(manifest: Manifest) -> set[str]:
+    """Name the draws in a label set: a seed and a distribution give the same crops in every build.
+
+    Of a merged set whose first crops alone were pulled, these are the draws of the sets that they came from. Crops that
+    were imported with their boxes were drawn elsewhere, and have none.
+    """
+    return {f"seed {draw['seed']}, {json.dumps(draw['crop_distribution'])}" for draw in _draws(manifest)}
+
+
+def _draws(manifest: Manifest) -> Iterator[dict[str, Any]]:
+    """Yield each draw's seed, distribution and number of crops, in the order of the crops."""
+    extra = manifest.model_extra or {}
+    imported = extra.get("imported_from")
+    if imported is not None and not (isinstance(imported, dict) and imported.get("crops_follow_seed")):
+        return
+    start = 0
+    for draw in _listed(extra.get("merged_from")):
+        # Merged crops lie one set after the other. Merged images and teachers share one draw, so the first is theirs.
+        crops = draw.get("crops")
+        if start < manifest.num_crops and isinstance(crops, int) and crops > 0:
+            kept = {"seed": draw.get("seed"), "crop_distribution": draw.get("crop_distribution")}
+            yield {**kept, "crops": min(crops, manifest.num_crops - start)}
+            start += crops
+    if not start:
+        own = {"seed": manifest.seed, "crop_distribution": manifest.crop_distribution.model_dump(mode="json")}
+        yield {**own, "crops": manifest.num_crops}
+
+
+def _listed(merged: Any) -> Iterator[dict[str, Any]]:
+    for entry in merged if isinstance(merged, list) else []:
+        draws = entry.get("draws", [entry]) if isinstance(entry, dict) else None
+        yield from (draw for draw in (draws if isinstance(draws, list) else []) if isinstance(draw, dict))
