@@ -69,12 +69,13 @@ class Turns:
     per_rank: int = 1
     rank: int = 0
     world_size: int = 1
+    repeats: int = 1
 
     @classmethod
     def of(cls, repeats: int, ranks: Ranks) -> Turns:
         """Return the turns of a row that all ranks together read `repeats` times in an epoch."""
         # Rounded up where ranks do not divide `repeats`: some turns then stay unread, and no two readings share one.
-        return cls() if repeats == 1 else cls(-(-repeats // ranks.world_size), *ranks)
+        return cls() if repeats == 1 else cls(-(-repeats // ranks.world_size), *ranks, repeats)
 
     @property
     def count(self) -> int:
@@ -136,15 +137,15 @@ class CropDataset(Dataset[Item]):
         crops_per_image = counted("crops_per_image", crops_per_image)
         check_ranks(rank, world_size)
         ranks = ranks_now(rank, world_size)
-        self._turns = Turns.of(counted("repeats", repeats), ranks)
+        self.turns = Turns.of(counted("repeats", repeats), ranks)
         self._rank, self._world_size = rank, world_size
         if repeats > 1:
             # Every rank would take itself for the first, and give the crops that the others give.
             warn_if_alone(ranks, world_size)
         settings = LoaderSettings(
             # To the batch maker an epoch draws the crops of all turns; `item` takes one turn's slice of them.
-            batch_size=crops_per_image * self._turns.count,
-            crops_per_image=crops_per_image * self._turns.count,
+            batch_size=crops_per_image * self.turns.count,
+            crops_per_image=crops_per_image * self.turns.count,
             size=default_size(labels) if size is None else size,
             interpolation=interpolation,
             calibration=calibration,
@@ -160,7 +161,7 @@ class CropDataset(Dataset[Item]):
         cache = local_path(cache_dir) if cache_dir else default_cache_dir()
         _, self._maker = open_maker(labels, images, settings, cache, at_random=True)
         self._crops_per_image = crops_per_image
-        self.shared = SharedEpoch(len(self), self._turns.per_rank)
+        self.shared = SharedEpoch(len(self), self.turns.per_rank)
         # In the main process, before a DataLoader's workers all ask for the same block.
         self._maker.prepare_blocks(0)
 
@@ -230,7 +231,7 @@ class CropDataset(Dataset[Item]):
     def _warn_if_ranks_count_apart(self, visits: Sequence[tuple[int, int]]) -> None:
         """Warn, once, where a rank's own count of a row's readings stands in for the epoch of a training of several."""
         ranks = ranks_now(self._rank, self._world_size)
-        if ranks.world_size == 1 or self._turns.count > 1 or self.shared.calls:
+        if ranks.world_size == 1 or self.turns.count > 1 or self.shared.calls:
             return
         if any(epoch for epoch, _ in visits) and self.shared.first_warning():
             warnings.warn(
@@ -257,7 +258,7 @@ class CropDataset(Dataset[Item]):
 
     def item(self, row: int, epoch: int, number: int = 0) -> Item:
         """Return the crops and targets of a row when it is read for the `number`-th time (from 0) in an epoch."""
-        ahead, turn = self._turns.turn(number)
+        ahead, turn = self.turns.turn(number)
         epoch, crops = epoch + ahead, self._crops_per_image
         shape = self._maker.epochs.at(epoch)
         # In a worker the crops go into shared memory at once: the DataLoader would copy them there otherwise.
@@ -282,7 +283,14 @@ class CropDataset(Dataset[Item]):
 
         `order`, `rank` and `world_size` as in `CropLoader`. The stream begins with the epoch of `set_epoch`, and each
         iteration over it is another epoch.
+
+        Raises UsageError for a data set with `repeats`, since a stream gives each image once in an epoch.
         """
+        if self.turns.repeats > 1:
+            raise UsageError(
+                f"a stream gives each image once in an epoch, so repeats={self.turns.repeats} would leave crops out: "
+                "make a CropDataset without repeats for it"
+            )
         check_ranks(rank, world_size)
         check_order(order)
         return CropStream(self, order, shards_together, rank, world_size)
@@ -311,6 +319,9 @@ class CropDataset(Dataset[Item]):
 
 class CropStream(IterableDataset[Item]):
     """Made by `CropDataset.stream`. Every image of an epoch once, dealt out to ranks and their DataLoader's workers.
+
+    Each worker makes batches of its own share. So an epoch of a DataLoader with W workers may have up to W - 1 batches
+    more than its len(), which PyTorch takes from the number of images, or fewer with drop_last.
 
     Each iteration is the next epoch, for all workers of a DataLoader together; `set_epoch` says which one is next.
     Ranks get disjoint images, equally many: of N images, N % world_size are left out of an epoch. Workers interleave,
@@ -383,6 +394,7 @@ class NumberedSampler(Sampler[Numbered]):
     def __init__(self, dataset: CropDataset, sampler: Iterable[int]) -> None:
         self.dataset, self.sampler = dataset, sampler
         self._next, self._calls_seen = dataset.epoch, dataset.shared.calls
+        self._warned = False
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
@@ -401,8 +413,22 @@ class NumberedSampler(Sampler[Numbered]):
         # Counted here, where the sampler runs, and in its order: workers cannot come between.
         counts = np.zeros(len(self.dataset), np.int32)
         for row in self.sampler:
+            self._warn_if_beyond(int(row), int(counts[row]))
             yield Numbered(int(row), epoch, int(counts[row]))
             counts[row] += 1
+
+    def _warn_if_beyond(self, row: int, number: int) -> None:
+        # Numbers begin anew in each epoch, whatever earlier ones took: that makes a resume exact, and readings beyond
+        # `repeats` the same as the next epoch's.
+        turns = self.dataset.turns
+        if number >= turns.per_rank and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the sampler gives row {row} more often in an epoch than repeats= says ({turns.repeats}): what is "
+                "beyond takes crops that the next epoch gives again. Give the CropDataset repeats= as many as a row "
+                "may come, over all ranks",
+                stacklevel=3,
+            )
 
 
 def _checked(row: int | Numbered, num_rows: int) -> int | Numbered:

@@ -190,6 +190,28 @@ def test_numbered_rows_do_not_depend_on_the_workers(repeated, num_workers):
     assert seen == expected and len(sampler) == len(seen) // 2
 
 
+def test_rows_that_a_numbered_sampler_repeats_beyond_what_was_said_are_warned_of(label_set, photos, tmp_path):
+    """Counted anew in each epoch, the second reading of a row is the first of the next epoch."""
+
+    def dataset(**changes):
+        return fd.CropDataset(fd.open_labels(label_set), images=photos, size=16, cache_dir=tmp_path, **changes)
+
+    once = dataset()
+    rows = once.numbered([3, 1, 3])
+    with pytest.warns(
+        UserWarning, match=r"row 3 more often in an epoch than repeats= says \(1\).*next epoch gives again"
+    ):
+        readings = list(rows)
+    first, again = (once[readings[place]][0] for place in (0, 2))
+    assert not torch.equal(first, again) and torch.equal(again, once[next(iter(rows))][0])
+    twice = dataset(repeats=3, rank=0, world_size=2)
+    assert len(list(twice.numbered([3, 1, 3]))) == 3
+    with pytest.warns(UserWarning, match=r"than repeats= says \(3\)"):
+        list(twice.numbered([3, 1, 3, 3]))
+    with pytest.raises(UsageError, match="each image once in an epoch, so repeats=3 would leave crops out"):
+        twice.stream()
+
+
 def test_ranks_draw_different_crops_where_rows_repeat():
     """An image's three readings go to any ranks of eight, or two to one rank of two."""
     for world_size in range(1, 9):
