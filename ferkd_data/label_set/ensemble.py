@@ -212,6 +212,10 @@ class EnsembleReader:
     def cache_bytes(self) -> int:
         return min(labels.cache_bytes for labels in self.sets)
 
+    @property
+    def is_verified(self) -> bool:
+        return all(labels.is_verified for labels in self.sets)
+
     def block(self, shard: int, block: int) -> ShardLabels:
         return merge_labels(
             [labels.block(shard, block) for labels in self.sets],

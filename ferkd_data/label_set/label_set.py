@@ -116,6 +116,11 @@ class LabelSet:
         """Bytes that a cache may hold of this label set."""
         return self.reader.cache_bytes
 
+    @property
+    def is_verified(self) -> bool:
+        """Whether the files' digests are compared with the manifest when they are first read (`verify_labels`)."""
+        return self.reader.is_verified
+
     def __len__(self) -> int:
         return self.manifest.num_images
 

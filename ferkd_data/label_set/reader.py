@@ -63,6 +63,10 @@ class RowReader(Protocol):
     def cache_bytes(self) -> int:
         """Bytes that a cache may hold of these files."""
 
+    @property
+    def is_verified(self) -> bool:
+        """Whether the files' digests are compared with the manifest when they are first read."""
+
     def block(self, shard: int, block: int) -> ShardLabels:
         """Read one crop block of one shard, whole: also the crops beyond `num_crops`."""
 
@@ -132,6 +136,10 @@ class StoredReader:
     def cache_bytes(self) -> int:
         # Local files take none of a cache, but the loader unpacks them into one.
         return self.files.cache.limit if isinstance(self.files, CachedFiles) else DEFAULT_BYTES
+
+    @property
+    def is_verified(self) -> bool:
+        return self.verify_labels == "first_read"
 
     def block(self, shard: int, block: int) -> ShardLabels:
         """Read one crop block of one shard and check its values, so that no impossible label reaches a training."""

@@ -69,6 +69,10 @@ class View:
     def cache_bytes(self) -> int:
         return self.base.cache_bytes
 
+    @property
+    def is_verified(self) -> bool:
+        return self.base.is_verified
+
     def image_locations(self, shard: int) -> npt.NDArray[np.int64]:
         return self.base.image_locations(shard)
 

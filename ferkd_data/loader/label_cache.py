@@ -41,6 +41,8 @@ from ferkd_data.storage import (
 )
 from ferkd_data.threads import look_ahead
 
+UNVERIFIED = "-unverified"
+"""Ending of names in the cache where the files' digests were not compared (verify_labels="never")."""
 CHECKSUM = "crc32"
 """The last field of a record."""
 Records = npt.NDArray[np.void]
@@ -129,7 +131,8 @@ class LabelCache:
 
     def __init__(self, labels: LabelSet, cache_dir: Path) -> None:
         self.labels = labels
-        self.folder = cache_dir / labels.identity[:32]
+        # A folder of its own for what no digest was compared of: others, who want that, would find it unpacked.
+        self.folder = cache_dir / (labels.identity[:32] + ("" if labels.is_verified else UNVERIFIED))
         self._open: dict[int, _OpenBlock] = {}
 
     def take(self, block: int, rows: npt.NDArray[np.int64]) -> Records:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from ferkd_data.errors import FerkdError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.label_set.files import ShardCache
-from ferkd_data.loader.label_cache import Records, fill, record_dtype, taken_intact
+from ferkd_data.loader.label_cache import UNVERIFIED, Records, fill, record_dtype, taken_intact
 from ferkd_data.loader.order import NeededShards
 from ferkd_data.storage import FREE_CACHE, write_atomically
 
@@ -233,6 +233,8 @@ class StreamedLabels:
     def _path(self, shard: int, block: int) -> Path:
         # The layout of records is part of the name, so that another version of this code makes files of its own.
         content = f"{self.labels.identity} {shard} {block} {record_dtype(self.labels, block).descr}"
+        if not self.labels.is_verified:
+            content += UNVERIFIED
         return self._cache.path(hashlib.sha256(content.encode()).hexdigest() + SUFFIX)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -142,6 +142,32 @@ def test_never_trusts_the_disk(whole, photos, tmp_path):
         load(copy, images, tmp_path / "a", verify_labels="always")
 
 
+@pytest.fixture(scope="module")
+def rotten(label_set, tmp_path_factory) -> Path:
+    copy = shutil.copytree(label_set, tmp_path_factory.mktemp("rotten") / "copy")
+    plausible_flip(copy)
+    return copy
+
+
+@pytest.mark.parametrize("order", ["global", "shards"])
+@pytest.mark.parametrize("view", ["plain", "mapped", "ensemble"])
+def test_what_was_unpacked_unchecked_serves_nobody_who_checks(rotten, label_set, photos, tmp_path, order, view):
+    """Of one cache: a training that trusts the disk, then one that does not and goes on where the first one ended."""
+
+    def train(**settings):
+        labels = fd.open_labels([rotten, label_set] if view == "ensemble" else rotten)
+        labels = labels.map_classes([0, 0, *range(1, 9)]) if view == "mapped" else labels
+        settings |= {"images": photos, "cache_dir": tmp_path / "cache", "order": order}
+        loader = fd.CropLoader(labels, batch_size=4, crops_per_image=4, size=8, **settings)
+        # The damaged file is of the last crop block.
+        loader.set_epoch(2)
+        list(loader)
+
+    train(verify_labels="never")
+    with pytest.raises(ShardError, match="SHA-256 differs"):
+        train()
+
+
 def test_a_file_that_rots_in_the_cache_is_fetched_again(whole, tmp_path):
     with serve(whole) as server:
         list(fd.open_labels(server.url, cache_dir=tmp_path))
