@@ -132,6 +132,8 @@ def export_teacher(teacher: str | TeacherSpec, path: Path) -> TeacherSpec:
     'onnx'
     """
     (eager,) = load_teachers([teacher])
+    # Before anything is written: the path may be one that no spec can name.
+    spec = TeacherSpec(kind="onnx", name=str(path), weight=eager.spec.weight, temperature=eager.spec.temperature)
     with write_atomically(path) as aside:
         exported = _export(eager, aside)
         difference = _largest_difference(eager, exported)
@@ -141,7 +143,7 @@ def export_teacher(teacher: str | TeacherSpec, path: Path) -> TeacherSpec:
                 f"teacher {eager.spec}: its ONNX form differs by {difference:.2g} in a probability, more than "
                 f"{TOLERANCE:g}; nothing was written; use the teacher without --export"
             )
-    return TeacherSpec(kind="onnx", name=str(path), weight=eager.spec.weight, temperature=eager.spec.temperature)
+    return spec
 
 
 class _Bench:

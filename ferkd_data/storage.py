@@ -298,6 +298,34 @@ def local_path(path: str | Path) -> Path:
     return Path(unquote(text[url.end() :])) if url else Path(text).expanduser()
 
 
+def shown(path: str | Path) -> str:
+    r"""Return a path as text that any file can hold, with bytes that are not UTF-8 as escapes.
+
+    >>> shown(os.fsdecode(b"caf\xe9"))
+    'caf\\xe9'
+    """
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def is_utf8(path: str | Path) -> bool:
+    """Return whether a path is UTF-8: Arrow and ONNX Runtime cannot open others, and no JSON file can hold them."""
+    return shown(path) == str(path)
+
+
+def label_folder(path: str | Path) -> Path:
+    """Return the folder of a label set on this host, as `local_path` does.
+
+    Raises UsageError also for a path that is not UTF-8.
+    """
+    folder = local_path(path)
+    if not is_utf8(folder.absolute()):
+        raise UsageError(
+            f"{shown(folder.absolute())}: is not UTF-8, so the files of a label set cannot be opened in it; rename the "
+            "folder, or choose another one"
+        )
+    return folder
+
+
 def is_url(text: str) -> bool:
     return "://" in text and not text.startswith("file://")
 

@@ -121,12 +121,12 @@ class Plan:
     def shard_images(self, shards: Iterable[int]) -> list[int]:
         """Return the number of images in each of these shards."""
         # From the footer: no rows are read.
-        metadata = pq.read_metadata(self.folder / "plan.parquet")
+        metadata = pq.read_metadata((self.folder / "plan.parquet").absolute())
         return [metadata.row_group(shard - self.summary.first_shard).num_rows for shard in shards]
 
     def _read(self, shard: int, columns: Sequence[str]) -> list[list[Any]]:
         # Opened for each shard: a worker reads a few kilobytes of footer for what takes it minutes to label.
-        with pq.ParquetFile(self.folder / "plan.parquet") as file:
+        with pq.ParquetFile((self.folder / "plan.parquet").absolute()) as file:
             table = file.read_row_group(shard - self.summary.first_shard, columns=list(columns), use_threads=False)
         return [table.column(name).to_pylist() for name in columns]
 
@@ -204,12 +204,13 @@ class PlanWriter:
         self._stack = ExitStack()
 
     def __enter__(self) -> PlanWriter:
+        # Absolute paths: Arrow takes a relative one with a colon in it for a URI.
         # Where one cannot be opened, the inner stack closes the others; else they all pass to `self._stack`. It unwinds
         # backwards, so that writers are closed before their files get their names.
         with ExitStack() as stack:
             plan_path = stack.enter_context(write_atomically(self.folder / "plan.parquet"))
             rejects_path = stack.enter_context(write_atomically(self.folder / "plan-rejects.parquet"))
-            self._plan = stack.enter_context(pq.ParquetWriter(plan_path, SCHEMA, **FORMAT))
+            self._plan = stack.enter_context(pq.ParquetWriter(plan_path.absolute(), SCHEMA, **FORMAT))
             self._rejects = stack.enter_context(RejectWriter(rejects_path))
             self._stack = stack.pop_all()
         return self

@@ -21,7 +21,7 @@ from ferkd_data.format.manifest import Manifest
 from ferkd_data.format.manifest_file import FILE_NAME
 from ferkd_data.format.rejects import REJECTS_FILE
 from ferkd_data.remote import is_remote, open_remote
-from ferkd_data.storage import default_cache_dir, local_path, sha256_file
+from ferkd_data.storage import default_cache_dir, label_folder, sha256_file
 
 WRITABLE = ("s3", "gs")
 STATE_FILES = ("state.json", "facts.json", "plan.parquet", "plan-rejects.parquet", "plan.json")
@@ -199,7 +199,7 @@ class StoreFiles:
 
 def location_of(out: str | Path) -> Path | str:
     """Return OUT as a folder, or as the URL of a store."""
-    return out if isinstance(out, str) and is_remote(out) else local_path(out)
+    return out if isinstance(out, str) and is_remote(out) else label_folder(out)
 
 
 def folder_of(location: Path | str) -> BuildFolder:

@@ -14,7 +14,7 @@ from urllib.request import url2pathname
 from ferkd_data import extras
 from ferkd_data.errors import RemoteError, UsageError
 from ferkd_data.remote import LOG_IN, Remote, Retries, hub_endpoint, is_remote, open_remote, parse_hub_url
-from ferkd_data.storage import default_cache_dir, local_path, remove_leftovers
+from ferkd_data.storage import default_cache_dir, label_folder, remove_leftovers
 from ferkd_data.threads import Threads, as_they_end
 
 COMMIT_FILES = 500
@@ -66,7 +66,7 @@ def open_target(url: str, retries: Retries | None = None) -> Remote:
         if url.partition("://")[0] in ("http", "https"):
             raise UsageError(f"{url}: HTTP servers are read only here; publish to a folder, s3://, gs:// or hf://")
         return target
-    folder = local_path(url).absolute()
+    folder = label_folder(url).absolute()
     if folder.is_file():
         raise UsageError(f"{url}: is a file; give a folder")
     return open_remote(folder.as_uri(), retries)

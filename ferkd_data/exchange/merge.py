@@ -27,7 +27,7 @@ from ferkd_data.label_set.ensemble import check_same_crops, merge_labels
 from ferkd_data.labels import statistics
 from ferkd_data.labels.rows import ShardLabels, concat_crops
 from ferkd_data.labels.statistics import shard_statistics
-from ferkd_data.storage import local_path, write_atomically
+from ferkd_data.storage import label_folder, write_atomically
 
 Kind = Literal["teachers", "crops", "images"]
 SAME_CROPS = ("seed", "crop_distribution", "crop_kinds", "augmentations", "num_crops")
@@ -87,7 +87,7 @@ def merge(
     # The same command again after it has ended: the manifest that it would write, but for what only rows can tell.
     if there is not None and work.is_in(there):
         out_folder.clean(out)
-        return _result(local_path(out), kind, there)
+        return _result(label_folder(out), kind, there)
     # Identities and not paths: an interrupted merge goes on also where the sets were moved.
     identities = [labels.identity for labels in sets]
     out = out_folder.begin(out, {"command": "merge", "labels": identities, "weights": work.given_weights})

@@ -23,7 +23,15 @@ from ferkd_data.labels import statistics
 from ferkd_data.labels.statistics import Statistics, shard_statistics
 from ferkd_data.locks import held
 from ferkd_data.remote import Remote, Retries, is_remote, open_remote, part_of
-from ferkd_data.storage import inside, local_path, read_regular, remove_leftovers, sha256_file, write_atomically
+from ferkd_data.storage import (
+    inside,
+    label_folder,
+    local_path,
+    read_regular,
+    remove_leftovers,
+    sha256_file,
+    write_atomically,
+)
 from ferkd_data.threads import Threads, as_they_end
 
 README = "README.md"
@@ -84,9 +92,9 @@ def pull(
     threads = threads if workers is None else renamed("workers", "threads", workers)
     check_at_least(1, threads=threads)
     require_signers(signed_by, signer)
-    out = local_path(out)
+    out = label_folder(out)
     # A folder goes the way of every server, as file://, so that local pulls are checked and resumed in the same way.
-    folder = None if is_remote(url) else local_path(url).absolute()
+    folder = None if is_remote(url) else label_folder(url).absolute()
     remote = open_remote(url if folder is None else folder.as_uri(), retries)
     # Read once: what is signed, parsed and finally written are these very bytes.
     text = read_remote_manifest(remote)

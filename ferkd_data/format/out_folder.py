@@ -16,7 +16,7 @@ from ferkd_data.format.manifest import Manifest
 from ferkd_data.format.manifest_file import FILE_NAME, parse_manifest, read_manifest, write_manifest
 from ferkd_data.format.rejects import REJECTS_FILE
 from ferkd_data.format.writers import SHARD_FILE
-from ferkd_data.storage import LEFTOVER, local_path, remove_leftovers, write_atomically
+from ferkd_data.storage import LEFTOVER, label_folder, remove_leftovers, write_atomically
 
 WORK = ".ferkd-data-work.json"
 MAX_WORK_BYTES = 2**20
@@ -30,7 +30,7 @@ def begin(out: str | Path, settings: Settings) -> Path:
 
     Raises UsageError for any other folder, and for a file or a URL.
     """
-    out = local_path(out)
+    out = label_folder(out)
     # Nothing is written before all refusals: a folder that is refused stays as it was.
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; give a new folder")
@@ -98,7 +98,7 @@ def finish(out: Path, manifest: Manifest) -> Manifest:
 
 def finished(out: str | Path) -> Manifest | None:
     """Return the manifest of the label set in `out`; None where there is none. Raises ManifestError."""
-    folder = local_path(out)
+    folder = label_folder(out)
     return read_manifest(folder) if (folder / FILE_NAME).is_file() else None
 
 
@@ -114,7 +114,7 @@ def write_work(out: Path, settings: Settings) -> None:
 
 def clean(out: str | Path) -> None:
     """Remove the work file of a command that has ended."""
-    (local_path(out) / WORK).unlink(missing_ok=True)
+    (label_folder(out) / WORK).unlink(missing_ok=True)
 
 
 def read_work(out: Path) -> Settings | None:

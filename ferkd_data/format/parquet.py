@@ -138,7 +138,8 @@ def write(path: Path, labels: ShardLabels) -> None:
         with_dictionary += [f"{name}.list.element" for name in PROB_COLUMNS]
     pq.write_table(
         table,
-        path,
+        # Absolute: Arrow takes a relative path with a colon in it for a URI.
+        path.absolute(),
         compression="zstd",
         compression_level=COMPRESSION_LEVEL,
         # One row group: a reader wants all images of a block, and statistics for several would repeat themselves.
@@ -260,7 +261,7 @@ def _read(path: Path, expected: pa.Schema, rows: int, longest: int = MAX_TEXT_BY
     shared = [field.name for field in expected if _is_bytes(field.type)]
     try:
         _check_claims(path, expected, rows=rows, longest=longest)
-        with pq.ParquetFile(path, read_dictionary=shared) as file:
+        with pq.ParquetFile(path.absolute(), read_dictionary=shared) as file:
             # Only after the claims were checked: Arrow takes memory as a page header says.
             _check_schema(path, file.schema_arrow, expected)
             table = file.read(columns=expected.names, use_threads=False)

@@ -34,7 +34,8 @@ class RejectWriter:
     """Appends rejects to a Parquet file with bounded memory."""
 
     def __init__(self, path: Path) -> None:
-        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+        # Absolute: Arrow takes a relative path with a colon in it for a URI.
+        self._writer = pq.ParquetWriter(path.absolute(), SCHEMA, compression="zstd")
         self._pending: list[Reject] = []
         self.rows = 0
 
@@ -74,7 +75,7 @@ class RejectWriter:
 
 def read_rejects(path: Path) -> Iterator[Reject]:
     """Yield the rejects of a file that this process wrote, with bounded memory."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path.absolute()) as file:
         for batch in file.iter_batches(BUFFERED, columns=SCHEMA.names):
             yield from (Reject(**row) for row in batch.to_pylist())
 

@@ -24,7 +24,7 @@ from ferkd_data.images.file_kinds import (
 from ferkd_data.images.keys import check_key
 from ferkd_data.images.refs import ImageRef, LeftOut, Reject
 from ferkd_data.images.retrying import retried, unreadable
-from ferkd_data.storage import open_regular
+from ferkd_data.storage import is_utf8, open_regular, shown
 
 SHOWN = 4
 """Folders listed in a message."""
@@ -62,7 +62,7 @@ class FolderSource:
 
     @property
     def description(self) -> str:
-        return f"folder {self.root.resolve().name}"
+        return f"folder {shown(self.root.resolve().name)}"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -226,6 +226,9 @@ def open_folder(root: Path, classes: ClassList | None) -> FolderSource:
     folders = [name for name in below if folder_holds_images(root / name, frozenset({_identity(root)}))]
     if not folders:
         return FolderSource(root, None, classes)
+    odd = next((name for name in folders if not is_utf8(name)), None)
+    if odd is not None:
+        raise SourceError(f"{shown(root / odd)}: the name of this class folder is not UTF-8; rename it")
     images = _first_image(root, kinds)
     if images:
         raise SourceError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
@@ -15,7 +16,7 @@ from ferkd_data.images.parquet import ParquetSource
 from ferkd_data.images.parquet_columns import holds_images
 from ferkd_data.images.refs import LeftOut
 from ferkd_data.images.tars import TarSource
-from ferkd_data.storage import expand, is_url
+from ferkd_data.storage import expand, is_url, is_utf8, shown
 
 LEVELS = 3
 """Folders above a Parquet file, counted from SOURCE: SOURCE/CONFIG/SPLIT/0000.parquet has three."""
@@ -66,6 +67,7 @@ def _open_folder(path: Path, classes: ClassList | None) -> TarSource | FolderSou
     tables_hold_images = bool(tables) and holds_images(path / tables[0])
     if tars and tables_hold_images:
         raise SourceError(f"{path}: holds tars and Parquet files with images; say which: '{path}/*.tar' or a pattern")
+    _check_names([*tars, *([str(path / tables[0])] if tables else [])])
     if tars:
         _ask_for_a_split(path, [PurePosixPath(tar).name for tar in tars], ".tar")
         return TarSource(tars, classes, beside=_beside(path, set(tars)))
@@ -78,8 +80,16 @@ def _open_folder(path: Path, classes: ClassList | None) -> TarSource | FolderSou
     return ParquetSource(path, tables, classes, beside=_beside(path, {str(path / table) for table in tables}))
 
 
+def _check_names(files: Iterable[str]) -> None:
+    """Raise SourceError for a tar or Parquet file whose path is not UTF-8: plans and Arrow cannot hold it."""
+    odd = next((file for file in files if not is_utf8(file)), None)
+    if odd is not None:
+        raise SourceError(f"{shown(odd)}: the path is not UTF-8; rename the file, or the folder above it")
+
+
 def _open_files(files: list[str], classes: ClassList | None) -> TarSource | ParquetSource:
     """Open the files that a pattern names, or one file."""
+    _check_names(files)
     if all(map(_is_parquet, files)):
         folder = Path(os.path.commonpath([str(Path(file).parent) for file in files]))
         tables = [Path(file).relative_to(folder).as_posix() for file in files]

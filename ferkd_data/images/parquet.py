@@ -19,6 +19,7 @@ from ferkd_data.images.keys import DuplicateFilter, check_key
 from ferkd_data.images.parquet_columns import describe_differing, find_columns, open_table
 from ferkd_data.images.parquet_rows import ImageRowReader
 from ferkd_data.images.refs import ImageRef, LeftOut, Reject
+from ferkd_data.storage import shown
 
 OWN_KEYS = ("key", "__key__")
 """Columns whose values are taken as keys without a test: a second image with the same key is a reject."""
@@ -83,7 +84,7 @@ class ParquetSource:
     @property
     def description(self) -> str:
         count = len(self.files)
-        return f"{count} Parquet {'file' if count == 1 else 'files'} in {self.root.resolve().name}"
+        return f"{count} Parquet {'file' if count == 1 else 'files'} in {shown(self.root.resolve().name)}"
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -96,7 +96,7 @@ def open_table(path: Path) -> pq.ParquetFile:
     # In this order: some footers make Arrow abort the process, which no `except` sees.
     try:
         check_footer(path)
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path.absolute())
     except LabelSetError as error:
         raise SourceError(str(error)) from error
     except (OSError, ValueError, pa.ArrowException) as error:

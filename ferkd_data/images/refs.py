@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Protocol, TypeVar
 
 from ferkd_data.errors import ImageError
+from ferkd_data.storage import is_utf8, shown
 
 Item = TypeVar("Item")
 
@@ -131,12 +132,14 @@ class LeftOut:
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
         """Count files under a reason: one of LEFT_OUT_REASONS, or an extension such as `.txt`."""
+        # Plans and manifests hold the reason and the example, and are UTF-8.
+        reason = reason if is_utf8(reason) else "other"
         # A folder may hold files with thousands of different extensions, such as numbered backups.
         if reason.startswith(".") and reason not in self.counts:
             if sum(known.startswith(".") for known in self.counts) >= MAX_EXTENSIONS:
                 reason = "other"
         self.counts[reason] += count
-        self.examples.setdefault(reason, example)
+        self.examples.setdefault(reason, shown(example))
 
     def start_from(self, other: LeftOut) -> None:
         """Replace the counts by a copy of `other`."""

@@ -18,7 +18,7 @@ from ferkd_data.label_set.files import DEFAULT_BYTES, CachedFiles, Files, LocalF
 from ferkd_data.label_set.label_set import LabelSet
 from ferkd_data.label_set.reader import StoredReader, VerifyLabels
 from ferkd_data.remote import Remote, is_remote, open_remote
-from ferkd_data.storage import default_cache_dir, local_path
+from ferkd_data.storage import default_cache_dir, label_folder
 
 
 def open_labels(
@@ -72,10 +72,10 @@ def open_labels(
     if is_remote(path):
         remote = open_remote(str(path))
         text = read_remote_manifest(remote)
-        cache = ShardCache(local_path(cache_dir or default_cache_dir()) / "shards", cache_bytes)
+        cache = ShardCache(label_folder(cache_dir or default_cache_dir()) / "shards", cache_bytes)
         files = CachedFiles(remote, cache)
     else:
-        folder = local_path(path)
+        folder = label_folder(path)
         text = read_manifest_bytes(folder)
         files = LocalFiles(folder)
     # From the same bytes as the identity below, so that the two cannot be of different versions of the file.

@@ -20,7 +20,7 @@ from ferkd_data.labels.buckets import Thresholds
 from ferkd_data.labels.statistics import Statistics
 from ferkd_data.remote import is_remote
 from ferkd_data.report.collect import Collected, Collector
-from ferkd_data.storage import local_path
+from ferkd_data.storage import label_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def open_unfinished(path: str | Path) -> Unfinished | None:
     """
     if is_remote(path):
         return None
-    out = local_path(path)
+    out = label_folder(path)
     # With a manifest the set is finished, also where an extension runs in it: that has its old files as they are.
     if (out / FILE_NAME).exists() or not (out / FOLDER).is_dir():
         return None

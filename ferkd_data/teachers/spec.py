@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from ferkd_data.errors import TeacherError, UsageError
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
+from ferkd_data.storage import is_utf8, shown
 
 Kind: TypeAlias = Literal["timm", "torchvision", "hf", "openclip", "onnx", "torchscript", "python"]
 Activation: TypeAlias = Literal["logits", "probabilities", "sigmoid"]
@@ -129,6 +131,7 @@ class TeacherSpec:
     def __post_init__(self) -> None:
         if not (0 < self.weight < math.inf and 0 < self.temperature < math.inf):
             raise UsageError(f"teacher {self.name}: weight and temperature must be positive and finite")
+        self._check_texts()
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise UsageError(f"teacher {self.name}: crop_pct must be above 0 and at most 1, got {self.crop_pct:g}")
         if self.classes is not None and self.classes < 1:
@@ -142,6 +145,24 @@ class TeacherSpec:
             raise UsageError(f"teacher {self.kind}:{self.name}: only {takers} take the option output")
         if self.kind != "openclip" and (self.names or self.templates):
             raise UsageError(f"teacher {self.kind}:{self.name}: only openclip takes the options names and templates")
+
+    def _check_texts(self) -> None:
+        """Raise UsageError for names that a spec cannot be written with, or that libraries cannot open."""
+        for text in filter(None, (self.name, self.checkpoint, self.names, self.templates, self.output)):
+            if not is_utf8(text):
+                raise UsageError(f"teacher {self.kind}:{shown(text)}: the name is not UTF-8; rename the file")
+        for text in filter(None, (self.name, self.checkpoint)):
+            if "?" in text:
+                raise UsageError(
+                    f"teacher {self.kind}:{text}: a ? begins the options, so no name can hold one; rename the file or "
+                    "folder, or give a link to it"
+                )
+        for value in (self.names, self.templates, self.output):
+            if value and "&" in value:
+                raise UsageError(
+                    f"teacher {self.kind}:{self.name}: {value!r} holds an &, which begins the next option; rename it, "
+                    "or give a link to it"
+                )
 
     def __str__(self) -> str:
         """Write the spec as a text: `TeacherSpec.parse(str(spec)) == spec`."""
@@ -173,7 +194,13 @@ class TeacherSpec:
         for option in query.split("&") if query else []:
             key, equals, value = option.partition("=")
             if key not in OPTIONS or not equals:
-                raise UsageError(f"teacher {text!r}: unknown option {option!r}; options are {', '.join(OPTIONS)}")
+                # wget writes model.onnx?download=true; a folder may be called a?b.
+                is_file = "/" in option or Path(rest).expanduser().exists()
+                hint = "; a name with a ? in it cannot be given: rename the file or folder, or link to it"
+                raise UsageError(
+                    f"teacher {text!r}: unknown option {option!r}; options are {', '.join(OPTIONS)}"
+                    f"{hint if is_file else ''}"
+                )
             if key in spec:
                 raise UsageError(f"teacher {text!r}: the option {key} is given twice")
             spec[key] = _parse_option(text, key, value)
