@@ -64,7 +64,8 @@ SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresho
     type=int,
     default=SETTINGS.crops_per_block,
     show_default=True,
-    help="Crops in one block file, the unit that a trainer can download alone.",
+    help="Crops in one block file of layout parquet, the unit that a trainer can download alone. Layout webdataset "
+    "has all crops of an image in one tar; the number then is that of `convert --layout parquet`.",
 )
 @grouped(
     "--top-k", group=LABELS, type=int, default=SETTINGS.top_k, show_default=True, help="Classes kept for each crop."

@@ -31,6 +31,7 @@ def command(out: Path, crops: int) -> int:
 
     click.echo("writing the photos and exporting the teachers to ONNX ...", err=True)
     demo = write_demo(out)
+    labels_there = (out / "labels" / "manifest.json").exists()
     with show_progress() as on_progress:
         result = fd.build(
             demo.photos,
@@ -38,8 +39,8 @@ def command(out: Path, crops: int) -> int:
             teachers=demo.teachers,
             classes=demo.classes,
             crops=crops,
-            # A demo that has ended is made anew, as --crops may differ; one that was interrupted is resumed.
-            overwrite=(out / "labels" / "manifest.json").exists(),
+            # One that was interrupted is resumed, and one that has ended is shown again.
+            overwrite=labels_there and fd.open_labels(out / "labels").num_crops != crops,
             on_progress=on_progress,
         )
     print_result(result, as_json=False)

@@ -61,9 +61,7 @@ def command(
     try:
         image = opened[0] if key is None else opened[key]
     except KeyError as error:
-        # A key of the set, since most mistakes are a file name in place of a key.
-        first = next(opened.keys(), "")
-        raise UsageError(f"{labels}: no image has the key {key!r}; keys look like {first!r}") from error
+        raise UsageError(str(error.args[0])) from error
     names = _names(classes, opened)
     if picture is not None:
         picture = local_path(picture)

@@ -6,6 +6,7 @@ Names are imported when first used, so `import ferkd_data` costs nothing: no tor
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ if TYPE_CHECKING:
     from ferkd_data.selfmix import SelfMix as SelfMix
     from ferkd_data.targets import SoftTargets as SoftTargets
     from ferkd_data.teachers import TeacherSpec as TeacherSpec
+
+if sys.platform == "win32":
+    raise ImportError("ferkd-data needs a POSIX system, Linux or macOS: it locks and maps files; on Windows, use WSL")
 
 __version__ = "0.1.0"
 

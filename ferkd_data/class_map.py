@@ -14,7 +14,8 @@ Legend: B crops, R images, N crops per image, k stored classes, C old classes, D
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -223,11 +224,12 @@ def make_class_map(
     *,
     num_old: int,
     old_names: Sequence[str] | None,
+    old_folders: Sequence[str] | None = None,
     num_classes: int | None = None,
     names: Sequence[str] | None = None,
 ) -> ClassMap:
     """Make a class map from what users write (see `LabelSet.map_classes`). Raises UsageError."""
-    new, new_names = _new_classes(classes, num_old, old_names)
+    new, new_names = _new_classes(classes, num_old, _Names(old_names, num_old, old_folders))
     if names is not None:
         new_names = list(names)
     largest = int(new.max(initial=DROPPED)) + 1
@@ -242,34 +244,45 @@ def make_class_map(
     return ClassMap(new=new, num_classes=num_classes, names=None if new_names is None else tuple(new_names))
 
 
-def class_numbers(classes: Any, *, num_classes: int, names: Sequence[str] | None) -> Ints:
-    """Return the numbers of classes given by number or name. Raises UsageError that lists some of the unknown ones."""
+def class_numbers(
+    classes: Any, *, num_classes: int, names: Sequence[str] | None, folders: Sequence[str] | None = None
+) -> Ints:
+    """Return the numbers of classes given by number, name, one of a name's synonyms, or class folder.
+
+    Raises UsageError that lists some of the unknown ones.
+    """
     if hasattr(classes, "tolist"):
         # NumPy arrays and tensors alike, as plain numbers.
         classes = classes.tolist()
     given = [classes] if isinstance(classes, (str, Integral)) else list(classes)
-    index = _Names(names, num_classes)
-    found = [index.number(one) for one in given]
-    unknown = [one for one, number in zip(given, found, strict=True) if number is None]
-    if unknown:
-        shown = ", ".join(map(repr, unknown[:NAMES_SHOWN])) + (", ..." if len(unknown) > NAMES_SHOWN else "")
-        raise UsageError(f"{len(unknown)} of {len(given)} classes are unknown: {shown}; {index.hint()}")
-    return np.array(found, np.int64)
+    return _Names(names, num_classes, folders).numbers(given)
 
 
 class _Names:
-    """Finds a class by its number or its name."""
+    """Finds a class by its number, its name, a synonym in its name, or its class folder."""
 
-    def __init__(self, names: Sequence[str] | None, num_classes: int) -> None:
-        self.names, self.num_classes = names, num_classes
-        self.numbers: dict[str, list[int]] = {}
-        for number, name in enumerate(names or ()):
-            self.numbers.setdefault(name, []).append(number)
+    def __init__(self, names: Sequence[str] | None, num_classes: int, folders: Sequence[str] | None = None) -> None:
+        self.names, self.num_classes = names or (), num_classes
+        # From what is meant most likely: the whole name, a synonym ("tench" of "tench, Tinca tinca"), the folder.
+        self._tables = (
+            _classes_by_word(enumerate(self.names)),
+            _classes_by_word((n, word.strip()) for n, name in enumerate(self.names) for word in name.split(",")),
+            _classes_by_word(enumerate(folders or ())),
+        )
+
+    def numbers(self, given: Sequence[Any]) -> Ints:
+        """Return the classes' numbers. Raises UsageError that lists some of those that are unknown."""
+        found = [self.number(one) for one in given]
+        unknown = [one for one, number in zip(given, found, strict=True) if number is None]
+        if unknown:
+            shown = ", ".join(map(repr, unknown[:NAMES_SHOWN])) + (", ..." if len(unknown) > NAMES_SHOWN else "")
+            raise UsageError(f"{len(unknown)} of {len(given)} classes are unknown: {shown}; {self._hint(unknown[0])}")
+        return np.array(found, np.int64)
 
     def number(self, given: Any) -> int | None:
-        """Return the class's number, None where there is none. Raises UsageError for a name of several classes."""
+        """Return the class's number, None where there is none. Raises UsageError for a word of several classes."""
         if isinstance(given, str):
-            found = self.numbers.get(given, [])
+            found = self.called(given)
             if len(found) > 1:
                 raise UsageError(f"{given!r} is the name of classes {', '.join(map(str, found))}; give their numbers")
             return found[0] if found else None
@@ -277,21 +290,38 @@ class _Names:
         number = int(given) if isinstance(given, Integral) and given is not True and given is not False else DROPPED
         return number if 0 <= number < self.num_classes else None
 
-    def hint(self) -> str:
-        if self.names is None:
+    def called(self, word: str) -> list[int]:
+        """Return the classes that a word may mean."""
+        return next((table[word] for table in self._tables if word in table), [])
+
+    def _hint(self, unknown: Any) -> str:
+        if not self.names:
             return f"the classes are numbered 0..{self.num_classes - 1} and have no names"
+        words = list(self._tables[1]) if isinstance(unknown, str) else []
+        close = difflib.get_close_matches(unknown, words, n=3) if words else []
+        if close:
+            return f"did you mean {' or '.join(map(repr, close))}?"
         return f"classes are 0..{self.num_classes - 1}, with names such as {self.names[0]!r}"
 
 
-def _new_classes(classes: NewClasses, num_old: int, old_names: Sequence[str] | None) -> tuple[Ints, list[str] | None]:
+def _classes_by_word(words: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
+    classes: dict[str, list[int]] = {}
+    for number, word in words:
+        # A name may have a synonym twice.
+        if number not in classes.setdefault(word, []):
+            classes[word].append(number)
+    return classes
+
+
+def _new_classes(classes: NewClasses, num_old: int, old: _Names) -> tuple[Ints, list[str] | None]:
     """Return the new classes (C,), and their names where the map gives them."""
     if isinstance(classes, Mapping):
-        old = class_numbers(list(classes), num_classes=num_old, names=old_names)
-        if len(set(old.tolist())) < len(old):
-            raise UsageError("this class map names an old class twice, once by its number and once by its name")
+        keys = old.numbers(list(classes))
+        if len(set(keys.tolist())) < len(keys):
+            raise UsageError("this class map names an old class twice, such as by its number and by its name")
         numbers, new_names = _numbered(list(classes.values()))
         new = np.full(num_old, DROPPED, np.int64)
-        new[old] = numbers
+        new[keys] = numbers
         return new, new_names
     if isinstance(classes, str):
         raise UsageError(f"a class map is a dict, a list of new classes or a list of class names, got {classes!r}")
@@ -299,12 +329,15 @@ def _new_classes(classes: NewClasses, num_old: int, old_names: Sequence[str] | N
     distinct_names = all(isinstance(one, str) for one in given) and len(set(given)) == len(given) > 0
     # Old classes to keep, not new names for all: as many as there are old classes may be either, and known names
     # decide.
-    if distinct_names and (len(given) != num_old or set(given) <= set(old_names or ())):
+    if distinct_names and (len(given) != num_old or all(old.called(name) for name in given)):
+        kept = old.numbers(given)
+        if len(set(kept.tolist())) < len(kept):
+            raise UsageError("these names of classes to keep name one of them twice, such as by two of its synonyms")
         new = np.full(num_old, DROPPED, np.int64)
-        new[class_numbers(given, num_classes=num_old, names=old_names)] = np.arange(len(given))
+        new[kept] = np.arange(len(given))
         return new, given
     if distinct_names:
-        _check_no_old_name_moves(given, old_names or ())
+        _check_no_old_name_moves(given, old)
     if len(given) != num_old:
         raise UsageError(
             f"a class map that is a list has one new class (or None) for each of the {num_old} old ones, got "
@@ -313,14 +346,15 @@ def _new_classes(classes: NewClasses, num_old: int, old_names: Sequence[str] | N
     return _numbered(given)
 
 
-def _check_no_old_name_moves(given: Sequence[str], old_names: Sequence[str]) -> None:
+def _check_no_old_name_moves(given: Sequence[str], old: _Names) -> None:
     """Raise UsageError for new names of all old classes of which one is the name of another old class.
 
     They are likely the old classes in another order with one misspelt: taken as new names, every label would be wrong.
     """
     for number, name in enumerate(given):
-        if name in old_names and old_names[number] != name:
-            unknown = next(name for name in given if name not in old_names)
+        known = old.called(name)
+        if known and number not in known:
+            unknown = next(name for name in given if not old.called(name))
             raise UsageError(
                 f"these {len(given)} names may be the old classes in another order, but {unknown!r} is none of them, "
                 f"or new names of all, but {name!r} is the name of another old class than number {number}; give a "

@@ -26,7 +26,9 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -149,6 +151,16 @@ def check_at_least(least: int, **numbers: Any) -> None:
         # Integral, not int: NumPy's integers are registered with it.
         if number is not None and (not isinstance(number, Integral) or number < least):
             raise UsageError(f"{name} must be a whole number, at least {least}; got {number!r}")
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Advise on an unknown word: the known words that look like it, else all of them.
+
+    >>> nearest("crop", ["crops", "seed"]), nearest("x", ["crops", "seed"])
+    ("did you mean 'crops'?", 'there are crops, seed')
+    """
+    close = difflib.get_close_matches(word, known, n=3)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(known)}"
 
 
 def renamed(old: str, new: str, value: T) -> T:

@@ -21,6 +21,7 @@ from ferkd_data.errors import ImageError, SourceError, check_at_least
 from ferkd_data.images import ImageRef, ImageSource, Reject, decode_rgb, open_source
 from ferkd_data.labels.soft_labels import EnsembleMode, combine
 from ferkd_data.labels.statistics import near_chance
+from ferkd_data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.probe import (
     STEADY_IMAGES,
@@ -37,7 +38,7 @@ from ferkd_data.words import percent
 BATCH_IMAGES = 16
 ECE_BINS = 15
 NORMALISATIONS = {
-    "ImageNet (mean 0.485,0.456,0.406 std 0.229,0.224,0.225)": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "ImageNet (mean 0.485,0.456,0.406 std 0.229,0.224,0.225)": (IMAGENET_MEAN, IMAGENET_STD),
     "mean=0.5 std=0.5": ((0.5,) * 3, (0.5,) * 3),
     "mean=127/255 std=128/255": ((127 / 255,) * 3, (128 / 255,) * 3),
     "mean=0 std=1": ((0.0,) * 3, (1.0,) * 3),

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ferkd_data.errors import UsageError
+from ferkd_data.labels.rows import UNKNOWN_TARGET
 from ferkd_data.targets import SoftTargets, check_positive
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
-UNKNOWN = -1
-"""In `targets.hard`: the ground truth is not known."""
 SMALLEST_SHARE = 1e-6
 """Lower bound of the crops over which a mean is taken: below any share of a mixed crop that images can hold."""
 
@@ -147,8 +146,8 @@ class SoftTargetLoss(nn.Module):
 
 def _negative_log_likelihood(log_prob: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss (B,) of class numbers, 0 where they are unknown, and 1 or 0 (B,) for known or not."""
-    loss = nn.functional.nll_loss(log_prob, target, ignore_index=UNKNOWN, reduction="none")
-    return loss, (target != UNKNOWN).to(loss.dtype)
+    loss = nn.functional.nll_loss(log_prob, target, ignore_index=UNKNOWN_TARGET, reduction="none")
+    return loss, (target != UNKNOWN_TARGET).to(loss.dtype)
 
 
 def _tempered(targets: SoftTargets | Tensor, temperature: float) -> SoftTargets | Tensor:

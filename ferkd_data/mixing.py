@@ -126,6 +126,11 @@ class CutMix:
     def __call__(
         self, images: Tensor, targets: SoftTargets, *, rng: np.random.Generator, inplace: bool = False
     ) -> tuple[Tensor, SoftTargets]:
+        """Paste a rectangle of image b's random partner over image b, for each b. Returns images and targets.
+
+        `rng` decides the partners and rectangles; `inplace` changes the images given.
+        """
+        check_rng(rng)
         partner = rng.permutation(len(images))
         return cutmix(images, targets, partner, self.prob, self.alpha, self.per, rng, inplace)
 
@@ -147,8 +152,11 @@ class Mixup:
     """
 
     prob: float = 1.0
+    """Probability that a batch (or sample) is mixed."""
     alpha: float = 0.2
+    """The share of the image itself is drawn from Beta(alpha, alpha)."""
     per: Per = "batch"
+    """One share for the whole batch, or one for each sample."""
 
     def __post_init__(self) -> None:
         check_mixing(self.prob, self.alpha, self.per)
@@ -156,8 +164,22 @@ class Mixup:
     def __call__(
         self, images: Tensor, targets: SoftTargets, *, rng: np.random.Generator, inplace: bool = False
     ) -> tuple[Tensor, SoftTargets]:
+        """Blend each image with a random partner. Returns images and targets.
+
+        `rng` decides the partners and shares; `inplace` changes the images given.
+        """
+        check_rng(rng)
         partner = rng.permutation(len(images))
         return mixup(images, targets, partner, self.prob, self.alpha, self.per, rng, inplace)
+
+
+def check_rng(rng: Any) -> None:
+    """Raise UsageError for anything but a generator of NumPy: a seed, or a generator of PyTorch."""
+    if not isinstance(rng, np.random.Generator):
+        raise UsageError(
+            f"rng must be a generator of NumPy, such as fd.generator(seed, rank, epoch, step), got {rng!r}; made anew "
+            "for each batch, it mixes the batch alike in a training that was resumed"
+        )
 
 
 def check_mixing(prob: float, alpha: float, per: str) -> None:

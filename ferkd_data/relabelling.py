@@ -21,6 +21,7 @@ from ferkd_data.images import ImageRef, Reject, read_class_list
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.labels.rows import ImageLabels
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
+from ferkd_data.teachers.spec import parse_specs
 
 SAMPLE = 100
 CROP_IDENTITY = ("boxes", "flip", "operations")
@@ -149,7 +150,7 @@ def _job(
         classes=None if classes is None else read_class_list(Path(classes)),
         # Nothing is written: rows are compared in memory.
         out=None,
-        teachers=tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in teachers),
+        teachers=parse_specs(teachers),
         precision=precision,
         settings=BuildSettings(
             **stored_settings(manifest),

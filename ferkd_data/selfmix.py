@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ferkd_data.errors import UsageError
-from ferkd_data.mixing import Per, check_mixing, cutmix, mixup, num_rows
+from ferkd_data.mixing import Per, check_mixing, check_rng, cutmix, mixup, num_rows
 from ferkd_data.targets import SoftTargets
 
 
@@ -34,10 +34,13 @@ class SelfMix:
     """
 
     prob: float = 0.5
+    """Probability that a batch (or sample) is mixed."""
     alpha: float = 1.0
+    """The share that a crop keeps is drawn from Beta(alpha, alpha)."""
     mode: Literal["cutmix", "mixup", "both"] = "cutmix"
     """both: one of them, by a fair coin for each batch."""
     per: Per = "batch"
+    """One rectangle or share for the whole batch, or one for each sample."""
 
     def __post_init__(self) -> None:
         check_mixing(self.prob, self.alpha, self.per)
@@ -58,6 +61,7 @@ class SelfMix:
         Raises UsageError when a group has one crop, B is no multiple of the group's size, or the targets know that the
         crops of a group are of several images (`targets.rows`, on the CPU).
         """
+        check_rng(rng)
         partner = partners(num_rows(images, targets), crops_per_image, rng)
         _check_groups(targets, crops_per_image)
         use_mixup = self.mode == "mixup" or (self.mode == "both" and rng.random() < 0.5)

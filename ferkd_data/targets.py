@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -169,6 +169,14 @@ class SoftTargets:
 
     def cuda(self, *, non_blocking: bool = False) -> SoftTargets:
         return self.to("cuda", non_blocking=non_blocking)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        """Refuse functions of PyTorch, such as losses that a training loop calls, and say what takes these targets."""
+        raise UsageError(
+            f"{getattr(func, '__name__', func)} takes tensors, and these are SoftTargets: use fd.soft_cross_entropy or "
+            'fd.SoftTargetLoss, or take tensors (B, C) from a loader with targets="dense" or from targets.dense()'
+        )
 
     def pin_memory(self) -> SoftTargets:
         return self._map(lambda tensor: tensor.pin_memory())

@@ -26,7 +26,7 @@ from ferkd_data.builder.store_files import location_of
 from ferkd_data.builder.workers.ray_cluster import Placement, open_placement
 from ferkd_data.crop_kinds import make_crop_kinds
 from ferkd_data.crops import CropDistribution
-from ferkd_data.errors import BuildError, FerkdError, UsageError
+from ferkd_data.errors import BuildError, FerkdError, UsageError, nearest
 from ferkd_data.format.manifest import TeacherEntry
 from ferkd_data.format.manifest_file import identity_of, read_manifest_bytes
 from ferkd_data.images import ClassList, ImageSource, describe_left_out, read_class_list
@@ -34,6 +34,7 @@ from ferkd_data.labels.buckets import QuantileThresholds
 from ferkd_data.storage import is_url
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.probe import check_class_count, check_class_orders
+from ferkd_data.teachers.spec import parse_specs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def make_request(source: str | Path, out: str | Path, **arguments: Unpack[BuildK
         source=_absolute(str(source)),
         out=location,
         classes=class_list,
-        teachers=tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in teachers),
+        teachers=parse_specs(teachers),
         precision=precision,
         settings=settings,
         resources=resources,
@@ -114,11 +115,10 @@ def with_changes(
         changes["workers"] = renamed_workers(changes.get("workers"), changes.pop("processes"))
     of_settings = {field.name for field in fields(BuildSettings)}
     of_resources = {field.name for field in fields(Resources)}
-    unknown = set(changes) - of_settings - of_resources
+    unknown = sorted(set(changes) - of_settings - of_resources)
     if unknown:
-        raise UsageError(
-            f"build has no setting {sorted(unknown)[0]!r}; settings are {sorted(of_settings | of_resources)}"
-        )
+        known = sorted(of_settings | of_resources)
+        raise UsageError(f"build has no setting {unknown[0]!r}; {nearest(unknown[0], known)}")
     return (
         replace(settings, **{k: v for k, v in changes.items() if k in of_settings}),
         replace(resources, **{k: v for k, v in changes.items() if k in of_resources}),
@@ -127,11 +127,6 @@ def with_changes(
 
 def _check_effect(settings: BuildSettings, changes: Mapping[str, Any]) -> None:
     """Raise UsageError for a setting that is given and that the other settings make ineffective."""
-    if changes.get("layout", settings.layout) == "webdataset" and "crops_per_block" in changes:
-        raise UsageError(
-            "crops_per_block (--crops-per-block) is for layout parquet: a tar of layout webdataset holds all crops of "
-            "its images; leave it out, or use layout parquet"
-        )
     drawn, kinds = changes.get("distribution"), changes.get("crop_kinds")
     if not kinds or drawn is None:
         return

@@ -318,7 +318,7 @@ def gather(labels: LabelSet, keys: Sequence[str]) -> ShardLabels:
     try:
         return ShardLabels.from_rows([labels[key] for key in keys])
     except KeyError as error:
-        raise LabelSetError(f"{labels.location}: has no image {error.args[0]!r}") from error
+        raise LabelSetError(str(error.args[0])) from error
 
 
 def _without_crops(labels: ShardLabels) -> ShardLabels:

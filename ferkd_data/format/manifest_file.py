@@ -135,6 +135,9 @@ def write_manifest(folder: Path, manifest: Manifest | bytes) -> None:
 def _why_none(folder: Path) -> str:
     if (folder / ".build").is_dir():
         return "its build has not finished: run the same build command to resume it"
+    # `demo` and many users put the label set into a folder of this name, which is also that of a label set's shards.
+    if (folder / "labels" / FILE_NAME).is_file():
+        return f"did you mean {folder / 'labels'}?"
     if (folder / "labels").is_dir() or (folder / "shards").is_dir():
         return (
             "was a publish, pull, convert or merge interrupted here? They write it last: run the same command again to "

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
-from ferkd_data.calibration import Calibration, calibrate, crop_buckets, crop_policies, policy_table, use_probability
+from ferkd_data.calibration import Calibration, calibrate, judge_crops, policy_table
 from ferkd_data.errors import UsageError, check_at_least
 from ferkd_data.format import out_folder
 from ferkd_data.format.progress import OnProgress, TransferProgress
@@ -109,9 +109,15 @@ def calibrated(
     row: ImageLabels, calibration: Calibration, num_classes: int, min_crops: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
     """Return coords (N, 4), flips (N,), labels (N, 2, K) of the crops in use, at least `min_crops` of them."""
-    bucket = crop_buckets(calibration, row.bucket, row.class_prob, row.target_prob)
-    codes = crop_policies(calibration, bucket, row.class_index[:, 0], np.array(row.target))
-    use = use_probability(calibration, codes)
+    judged = judge_crops(
+        calibration,
+        bucket=row.bucket,
+        top1=row.class_index[:, 0],
+        class_prob=row.class_prob,
+        target=np.array(row.target),
+        target_prob=row.target_prob,
+    )
+    use = judged.use
     # A crop that is thinned out is left out for good, by a draw that depends on the image and the crop alone.
     kept = rng.generator("fkd export", row.key).random(len(use)) < use
     # FKD's script needs crops of every image, also of one whose crops are all discarded.
@@ -125,7 +131,7 @@ def calibrated(
         calibration,
         class_index=row.class_index[crops],
         class_prob=row.class_prob[crops],
-        codes=codes[crops],
+        codes=judged.codes[crops],
         target=np.full(len(crops), row.target),
         num_classes=num_classes,
     )

@@ -16,10 +16,10 @@ from ferkd_data.errors import ForeignFileError
 from ferkd_data.format.manifest import UNKNOWN_SHA256, CropDistributionEntry, TeacherEntry
 from ferkd_data.labels.buckets import Thresholds, buckets_of
 from ferkd_data.labels.rows import UNKNOWN_TARGET, ImageLabels, class_index_dtype, rank_of
+from ferkd_data.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 HIGHEST_TOTAL = 1 + 1e-3
 """Largest sum of a crop's probabilities that rounding explains."""
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,7 @@ def _check_missing(
         ours = next(labels.keys(), "")
         raise LabelSetError(
             f"{labels.location}: no image of {source.description} has a key of this label set (such as {ours!r}); "
-            + (f"its keys look like {theirs!r}: " if theirs else "")
+            + (f"keys there look like {theirs!r}: " if theirs else "")
             + "is it the same data set, with the same folder as its root?"
         )
     if len(missing) and allowed == "raise":

@@ -138,6 +138,11 @@ class LabelSet:
         return self.manifest.class_names
 
     @property
+    def class_folders(self) -> tuple[str, ...] | None:
+        """The class folder of each class, where the build numbered the classes by these; None under a class map."""
+        return None if self.class_map is not None else self.manifest.source.class_folders
+
+    @property
     def statistics(self) -> Statistics:
         """Statistics of all crops that were labelled, also where fewer crops of each image are shown.
 
@@ -282,7 +287,8 @@ class LabelSet:
             if self._shard_cached(shard).keys[row] == key:
                 return shard, row
             at += 1
-        raise KeyError(key)
+        # Most mistakes are a file name in place of a key, which a key of the set shows.
+        raise KeyError(f"{self.location}: no image has the key {key!r}; keys look like {next(self.keys(), '')!r}")
 
     def position(self, row: int) -> tuple[int, int]:
         """Find (shard, row in the shard) of row number `row`. Raises IndexError, TypeError for anything else."""
@@ -293,7 +299,17 @@ class LabelSet:
         return shard, row - int(self.first_row[shard])
 
     def __getitem__(self, key: str | int) -> ImageLabels:
-        """Return the labels of an image by its key or its row number. Raises KeyError, IndexError or TypeError."""
+        """Return the labels of an image by its key or its row number; -1 is the last row.
+
+        Raises KeyError, IndexError or TypeError, for a slice too: `select(rows=...)` takes slices.
+        """
+        # Also a caller without a type checker gets an answer to the first thing that one tries with a sequence.
+        if isinstance(key, slice):  # type: ignore[unreachable]
+            raise TypeError("one image at a time: labels.select(rows=slice(0, 3)) gives a label set of several")
+        if not isinstance(key, str):
+            key = operator.index(key)
+            # As in a list. Rows of `position` are never negative, where one would be a mistake of ours.
+            key = key + len(self) if -len(self) <= key < 0 else key
         shard, row = self.locate(key) if isinstance(key, str) else self.position(key)
         return self._shard_cached(shard)[row]
 
@@ -381,7 +397,8 @@ class LabelSet:
         """Express this label set in other classes, as a view: fewer of them, merged ones, or other numbers.
 
         classes: one of
-            a dict {old: new}: old classes by number or name, new ones by number, by name, or None where dropped.
+            a dict {old: new}: old classes by number or name, new ones by number, by name, or None where dropped. A
+                name may be a synonym ("tench" of "tench, Tinca tinca"), or the class folder.
                 Old classes that it leaves out are dropped.
             a list of the new class of every old one: a number, a name, or None (or -1) where dropped.
             a list of names of old classes: these are kept, in this order.
@@ -400,7 +417,12 @@ class LabelSet:
         Raises UsageError for classes that do not exist, or when no class or no image is left.
         """
         class_map = make_class_map(
-            classes, num_old=self.num_classes, old_names=self.class_names, num_classes=num_classes, names=names
+            classes,
+            num_old=self.num_classes,
+            old_names=self.class_names,
+            old_folders=self.class_folders,
+            num_classes=num_classes,
+            names=names,
         )
         kept: LabelSet = self
         # In terms of the old classes, before the map: afterwards a dropped class looks like an unknown one.

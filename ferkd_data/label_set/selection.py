@@ -38,6 +38,9 @@ class Selectable(Protocol):
     @property
     def class_names(self) -> tuple[str, ...] | None: ...
 
+    @property
+    def class_folders(self) -> tuple[str, ...] | None: ...
+
     def __len__(self) -> int: ...
 
     def filled_shards(self) -> Iterator[ShardEntry]: ...
@@ -150,7 +153,9 @@ def _key_mask(labels: Selectable, keys: Iterable[str]) -> Mask:
 
 def _class_mask(labels: Selectable, classes: Any, kept: Mask) -> Mask:
     wanted = np.zeros(labels.num_classes, np.bool_)
-    wanted[class_numbers(classes, num_classes=labels.num_classes, names=labels.class_names)] = True
+    wanted[
+        class_numbers(classes, num_classes=labels.num_classes, names=labels.class_names, folders=labels.class_folders)
+    ] = True
     return _by_shard(labels, kept, lambda shard: in_classes(labels.targets_of(shard), wanted))
 
 

@@ -84,6 +84,8 @@ class Made(NamedTuple):
     """Crops in each batch."""
     skipped: list[str]
     """Key and reason of each image of the window that could not be used, and was replaced by another one."""
+    num_discarded: int = 0
+    """Crops that were drawn though the calibration discards them (see `Drawn.discarded`)."""
     spent: Spent = NOTHING
     """Seconds that making it took, by stage."""
     by_worker: bool = False
@@ -118,6 +120,10 @@ class Labelled(NamedTuple):
     """One for each batch of the window, in the order of the slots."""
     others: tuple[Labelled, ...] = ()
     """The labels of each further crop kind, of the same images."""
+
+    def num_discarded(self, window: Window) -> int:
+        """Count the crops of the window that were drawn though the calibration discards them."""
+        return int((self.drawn.discarded & (window.slots >= 0)).sum())
 
     def crops(self, i: int) -> Crops:
         """Return the crops drawn of image i, as labelled."""
@@ -202,7 +208,9 @@ class BatchMaker:
         with one_thread():
             labelled, skipped = self.filled(memory.window, cut)
             made = [
-                maker.finish(plan.window, plan.images, part.targets, skipped)
+                maker.finish(plan.window, plan.images, part.targets, skipped)._replace(
+                    num_discarded=part.num_discarded(plan.window)
+                )
                 for maker, plan, part in zip(makers, plans, (labelled, *labelled.others), strict=True)
             ]
         return made[0]._replace(spent=self.clock.take(), others=tuple(made[1:]))

@@ -57,6 +57,9 @@ from ferkd_data.storage import default_cache_dir, local_path
 from ferkd_data.targets import SoftTargets
 
 STATE_VERSION = 1
+CROPS_TO_JUDGE, MOST_DISCARDED = 1000, 0.05
+"""After so many crops (or an epoch) a loader warns where more than this share are of images without a crop in use.
+With the default calibration it was 0.4 % for teachers that are right on two thirds of the crops."""
 SHOWN = (
     "batch_size",
     "crops_per_image",
@@ -170,7 +173,8 @@ class CropLoader(DataLoaderLike):
             shard, and fetch the next ones in the background.
         rank, world_size: by default those of torch.distributed, looked up when an iteration begins. Each rank gets its
             own part of an epoch's images. Say 0 and 1 to train each process on everything.
-        pin_memory: copy batches to page-locked memory, from which a GPU fetches faster; without a GPU there is none.
+        pin_memory: copy images and targets to page-locked memory, from which a GPU fetches without waiting
+            (`non_blocking=True`). It is done in the training process, a window at a time; without a GPU there is none.
         drop_last: leave out the last, incomplete batch. False: it is shorter, the same on all ranks; up to
             world_size - 1 images come twice.
         decode_device: "cuda": JPEGs are decoded, cut and mixed there by this process, workers only read and label, and
@@ -248,13 +252,15 @@ class CropLoader(DataLoaderLike):
         self._decode_device = None if decode_device is None else open_device(decode_device)
         # Started by the first iteration: a loader that is only asked for its length or its repr costs no processes.
         self._workers: Workers | DeviceWorkers | None = None
-        self._warned = False
+        self._warned = self._warned_of_discarded = False
         self._lengths_reported: set[int] = set()
         """Every number of batches that len() has given."""
         self._running_epoch: int | None = None
         """The epoch whose iterator somebody holds, also when that has given its last batch."""
         self._iteration = 0
         """Number of the iteration that may go on; earlier ones have ended."""
+        self._crops_given = self._discarded_given = 0
+        """Crops of the windows so far, and those of them that the calibration discards (see `Drawn.discarded`)."""
         self._clock: EpochClock | None = None
         """The clock of the iteration that began last."""
 
@@ -274,6 +280,21 @@ class CropLoader(DataLoaderLike):
         if not self._warned:
             self._warned = True
             warn_if_alone(ranks, self.settings.world_size)
+
+    def _warn_of_discarded(self) -> None:
+        """Warn once where many crops are of images that have none in use: the calibration discards almost everything.
+
+        Their targets are the smoothed ground truth, so a training without any soft label would look like another.
+        """
+        share = self._discarded_given / max(1, self._crops_given)
+        if share > MOST_DISCARDED and not self._warned_of_discarded:
+            self._warned_of_discarded = True
+            warnings.warn(
+                f"{share:.0%} of the crops so far are of images whose crops are all discarded, and so train as the "
+                "calibration's all_discarded says: it discards too much for these teachers. Lower its thresholds "
+                '(ferkd-data report shows what they do), or use calibration="fkd"',
+                stacklevel=4,
+            )
 
     def _shape(self, epoch: int) -> EpochShape:
         return self._maker.epochs.at(epoch).shape(self.settings)
@@ -410,6 +431,8 @@ class CropLoader(DataLoaderLike):
         May run as the interpreter ends, when nothing can be imported or looked up any more.
         """
         run.clock.enter(None)
+        if not run.left:
+            self._warn_of_discarded()
         given = run.whole - run.left
         if given in self._lengths_reported - {run.whole}:
             _warn_of_cut_epoch(run.start.epoch, run.whole, given)
@@ -502,12 +525,18 @@ class CropLoader(DataLoaderLike):
                 "`loader.skipped` counts further ones",
                 stacklevel=3,
             )
+        self._crops_given += sum(sum(kind.batches) for kind in made.kinds)
+        self._discarded_given += sum(kind.num_discarded for kind in made.kinds)
+        if self._crops_given >= CROPS_TO_JUDGE:
+            self._warn_of_discarded()
         self.skipped += len(made.skipped)
         self.skipped_last = made.skipped
+        targets = [self._maker.targets(kind) for kind in made.kinds]
         # The whole window at once: batches are slices of it, and page-locked too. Images on a device need none.
         if self._pin_memory:
             images = [part.pin_memory() if part.device.type == "cpu" else part for part in images]
-        targets = [self._maker.targets(kind) for kind in made.kinds]
+            # Dense targets are made of these batch by batch, and pinned then.
+            targets = [part.pin_memory() for part in targets] if self.settings.targets == "soft" else targets
         bounds = [np.cumsum([0, *kind.batches]).tolist() for kind in made.kinds]
         for number, cursor in enumerate(window.cursors):
             rows = [slice(*ends[number : number + 2]) for ends in bounds]
@@ -519,7 +548,9 @@ class CropLoader(DataLoaderLike):
 
     def _batch(self, images: Sequence[Tensor], targets: Sequence[SoftTargets]) -> Any:
         """Convert the crops and targets of each kind to what the user asked for: `targets`, then `to_batch`."""
-        wanted: Sequence[Any] = [part.dense() for part in targets] if self.settings.targets == "dense" else targets
+        wanted: Sequence[Any] = targets
+        if self.settings.targets == "dense":
+            wanted = [part.dense().pin_memory() if self._pin_memory else part.dense() for part in targets]
         kinds = self.settings.kinds
         pair = (by_kind(kinds, images), by_kind(kinds, wanted)) if kinds else (images[0], wanted[0])
         return pair if self._to_batch is None else self._to_batch(*pair)

@@ -116,6 +116,8 @@ class Drawn(NamedTuple):
     bucket: npt.NDArray[np.uint8]
     codes: npt.NDArray[np.uint8]
     """Policy codes (see `calibration.crop_policies`)."""
+    discarded: npt.NDArray[np.bool_]
+    """Whether the calibration discards the crop, which was drawn since its image has no crop in use in this block."""
 
 
 def draw_stored_crops(
@@ -137,7 +139,14 @@ def draw_stored_crops(
         row = np.arange(len(chosen))[:, None]
         # A copy of the M crops drawn: what is not drawn of the n crops is not kept with the window.
         drawn = {name: columns[name][row, chosen] for name in DRAWN_FIELDS}
-        parts.append(Drawn(**drawn, bucket=judged.bucket[row, chosen], codes=judged.codes[row, chosen]))
+        parts.append(
+            Drawn(
+                **drawn,
+                bucket=judged.bucket[row, chosen],
+                codes=judged.codes[row, chosen],
+                discarded=judged.use[row, chosen] == 0,
+            )
+        )
     if len(parts) == 1:
         return parts[0]
     return Drawn(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))

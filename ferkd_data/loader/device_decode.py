@@ -125,7 +125,12 @@ class DeviceWorkers:
         bounds = np.cumsum([0, *window.batches]).tolist()
         targets = [whole[slice(a, b)] for a, b in itertools.pairwise(bounds)]
         made = self._maker.finish(window, images, targets, encoded.made.skipped)
-        return images, made._replace(spent=added(encoded.made.spent, clock.take()), by_worker=encoded.made.by_worker)
+        # What the worker knows of the window, and the time of both.
+        return images, made._replace(
+            num_discarded=encoded.made.num_discarded,
+            spent=added(encoded.made.spent, clock.take()),
+            by_worker=encoded.made.by_worker,
+        )
 
     def _on_host(self, window: Window) -> tuple[Tensor, Made]:
         """Make the window on the host, where an image that cannot be decoded is an error or is replaced."""
@@ -212,7 +217,9 @@ def encode(maker: BatchMaker, window: Window) -> tuple[Encoded, list[npt.NDArray
         boxes=labelled.drawn.boxes,
         flip=labelled.drawn.flip,
         operations=labelled.drawn.operations,
-        made=Made.of(SoftTargets.cat(labelled.targets), window, skipped)._replace(spent=maker.clock.take()),
+        made=Made.of(SoftTargets.cat(labelled.targets), window, skipped)._replace(
+            num_discarded=labelled.num_discarded(window), spent=maker.clock.take()
+        ),
     )
     return encoded, parts
 

@@ -20,7 +20,7 @@ from ferkd_data.loader.kinds import check_one_kind
 from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.settings import LoaderSettings
 from ferkd_data.loader.streaming import StreamedLabels
-from ferkd_data.loader.transform import draws_elsewhere
+from ferkd_data.loader.transform import cuts_again, draws_elsewhere
 
 
 def check_is_label_set(labels: Any) -> None:
@@ -59,6 +59,12 @@ def open_maker(
         warnings.warn(
             f"{labels.location}: {len(labels) - len(kept)} of {len(labels)} labelled images are missing and were "
             f"dropped (images_missing='drop'): {len(kept)} are left",
+            stacklevel=3,
+        )
+    if settings.transform is not None and (second := cuts_again(settings.transform)):
+        warnings.warn(
+            f"transform contains {second}, and the images are crops already: the teachers labelled the whole of each, "
+            "so a part of it would train on another crop's label. Leave it out; size= sets the size of crops",
             stacklevel=3,
         )
     # A hint only: what such a transform draws cannot be seeded here, and a training may not need to be repeatable.

@@ -200,7 +200,11 @@ class LoaderSettings:
         if crops < 1:
             raise UsageError(f"crops_per_image must be at least 1, got {crops}{where}")
         if self.batch_size % crops:
-            raise UsageError(f"batch_size {self.batch_size} must be a multiple of crops_per_image {crops}{where}")
+            below = self.batch_size // crops * crops
+            fitting = f"{below} or {below + crops}" if below else str(crops)
+            raise UsageError(
+                f"batch_size {self.batch_size} must be a multiple of crops_per_image {crops}{where}, such as {fitting}"
+            )
         batches = self.window_batches_of(crops)
         # The M crops of an image go into M different batches, which a smaller window does not have.
         if batches != 1 and batches < crops:
@@ -277,7 +281,8 @@ def counted(name: str, value: Any) -> int:
 
 def _whole_number(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise UsageError(f"{name} must be a whole number, got {value!r}")
+        square = " (a side in pixels: crops are square)" if name == "size" else ""
+        raise UsageError(f"{name} must be a whole number{square}, got {value!r}")
     return int(value)
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ferkd_data import rng
 from ferkd_data.errors import LoaderError
@@ -24,6 +24,16 @@ Transform: TypeAlias = Callable[[Tensor], Tensor]
 
 TRIES = 8
 """Number of seeds with which a transform is tried."""
+SECOND_CROPS = (
+    "RandomResizedCrop",
+    "RandomResizedCropAndInterpolation",
+    "RandomSizedCrop",
+    "RandomCrop",
+    "CenterCrop",
+    "RandomIoUCrop",
+    "RandomZoomOut",
+)
+"""Names of transforms in torchvision, timm and Albumentations that change what a crop shows."""
 _LOCK = threading.Lock()
 """Held while the global generators are not the user's: loaders in several threads of a process take turns."""
 
@@ -74,6 +84,16 @@ def transformed(transform: Transform, crop: Tensor, seed: int, where: Callable[[
 def crop_seed(seed: int, key_hash: int, draw: int) -> int:
     """Return the 64-bit seed of an image's crop; `draw` counts the crops drawn of the image in the training before."""
     return rng.hash64("transform", seed, key_hash, draw)
+
+
+def cuts_again(transform: Any) -> str | None:
+    """Name the first transform, within any composition of transforms, that cuts a part out of a crop; None without."""
+    name = type(transform).__name__
+    if name in SECOND_CROPS:
+        return name
+    # torchvision and Albumentations compose transforms in a list of this name.
+    inner = list(transform) if isinstance(transform, nn.Sequential) else getattr(transform, "transforms", ())
+    return next(filter(None, map(cuts_again, inner)), None) if isinstance(inner, (list, tuple, nn.ModuleList)) else None
 
 
 def draws_elsewhere(transform: Transform, size: int) -> bool:

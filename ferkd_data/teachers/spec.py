@@ -178,6 +178,12 @@ class TeacherSpec:
     @classmethod
     def parse(cls, text: str) -> TeacherSpec:
         """Parse `KIND:NAME[@CHECKPOINT][?option=value&…]`. Raises UsageError that names the piece at fault."""
+        # Such as a module: a build names its teachers in its manifest and makes them in each worker.
+        if not isinstance(text, str):
+            raise UsageError(
+                f"a teacher is given as text, such as 'timm:resnet50', got {type(text).__name__}; a model of your own "
+                "is 'python:MODULE:FUNCTION', whose FUNCTION returns it"
+            )
         kind, colon, rest = text.partition(":")
         traits = next((traits for name, traits in KINDS.items() if name == kind), None)
         if traits is None or not colon:
@@ -205,6 +211,13 @@ class TeacherSpec:
                 raise UsageError(f"teacher {text!r}: the option {key} is given twice")
             spec[key] = _parse_option(text, key, value)
         return cls(**spec)
+
+
+def parse_specs(teachers: str | TeacherSpec | Sequence[str | TeacherSpec]) -> tuple[TeacherSpec, ...]:
+    """Parse the teachers of an ensemble. Raises UsageError as `TeacherSpec.parse` does."""
+    # A single teacher is an ensemble of one; its letters would be taken for teachers.
+    several = [teachers] if isinstance(teachers, (str, TeacherSpec)) else teachers
+    return tuple(spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in several)
 
 
 def _parse_option(text: str, key: str, value: str) -> object:

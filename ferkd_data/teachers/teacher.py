@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ferkd_data.errors import TeacherError
-from ferkd_data.teachers.spec import KINDS, Preprocessing, TeacherSpec, Triple
+from ferkd_data.teachers.spec import KINDS, Preprocessing, TeacherSpec, Triple, parse_specs
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
@@ -98,7 +98,7 @@ def load_teachers(
     """
     if not specs:
         raise TeacherError("an ensemble needs at least one teacher")
-    parsed = [spec if isinstance(spec, TeacherSpec) else TeacherSpec.parse(spec) for spec in specs]
+    parsed = parse_specs(specs)
     teachers = [
         load_teacher(spec, device=device, precision=_precision(spec, used_on or device, precision)) for spec in parsed
     ]

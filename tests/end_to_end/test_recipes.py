@@ -123,9 +123,9 @@ def test_timm(added, expected, resumed_at):
     from timm.utils import AverageMeter, ModelEmaV3
 
     config = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-    loader = added("timm", args=SimpleNamespace(data_dir=".", batch_size=BATCH, workers=0), data_config=config)[
-        "loader_train"
-    ]
+    args = SimpleNamespace(data_dir=".", batch_size=BATCH, workers=0, pin_mem=False)
+    resolved = config | {"input_size": (3, 16, 16), "interpolation": "bilinear"}
+    loader = added("timm", args=args, data_config=resolved)["loader_train"]
     dataset = loader.dataset
     model = Student(len(dataset.classes))
     optimiser, ema, losses, steps = torch.optim.SGD(model.parameters(), 0.1), ModelEmaV3(model), AverageMeter(), 0
@@ -160,7 +160,7 @@ def test_torchvision(added, expected):
     """train.py's loop: cross-entropy with label smoothing, autocast with a scaler, accuracy, v2's MixUp and CutMix."""
     from torchvision.transforms import v2
 
-    args = SimpleNamespace(batch_size=BATCH, workers=0)
+    args = SimpleNamespace(batch_size=BATCH, workers=0, train_crop_size=16, interpolation="bilinear")
     loader = added("torchvision", args=args, train_dir="train")["data_loader"]
     model = Student()
     criterion, steps = nn.CrossEntropyLoss(label_smoothing=0.1), 0

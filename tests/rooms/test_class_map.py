@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import ferkd_data as fd
 from ferkd_data.calibration import calibrate
-from ferkd_data.class_map import ClassMap, make_class_map, map_columns
+from ferkd_data.class_map import ClassMap, class_numbers, make_class_map, map_columns
 from ferkd_data.errors import UsageError
 from ferkd_data.labels.buckets import Thresholds
 from ferkd_data.labels.rows import ShardLabels
@@ -379,3 +379,36 @@ def test_targets_of_a_single_class_are_that_class(policy, recovery):
     )
     torch.testing.assert_close(targets.total(), torch.ones(2), atol=1e-6, rtol=0)
     torch.testing.assert_close(targets.dense(), torch.ones(2, 1), atol=1e-6, rtol=0)
+
+
+IMAGENET = ("tench, Tinca tinca", "crane", "crane, hoist", "goldfish, Carassius auratus")
+FOLDERS = ("n01440764", "n02012849", "n03126707", "n01443537")
+
+
+def number(word, folders=FOLDERS):
+    return class_numbers(word, num_classes=4, names=IMAGENET, folders=folders).tolist()
+
+
+def test_a_synonym_and_a_class_folder_name_a_class():
+    assert number("tench") == number("Tinca tinca") == number("n01440764") == number(IMAGENET[0]) == [0]
+    assert number(["hoist", "n01443537", 1]) == [2, 3, 1]
+    # The whole name comes before a synonym of another class.
+    assert number("crane") == [1]
+    with pytest.raises(UsageError, match=r"unknown: 'n01440764'"):
+        number("n01440764", folders=None)
+    with pytest.raises(UsageError, match=r"1 of 2 classes are unknown: 'goldfsh'; did you mean 'goldfish'\?"):
+        number(["tench", "goldfsh"])
+    both = ("cat, tabby", "dog, tabby")
+    with pytest.raises(UsageError, match="'tabby' is the name of classes 0, 1; give their numbers"):
+        class_numbers("tabby", num_classes=2, names=both)
+
+
+def test_synonyms_in_another_order_are_no_new_names():
+    """All old classes, by synonyms and in another order: taken as new names, every label would be wrong."""
+    names = ["goldfish", "hoist", "tench", "crane"]
+    made = make_class_map(names, num_old=4, old_names=IMAGENET)
+    assert made.new.tolist() == [2, 3, 1, 0] and made.names == tuple(names)
+    with pytest.raises(UsageError, match="may be the old classes in another order, but 'hoit' is none of them"):
+        make_class_map(["goldfish", "hoit", "tench", "crane"], num_old=4, old_names=IMAGENET)
+    with pytest.raises(UsageError, match="name one of them twice"):
+        make_class_map(["tench", "Tinca tinca"], num_old=4, old_names=IMAGENET)

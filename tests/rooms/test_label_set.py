@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -20,10 +21,21 @@ def test_length_keys_rows_and_shards_agree(label_set):
         assert labels[key].key == labels[row].key == key
         assert key in labels
     assert "nobody" not in labels and 3 not in labels
-    with pytest.raises(KeyError):
+    assert labels[-1].key == keys[-1] and labels[-20].key == keys[0]
+    with pytest.raises(KeyError, match=r"no image has the key 'nobody'; keys look like 'class0/photo0000'"):
         labels["nobody"]
-    with pytest.raises(IndexError):
-        labels[20]
+    for row in (20, -21):
+        with pytest.raises(IndexError, match=f"row {row} of 20"):
+            labels[row]
+    with pytest.raises(TypeError, match=r"select\(rows=slice"):
+        labels[0:3]
+
+
+def test_a_folder_that_holds_a_label_set_under_the_name_labels_is_pointed_to(label_set, tmp_path):
+    """As `ferkd-data demo OUT` makes it."""
+    shutil.copytree(label_set, tmp_path / "demo" / "labels")
+    with pytest.raises(ManifestError, match=rf"did you mean {tmp_path / 'demo' / 'labels'}\?"):
+        fd.open_labels(tmp_path / "demo")
 
 
 def test_shapes_and_types(label_set):

@@ -279,3 +279,10 @@ def test_dense_targets_are_not_broadcast():
         soft_cross_entropy(torch.randn(3, 7), torch.arange(3))
     with pytest.raises(UsageError, match="temperature must be positive"):
         kl_div(torch.randn(2, 5), random_targets(2, 5, 1), temperature=0)
+
+
+def test_a_loss_of_pytorch_says_what_takes_soft_targets():
+    targets = SoftTargets(index=torch.tensor([[1]]), weight=torch.ones(1, 1), floor=torch.zeros(1), num_classes=3)
+    for loss in (torch.nn.CrossEntropyLoss(), torch.nn.functional.mse_loss, torch.add):
+        with pytest.raises(UsageError, match=r'takes tensors, and these are SoftTargets.*targets="dense"'):
+            loss(torch.zeros(1, 3), targets)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -187,6 +189,10 @@ def test_what_cannot_be_mixed():
             mix(images[:, 0], one_hot(4), rng=np.random.default_rng(0))
     with pytest.raises(UsageError, match="mixing takes SoftTargets, got Tensor"):
         SelfMix()(images, one_hot(4).dense(), crops_per_image=2, rng=np.random.default_rng(0))
+    for rng in (0, torch.Generator(), None):
+        for mix in (CutMix(), Mixup(), partial(SelfMix(), crops_per_image=2)):
+            with pytest.raises(UsageError, match=r"rng must be a generator of NumPy, such as fd\.generator"):
+                mix(images, one_hot(4), rng=rng)
     for alpha in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="alpha must be positive and finite"):
             CutMix(alpha=alpha)

@@ -24,6 +24,7 @@ from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.loader.schedule import Cursor, windows
 from ferkd_data.replay import replay
 from ferkd_data.storage import image_digest
+from ferkd_data.targets import TENSORS
 
 KEEP_ALL = fd.Calibration.fkd()
 
@@ -544,7 +545,7 @@ def test_images_of_another_root(make, photos, tmp_path, root, theirs):
     shutil.copytree(photos, tmp_path / "root/photos")
     shutil.copytree(photos / "class1", tmp_path / "root/zebra")
     with pytest.raises(
-        LabelSetError, match=rf"no image of folder .*'class0/photo0000'\); its keys look like .*'{theirs}'"
+        LabelSetError, match=rf"no image of folder .*'class0/photo0000'\); keys there look like .*'{theirs}'"
     ):
         make(images=tmp_path / "root" / root)
 
@@ -563,3 +564,48 @@ def test_images_of_another_data_set(make, make_photos, tmp_path):
     (other / "class2").rename(other / "renamed2")
     with pytest.raises(LabelSetError, match=r"no image of folder other has a key.*class0/photo0000"):
         make(images=other)
+
+
+EVERYTHING = fd.Thresholds(low=1.0, mid=1.0, top=1.0)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"num_workers": 1}, {"decode_device": "cpu"}, {"calibration": lambda epoch: discarding(EVERYTHING)}]
+)
+def test_a_calibration_that_discards_everything_is_warned_of_once(make, more):
+    """All targets would be the smoothed ground truth: a training without soft labels that looks like another one."""
+    loader = make(**({"calibration": discarding(EVERYTHING)} | more))
+    with pytest.warns(
+        UserWarning, match=r"^100% of the crops so far are of images whose crops are all discarded"
+    ) as said:
+        for _ in range(2):
+            list(loader)
+    assert len(said) == 1
+
+
+def test_a_few_images_without_a_crop_in_use_are_no_case(make, label_set):
+    labels = fd.open_labels(label_set)
+    top = np.array([image.class_prob[:, 0].max() for image in labels], np.float64)
+    # Every image but the one that its teachers are least sure of has a crop in use.
+    low = float(np.sort(top)[1])
+    discarded = fd.Thresholds(low=low, mid=1.0, top=1.0)
+    loader = make(calibration=discarding(discarded), batch_size=4)
+    given = sum(int((targets.bucket == 0).sum()) for _, targets in loader)
+    assert 0 < given and loader._discarded_given == given
+
+
+def discarding(thresholds):
+    return fd.Calibration(extreme_hard="discard", thresholds=thresholds)
+
+
+def test_images_and_targets_are_page_locked(make, monkeypatch):
+    """There is no page-locked memory without a GPU, so the calls are counted here."""
+    pinned = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tuple(tensor.shape)), tensor)[1])
+    images, targets = next(iter(make(pin_memory=True)))
+    fields = [getattr(targets, name) for name in TENSORS]
+    assert pinned == [tuple(part.shape) for part in (images, *fields) if part is not None]
+    pinned.clear()
+    images, dense = next(iter(make(pin_memory=True, targets="dense")))
+    assert pinned == [tuple(images.shape), tuple(dense.shape)]

@@ -325,3 +325,19 @@ def test_a_generator_of_its_own_is_warned_of_and_can_be_seeded(make, label_set, 
     assert same(contents(make(transform=seeded)), contents(make(transform=seeded)))
     # Those that fail are no such case: the first crop says so, by name.
     make(transform=failing)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        v2.RandomResizedCrop(24),
+        v2.Compose([v2.RandomHorizontalFlip(), v2.RandomApply([v2.CenterCrop(24)])]),
+        torch.nn.Sequential(v2.RandomCrop(24)),
+    ],
+)
+def test_a_second_crop_is_warned_of(make, label_set, photos, tmp_path, transform):
+    """Pasted from a training on whole images, it would show the student another crop than the teachers saw."""
+    with pytest.warns(UserWarning, match=r"transform contains \w+Crop, and the images are crops already"):
+        make(transform=transform)
+    with pytest.warns(UserWarning, match="the images are crops already"):
+        fd.CropDataset(fd.open_labels(label_set), images=photos, size=24, transform=transform, cache_dir=tmp_path)

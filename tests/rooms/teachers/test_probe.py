@@ -174,7 +174,16 @@ def test_a_dropout_after_the_last_layer_is_always_noticed():
 
 
 def test_half_precision_is_steady_enough(photos, tmp_path):
-    fd.build(photos, tmp_path / "out", teachers=["python:odd_teachers:plain"], crops=2, top_k=2, precision="bf16")
+    settings = {"teachers": ["python:odd_teachers:plain"], "crops": 2, "top_k": 2}
+    half = fd.build(photos, tmp_path / "half", precision="bf16", **settings).manifest
+    single = fd.build(photos, tmp_path / "single", precision="fp32", **settings).manifest
+    assert (half.teachers[0].precision, half.num_images, half.statistics.crops) == ("bf16", 20, 40)
+    # It did run in half precision: its probabilities are others.
+    assert half.statistics != single.statistics or _labels(tmp_path / "half") != _labels(tmp_path / "single")
+
+
+def _labels(folder):
+    return [image.class_prob.tolist() for image in fd.open_labels(folder)]
 
 
 @given(st.sets(st.text("ab_AB019 -", min_size=1, max_size=5), min_size=1, max_size=6))

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ferkd_data as fd
 from ferkd_data import teachers
 from ferkd_data.crops import Crops
 from ferkd_data.demo import efficientnet_lite
@@ -24,7 +25,7 @@ from ferkd_data.images import decode_rgb
 from ferkd_data.replay import replay
 from ferkd_data.teachers import LoadTeacher, Preprocessing, TeacherSpec, load_teacher, load_teachers
 from ferkd_data.teachers.onnx_models import export_onnx
-from ferkd_data.teachers.spec import KINDS, Kind
+from ferkd_data.teachers.spec import KINDS, Kind, parse_specs
 
 LITE = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
 NAMES = st.text("abcXYZ019_-./", min_size=1, max_size=20)
@@ -268,3 +269,13 @@ def test_a_missing_extra_names_the_pip_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'ferkd-data\[timm\]'"):
         load_teacher(TeacherSpec.parse("timm:resnet50"))
+
+
+def test_one_teacher_is_an_ensemble_of_one_and_a_module_is_none():
+    assert parse_specs("timm:resnet18") == parse_specs(["timm:resnet18"]) == (TeacherSpec.parse("timm:resnet18"),)
+    with pytest.raises(
+        UsageError, match=r"given as text, such as 'timm:resnet50', got Linear; .*'python:MODULE:FUNCTION'"
+    ):
+        fd.build("photos", "out", teachers=[torch.nn.Linear(2, 2)])
+    with pytest.raises(UsageError, match=r"build has no setting 'crop'; did you mean 'crops'\?"):
+        fd.build("photos", "out", teachers="timm:resnet18", crop=3)
