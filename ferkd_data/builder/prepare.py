@@ -110,7 +110,7 @@ def with_changes(
                 "crops (n=)"
             )
         changes["crops"] = None
-    _check_effect(settings, changes)
+    _check_effect(changes)
     if "processes" in changes:
         changes["workers"] = renamed_workers(changes.get("workers"), changes.pop("processes"))
     of_settings = {field.name for field in fields(BuildSettings)}
@@ -125,8 +125,8 @@ def with_changes(
     )
 
 
-def _check_effect(settings: BuildSettings, changes: Mapping[str, Any]) -> None:
-    """Raise UsageError for a setting that is given and that the other settings make ineffective."""
+def _check_effect(changes: Mapping[str, Any]) -> None:
+    """Raise UsageError for an option of the crops' distribution that every crop kind replaces."""
     drawn, kinds = changes.get("distribution"), changes.get("crop_kinds")
     if not kinds or drawn is None:
         return

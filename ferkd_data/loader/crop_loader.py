@@ -291,7 +291,7 @@ class CropLoader(DataLoaderLike):
             self._warned_of_discarded = True
             warnings.warn(
                 f"{share:.0%} of the crops so far are of images whose crops are all discarded, and so train as the "
-                "calibration's all_discarded says: it discards too much for these teachers. Lower its thresholds "
+                "calibration's all_discarded says: it discards too much of these labels. Lower its thresholds "
                 '(ferkd-data report shows what they do), or use calibration="fkd"',
                 stacklevel=4,
             )

@@ -326,7 +326,7 @@ def test_keys_and_to_batch(make, built):
 
 def test_other_classes_and_some_images(make, built):
     labels = fd.open_labels(built / "parquet").select(rows=range(12)).map_classes({0: "a", 1: "b"}, keep_images=True)
-    for images, targets in make(labels=labels):
+    for images, targets in make(labels=labels, calibration="fkd"):
         assert targets["local"].dense().shape == (12, 2) and len(images["local"]) == 12
 
 

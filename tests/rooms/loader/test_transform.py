@@ -252,7 +252,7 @@ def failing(crop):
 
 WRONG = {
     "float": (lambda crop: crop.float() / 255, r"it gave torch\.float32 \(3, 24, 24\)"),
-    "smaller": (v2.RandomCrop(16), r"it gave torch\.uint8 \(3, 16, 16\)"),
+    "smaller": (v2.Resize(16), r"it gave torch\.uint8 \(3, 16, 16\)"),
     "grey": (v2.Grayscale(1), r"it gave torch\.uint8 \(1, 24, 24\)"),
     "channels last": (lambda crop: crop.permute(1, 2, 0), r"it gave torch\.uint8 \(24, 24, 3\)"),
     "PIL": (v2.ToPILImage(), "it gave Image"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -165,7 +166,11 @@ def test_crops_of_what_was_dropped_are_discarded(make, source):
     hard = sum(int((image.bucket == 0).sum()) for image in mapped)
     assert hard > sum(int((image.bucket == 0).sum()) for image in labels)
     loader = make(mapped, order="sequential", calibration="ferkd", crops_per_image=10, batch_size=10)
-    images, _ = by_image(loader, 20)
+    # In layout parquet, blocks of few crops have images without a crop in use.
+    with (
+        pytest.warns(UserWarning, match="are all discarded") if loader.labels.manifest.num_blocks > 1 else nullcontext()
+    ):
+        images, _ = by_image(loader, 20)
     everything, _ = by_image(make(mapped, order="sequential", calibration="fkd", crops_per_image=10, batch_size=10), 20)
     for row, image in enumerate(mapped):
         in_use = int((image.bucket > 0).sum())
