@@ -10,12 +10,12 @@ import click
 
 from ferkd_data.errors import UsageError
 
-from .options import TEACHER_HELP, given, json_option, named, print_json
+from .options import TEACHER_HELP, device_option, end_of_help, given, json_option, named, print_json
 
 
 @click.command()
 @click.option("--teacher", "teachers", multiple=True, required=True, metavar="SPEC", help=TEACHER_HELP)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@device_option("auto, cpu, cuda or cuda:N.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
@@ -32,9 +32,9 @@ from .options import TEACHER_HELP, given, json_option, named, print_json
 @click.option(
     "--seconds",
     type=float,
+    metavar="SECONDS",
     default=1.0,
-    show_default=True,
-    help="Seconds per measurement. Each is repeated three times and the median is taken.",
+    help="Seconds per measurement. Each is repeated three times and the median is taken." + end_of_help(1),
 )
 @click.option(
     "--compile/--no-compile",

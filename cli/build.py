@@ -30,6 +30,8 @@ from .options import (
     GroupedCommand,
     config_option,
     default_of,
+    device_option,
+    end_of_help,
     given,
     grouped,
     json_option,
@@ -48,8 +50,16 @@ SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresho
 @click.command(cls=GroupedCommand, renamed={"--processes": "--workers"})
 @click.argument("source")
 @click.argument("out")
+@device_option("auto, cpu, cuda, cuda:N, or several GPUs: cuda:0,1 or all.")
 @teacher_options
-@grouped("--crops", group=LABELS, type=int, default=SETTINGS.crops, show_default=True, help="Crops per image.")
+@grouped(
+    "--crops",
+    group=LABELS,
+    type=int,
+    metavar="N",
+    default=SETTINGS.crops,
+    help="Crops per image." + end_of_help(SETTINGS.crops, limits="1<=x<=65535"),
+)
 @grouped(
     "--crop-kinds",
     group=LABELS,
@@ -62,13 +72,19 @@ SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresho
     "--crops-per-block",
     group=FILES,
     type=int,
+    metavar="N",
     default=SETTINGS.crops_per_block,
-    show_default=True,
     help="Crops in one block file of layout parquet, the unit that a trainer can download alone. Layout webdataset "
-    "has all crops of an image in one tar; the number then is that of `convert --layout parquet`.",
+    "has all crops of an image in one tar; the number then is that of `convert --layout parquet`."
+    + end_of_help(SETTINGS.crops_per_block, limits="x>=1"),
 )
 @grouped(
-    "--top-k", group=LABELS, type=int, default=SETTINGS.top_k, show_default=True, help="Classes kept for each crop."
+    "--top-k",
+    group=LABELS,
+    type=int,
+    metavar="N",
+    default=SETTINGS.top_k,
+    help="Classes kept for each crop." + end_of_help(SETTINGS.top_k, limits="1<=x<=1000"),
 )
 @grouped(
     "--layout",
@@ -82,10 +98,19 @@ SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresho
     "--images-per-shard",
     group=FILES,
     type=int,
+    metavar="N",
     default=SETTINGS.images_per_shard,
-    help="Images per shard.  [default: 4096 for parquet, 1024 for webdataset]",
+    help="Images per shard.  [default: 4096 for parquet, 1024 for webdataset; x>=1]",
 )
-@grouped("--seed", group=LABELS, type=int, default=SETTINGS.seed, show_default=True, help="Seed of the crops.")
+@grouped(
+    "--seed",
+    group=LABELS,
+    type=int,
+    metavar="N",
+    default=SETTINGS.seed,
+    show_default=True,
+    help="Seed of the crops.",
+)
 @grouped(
     "--scale",
     group=LABELS,
@@ -93,8 +118,8 @@ SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresho
     nargs=2,
     metavar="MIN MAX",
     default=SETTINGS.distribution.scale,
-    show_default=True,
-    help="Smallest and largest area of a crop, as a share of the image's area.",
+    help="Smallest and largest area of a crop, as a share of the image's area."
+    + end_of_help(*SETTINGS.distribution.scale),
 )
 @grouped(
     "--ratio",
@@ -103,12 +128,13 @@ SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresho
     nargs=2,
     metavar="MIN MAX",
     default=SETTINGS.distribution.ratio,
-    help="Smallest and largest aspect ratio (width / height) of a crop.  [default: 3/4 4/3]",
+    help="Smallest and largest aspect ratio (width / height) of a crop." + end_of_help(*SETTINGS.distribution.ratio),
 )
 @grouped(
     "--hflip",
     group=LABELS,
     type=float,
+    metavar="P",
     default=SETTINGS.distribution.hflip,
     show_default=True,
     help="Probability of a horizontal flip.",
@@ -125,10 +151,9 @@ SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresho
     "--thresholds",
     group=LABELS,
     default=" ".join(f"{value:g}" for value in (THRESHOLDS.low, THRESHOLDS.mid, THRESHOLDS.top)),
-    show_default=True,
     metavar="LOW MID TOP",
     help="Bucket thresholds, or quantile:LOW,MID,TOP as shares of this label set's own crops. A loader can use others "
-    "later.",
+    "later." + end_of_help(THRESHOLDS.low, THRESHOLDS.mid, THRESHOLDS.top),
 )
 @grouped(
     "--confidence",
@@ -142,9 +167,9 @@ SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresho
     "--max-pixels",
     group=LABELS,
     type=int,
+    metavar="N",
     default=SETTINGS.max_pixels,
-    show_default=True,
-    help="Reject images with more pixels than this.",
+    help=f"Reject images with more pixels than this.  [default: {SETTINGS.max_pixels}; x>=1]",
 )
 @grouped(
     "--batch-size",
@@ -188,9 +213,9 @@ SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresho
     group=CLUSTER,
     type=float,
     default=default_of(fd.builder.stop_on_sigterm, "grace_seconds"),
-    show_default=True,
     metavar="SECONDS",
-    help="Seconds to finish in-progress shards after SIGTERM or SIGHUP before dropping them.",
+    help="Seconds to finish in-progress shards after SIGTERM or SIGHUP before dropping them."
+    + end_of_help(default_of(fd.builder.stop_on_sigterm, "grace_seconds")),
 )
 @grouped(
     "--engine",
@@ -212,9 +237,10 @@ SETTINGS, RESOURCES, THRESHOLDS = fd.BuildSettings(), fd.Resources(), fd.Thresho
     "--gpus-per-teacher",
     group=CLUSTER,
     type=float,
+    metavar="SHARE",
     default=RESOURCES.gpus_per_teacher,
-    show_default=True,
-    help="Share of a GPU per worker on a Ray cluster: 0.5 puts two workers on each GPU.",
+    help="Share of a GPU per worker on a Ray cluster: 0.5 puts two workers on each GPU."
+    + end_of_help(RESOURCES.gpus_per_teacher),
 )
 @grouped(
     "--on-error",

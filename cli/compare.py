@@ -20,6 +20,7 @@ from .terminal import say
 @click.option(
     "--examples",
     type=click.IntRange(min=0),
+    metavar="N",
     default=5,
     show_default=True,
     help="Number of the most different crops to show.",

@@ -40,7 +40,10 @@ TAKEN = {
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--layout", type=click.Choice(["parquet", "webdataset"]), help="Write the label set in this layout.")
 @click.option(
-    "--crops-per-block", type=click.IntRange(min=1), help="Crops per block file.  [default: unchanged; 50 with --from]"
+    "--crops-per-block",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Crops per block file.  [default: unchanged; 50 with --from]",
 )
 @click.option(
     "--from",
@@ -57,25 +60,33 @@ TAKEN = {
 @click.option(
     "--min-crops",
     type=click.IntRange(min=1),
+    metavar="N",
     default=default_of(fd.export_fkd, "min_crops"),
     show_default=True,
     help="With --calibration: least number of crops per file; the --num_crops of FKD's script.",
 )
-@click.option("--images", help="The labelled images. Required for --layout webdataset and for --from.")
-@click.option("--classes", type=click.Path(path_type=Path), help="With --from: class list, as for build.")
+@click.option(
+    "--images", metavar="SOURCE", help="The labelled images. Required for --layout webdataset and for --from."
+)
+@click.option(
+    "--classes", type=click.Path(path_type=Path), metavar="FILE", help="With --from: class list, as for build."
+)
 @click.option(
     "--ids",
     type=click.Path(path_type=Path),
+    metavar="FILE",
     help="With --from dr: text file with the images' keys, in the order of their IDs.",
 )
 @click.option(
     "--num-classes",
     type=click.IntRange(min=2),
-    help="With --from: number of classes.  [default: 1000; dr: from its files]",
+    metavar="N",
+    help="With --from: number of classes.  [default: 1000; with dr, from its files]",
 )
 @click.option(
     "--top-k",
     type=click.IntRange(min=1),
+    metavar="N",
     default=default_of(fd.import_fkd, "top_k"),
     show_default=True,
     help="With --from fkd (full distributions) and relabel: number of classes kept per crop.",
@@ -83,6 +94,7 @@ TAKEN = {
 @click.option(
     "--crops",
     type=click.IntRange(min=1),
+    metavar="N",
     default=default_of(fd.import_relabel, "crops"),
     show_default=True,
     help="With --from relabel: crops per image.",
@@ -90,16 +102,20 @@ TAKEN = {
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
+    metavar="N",
     default=default_of(fd.import_relabel, "seed"),
     show_default=True,
     help="With --from relabel: seed of the crops.",
 )
 @click.option(
-    "--teacher", help="With --from fkd (required) and dr: name of the teacher.  [default: dr: from its files]"
+    "--teacher",
+    metavar="NAME",
+    help="With --from fkd (required) and dr: name of the teacher.  [default: with dr, from its files]",
 )
 @click.option(
     "--teacher-size",
     type=int,
+    metavar="N",
     default=default_of(fd.FkdTeacher, "size"),
     show_default=True,
     help="With --from fkd: input size of the teacher in pixels.",

@@ -19,7 +19,7 @@ CROPS_SHOWN = 3
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--crops", type=int, default=100, show_default=True, help="Crops per image.")
+@click.option("--crops", type=int, metavar="N", default=100, help="Crops per image.  [default: 100; 1<=x<=65535]")
 def command(out: Path, crops: int) -> int:
     """Build a label set of 20 ImageNet photos with three EfficientNet-Lite teachers in the new folder OUT.
 

@@ -10,20 +10,27 @@ import click
 
 from ferkd_data.words import count, percent
 
-from .options import GroupedCommand, json_option, print_json, require_teachers, teacher_options
+from .options import GroupedCommand, device_option, json_option, print_json, require_teachers, teacher_options
 from .overview import left_out
 from .terminal import say
 
 
 @click.command(cls=GroupedCommand)
 @click.argument("source")
+@device_option("auto, cpu, cuda or cuda:N.")
 @teacher_options
 @click.option(
-    "--limit", type=int, default=1000, show_default=True, help="Number of images to evaluate, spread over SOURCE."
+    "--limit",
+    type=int,
+    metavar="N",
+    default=1000,
+    show_default=True,
+    help="Number of images to evaluate, spread over SOURCE.",
 )
 @click.option(
     "--diagnose",
     type=int,
+    metavar="N",
     default=200,
     show_default=True,
     help="Number of images on which to try other common normalisations too; 0: none.",

@@ -28,13 +28,13 @@ COMMANDS = {
     "report": "Write a label set as one HTML page: thresholds, crops, classes, teachers.",
     "compare": "Compare two label sets of the same images.",
     "info": "Print the teachers, settings and shards of a label set.",
+    "stats": "Print the confidence table, buckets and accuracy of a label set.",
     "show": "Show the crops of one image with their labels.",
     "verify": "Check every file, row and count of a label set.",
     "convert": "Change the layout; import FKD, Dataset Reinforcement or ReLabel; export FKD.",
     "merge": "Merge label sets: more teachers, more crops, or more images.",
     "publish": "Send a label set to a folder, an object store or the Hugging Face hub.",
     "pull": "Download a published label set, or a part of it.",
-    "stats": "Print the confidence table, buckets and accuracy of a label set.",
 }
 SIGNALLED = 128
 """Exit statuses above this are those of signals."""

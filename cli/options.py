@@ -127,6 +127,20 @@ def grouped(*names: str, group: str, **settings: Any) -> Callable[[Function], Fu
     return click.option(*names, cls=GroupedOption, group=group, **settings)
 
 
+def end_of_help(*default: float, limits: str = "") -> str:
+    """Return the end of a help text with a default as people type it, in the form that click gives others.
+
+    >>> end_of_help(0.08, 1.0), end_of_help(200, limits="x>=1")
+    ('  [default: 0.08 1]', '  [default: 200; x>=1]')
+    """
+    return f"  [default: {' '.join(f'{value:g}' for value in default)}{limits and f'; {limits}'}]"
+
+
+def device_option(text: str) -> Callable[[Function], Function]:
+    """Make the option --device, whose help says which devices a command takes."""
+    return grouped("--device", group=MACHINE, default="auto", show_default=True, metavar="DEVICE", help=text)
+
+
 def teacher_options(function: Function) -> Function:
     """Add the options that name teachers and say how to run them."""
     options = [
@@ -137,13 +151,6 @@ def teacher_options(function: Function) -> Function:
             type=click.Path(dir_okay=False, path_type=Path),
             help="Class list: one line per class in the order of the teachers' outputs, with the class folder and "
             "optionally a tab and a name. Kaggle's LOC_synset_mapping.txt, timm's class maps and JSON lists also work.",
-        ),
-        grouped(
-            "--device",
-            group=MACHINE,
-            default="auto",
-            show_default=True,
-            help="auto, cpu, cuda or cuda:N. `build` also takes several GPUs: cuda:0,1 or all.",
         ),
         grouped(
             "--precision",
@@ -200,10 +207,11 @@ json_option = grouped("--json", "as_json", group=WATCHING, is_flag=True, help="P
 
 def signature_options(function: Function) -> Function:
     """Add --signed-by and --signer: whose signature of the manifest is required."""
-    signer = click.option("--signer", help="With --signed-by: name of the signer to require.")
+    signer = click.option("--signer", metavar="NAME", help="With --signed-by: name of the signer to require.")
     signed_by = click.option(
         "--signed-by",
         type=click.Path(path_type=Path),
+        metavar="FILE",
         help="OpenSSH file of allowed signers, one of whom must have signed the manifest.",
     )
     # The last one applied comes first in --help.

@@ -17,13 +17,23 @@ from .terminal import say, size
 @click.command(cls=GroupedCommand, renamed={"--workers": "--threads"})
 @click.argument("labels", type=click.Path(path_type=Path))
 @click.argument("url")
-@click.option("--name", help="Title of the label set.  [default: as published before, else the folder's name]")
-@click.option("--license", help="Licence of the labels, such as cc-by-4.0; or `other`.  [required the first time]")
-@click.option("--license-name", help="With --license other: name of the licence.")
-@click.option("--license-link", help="With --license other: URL of the licence.  [default: the file LICENSE in LABELS]")
-@click.option("--image-license", help="Licence of the images, if the label set contains them (layout webdataset).")
-@click.option("--author", help="Person or group that publishes the label set.")
-@click.option("--homepage", help="URL of a page about the label set.")
+@click.option(
+    "--name", metavar="NAME", help="Title of the label set.  [default: as published before, else the folder's name]"
+)
+@click.option(
+    "--license", metavar="NAME", help="Licence of the labels, such as cc-by-4.0; or `other`.  [required the first time]"
+)
+@click.option("--license-name", metavar="NAME", help="With --license other: name of the licence.")
+@click.option(
+    "--license-link",
+    metavar="URL",
+    help="With --license other: URL of the licence.  [default: the file LICENSE in LABELS]",
+)
+@click.option(
+    "--image-license", metavar="NAME", help="Licence of the images, if the label set contains them (layout webdataset)."
+)
+@click.option("--author", metavar="NAME", help="Person or group that publishes the label set.")
+@click.option("--homepage", metavar="URL", help="URL of a page about the label set.")
 @click.option("--citation", help="BibTeX entry, or a sentence, with which to cite the label set.")
 @click.option(
     "--source-dataset",
@@ -33,11 +43,16 @@ from .terminal import say, size
     help="Name on the hub of the data set with the images, such as imagenet-1k. May be repeated.",
 )
 @click.option(
-    "--sign", "sign_with", type=click.Path(path_type=Path), help="OpenSSH key with which to sign the manifest."
+    "--sign",
+    "sign_with",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="OpenSSH key with which to sign the manifest.",
 )
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
+    metavar="N",
     default=default_of(fd.publish, "threads"),
     show_default=True,
     help="Number of files sent at a time.",

@@ -34,6 +34,7 @@ MAX_SHARDS = 10_000_000
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
+    metavar="N",
     default=default_of(fd.pull, "threads"),
     show_default=True,
     help="Number of files fetched at a time.",

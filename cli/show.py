@@ -19,6 +19,7 @@ from .terminal import say
     "--crops",
     "num_crops",
     type=click.IntRange(min=1),
+    metavar="N",
     default=8,
     show_default=True,
     help="Number of crops to show, at most 8 in a picture; of each kind, where there are crop kinds.",

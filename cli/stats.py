@@ -22,6 +22,7 @@ WEAK = 0.75
     "--classes",
     "num_worst",
     type=click.IntRange(min=0),
+    metavar="N",
     default=5,
     show_default=True,
     help="Number of worst classes to show.",

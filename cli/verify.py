@@ -22,24 +22,31 @@ if TYPE_CHECKING:
 
 @click.command(cls=GroupedCommand, renamed={"--workers": "--threads"})
 @click.argument("labels")
-@click.option("--images", help="Also check that each labelled image is in this source, unchanged.")
+@click.option("--images", metavar="SOURCE", help="Also check that each labelled image is in this source, unchanged.")
 @signature_options
 @click.option(
-    "--threads", type=click.IntRange(min=1), help="Number of files checked at a time.  [default: one per core]"
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of files checked at a time.  [default: one per core]",
 )
 @click.option(
     "--max-faults",
     type=click.IntRange(min=1),
+    metavar="N",
     default=default_of(fd.verify, "max_faults"),
     show_default=True,
     help="Number of faults to print.",
 )
 @click.option("--deep", is_flag=True, help="Also label a sample of images again. Needs --images and --teacher.")
 @click.option("--teacher", "teachers", multiple=True, metavar="SPEC", help="With --deep: a teacher, as for build.")
-@click.option("--classes", type=click.Path(path_type=Path), help="With --deep: class list, as for build.")
+@click.option(
+    "--classes", type=click.Path(path_type=Path), metavar="FILE", help="With --deep: class list, as for build."
+)
 @click.option(
     "--sample",
     type=click.IntRange(min=1),
+    metavar="N",
     default=default_of(fd.relabel, "sample"),
     show_default=True,
     help="With --deep: number of images to label again.",

@@ -49,7 +49,9 @@ def main() -> None:
         pin_memory=cuda,
     )
     torch.manual_seed(0)
-    model = torchvision.models.get_model(args.model, num_classes=labels.num_classes).to(device)
+    model = torchvision.models.get_model(args.model, num_classes=labels.num_classes)
+    # As the batches are; otherwise DDP warns that gradient strides do not match its buckets.
+    model = model.to(device, memory_format=torch.channels_last)
     student = DistributedDataParallel(model, device_ids=[device.index] if cuda else None)
     optimiser = torch.optim.AdamW(student.parameters(), lr=args.lr)
     if args.checkpoint.exists():
