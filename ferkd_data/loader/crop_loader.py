@@ -55,6 +55,7 @@ from ferkd_data.replay import Interpolation
 from ferkd_data.selfmix import SelfMix
 from ferkd_data.storage import default_cache_dir, local_path
 from ferkd_data.targets import SoftTargets
+from ferkd_data.words import percent
 
 STATE_VERSION = 1
 CROPS_TO_JUDGE, MOST_DISCARDED = 1000, 0.05
@@ -290,7 +291,7 @@ class CropLoader(DataLoaderLike):
         if share > MOST_DISCARDED and not self._warned_of_discarded:
             self._warned_of_discarded = True
             warnings.warn(
-                f"{share:.0%} of the crops so far are of images whose crops are all discarded, and so train as the "
+                f"{percent(share, 0)} of the crops so far are of images whose crops are all discarded, and so train as the "
                 "calibration's all_discarded says: it discards too much of these labels. Lower its thresholds "
                 '(ferkd-data report shows what they do), or use calibration="fkd"',
                 stacklevel=4,
