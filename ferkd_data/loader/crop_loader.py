@@ -291,8 +291,8 @@ class CropLoader(DataLoaderLike):
         if share > MOST_DISCARDED and not self._warned_of_discarded:
             self._warned_of_discarded = True
             warnings.warn(
-                f"{percent(share, 0)} of the crops so far are of images whose crops are all discarded, and so train as the "
-                "calibration's all_discarded says: it discards too much of these labels. Lower its thresholds "
+                f"{percent(share, 0)} of the crops so far are of images whose crops are all discarded, and so train as "
+                "the calibration's all_discarded says: it discards too much of these labels. Lower its thresholds "
                 '(ferkd-data report shows what they do), or use calibration="fkd"',
                 stacklevel=4,
             )
