@@ -104,8 +104,9 @@ def _cut(image: Any, crops: Crops, known: Preprocessing) -> Tensor:
 
 
 def _row(class_index: Any, class_prob: Any) -> ImageLabels:
-    # `difference` reads these two fields alone.
+    # `difference` reads these fields alone.
     row = object.__new__(ImageLabels)
+    object.__setattr__(row, "target_prob", np.full(len(class_index), np.nan, np.float16))
     object.__setattr__(row, "class_index", class_index)
     object.__setattr__(row, "class_prob", class_prob)
     return row

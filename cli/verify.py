@@ -87,8 +87,8 @@ def command(
     if deep and report.ok:
         again = fd.relabel(labels, images=str(images), **relabelling)
     if as_json:
-        print_json({**report.to_dict(), **({"deep": asdict(again)} if again else {})})
-        return 0 if report.ok and not _differs(again) else 1
+        print_json({**report.to_dict(), **({"deep": {"ok": again.ok, **asdict(again)}} if again else {})})
+        return 0 if report.ok and (again is None or again.ok) else 1
     for warning in report.warnings:
         say(f"warning: {warning}", err=True)
     for fault in report.faults:
@@ -103,24 +103,32 @@ def command(
     )
     if report.signer:
         say(f"the manifest is signed by {report.signer}")
+    if deep and again is None:
+        say("not labelled again: the label set has faults already", err=True)
     if again:
+        _print_again(again, max_faults)
+    return 0 if report.ok and (again is None or again.ok) else 1
+
+
+def _print_again(again: RelabelReport, max_faults: int) -> None:
+    where = f" ({again.furthest})" if again.is_too_far else ""
+    say(
+        f"labelled again: {count(again.crops, 'crop')} of {count(again.images, 'image')}; probabilities differ by "
+        f"at most {again.largest_difference:.4f}{where}, {again.mean_difference:.4f} on average; same most probable "
+        f"class for {percent(again.same_top1)} of the crops"
+    )
+    for text in again.not_labelled[:max_faults]:
+        say(f"not labelled again: {text}")
+    for key in again.other_crops[:max_faults]:
+        say(f"image {key!r}: the manifest's seed gives other crops")
+    for key in again.other_targets[:max_faults]:
+        say(f"image {key!r}: its ground truth is another class here; is --classes that of the build?")
+    for text in again.other_settings[:max_faults]:
+        say(text)
+    if again.is_too_far:
         say(
-            f"labelled again: {count(again.crops, 'crop')} of {count(again.images, 'image')}; probabilities differ by "
-            f"at most {again.largest_difference:.4f}, {again.mean_difference:.4f} on average; same most probable class "
-            f"for {percent(again.same_top1)} of the crops"
+            f"no machine makes such differences (at most {again.limit.largest:g}, {again.limit.mean:g} on average, at "
+            "these precisions): the teachers, their input or the labels are others than the manifest says"
         )
-        for text in again.not_labelled[:max_faults]:
-            say(f"not labelled again: {text}")
-        for key in again.other_crops[:max_faults]:
-            say(f"image {key!r}: the manifest's seed gives other crops")
-        for spec in again.other_weights:
-            say(f"warning: {spec}: its weights are not those of the manifest's teachers", err=True)
-    return 0 if report.ok and not _differs(again) else 1
-
-
-def _differs(again: RelabelReport | None) -> bool:
-    """Tell whether labelling again showed a fault: other crops, or images that could be labelled once.
-
-    How far probabilities may differ depends on the machines, so they decide nothing.
-    """
-    return again is not None and bool(again.other_crops or again.not_labelled)
+    for spec in again.other_weights:
+        say(f"warning: {spec}: its weights are not those of the manifest's teachers", err=True)

@@ -6,13 +6,18 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from label_sets import relist
 from PIL import Image
 
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
+from ferkd_data.format import parquet
+from ferkd_data.relabelling import LIMITS
 from ferkd_data_cli.main import run
 
+FIRST = "python:ferkd_tiny_teachers:first"
 SECOND = "python:ferkd_tiny_teachers:second"
 
 
@@ -21,13 +26,95 @@ def test_the_same_teachers_say_the_same(label_set, photos, tiny_teachers):
     assert (report.images, report.crops, report.other_crops, report.other_weights) == (7, 70, (), ())
     assert report.largest_difference <= 2**-10
     assert report.same_top1 == 1
+    assert report.ok and report.limit == LIMITS["fp32"]
+    # In another order they are the same ensemble.
+    assert fd.relabel(label_set, images=photos, teachers=[SECOND, tiny_teachers], sample=3).ok
 
 
-def test_other_teachers_show(label_set, photos, tiny_teachers):
-    report = fd.relabel(label_set, images=photos, teachers=[SECOND + "?mean=0.9,0.9,0.9"])
-    assert report.images == 20
-    assert report.largest_difference > 0.01
-    assert fd.relabel(label_set, images=photos, teachers=["python:ferkd_tiny_teachers:third"]).other_weights
+OTHERS = {
+    "another normalisation": (
+        [FIRST, SECOND + "?mean=0.9"],
+        "mean is 0.9,0.9,0.9, the label set was made with 0.5",
+    ),
+    "another standard deviation": ([FIRST + "?std=0.3", SECOND], "std is 0.3,0.3,0.3"),
+    "another filter": ([FIRST + "?interpolation=bicubic", SECOND], "interpolation is bicubic"),
+    "another size": ([FIRST, SECOND + "?size=40"], "size is 40, the label set was made with 32"),
+    "another temperature": ([FIRST + "?temperature=1.5", SECOND], "temperature is 1.5, the label set was made with 1"),
+    "other weights in the ensemble": ([FIRST + "?weight=3", SECOND], "share of the ensemble is 0.75"),
+    "a teacher too few": ([FIRST], "1 teacher is given, 2 made the label set"),
+    "a teacher too many": ([FIRST, SECOND, SECOND], "3 teachers are given"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_is_not_as_the_manifest_says_fails(label_set, photos, tiny_teachers, case, call):
+    """The command printed the differences and ended with status 0, however large they were."""
+    teachers, said = OTHERS[case]
+    specs = (word for spec in teachers for word in ("--teacher", spec))
+    status, out, _ = call("verify", label_set, "--images", photos, "--deep", *specs)
+    assert status == 1 and said in out
+
+
+def test_other_weights_fail_by_what_they_say(label_set, photos, tiny_teachers, call):
+    command = ("verify", label_set, "--images", photos, "--deep", "--teacher", FIRST)
+    status, out, err = call(*command, "--teacher", "python:ferkd_tiny_teachers:third")
+    assert status == 1 and "no machine makes such differences" in out
+    assert "its weights are not those of the manifest's teachers" in err
+    # Their settings are those of the manifest.
+    assert "the label set was made with" not in out
+
+
+def test_nearly_the_same_normalisation_is_told_from_the_same(photos, tmp_path, tiny_teachers):
+    """127/255 is 0.498. A real teacher's probabilities are too close to tell it from 0.5, but the manifest knows."""
+    fd.build(photos, tmp_path / "out", teachers=[f"{FIRST}?mean=127/255"], crops=4, top_k=3, device="cpu")
+    assert fd.relabel(tmp_path / "out", images=photos, teachers=[f"{FIRST}?mean=0.498"]).ok
+    report = fd.relabel(tmp_path / "out", images=photos, teachers=[FIRST])
+    assert not report.ok
+    assert report.other_settings == (f"{FIRST}: mean is 0.5,0.5,0.5, the label set was made with 0.498,0.498,0.498",)
+
+
+def test_the_precision_of_the_build_sets_the_limit(photos, tmp_path, tiny_teachers):
+    out = tmp_path / "out"
+    fd.build(photos, out, teachers=[tiny_teachers], crops=8, top_k=3, device="cpu", precision="bf16")
+    report = fd.relabel(out, images=photos, teachers=[tiny_teachers])
+    assert report.ok and report.limit == LIMITS["bf16"]
+    assert report.mean_difference > 1e-4
+    assert fd.relabel(out, images=photos, teachers=[tiny_teachers], precision="bf16").largest_difference <= 2**-10
+
+
+@pytest.mark.parametrize("column", ["class_prob", "target_prob"])
+def test_one_altered_crop_is_found_and_named(copy, photos, tiny_teachers, column):
+    """As long as its image is in the sample."""
+    path = copy / "labels/00001-001.parquet"
+    labels = fd.open_labels(copy)
+    block = labels.raw_block(1, 1)
+    altered = getattr(block, column).copy()
+    altered[2, 3] = np.array([1, 0, 0, 0]) if column == "class_prob" else 1 - altered[2, 3].round()
+    parquet.write(path, replace(block, **{column: altered}))
+    relist(copy)
+    report = fd.relabel(copy, images=photos, teachers=[tiny_teachers, SECOND])
+    assert not report.ok and report.largest_difference > 0.1
+    # Crop 3 of block 1, where a block has 4.
+    assert report.furthest == f"image {block.keys[2]!r} crop 7"
+
+
+def test_another_numbering_of_the_classes_is_named(photos, tmp_path, tiny_teachers, call):
+    backwards = tmp_path / "classes.txt"
+    backwards.write_text("".join(f"class{number}\n" for number in range(9, -1, -1)))
+    settings = {"crops": 4, "top_k": 3, "device": "cpu"}
+    fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], classes=backwards, **settings)
+    # The label set knows its classes.
+    assert fd.relabel(tmp_path / "out", images=photos, teachers=[tiny_teachers], sample=3).ok
+    fd.build(photos, tmp_path / "sorted", teachers=[tiny_teachers], **settings)
+    command = ("verify", tmp_path / "sorted", "--images", photos, "--deep", "--teacher", tiny_teachers)
+    status, out, _ = call(*command, "--classes", backwards)
+    assert status == 1 and "its ground truth is another class here; is --classes that of the build?" in out
+
+
+def test_nothing_is_labelled_again_where_files_have_faults(copy, photos, tiny_teachers, call):
+    (copy / "labels/00001-001.parquet").write_bytes(b"x")
+    status, _, err = call("verify", copy, "--images", photos, "--deep", "--teacher", tiny_teachers)
+    assert status == 1 and "not labelled again: the label set has faults already" in err
 
 
 def test_crops_of_another_seed_are_named(label_set, photos, tiny_teachers, tmp_path):
