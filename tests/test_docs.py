@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import importlib.util
 import inspect
 import re
@@ -99,6 +101,35 @@ def test_loader_docs_name_every_parameter_with_its_default():
         for parameter in parameters
     }
     assert dict(rows) == expected
+
+
+def test_loader_docs_name_every_setting_of_a_calibration_with_its_default():
+    import ferkd_data as fd
+
+    text = (ROOT / "docs/loader.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)=` \| `(.+?)` \| .+ \|$", text, re.MULTILINE))
+    assert {name: ast.literal_eval(default) for name, default in rows.items()} == {
+        field.name: field.default for field in dataclasses.fields(fd.Calibration)
+    }
+
+
+def test_the_query_of_the_readme_gives_the_mean_p_max_of_each_image(label_set):
+    import ferkd_data as fd
+
+    duckdb = pytest.importorskip("duckdb")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (query,) = re.findall(r"^    (select key, round.*?) limit 3$", text, re.MULTILINE | re.DOTALL)
+    assert "'demo-out/labels/labels/**/*-000.parquet'" in query and "[1:-:5]" in query
+    labels = fd.open_labels(label_set)
+    # The demo's label set has 5 classes per crop, this one another number.
+    query = query.replace("[1:-:5]", f"[1:-:{labels.top_k}]")
+    found = duckdb.sql(query.replace("demo-out/labels", str(label_set))).fetchall()
+    block = labels.manifest.crops_per_block
+    expected = {image.key: image.class_prob[:block, 0].astype(float).mean() for image in labels}
+    assert len(found) == len(expected) > 1
+    assert [mean for _, mean in found] == sorted(mean for _, mean in found)
+    for key, mean in found:
+        assert mean == pytest.approx(expected[key], abs=0.006)
 
 
 def test_every_field_of_the_manifest_has_a_meaning():
