@@ -28,7 +28,10 @@ def command(out: Path, crops: int) -> int:
     import ferkd_data as fd
     from ferkd_data.demo import write_demo
     from ferkd_data.labels.statistics import summarise
+    from ferkd_data.storage import local_path
 
+    fd.BuildSettings(crops=crops)  # refuses a number that cannot be, before minutes of exporting
+    out = local_path(out)
     click.echo("writing the photos and exporting the teachers to ONNX ...", err=True)
     demo = write_demo(out)
     labels_there = (out / "labels" / "manifest.json").exists()

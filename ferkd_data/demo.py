@@ -16,11 +16,13 @@ from typing import cast
 from torch import nn
 
 from ferkd_data import extras
+from ferkd_data.errors import UsageError
 from ferkd_data.teachers.onnx_models import export_onnx
-from ferkd_data.teachers.spec import Preprocessing
+from ferkd_data.teachers.spec import Preprocessing, TeacherSpec
 
 SIZES = {0: 224, 1: 240, 2: 260}
 """Input size in pixels of each EfficientNet-Lite, by its number."""
+TEACHERS, PHOTOS = "teachers", "photos"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +40,26 @@ class Demo:
 def write_demo(folder: Path) -> Demo:
     """Write photos, class names and teachers into `folder`; existing photos and teachers are kept.
 
-    Raises MissingExtraError without the extra `demo`.
+    Raises UsageError for a folder that holds something and no demo, MissingExtraError without the extra `demo`.
     """
-    specs = [f"onnx:{_write_teacher(folder / 'teachers', number)}" for number in SIZES]
-    return Demo(photos=_write_photos(folder / "photos"), classes=_write_classes(folder), teachers=tuple(specs))
+    _check_folder(folder)
+    # Before anything is written: no spec can name some paths.
+    specs = [str(TeacherSpec(kind="onnx", name=str(_teacher_file(folder, number)))) for number in SIZES]
+    for number in SIZES:
+        _write_teacher(_teacher_file(folder, number), number)
+    return Demo(photos=_write_photos(folder / PHOTOS), classes=_write_classes(folder), teachers=tuple(specs))
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise UsageError for a folder with other things, which a demo would be mixed with."""
+    names = [] if not folder.exists() else sorted(path.name for path in folder.iterdir())
+    # Teachers are written first, so a demo always has them.
+    if names and TEACHERS not in names:
+        raise UsageError(f"{folder}: holds {names[0]!r} and no demo; give a new folder")
+
+
+def _teacher_file(folder: Path, number: int) -> Path:
+    return folder / TEACHERS / f"efficientnet-lite{number}.onnx"
 
 
 def _synsets() -> list[tuple[str, str]]:
@@ -70,13 +88,11 @@ def _write_classes(folder: Path) -> Path:
     return path
 
 
-def _write_teacher(folder: Path, number: int) -> Path:
-    path = folder / f"efficientnet-lite{number}.onnx"
+def _write_teacher(path: Path, number: int) -> None:
     if not path.exists():
         # (pixel - 127) / 128; the package's own documentation states another normalisation, which is wrong.
         known = Preprocessing(size=SIZES[number], mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
         export_onnx(efficientnet_lite(number), path, preprocessing=known)
-    return path
 
 
 def efficientnet_lite(number: int) -> nn.Module:

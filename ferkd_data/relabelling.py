@@ -24,6 +24,7 @@ from ferkd_data.format.manifest import Manifest, TeacherEntry
 from ferkd_data.images import ClassList, ImageRef, Reject, read_class_list
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.labels.rows import ImageLabels
+from ferkd_data.storage import expanded
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.spec import parse_specs
 from ferkd_data.words import count
@@ -203,7 +204,7 @@ def _job(
     manifest = labels.manifest
     return Job(
         source=str(images),
-        classes=_known_classes(labels) if classes is None else read_class_list(Path(classes).expanduser()),
+        classes=_known_classes(labels) if classes is None else read_class_list(expanded(classes)),
         # Nothing is written: rows are compared in memory.
         out=None,
         teachers=parse_specs(teachers),

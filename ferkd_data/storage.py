@@ -295,7 +295,15 @@ def local_path(path: str | Path) -> Path:
     if URL_AS_PATH.match(text):
         raise UsageError(f"{text}: is a URL; give a path on this host")
     url = FILE_URL.match(text)
-    return Path(unquote(text[url.end() :])) if url else Path(text).expanduser()
+    return Path(unquote(text[url.end() :])) if url else expanded(text)
+
+
+def expanded(path: str | Path) -> Path:
+    """Replace a leading `~` by the home folder. A user that does not exist stays as it is, as in a shell.
+
+    pathlib's own method raises a RuntimeError then.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def shown(path: str | Path) -> str:

@@ -20,6 +20,7 @@ from ferkd_data.format.manifest_file import FILE_NAME, MAX_MANIFEST_BYTES, parse
 from ferkd_data.images import ImageSource
 from ferkd_data.labels.buckets import QuantileThresholds
 from ferkd_data.remote import open_remote
+from ferkd_data.storage import expanded
 from ferkd_data.teachers import TeacherSpec
 
 WAY_OUT = "use another folder, --extend to add to it, or --overwrite to replace it"
@@ -189,12 +190,12 @@ def _is_newer(location: Path | str, teachers: Sequence[TeacherSpec]) -> bool:
 def _files_of(spec: TeacherSpec) -> Iterator[Path]:
     """Yield the files that a spec names, also weights beside an ONNX file and those in a folder."""
     for name in filter(None, (spec.name, spec.checkpoint, spec.names, spec.templates)):
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path.is_file():
             # With model.onnx.data, which PyTorch writes beside model.onnx.
             yield from path.parent.glob(f"{glob.escape(path.name)}*")
     # Other names are those of models; a folder of the same name may lie here by chance.
     _, is_local, place = spec.name.rpartition("local-dir:")
     for folder in filter(None, (spec.checkpoint, place if is_local else None)):
-        if Path(folder).expanduser().is_dir():
-            yield from filter(Path.is_file, Path(folder).expanduser().rglob("*"))
+        if expanded(folder).is_dir():
+            yield from filter(Path.is_file, expanded(folder).rglob("*"))

@@ -31,7 +31,7 @@ from ferkd_data.format.manifest import TeacherEntry
 from ferkd_data.format.manifest_file import identity_of, read_manifest_bytes
 from ferkd_data.images import ClassList, ImageSource, describe_left_out, read_class_list
 from ferkd_data.labels.buckets import QuantileThresholds
-from ferkd_data.storage import is_url
+from ferkd_data.storage import expanded, is_url
 from ferkd_data.teachers import Teacher, TeacherSpec, load_teachers
 from ferkd_data.teachers.probe import check_class_count, check_class_orders
 from ferkd_data.teachers.spec import parse_specs
@@ -69,7 +69,7 @@ def make_request(source: str | Path, out: str | Path, **arguments: Unpack[BuildK
     classes, on_error = given.pop("classes", None), given.pop("on_error", "reject")
     location = location_of(out)
     base = _base(location) if given.pop("extend", False) else None
-    class_list = None if classes is None else read_class_list(Path(classes).expanduser())
+    class_list = None if classes is None else read_class_list(expanded(classes))
     # In an extension, what the caller gave is compared with the label set, and what is left out is taken from it. A
     # BuildSettings gives all of its fields.
     wanted = {**(vars(settings) if settings else {}), **given}
@@ -308,7 +308,7 @@ def _base(location: Path | str) -> Base:
 def _absolute(source: str) -> str:
     if is_url(source):
         return source
-    path = Path(source).expanduser()
+    path = expanded(source)
     # SOURCE may be a pattern. Behind a working folder whose name has a bracket it would mean something else.
     return source if any(mark in str(Path.cwd()) for mark in "*?[{") and not path.exists() else str(path.absolute())
 

@@ -42,7 +42,7 @@ from ferkd_data.format.manifest_file import FILE_NAME, identity_of, read_manifes
 from ferkd_data.format.rejects import REJECTS_FILE, REJECTS_NAME
 from ferkd_data.format.writers import SHARD_FILE
 from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
-from ferkd_data.storage import write_atomically
+from ferkd_data.storage import expanded, write_atomically
 
 PART_LOCK = re.compile(r"part-(\d+)-of-(\d+)")
 EXTENDS = "extends"
@@ -239,7 +239,7 @@ def alone_in(path: Path) -> Iterator[None]:
 
 def digest_of_location(source: str) -> str:
     """Return the SHA-256 of where SOURCE is: of its absolute path, or of its URL."""
-    location = source if "://" in source else str(Path(source).expanduser().absolute())
+    location = source if "://" in source else str(expanded(source).absolute())
     return hashlib.sha256(location.encode("utf-8", "surrogateescape")).hexdigest()
 
 

@@ -21,6 +21,7 @@ from ferkd_data.format import crop_arrays, parquet, webdataset
 from ferkd_data.format.manifest import Manifest
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.rows import UNKNOWN_TARGET, class_index_dtype
+from ferkd_data.storage import is_utf8, shown
 
 MARK = re.compile(r"<!-- ferkd-data card (\{.*\}) -->")
 """The line of a generated card that holds its fields and the identity of its label set as JSON."""
@@ -85,6 +86,11 @@ def completed(given: CardFields, cards: list[str], *, identity: str, folder_name
 
 def check_fields(given: CardFields, manifest: Manifest, *, has_license_file: bool = True) -> None:
     """Raise UsageError where the card would leave readers without a licence."""
+    for field in fields(CardFields):
+        value = getattr(given, field.name) or ()
+        for text in (value,) if isinstance(value, str) else value:
+            if not is_utf8(text):
+                raise UsageError(f"{field.name}: {shown(text)} is not UTF-8; is that the encoding of this terminal?")
     if not given.license:
         raise UsageError("give the licence of the labels, such as --license cc-by-4.0")
     if manifest.layout == "webdataset" and not given.image_license:

@@ -16,7 +16,7 @@ from ferkd_data.images.parquet import ParquetSource
 from ferkd_data.images.parquet_columns import holds_images
 from ferkd_data.images.refs import LeftOut
 from ferkd_data.images.tars import TarSource
-from ferkd_data.storage import expand, is_url, is_utf8, shown
+from ferkd_data.storage import expand, expanded, is_url, is_utf8, shown
 
 LEVELS = 3
 """Folders above a Parquet file, counted from SOURCE: SOURCE/CONFIG/SPLIT/0000.parquet has three."""
@@ -39,7 +39,7 @@ def open_source(
     Raises SourceError where nothing is found, where it is none of these, and where it is ambiguous, such as a folder of
     the splits train and val.
     """
-    listed = read_class_list(classes.expanduser()) if isinstance(classes, Path) else classes
+    listed = read_class_list(expanded(classes)) if isinstance(classes, Path) else classes
     text = os.path.expanduser(str(source))  # noqa: PTH111 (a pattern or a URL is no path)
     path = Path(text)
     if path.is_dir():

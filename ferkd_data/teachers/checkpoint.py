@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ferkd_data import extras
 from ferkd_data.errors import TeacherError
+from ferkd_data.storage import expanded
 
 WRAPPERS = (
     "state_dict_ema",
@@ -54,7 +55,7 @@ def load_checkpoint(module: nn.Module, path: Path, *, teacher: str) -> None:
 
     Raises TeacherError for a file that cannot be read safely, for missing or unexpected keys, and for wrong shapes.
     """
-    path = path.expanduser()
+    path = expanded(path)
     # A dictionary of references: the module's own tensors are replaced by `load_state_dict` alone, after every check.
     wanted = module.state_dict()
     state = _fitting(_unwrapped(_read(path, teacher), path, teacher), wanted, path, teacher)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ferkd_data import extras
 from ferkd_data.errors import TeacherError
+from ferkd_data.storage import expanded
 from ferkd_data.teachers.digest import module_digest
 from ferkd_data.teachers.module_teacher import ModuleTeacher
 from ferkd_data.teachers.spec import TeacherSpec, preprocessing_of
@@ -40,7 +41,7 @@ class HfClassifier(nn.Module):
 def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
     """Load a model and its image processor. Raises TeacherError, MissingExtraError."""
     transformers = extras.require("transformers", extra="hf", what_for=f"teacher {spec}")
-    source = str(Path(spec.checkpoint).expanduser()) if spec.checkpoint else spec.name
+    source = str(expanded(spec.checkpoint)) if spec.checkpoint else spec.name
     if spec.checkpoint and not Path(source).is_dir():
         raise TeacherError(f"teacher {spec}: no folder {source}; it must contain the files that save_pretrained writes")
     try:

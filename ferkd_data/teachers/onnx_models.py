@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ferkd_data import extras
 from ferkd_data.errors import TeacherError
-from ferkd_data.storage import write_atomically
+from ferkd_data.storage import expanded, write_atomically
 from ferkd_data.teachers.digest import onnx_digest, with_choices
 from ferkd_data.teachers.module_teacher import normalisation, two_pictures
 from ferkd_data.teachers.outputs import check_activation, check_shape, to_logits
@@ -51,7 +51,7 @@ class OnnxTeacher:
 
     def __init__(self, spec: TeacherSpec, *, device: str, precision: Precision) -> None:
         runtime = extras.require("onnxruntime", extra="onnx", what_for=f"teacher {spec}")
-        path = Path(spec.name).expanduser()
+        path = expanded(spec.name)
         if not path.is_file():
             raise TeacherError(f"teacher {spec}: no such file")
         if precision != "fp32":

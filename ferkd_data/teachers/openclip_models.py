@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ferkd_data import extras
 from ferkd_data.errors import SourceError, TeacherError
 from ferkd_data.images import read_class_list
-from ferkd_data.storage import read_text
+from ferkd_data.storage import expanded, read_text
 from ferkd_data.teachers.digest import module_digest
 from ferkd_data.teachers.module_teacher import ModuleTeacher
 from ferkd_data.teachers.spec import TeacherSpec, preprocessing_of
@@ -56,7 +55,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
     try:
         model = open_clip.create_model(
             spec.name,
-            pretrained=str(Path(spec.checkpoint).expanduser()) if spec.checkpoint else None,
+            pretrained=str(expanded(spec.checkpoint)) if spec.checkpoint else None,
             # Otherwise open_clip goes on with random weights, and only logs it.
             require_pretrained=True,
             force_image_size=spec.size,
@@ -99,7 +98,7 @@ def _names(spec: TeacherSpec, open_clip: Any) -> list[str]:
     if spec.names == IMAGENET:
         return list(open_clip.IMAGENET_CLASSNAMES)
     try:
-        listed = read_class_list(Path(spec.names).expanduser())
+        listed = read_class_list(expanded(spec.names))
     except SourceError as error:
         raise TeacherError(f"teacher {spec}: {error}") from error
     if all(NO_NAME.fullmatch(name) for name in listed.names):
@@ -132,7 +131,7 @@ def _filled(template: str, name: str) -> str:
 
 def _lines(spec: TeacherSpec, file: str) -> list[str]:
     try:
-        lines = read_text(Path(file).expanduser()).splitlines()
+        lines = read_text(expanded(file)).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TeacherError(f"teacher {spec}: {file} cannot be read: {error}") from error
     while lines and not lines[-1].strip():

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ferkd_data.errors import FerkdError, TeacherError
-from ferkd_data.storage import sha256_file
+from ferkd_data.storage import expanded, sha256_file
 from ferkd_data.teachers.checkpoint import load_checkpoint
 from ferkd_data.teachers.digest import module_digest
 from ferkd_data.teachers.module_teacher import ModuleTeacher
@@ -29,7 +29,7 @@ KNOWN = ("size", "interpolation", "mean", "std", "crop_pct")
 
 def load_torchscript(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
     """Load a TorchScript file. Raises TeacherError."""
-    path = Path(spec.name).expanduser()
+    path = expanded(spec.name)
     if not path.is_file():
         raise TeacherError(f"teacher {spec}: no such file")
     try:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from ferkd_data.errors import TeacherError, UsageError
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
-from ferkd_data.storage import is_utf8, shown
+from ferkd_data.storage import expanded, is_utf8, shown
 
 Kind: TypeAlias = Literal["timm", "torchvision", "hf", "openclip", "onnx", "torchscript", "python"]
 Activation: TypeAlias = Literal["logits", "probabilities", "sigmoid"]
@@ -201,7 +200,7 @@ class TeacherSpec:
             key, equals, value = option.partition("=")
             if key not in OPTIONS or not equals:
                 # wget writes model.onnx?download=true; a folder may be called a?b.
-                is_file = "/" in option or Path(rest).expanduser().exists()
+                is_file = "/" in option or expanded(rest).exists()
                 hint = "; a name with a ? in it cannot be given: rename the file or folder, or link to it"
                 raise UsageError(
                     f"teacher {text!r}: unknown option {option!r}; options are {', '.join(OPTIONS)}"

@@ -149,3 +149,40 @@ def test_a_label_set_in_such_a_folder_is_refused_before_its_files_are_blamed(
 def test_so_is_a_teacher_s_file(call, photos, tmp_path, tiny_teachers):
     status, _, err = call("build", photos, tmp_path / "out", "--teacher", f"onnx:{BAD}.onnx", *TINY)
     assert status == 2 and r"onnx:caf\xe9.onnx: the name is not UTF-8" in err
+
+
+def test_the_home_of_a_user_that_does_not_exist_is_an_ordinary_name(call, photos, tmp_path, monkeypatch, tiny_teachers):
+    """pathlib ended every command with a RuntimeError."""
+    monkeypatch.chdir(tmp_path)
+    place = "~no-such-user/labels"
+    for command in (
+        ("info", place),
+        ("pull", place, "out"),
+        ("verify", place),
+        ("evaluate", place, "--teacher", TEACHER),
+    ):
+        status, _, err = call(*command)
+        assert status == 1 and "no-such-user" in err and "unexpected" not in err
+    for name in (f"onnx:{place}", f"{TEACHER}@{place}", f"torchscript:{place}"):
+        status, _, err = call("build", photos, "out", "--teacher", name, *TINY)
+        assert status == 1 and "no-such-user" in err and "unexpected" not in err
+    status, _, err = call("build", photos, "out", "--teacher", TEACHER, *TINY, "--classes", place)
+    assert status == 1 and "no-such-user" in err and "unexpected" not in err
+
+
+@pytest.mark.parametrize("option", ["--name", "--author", "--homepage", "--citation", "--source-dataset", "--license"])
+def test_a_field_of_a_card_that_is_not_utf8_is_named(option, call, label_set, tmp_path):
+    license_ = () if option == "--license" else ("--license", "mit")
+    status, _, err = call("publish", label_set, tmp_path / "public", *license_, option, BAD)
+    assert status == 2 and r"caf\xe9 is not UTF-8" in err
+    assert not (tmp_path / "public").exists()
+
+
+def test_a_demo_is_not_written_into_a_folder_of_other_things(call, copy):
+    """It wrote photos and teachers there before it refused."""
+    before = sorted(copy.iterdir())
+    status, _, err = call("demo", copy)
+    assert status == 2 and "holds 'labels' and no demo; give a new folder" in err
+    assert call("demo", copy.parent / "new", "--crops", "0")[0] == 2
+    assert call("demo", copy.parent / "a?b")[0] == 2
+    assert sorted(copy.iterdir()) == before and not (copy.parent / "new").exists()
