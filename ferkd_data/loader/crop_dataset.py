@@ -161,7 +161,7 @@ class CropDataset(Dataset[Item]):
         cache = local_path(cache_dir) if cache_dir else default_cache_dir()
         _, self._maker = open_maker(labels, images, settings, cache, at_random=True)
         self._crops_per_image = crops_per_image
-        self.shared = SharedEpoch(len(self), self.turns.per_rank)
+        self._shared = SharedEpoch(len(self), self.turns.per_rank)
         # In the main process, before a DataLoader's workers all ask for the same block.
         self._maker.prepare_blocks(0)
 
@@ -197,6 +197,14 @@ class CropDataset(Dataset[Item]):
         )
 
     @property
+    def shared(self) -> SharedEpoch:
+        """The state that the worker processes of this rank share."""
+        return self._shared.of(self._ranks())
+
+    def _ranks(self) -> Ranks:
+        return ranks_now(self._rank, self._world_size)
+
+    @property
     def epoch(self) -> int:
         """The epoch of the last `set_epoch`, else 0."""
         return self.shared.epoch
@@ -230,7 +238,12 @@ class CropDataset(Dataset[Item]):
 
     def _warn_if_ranks_count_apart(self, visits: Sequence[tuple[int, int]]) -> None:
         """Warn, once, where a rank's own count of a row's readings stands in for the epoch of a training of several."""
-        ranks = ranks_now(self._rank, self._world_size)
+        ranks = self._ranks()
+        if self.turns.repeats > 1 and 1 < ranks.world_size != self.turns.world_size:
+            raise UsageError(
+                f"this CropDataset was made before the process group of {ranks.world_size} processes: with repeats= "
+                "they would all give the same crops. Make it afterwards, in each process, or give rank and world_size"
+            )
         if ranks.world_size == 1 or self.turns.count > 1 or self.shared.calls:
             return
         if any(epoch for epoch, _ in visits) and self.shared.first_warning():
@@ -243,9 +256,7 @@ class CropDataset(Dataset[Item]):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Fix the ranks for worker processes, in which torch.distributed is not initialised."""
-        rank, world_size = ranks_now(self._rank, self._world_size)
-        return {**self.__dict__, "_rank": rank, "_world_size": world_size}
+        return _with_ranks(self.__dict__, self._ranks())
 
     def numbered(self, sampler: Iterable[int]) -> NumberedSampler:
         """Return the sampler's rows, each with the number of its reading, counted where the sampler runs.
@@ -346,7 +357,7 @@ class CropStream(IterableDataset[Item]):
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be this epoch; reaches worker processes that live on."""
         epoch = epoch_number(epoch)
-        self._shared.set_epoch(epoch)
+        self._shared.of(self._ranks()).set_epoch(epoch)
         self.dataset.prepare(epoch)
 
     def __iter__(self) -> Iterator[Item]:
@@ -358,7 +369,7 @@ class CropStream(IterableDataset[Item]):
                 "Accelerate (also in HF Trainer) deals this stream's images out to the processes, and so does the "
                 "stream itself: an epoch would have a part of them. Leave its DataLoader out of accelerator.prepare"
             )
-        return self._items(self._shared.begin_run(self._tokens.next(), self.dataset.shared), ranks)
+        return self._items(self._shared.of(ranks).begin_run(self._tokens.next(), self.dataset.shared), ranks)
 
     def _items(self, epoch: int, ranks: Ranks) -> Iterator[Item]:
         worker = get_worker_info()
@@ -375,9 +386,15 @@ class CropStream(IterableDataset[Item]):
         return ranks_now(self._rank, self._world_size)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Fix the ranks for worker processes, in which torch.distributed is not initialised."""
-        rank, world_size = self._ranks()
-        return {**self.__dict__, "_rank": rank, "_world_size": world_size}
+        return _with_ranks(self.__dict__, self._ranks())
+
+
+def _with_ranks(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Fix the ranks in a pickled state, for worker processes, in which torch.distributed is not initialised.
+
+    A process alone may also send its data set to processes that are ranks themselves, as `mp.spawn` does.
+    """
+    return {**state, **({"_rank": ranks.rank, "_world_size": ranks.world_size} if ranks.world_size > 1 else {})}
 
 
 def _is_dealt_out_by_accelerate(stream: CropStream) -> bool:

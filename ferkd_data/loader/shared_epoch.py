@@ -1,22 +1,26 @@
 """State that the processes which read one data set share: the epoch, and which of its crops each row gives next.
 
 It lies in a temporary file that all of them map: worker processes by fork, spawn or fork server, whether they live for
-one epoch or for many. A lock on the file makes each change one step.
+one epoch or for many. A lock on the file makes each change one step. Each of several processes that train together has
+a file of its own (`SharedEpoch.of`), also where all of them have copies of one data set, as those do that were forked.
 """
 
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import get_worker_info
 
+from ferkd_data.loader.settings import Ranks
 from ferkd_data.scratch import Scratch, owner_is_gone
 
 FILE_NAME = "epoch.bin"
@@ -30,6 +34,7 @@ HEADER = np.dtype(
         ("calls", "<i8"),
         ("begun", "<i8"),
         ("followed", "<i8"),
+        ("owner", "<i8"),
         ("runs", "<i8"),
         ("run", "<i8", (RUNS, 3)),
         ("joined", "<u8", (RUNS, WORKER_WORDS)),
@@ -52,10 +57,41 @@ class SharedEpoch:
         self._scratch = Scratch("epoch")
         self._path = self._scratch.path / FILE_NAME
         self._num_rows, self._per_epoch = num_rows, per_epoch
-        # Sparse: rows that are never read take no space.
-        with self._path.open("xb") as file:
-            file.truncate(HEADER.itemsize + 8 * max(num_rows, 1))
+        self._make(self._path)
         self._open()
+
+    def of(self, ranks: Ranks) -> SharedEpoch:
+        """Return the state of one process of several that train together; it begins with this epoch.
+
+        Ranks begin their epochs at different moments, so they must not move each other on.
+        """
+        if ranks.world_size == 1:
+            return self
+        if ranks not in self._of_ranks:
+            path = self._path.with_name(f"epoch-{ranks.rank}-of-{ranks.world_size}.bin")
+            # Two workers of a rank may come first at once. A file of a rank that has ended is one of an earlier
+            # training, which may have been left at another epoch than those of other ranks.
+            with self._locked():
+                if not path.exists() or not _is_alive(int(np.fromfile(path, HEADER, 1)["owner"][0])):
+                    self._make(path, self._header)
+            self._of_ranks[ranks] = copy = SharedEpoch.__new__(SharedEpoch)
+            copy.__setstate__(self.__getstate__() | {"_path": path})
+        return self._of_ranks[ranks]
+
+    def _make(self, path: Path, like: Any = None) -> None:
+        """Make a file of rows that were never read, with the epoch of another one."""
+        header = np.zeros((), HEADER)
+        for name in ("epoch", "calls", "followed"):
+            header[name] = 0 if like is None else like[name]
+        parent = multiprocessing.parent_process()
+        # A DataLoader's worker makes it for the process that trains.
+        header["owner"] = os.getpid() if get_worker_info() is None or parent is None else parent.pid
+        aside = path.with_suffix(".new")
+        with aside.open("wb") as file:
+            file.write(header.tobytes())
+            # Sparse: rows that are never read take no space.
+            file.truncate(HEADER.itemsize + 8 * max(self._num_rows, 1))
+        aside.rename(path)
 
     @property
     def epoch(self) -> int:
@@ -144,6 +180,7 @@ class SharedEpoch:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
     def _open(self) -> None:
+        self._of_ranks: dict[Ranks, SharedEpoch] = {}
         self._descriptor = os.open(self._path, os.O_RDWR)
         weakref.finalize(self, os.close, self._descriptor)
         self._header: Any = np.memmap(self._path, HEADER, "r+", shape=())
@@ -160,6 +197,16 @@ class SharedEpoch:
             self._open()
         except FileNotFoundError as error:
             raise owner_is_gone(self._path) from error
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # of another user
+    return True
 
 
 class RunToken(NamedTuple):

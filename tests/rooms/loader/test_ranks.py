@@ -64,6 +64,74 @@ def test_those_of_torch_distributed(label_set, photos, tmp_path, when):
     assert done.returncode == 0 and done.stdout.count("done") == 2, done.stderr[-3000:]
 
 
+SENT = """
+import itertools, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils.data import DataLoader, DistributedSampler
+import ferkd_data as fd
+
+def crops(loader):
+    return [image.numpy().tobytes() for images, _ in loader for image in images]
+
+def train(rank, data, stream, repeated, store, epochs):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    # As trainings do, for weights that begin alike: worker processes of both ranks then have the same seeds.
+    torch.manual_seed(0)
+    sampler = DistributedSampler(data)
+    for num_workers in (1, 0):
+        streamed = DataLoader(stream, batch_size=5, collate_fn=data.collate, num_workers=num_workers)
+        sampled = DataLoader(data, batch_size=5, sampler=sampler, collate_fn=data.collate, num_workers=num_workers)
+        for epoch in range(epochs or rank + 1):
+            sampler.set_epoch(epoch)
+            data.set_epoch(epoch)
+            everyone = [crops(streamed), crops(sampled)]
+            if epochs:
+                gathered = [None, None]
+                dist.all_gather_object(gathered, everyone)
+                for first, second in zip(*gathered):
+                    assert len(first) == len(second) == 10 and len({*first, *second}) == 20, (num_workers, epoch)
+                    SEEN.append({*first, *second})
+    try:
+        repeated[0]
+    except fd.errors.UsageError as error:
+        print("refused" if "made before the process group of 2 processes" in str(error) else error, flush=True)
+    if epochs:
+        streams, samples = SEEN[::2], SEEN[1::2]
+        # The stream goes on from epoch to epoch; the data set is told the same two epochs again.
+        assert not any(a & b for a, b in itertools.combinations(streams, 2)), "the stream gave an epoch again"
+        assert samples[:2] == samples[2:] and not samples[0] & samples[1]
+        print("done", flush=True)
+    dist.destroy_process_group()
+
+SEEN = []
+if __name__ == "__main__":
+    labels, photos, cache, method = sys.argv[1:]
+    settings = dict(images=photos, size=16, calibration="fkd", cache_dir=cache)
+    labels = fd.open_labels(labels)
+    data, streamed, repeated = (fd.CropDataset(labels, repeats=count, **settings) for count in (1, 1, 3))
+    # The first training ends in the middle, its ranks in different epochs; the second one begins anew.
+    stream = streamed.stream()
+    for epochs in (0, 2):
+        args = (data, stream, repeated, Path(cache) / f"store{epochs}", epochs)
+        mp.start_processes(train, args, nprocs=2, start_method=method)
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_data_set_that_is_sent_to_ranks_is_each_ones_own(label_set, photos, tmp_path, method):
+    """`mp.spawn(train, args=(dataset,))`, a notebook's launcher, Lightning's ddp_spawn and ddp_fork."""
+    script = tmp_path / "sent.py"
+    script.write_text(SENT)
+    command = [sys.executable, script, label_set, photos, tmp_path, method]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0 and done.stdout.count("done") == 2, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("refused") == 4
+
+
 @pytest.fixture
 def make(label_set, photos, tmp_path):
     def make_(**changes):
