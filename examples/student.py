@@ -82,7 +82,8 @@ def top1(student: nn.Module, folder: Path, labels: fd.LabelSet, size: int, devic
     """Count, in percent, how many photos of the class folders get their own class."""
     cut = v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
     photos = ImageFolder(folder, cut)
-    number = torch.tensor([(labels.class_names or ()).index(name) for name in photos.classes])
+    # ImageFolder numbers its folders by itself.
+    number = torch.from_numpy(labels.class_numbers(photos.classes))
     student.eval()
     right = sum(
         int((student(fd.normalize(images.to(device))).argmax(1).cpu() == number[targets]).sum())

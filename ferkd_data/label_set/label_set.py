@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
-from ferkd_data.class_map import ClassMap, NewClasses, make_class_map
+from ferkd_data.class_map import ClassMap, NewClasses, class_numbers, make_class_map
 from ferkd_data.crop_kinds import CropKind
 from ferkd_data.errors import ShardError, UsageError
 from ferkd_data.format.manifest import FileEntry, Manifest, ShardEntry
@@ -141,6 +141,21 @@ class LabelSet:
     def class_folders(self) -> tuple[str, ...] | None:
         """The class folder of each class, where the build numbered the classes by these; None under a class map."""
         return None if self.class_map is not None else self.manifest.source.class_folders
+
+    def class_numbers(self, classes: int | str | Iterable[int | str]) -> npt.NDArray[np.int64]:
+        """Return the numbers (n,) of classes given by name, by a synonym in their name, by class folder or by number.
+
+        Data sets number classes for themselves: torchvision's ImageFolder sorts its folders, of which an evaluation set
+        may have fewer. So its targets become those of this label set:
+
+            number = torch.from_numpy(labels.class_numbers(dataset.classes))  # number[target]
+
+        >>> labels.class_numbers(["name 3", 0]).tolist()
+        [3, 0]
+
+        Raises UsageError that lists some of the unknown ones, and for a word that several classes have.
+        """
+        return class_numbers(classes, num_classes=self.num_classes, names=self.class_names, folders=self.class_folders)
 
     @property
     def statistics(self) -> Statistics:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
-from ferkd_data.class_map import NAMES_SHOWN, class_numbers
+from ferkd_data.class_map import NAMES_SHOWN
 from ferkd_data.errors import UsageError
 from ferkd_data.format.manifest import ShardEntry
 from ferkd_data.labels.rows import ShardLabels
@@ -35,11 +35,7 @@ class Selectable(Protocol):
     @property
     def num_classes(self) -> int: ...
 
-    @property
-    def class_names(self) -> tuple[str, ...] | None: ...
-
-    @property
-    def class_folders(self) -> tuple[str, ...] | None: ...
+    def class_numbers(self, classes: Any) -> npt.NDArray[np.int64]: ...
 
     def __len__(self) -> int: ...
 
@@ -153,9 +149,7 @@ def _key_mask(labels: Selectable, keys: Iterable[str]) -> Mask:
 
 def _class_mask(labels: Selectable, classes: Any, kept: Mask) -> Mask:
     wanted = np.zeros(labels.num_classes, np.bool_)
-    wanted[
-        class_numbers(classes, num_classes=labels.num_classes, names=labels.class_names, folders=labels.class_folders)
-    ] = True
+    wanted[labels.class_numbers(classes)] = True
     return _by_shard(labels, kept, lambda shard: in_classes(labels.targets_of(shard), wanted))
 
 

@@ -80,6 +80,18 @@ def test_classes_by_number_and_by_name(labels):
     assert same_as_whole(labels.select(classes=range(3)), labels)
 
 
+def test_the_numbers_of_an_evaluation_set(labels):
+    """Its folders may be fewer, and in another order."""
+    names = labels.class_names
+    assert labels.class_numbers([names[7], names[2], 3]).tolist() == [7, 2, 3]
+    mapped = labels.map_classes({names[7]: "a", names[2]: "b"})
+    assert mapped.class_numbers(["b", "a"]).tolist() == [1, 0]
+    # The folders are those of the old classes.
+    assert labels.class_folders and mapped.class_folders is None
+    with pytest.raises(UsageError, match="1 of 1 classes are unknown: 'nobody'"):
+        labels.class_numbers("nobody")
+
+
 def test_a_predicate_is_asked_shard_by_shard(labels):
     seen = []
 
