@@ -137,6 +137,13 @@ def test_public_names_exist_and_are_listed():
         assert callable(getattr(ferkd_data, name))
 
 
+def test_windows_is_told_what_to_do():
+    """Files are locked and mapped as POSIX has it; the first import says so, and not a missing module later."""
+    code = "import sys; sys.platform = 'win32'; import ferkd_data"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "ImportError: ferkd-data needs a POSIX system, Linux or macOS" in done.stderr
+
+
 def test_importing_is_light():
     light = "import sys, ferkd_data; assert not {'torch', 'numpy', 'pyarrow', 'timm', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", light], check=True)

@@ -41,6 +41,10 @@ def test_the_demo_command(demo, capsys):
         right += int(image.class_index[area.argmax(), 0] == image.target)
     assert right >= 15
     assert labels.statistics.top1_matches_target / labels.statistics.crops > 0.6
+    # Again: shown, and not labelled again. Another number of crops is another label set.
+    written = [path.stat().st_mtime_ns for path in sorted((folder / "labels").rglob("*.parquet"))]
+    assert run(["demo", str(folder), "--crops", "12"]) == 0
+    assert [path.stat().st_mtime_ns for path in sorted((folder / "labels").rglob("*.parquet"))] == written
     assert run(["demo", str(folder), "--crops", "2"]) == 0
     assert fd.open_labels(folder / "labels").num_crops == 2
 
