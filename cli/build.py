@@ -338,12 +338,6 @@ def command(
         changes["thresholds"] = parse_thresholds(thresholds.split(), confidence)
     if given({"scale": scale, "ratio": ratio, "hflip": hflip}):
         changes["distribution"] = fd.CropDistribution(scale=scale, ratio=ratio, hflip=hflip)
-    if changes.get("layout") == "webdataset" and "crops_per_block" in changes:
-        # The library takes both, since one dict of settings may serve both layouts.
-        raise UsageError(
-            "--crops-per-block is for --layout parquet: a tar holds all crops of its images; leave it out, or use "
-            "--layout parquet"
-        )
     if not extend:
         require_teachers(teachers)
     if dry_run:

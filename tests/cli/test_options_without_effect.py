@@ -11,7 +11,6 @@ import ferkd_data as fd
 TINY = ("--teacher", "python:ferkd_tiny_teachers:first", "--crops", "4", "--top-k", "3", "--device", "cpu")
 KINDS = ("--crop-kinds", "far:n=4,scale=0.5..1", "--crop-kinds", "near:n=8,scale=0.1..0.2,hflip=0")
 USELESS = {
-    "blocks of tars": (["build", "PHOTOS", "OUT", *TINY, "--layout", "webdataset", "--crops-per-block", "2"], "-block"),
     "scale beside kinds": (["build", "PHOTOS", "OUT", *TINY[:2], *KINDS, "--scale", "0.3", "1"], "scale (--scale)"),
     "a GPU's share on a CPU": (
         ["build", "PHOTOS", "OUT", *TINY, "--engine", "ray", "--gpus-per-teacher", "0.5"],
