@@ -160,6 +160,12 @@ def command(
     if finished:
         say(f"{out}: already finished; nothing was written")
     _report(out, manifest, imported=source is not None)
+    if source == "fkd" and "top_k" in given(options) and manifest.top_k != options["top_k"]:
+        say(
+            f"note: --top-k {options['top_k']} is for full distributions; these files hold {manifest.top_k} classes "
+            "for each crop, and all were kept",
+            err=True,
+        )
     # A conversion copies the rejects of its source, which that build's status has told of.
     return DONE_WITH_REJECTS if source is not None and manifest.rejects.rows else 0
 

@@ -91,6 +91,8 @@ def parse_shards(text: str) -> list[int]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UsageError(f"--shards must be numbers and ranges such as 0-9,12, got {text!r}")
         start, stop = int(first), int(last if dash else first) + 1
+        if stop <= start:
+            raise UsageError(f"--shards has the range {piece}, which ends before it begins; write {last}-{first}")
         # Before memory is taken for them.
         if stop > MAX_SHARDS:
             raise UsageError(f"--shards names shard {stop - 1:,}; no label set has as many")

@@ -116,6 +116,8 @@ def read_manifest_bytes(folder: Path) -> bytes:
     try:
         return read_regular(path, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
+        if folder.is_file():
+            raise ManifestError(f"{folder}: is a file; give the folder of a label set") from error
         raise ManifestError(f"{folder}: no {FILE_NAME}; {_why_none(folder)}") from error
     except LabelSetError as error:
         raise ManifestError(str(error)) from error

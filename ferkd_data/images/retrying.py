@@ -6,13 +6,12 @@ row mean that the source is down, and end the build instead.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, TypeVar
 
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.remote import Retries
-from ferkd_data.remote.retries import GivenUpError, Transient
+from ferkd_data.remote.retries import PERMANENT, GivenUpError, Transient
 from ferkd_data.storage import open_binary
 
 RETRIES = Retries(attempts=6, first_wait=0.5, longest_wait=10.0)
@@ -21,18 +20,6 @@ IMAGES_IN_A_ROW = 3
 """Consecutive unanswered images that mean that the source is down, rather than that single sectors are bad."""
 CLIENTS = ("aiohttp", "fsspec", "botocore", "aiobotocore", "gcsfs", "requests", "urllib3")
 """Packages of network clients, whose errors are often no OSError."""
-# Answers about the file or the path, which the next attempt would get again.
-PERMANENT = (
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.EINVAL,
-)
-
 T = TypeVar("T")
 
 

@@ -104,6 +104,9 @@ def read_remote_manifest(remote: Remote) -> bytes:
     except RemoteError as error:
         # Access denied and other failures keep their own text: only this one may mean a wrong or unfinished address.
         if error.status == 404:
+            folder = remote.url.rstrip("/").removesuffix(f"/{FILE_NAME}")
+            if folder != remote.url.rstrip("/"):
+                raise ManifestError(f"{remote.url}: is a file; give the URL of its folder, {folder}") from error
             raise ManifestError(
                 f"{remote.url}: no {FILE_NAME}; is this the URL of a published label set? While one is sent, or where "
                 "that was interrupted, there is none: it comes last"

@@ -5,6 +5,7 @@ Clients below it try nothing again: urllib3 is told so. Whoever calls `Retries.r
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import time
@@ -14,6 +15,18 @@ from typing import TypeVar
 
 T = TypeVar("T")
 JITTER = random.SystemRandom()
+PERMANENT = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+    errno.EROFS,
+)
+"""Answers of a system about the file or the path, which the next attempt would get again."""
 LOG = logging.getLogger("ferkd_data.remote")
 """Warns of what is tried again: Python prints warnings on stderr where nobody has asked for anything else."""
 

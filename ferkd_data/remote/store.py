@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from ferkd_data.errors import RemoteError
-from ferkd_data.remote.retries import Transient
+from ferkd_data.remote.retries import PERMANENT, Transient
 from ferkd_data.remote.transport import TRANSIENT, Chunks, log_in_to, refused
 from ferkd_data.storage import CHUNK_BYTES, NO_SPACE, open_regular_stream, write_atomically
 
@@ -134,6 +135,11 @@ class StoreTransport:
             # The disk of a local target: `explain_full_disk` says what to do about it.
             if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise
+            if isinstance(error, OSError) and error.errno in PERMANENT:
+                # Below a file there is nothing, and so nothing is there either.
+                if error.errno == errno.ENOTDIR:
+                    raise refused(what, 404) from error
+                raise RemoteError(f"{what}: {error.strerror}") from error
             text = str(error)
             # Arrow's errors carry a server's status in words only.
             status = re.search(r"HTTP status (\d{3})", text)

@@ -104,3 +104,35 @@ def test_fields_that_the_publisher_s_own_text_leaves_out_are_named(call, copy, t
     assert status == 0 and "source_datasets will be read nowhere" in err
     # The others stand in croissant.json.
     assert "read nowhere" not in call(*command)[2]
+
+
+def test_top_k_of_an_import_is_mentioned_where_the_files_have_their_own(call, label_set, photos, tmp_path):
+    fd.export_fkd(label_set, tmp_path / "fkd")
+    command = (
+        "convert",
+        tmp_path / "fkd",
+        tmp_path / "out",
+        "--from",
+        "fkd",
+        "--images",
+        photos,
+        "--num-classes",
+        "10",
+    )
+    status, _, err = call(*command, "--teacher", "x", "--top-k", "3")
+    assert status == 0 and "note: --top-k 3 is for full distributions; these files hold 4 classes" in err
+
+
+def test_a_range_of_shards_that_ends_before_it_begins_is_refused(call, label_set, tmp_path):
+    """It named no shard, and beside others it was ignored."""
+    status, _, err = call("pull", label_set, tmp_path / "part", "--shards", "2-1,0")
+    assert status == 2 and "--shards has the range 2-1, which ends before it begins; write 1-2" in err
+    assert not (tmp_path / "part").exists()
+
+
+def test_a_manifest_given_for_its_folder_is_no_folder_without_one(call, label_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("FERKD_DATA_CACHE", str(tmp_path / "cache"))
+    status, _, err = call("info", label_set / "manifest.json")
+    assert status == 1 and "manifest.json: is a file; give the folder of a label set" in err
+    status, _, err = call("pull", label_set / "manifest.json", tmp_path / "part")
+    assert status == 1 and "is a file; give" in err

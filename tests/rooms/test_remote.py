@@ -448,3 +448,15 @@ def test_the_cache_of_every_reader_may_begin_with_a_tilde(label_set, photos, tmp
         with pytest.raises(UsageError, match=r"s3://bucket/x: is a URL; give a path on this host"):
             fd.open_labels(server.url, cache_dir="s3://bucket/x")
     assert (home / "a").is_dir() and not list(here.iterdir())
+
+
+@pytest.mark.parametrize("place", ["manifest.json", "manifest.json/below", "loop"])
+def test_a_path_that_cannot_be_is_not_tried_again(label_set, tmp_path, place, caplog):
+    """Below a file, or behind a link to itself: it took 78 seconds to say so."""
+    there = shutil.copytree(label_set, tmp_path / "labels")
+    (there / "loop").symlink_to("loop")
+    with pytest.raises(fd.FerkdError):
+        fd.pull(str(there / place), tmp_path / "out")
+    with pytest.raises(fd.FerkdError):
+        fd.publish(label_set, str(there / place / "public"), card=fd.CardFields(license="mit"))
+    assert not caplog.records
