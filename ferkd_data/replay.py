@@ -1,14 +1,18 @@
 """Replay: cut stored crops out of an image again. The builder and the loader use this one cutter.
 
 A crop is cut, resized with an antialiased filter (as in Pillow, its support grows with the reduction), and then flipped
-where it says so. `replay` works on the CPU; `replay_on_device` computes the same filters as matrix products.
+where it says so. `replay` works on the CPU, in `one_thread` where others want the cores too; `replay_on_device`
+computes the same filters as matrix products.
 
 Legend: N crops, S output side, H and W the image's sides. Pixels are uint8 RGB.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -270,3 +274,42 @@ def _check(height: int, width: int, crops: Crops, interpolation: str) -> None:
                 f"crop {n} (top {top}, left {left}, height {box_h}, width {box_w}) does not lie inside "
                 f"an image of {height} rows and {width} columns; is this the image that was labelled?"
             )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run PyTorch's kernels in the calling thread alone; other threads of the process keep their settings.
+
+    PyTorch shares even the kernel of one crop among all its compute threads, which then busily wait for each other:
+    where other processes want the cores too, 27 times the CPU time of one thread was measured.
+
+    `torch.set_num_threads` would change all threads, so this sets OpenMP's number for the calling one. Where PyTorch
+    was built without OpenMP, nothing changes.
+    """
+    before = torch.get_num_threads()
+    set_threads = _omp_set_num_threads() if before > 1 else None
+    if set_threads is None:
+        yield
+        return
+    set_threads(1)
+    try:
+        yield
+    finally:
+        set_threads(before)
+
+
+@functools.cache
+def _omp_set_num_threads() -> Callable[[int], None] | None:
+    """Find OpenMP's function that sets the calling thread's number of threads, in the library that PyTorch loaded."""
+    try:
+        # The loader looks for a symbol in this library and in all that it needs.
+        found = ctypes.CDLL(torch._C.__file__).omp_set_num_threads
+    except (OSError, AttributeError):
+        return None
+    found.argtypes, found.restype = [ctypes.c_int], None
+    before = torch.get_num_threads()
+    found(1)
+    # PyTorch asks OpenMP for this number. Where it does not follow, the symbol is of another library than PyTorch's.
+    works = torch.get_num_threads() == 1
+    found(before)
+    return found if works else None

@@ -1,14 +1,11 @@
-"""Thread pools, iterators that work ahead in them, and kernels of PyTorch in one thread."""
+"""Thread pools and iterators that work ahead in them."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -91,47 +88,3 @@ def in_background(items: Iterable[T], *, depth: int) -> Iterator[T]:
             if item is end:
                 return
             yield item  # type: ignore[misc]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run PyTorch's kernels in the calling thread alone; other threads of the process keep their settings.
-
-    PyTorch shares even the kernel of one crop among all its compute threads, which then busily wait for each other:
-    where other processes want the cores too, 27 times the CPU time of one thread was measured.
-
-    `torch.set_num_threads` would change all threads, so this sets OpenMP's number for the calling one. Where PyTorch
-    was built without OpenMP, nothing changes.
-    """
-    # Imported here: commands that only copy files need no PyTorch.
-    import torch
-
-    before = torch.get_num_threads()
-    set_threads = _omp_set_num_threads() if before > 1 else None
-    if set_threads is None:
-        yield
-        return
-    set_threads(1)
-    try:
-        yield
-    finally:
-        set_threads(before)
-
-
-@functools.cache
-def _omp_set_num_threads() -> Callable[[int], None] | None:
-    """Find OpenMP's function that sets the calling thread's number of threads, in the library that PyTorch loaded."""
-    import torch
-
-    try:
-        # The loader looks for a symbol in this library and in all that it needs.
-        found = ctypes.CDLL(torch._C.__file__).omp_set_num_threads
-    except (OSError, AttributeError):
-        return None
-    found.argtypes, found.restype = [ctypes.c_int], None
-    before = torch.get_num_threads()
-    found(1)
-    # PyTorch asks OpenMP for this number. Where it does not follow, the symbol is of another library than PyTorch's.
-    works = torch.get_num_threads() == 1
-    found(before)
-    return found if works else None

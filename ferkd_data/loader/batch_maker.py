@@ -53,10 +53,9 @@ from ferkd_data.loader.schedule import Window, stand_in
 from ferkd_data.loader.settings import LoaderSettings, without_functions
 from ferkd_data.loader.streaming import StreamedLabels
 from ferkd_data.loader.transform import Transform, crop_seed, lent_generators, transformed
-from ferkd_data.replay import replay
+from ferkd_data.replay import one_thread, replay
 from ferkd_data.storage import image_digest
 from ferkd_data.targets import TENSORS, SoftTargets
-from ferkd_data.threads import one_thread
 
 MAX_SKIPPED = 1000
 """Images in a row that may be unusable. More mean that the source is gone, or the labels are of other images."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from ferkd_data.loader.pool import Workers
 from ferkd_data.loader.schedule import (
     Cursor,
     EpochShape,
+    Position,
     Window,
     count_batches,
     read_cursor,
@@ -242,12 +244,7 @@ class CropLoader(DataLoaderLike):
         self.labels, self._maker = open_maker(labels, images, self.settings, cache)
         # Checked here as well as in each iteration, so that a batch_size that leaves no batch fails where it was given.
         self._check_not_empty(0)
-        self._cursor = Cursor()
-        """The position after the last batch given, or the start that `set_epoch` or `load_state_dict` set."""
-        self._requested_epoch: int | None = None
-        """The epoch of a call to `set_epoch` that no iteration has begun with yet."""
-        self._resumes = False
-        """A state was loaded and no batch has been given since: the next iteration continues its epoch."""
+        self._position = Position()
         # Without a GPU it is left undone, as torch's DataLoader does: the same script runs on both kinds of machine.
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._decode_device = None if decode_device is None else open_device(decode_device)
@@ -274,7 +271,7 @@ class CropLoader(DataLoaderLike):
         return count
 
     def _length(self) -> int:
-        epoch = self._start().epoch if self._running_epoch is None else self._running_epoch
+        epoch = self._position.start().epoch if self._running_epoch is None else self._running_epoch
         return self._count(Cursor(epoch=epoch))
 
     def _warn_if_alone(self, ranks: Ranks) -> None:
@@ -339,7 +336,8 @@ class CropLoader(DataLoaderLike):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process: a copy starts workers of its own, with the next epoch."""
-        return {**self.__dict__, "_workers": None, "_running_epoch": None, "_clock": None}
+        position = copy.copy(self._position)
+        return {**self.__dict__, "_workers": None, "_running_epoch": None, "_clock": None, "_position": position}
 
     def __getitem__(self, index: Any) -> NoReturn:
         """Refuse: a DataLoader that wraps this loader asks it for items."""
@@ -361,7 +359,7 @@ class CropLoader(DataLoaderLike):
     @property
     def epoch(self) -> int:
         """The epoch of the next batch: after an epoch's last batch, that of the epoch to come."""
-        return self._cursor.epoch
+        return self._position.cursor.epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration begin at the start of this epoch; an iteration that is under way is not disturbed.
@@ -369,9 +367,7 @@ class CropLoader(DataLoaderLike):
         A state that was loaded in the middle of this same epoch, and has not been continued yet, stays in force.
         Raises UsageError for what is no epoch's number.
         """
-        epoch = epoch_number(epoch)
-        if not (self._resumes and epoch == self._cursor.epoch):
-            self._cursor, self._requested_epoch, self._resumes = Cursor(epoch=epoch), epoch, False
+        self._position.set_epoch(epoch_number(epoch))
 
     def __iter__(self) -> Iterator[Any]:
         """A whole epoch of `len(loader)` batches or, after `load_state_dict`, the rest of the one that was saved.
@@ -392,7 +388,7 @@ class CropLoader(DataLoaderLike):
                 for (batch, cursor), crops in zip(self._split(made, window, images), sizes, strict=True):
                     # Before the batch is given: a state that is saved while the loop works on it must go on with the
                     # next one.
-                    self._cursor, self._resumes = cursor, False
+                    self._position.advance(cursor)
                     run.left -= 1
                     run.clock.give(crops)
                     yield batch
@@ -410,7 +406,7 @@ class CropLoader(DataLoaderLike):
 
     def _begin(self, ranks: Ranks) -> _Iteration:
         """Begin an iteration. Where it cannot begin, this raises and leaves the loader where it was."""
-        start = self._start()
+        start = self._position.start()
         self._warn_if_alone(ranks)
         self._check_not_empty(start.epoch)
         # The clock runs from here, so that unpacking crop blocks counts as "prepare".
@@ -418,7 +414,7 @@ class CropLoader(DataLoaderLike):
         # Before workers ask for the blocks: all would wait for the one that unpacks.
         self._maker.prepare_blocks(start.epoch)
         # Only now, since everything above may raise.
-        self._cursor, self._requested_epoch = start, None
+        self._position.begin(start)
         self._iteration += 1
         self._running_epoch, self._clock = start.epoch, clock
         self._maker.clock.take()  # What an iteration that failed has left behind.
@@ -443,17 +439,6 @@ class CropLoader(DataLoaderLike):
         if self._iteration == run.number:
             self._running_epoch = None
 
-    def _start(self) -> Cursor:
-        """Return the cursor at which an iteration that begins now begins."""
-        cursor = self._cursor
-        if self._requested_epoch is not None:
-            return Cursor(epoch=self._requested_epoch)
-        # After an epoch's last batch the cursor is the start of the next one (`settled`): any other lies within an
-        # epoch.
-        if self._resumes or cursor == Cursor(epoch=cursor.epoch):
-            return cursor
-        return Cursor(epoch=cursor.epoch + 1)
-
     def stats(self) -> LoaderStats:
         """Return where the time of the current epoch goes or, between epochs, that of the last one: see `LoaderStats`.
 
@@ -463,7 +448,7 @@ class CropLoader(DataLoaderLike):
         """
         clock = self._clock
         if clock is None:
-            epoch = self._start().epoch
+            epoch = self._position.start().epoch
             clock = EpochClock(epoch, self._count(Cursor(epoch=epoch)))
             clock.enter(None)
         return stats_of(clock.times(), self.settings)
@@ -473,7 +458,7 @@ class CropLoader(DataLoaderLike):
 
         After an epoch's last batch that is the start of the next epoch.
         """
-        cursor = self._cursor
+        cursor = self._position.cursor
         # The key "place" is older than the word cursor. It stays, since states are files of users.
         return {"version": STATE_VERSION, "settings": self._fingerprint(cursor.epoch), "place": asdict(cursor)}
 
@@ -490,7 +475,7 @@ class CropLoader(DataLoaderLike):
         # Pickled as for a worker: what is open or mapped stays behind, and the copies open their own files.
         labels, cache, images = pickle.loads(pickle.dumps((self._maker.labels, self._maker.cache, self._maker.images)))
         maker = BatchMaker(labels, cache, images, self._maker.settings)
-        cursor = self._start() if self._running_epoch is None else self._cursor
+        cursor = self._position.start() if self._running_epoch is None else self._position.cursor
         maker.prepare_blocks(cursor.epoch)
         ranks = ranks_now(self.settings.rank, self.settings.world_size)
         return maker, next(windows(self._shape(cursor.epoch), cursor, rank=ranks.rank, world_size=ranks.world_size))
@@ -511,7 +496,7 @@ class CropLoader(DataLoaderLike):
         if differences:
             raise StateMismatchError(f"this state was saved by another loader: {'; '.join(differences)}")
         cursor = read_cursor(state.get("place"), self._shape(saved_epoch(state.get("place"))))
-        self._cursor, self._requested_epoch, self._resumes = self._settled(cursor), None, True
+        self._position.resume(self._settled(cursor))
         # With another number, the iteration under way ends: its batches are not those that the state goes on with.
         self._iteration, self._running_epoch = self._iteration + 1, None
 

@@ -56,6 +56,45 @@ class Cursor:
     """W it was begun with."""
 
 
+class Position:
+    """Where a training is: after the last batch given, and where its user wants to go on."""
+
+    def __init__(self) -> None:
+        self.cursor = Cursor()
+        """After the last batch given, or the start that `set_epoch` or `resume` set."""
+        self._requested: int | None = None
+        """The epoch of a call to `set_epoch` that no iteration has begun with yet."""
+        self._resumes = False
+        """A state was loaded and no batch has been given since: the next iteration continues its epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration begin at the start of this epoch, unless a state of it was just loaded."""
+        if not (self._resumes and epoch == self.cursor.epoch):
+            self.cursor, self._requested, self._resumes = Cursor(epoch=epoch), epoch, False
+
+    def resume(self, cursor: Cursor) -> None:
+        """Let the next iteration go on here."""
+        self.cursor, self._requested, self._resumes = cursor, None, True
+
+    def start(self) -> Cursor:
+        """Return the cursor at which an iteration that begins now begins."""
+        if self._requested is not None:
+            return Cursor(epoch=self._requested)
+        # After an epoch's last batch the cursor is the start of the next one (`settled`): any other lies within an
+        # epoch.
+        if self._resumes or self.cursor == Cursor(epoch=self.cursor.epoch):
+            return self.cursor
+        return Cursor(epoch=self.cursor.epoch + 1)
+
+    def begin(self, start: Cursor) -> None:
+        """An iteration has begun at `start`."""
+        self.cursor, self._requested = start, None
+
+    def advance(self, cursor: Cursor) -> None:
+        """A batch was given, after which the training is at `cursor`."""
+        self.cursor, self._resumes = cursor, False
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Window:
     """Batches of a rank that one process makes together, from images that it decodes once."""

@@ -375,7 +375,7 @@ def test_a_second_iteration_ends_the_first(make):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])
 def test_a_copy_goes_on_as_the_loader_would(make, copied, num_workers):
     """Also one made while an iteration is under way, as launchers that spawn processes make them."""
     loader, untouched = make(num_workers=num_workers, keys=True), list(make(keys=True, seed=0))

@@ -24,7 +24,7 @@ from ferkd_data.errors import LoaderError, UsageError
 from ferkd_data.images import open_source
 from ferkd_data.loader.channel import MAPPED_BYTES, NOT_KEPT, BatchBuffers, MappedSlots
 from ferkd_data.loader.processes import MAX_DEATHS, Processes
-from ferkd_data.threads import one_thread
+from ferkd_data.replay import one_thread
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -271,7 +271,7 @@ def test_no_core_but_one_works_for_the_cutter(make, monkeypatch):
     """With threads, PyTorch starts some when a crop is cut; their number is what is seen here."""
     script = (
         "import os, sys, torch; torch.set_num_threads(4); import numpy as np;"
-        "from ferkd_data.threads import one_thread; from ferkd_data.replay import replay;"
+        "from ferkd_data.replay import one_thread, replay;"
         "from ferkd_data.crops import Crops;"
         "image = np.zeros((500, 500, 3), np.uint8);"
         "crops = Crops(boxes=np.array([[0, 0, 400, 400]] * 4, np.uint16), flip=np.array([True] * 4));"
