@@ -368,6 +368,12 @@ def command(
             return _build_part(source, out, part, overwrite, as_json, changes)
         result = fd.build(source, out, overwrite=overwrite, **changes)
     print_result(result, as_json, overview.overview)
+    if result.already_finished and not extend and not as_json:
+        say(
+            "note: what changed in SOURCE since the build is not looked for: --extend adds new images, and "
+            f"`ferkd-data verify {quote(out)} --images {quote(source)}` finds those that are gone or are others now",
+            err=True,
+        )
     return status_of(result)
 
 

@@ -171,7 +171,9 @@ def test_the_same_command_after_the_end(few, tiny_teachers, tmp_path, monkeypatc
 
     monkeypatch.setattr("ferkd_data.builder.prepare.load_teachers", never)
     assert run(command) == 0
-    assert "already finished" in capsys.readouterr().out
+    said = capsys.readouterr()
+    # Nothing is listed again, and so it is said.
+    assert "already finished" in said.out and f"ferkd-data verify {out} --images {few}` finds those" in said.err
     assert run(["finish", str(out)]) == 0
     assert "already finished" in capsys.readouterr().out
     assert run([*command, "--part", "1/2"]) == 0
