@@ -34,6 +34,19 @@ GO_ON = "free some and run the same command again: finished shards are kept"
 FREE_CACHE = "free some, or choose another place for the cache with cache_dir or FERKD_DATA_CACHE"
 
 
+def check_replaceable(path: Path, what: str, *marks: bytes) -> None:
+    """Raise UsageError for an existing file without one of `marks` in its first bytes, where such a file is written.
+
+    It may be SOURCE, or a photo: a name in the wrong place of a command is easily given.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as stream:
+        head = stream.read(512).lower()
+    if head and not any(mark.lower() in head for mark in marks):
+        raise UsageError(f"{path}: exists and is no {what}; name another file")
+
+
 @contextmanager
 def write_atomically(path: Path, *, sync: bool = True, advice: str = GO_ON) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is synced to disk and renamed, on failure removed.

@@ -17,11 +17,11 @@ from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.report.cards import extremes
 from ferkd_data.report.collect import Collected, OnImages, collect
-from ferkd_data.report.page import render_report, write_page
+from ferkd_data.report.page import check_page, render_report, write_page
 from ferkd_data.report.pictures import Pictures, no_pictures, take_pictures
-from ferkd_data.report.suspects import write_csv
+from ferkd_data.report.suspects import CSV_COLUMNS, write_csv
 from ferkd_data.report.unfinished import Unfinished, open_unfinished
-from ferkd_data.storage import local_path
+from ferkd_data.storage import check_replaceable, local_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,9 @@ def write_report(
     page = local_path(path)
     rows, log = (None if name is None else local_path(name) for name in (csv, log_json))
     _check_names(page, rows, log)
+    check_page(page)
+    if rows is not None:
+        check_replaceable(rows, "list that a report wrote", ",".join(CSV_COLUMNS[:2]).encode())
     hours = None if log is None else hours_of(log)
     progress = None
     unfinished = None if isinstance(labels, LabelSet) else open_unfinished(labels)
@@ -165,6 +168,7 @@ class LiveReport:
         self._path, self._images = local_path(path), images
         if not self._path.parent.is_dir():
             raise UsageError(f"report {path}: there is no folder {self._path.parent}")
+        check_page(self._path)
         self._out = ""
         self._unfinished: Unfinished | None = None
         self._complained = False

@@ -45,7 +45,7 @@ from ferkd_data.report.sketch import CONFIDENCES, Sketch, counts_between
 from ferkd_data.report.suspects import SURE_P_MAX, SURE_SHARE, sure_below
 from ferkd_data.report.thresholds import suggest
 from ferkd_data.report.unfinished import ShardProgress
-from ferkd_data.storage import write_atomically
+from ferkd_data.storage import check_replaceable, write_atomically
 from ferkd_data.words import percent
 
 SECTIONS = (
@@ -319,6 +319,11 @@ def inert_json(data: Any) -> str:
     # `</script>` would end the element even inside a string; \u003c is the same character to JSON.
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def check_page(path: Path) -> None:
+    """Raise UsageError for an existing file that is no HTML page."""
+    check_replaceable(path, "HTML page", b"<html", b"<!doctype html")
 
 
 def write_page(path: Path, text: str) -> None:

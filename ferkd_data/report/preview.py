@@ -23,7 +23,7 @@ from ferkd_data.loader import CropLoader
 from ferkd_data.loader.batch_maker import BatchMaker, Labelled, WindowMemory
 from ferkd_data.loader.schedule import Window
 from ferkd_data.replay import empty_batch
-from ferkd_data.report.page import render, write_page
+from ferkd_data.report.page import check_page, render, write_page
 from ferkd_data.report.pictures import data_uri
 from ferkd_data.report.tables import BUCKET_TITLES, class_name
 from ferkd_data.storage import local_path
@@ -55,6 +55,7 @@ def preview(loader: CropLoader, path: str | Path, *, crops: int = 16) -> Path:
     if crops < 1:
         raise UsageError(f"crops must be 1 or more, got {crops}")
     page = local_path(path)
+    check_page(page)
     maker, window = loader.next_window()
     size = maker.epochs.at(window.epoch).size
     # A second maker without SelfMix gives the same window before mixing.

@@ -303,8 +303,10 @@ def command(*arguments: object) -> None:
 
 def uses(folder: Path, out: Path, photos: Path, teacher: str) -> dict[str, Callable[[], object]]:
     card = ["--name", "x", "--license", "cc0-1.0", "--author", "a"]
+    images: list[object] = ["--images", photos]
     if (folder / "shards").exists():
-        card += ["--image-license", "cc0-1.0"]
+        # The images lie in its tars, and others would not be read.
+        card, images = [*card, "--image-license", "cc0-1.0"], []
     extend = ["--teacher", teacher, "--teacher", "python:ferkd_tiny_teachers:second", "--device", "cpu", "--extend"]
     return {
         "info": lambda: command("info", folder),
@@ -318,9 +320,7 @@ def uses(folder: Path, out: Path, photos: Path, teacher: str) -> dict[str, Calla
         "convert to parquet": lambda: command(
             "convert", folder, out / "parquet", "--layout", "parquet", "--crops-per-block", 5
         ),
-        "convert to tars": lambda: command(
-            "convert", folder, out / "tars", "--layout", "webdataset", "--images", photos
-        ),
+        "convert to tars": lambda: command("convert", folder, out / "tars", "--layout", "webdataset", *images),
         "export": lambda: fd.export_fkd(folder, out / "fkd"),
         "merge": lambda: command("merge", folder, folder, out / "merged"),
         "extend": lambda: command("build", photos, folder, *extend),

@@ -136,3 +136,23 @@ def test_a_manifest_given_for_its_folder_is_no_folder_without_one(call, label_se
     assert status == 1 and "manifest.json: is a file; give the folder of a label set" in err
     status, _, err = call("pull", label_set / "manifest.json", tmp_path / "part")
     assert status == 1 and "is a file; give" in err
+
+
+def test_a_report_replaces_no_file_of_another_kind(call, copy, photos, tmp_path, tiny_teachers):
+    """`report LABELS SOURCE.tar` replaced the tar with a page."""
+    tar, page, listed = tmp_path / "photos.tar", tmp_path / "page.html", tmp_path / "list.csv"
+    tar.write_bytes(b"photos" * 1000)
+    for command in (
+        ("report", copy, tar),
+        ("report", copy, page, "--csv", tar),
+        ("build", photos, tmp_path / "out", *TINY, "--report", tar),
+        ("build", photos, tmp_path / "out", *TINY, "--metrics", tar),
+    ):
+        status, _, err = call(*command)
+        assert status == 2 and "photos.tar: exists and is no " in err
+    assert tar.read_bytes() == b"photos" * 1000 and not page.exists() and not (tmp_path / "out").exists()
+    # Its own it replaces.
+    for _ in range(2):
+        assert call("report", copy, page, "--csv", listed)[0] == 0
+    assert call("build", photos, tmp_path / "out", *TINY, "--report", page, "--metrics", tmp_path / "m.prom")[0] == 0
+    assert call("build", photos, tmp_path / "out", *TINY, "--report", page, "--metrics", tmp_path / "m.prom")[0] == 0

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ferkd_data.builder.watch.events import BuildFailed, BuildFinished, Event, Progress
 from ferkd_data.errors import StorageFullError, UsageError
-from ferkd_data.storage import write_atomically
+from ferkd_data.storage import check_replaceable, write_atomically
 
 PROGRESS_SECONDS = 10.0
 """Seconds between two lines of progress; all other events are logged as they come."""
@@ -100,6 +100,7 @@ class MetricsFile:
         self._written = float("-inf")
         self._progress: Progress | None = None
         self._broken = False
+        check_replaceable(path, "file of metrics", b"ferkd_build_running")
         try:
             self._write(running=1)
         except (OSError, StorageFullError) as error:
