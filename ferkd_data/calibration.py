@@ -57,8 +57,8 @@ class Calibration:
     - "discard": the crop is not drawn.
     - "thin(P)": the soft label; a share P of these crops is in use, drawn anew for each pass over an image's crops.
 
-    The default policies are FerKD's, `Calibration.ferkd()`. Where the ground truth is unknown, soften and blend keep
-    the soft label. Raises UsageError for an unknown policy or a value out of range.
+    The default policies are our reading of FerKD, `Calibration.ferkd()`. Where the ground truth is unknown, soften and
+    blend keep the soft label. Raises UsageError for an unknown policy or a value out of range.
 
     >>> mine = fd.Calibration(moderate_hard="blend", blend_weight=0.7, easy_positive="thin(0.5)")
     >>> mine.extreme_hard, mine.moderate_hard

@@ -189,7 +189,7 @@ class CropLoader(DataLoaderLike):
             read or unpacked; never: it is not. None: as `labels` were opened (first_read, unless you said otherwise).
         on_error: what an image that cannot be used does. raise: LoaderError. skip: another image of the epoch takes its
             place (and so comes twice in it); `skipped` counts it, and the first one is warned of. Batches stay full.
-        images_missing: what labelled images that `images` lacks do: raise LabelSetError, or be left out for good: the
+        images_missing: what labelled images that `images` lacks do: raise LabelSetError, or be dropped for good: the
             loader has the labels of the others only (`loader.labels`), and a warning says how many were dropped.
         keys: give each crop's image key in `targets.keys`; a file of all keys is written to the temporary folder.
         transform: your own augmentation, a function from uint8 (3, S, S) to the same. It runs in the workers, one crop
