@@ -111,3 +111,34 @@ def test_iterators_end_for_good(make):
     stream = iter(make())
     assert len(names(stream)) == BATCHES
     assert next(stream, None) is None and next(stream, None) is None
+
+
+@pytest.mark.parametrize("form", ["rows", "stream"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_data_set_in_torchdatas_loader_goes_on_with_the_next_batch(label_set, photos, tmp_path, form, num_workers):
+    """In a new process, which is told the epoch."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def make_both():
+        settings = {"images": photos, "size": 16, "calibration": "fkd", "cache_dir": tmp_path}
+        data = fd.CropDataset(fd.open_labels(label_set), **settings)
+        told = data if form == "rows" else data.stream()
+        context = "forkserver" if num_workers else None
+        settings = {"collate_fn": data.collate, "num_workers": num_workers, "multiprocessing_context": context}
+        return told, StatefulDataLoader(told, batch_size=5, shuffle=form == "rows", **settings)
+
+    def crops(batch):
+        return batch[0].numpy().tobytes()
+
+    told, loader = make_both()
+    for epoch in range(2):
+        told.set_epoch(epoch)
+        batches = []
+        for batch in loader:
+            batches.append(crops(batch))
+            if len(batches) == 2:
+                state = loader.state_dict()
+    told, loader = make_both()
+    told.set_epoch(1)
+    loader.load_state_dict(state)
+    assert [crops(batch) for batch in loader] == batches[2:] and len(batches) >= 4
