@@ -20,6 +20,7 @@ from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import WindowMemory
+from ferkd_data.loader.crops_and_targets import DiscardedCrops
 from ferkd_data.loader.kinds import default_size
 from ferkd_data.loader.like_dataloader import class_names, class_to_idx_of, refuse_transform
 from ferkd_data.loader.opening import check_is_label_set, open_maker
@@ -161,6 +162,7 @@ class CropDataset(Dataset[Item]):
         cache = local_path(cache_dir) if cache_dir else default_cache_dir()
         _, self._maker = open_maker(labels, images, settings, cache, at_random=True)
         self._crops_per_image = crops_per_image
+        self._discarded = DiscardedCrops()
         self._shared = SharedEpoch(len(self), self.turns.per_rank)
         # In the main process, before a DataLoader's workers all ask for the same block.
         self._maker.prepare_blocks(0)
@@ -279,6 +281,8 @@ class CropDataset(Dataset[Item]):
         slots[0, turn * crops : (turn + 1) * crops] = np.arange(crops)
         window = Window(epoch=epoch, positions=np.array([row]), slots=slots, batches=(crops,), cursors=(Cursor(),))
         made = self._maker.make(WindowMemory(window, images))
+        # Each worker counts its own crops.
+        self._discarded.add(crops, made.num_discarded)
         targets = self._maker.targets(made)
         return images, targets.dense() if self._maker.settings.targets == "dense" else targets
 

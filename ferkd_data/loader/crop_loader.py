@@ -20,6 +20,7 @@ from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet, VerifyLabels
 from ferkd_data.loader.batch_maker import BatchMaker, Made
 from ferkd_data.loader.clocks import EpochClock
+from ferkd_data.loader.crops_and_targets import DiscardedCrops
 from ferkd_data.loader.device_decode import DeviceWorkers, open_device
 from ferkd_data.loader.kinds import by_kind, crops_of_batch
 from ferkd_data.loader.like_dataloader import DataLoaderLike
@@ -57,12 +58,8 @@ from ferkd_data.replay import Interpolation
 from ferkd_data.selfmix import SelfMix
 from ferkd_data.storage import default_cache_dir, local_path
 from ferkd_data.targets import SoftTargets
-from ferkd_data.words import percent
 
 STATE_VERSION = 1
-CROPS_TO_JUDGE, MOST_DISCARDED = 1000, 0.05
-"""After so many crops (or an epoch) a loader warns where more than this share are of images without a crop in use.
-With the default calibration it was 0.4 % for teachers that are right on two thirds of the crops."""
 SHOWN = (
     "batch_size",
     "crops_per_image",
@@ -250,15 +247,14 @@ class CropLoader(DataLoaderLike):
         self._decode_device = None if decode_device is None else open_device(decode_device)
         # Started by the first iteration: a loader that is only asked for its length or its repr costs no processes.
         self._workers: Workers | DeviceWorkers | None = None
-        self._warned = self._warned_of_discarded = False
+        self._warned = False
         self._lengths_reported: set[int] = set()
         """Every number of batches that len() has given."""
         self._running_epoch: int | None = None
         """The epoch whose iterator somebody holds, also when that has given its last batch."""
         self._iteration = 0
         """Number of the iteration that may go on; earlier ones have ended."""
-        self._crops_given = self._discarded_given = 0
-        """Crops of the windows so far, and those of them that the calibration discards (see `Drawn.discarded`)."""
+        self._discarded = DiscardedCrops()
         self._clock: EpochClock | None = None
         """The clock of the iteration that began last."""
 
@@ -278,21 +274,6 @@ class CropLoader(DataLoaderLike):
         if not self._warned:
             self._warned = True
             warn_if_alone(ranks, self.settings.world_size)
-
-    def _warn_of_discarded(self) -> None:
-        """Warn once where many crops are of images that have none in use: the calibration discards almost everything.
-
-        Their targets are the smoothed ground truth, so a training without any soft label would look like another.
-        """
-        share = self._discarded_given / max(1, self._crops_given)
-        if share > MOST_DISCARDED and not self._warned_of_discarded:
-            self._warned_of_discarded = True
-            warnings.warn(
-                f"{percent(share, 0)} of the crops so far are of images whose crops are all discarded, and so train as "
-                "the calibration's all_discarded says: it discards too much of these labels. Lower its thresholds "
-                '(ferkd-data report shows what they do), or use calibration="fkd"',
-                stacklevel=4,
-            )
 
     def _shape(self, epoch: int) -> EpochShape:
         return self._maker.epochs.at(epoch).shape(self.settings)
@@ -336,8 +317,8 @@ class CropLoader(DataLoaderLike):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process: a copy starts workers of its own, with the next epoch."""
-        position = copy.copy(self._position)
-        return {**self.__dict__, "_workers": None, "_running_epoch": None, "_clock": None, "_position": position}
+        own = {"_position": copy.copy(self._position), "_discarded": copy.copy(self._discarded)}
+        return {**self.__dict__, "_workers": None, "_running_epoch": None, "_clock": None, **own}
 
     def __getitem__(self, index: Any) -> NoReturn:
         """Refuse: a DataLoader that wraps this loader asks it for items."""
@@ -429,7 +410,7 @@ class CropLoader(DataLoaderLike):
         """
         run.clock.enter(None)
         if not run.left:
-            self._warn_of_discarded()
+            self._discarded.judge()
         given = run.whole - run.left
         if given in self._lengths_reported - {run.whole}:
             _warn_of_cut_epoch(run.start.epoch, run.whole, given)
@@ -511,10 +492,8 @@ class CropLoader(DataLoaderLike):
                 "`loader.skipped` counts further ones",
                 stacklevel=3,
             )
-        self._crops_given += sum(sum(kind.batches) for kind in made.kinds)
-        self._discarded_given += sum(kind.num_discarded for kind in made.kinds)
-        if self._crops_given >= CROPS_TO_JUDGE:
-            self._warn_of_discarded()
+        for kind in made.kinds:
+            self._discarded.add(sum(kind.batches), kind.num_discarded)
         self.skipped += len(made.skipped)
         self.skipped_last = made.skipped
         targets = [self._maker.targets(kind) for kind in made.kinds]

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
 from ferkd_data.loader.crop_dataset import Turns
+from ferkd_data.loader.crops_and_targets import CROPS_TO_JUDGE
 from ferkd_data.loader.settings import Ranks
 
 
@@ -398,3 +399,18 @@ def test_the_file_that_processes_share_goes_with_the_data_set(dataset):
     del shared
     gc.collect()
     assert not path.exists()
+
+
+def test_a_calibration_that_discards_everything_is_warned_of_once(label_set, photos, tmp_path):
+    """In the process that reads, as soon as it has read enough crops."""
+    everything = fd.Calibration(thresholds=fd.Thresholds(low=1.0, mid=1.0, top=1.0))
+    labels = fd.open_labels(label_set)
+    settings = {"size": 8, "crops_per_image": 4, "cache_dir": tmp_path}
+    dataset = fd.CropDataset(labels, images=photos, calibration=everything, **settings)
+    with pytest.warns(
+        UserWarning, match=r"^9\d% of the crops so far are of images whose crops are all discarded"
+    ) as said:
+        for _ in range(2 * CROPS_TO_JUDGE // (4 * len(dataset))):
+            for row in range(len(dataset)):
+                dataset[row]
+    assert len(said) == 1

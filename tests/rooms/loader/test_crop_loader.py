@@ -587,10 +587,10 @@ def test_crops_that_are_discarded_and_drawn_are_counted(make, label_set):
     most = make(calibration=discarding(fd.Thresholds(low=p_max[len(p_max) * 3 // 4], mid=1.0, top=1.0)))
     with pytest.warns(UserWarning, match=r"of the crops so far are of images whose crops are all discarded"):
         given = sum(int((targets.bucket == 0).sum()) for _, targets in most)
-    assert 0 < given == most._discarded_given < most._crops_given == 40
+    assert 0 < given == most._discarded.discarded < most._discarded.crops == 40
     # A crop is discarded, and its image has others in use: nothing to say.
     one = make(calibration=discarding(fd.Thresholds(low=p_max[1], mid=1.0, top=1.0)))
-    assert not any((targets.bucket == 0).any() for _, targets in one) and one._discarded_given == 0
+    assert not any((targets.bucket == 0).any() for _, targets in one) and one._discarded.discarded == 0
 
 
 def discarding(thresholds):
