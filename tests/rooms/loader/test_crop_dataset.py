@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
-from ferkd_data.loader.crop_dataset import Turns
 from ferkd_data.loader.crops_and_targets import CROPS_TO_JUDGE
+from ferkd_data.loader.readings import Turns
 from ferkd_data.loader.settings import Ranks
 
 
