@@ -126,11 +126,14 @@ def bench_teachers(
 def export_teacher(teacher: str | TeacherSpec, path: Path) -> TeacherSpec:
     """Write a teacher as an ONNX file, and return the spec to use from now on.
 
-    Raises TeacherError, and writes nothing, where its probabilities are further than TOLERANCE from the eager ones.
+    Raises TeacherError, and writes nothing, where its probabilities are further than TOLERANCE from the eager ones;
+    UsageError for an existing file whose name does not end in .onnx.
 
     >>> fd.export_teacher("timm:resnet50", Path("resnet50.onnx")).kind  # doctest: +SKIP
     'onnx'
     """
+    if path.is_file() and path.suffix.lower() != ".onnx":
+        raise UsageError(f"{path}: exists and is no ONNX file by its name; name another file, which ends in .onnx")
     (eager,) = load_teachers([teacher])
     # Before anything is written: the path may be one that no spec can name.
     spec = TeacherSpec(kind="onnx", name=str(path), weight=eager.spec.weight, temperature=eager.spec.temperature)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ferkd_data.errors import ManifestError, PublishError, RemoteError, UsageError, check_at_least, renamed
 from ferkd_data.exchange.card import render_card
-from ferkd_data.exchange.card_facts import CardFields, check_fields, completed, is_generated, recalled
+from ferkd_data.exchange.card_facts import HUB_NAME, CardFields, check_fields, completed, is_generated, recalled
 from ferkd_data.exchange.croissant import render_croissant
 from ferkd_data.exchange.destinations import Destination, FileToSend, open_destination, open_target
 from ferkd_data.exchange.signing import SIGNATURE, sign
@@ -136,6 +136,11 @@ def _fields(labels: LabelSet, published: str | None, given: CardFields) -> CardF
     cards += [] if published is None else [published]
     fields = completed(given, cards, identity=labels.identity, folder_name=folder.resolve().name)
     check_fields(fields, labels.manifest, has_license_file=inside(folder, LICENSE).is_file())
+    if given.license and not HUB_NAME.fullmatch(given.license.lower()):
+        raise UsageError(
+            f"licence {given.license!r}: must be an identifier of small letters, digits, dots and hyphens, such as "
+            "cc-by-4.0 or mit; for another licence give --license other and --license-name"
+        )
     useless = given.license_name or given.license_link
     if useless and fields.license != "other":
         raise UsageError(

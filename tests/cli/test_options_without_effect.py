@@ -147,6 +147,7 @@ def test_a_report_replaces_no_file_of_another_kind(call, copy, photos, tmp_path,
         ("report", copy, page, "--csv", tar),
         ("build", photos, tmp_path / "out", *TINY, "--report", tar),
         ("build", photos, tmp_path / "out", *TINY, "--metrics", tar),
+        ("bench", *TINY[:2], "--export", tar),
     ):
         status, _, err = call(*command)
         assert status == 2 and "photos.tar: exists and is no " in err
@@ -156,3 +157,12 @@ def test_a_report_replaces_no_file_of_another_kind(call, copy, photos, tmp_path,
         assert call("report", copy, page, "--csv", listed)[0] == 0
     assert call("build", photos, tmp_path / "out", *TINY, "--report", page, "--metrics", tmp_path / "m.prom")[0] == 0
     assert call("build", photos, tmp_path / "out", *TINY, "--report", page, "--metrics", tmp_path / "m.prom")[0] == 0
+
+
+@pytest.mark.parametrize("text", ["MIT License", "CC BY 4.0", "see LICENSE", "mit\nlicense: x"])
+def test_a_licence_that_is_no_identifier_is_refused(text, call, label_set, tmp_path):
+    """The hub takes identifiers alone, and says so once everything has been sent."""
+    status, _, err = call("publish", label_set, tmp_path / "public", "--license", text)
+    assert status == 2 and "must be an identifier" in err and "--license other and --license-name" in err
+    assert not (tmp_path / "public").exists()
+    assert call("publish", label_set, tmp_path / "public", "--license", "CC-BY-4.0", "--dry-run")[0] == 0
