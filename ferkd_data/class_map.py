@@ -201,7 +201,8 @@ def map_columns(
     """Return the columns of `ShardLabels` that a class map changes, in terms of the new classes.
 
     `columns` holds class_index, class_prob (R, N, k), target (R,), target_prob and bucket (R, N). Buckets are assigned
-    anew, by what the teacher gave to the new classes, where classes are merged or dropped.
+    anew, by what the teacher gave to the new classes, where classes are merged or dropped; `thresholds` are the
+    label set's, as its manifest states them.
     """
     class_index, class_prob = columns["class_index"], columns["class_prob"]
     index, prob = class_map.columns(class_index, class_prob)

@@ -53,11 +53,11 @@ def rewrite_buckets(
     # Numbers that were asked for are in every record from the start: then no file is read.
     if record.thresholds == final or not record.rows:
         return record
-    # Filled by `rows`, and so complete when `write_shard` has taken all of them.
+    # Filled by `rebucketed`, and so complete when `write_shard` has taken all of them.
     counts = np.zeros(4, np.int64)
 
-    def rows() -> Iterator[tuple[ImageLabels, bytes]]:
-        for labels, image in _rows(folder.out, record, settings, num_classes):
+    def rebucketed() -> Iterator[tuple[ImageLabels, bytes]]:
+        for labels, image in _stored_rows(folder.out, record, settings, num_classes):
             bucket = buckets_of(labels.class_prob, labels.target_prob, thresholds)
             counts[:] += np.bincount(bucket, minlength=4)
             yield _with_bucket(labels, bucket), image
@@ -70,7 +70,7 @@ def rewrite_buckets(
         _, files = write_shard(
             folder.out,
             shard,
-            rows(),
+            rebucketed(),
             layout=settings.layout,
             block_starts=settings.block_starts,
             announce=announce,
@@ -88,7 +88,7 @@ def _with_bucket(labels: ImageLabels, bucket: object) -> ImageLabels:
     return ImageLabels(**{**labels.__dict__, "bucket": bucket})
 
 
-def _rows(
+def _stored_rows(
     out: Path, record: ShardRecord, settings: BuildSettings, num_classes: int
 ) -> Iterator[tuple[ImageLabels, bytes]]:
     if settings.layout == "webdataset":

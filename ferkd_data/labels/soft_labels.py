@@ -23,9 +23,6 @@ from ferkd_data.labels.rows import CLASS_BITS, UNKNOWN_TARGET, class_index_dtype
 EnsembleMode: TypeAlias = Literal["mean", "logits", "geometric"]
 
 
-"""Bits of the ranking key that hold the class: 16.7 million classes."""
-
-
 def combine(
     logits: Sequence[Tensor], *, weights: Sequence[float], temperatures: Sequence[float], mode: EnsembleMode
 ) -> Tensor:

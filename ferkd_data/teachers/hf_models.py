@@ -50,7 +50,7 @@ def load(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeach
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise TeacherError(
             f"teacher {spec}: transformers cannot load it ({reason(error)}); for a local folder, write "
-            f"hf:{spec.name}@FOLDER"
+            f"{spec.kind}:{spec.name}@FOLDER"
         ) from error
     # transformers fills them at random and only logs it.
     if found["missing_keys"]:

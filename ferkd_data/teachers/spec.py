@@ -35,6 +35,8 @@ class KindTraits:
     """Specs may end in @CHECKPOINT; the other kinds name the file with the weights in NAME."""
     takes_output: bool = False
     """Specs may have the option output."""
+    takes_names: bool = False
+    """Specs may have the options names and templates, of which the kind makes its classes."""
     takes_precision: bool = True
     """The teacher can run in bfloat16 or float16; on a GPU, that is the default."""
 
@@ -43,7 +45,7 @@ KINDS: dict[Kind, KindTraits] = {
     "timm": KindTraits(load="timm_models.load", takes_checkpoint=True),
     "torchvision": KindTraits(load="torchvision_models.load", takes_checkpoint=True),
     "hf": KindTraits(load="hf_models.load", takes_checkpoint=True),
-    "openclip": KindTraits(load="openclip_models.load", takes_checkpoint=True),
+    "openclip": KindTraits(load="openclip_models.load", takes_checkpoint=True, takes_names=True),
     "onnx": KindTraits(load="onnx_models.load", takes_output=True, takes_precision=False),
     "torchscript": KindTraits(load="own_models.load_torchscript", takes_output=True),
     "python": KindTraits(load="own_models.load_python", takes_checkpoint=True, takes_output=True),
@@ -142,8 +144,9 @@ class TeacherSpec:
         if self.output is not None and not KINDS[self.kind].takes_output:
             takers = ", ".join(kind for kind, traits in KINDS.items() if traits.takes_output)
             raise UsageError(f"teacher {self.kind}:{self.name}: only {takers} take the option output")
-        if self.kind != "openclip" and (self.names or self.templates):
-            raise UsageError(f"teacher {self.kind}:{self.name}: only openclip takes the options names and templates")
+        if (self.names or self.templates) and not KINDS[self.kind].takes_names:
+            takers = ", ".join(kind for kind, traits in KINDS.items() if traits.takes_names)
+            raise UsageError(f"teacher {self.kind}:{self.name}: only {takers} takes the options names and templates")
 
     def _check_texts(self) -> None:
         """Raise UsageError for names that a spec cannot be written with, or that libraries cannot open."""

@@ -62,11 +62,11 @@ class TeacherCounts:
 
     def statistics(self) -> dict[str, Any]:
         """Return the fields of `Statistics` that are counted by teacher."""
-        crops, right, p_max = map(_rows, self.reliability)
+        crops, right, p_max = map(_as_tuples, self.reliability)
         return {
             "teacher_top1_matches_target": tuple(self.right_together.diagonal().tolist()),
-            "teacher_agreement": _rows(self.agreement),
-            "teacher_right_together": _rows(self.right_together),
+            "teacher_agreement": _as_tuples(self.agreement),
+            "teacher_right_together": _as_tuples(self.right_together),
             "teacher_bin_crops": crops,
             "teacher_bin_right": right,
             "teacher_bin_p_max": p_max,
@@ -247,5 +247,5 @@ def _p_max(logits: Tensor, temperature: float) -> Tensor:
     return (scaled.amax(dim=1) - scaled.logsumexp(dim=1)).exp()
 
 
-def _rows(table: Tensor) -> tuple[tuple[int, ...], ...]:
+def _as_tuples(table: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in table.tolist())

@@ -164,7 +164,7 @@ class WriteBehind:
         """
         rows = RowQueue()
         try:
-            writer = self._writers.submit(self._write, shard, rows)
+            writer = self._writers.submit(self._write_and_save, shard, rows)
             rejects: list[Reject] = []
             counts = TeacherCounts.zeros(len(self.tools.teachers))
             for item in self._labelled(shard):
@@ -199,14 +199,14 @@ class WriteBehind:
         batches = label_shard(self.plan.refs(shard), self.tools, self.plan.first_crop(shard))
         return _unchanged(batches, self.plan.digests(shard)) if self.plan.is_known(shard) else batches
 
-    def _write(self, shard: int, rows: RowQueue) -> ShardRecord:
+    def _write_and_save(self, shard: int, rows: RowQueue) -> ShardRecord:
         """Write a shard, in a writing thread. The record is saved after the files, since it vouches for them."""
         with explain_unwritable(self.folder.location):
-            record = self._write_shard(shard, rows)
+            record = self._files_and_record(shard, rows)
             self.folder.files.save(record)
         return record
 
-    def _write_shard(self, shard: int, rows: RowQueue) -> ShardRecord:
+    def _files_and_record(self, shard: int, rows: RowQueue) -> ShardRecord:
         job = self.tools.job
         first_crop = self.plan.first_crop(shard)
         row_counts = RowCounts()
