@@ -132,11 +132,11 @@ def export_teacher(teacher: str | TeacherSpec, path: Path) -> TeacherSpec:
     >>> fd.export_teacher("timm:resnet50", Path("resnet50.onnx")).kind  # doctest: +SKIP
     'onnx'
     """
+    # Before anything is loaded or written: the path may be one that no spec can name.
+    spec = TeacherSpec(kind="onnx", name=str(path))
     if path.is_file() and path.suffix.lower() != ".onnx":
         raise UsageError(f"{path}: exists and is no ONNX file by its name; name another file, which ends in .onnx")
     (eager,) = load_teachers([teacher])
-    # Before anything is written: the path may be one that no spec can name.
-    spec = TeacherSpec(kind="onnx", name=str(path), weight=eager.spec.weight, temperature=eager.spec.temperature)
     with write_atomically(path) as aside:
         exported = _export(eager, aside)
         difference = _largest_difference(eager, exported)
@@ -146,7 +146,7 @@ def export_teacher(teacher: str | TeacherSpec, path: Path) -> TeacherSpec:
                 f"teacher {eager.spec}: its ONNX form differs by {difference:.2g} in a probability, more than "
                 f"{TOLERANCE:g}; nothing was written; use the teacher without --export"
             )
-    return spec
+    return replace(spec, weight=eager.spec.weight, temperature=eager.spec.temperature)
 
 
 class _Bench:

@@ -31,7 +31,7 @@ from ferkd_data.errors import (
     SettingsMismatchError,
     UsageError,
 )
-from ferkd_data.format import manifest as manifests
+from ferkd_data.format import manifest_file as manifests
 from ferkd_data.labels.buckets import confidence_counts
 from ferkd_data.labels.rows import ShardLabels
 
