@@ -218,7 +218,7 @@ def behind(monkeypatch):
             yield LabelledBatch(crops=1, rows=(row,), counts=END.counts)
 
     monkeypatch.setattr(made, "_labelled", labelled)
-    monkeypatch.setattr(made, "_write", write)
+    monkeypatch.setattr(made, "_write_and_save", write)
     with made:
         yield made
 
