@@ -14,7 +14,6 @@ Legend: B crops, R images, N crops per image, k stored classes, C old classes, D
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data.errors import UsageError
+from ferkd_data.errors import UsageError, nearest
 from ferkd_data.labels.buckets import Thresholds, buckets_of
 from ferkd_data.labels.rows import UNKNOWN_TARGET, class_index_dtype
 from ferkd_data.targets import Floats
@@ -263,12 +262,16 @@ class _Names:
     """Finds a class by its number, its name, a synonym in its name, or its class folder."""
 
     def __init__(self, names: Sequence[str] | None, num_classes: int, folders: Sequence[str] | None = None) -> None:
-        self.names, self.num_classes = names or (), num_classes
-        # From what is meant most likely: the whole name, a synonym ("tench" of "tench, Tinca tinca"), the folder.
-        self._tables = (
+        self.names, self.num_classes, self._folders = names or (), num_classes, folders or ()
+
+    @cached_property
+    def _tables(self) -> tuple[dict[str, list[int]], ...]:
+        # From what is meant most likely: the whole name, a synonym ("tench" of "tench, Tinca tinca"), the folder. Made
+        # when the first word is looked up: classes are often numbers.
+        return (
             _classes_by_word(enumerate(self.names)),
             _classes_by_word((n, word.strip()) for n, name in enumerate(self.names) for word in name.split(",")),
-            _classes_by_word(enumerate(folders or ())),
+            _classes_by_word(enumerate(self._folders)),
         )
 
     def numbers(self, given: Sequence[Any]) -> Ints:
@@ -298,11 +301,8 @@ class _Names:
     def _hint(self, unknown: Any) -> str:
         if not self.names:
             return f"the classes are numbered 0..{self.num_classes - 1} and have no names"
-        words = list(self._tables[1]) if isinstance(unknown, str) else []
-        close = difflib.get_close_matches(unknown, words, n=3) if words else []
-        if close:
-            return f"did you mean {' or '.join(map(repr, close))}?"
-        return f"classes are 0..{self.num_classes - 1}, with names such as {self.names[0]!r}"
+        known = f"classes are 0..{self.num_classes - 1}, with names such as {self.names[0]!r}"
+        return nearest(unknown, list(self._tables[1]), known) if isinstance(unknown, str) else known
 
 
 def _classes_by_word(words: Iterable[tuple[int, str]]) -> dict[str, list[int]]:

@@ -153,14 +153,14 @@ def check_at_least(least: int, **numbers: Any) -> None:
             raise UsageError(f"{name} must be a whole number, at least {least}; got {number!r}")
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Advise on an unknown word: the known words that look like it, else all of them.
+def nearest(word: str, known: Sequence[str], otherwise: str) -> str:
+    """Advise on an unknown word: name the known words that look like it, else say `otherwise`.
 
-    >>> nearest("crop", ["crops", "seed"]), nearest("x", ["crops", "seed"])
-    ("did you mean 'crops'?", 'there are crops, seed')
+    >>> nearest("crop", ["crops", "seed"], "see --help"), nearest("x", ["crops", "seed"], "see --help")
+    ("did you mean 'crops'?", 'see --help')
     """
     close = difflib.get_close_matches(word, known, n=3)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(known)}"
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else otherwise
 
 
 def renamed(old: str, new: str, value: T) -> T:

@@ -118,7 +118,8 @@ def with_changes(
     unknown = sorted(set(changes) - of_settings - of_resources)
     if unknown:
         known = sorted(of_settings | of_resources)
-        raise UsageError(f"build has no setting {unknown[0]!r}; {nearest(unknown[0], known)}")
+        advice = nearest(unknown[0], known, f"there are {', '.join(known)}")
+        raise UsageError(f"build has no setting {unknown[0]!r}; {advice}")
     return (
         replace(settings, **{k: v for k, v in changes.items() if k in of_settings}),
         replace(resources, **{k: v for k, v in changes.items() if k in of_resources}),

@@ -321,11 +321,12 @@ class LabelSet:
         # Also a caller without a type checker gets an answer to the first thing that one tries with a sequence.
         if isinstance(key, slice):  # type: ignore[unreachable]
             raise TypeError("one image at a time: labels.select(rows=slice(0, 3)) gives a label set of several")
-        if not isinstance(key, str):
-            key = operator.index(key)
+        if isinstance(key, str):
+            shard, row = self.locate(key)
+        else:
+            number = operator.index(key)
             # As in a list. Rows of `position` are never negative, where one would be a mistake of ours.
-            key = key + len(self) if -len(self) <= key < 0 else key
-        shard, row = self.locate(key) if isinstance(key, str) else self.position(key)
+            shard, row = self.position(number + len(self) if -len(self) <= number < 0 else number)
         return self._shard_cached(shard)[row]
 
     def __contains__(self, key: object) -> bool:

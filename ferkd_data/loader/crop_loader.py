@@ -390,8 +390,9 @@ class CropLoader(DataLoaderLike):
         start = self._position.start()
         self._warn_if_alone(ranks)
         self._check_not_empty(start.epoch)
+        left, whole = self._count(start), self._count(Cursor(epoch=start.epoch))
         # The clock runs from here, so that unpacking crop blocks counts as "prepare".
-        clock = EpochClock(start.epoch, self._count(start))
+        clock = EpochClock(start.epoch, left)
         # Before workers ask for the blocks: all would wait for the one that unpacks.
         self._maker.prepare_blocks(start.epoch)
         # Only now, since everything above may raise.
@@ -400,8 +401,7 @@ class CropLoader(DataLoaderLike):
         self._running_epoch, self._clock = start.epoch, clock
         self._maker.clock.take()  # What an iteration that failed has left behind.
         clock.enter("wait")
-        whole = self._count(Cursor(epoch=start.epoch))
-        return _Iteration(self._iteration, start, whole, self._count(start), clock)
+        return _Iteration(self._iteration, start, whole, left, clock)
 
     def _end(self, run: _Iteration, ranks: Ranks) -> None:
         """End an iteration, at its last batch or earlier: warn of an epoch cut short, and log where its time went.
