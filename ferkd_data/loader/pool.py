@@ -164,7 +164,7 @@ class Pool(Generic[J]):
             return
         # `_ask` hands it to another worker, or `_wait_for` does it here.
         job.asked = False
-        # Jobs that only waited in the worker's queue did not kill it.
+        # Jobs that the worker had not begun did not kill it.
         job.deaths += outcome.in_work
         if job.deaths >= ATTEMPTS:
             raise LoaderError(

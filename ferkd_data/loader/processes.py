@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ferkd_data.errors import LoaderError
 from ferkd_data.loader.channel import Channel, anonymous_file, channel_pair, write_all
-from ferkd_data.loader.worker_process import Do, Done, Fork, Ready, Wait
+from ferkd_data.loader.worker_process import Begun, Do, Done, Fork, Ready, Wait
 
 log = logging.getLogger("ferkd_data.loader")
 
@@ -122,6 +122,8 @@ class Worker:
     """None until it is ready."""
     tasks: deque[int] = field(default_factory=deque)
     """Tasks that it has been asked for and has not answered, in order."""
+    begun: int | None = None
+    """The first of them, once the worker has said that it is at it."""
 
 
 class Processes:
@@ -227,11 +229,15 @@ class Processes:
             if self.num_ready == self._num_workers:
                 self._arrived()
             return []
+        if isinstance(message, Begun):
+            worker.begun = message.number
+            return []
         assert isinstance(message, Done)
         # Work goes on, so deaths are not those of workers that can do nothing, as where memory is short from the start.
         self._deaths = 0
         # A worker answers in the order in which it was asked, so this is the task of the answer.
         worker.tasks.popleft()
+        worker.begun = None
         sent = message.send_seconds
         return [Outcome(message.number, message.result, tuple(descriptors), send_seconds=sent)]
 
@@ -297,8 +303,8 @@ class Processes:
 
 
 def _lost(worker: Worker, how: str) -> list[Outcome]:
-    # The first one was in work; the others waited in its queue.
-    return [Outcome(task, died=how, in_work=i == 0) for i, task in enumerate(worker.tasks)]
+    # The others waited in its queue, or were sent to a worker that had just been killed.
+    return [Outcome(task, died=how, in_work=task == worker.begun) for task in worker.tasks]
 
 
 def _close(channels: set[Channel]) -> None:

@@ -74,6 +74,12 @@ class Do(NamedTuple):
     task: Any
 
 
+class Begun(NamedTuple):
+    """Tells that a worker is at a task from here on: if it dies before the answer, this task may be the reason."""
+
+    number: int
+
+
 class Done(NamedTuple):
     """The answer of a worker to a `Do` of the same number."""
 
@@ -161,6 +167,10 @@ def _worker(handler: TaskHandler, fork: Fork, descriptor: int) -> NoReturn:
     while True:
         do, received = asked.get()
         result: Any
+        try:
+            channel.send(Begun(do.number))
+        except OSError:
+            os._exit(0)
         try:
             # Whatever is raised goes to the training, also a SystemExit of the user's code: a worker ends with its
             # socket alone.

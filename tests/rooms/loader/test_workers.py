@@ -112,6 +112,19 @@ def test_a_job_that_kills_its_workers_is_an_error(make, photos):
         list(loader)
 
 
+def test_a_task_that_reached_no_worker_is_not_counted_as_its_death(make):
+    """Several workers may be killed at once: a task of the first may then be sent to a second that is dead too."""
+    processes = processes_of(make(num_workers=1))
+    (worker,) = processes._workers
+    # Stopped, it takes no message, and the task waits in its socket.
+    os.kill(worker.pid, signal.SIGSTOP)
+    processes.ask(worker, 7, None, ())
+    os.kill(worker.pid, signal.SIGKILL)
+    (outcome,) = processes.outcomes(10)
+    assert (outcome.task, outcome.in_work) == (7, False)
+    assert outcome.died.startswith("signal SIGKILL")
+
+
 def test_workers_that_cannot_live_are_an_error_not_a_hang(make, monkeypatch):
     """A resource limit, or a machine without memory, ends each as soon as it is there."""
     loader = make(num_workers=1)
