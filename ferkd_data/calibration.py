@@ -20,7 +20,7 @@ from ferkd_data.labels.buckets import BUCKETS, Thresholds, buckets_of
 from ferkd_data.labels.rows import UNKNOWN_TARGET
 from ferkd_data.targets import RECOVERIES, Floats, Recovery, SoftTargets, check_positive, recover
 
-Kind: TypeAlias = Literal["discard", "soften", "blend", "keep", "thin"]
+PolicyKind: TypeAlias = Literal["discard", "soften", "blend", "keep", "thin"]
 THIN = re.compile(r"thin\((\d*\.?\d+)\)")
 
 
@@ -28,7 +28,7 @@ THIN = re.compile(r"thin\((\d*\.?\d+)\)")
 class Policy:
     """A policy for the crops of a bucket."""
 
-    kind: Kind
+    kind: PolicyKind
     share: float = 1.0
     """For `thin`: the share of crops that stay in use."""
 
@@ -181,7 +181,7 @@ def crop_policies(
     top1: npt.NDArray[Any],
     target: npt.NDArray[np.integer[Any]],
 ) -> npt.NDArray[np.uint8]:
-    """Return codes (...,) into `policy_table`; `target` broadcasts against `bucket` and `top1`."""
+    """Return each crop's policy: codes (...,) into `policy_table`. `target` broadcasts against `bucket` and `top1`."""
     if calibration.confident_but_wrong is None:
         return bucket
     # Buckets 2 and 3 are the positive ones.

@@ -81,13 +81,13 @@ def test_decisions_are_numbered_and_the_index_names_each():
 
 
 def test_every_kind_and_option_of_a_teacher_is_documented():
-    from ferkd_data.teachers.spec import KINDS, OPTIONS
+    from ferkd_data.teachers.spec import OPTIONS, TEACHER_KINDS
 
     text = (ROOT / "docs/teachers.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) >= set(KINDS)
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) >= set(TEACHER_KINDS)
     first_cells = re.findall(r"^\| (`[^|]*`) \|", text, re.MULTILINE)
     named = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
-    assert named == {*KINDS, *OPTIONS}
+    assert named == {*TEACHER_KINDS, *OPTIONS}
 
 
 def test_loader_docs_name_every_parameter_with_its_default():

@@ -103,9 +103,9 @@ class Augmentation:
         Raises UsageError for an unknown kind or option, and for values outside their ranges.
         """
         kind, _, rest = text.strip().partition(":")
-        if kind not in KINDS:
-            raise UsageError(f"augmentation {text!r}: the kind must be one of {', '.join(KINDS)}")
-        allowed = KINDS[kind].options
+        if kind not in AUGMENTATION_KINDS:
+            raise UsageError(f"augmentation {text!r}: the kind must be one of {', '.join(AUGMENTATION_KINDS)}")
+        allowed = AUGMENTATION_KINDS[kind].options
         given: dict[str, float | Range] = {}
         pieces = rest.split(",") if rest else []
         for position in range(len(pieces)):
@@ -133,7 +133,7 @@ class Augmentation:
     @property
     def num_operations(self) -> int:
         """Number of operations that the augmentation records (A); 0 for `erase`, which has columns of its own."""
-        return KINDS[self.kind].slots(dict(self.options))
+        return AUGMENTATION_KINDS[self.kind].slots(dict(self.options))
 
     def number(self, name: str) -> float:
         value = dict(self.options)[name]
@@ -177,7 +177,7 @@ def draw_operations(
         if augmentation.kind == "erase":
             erase = _draw_erase(augmentation, u)
             continue
-        for code, value in KINDS[augmentation.kind].draw(augmentation, u):
+        for code, value in AUGMENTATION_KINDS[augmentation.kind].draw(augmentation, u):
             codes.append(code)
             values.append(value)
     if not codes:
@@ -291,7 +291,7 @@ _P = _Option(1.0, (0, 1))
 # Each operation takes two random words.
 _LARGEST_RANDAUGMENT = WORDS // 2
 
-KINDS: dict[str, _Kind] = {
+AUGMENTATION_KINDS: dict[str, _Kind] = {
     "randaugment": _Kind(
         {"n": _Option(2.0, (1, _LARGEST_RANDAUGMENT), True), "m": _Option(9.0, (0, BINS - 1), True)},
         lambda options: int(options["n"]),  # type: ignore[arg-type]
@@ -347,14 +347,16 @@ def _name_and_value(text: str, kind: str, pieces: Sequence[str], position: int) 
             f"out; {_names(kind)}"
         )
     # `p` needs its name, so that colorjitter's four values stand in the order of torchvision's arguments.
-    positional = [option for option in KINDS[kind].options if option != "p"]
+    positional = [option for option in AUGMENTATION_KINDS[kind].options if option != "p"]
     if position >= len(positional):
         raise UsageError(f"augmentation {text!r}: too many values without names; {_names(kind)}")
     return positional[position], piece
 
 
 def _names(kind: str) -> str:
-    names = ", ".join(f"{name} (default {_text(option.default)})" for name, option in KINDS[kind].options.items())
+    names = ", ".join(
+        f"{name} (default {_text(option.default)})" for name, option in AUGMENTATION_KINDS[kind].options.items()
+    )
     return f"its options are {names}" if names else "it has no options"
 
 

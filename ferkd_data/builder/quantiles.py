@@ -18,7 +18,7 @@ from ferkd_data.builder.state import BuildFolder
 from ferkd_data.format import parquet, webdataset
 from ferkd_data.format.manifest import BlockEntry
 from ferkd_data.format.writers import write_shard
-from ferkd_data.labels.buckets import NUM_FLOAT16, Thresholds, buckets_of, confidence, confidence_counts
+from ferkd_data.labels.buckets import NUM_FLOAT16, Thresholds, buckets_of, confidence_counts, confidences_of
 from ferkd_data.labels.rows import ImageLabels, ShardLabels, concat_crops
 
 
@@ -35,7 +35,7 @@ def final_thresholds(folder: BuildFolder, plan: Plan, settings: BuildSettings, n
                 # A whole shard, but one at a time.
                 labels = _read(folder.out, record, settings, num_classes)
             counts += confidence_counts(
-                confidence(labels.class_prob, labels.target_prob, settings.thresholds.confidence)
+                confidences_of(labels.class_prob, labels.target_prob, settings.thresholds.confidence)
             )
     return settings.thresholds.resolve(counts)
 

@@ -29,7 +29,7 @@ from ferkd_data.labels.rows import ShardLabels, concat_crops
 from ferkd_data.labels.statistics import shard_statistics
 from ferkd_data.storage import label_folder, write_atomically
 
-Kind = Literal["teachers", "crops", "images"]
+MergeKind = Literal["teachers", "crops", "images"]
 SAME_CROPS = ("seed", "crop_distribution", "crop_kinds", "augmentations", "num_crops")
 SAME_TEACHERS = ("teachers", "ensemble", "top_k", "thresholds")
 SETTINGS = {"teachers": SAME_CROPS, "crops": (*SAME_TEACHERS, "augmentations"), "images": (*SAME_CROPS, *SAME_TEACHERS)}
@@ -45,7 +45,7 @@ class MergeResult:
     """The label set that `merge` made."""
 
     out: Path
-    kind: Kind
+    kind: MergeKind
     """What the label sets add to each other: teachers, crops or images."""
     manifest: Manifest
     mean_uncertain: float
@@ -110,12 +110,12 @@ def merge(
     return _result(out, kind, out_folder.finish(out, manifest))
 
 
-def _result(out: Path, kind: Kind, manifest: Manifest) -> MergeResult:
+def _result(out: Path, kind: MergeKind, manifest: Manifest) -> MergeResult:
     mean, largest = (manifest.model_extra or {}).get("merge_uncertain", (0.0, 0.0))
     return MergeResult(out=out, kind=kind, manifest=manifest, mean_uncertain=mean, max_uncertain=largest)
 
 
-def _kind(sets: Sequence[LabelSet]) -> Kind:
+def _kind(sets: Sequence[LabelSet]) -> MergeKind:
     """Find what the label sets add to each other. Raises LabelSetError that names the first conflict."""
     first = sets[0]
     for labels in sets[1:]:
@@ -125,7 +125,7 @@ def _kind(sets: Sequence[LabelSet]) -> Kind:
         # Merged sets may agree in these and hold further draws: their seed is that of their first crops.
         differs = differs or any(draws_of(labels.manifest) != draws_of(first.manifest) for labels in sets)
         # The same images: other crops if anything that draws crops differs, else the same crops by other teachers.
-        kind: Kind = "crops" if differs else "teachers"
+        kind: MergeKind = "crops" if differs else "teachers"
     else:
         kind = "images"
     _check_settings(sets, kind)
@@ -190,7 +190,7 @@ def _check_other_crops(sets: Sequence[LabelSet]) -> None:
                 )
 
 
-def _check_settings(sets: Sequence[LabelSet], kind: Kind) -> None:
+def _check_settings(sets: Sequence[LabelSet], kind: MergeKind) -> None:
     names = SETTINGS[kind]
     first = sets[0]
     for labels in sets[1:]:
@@ -216,7 +216,7 @@ def _comparable(labels: LabelSet, name: str) -> Any:
 class _Merge:
     """One merge: its shards, and the manifest of what it writes."""
 
-    def __init__(self, sets: Sequence[LabelSet], kind: Kind, weights: Sequence[float] | None) -> None:
+    def __init__(self, sets: Sequence[LabelSet], kind: MergeKind, weights: Sequence[float] | None) -> None:
         self.sets = sets
         self.kind = kind
         # The largest, since each set's images must pass; `first` is what the merged rows are checked against.
@@ -325,7 +325,7 @@ def _without_crops(labels: ShardLabels) -> ShardLabels:
     return replace(labels, **{name: getattr(labels, name)[:, :0] for name in ("boxes", "flip", "operations")})
 
 
-def _write_rejects(out: Path, sets: Sequence[LabelSet], kind: Kind) -> RejectsEntry:
+def _write_rejects(out: Path, sets: Sequence[LabelSet], kind: MergeKind) -> RejectsEntry:
     path = out / REJECTS_NAME
     with write_atomically(path) as aside, RejectWriter(aside) as writer:
         # The same images everywhere: the rejects of the first set stand for all.

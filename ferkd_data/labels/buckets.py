@@ -89,7 +89,7 @@ def parse_thresholds(pieces: Sequence[str], confidence: Confidence = "max") -> T
     return kind(low=values[0], mid=values[1], top=values[2], confidence=confidence)
 
 
-def confidence(
+def confidences_of(
     class_prob: npt.NDArray[np.float16], target_prob: npt.NDArray[np.float16], which: Confidence
 ) -> npt.NDArray[np.float16]:
     """Return the confidences (...,) of crops with class_prob (..., k) and target_prob (...,)."""
@@ -115,7 +115,7 @@ def buckets_of(
     >>> [BUCKETS[code] for code in buckets_of(prob, prob[:, 1], Thresholds())]
     ['hard_positive', 'extreme_hard']
     """
-    return assign_buckets(confidence(class_prob, target_prob, thresholds.confidence), thresholds)
+    return assign_buckets(confidences_of(class_prob, target_prob, thresholds.confidence), thresholds)
 
 
 def confidence_counts(confidences: npt.NDArray[np.float16]) -> npt.NDArray[np.int64]:

@@ -120,7 +120,7 @@ class Drawn(NamedTuple):
     class_prob: npt.NDArray[np.float16]
     bucket: npt.NDArray[np.uint8]
     codes: npt.NDArray[np.uint8]
-    """Policy codes (see `calibration.crop_policies`)."""
+    """Policy codes (see `calibration.policy_table`)."""
     discarded: npt.NDArray[np.bool_]
     """Whether the calibration discards the crop, which was drawn since its image has no crop in use in this block."""
 

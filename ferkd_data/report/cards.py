@@ -228,7 +228,7 @@ def _crop(labels: LabelSet, crop: Crop, pictures: Pictures) -> dict[str, Any]:
         "key": crop.image.key,
         "crop": crop.number,
         "max": crop.p_max,
-        # As `buckets.confidence` does where the ground truth's probability is unknown.
+        # As `confidences_of` does where the ground truth's probability is unknown.
         "target": crop.p_max if np.isnan(truth_prob) else truth_prob,
         "named": class_name(labels, crop.top1),
         "truth": class_name(labels, crop.image.target),

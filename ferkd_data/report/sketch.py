@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ferkd_data.labels.buckets import BUCKETS, NUM_FLOAT16, Confidence, confidence
+from ferkd_data.labels.buckets import BUCKETS, NUM_FLOAT16, Confidence, confidences_of
 from ferkd_data.labels.rows import UNKNOWN_TARGET, ShardLabels
 
 Counts = npt.NDArray[np.int64]
@@ -83,7 +83,7 @@ class Sketch:
         self.crops += p_max.size
         for which in CONFIDENCES:
             # Values are in 0..1, which reading has checked, so every pattern is an index below NUM_FLOAT16.
-            patterns = _patterns(confidence(labels.class_prob, labels.target_prob, which))
+            patterns = _patterns(confidences_of(labels.class_prob, labels.target_prob, which))
             for row, mask in enumerate((None, known, right)):
                 self.confidence[which][row] += _counts(patterns if mask is None else patterns[mask], NUM_FLOAT16)
         known_prob = labels.target_prob[known & ~np.isnan(labels.target_prob)]

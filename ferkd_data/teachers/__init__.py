@@ -1,7 +1,7 @@
 """Teachers: frozen classifiers, each with its own input size, interpolation, mean, std, weight and temperature.
 
 A spec (`timm:NAME`, `onnx:FILE`, …) becomes a `TeacherSpec`; `load_teacher` turns it into a `Teacher` by the module of
-its kind. `spec.KINDS` lists the kinds, `teacher.py` holds the protocols that a kind fulfils.
+its kind. `spec.TEACHER_KINDS` lists the kinds, `teacher.py` holds the protocols that a kind fulfils.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The digest covers weights and buffers (persistent or not, quantised or not) with names, dtypes and shapes, the classes
 of all submodules, and their plain attributes: numbers, texts, tensors outside the state, containers of these, and
 functions by name. It does not cover code and global variables, so that a teacher whose code failed at 90 % of a build
-can be mended and the build resumed. For the same reason the class of the outermost module is left out where it is the
-user's own. Input size, normalisation and precision are not covered either: builds compare them by themselves.
+can be mended and the build resumed. For the same reason the class of the outermost module counts only where it belongs
+to one of `LIBRARIES`. Input size, normalisation and precision are not covered either: builds compare them separately.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from ferkd_data.errors import TeacherError, UsageError
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
 from ferkd_data.storage import expanded, is_utf8, shown
 
-Kind: TypeAlias = Literal["timm", "torchvision", "hf", "openclip", "onnx", "torchscript", "python"]
+TeacherKind: TypeAlias = Literal["timm", "torchvision", "hf", "openclip", "onnx", "torchscript", "python"]
 Activation: TypeAlias = Literal["logits", "probabilities", "sigmoid"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 Triple: TypeAlias = tuple[float, float, float]
@@ -41,7 +41,7 @@ class KindTraits:
     """The teacher can run in bfloat16 or float16; on a GPU, that is the default."""
 
 
-KINDS: dict[Kind, KindTraits] = {
+TEACHER_KINDS: dict[TeacherKind, KindTraits] = {
     "timm": KindTraits(load="timm_models.load", takes_checkpoint=True),
     "torchvision": KindTraits(load="torchvision_models.load", takes_checkpoint=True),
     "hf": KindTraits(load="hf_models.load", takes_checkpoint=True),
@@ -100,7 +100,7 @@ class TeacherSpec:
     'timm:resnet50@w.pth?classes=37&weight=2.0'
     """
 
-    kind: Kind
+    kind: TeacherKind
     name: str
     """The model's name, the file (onnx, torchscript), or `package.module:factory` (python)."""
     checkpoint: str | None = None
@@ -137,15 +137,15 @@ class TeacherSpec:
             raise UsageError(f"teacher {self.name}: crop_pct must be above 0 and at most 1, got {self.crop_pct:g}")
         if self.classes is not None and self.classes < 1:
             raise UsageError(f"teacher {self.name}: classes must be at least 1, got {self.classes}")
-        if self.checkpoint is not None and not KINDS[self.kind].takes_checkpoint:
+        if self.checkpoint is not None and not TEACHER_KINDS[self.kind].takes_checkpoint:
             raise UsageError(
                 f"teacher {self.kind}:{self.name}: the file itself holds the weights; drop @{self.checkpoint}"
             )
-        if self.output is not None and not KINDS[self.kind].takes_output:
-            takers = ", ".join(kind for kind, traits in KINDS.items() if traits.takes_output)
+        if self.output is not None and not TEACHER_KINDS[self.kind].takes_output:
+            takers = ", ".join(kind for kind, traits in TEACHER_KINDS.items() if traits.takes_output)
             raise UsageError(f"teacher {self.kind}:{self.name}: only {takers} take the option output")
-        if (self.names or self.templates) and not KINDS[self.kind].takes_names:
-            takers = ", ".join(kind for kind, traits in KINDS.items() if traits.takes_names)
+        if (self.names or self.templates) and not TEACHER_KINDS[self.kind].takes_names:
+            takers = ", ".join(kind for kind, traits in TEACHER_KINDS.items() if traits.takes_names)
             raise UsageError(f"teacher {self.kind}:{self.name}: only {takers} takes the options names and templates")
 
     def _check_texts(self) -> None:
@@ -187,10 +187,10 @@ class TeacherSpec:
                 "is 'python:MODULE:FUNCTION', whose FUNCTION returns it"
             )
         kind, colon, rest = text.partition(":")
-        traits = next((traits for name, traits in KINDS.items() if name == kind), None)
+        traits = next((traits for name, traits in TEACHER_KINDS.items() if name == kind), None)
         if traits is None or not colon:
             raise UsageError(
-                f"teacher {text!r}: must start with one of {', '.join(k + ':' for k in KINDS)} as in {EXAMPLE}"
+                f"teacher {text!r}: must start with one of {', '.join(k + ':' for k in TEACHER_KINDS)} as in {EXAMPLE}"
             )
         # Options first: their values may hold an @ or another colon.
         target, _, query = rest.partition("?")

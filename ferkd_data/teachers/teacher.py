@@ -2,8 +2,8 @@
 
 `Teacher` is a classifier that is ready to run, and `LoadTeacher` makes one.
 
-A kind is a module with a `LoadTeacher` and an entry in `spec.KINDS`. Kinds whose model is an `nn.Module` return a
-`ModuleTeacher`.
+A kind is a module with a `LoadTeacher` and an entry in `spec.TEACHER_KINDS`. Kinds whose model is an `nn.Module`
+return a `ModuleTeacher`.
 
 Legend: B crops, C classes, S input size.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ferkd_data.errors import TeacherError
-from ferkd_data.teachers.spec import KINDS, Preprocessing, TeacherSpec, Triple, parse_specs
+from ferkd_data.teachers.spec import TEACHER_KINDS, Preprocessing, TeacherSpec, Triple, parse_specs
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
@@ -61,7 +61,7 @@ class Teacher(Protocol):
 
 
 class LoadTeacher(Protocol):
-    """The function that a kind of teacher provides; `spec.KINDS` names it."""
+    """The function that a kind of teacher provides; `spec.TEACHER_KINDS` names it."""
 
     def __call__(self, spec: TeacherSpec, *, device: str, precision: Precision) -> Teacher:
         """Load a teacher. Raises TeacherError that names the teacher and what to do, and MissingExtraError."""
@@ -82,7 +82,7 @@ def reason(error: BaseException) -> str:
 def load_teacher(spec: TeacherSpec, *, device: str = "cpu", precision: Precision = "fp32") -> Teacher:
     """Load one teacher. Raises TeacherError or MissingExtraError, naming the teacher and what to do."""
     # Imported when it is used: each kind needs a library that may be missing, and that takes seconds to import.
-    module, _, function = KINDS[spec.kind].load.partition(".")
+    module, _, function = TEACHER_KINDS[spec.kind].load.partition(".")
     load: LoadTeacher = getattr(importlib.import_module(f"ferkd_data.teachers.{module}"), function)
     return load(spec, device=device, precision=precision)
 
@@ -115,7 +115,7 @@ def load_teachers(
 def _precision(spec: TeacherSpec, device: str, wanted: str) -> Precision:
     # bf16 and not fp16: it has float32's range, so that no activation of a large network overflows.
     if wanted == "auto":
-        return "bf16" if device.startswith("cuda") and KINDS[spec.kind].takes_precision else "fp32"
+        return "bf16" if device.startswith("cuda") and TEACHER_KINDS[spec.kind].takes_precision else "fp32"
     if wanted not in ("fp32", "bf16", "fp16"):
         raise TeacherError(f"precision must be auto, fp32, bf16 or fp16, got {wanted!r}")
     return wanted  # type: ignore[return-value]

@@ -12,8 +12,8 @@ from ferkd_data.labels.buckets import (
     QuantileThresholds,
     Thresholds,
     assign_buckets,
-    confidence,
     confidence_counts,
+    confidences_of,
     parse_thresholds,
 )
 from ferkd_data.labels.soft_labels import soft_labels
@@ -79,8 +79,8 @@ def test_quantiles_leave_at_least_their_share_below(confidences, values):
 def test_the_targets_probability_can_decide():
     prob = np.array([[0.9, 0.1], [0.9, 0.1]], np.float16)
     target = np.array([0.05, np.nan], np.float16)
-    assert confidence(prob, target, "target").tolist() == [np.float16(0.05), np.float16(0.9)]
-    assert confidence(prob, target, "max").tolist() == [np.float16(0.9)] * 2
+    assert confidences_of(prob, target, "target").tolist() == [np.float16(0.05), np.float16(0.9)]
+    assert confidences_of(prob, target, "max").tolist() == [np.float16(0.9)] * 2
 
 
 def test_parsing():

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ferkd_data.augment.distribution import KINDS, RANDAUGMENT, Augmentation, draw_operations, parse_augmentations
+from ferkd_data.augment.distribution import (
+    AUGMENTATION_KINDS,
+    RANDAUGMENT,
+    Augmentation,
+    draw_operations,
+    parse_augmentations,
+)
 from ferkd_data.augment.operations import CODES, check_operations
 from ferkd_data.errors import UsageError
 
@@ -28,7 +34,7 @@ def test_the_text_of_an_augmentation_reads_back(text):
     assert Augmentation.parse(str(parsed)) == parsed
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(AUGMENTATION_KINDS))
 def test_every_kind_draws_what_can_be_replayed(kind):
     operations = draw([kind])
     assert operations.codes.shape == (400, Augmentation.parse(kind).num_operations)

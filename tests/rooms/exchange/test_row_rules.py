@@ -12,7 +12,7 @@ import pytest
 import ferkd_data as fd
 from ferkd_data.errors import ImageError, ShardError
 from ferkd_data.exchange import checks
-from ferkd_data.labels.buckets import Thresholds, assign_buckets, confidence
+from ferkd_data.labels.buckets import Thresholds, assign_buckets, confidences_of
 from ferkd_data.labels.checks import agreement_rules, broken_rows, check_rows, refusing_rules
 from ferkd_data.labels.rows import ShardLabels
 
@@ -53,7 +53,7 @@ def good_labels(generator, num_classes, thresholds, *, wide=False):
         class_index=index.astype(np.uint32 if wide else np.uint16),
         class_prob=prob,
         target_prob=said,
-        bucket=assign_buckets(confidence(prob, said, thresholds.confidence), thresholds),
+        bucket=assign_buckets(confidences_of(prob, said, thresholds.confidence), thresholds),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ferkd_data as fd
-from ferkd_data.labels.buckets import assign_buckets, confidence
+from ferkd_data.labels.buckets import assign_buckets, confidences_of
 from ferkd_data.loader.images_and_keys import KeyTable
 
 
@@ -68,7 +68,7 @@ def test_a_bucket_is_that_of_its_own_crop(make, source):
                 crops = np.flatnonzero(away <= away.min() + 1e-6)
                 buckets = image.bucket
                 if thresholds is not None:
-                    certain = confidence(image.class_prob, image.target_prob, thresholds.confidence)
+                    certain = confidences_of(image.class_prob, image.target_prob, thresholds.confidence)
                     buckets = assign_buckets(certain, thresholds)
                 assert int(targets.bucket[b]) in buckets[crops]
                 sure += len(crops) == 1

@@ -25,7 +25,7 @@ from ferkd_data.images import decode_rgb
 from ferkd_data.replay import replay
 from ferkd_data.teachers import LoadTeacher, Preprocessing, TeacherSpec, load_teacher, load_teachers
 from ferkd_data.teachers.onnx_models import export_onnx
-from ferkd_data.teachers.spec import KINDS, Kind, parse_specs
+from ferkd_data.teachers.spec import TEACHER_KINDS, TeacherKind, parse_specs
 
 LITE = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
 NAMES = st.text("abcXYZ019_-./", min_size=1, max_size=20)
@@ -51,9 +51,9 @@ def test_a_spec_survives_its_own_text(spec):
     assert TeacherSpec.parse(str(spec)) == spec
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TEACHER_KINDS)
 def test_every_kind_has_a_loader_that_fulfils_the_protocol(kind):
-    module, _, function = KINDS[kind].load.partition(".")
+    module, _, function = TEACHER_KINDS[kind].load.partition(".")
     source = Path(teachers.__file__).parent / f"{module}.py"
     # Read, not imported: the kind's library may be missing.
     found = {node.name: node for node in ast.parse(source.read_text()).body if isinstance(node, ast.FunctionDef)}
@@ -63,7 +63,7 @@ def test_every_kind_has_a_loader_that_fulfils_the_protocol(kind):
 
 
 def test_kinds_are_those_of_the_type():
-    assert tuple(KINDS) == get_args(Kind)
+    assert tuple(TEACHER_KINDS) == get_args(TeacherKind)
 
 
 def test_parsing():
