@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,8 @@ def is_module(name: str) -> bool:
     return (ROOT / f"{name}.py").exists() or (ROOT / name / "__init__.py").exists()
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Modules of this package that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -54,7 +56,7 @@ def imports(path: Path) -> set[str]:
                 found.add((node.module or "").removeprefix("ferkd_data."))
         elif isinstance(node, ast.Import):
             found |= {alias.name.removeprefix("ferkd_data.") for alias in node.names if "ferkd_data." in alias.name}
-    return found
+    return frozenset(found)
 
 
 def floor(module: str) -> int:
@@ -67,6 +69,7 @@ def floor(module: str) -> int:
     raise AssertionError(f"module {module} has no floor")
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     return {module_name(path): path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"}
 

@@ -15,4 +15,4 @@ def test_marked_files_exist():
 def test_markers_follow_the_file():
     assert markers.markers_of("rooms/builder/test_ray", []) == ["slow", "ray"]
     assert markers.markers_of("golden/test_golden", []) == []
-    assert markers.markers_of("rooms/test_on_a_gpu", ["needs a GPU"]) == ["gpu"]
+    assert markers.markers_of("rooms/loader/test_device_decode", ["needs a GPU"]) == ["gpu"]
