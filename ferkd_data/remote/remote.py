@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,25 +75,39 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Remote:
-    """A folder on a server. Can be pickled; connections are made where they are used."""
+    """A folder on a server. Can be pickled and forked; each process makes connections of its own."""
 
     url: str
     retries: Retries = field(default_factory=Retries)
 
-    # Made at the first use. Two threads that come first at once may make one each: the one stored last stays, and both
-    # work. It is not pickled (see __getstate__).
-    @cached_property
+    @property
     def transport(self) -> Transport:
+        """This process's connections to the server, made at the first use.
+
+        Two threads that come first at once may make one each: both work, and the one stored last stays.
+        """
+        # By process: a child that was forked, as a DataLoader's worker, holds its parent's sockets, and the two would
+        # read each other's answers. The parent's stay here untouched: to close them takes locks, which a thread may
+        # have held at the fork and nobody releases in the child.
+        made: dict[int, Transport] = self.__dict__.setdefault("made", {})
+        if os.getpid() not in made:
+            transport = self._transport()
+            # A copy in another process knows that the server has answered, and is as patient when it restarts.
+            transport.reached = self._has_answered()
+            made[os.getpid()] = transport
+        return made[os.getpid()]
+
+    def _transport(self) -> Transport:
         scheme = self.url.partition("://")[0]
         if scheme in ("http", "https"):
-            made: Transport = HttpTransport(self.url, self.retries.timeout)
-        elif scheme == "hf":
-            made = HttpTransport(hub_address(self.url), self.retries.timeout, hub_headers(), LOG_IN["hf"])
-        else:
-            made = StoreTransport(self.url)
-        # A copy in another process knows that the server has answered, and is as patient when it restarts.
-        made.reached = self.__dict__.get("reached", False)
-        return made
+            return HttpTransport(self.url, self.retries.timeout)
+        if scheme == "hf":
+            return HttpTransport(hub_address(self.url), self.retries.timeout, hub_headers(), LOG_IN["hf"])
+        return StoreTransport(self.url)
+
+    def _has_answered(self) -> bool:
+        made: dict[int, Transport] = self.__dict__.get("made", {})
+        return self.__dict__.get("reached", False) or any(transport.reached for transport in made.values())
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """Read a small file as a whole. Raises RemoteError, also where it is larger than `max_bytes`."""
@@ -242,9 +255,8 @@ class Remote:
             raise RemoteError(f"{error}; what arrived is kept: try again later") from error.__cause__
 
     def __getstate__(self) -> dict[str, Any]:
-        # Not `self.transport` alone, which would open a connection only to be pickled.
-        reached = "transport" in self.__dict__ and self.transport.reached
-        return {"url": self.url, "retries": self.retries, "reached": reached}
+        # Without connections, and without opening one only to be pickled.
+        return {"url": self.url, "retries": self.retries, "reached": self._has_answered()}
 
 
 class _Short(Transient):

@@ -22,6 +22,8 @@ from ferkd_data.label_set import files as shard_cache
 from ferkd_data.label_set.files import ShardCache
 from ferkd_data.remote import Remote, Retries, hub_headers, open_remote, part_of
 
+# Newer Pythons warn of a fork beside threads, such as the test server's; DataLoaders fork all the same.
+FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 QUICK = Retries(attempts=3, first_wait=0.001, timeout=5)
 DATA = np.random.default_rng(0).bytes(3_000_000)
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -302,6 +304,53 @@ def test_a_remote_can_be_pickled(server):
     assert remote.read("labels/a.parquet", max_bytes=10**7) == DATA
     with pytest.raises(RemoteError, match="more than 100 bytes"):
         remote.read("labels/a.parquet", max_bytes=100)
+
+
+def in_a_fork(action):
+    """Start `action` in a forked child; returns what waits for its end and gives its status."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            action()
+            status = 0
+        finally:
+            # Not back into pytest.
+            os._exit(status)
+    return lambda: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@FORKS
+def test_forked_processes_have_connections_of_their_own(server):
+    """On one connection, a process reads the answer to another one's request: here halves of other files."""
+    for number in range(4):
+        (server.folder / f"labels/{number}").write_bytes(DATA[number : number + 100_000])
+    remote = open_remote(server.url, QUICK)
+    remote.size("labels/a.parquet")
+
+    def read(first):
+        for number in [*range(first, 4), *range(first)] * 5:
+            assert remote.read(f"labels/{number}", max_bytes=10**7) == DATA[number : number + 100_000]
+
+    children = [in_a_fork(lambda first=first: read(first)) for first in range(4)]
+    assert [wait() for wait in children] == [0] * 4
+    read(0)
+    assert server.connections == 5
+
+
+@FORKS
+def test_a_forked_process_knows_that_the_server_has_answered(server):
+    """And waits for one that restarts, instead of taking its URL for a mistake."""
+    remote = open_remote(server.url, QUICK)
+    remote.size("labels/a.parquet")
+    server.shutdown()
+    server.socket.close()
+
+    def read():
+        with pytest.raises(RemoteError, match="also after 3 attempts"):
+            remote.read("labels/a.parquet", max_bytes=10)
+
+    assert in_a_fork(read)() == 0
 
 
 def entry(server, name, data):

@@ -162,7 +162,7 @@ def test_what_another_label_set_was_sent_over_is_sent_again(tar_label_set, tmp_p
 
 
 def test_files_that_arrived_damaged_are_found(label_set, tmp_path, monkeypatch):
-    real = Remote.transport.func
+    real = Remote.transport.fget
 
     def damaging(self):
         transport = real(self)

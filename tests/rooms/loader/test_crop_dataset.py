@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from servers import serve
 from torch.utils.data import DataLoader
 
 import ferkd_data as fd
@@ -50,6 +51,30 @@ def test_under_a_plain_dataloader_it_gives_the_loaders_batches(dataset, label_se
         for (images, targets), (same_images, same_targets) in pairs:
             assert torch.equal(images, same_images)
             torch.testing.assert_close(targets.dense(), same_targets.dense())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_forked_workers_read_from_a_server(tar_label_set, tmp_path):
+    """Each over connections of its own; the main process has used one before, and the cache has let the tars go."""
+
+    def dataset(labels, cache):
+        opened = fd.open_labels(labels, cache_dir=tmp_path / cache)
+        return fd.CropDataset(opened, size=16, cache_dir=tmp_path / cache)
+
+    local = dataset(tar_label_set, "local")
+    with serve(tar_label_set) as server:
+        remote = dataset(server.url, "remote")
+        gc.collect()
+        for tar in (tmp_path / "remote").rglob("*.tar"):
+            if tar.parent.name != "locks":
+                tar.unlink()
+        before = server.connections
+        # Each worker begins with another tar. Fork was the default start method on Linux for long.
+        rows = [0, 8, 16, *range(1, 8), *range(9, 16), 17, 18, 19]
+        loader = DataLoader(remote, sampler=rows, batch_size=None, num_workers=2, multiprocessing_context="fork")
+        seen = [images for images, _ in loader]
+        assert server.connections >= before + 2
+    assert all(torch.equal(images, local.item(row, 0)[0]) for row, images in zip(rows, seen, strict=True))
 
 
 def test_items_and_errors(dataset):
