@@ -29,28 +29,42 @@ from ferkd_data.images import ImageRef, ImageSource, Reject, in_groups
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.labels import statistics
 from ferkd_data.labels.rows import UNKNOWN_TARGET
-from ferkd_data.storage import write_atomically
+from ferkd_data.storage import image_digest, write_atomically
 
 CHUNK = 4096
 """Images that are looked up together."""
+OTHERS_ALLOWED = 1 / 4
+"""Largest share of images with other bytes than before, of those compared. A source where more differ has other images
+under the same keys; below it, single files were replaced."""
 
 
-def load_or_make_extension(source: ImageSource, folder: Path, base: Base, settings: BuildSettings) -> Plan:
-    """Return the plan that an earlier run of this extension made, or make one.
+def load_or_make_extension(
+    source: ImageSource, folder: Path, base: Base, settings: BuildSettings, *, place_sha256: str
+) -> Plan:
+    """Return the plan that an earlier run of this extension made, or make one. `place_sha256` says where the source is.
 
-    Raises SourceError for a labelled image that is to get more crops and is not in the source any more,
-    SettingsMismatchError for one that has another target there.
+    Raises SourceError for a labelled image that is to get more crops and is not in the source any more, and for a
+    source that has other images under the keys of labelled ones; SettingsMismatchError for an image that has another
+    target there.
     """
     if (folder / "plan.json").exists():
         return resume_plan(source, folder)
-    return _Extension(source, folder, base, settings).plan()
+    old = base.manifest.source
+    # A label set of several sources has no place; then their names decide whether there is anything to say.
+    named = old.place_sha256 is None and source.description in old.description.split("; ")
+    is_same_place = named or place_sha256 == old.place_sha256
+    return _Extension(source, folder, base, settings, is_same_place=is_same_place).plan()
 
 
 class _Extension:
     """Makes the plan of an extension."""
 
-    def __init__(self, source: ImageSource, folder: Path, base: Base, settings: BuildSettings) -> None:
+    def __init__(
+        self, source: ImageSource, folder: Path, base: Base, settings: BuildSettings, *, is_same_place: bool
+    ) -> None:
         self.source = source
+        self.is_same_place = is_same_place
+        """True where the source is the one that the label set was built from."""
         self.folder = folder
         self.base = base
         self.labels: LabelSet = open_labels(base.out)
@@ -69,8 +83,10 @@ class _Extension:
         with KnownImages(num_known, num_rejected) as known, PlanWriter(self.folder, digest_of=plan_sha256) as writer:
             self._learn(known)
             self._list(known, writer)
+            # The images first: where others have the same keys, their classes differ too, and --classes is no cure.
+            notes = self._compare_images(known)
             self._check(known)
-            notes = tuple(self._notes(known))
+            notes += self._notes(known)
             for reject, is_gone in zip(read_rejects(self.rejects_path), known.is_gone, strict=True):
                 # An old reject that the source no longer lists stays a reject, so that the counts go on adding up. The
                 # others are tried again: they are new images of the plan.
@@ -130,6 +146,38 @@ class _Extension:
                 "it cannot get more crops. Put it back, or leave out --crops to add new images alone"
             )
 
+    def _compare_images(self, known: KnownImages) -> list[str]:
+        """Read some of the labelled images that the source has, and return notes on what they are.
+
+        Raises SourceError where they are other images: numbered files and samples get the same keys in every batch.
+        """
+        refs = [ref for ref, _ in known.samples]
+        contents = zip(known.samples, self.source.read(refs), strict=True)
+        # One that cannot be read now says nothing of the others; it is not labelled again.
+        read = [(ref, image_digest(data) == then) for (ref, then), data in contents if isinstance(data, bytes)]
+        others = [ref.key for ref, is_same in read if not is_same]
+        where = self.source.description
+        if len(others) > OTHERS_ALLOWED * len(read):
+            raise SourceError(
+                f"image {others[0]!r} of {where} is another image than the one labelled under this key in "
+                f"{self.base.out}, and so are {len(others)} of the {len(read)} compared; give the new images keys of "
+                "their own (rename the files or their folders), or build into another folder"
+            )
+        notes = []
+        # With more crops, labelling compares every image, and stops at the first that differs.
+        if others and not self.more_crops:
+            notes.append(
+                f"labelled images that have other bytes in {where} now (such as {others[0]!r}): {len(others)} of the "
+                f"{len(read)} compared; their labels stay those of the images as they were, and `ferkd-data verify "
+                "--images` finds all of them"
+            )
+        if known.num_found and not self.is_same_place and not self.more_crops:
+            notes.append(
+                f"images of {where} with keys that labelled images have: {known.num_found:,}; taken to be the same "
+                f"images ({len(read)} compared), and not labelled again"
+            )
+        return notes
+
     def _notes(self, known: KnownImages) -> Iterator[str]:
         """Yield what should be said of labelled images that the source does not have: they may be there under new keys.
 
@@ -143,8 +191,8 @@ class _Extension:
                 f"{keep} labels; a file that was moved or renamed is labelled once more, as a new image"
             )
 
-    def _identities(self) -> Iterator[tuple[Sequence[str], list[int | None], list[bytes | None]]]:
-        """Yield (keys, targets, digests) of each shard of the label set; digests in layout parquet alone.
+    def _identities(self) -> Iterator[tuple[Sequence[str], list[int | None], list[bytes]]]:
+        """Yield (keys, targets, digests) of each shard of the label set.
 
         Reads and checks every file of the label set, since the extended set vouches for the old files too. Raises
         ShardError for a file that is damaged or breaks the format.
@@ -155,8 +203,7 @@ class _Extension:
                 # For the checks of a reader alone; keys, targets and digests are the same in every block.
                 self.labels.block(entry.index, block)
             targets = [None if target == UNKNOWN_TARGET else target for target in first.target.tolist()]
-            has_digests = self.base.manifest.layout == "parquet"
-            yield first.keys, targets, [bytes(each) if has_digests else None for each in first.image_digest]
+            yield first.keys, targets, list(map(bytes, first.image_digest))
 
 
 def seal_extension(folder: BuildFolder, plan: Plan, settings: BuildSettings, facts: Facts, version: str) -> Manifest:

@@ -24,6 +24,8 @@ from ferkd_data.scratch import Scratch
 CACHE_KIB = 8 * 1024
 """Memory of SQLite; beyond it, the system's page cache serves."""
 NO_TARGET = -1
+COMPARED = 32
+"""Images at least, of those that the label set and the source both have, whose bytes are compared; all of fewer."""
 TABLES = """
 CREATE TABLE known (key BLOB PRIMARY KEY, position INTEGER, target INTEGER, image_digest BLOB) WITHOUT ROWID;
 CREATE TABLE rejected (key BLOB, number INTEGER, PRIMARY KEY (key, number)) WITHOUT ROWID;
@@ -55,6 +57,9 @@ class KnownImages:
         self.max_target = NO_TARGET
         self.mismatch: Found | None = None
         """The first image of the source whose target is another in the label set."""
+        self.samples: list[tuple[ImageRef, bytes]] = []
+        """Images that were found, spread over the listing, with the digests that they had when they were labelled."""
+        self._stride = 1
         # A byte for each old reject. Everything else that grows with the data set is in the database.
         self.is_gone = np.ones(num_rejected, np.bool_)
         """(num_rejected,): True for a rejected image of the label set that the source does not have any more."""
@@ -80,7 +85,7 @@ class KnownImages:
         first_row: int,
         keys: Sequence[str],
         targets: Sequence[int | None],
-        digests: Sequence[bytes | None],
+        digests: Sequence[bytes],
     ) -> None:
         """Add rows `first_row` … of the label set. Raises StorageFullError."""
         rows = range(first_row, first_row + len(keys))
@@ -142,10 +147,20 @@ class KnownImages:
         known = self._database.execute("SELECT position, target, image_digest FROM known WHERE key = ?", (key,))
         for row, target, digest_then in known:
             position, digest = row, digest_then
+            self._sample(ref, digest_then)
             self.num_found += 1
             if target != ref.target and self.mismatch is None:
                 self.mismatch = Found(ref.key, target, ref.target)
         return (position, key, ref.target, ref.file, ref.offset, ref.length, digest)
+
+    def _sample(self, ref: ImageRef, digest: bytes) -> None:
+        """Keep every `_stride`-th image that is found, and fewer of them as more are found."""
+        if self.num_found % self._stride:
+            return
+        self.samples.append((ref, digest))
+        if len(self.samples) == 2 * COMPARED:
+            self.samples = self.samples[::2]
+            self._stride *= 2
 
     @contextmanager
     def _growing(self) -> Iterator[None]:

@@ -200,7 +200,8 @@ class Prepared:
     def _plan(self, folder: BuildFolder) -> Plan:
         settings = self.job.settings
         if self.base is not None:
-            return load_or_make_extension(self.images, folder.path, self.base, settings)
+            place_sha256 = digest_of_location(self.job.source)
+            return load_or_make_extension(self.images, folder.path, self.base, settings, place_sha256=place_sha256)
         return load_or_make_plan(self.images, folder.path, images_per_shard=settings.shard_images)
 
     def _check_base(self, folder: BuildFolder, base: Base, *, afresh: bool) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from label_sets import SMALL, SMALL_TARS, files_below, same_files, same_label_sets, same_rows
+from PIL import Image
 
 import ferkd_data as fd
 from ferkd_data.builder import build_part, finish
@@ -112,6 +116,87 @@ def test_a_file_that_was_moved_is_said_to_be_labelled_once_more(growing, teacher
     make_again = growing / "class0" / "photo0000.jpg"
     shutil.copy(growing / "class1" / "moved.jpg", make_again)
     assert run(extend) == 0 and "labelled image" not in capsys.readouterr().err
+
+
+def as_folder(photos, to):
+    return shutil.copytree(photos, to)
+
+
+def as_tar(photos, to):
+    """Number the samples as img2dataset does: every run begins at 000000000."""
+    to.mkdir()
+    with tarfile.open(to / "00000.tar", "w") as out:
+        for number, path in enumerate(sorted(photos.rglob("*.jpg"))):
+            out.add(path, f"{number:09d}.jpg")
+            label = tarfile.TarInfo(f"{number:09d}.cls")
+            label.size = 1
+            out.addfile(label, io.BytesIO(path.parent.name[5:].encode()))
+    return to
+
+
+def as_parquet(photos, to):
+    """Without paths, keys are made of the file's name and the row."""
+    to.mkdir()
+    images = [{"bytes": path.read_bytes(), "path": None} for path in sorted(photos.rglob("*.jpg"))]
+    pq.write_table(pa.table({"image": images}), to / "train-00000-of-00001.parquet")
+    return to
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+@pytest.mark.parametrize("pack", [as_folder, as_tar, as_parquet])
+def test_a_second_batch_whose_keys_repeat_is_refused(make_photos, tiny_teachers, tmp_path, pack, layout):
+    """The first 10 images of Tuesday would have got Monday's labels, without a word."""
+    make_photos(tmp_path / "first", 10)
+    make_photos(tmp_path / "second", 12)
+    for number, path in enumerate(sorted((tmp_path / "second").rglob("*.jpg"))):
+        Image.new("RGB", (40, 40), (number * 20, 99, 0)).save(path)
+    monday, tuesday = pack(tmp_path / "first", tmp_path / "monday"), pack(tmp_path / "second", tmp_path / "tuesday")
+    out = tmp_path / "out"
+    fd.build(monday, out, teachers=[tiny_teachers], layout=layout, **{**SMALL_TARS, "crops": 4})
+    before = files_below(out)
+    with pytest.raises(SourceError, match=r"image .* is another image than the one labelled .* 10 of the 10 .*rename"):
+        fd.build(tuesday, out, extend=True, device="cpu")
+    assert {name: data for name, data in files_below(out).items() if ".build" not in name} == before
+    copied = shutil.copytree(monday, tmp_path / "monday again")
+    assert fd.build(copied, out, extend=True, device="cpu").already_finished
+
+
+def test_a_key_that_repeats_alone_is_seen_too(growing, make_photos, tiny_teachers, tmp_path):
+    """A camera that starts at IMG_0001 again: one of many new files has the name of an old one."""
+    out, new = tmp_path / "out", tmp_path / "new"
+    fd.build(growing, out, teachers=[tiny_teachers], **FIRST_CROPS)
+    for number in range(10):
+        path = new / f"class{number}" / ("photo0000.jpg" if number == 0 else "fresh.jpg")
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (40, 40), (number * 20, 99, 0)).save(path)
+    with pytest.raises(SourceError, match=r"image 'class0/photo0000' of folder new is another image.*1 of the 1"):
+        fd.build(new, out, extend=True, device="cpu")
+
+
+def test_an_image_that_was_replaced_is_said_to_keep_its_labels(growing, make_photos, teachers, tmp_path, capsys):
+    out = tmp_path / "out"
+    fd.build(growing, out, teachers=teachers, **FIRST_CROPS)
+    make_photos(growing, 25)
+    shutil.copy(growing / "class4/photo0004.jpg", growing / "class3/photo0003.jpg")
+    assert run(["build", str(growing), str(out), "--extend", "--device", "cpu"]) == 0
+    said = capsys.readouterr().err
+    assert "have other bytes in folder photos now (such as 'class3/photo0003'): 1 of the 20 compared" in said
+    assert "with keys that labelled images have" not in said
+    assert len(fd.open_labels(out)) == 25
+
+
+def test_the_same_keys_at_another_place_are_counted(growing, make_photos, teachers, tmp_path, capsys):
+    out = tmp_path / "out"
+    fd.build(growing, out, teachers=teachers, **FIRST_CROPS)
+    more = make_photos(tmp_path / "more" / "photos", 90)
+    extend = ["build", str(more), str(out), "--extend", "--device", "cpu"]
+    assert run(extend) == 0
+    said = capsys.readouterr().err
+    assert "images of folder photos with keys that labelled images have: 20; taken to be the same images (20 c" in said
+    assert run(extend) == 0 and "taken to be" not in capsys.readouterr().err
+    more = shutil.copytree(more, tmp_path / "again")
+    assert run([*extend[:1], str(more), *extend[2:]]) == 0
+    assert "labelled images have: 90; taken to be the same images (45 compared)" in capsys.readouterr().err
 
 
 def test_a_source_whose_name_begins_like_another_ones_is_named_too(growing, make_photos, teachers, tmp_path):
