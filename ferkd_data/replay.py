@@ -13,7 +13,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -111,36 +111,42 @@ def replay_on_device(
     if the device already has them. `budget` is the memory for intermediates in bytes, approximately.
 
     Both passes of the resize are matrix products over all crops of an image at once: a dozen kernels for each image,
-    whatever the number of its crops. On CUDA they run in float16, which holds 8-bit pixels exactly, with float32 sums.
-    Nothing waits for the device.
+    whatever the number of its crops. On CUDA they run in float16, which holds 8-bit pixels exactly; in which precision
+    their sums are kept is up to PyTorch's settings (`torch.backends.cuda.matmul`), so results are clipped to 0..255.
+    Autocast changes nothing. Nothing waits for the device.
 
     Raises UsageError as `replay` does.
     """
     for image_CHW, drawn in zip(images_CHW, crops, strict=True):
         _check(image_CHW.shape[1], image_CHW.shape[2], drawn, interpolation)
     device = images_CHW[0].device
-    dtype = FLOATS.get(device.type, torch.float32)
     drawn_N4 = np.concatenate([drawn.boxes for drawn in crops])
     boxes = _upload(drawn_N4.astype(np.int64), device) if boxes_N4 is None else boxes_N4
     flip = _upload(np.concatenate([drawn.flip for drawn in crops]), device) if flip_N is None else flip_N
     out_NSSC = torch.empty((len(drawn_N4), size, size, 3), dtype=torch.uint8, device=device)
     shapes = [(image.shape[1], image.shape[2]) for image in images_CHW]
     row = 0
-    for step in cutting_steps(shapes, [len(drawn) for drawn in crops], size, interpolation, budget):
-        rows = slice(row, row + sum(count for _, count in step))
-        taps = num_taps(int(drawn_N4[rows, 2:].max()), size, interpolation)
-        pixel_2NST, weight_2NST = filter_taps(
-            boxes[rows], flip[rows], taps=taps, size=size, interpolation=interpolation
-        )
-        weight_2NST = weight_2NST.to(dtype)
-        for image, count in step:
-            here = slice(row - rows.start, row - rows.start + count)
-            filters = _Filters(pixel_2NST[:, here], weight_2NST[:, here], overshoots=interpolation == "bicubic")
-            out_NSSC[row : row + count] = _resized(images_CHW[image], filters)
-            row += count
-    out = out_NSSC.permute(0, 3, 1, 2)
-    _augment(out, crops)
+    # A loop may iterate over its loader under autocast, which would compute levels in half precision.
+    with torch.autocast(device.type, enabled=False):
+        for step in cutting_steps(shapes, [len(drawn) for drawn in crops], size, interpolation, budget):
+            rows = slice(row, row + sum(count for _, count in step))
+            taps = num_taps(int(drawn_N4[rows, 2:].max()), size, interpolation)
+            filters = filter_taps(boxes[rows], flip[rows], taps=taps, size=size, interpolation=interpolation)
+            _cut_step([(images_CHW[image], count) for image, count in step], *filters, out_NSSC[rows])
+            row = rows.stop
+        out = out_NSSC.permute(0, 3, 1, 2)
+        _augment(out, crops)
     return out
+
+
+def _cut_step(images: Sequence[tuple[Tensor, int]], pixel_2NST: Tensor, weight_2NST: Tensor, out_NSSC: Tensor) -> None:
+    """Cut the crops of a step, for each image as many as stand beside it, into `out_NSSC`."""
+    weight_2NST = weight_2NST.to(FLOATS.get(out_NSSC.device.type, torch.float32))
+    row = 0
+    for image_CHW, count in images:
+        rows = slice(row, row + count)
+        out_NSSC[rows] = _resized(image_CHW, pixel_2NST[:, rows], weight_2NST[:, rows])
+        row += count
 
 
 def _augment(images_NCSS: Tensor, crops: Sequence[Crops]) -> None:
@@ -178,18 +184,12 @@ def cutting_steps(
         yield step
 
 
-class _Filters(NamedTuple):
-    """Filters of N crops, down then across, as `filter_taps` returns them."""
+def _resized(image_CHW: Tensor, pixel_2NST: Tensor, weight_2NST: Tensor) -> Tensor:
+    """Cut and resize the crops of one image: float (N, S, S, 3) with integer values in 0..255.
 
-    pixel_2NST: Tensor
-    weight_2NST: Tensor
-    overshoots: bool
-    """Results may lie outside 0..255 and have to be clipped."""
-
-
-def _resized(image_CHW: Tensor, filters: _Filters) -> Tensor:
-    """Cut and resize the crops of one image: float (N, S, S, 3) with integer values."""
-    (down, across), (down_weight, across_weight) = filters.pixel_2NST, filters.weight_2NST
+    The filters of its N crops are as `filter_taps` returns them, with weights in the dtype of the matrix products.
+    """
+    (down, across), (down_weight, across_weight) = pixel_2NST, weight_2NST
     num, size, taps = down.shape
     # Padding without weight on the right and below: room for all taps, and rows whose length suits tensor cores.
     height, width = image_CHW.shape[1:]
@@ -201,14 +201,14 @@ def _resized(image_CHW: Tensor, filters: _Filters) -> Tensor:
     # The order columns, channels, rows: neither product needs a transposed copy, and the batch is channels last.
     narrow = torch.mm(across_NSW.view(-1, padded_w), rows_CHW.view(-1, padded_w).t())
     # Pillow rounds and clips between its passes; without that, bicubic's overshoot would show.
-    narrow = _levels(narrow, filters).view(num, size * 3, padded_h)
-    return _levels(torch.bmm(down_NSH, narrow.transpose(1, 2)), filters).view(num, size, size, 3)
+    narrow = _levels(narrow).view(num, size * 3, padded_h)
+    return _levels(torch.bmm(down_NSH, narrow.transpose(1, 2))).view(num, size, size, 3)
 
 
-def _levels(values: Tensor, filters: _Filters) -> Tensor:
-    """Round to levels in place, and clip them where the filter overshoots."""
-    values.round_()
-    return values.clamp_(0, 255) if filters.overshoots else values
+def _levels(values: Tensor) -> Tensor:
+    """Round to levels in place, and clip them to 0..255."""
+    # Bilinear results too: where sums are kept in less than float32, white reaches 256, which is 0 in uint8.
+    return values.round_().clamp_(0, 255)
 
 
 def filter_taps(

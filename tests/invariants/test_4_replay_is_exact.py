@@ -96,6 +96,15 @@ def test_the_device_function_is_within_two_levels(interpolation, cut, dtype):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_sums_of_few_bits_never_turn_white_into_black(monkeypatch, interpolation):
+    """Weights in bfloat16 add up to more than 1: 256 would be 0 in uint8."""
+    monkeypatch.setitem(FLOATS, "cpu", torch.bfloat16)
+    crops = draw_crops("white", 90, 120, seed=0, count=50, distribution=CropDistribution())
+    white = torch.full((3, 90, 120), 255, dtype=torch.uint8)
+    assert replay_on_device([white], [crops], size=48, interpolation=interpolation).min() >= 250
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("budget", [2**30, 2**20])
 def test_images_of_many_sizes_are_cut_together_on_a_device(interpolation, budget):
     images = [picture(height, width, "noise", height) for height, width in ((90, 120), (4, 3), (300, 40), (64, 64))]

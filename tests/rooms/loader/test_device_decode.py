@@ -80,6 +80,22 @@ def test_the_batches_are_those_of_the_workers(make, photos, device, name):
             assert (images.cpu().int() - expected.int()).abs().max() <= allowed
 
 
+UNDER_AUTOCAST = {"workers": {}, "workers, mixup": SETTINGS["mixup"]} | {
+    f"device, {name}": {"decode_device": "cpu", **SETTINGS[name]} for name in ("plain", "mixup", "bicubic, one crop")
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", UNDER_AUTOCAST)
+def test_autocast_around_the_loop_changes_nothing(make, name, dtype):
+    whole = contents(make(**UNDER_AUTOCAST[name]))
+    with torch.autocast("cpu", dtype):
+        assert same(contents(make(**UNDER_AUTOCAST[name])), whole)
+        # Nor does the loader change what autocast does to the loop.
+        next(iter(make(**UNDER_AUTOCAST[name])))
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
 @pytest.mark.parametrize("name", ["mixup", "spread"])
 def test_it_resumes_after_every_batch(make, name):
     whole = contents(make(decode_device="cpu", **SETTINGS[name]))
