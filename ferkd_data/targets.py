@@ -167,8 +167,25 @@ class SoftTargets:
     def cpu(self) -> SoftTargets:
         return self.to("cpu")
 
-    def cuda(self, *, non_blocking: bool = False) -> SoftTargets:
-        return self.to("cuda", non_blocking=non_blocking)
+    def cuda(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> SoftTargets:
+        """Move to a GPU, by default the current one; called as `torch.Tensor.cuda` is.
+
+        Raises UsageError for a device that is no GPU.
+        """
+        where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
+        if where.type != "cuda":
+            raise UsageError(f"cuda moves targets to a GPU, got {str(where)!r}; to({str(where)!r}) moves them there")
+        return self.to(where, non_blocking=non_blocking)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory from being used again until `stream` has done its present work, as a tensor's method does.
+
+        A loop that moves batches on a stream of its own calls it with the stream that works on them.
+        """
+        for name in TENSORS:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                tensor.record_stream(stream)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:

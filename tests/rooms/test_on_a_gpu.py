@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from ferkd_data.builder.labelling.forwards import CudaStaging
 from ferkd_data.builder.labelling.job import Job, Tools
 from ferkd_data.builder.labelling.label_shard import _ask
 from ferkd_data.builder.settings import WorkerResources
+from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageRef
 from ferkd_data.loader.device_decode import DeviceWorkers
 from ferkd_data.targets import SoftTargets
@@ -145,6 +147,42 @@ def targets(rows=8, classes=10):
         floor=torch.from_numpy(floor),
         num_classes=classes,
     )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (lambda it: it.cuda(0, non_blocking=True)),
+        (lambda it: it.cuda(0, True)),
+        (lambda it: it.cuda("cuda:0", non_blocking=True)),
+        (lambda it: it.cuda(device=torch.device("cuda"), non_blocking=True)),
+        (lambda it: it.cuda(None, True)),
+        (lambda it: it.cuda(non_blocking=True)),
+    ],
+)
+def test_targets_move_to_a_gpu_as_a_tensor_does(given):
+    with open_fake_gpu() as gpu:
+        moved = given(replace(targets(), hard=torch.zeros(8, dtype=torch.int64)))
+        assert {each.device for each in (moved.index, moved.weight, moved.floor, moved.hard)} == {
+            given(torch.zeros(1)).device
+        }
+        assert moved.index.dtype == moved.hard.dtype == torch.int64
+    assert not gpu.waits
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "meta"])
+def test_cuda_moves_to_no_other_device(device):
+    with pytest.raises(UsageError, match=r"cuda moves targets to a GPU, got '(cpu|meta)'; to\("):
+        targets().cuda(device)
+
+
+def test_a_stream_is_recorded_on_all_tensors_of_targets(monkeypatch):
+    recorded = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: recorded.append((tensor, stream)))
+    soft = replace(targets(), hard=torch.zeros(8, dtype=torch.int64))
+    soft.record_stream("the loop's")
+    assert [stream for _, stream in recorded] == ["the loop's"] * 4
+    assert {id(tensor) for tensor, _ in recorded} == set(map(id, (soft.index, soft.weight, soft.floor, soft.hard)))
 
 
 MIXINGS = {
