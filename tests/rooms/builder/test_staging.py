@@ -101,11 +101,11 @@ def same_but_for_the_cutter(a, b, more=0.0):
 def test_no_memory_for_cutting_means_smaller_steps(photos, tiny_teachers, tmp_path, late, monkeypatch):
     resized, sizes = replay._resized, []
 
-    def small(image, filters):
-        sizes.append(filters.pixel_2NST.shape[1])
+    def small(image, pixel, weight):
+        sizes.append(pixel.shape[1])
         if sizes[-1] > 4:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return resized(image, filters)
+        return resized(image, pixel, weight)
 
     monkeypatch.setattr(replay, "_resized", small)
     monkeypatch.setattr(crop_batches, "CUT_BYTES", 8 * 200_000)
