@@ -11,6 +11,7 @@
     │   ├── SettingsMismatchError a saved state was made with other settings; names both values
     │   ├── StorageFullError      no space left; nothing finished is lost
     │   └── BuildStoppedError     exit status 143: stopped by SIGTERM; the same command goes on where it stopped
+    ├── TooManyOpenFilesError     the process may open no more files; names the limit and how to raise it
     ├── LoaderError               a batch cannot be made: names the image and its shard
     ├── ForeignFileError          another project's label file is malformed, or holds more than arrays
     ├── PublishError              a label set has faults, or the destination holds another one
@@ -98,6 +99,10 @@ class StorageFullError(BuildError):
 class BuildStoppedError(BuildError):
     # What a shell reports of a process that SIGTERM ended: 128 + 15. `Stop.error` puts another signal's number in.
     exit_code = 143
+
+
+class TooManyOpenFilesError(FerkdError):
+    pass
 
 
 class LoaderError(FerkdError):

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ferkd_data.errors import FerkdError, LoaderError
+from ferkd_data.storage import refuse_too_many_files
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 """Errors of file systems without locks: Lustre without its option flock, NFS without its lock server. NFS refuses an
@@ -33,6 +34,7 @@ def locked_for_cache(path: Path) -> Iterator[bool]:
         # For writing: NFS has an exclusive lock only for a descriptor that may write. There is no content to lose.
         lock_file = path.open("w")
     except OSError as error:
+        refuse_too_many_files(path, error)
         raise LoaderError(
             f"{path.parent}: labels cannot be kept there ({error.strerror}); give cache_dir=, or set FERKD_DATA_CACHE"
         ) from error

@@ -9,6 +9,7 @@ import io
 import mmap
 import os
 import re
+import resource
 import secrets
 import stat
 import time
@@ -19,7 +20,7 @@ from types import TracebackType
 from typing import IO, Any, cast
 from urllib.parse import unquote
 
-from ferkd_data.errors import LabelSetError, SourceError, StorageFullError, UsageError
+from ferkd_data.errors import LabelSetError, SourceError, StorageFullError, TooManyOpenFilesError, UsageError
 
 CHUNK_BYTES = 2**20
 URL_AS_PATH = re.compile(r"(?:s3|gs|hf|https?):/")
@@ -107,6 +108,24 @@ def explain_full_disk(path: Path, advice: str = GO_ON) -> Iterator[None]:
         raise
 
 
+def refuse_too_many_files(path: Path | str, error: BaseException) -> None:
+    """Raise TooManyOpenFilesError where `error` says that no further file can be opened; else do nothing.
+
+    The file at `path` may be sound: it must not be rejected, skipped or fetched again for such an error.
+    """
+    code = getattr(error, "errno", None)
+    if code == errno.EMFILE:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise TooManyOpenFilesError(
+            f"{path}: cannot be opened, since this process has as many files open as it may ({limit}); raise the "
+            "limit in the shell that starts it, as `ulimit -n 65536` does"
+        ) from error
+    if code == errno.ENFILE:
+        raise TooManyOpenFilesError(
+            f"{path}: cannot be opened, since this machine has as many files open as it may (fs.file-max)"
+        ) from error
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -128,12 +147,14 @@ def default_cache_dir() -> Path:
 def open_regular(path: Path | str) -> int:
     """Open a regular file for reading and return its descriptor.
 
-    Raises LabelSetError at once for a FIFO, a device, a socket or a folder; OSError as `os.open` does.
+    Raises LabelSetError at once for a FIFO, a device, a socket or a folder; TooManyOpenFilesError, which no caller
+    takes for a fault of this file; OSError as `os.open` does.
     """
     # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
+        refuse_too_many_files(path, error)
         # What Linux answers for a socket, and for a device without a driver.
         if error.errno == errno.ENXIO:
             raise LabelSetError(f"{path}: is not a regular file") from error

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from ferkd_data.errors import LabelSetError, SourceError
 from ferkd_data.images.file_kinds import HEAD_BYTES, decoded_kind, other_kind
 from ferkd_data.parquet_guard import check_footer
+from ferkd_data.storage import refuse_too_many_files
 
 KEY_COLUMNS = ("key", "__key__", "id")
 FIRST_ROWS = 64
@@ -100,6 +101,7 @@ def open_table(path: Path) -> pq.ParquetFile:
     except LabelSetError as error:
         raise SourceError(str(error)) from error
     except (OSError, ValueError, pa.ArrowException) as error:
+        refuse_too_many_files(path, error)
         raise SourceError(f"{path}: cannot be read as Parquet ({error})") from error
 
 

@@ -12,7 +12,7 @@ from typing import IO, TypeVar
 from ferkd_data.errors import ImageError, SourceError
 from ferkd_data.remote import Retries
 from ferkd_data.remote.retries import PERMANENT, GivenUpError, Transient
-from ferkd_data.storage import open_binary
+from ferkd_data.storage import open_binary, refuse_too_many_files
 
 RETRIES = Retries(attempts=6, first_wait=0.5, longest_wait=10.0)
 """About 20 seconds of waiting for each image."""
@@ -34,7 +34,8 @@ class UnansweredImageError(ImageError):
 def retried(action: Callable[[], T], what: str) -> T:
     """Call `action`, and again after transient failures.
 
-    Raises NoAnswerError after the last attempt, and any error that is not transient at once.
+    Raises NoAnswerError after the last attempt, and at once any error that is not transient, TooManyOpenFilesError
+    among them.
     """
 
     def attempt() -> T:
@@ -43,6 +44,8 @@ def retried(action: Callable[[], T], what: str) -> T:
         except Exception as error:
             # Network clients raise errors of any class. An error of anything else is raised on unchanged.
             cause = _origin(error)
+            # Another attempt would have no more files, and the image is not at fault.
+            refuse_too_many_files(what, cause)
             if not _is_transient(cause):
                 raise
             raise Transient(getattr(cause, "strerror", None) or str(cause) or type(cause).__name__) from error

@@ -237,8 +237,7 @@ class CropDataset(Dataset[Item]):
         ahead, turn = self.turns.turn(number)
         epoch, crops = epoch + ahead, self._crops_per_image
         shape = self._maker.epochs.at(epoch)
-        # In a worker the crops go into shared memory at once: the DataLoader would copy them there otherwise.
-        images = empty_batch(crops, shape.size, shared=get_worker_info() is not None)
+        images = empty_batch(crops, shape.size)
         slots = np.full((1, shape.crops_per_image), -1)
         # Crops of other turns keep slot -1: they are drawn, so that draws agree over turns, and not cut.
         slots[0, turn * crops : (turn + 1) * crops] = np.arange(crops)
@@ -292,7 +291,8 @@ class CropDataset(Dataset[Item]):
                 f"crops of {' and '.join(map(str, sizes))} pixels do not go into one batch: where size is a function "
                 "of the epoch, call set_epoch before each epoch, and give repeats= for a sampler that repeats rows"
             )
-        return torch.cat(images), torch.cat(targets) if isinstance(targets[0], Tensor) else SoftTargets.cat(targets)
+        joined = torch.cat(images, out=_shared_batch(images))
+        return joined, torch.cat(targets) if isinstance(targets[0], Tensor) else SoftTargets.cat(targets)
 
 
 class CropStream(IterableDataset[Item]):
@@ -354,6 +354,20 @@ class CropStream(IterableDataset[Item]):
 
     def __getstate__(self) -> dict[str, Any]:
         return _with_ranks(self.__dict__, self._ranks())
+
+
+def _shared_batch(images: Sequence[Tensor]) -> Tensor | None:
+    """Allocate shared memory for a batch of these crops where a worker joins them; None elsewhere.
+
+    The DataLoader would copy the batch there otherwise. For the batch and not for each image: shared memory takes one
+    of the files that a process may have open.
+    """
+    size = images[0].shape[-1]
+    # A data set around this one may have made something else of the crops.
+    are_crops = all(part.dtype == torch.uint8 and part.shape[1:] == (3, size, size) for part in images)
+    if get_worker_info() is None or not are_crops:
+        return None
+    return empty_batch(sum(map(len, images)), size, shared=True)
 
 
 def _with_ranks(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:

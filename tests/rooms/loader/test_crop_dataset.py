@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -75,6 +76,42 @@ def test_forked_workers_read_from_a_server(tar_label_set, tmp_path):
         seen = [images for images, _ in loader]
         assert server.connections >= before + 2
     assert all(torch.equal(images, local.item(row, 0)[0]) for row, images in zip(rows, seen, strict=True))
+
+
+def with_few_files(_worker):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def test_a_batch_takes_one_file_of_its_worker_and_not_one_for_each_image(dataset):
+    """Shared memory is a file that is open: 300 images do not go into a process that may open 128."""
+    rows = [number % 20 for number in range(300)]
+    loader = loader_of(
+        dataset, 1, batch_size=300, sampler=rows, collate_fn=dataset.collate, worker_init_fn=with_few_files
+    )
+    [(images, targets)] = loader
+    assert images.shape == (600, 3, 32, 32) and len(targets) == 600
+    assert images.is_shared() and images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images[:40], dataset.collate([dataset.item(row, 0) for row in range(20)])[0])
+
+
+class Floats(torch.utils.data.Dataset):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, row):
+        images, targets = self.dataset[row]
+        return images.float() / 255, targets
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_items_that_another_data_set_has_changed_are_joined_too(dataset, num_workers):
+    loader = loader_of(Floats(dataset), num_workers, batch_size=20, collate_fn=dataset.collate)
+    [(images, _)] = loader
+    expected = torch.cat([dataset.item(row, 0)[0] for row in range(20)])
+    assert torch.equal(images, expected.float() / 255)
 
 
 def test_items_and_errors(dataset):
