@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ferkd_data.errors import TeacherError, UsageError
 from ferkd_data.teachers.module_teacher import ModuleTeacher
-from ferkd_data.teachers.teacher import Teacher, is_out_of_memory
+from ferkd_data.teachers.teacher import Teacher, is_out_of_memory, reason
 
 BACKEND: Any = "inductor"
 """Compiler back end: a name, or a function as torch.compile takes it."""
@@ -46,9 +46,12 @@ def compile_teacher(teacher: ModuleTeacher, batch_size: int) -> ModuleTeacher:
     # A shallow copy: weights are shared, and the teacher that was given still runs without the compiler.
     other = copy.copy(teacher)
     other.module = network = _OneSize(torch.compile(teacher.module, backend=BACKEND, dynamic=False), batch_size)
-    while not _runs(other, network.batch_size):
+    while not _runs(other, batch_size := network.batch_size):
         # Not in `_runs`, where the caught exception still holds the tensors of its frames.
         torch.cuda.empty_cache()
+        # Memory may have run out before the network was asked, which halves its batch by itself.
+        if network.batch_size == batch_size:
+            network.batch_size = batch_size // 2
     return other
 
 
@@ -63,8 +66,7 @@ def _runs(teacher: ModuleTeacher, batch_size: int) -> bool:
         if is_out_of_memory(error) and batch_size > 1:
             return False
         # The compiler's exceptions share no base class but Exception.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TeacherError(f"teacher {teacher.spec}: cannot be compiled ({reason}); drop --compile") from error
+        raise TeacherError(f"teacher {teacher.spec}: cannot be compiled ({reason(error)}); drop --compile") from error
     return True
 
 
@@ -82,11 +84,11 @@ class _OneSize:
     def _ask(self, images_BCSS: Tensor) -> Tensor:
         short = self.batch_size - len(images_BCSS)
         padded = images_BCSS
-        if short:
-            # Rows do not depend on each other, so any crop fills up; these answers are cut off below.
-            fill = images_BCSS[-1:].expand(short, -1, -1, -1)
-            padded = torch.cat([images_BCSS, fill]).contiguous(memory_format=torch.channels_last)
         try:
+            if short:
+                # Rows do not depend on each other, so any crop fills up; these answers are cut off below.
+                fill = images_BCSS[-1:].expand(short, -1, -1, -1)
+                padded = torch.cat([images_BCSS, fill]).contiguous(memory_format=torch.channels_last)
             return self.module(padded)[: len(images_BCSS)]
         except Exception as error:
             if is_out_of_memory(error):

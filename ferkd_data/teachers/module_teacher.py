@@ -28,6 +28,9 @@ BF16_SINCE = (8, 0)
 """First compute capability with bfloat16 in hardware; PyTorch emulates it, slowly, on older GPUs."""
 
 
+MORE_MEMORY = "end other programs there, or use fewer --workers or teachers"
+
+
 class ModuleTeacher:
     """Wrap an `nn.Module` that maps normalised float images (B, 3, S, S) to logits (B, C), or to outputs with logits.
 
@@ -59,11 +62,10 @@ class ModuleTeacher:
         """Used on a CPU too, where it is never slower and up to 1.7 times as fast: see docs/decisions.md."""
         try:
             ready = _ready(module, self.device, self.memory_format)
-        except torch.cuda.OutOfMemoryError as error:
-            raise TeacherError(
-                f"teacher {spec}: {device} has too little memory for its weights; end other programs there, or use "
-                "fewer --workers or teachers"
-            ) from error
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise weights_do_not_fit(spec, device) from error
+            raise
         self.module: Callable[[Tensor], Tensor] = ready
         self.scale, self.shift = normalisation(preprocessing, self.device)
         # Autocast would convert the images to its dtype anyway: written in it at once, they are written once.
@@ -120,6 +122,11 @@ class ModuleTeacher:
         except FerkdError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise TeacherError(
+                    f"teacher {self.spec}: {self.device} has too little memory for one {size}x{size} image beside its "
+                    f"weights ({reason(error)}); {MORE_MEMORY}"
+                ) from error
             # The model's own code may raise anything, AssertionError and KeyError included.
             raise TeacherError(
                 f"teacher {self.spec}: cannot run on one {size}x{size} image: {reason(error)}; the option size sets "
@@ -176,6 +183,11 @@ def faithful_kernels(precision: str) -> Iterator[None]:
         if precision == "fp32":
             _whole_float32(kept)
         yield
+
+
+def weights_do_not_fit(spec: TeacherSpec, device: str) -> TeacherError:
+    """Return the error for a device that has too little memory for a teacher's weights."""
+    return TeacherError(f"teacher {spec}: {device} has too little memory for its weights; {MORE_MEMORY}")
 
 
 def check_precision(teacher: str, device: torch.device, precision: str) -> None:

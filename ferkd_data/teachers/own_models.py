@@ -20,9 +20,9 @@ from ferkd_data.errors import FerkdError, TeacherError
 from ferkd_data.storage import expanded, sha256_file
 from ferkd_data.teachers.checkpoint import load_checkpoint
 from ferkd_data.teachers.digest import module_digest
-from ferkd_data.teachers.module_teacher import ModuleTeacher
+from ferkd_data.teachers.module_teacher import ModuleTeacher, weights_do_not_fit
 from ferkd_data.teachers.spec import TeacherSpec, preprocessing_of
-from ferkd_data.teachers.teacher import Precision, reason
+from ferkd_data.teachers.teacher import Precision, is_out_of_memory, reason
 
 KNOWN = ("size", "interpolation", "mean", "std", "crop_pct")
 
@@ -39,6 +39,8 @@ def load_torchscript(spec: TeacherSpec, *, device: str, precision: Precision) ->
             warnings.filterwarnings("ignore", message=".*torch.jit.*")
             module: Any = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise weights_do_not_fit(spec, device) from error
         raise TeacherError(f"teacher {spec}: not a TorchScript file: {str(error).splitlines()[0]}") from error
     return ModuleTeacher(
         module, spec, preprocessing_of(spec), digest=sha256_file(path), device=device, precision=precision

@@ -23,13 +23,20 @@ from ferkd_data.teachers.spec import TEACHER_KINDS, Preprocessing, TeacherSpec, 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 OUT_OF_MEMORY_TEXTS = (
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "Failed to allocate memory",
+    # PyTorch (also within a compiler's error), the driver, Triton, and ONNX Runtime's "CUDA failure 2: out of memory".
+    "out of memory",
+    "failed to allocate memory",
+    "cublas_status_alloc_failed",
+    "cufft_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "cudnn_status_internal_error_device_allocation_failed",
+    # Libraries that find no memory for their own workspace when they are first used.
+    "cublas_status_not_initialized",
+    "cudnn_status_not_initialized",
+    # PyTorch, when each of cuDNN's algorithms ran out of memory or is not supported.
+    "unable to find an engine to execute this computation",
 )
-"""Texts in the errors of PyTorch (also within a compiler's error), the driver, cuBLAS, cuDNN and ONNX Runtime."""
+"""Lower-case texts in errors that say that a device's memory ran out."""
 
 
 class Teacher(Protocol):
@@ -69,8 +76,11 @@ class LoadTeacher(Protocol):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Recognise an error that says that memory ran out; a smaller batch may fit. Such errors have no common class."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
     # By text, since cuBLAS, a compiler and ONNX Runtime raise a plain RuntimeError or a class of their own.
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
+    said = str(error).lower()
+    return any(text in said for text in OUT_OF_MEMORY_TEXTS)
 
 
 def reason(error: BaseException) -> str:

@@ -136,6 +136,32 @@ def test_a_teacher_too_large_to_be_compiled_is_compiled_for_fewer(tiny_teachers,
     assert sizes == [16, 8, 4], "and what comes later in larger batches is cut, not compiled anew"
 
 
+def test_memory_that_runs_out_before_the_network_is_asked(tiny_teachers, monkeypatch, compilations):
+    from ferkd_data.normalization import scaled
+
+    teacher = load_teacher(fd.TeacherSpec.parse(tiny_teachers))
+    asked = []
+
+    def most(room):
+        def scaled_in_little_memory(images, *how):
+            asked.append(len(images))
+            # The loop that this test found has no end.
+            assert len(asked) < 20
+            if len(images) > room:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return scaled(images, *how)
+
+        return scaled_in_little_memory
+
+    monkeypatch.setattr("ferkd_data.teachers.module_teacher.scaled", most(4))
+    compile_teachers([teacher], 16)
+    assert asked == [16, 8, 4] and compilations == [4]
+    monkeypatch.setattr("ferkd_data.teachers.module_teacher.scaled", most(0))
+    with pytest.raises(TeacherError, match=r"first: cannot be compiled \(OutOfMemoryError: CUDA out of memory\)"):
+        compile_teachers([teacher], 16)
+    assert asked[3:] == [16, 8, 4, 2, 1]
+
+
 @pytest.fixture
 def compilations(monkeypatch):
     """The batch sizes of the networks that were compiled."""

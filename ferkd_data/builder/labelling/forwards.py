@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ferkd_data.errors import FerkdError, TeacherError
 from ferkd_data.teachers import Teacher, TeacherSpec
-from ferkd_data.teachers.teacher import is_out_of_memory
+from ferkd_data.teachers.teacher import is_out_of_memory, reason
 
 
 class Observer(Protocol):
@@ -85,8 +85,8 @@ class Forwards:
                 ) from error
             if step <= 1:
                 raise TeacherError(
-                    f"teacher {teacher.spec}: the device has too little memory for a single crop; end what else runs "
-                    "on it, or use fewer --workers or teachers"
+                    f"teacher {teacher.spec}: the device has too little memory for a single crop "
+                    f"({reason(error)}); end what else runs on it, or use fewer --workers or teachers"
                 ) from error
             self._most[teacher.spec] = step // 2
             return None

@@ -10,7 +10,7 @@ import torch
 
 from ferkd_data.builder.labelling.forwards import current_device
 from ferkd_data.errors import TeacherError
-from ferkd_data.teachers import Preprocessing, TeacherSpec, onnx_models
+from ferkd_data.teachers import Preprocessing, TeacherSpec, load_teacher, onnx_models
 from ferkd_data.teachers.module_teacher import ModuleTeacher, check_precision, faithful_kernels
 
 CUDNN, MATMUL = torch.backends.cudnn, torch.backends.cuda.matmul
@@ -80,16 +80,50 @@ def test_a_gpu_without_bfloat16_says_so(monkeypatch):
     check_precision("timm:x", torch.device("cuda:1"), "bf16")
 
 
-def test_weights_that_do_not_fit(tmp_path, monkeypatch):
-    def full(self, *args, **options):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+FULL = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+]
 
-    monkeypatch.setattr(torch.nn.Module, "to", full)
+
+def make(module):
     preprocessing = Preprocessing(size=8, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
-    with pytest.raises(TeacherError, match="teacher timm:x: cpu has too little memory for its weights"):
-        ModuleTeacher(
-            torch.nn.Flatten(), TeacherSpec.parse("timm:x"), preprocessing, digest="", device="cpu", precision="fp32"
-        )
+    spec = TeacherSpec.parse("timm:x")
+    return ModuleTeacher(module, spec, preprocessing, digest="", device="cpu", precision="fp32")
+
+
+def raising(error):
+    def raise_(*args, **options):
+        raise error
+
+    return raise_
+
+
+@pytest.mark.parametrize("error", FULL, ids=str)
+def test_weights_that_do_not_fit(tmp_path, monkeypatch, error):
+    (tmp_path / "x.pt").touch()
+    monkeypatch.setattr(torch.nn.Module, "to", raising(error))
+    monkeypatch.setattr(torch.jit, "load", raising(error))
+    too_little = "cpu has too little memory for its weights; end other programs"
+    with pytest.raises(TeacherError, match=f"teacher timm:x: {too_little}"):
+        make(torch.nn.Flatten())
+    with pytest.raises(TeacherError, match=f"x.pt: {too_little}"):
+        load_teacher(TeacherSpec.parse(f"torchscript:{tmp_path / 'x.pt'}"))
+
+
+@pytest.mark.parametrize("error", FULL, ids=str)
+def test_memory_too_small_for_a_first_image_is_not_said_to_be_its_size(error):
+    module = torch.nn.Flatten()
+    module.forward = raising(error)
+    with pytest.raises(TeacherError, match=r"timm:x: cpu has too little memory for one 8x8 image beside its weights"):
+        make(module)
+
+
+def test_other_faults_while_weights_are_moved_stay_what_they_are(monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "to", raising(RuntimeError("CUDA error: invalid device ordinal")))
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        make(torch.nn.Flatten())
 
 
 def test_the_current_device_is_the_workers(monkeypatch):
