@@ -31,8 +31,13 @@ class ShowOverview:
 def lines(overview: Any) -> Iterator[str]:
     """Yield the overview as a table of two columns."""
     images, known = overview.images, overview.images_with_target
-    yield _line("source", f"{overview.source}: {count(images, 'image')} in {count(overview.shards, 'shard')}")
-    yield _line("ground truth", f"known for {known:,}, unknown for {images - known:,}")
+    if overview.extends and not images:
+        yield _line("source", f"{overview.source}: no image to label")
+    else:
+        to_label = " to label" if overview.extends else ""
+        shards = count(overview.shards, "shard")
+        yield _line("source", f"{overview.source}: {count(images, 'image')}{to_label} in {shards}")
+        yield _line("ground truth", f"known for {known:,}, unknown for {images - known:,}")
     yield _line("classes", _classes(overview))
     if overview.left_out:
         yield _line("left out", left_out(overview.left_out, overview.left_out_examples))

@@ -31,6 +31,7 @@ def overview_of(prepared: Prepared, plan: Plan, todo: Sequence[int]) -> Overview
     reasons = Counter(reject.reason for reject in read_rejects(plan.folder / "plan-rejects.parquet"))
     return Overview(
         source=prepared.images.description,
+        extends=prepared.base is not None,
         images=summary.images,
         images_with_target=summary.labelled_images,
         rejects=dict(reasons.most_common()),

@@ -15,6 +15,8 @@ class Overview:
     """The images and teachers as the build understands them, before it labels anything."""
 
     source: str
+    extends: bool
+    """Whether a finished label set grows: images that keep their labels as they are do not count below."""
     images: int
     """Images to be labelled, without those that the listing rejected."""
     images_with_target: int

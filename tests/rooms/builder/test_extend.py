@@ -445,8 +445,12 @@ def test_the_command(growing, make_photos, tiny_teachers, tmp_path, capsys):
     fd.build(growing, out, teachers=[tiny_teachers], **FIRST_CROPS)
     make_photos(growing, 25)
     assert run(["build", str(growing), str(out), "--extend", "--crops", "12", "--device", "cpu"]) == 0
-    assert "25 images x 12 crops" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "25 images x 12 crops" in printed.out
+    assert ": 25 images to label in " in printed.err and "ground truth  known for 25, unknown for 0" in printed.err
     assert run(["build", str(growing), str(out), "--extend", "--seed", "0", "--top-k", "4", "--device", "cpu"]) == 0
+    said = capsys.readouterr().err
+    assert ": no image to label\n" in said and "ground truth" not in said
     assert run(["build", str(growing), str(out), "--extend", "--top-k", "5", "--device", "cpu"]) == 1
     assert "top_k: saved 4, now 5" in capsys.readouterr().err
     assert run(["build", str(growing), str(tmp_path / "new")]) == 2
