@@ -8,6 +8,7 @@ import click
 
 from ferkd_data.errors import UsageError
 from ferkd_data.format.manifest_file import FILE_NAME
+from ferkd_data.words import count
 
 from .display import show_transfer
 from .terminal import say
@@ -37,8 +38,8 @@ def command(labels: tuple[str, ...], out: Path, weights: str | None) -> int:
     if finished:
         say(f"{out}: already finished; nothing was written")
     say(
-        f"{out}: {ADDED[result.kind]}: {manifest.num_images:,} images with {manifest.num_crops} crops, "
-        f"top-{manifest.top_k} of {len(manifest.teachers)} teachers"
+        f"{out}: {ADDED[result.kind]}: {count(manifest.num_images, 'image')} with "
+        f"{count(manifest.num_crops, 'crop')}, top-{manifest.top_k} of {count(len(manifest.teachers), 'teacher')}"
     )
     if result.kind == "teachers":
         say(

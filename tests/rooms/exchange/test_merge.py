@@ -163,6 +163,8 @@ def test_the_command(sets, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "the same crops by all teachers: 20 images with 10 crops, top-4 of 2 teachers" in printed
     assert "a build with all teachers at once by at most" in printed
+    assert run(["merge", str(sets["a4"]), str(sets["other crops"]), str(tmp_path / "more")]) == 0
+    assert capsys.readouterr().out.endswith(", top-4 of 1 teacher\n")
     assert run(["merge", str(sets["a4"]), str(tmp_path / "x")]) == 2
 
 
