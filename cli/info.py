@@ -67,8 +67,10 @@ def command(labels: str, as_json: bool) -> int:
 
 def _distributions(manifest: Any) -> dict[str, str]:
     """Describe the distribution of all crops, or that of each kind."""
+    from ferkd_data.exchange.origins import seeds_in_words
+
     if not manifest.kinds:
-        return {"distribution": f"{_told(manifest.crop_distribution)}, seed {manifest.seed}"}
+        return {"distribution": f"{_told(manifest.crop_distribution)}, {seeds_in_words(manifest)}"}
     kinds = {f"kind {kind.name}": kind.summary for kind in manifest.kinds}
     return {**kinds, "seed": str(manifest.seed)}
 

@@ -9,6 +9,7 @@ from ferkd_data.crop_kinds import kind_starts
 from ferkd_data.crops import CropDistribution
 from ferkd_data.exchange.card_facts import CardFields, Contents, check_fields, columns_table, mark, read_contents
 from ferkd_data.exchange.front_matter import front_matter, loading
+from ferkd_data.exchange.origins import drawn_elsewhere, seeds_in_words
 from ferkd_data.format.manifest import UNKNOWN_SHA256, CropDistributionEntry, Manifest
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.statistics import summarise
@@ -160,19 +161,14 @@ def _teachers(manifest: Manifest) -> str:
 
 def _crops(manifest: Manifest) -> str:
     thresholds = manifest.thresholds
-    seed = "drawn elsewhere, without a seed of ours" if _drawn_elsewhere(manifest) else f"seed {manifest.seed}"
     measured = "p_max" if thresholds.confidence == "max" else "the ground truth's probability"
     return (
-        f"## Crops\n\nRandomResizedCrop, {_drawn(manifest)}, {seed}; in blocks of {manifest.crops_per_block}. "
-        f"Buckets by {measured}: below {thresholds.low:g} extreme hard, below {thresholds.mid:g} moderate hard, below "
-        f"{thresholds.top:g} hard positive, else easy positive." + _augmentations(manifest) + _kinds(manifest)
+        f"## Crops\n\nRandomResizedCrop, {_drawn(manifest)}, {seeds_in_words(manifest)}; in blocks of "
+        f"{manifest.crops_per_block}. Buckets by {measured}: below {thresholds.low:g} extreme hard, below "
+        f"{thresholds.mid:g} moderate hard, below {thresholds.top:g} hard positive, else easy positive."
+        + _augmentations(manifest)
+        + _kinds(manifest)
     )
-
-
-def _drawn_elsewhere(manifest: Manifest) -> bool:
-    """Return whether crops were imported with their boxes; ReLabel's maps have none, and ours are drawn for them."""
-    imported: Any = (manifest.model_extra or {}).get("imported_from")
-    return imported is not None and not (isinstance(imported, dict) and imported.get("crops_follow_seed"))
 
 
 def _drawn(manifest: Manifest) -> str:
@@ -257,7 +253,7 @@ def _uses(manifest: Manifest) -> str:
         "teachers label crops. Not meant as ground truth: a soft label is a model's opinion, with that model's errors "
         "and biases, and the teachers' own training data and licences apply to what is learned from them. "
         f"Of each crop only the {manifest.top_k} most probable classes are kept, as float16. "
-        + ("Crops were drawn by another tool. " if _drawn_elsewhere(manifest) else "")
+        + ("Crops were drawn by another tool. " if drawn_elsewhere(manifest) else "")
         + "A student that cuts its crops with another resize than the teachers saw (bicubic kernels differ between "
         "libraries by up to 7 grey levels, which moved probabilities by up to 0.019) sees slightly other pixels than "
         "its labels were made from."

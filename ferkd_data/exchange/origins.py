@@ -14,6 +14,9 @@ from typing import Any
 from ferkd_data.format.manifest import Manifest
 from ferkd_data.label_set import LabelSet
 
+MOST_SEEDS = 8
+"""Most seeds that are listed for a person."""
+
 
 def origin_of(labels: LabelSet) -> dict[str, Any]:
     """Return the entry of `merged_from` for a label set that is merged into another one."""
@@ -38,12 +41,28 @@ def draws_of(manifest: Manifest) -> set[str]:
     return {f"seed {draw['seed']}, {json.dumps(draw['crop_distribution'])}" for draw in _draws(manifest)}
 
 
+def drawn_elsewhere(manifest: Manifest) -> bool:
+    """Return whether crops were imported with their boxes; ReLabel's maps have none, and ours are drawn for them."""
+    imported: Any = (manifest.model_extra or {}).get("imported_from")
+    return imported is not None and not (isinstance(imported, dict) and imported.get("crops_follow_seed"))
+
+
+def seeds_in_words(manifest: Manifest) -> str:
+    """Return the seeds of all crops for a person: `seed 0`, `seeds 0, 1` of a merged label set."""
+    if drawn_elsewhere(manifest):
+        return "drawn elsewhere, without a seed of ours"
+    draws = [draw["seed"] for draw in _draws(manifest) if isinstance(draw["seed"], int)]
+    seeds = list(dict.fromkeys(draws)) or [manifest.seed]
+    if len(seeds) > MOST_SEEDS:
+        return f"{len(seeds):,} seeds, the first is {seeds[0]}"
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
 def _draws(manifest: Manifest) -> Iterator[dict[str, Any]]:
     """Yield each draw's seed, distribution and number of crops, in the order of the crops."""
-    extra = manifest.model_extra or {}
-    imported = extra.get("imported_from")
-    if imported is not None and not (isinstance(imported, dict) and imported.get("crops_follow_seed")):
+    if drawn_elsewhere(manifest):
         return
+    extra = manifest.model_extra or {}
     start = 0
     for draw in _listed(extra.get("merged_from")):
         # Merged crops lie one set after the other. Merged images and teachers share one draw, so the first is theirs.

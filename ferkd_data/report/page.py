@@ -19,6 +19,7 @@ import numpy as np
 import ferkd_data
 from ferkd_data import extras
 from ferkd_data.crops import CropDistribution
+from ferkd_data.exchange.origins import seeds_in_words
 from ferkd_data.format.manifest import CropDistributionEntry, Manifest
 from ferkd_data.label_set import LabelSet
 from ferkd_data.report import figures, tables
@@ -205,7 +206,7 @@ def distributions(manifest: Manifest) -> list[tuple[str, str]]:
     def described(crops: CropDistribution | CropDistributionEntry) -> str:
         return (
             f"area {crops.scale[0]:g} to {crops.scale[1]:g} of the image, ratio {crops.ratio[0]:.3g} to "
-            f"{crops.ratio[1]:.3g}, flipped with probability {crops.hflip:g}, seed {manifest.seed}"
+            f"{crops.ratio[1]:.3g}, flipped with probability {crops.hflip:g}, {seeds_in_words(manifest)}"
         )
 
     if not manifest.kinds:

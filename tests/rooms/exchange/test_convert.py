@@ -146,6 +146,15 @@ def test_images_without_labels_are_rejects(label_set, photos, tmp_path):
         fd.import_fkd(tmp_path, tmp_path / "none", images=photos, num_classes=10, teacher=TEACHER)
 
 
+def test_no_seed_is_told_of_crops_that_were_drawn_elsewhere(label_set, photos, tmp_path, capsys):
+    fd.export_fkd(label_set, tmp_path / "fkd")
+    fd.import_fkd(tmp_path / "fkd", tmp_path / "out", images=photos, num_classes=10, teacher=TEACHER)
+    fd.write_report(tmp_path / "out", tmp_path / "report.html")
+    assert run(["info", str(tmp_path / "out")]) == 0
+    for text in (capsys.readouterr().out, (tmp_path / "report.html").read_text(encoding="utf-8")):
+        assert "drawn elsewhere, without a seed of ours" in text and "seed 0" not in text
+
+
 def test_class_folders_that_are_a_part_of_the_classes_need_a_list(label_set, photos, tmp_path):
     """Numbered 0 and 1 in sorted order, they would be other classes than those of the label files."""
     fd.export_fkd(label_set, tmp_path / "fkd")

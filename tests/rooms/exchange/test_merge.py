@@ -10,7 +10,7 @@ from label_sets import SMALL, edit_manifest, same_labels
 
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, UsageError
-from ferkd_data.exchange.origins import _draws, draws_of, origin_of
+from ferkd_data.exchange.origins import _draws, draws_of, origin_of, seeds_in_words
 from ferkd_data.format.manifest_file import parse_manifest
 from ferkd_data_cli.main import run
 
@@ -224,6 +224,14 @@ def test_a_stranger_s_list_of_origins_is_no_hindrance(seeds, tmp_path, listed):
     assert fd.merge([copy, seeds[1]], tmp_path / "out").manifest.num_crops == 8
 
 
+def test_the_seeds_of_a_merged_set_are_told(seeds, tmp_path, capsys):
+    fd.merge(seeds[1:], tmp_path / "merged")
+    assert run(["info", str(tmp_path / "merged")]) == 0
+    assert "hflip 0.5, seeds 1, 2\n" in capsys.readouterr().out
+    assert run(["info", str(seeds[0])]) == 0
+    assert "hflip 0.5, seed 0\n" in capsys.readouterr().out
+
+
 def test_a_manifest_stays_readable_after_many_merges(seeds):
     """JSON parsers refuse deep nesting, so draws are one list, however often a set is merged."""
     labels = fd.open_labels(seeds[0])
@@ -232,5 +240,5 @@ def test_a_manifest_stays_readable_after_many_merges(seeds):
         other = {**origin_of(labels), "seed": number + 5}
         merged = labels.manifest.model_copy(update={"num_crops": 4 * (number + 2), "merged_from": [entry, other]})
         entry = {**origin_of(labels), "draws": list(_draws(merged))}
-    assert len(draws_of(merged)) == 301
+    assert len(draws_of(merged)) == 301 and seeds_in_words(merged) == "301 seeds, the first is 0"
     assert parse_manifest(labels.manifest.model_copy(update={"merged_from": [entry]}).to_json(), "here")
