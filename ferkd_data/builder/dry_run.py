@@ -107,7 +107,13 @@ def dry_run(
             make_request(source, folder, teachers=teachers, classes=classes, precision=precision, **changes)
         ) as prepared,
     ):
-        plan = load_or_make_plan(prepared.images, folder, images_per_shard=prepared.job.settings.shard_images)
+        job = prepared.job
+        plan = load_or_make_plan(
+            prepared.images,
+            folder,
+            images_per_shard=job.settings.shard_images,
+            fail_on_reject=job.fail_on_reject,
+        )
         check_plan_targets(plan, prepared.teachers[0].num_classes, classes_given=classes is not None)
         shards = list(plan.shards) if mine is None else mine.shards(plan.shards)
         if plan.summary.shards and not shards:

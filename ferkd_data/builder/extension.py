@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from ferkd_data.builder.base import Base, open_base
 from ferkd_data.builder.known_images import KnownImages
-from ferkd_data.builder.plan import Plan, PlanWriter, resume_plan, save_plan
+from ferkd_data.builder.plan import Plan, PlanWriter, list_images, resume_plan, save_plan
 from ferkd_data.builder.seal import write_rejects
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.builder.state import BuildFolder, Facts
@@ -39,34 +39,55 @@ under the same keys; below it, single files were replaced."""
 
 
 def load_or_make_extension(
-    source: ImageSource, folder: Path, base: Base, settings: BuildSettings, *, place_sha256: str
+    source: ImageSource,
+    folder: Path,
+    base: Base,
+    settings: BuildSettings,
+    *,
+    place_sha256: str,
+    fail_on_reject: bool = False,
 ) -> Plan:
     """Return the plan that an earlier run of this extension made, or make one. `place_sha256` says where the source is.
 
     Raises SourceError for a labelled image that is to get more crops and is not in the source any more, and for a
     source that has other images under the keys of labelled ones; SettingsMismatchError for an image that has another
-    target there.
+    target there; BuildError as `list_images` does.
     """
     if (folder / "plan.json").exists():
         return resume_plan(source, folder)
     old = base.manifest.source
     # A label set of several sources has no place; then their names decide whether there is anything to say.
     named = old.place_sha256 is None and source.description in old.description.split("; ")
-    is_same_place = named or place_sha256 == old.place_sha256
-    return _Extension(source, folder, base, settings, is_same_place=is_same_place).plan()
+    extension = _Extension(
+        source,
+        folder,
+        base,
+        settings,
+        is_same_place=named or place_sha256 == old.place_sha256,
+        fail_on_reject=fail_on_reject,
+    )
+    return extension.plan()
 
 
 class _Extension:
     """Makes the plan of an extension."""
 
     def __init__(
-        self, source: ImageSource, folder: Path, base: Base, settings: BuildSettings, *, is_same_place: bool
+        self,
+        source: ImageSource,
+        folder: Path,
+        base: Base,
+        settings: BuildSettings,
+        *,
+        is_same_place: bool,
+        fail_on_reject: bool,
     ) -> None:
         self.source = source
         self.is_same_place = is_same_place
         """True where the source is the one that the label set was built from."""
         self.folder = folder
         self.base = base
+        self.fail_on_reject = fail_on_reject
         self.labels: LabelSet = open_labels(base.out)
         self.images_per_shard = settings.shard_images
         self.more_crops = settings.crops > base.manifest.num_crops
@@ -126,7 +147,7 @@ class _Extension:
             known.add_rejected(rejects[0][0], [reject.key for _, reject in rejects])
 
     def _list(self, known: KnownImages, writer: PlanWriter) -> None:
-        for items in in_groups(self.source.list_images(), CHUNK):
+        for items in in_groups(list_images(self.source, fail_on_reject=self.fail_on_reject), CHUNK):
             known.add_listed([item for item in items if isinstance(item, ImageRef)])
             rejects = [item for item in items if isinstance(item, Reject)]
             known.add_named([readable(reject.key) for reject in rejects])

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from ferkd_data.errors import SourceError, UsageError
+from ferkd_data.errors import BuildError, SourceError, UsageError
 from ferkd_data.format.rejects import RejectWriter
 from ferkd_data.images import ImageRef, ImageSource, Reject, describe_left_out, in_groups
 from ferkd_data.labels.rows import DIGEST_BYTES
@@ -131,20 +131,39 @@ class Plan:
         return [table.column(name).to_pylist() for name in columns]
 
 
-def load_or_make_plan(source: ImageSource, folder: Path, *, images_per_shard: int) -> Plan:
+def load_or_make_plan(
+    source: ImageSource, folder: Path, *, images_per_shard: int, fail_on_reject: bool = False
+) -> Plan:
     """Return the plan that an earlier run of this build made, or make one.
 
-    Raises SourceError when the source holds no image at all, or has other contents than in that run.
+    Raises SourceError when the source holds no image at all, or has other contents than in that run; BuildError as
+    `list_images` does.
     """
     if (folder / "plan.json").exists():
         return resume_plan(source, folder)
     with PlanWriter(folder) as writer:
-        for refs in _shards(source.list_images(), writer, images_per_shard):
+        for refs in _shards(list_images(source, fail_on_reject=fail_on_reject), writer, images_per_shard):
             writer.add_shard(table_of(refs))
     if writer.images + writer.rejects == 0:
         counts = describe_left_out(source.left_out.counts)
         raise SourceError(f"{source.description}: no images found{'; left out: ' if counts else ''}{', '.join(counts)}")
     return save_plan(folder, writer.summary(source))
+
+
+def list_images(source: ImageSource, *, fail_on_reject: bool) -> Iterator[ImageRef | Reject]:
+    """List the images of a source. Where `fail_on_reject`, raise BuildError for the first that its listing rejects."""
+    for item in source.list_images():
+        if fail_on_reject and isinstance(item, Reject):
+            raise unusable(item)
+        yield item
+
+
+def unusable(reject: Reject) -> BuildError:
+    """Return the error that ends a build which collects no rejects."""
+    return BuildError(
+        f"image {reject.key!r} cannot be used ({reject.reason}: {reject.detail}); repair or remove it and run the "
+        "same command again, or let rejects be collected with --on-error reject"
+    )
 
 
 def open_plan(folder: Path) -> Plan:

@@ -198,11 +198,14 @@ class Prepared:
         return plan, facts
 
     def _plan(self, folder: BuildFolder) -> Plan:
-        settings = self.job.settings
+        settings, fail = self.job.settings, self.job.fail_on_reject
         if self.base is not None:
             place_sha256 = digest_of_location(self.job.source)
-            return load_or_make_extension(self.images, folder.path, self.base, settings, place_sha256=place_sha256)
-        return load_or_make_plan(self.images, folder.path, images_per_shard=settings.shard_images)
+            return load_or_make_extension(
+                self.images, folder.path, self.base, settings, place_sha256=place_sha256, fail_on_reject=fail
+            )
+        shard_images = settings.shard_images
+        return load_or_make_plan(self.images, folder.path, images_per_shard=shard_images, fail_on_reject=fail)
 
     def _check_base(self, folder: BuildFolder, base: Base, *, afresh: bool) -> None:
         """Check that the label set is still the one that was found before the folder was locked. Raises BuildError."""

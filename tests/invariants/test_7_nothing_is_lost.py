@@ -6,6 +6,7 @@ import io
 import struct
 import tarfile
 import zlib
+from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +14,7 @@ from label_sets import SMALL
 from PIL import Image
 
 import ferkd_data as fd
+from ferkd_data.builder import dry_run
 from ferkd_data.errors import BuildError
 
 
@@ -74,6 +76,31 @@ def test_on_error_fail_stops_with_the_key(troubled, tiny_teachers, tmp_path):
     classes = tmp_path / "classes.txt"
     with pytest.raises(BuildError, match=r"class0/.*cannot be used"):
         fd.build(troubled, tmp_path / "out", teachers=[tiny_teachers], classes=classes, on_error="fail", **SMALL)
+
+
+@pytest.mark.parametrize("reason", ["bad_key", "unsupported_format"])
+def test_on_error_fail_stops_at_what_the_listing_rejects(reason, make_photos, tiny_teachers, tmp_path):
+    """Such images were collected all the same, and the build went on."""
+    photos, out = make_photos(tmp_path / "photos", 10), tmp_path / "out"
+    bad = photos / "class0" / {"bad_key": "has.dot.jpg", "unsupported_format": "scan.tiff"}[reason]
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(picture, {"bad_key": "JPEG", "unsupported_format": "TIFF"}[reason])
+    bad.write_bytes(picture.getvalue())
+    settings = {"teachers": [tiny_teachers], "on_error": "fail", **SMALL, "crops": 8}
+    for build in (dry_run, partial(fd.build, out=out)):
+        with pytest.raises(BuildError, match=rf"class0/.*cannot be used \({reason}: "):
+            build(photos, **settings)
+    # The remedy that the message names.
+    bad.unlink()
+    assert fd.build(photos, out, **settings).manifest.rejects.rows == 0
+    bad.write_bytes(picture.getvalue())
+    more = {"extend": True, "crops": 12, "on_error": "fail", "device": "cpu"}
+    with pytest.raises(BuildError, match=rf"class0/.*cannot be used \({reason}: "):
+        fd.build(photos, out, **more)
+    fd.build(photos, out, **{**more, "on_error": "reject"})
+    bad.unlink()
+    # A reject that is not in SOURCE any more is no image that it lists.
+    fd.build(photos, out, **{**more, "crops": 16})
 
 
 def test_the_pixel_limit_can_be_set(photos, tiny_teachers, tmp_path):

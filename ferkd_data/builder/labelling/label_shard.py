@@ -20,6 +20,7 @@ from torch import Tensor
 from ferkd_data.builder.labelling.crop_batches import CropBatch, DecodedImage, crop_batches, input_of
 from ferkd_data.builder.labelling.forwards import Fetched
 from ferkd_data.builder.labelling.job import Tools
+from ferkd_data.builder.plan import unusable
 from ferkd_data.errors import BuildError
 from ferkd_data.format.writers import Row
 from ferkd_data.images import ImageRef, Reject
@@ -118,7 +119,8 @@ def _answered(
     asked: deque[_Answer] = deque()
     for item in batches:
         if isinstance(item, Reject):
-            _check_rejects_are_fine(item, tools)
+            if tools.job.fail_on_reject:
+                raise unusable(item)
             yield item
             continue
         asked.append(_ask(item, tools))
@@ -212,14 +214,6 @@ def _image_labels(image: DecodedImage, pieces: Sequence[SoftLabels], thresholds:
         bucket=buckets_of(class_prob, target_prob, thresholds),
         operations=NO_OPERATIONS if image.crops.operations is None else image.crops.operations,
     )
-
-
-def _check_rejects_are_fine(reject: Reject, tools: Tools) -> None:
-    if tools.job.fail_on_reject:
-        raise BuildError(
-            f"image {reject.key!r} cannot be used ({reject.reason}: {reject.detail}); repair or remove it and run the "
-            "same command again, or let rejects be collected with --on-error reject"
-        )
 
 
 def count_batch(logits_TBC: Sequence[Tensor], temperatures: Sequence[float], target: Tensor) -> list[Tensor]:
