@@ -10,6 +10,7 @@
     │   ├── BuildLockedError      another live process builds into the same folder
     │   ├── SettingsMismatchError a saved state was made with other settings; names both values
     │   ├── StorageFullError      no space left; nothing finished is lost
+    │   ├── DeviceFailedError     a GPU failed; only a new process can use it again
     │   └── BuildStoppedError     exit status 143: stopped by SIGTERM; the same command goes on where it stopped
     ├── TooManyOpenFilesError     the process may open no more files; names the limit and how to raise it
     ├── LoaderError               a batch cannot be made: names the image and its shard
@@ -93,6 +94,10 @@ class SettingsMismatchError(BuildError):
 
 
 class StorageFullError(BuildError):
+    pass
+
+
+class DeviceFailedError(BuildError):
     pass
 
 

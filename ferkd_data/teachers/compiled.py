@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ferkd_data.errors import TeacherError, UsageError
+from ferkd_data.errors import DeviceFailedError, TeacherError, UsageError
 from ferkd_data.teachers.module_teacher import ModuleTeacher
 from ferkd_data.teachers.teacher import Teacher, is_out_of_memory, reason
 
@@ -62,6 +62,8 @@ def _runs(teacher: ModuleTeacher, batch_size: int) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             teacher.logits(torch.zeros((batch_size, 3, size, size), dtype=torch.uint8))
+    except DeviceFailedError:
+        raise
     except Exception as error:
         if is_out_of_memory(error) and batch_size > 1:
             return False

@@ -19,11 +19,9 @@ from ferkd_data.normalization import scaled
 from ferkd_data.teachers.digest import with_choices
 from ferkd_data.teachers.outputs import LogitsOnly, check_activation, check_shape, pick_output
 from ferkd_data.teachers.spec import Preprocessing, TeacherSpec, Triple
-from ferkd_data.teachers.teacher import Precision, is_out_of_memory, reason
+from ferkd_data.teachers.teacher import Precision, device_failed, is_device_failure, is_out_of_memory, reason
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-DEVICE_ERRORS: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
-"""Errors of a GPU that failed, which is no fault of the teacher. PyTorch before 2.8 raises a plain RuntimeError."""
 BF16_SINCE = (8, 0)
 """First compute capability with bfloat16 in hardware; PyTorch emulates it, slowly, on older GPUs."""
 
@@ -65,6 +63,8 @@ class ModuleTeacher:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise weights_do_not_fit(spec, device) from error
+            if is_device_failure(error):
+                raise device_failed(device, error) from error
             raise
         self.module: Callable[[Tensor], Tensor] = ready
         self.scale, self.shift = normalisation(preprocessing, self.device)
@@ -80,8 +80,10 @@ class ModuleTeacher:
         except FerkdError:
             raise
         except Exception as error:
-            if is_out_of_memory(error) or isinstance(error, DEVICE_ERRORS):
+            if is_out_of_memory(error):
                 raise
+            if is_device_failure(error):
+                raise device_failed(images_BCSS.device, error) from error
             # The model's own code may raise anything.
             raise TeacherError(f"teacher {self.spec}: failed on {len(images_BCSS)} crops: {reason(error)}") from error
         if logits.shape != (len(images_BCSS), self.num_classes):
@@ -127,6 +129,8 @@ class ModuleTeacher:
                     f"teacher {self.spec}: {self.device} has too little memory for one {size}x{size} image beside its "
                     f"weights ({reason(error)}); {MORE_MEMORY}"
                 ) from error
+            if is_device_failure(error):
+                raise device_failed(self.device, error) from error
             # The model's own code may raise anything, AssertionError and KeyError included.
             raise TeacherError(
                 f"teacher {self.spec}: cannot run on one {size}x{size} image: {reason(error)}; the option size sets "

@@ -11,13 +11,14 @@ Legend: B crops, C classes, S input size.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
 from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ferkd_data.errors import TeacherError
+from ferkd_data.errors import DeviceFailedError, TeacherError
 from ferkd_data.teachers.spec import TEACHER_KINDS, Preprocessing, TeacherSpec, Triple, parse_specs
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
@@ -37,6 +38,8 @@ OUT_OF_MEMORY_TEXTS = (
     "unable to find an engine to execute this computation",
 )
 """Lower-case texts in errors that say that a device's memory ran out."""
+DEVICE_FAILURE = re.compile(r"CUDA (driver )?error: (?!CUBLAS)|CUDA failure \d+: |_STATUS_EXECUTION_FAILED")
+"""Texts in errors of a GPU that failed, of PyTorch before 2.8, of cuBLAS and cuDNN, and of ONNX Runtime."""
 
 
 class Teacher(Protocol):
@@ -60,7 +63,8 @@ class Teacher(Protocol):
     def logits(self, images_BCSS: Tensor) -> Tensor:
         """Return logits (B, C) float32 of uint8 RGB images (B, 3, S, S), on the device of the images.
 
-        Raises TeacherError where the model fails, torch.cuda.OutOfMemoryError where memory runs out.
+        Raises TeacherError where the model fails, DeviceFailedError where the device does, and the library's own error
+        where memory runs out, which `is_out_of_memory` recognises.
         """
 
     def renormalised(self, mean: Triple, std: Triple) -> Teacher:
@@ -81,6 +85,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     # By text, since cuBLAS, a compiler and ONNX Runtime raise a plain RuntimeError or a class of their own.
     said = str(error).lower()
     return any(text in said for text in OUT_OF_MEMORY_TEXTS)
+
+
+def is_device_failure(error: BaseException) -> bool:
+    """Recognise an error of a GPU that failed: no fault of the teacher, and the process can use that GPU no more."""
+    if is_out_of_memory(error):  # which PyTorch counts among the failures
+        return False
+    kind = getattr(torch, "AcceleratorError", None)
+    return (kind is not None and isinstance(error, kind)) or bool(DEVICE_FAILURE.search(str(error)))
+
+
+def device_failed(device: object, error: BaseException) -> DeviceFailedError:
+    """Return the error to raise for a device that failed with `error`."""
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return DeviceFailedError(
+        f"device {device} failed while it ran the teachers ({first_line}); only a new process can use it again, and "
+        "goes on after the finished shards"
+    )
 
 
 def reason(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ferkd_data.errors import FerkdError, TeacherError
 from ferkd_data.teachers import Teacher, TeacherSpec
-from ferkd_data.teachers.teacher import is_out_of_memory, reason
+from ferkd_data.teachers.teacher import device_failed, is_device_failure, is_out_of_memory, reason
 
 
 class Observer(Protocol):
@@ -61,7 +61,7 @@ class Forwards:
     """By teacher: crops that it gets at a time, where memory ran out with more."""
 
     def logits(self, teacher: Teacher, images_BCSS: Tensor) -> Tensor:
-        """Return (B, C) float32 for pixels (B, 3, S, S) uint8. Raises TeacherError."""
+        """Return (B, C) float32 for pixels (B, 3, S, S) uint8. Raises TeacherError, DeviceFailedError."""
         self.observer.asking([teacher.spec])
         while (logits := self._try(teacher, images_BCSS)) is None:
             # Not in the except block: there, the exception still refers to the tensors of its frames.
@@ -79,6 +79,8 @@ class Forwards:
         except FerkdError:
             raise
         except Exception as error:
+            if is_device_failure(error):
+                raise device_failed(images_BCSS.device, error) from error
             if not is_out_of_memory(error):
                 raise TeacherError(
                     f"teacher {teacher.spec}: failed on {len(images_BCSS)} crops: {type(error).__name__}: {error}"

@@ -21,13 +21,14 @@ from ferkd_data.builder.labelling.crop_batches import CropBatch, DecodedImage, c
 from ferkd_data.builder.labelling.forwards import Fetched
 from ferkd_data.builder.labelling.job import Tools
 from ferkd_data.builder.plan import unusable
-from ferkd_data.errors import BuildError
+from ferkd_data.errors import BuildError, FerkdError
 from ferkd_data.format.writers import Row
 from ferkd_data.images import ImageRef, Reject
 from ferkd_data.labels.buckets import Thresholds, buckets_of
 from ferkd_data.labels.rows import NO_OPERATIONS, UNKNOWN_TARGET, ImageLabels
 from ferkd_data.labels.soft_labels import DeviceLabels, SoftLabels, check_logits, combine, raise_if_wrong, soft_labels
 from ferkd_data.labels.statistics import P_MAX_UNITS, TEACHER_BINS
+from ferkd_data.teachers.teacher import device_failed, is_device_failure, is_out_of_memory, reason
 
 ASKED_AHEAD = 2
 """Batches that a device has to do while the host deals with the answers to the one before."""
@@ -89,8 +90,26 @@ def label_shard(refs: Sequence[ImageRef], tools: Tools, first_crop: int = 0) -> 
 
     Rows come in the order of `refs`, and so do rejects, which may come before rows of earlier images.
 
-    Raises TeacherError for impossible answers, BuildError for a reject where the job makes these fatal.
+    Raises TeacherError for impossible answers, BuildError for a reject where the job makes these fatal and where memory
+    runs out, DeviceFailedError.
     """
+    try:
+        yield from _labelled(refs, tools, first_crop)
+    except FerkdError:
+        raise
+    except Exception as error:
+        # Any operator may report a GPU's failure: of uploads, cutting and ranking as well as of the teachers.
+        if is_device_failure(error):
+            raise device_failed(tools.device, error) from error
+        if is_out_of_memory(error):
+            raise BuildError(
+                f"device {tools.device} has too little memory for the crops and answers of a batch beside the teachers "
+                f"({reason(error)}); end what else runs on it, or use a smaller --batch-size or fewer --workers"
+            ) from error
+        raise
+
+
+def _labelled(refs: Sequence[ImageRef], tools: Tools, first_crop: int) -> Iterator[LabelledBatch | Reject]:
     unfinished: list[SoftLabels] = []  # the labels so far of the image whose crops go on in the next batch
     for item in _answered(crop_batches(refs, tools, first_crop), tools):
         if isinstance(item, Reject):
@@ -159,10 +178,7 @@ def _receive(answer: _Answer, tools: Tools) -> tuple[CropBatch, SoftLabels, Teac
         answer.fetched.wait()
     except RuntimeError as error:
         # A GPU reports any failure, of a teacher's operator or of the hardware, at the next wait.
-        raise BuildError(
-            f"device {tools.device} failed while it ran the teachers ({str(error).splitlines()[0]}); its process "
-            "cannot go on. Finished shards stay: run the same command again"
-        ) from error
+        raise device_failed(tools.device, error) from error
     class_index, class_prob, target_prob, wrong_T, *counted = answer.fetched.tensors
     for wrong, teacher in zip(wrong_T, tools.teachers, strict=True):
         raise_if_wrong(wrong, teacher.spec)

@@ -8,7 +8,8 @@ A worker gets ready when it starts (message Ready). Then the driver asks it for 
 | `settle()`, where there is no other shard for it | Settled |
 | `measure(refs)`, in a dry run | Measured |
 
-ShardSaved and Halved may come with any of them. Slow and Failed end a request, and the worker with it.
+ShardSaved and Halved may come with any of them. Slow and Failed end a request, and the worker with it. A worker whose
+GPU failed (Failed with the kind DeviceFailedError) is replaced like one that died; any other Failed ends the build.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Slow(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """An error that no retry would help."""
+    """An error that no retry in this process would help."""
 
     kind: str
     """The class in ferkd_data.errors, or any other exception's name."""

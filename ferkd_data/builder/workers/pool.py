@@ -31,7 +31,7 @@ from ferkd_data.builder.workers.messages import (
     WorkerLostError,
     Workers,
 )
-from ferkd_data.errors import BuildError, FerkdError, TeacherError
+from ferkd_data.errors import BuildError, DeviceFailedError, FerkdError, TeacherError
 
 DEATHS_PER_SHARD = 3
 """Workers that may die with a shard before the build gives it up."""
@@ -268,6 +268,9 @@ class WorkerPool(Generic[AnyWorker]):
                 self.free.append(member)
             case Slow(teacher):
                 raise too_slow(teacher, member.shard, self.teacher_timeout or 0, str(member))
+            case Failed() if message.kind == DeviceFailedError.__name__:
+                # Ended at once: its process can use the device no more, and what it still writes is labelled again.
+                self._replace_dead(member, WorkerLostError(f"ended, since {message.text}"), wait_seconds=0)
             case Failed():
                 raise failure(message, str(member), member.held)
 
@@ -298,12 +301,14 @@ class WorkerPool(Generic[AnyWorker]):
         if in_vain:
             self.folder.files.look_again()
 
-    def _replace_dead(self, member: Member[AnyWorker], lost: WorkerLostError) -> None:
+    def _replace_dead(
+        self, member: Member[AnyWorker], lost: WorkerLostError, *, wait_seconds: float = LEAVE_SECONDS
+    ) -> None:
         """Put the shards of a worker that died back, and start a new one. Raises BuildError where that is hopeless."""
         if self.stop.requested:  # a batch system that stops a job often signals all its processes
             raise self.stop.error()
         # The process must be gone before another worker writes the same files.
-        member.worker.end(LEAVE_SECONDS)
+        member.worker.end(wait_seconds)
         held = member.held
         self.counter.worker_died(member.number, str(lost), held)
         self.held.difference_update(held)

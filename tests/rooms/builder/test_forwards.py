@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from label_sets import SMALL, same_label_sets
 
 import ferkd_data as fd
 from ferkd_data.builder.labelling.forwards import Forwards
-from ferkd_data.errors import TeacherError
+from ferkd_data.errors import DeviceFailedError, TeacherError
 from ferkd_data.labels.soft_labels import check_logits
 from ferkd_data.teachers import TeacherSpec, load_teachers
+from ferkd_data.teachers.teacher import is_device_failure
 
 
 @pytest.fixture
@@ -72,6 +75,37 @@ def test_memory_that_runs_out_in_other_words(greedy, message, monkeypatch):
     (teacher,) = load_teachers([greedy])
     monkeypatch.setattr(torch, "OutOfMemoryError", lambda text: RuntimeError(message))
     assert Forwards().logits(teacher, torch.zeros((9, 3, 32, 32), dtype=torch.uint8)).shape == (9, 10)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`",
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+        "CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED ; GPU=0",
+        "CUDA failure 700: an illegal memory access was encountered ; GPU=0",
+    ],
+)
+@pytest.mark.parametrize("raised_by", ["a module teacher", "another teacher"])
+def test_a_gpu_that_fails_is_not_blamed_on_the_teacher(greedy, message, raised_by, monkeypatch):
+    (teacher,) = load_teachers([greedy])
+    monkeypatch.setattr(torch, "OutOfMemoryError", lambda text: RuntimeError(message))
+    if raised_by == "another teacher":
+        monkeypatch.setattr(teacher, "logits", lambda images: teacher.module(images.float()))
+    first_line = re.escape(message.splitlines()[0])
+    with pytest.raises(
+        DeviceFailedError, match=rf"^device cpu failed while it ran the teachers \({first_line}\); only"
+    ):
+        Forwards().logits(teacher, torch.zeros((9, 3, 32, 32), dtype=torch.uint8))
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="PyTorch 2.8 has the class")
+def test_what_is_a_gpus_failure():
+    assert is_device_failure(torch.AcceleratorError("anything"))
+    assert not is_device_failure(torch.OutOfMemoryError("anything")), "a subclass of AcceleratorError"
+    assert not is_device_failure(RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling cublasSgemm"))
+    assert not is_device_failure(RuntimeError("CUDA error: out of memory"))
 
 
 def test_memory_too_small_for_one_crop_is_an_error(greedy):

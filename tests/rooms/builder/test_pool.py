@@ -23,7 +23,7 @@ from ferkd_data.builder.watch.events import WorkerStarted
 from ferkd_data.builder.workers.labeller import Labeller
 from ferkd_data.builder.workers.messages import Computed, Failed, Labelled, WorkerLostError
 from ferkd_data.builder.workers.processes import WorkerProcess, WorkerProcesses
-from ferkd_data.errors import BuildError, TeacherError, UsageError
+from ferkd_data.errors import BuildError, DeviceFailedError, TeacherError, UsageError
 from ferkd_data.teachers import load_teachers
 
 
@@ -51,6 +51,30 @@ def test_killed_workers_are_replaced_and_the_result_is_undisturbed(photos, deadl
     fd.build(photos, tmp_path / "out", teachers=[deadly + "deadly"], workers=2, **SMALL)
     assert not list((tmp_path / "lives").iterdir())
     assert same_files(tmp_path / "undisturbed", tmp_path / "out")
+
+
+@pytest.mark.usefixtures("quick_workers")
+def test_a_worker_whose_gpu_fails_is_replaced_like_one_that_died(photos, deadly, tmp_path):
+    fd.build(photos, tmp_path / "undisturbed", teachers=[deadly + "on_broken_gpu"], **SMALL)
+    take_lives(tmp_path, 2)
+    said = []
+    watcher = mock.Mock(see=lambda event: said.append(str(event)))
+    out = tmp_path / "out"
+    fd.build(photos, out, teachers=[deadly + "on_broken_gpu"], workers=2, watchers=[watcher], **SMALL)
+    assert not list((tmp_path / "lives").iterdir())
+    deaths = [text for text in said if "ended, since device cpu failed" in text]
+    assert len(deaths) == 2 and "(CUDA error: unspecified launch failure)" in deaths[0]
+    assert same_files(tmp_path / "undisturbed", out)
+
+
+@pytest.mark.usefixtures("quick_workers")
+def test_a_gpu_that_fails_each_time_ends_the_build(photos, deadly, tmp_path):
+    take_lives(tmp_path, 100)
+    with pytest.raises(BuildError, match=r"shard \d: 3 workers died while .* ended, since device cpu failed .*CUDA"):
+        fd.build(photos, tmp_path / "out", teachers=[deadly + "on_broken_gpu"], workers=2, **SMALL)
+    # A single worker in this process, which cannot be replaced.
+    with pytest.raises(DeviceFailedError, match=r"^device cpu failed .*\(CUDA error: unspecified launch failure\);"):
+        fd.build(photos, tmp_path / "here", teachers=[deadly + "on_broken_gpu"], **SMALL)
 
 
 @pytest.mark.usefixtures("quick_workers")

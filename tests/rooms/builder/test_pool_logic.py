@@ -108,6 +108,20 @@ def test_the_last_shard_is_settled_and_all_are_done():
     assert done(made) == [0, 1, 2]
 
 
+def test_a_worker_whose_device_failed_is_ended_at_once_and_replaced():
+    """Its process hangs in the driver or waits for the next request: it does not leave by itself."""
+    broken = Failed("DeviceFailedError", "device cuda:0 failed (CUDA error: x)", "trace")
+    scripts = Scripts({("label", 1): [broken]})
+    made = pool_of(scripts)
+    with mock.patch.object(Scripted, "end", autospec=True) as end:
+        made.label([0, 1, 2])
+    end.assert_called_once_with(scripts.started[0], 0)
+    assert len(scripts.started) == 2
+    lost = "ended, since device cuda:0 failed (CUDA error: x)"
+    made.counter.worker_died.assert_called_once_with(0, lost, [0, 1])
+    assert sorted(done(made)) == [0, 1, 2]
+
+
 def test_a_worker_that_dies_with_two_shards_gives_back_both():
     scripts = Scripts({("label", 1): [LOST]})
     made = pool_of(scripts)

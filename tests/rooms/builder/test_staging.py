@@ -14,7 +14,7 @@ import ferkd_data as fd
 from ferkd_data import replay
 from ferkd_data.builder.labelling import crop_batches
 from ferkd_data.builder.labelling.forwards import CudaStaging, Fetched
-from ferkd_data.errors import BuildError
+from ferkd_data.errors import BuildError, DeviceFailedError
 
 
 class LateDevice:
@@ -139,8 +139,27 @@ def test_a_device_that_fails_is_named(photos, tiny_teachers, tmp_path, late, mon
 
     monkeypatch.setattr(late, "fetch", lambda tensors: Fetched(list(tensors), wait))
     with pytest.raises(
-        BuildError, match=r"device cpu failed .*\(CUDA error: an illegal memory access was encountered\)"
+        DeviceFailedError, match=r"device cpu failed .*\(CUDA error: an illegal memory access was encountered\)"
     ):
+        fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL)
+
+
+@pytest.mark.parametrize("step", ["crop_batches.replay_on_device", "label_shard.combine"])
+@pytest.mark.parametrize(
+    ("said", "kind", "words"),
+    [
+        ("CUDA error: unspecified launch failure\nmore", DeviceFailedError, r"device cpu failed .*unspecified launch"),
+        ("CUDA error: out of memory", BuildError, "too little memory"),
+    ],
+)
+def test_a_device_that_fails_beside_the_teachers(
+    photos, tiny_teachers, tmp_path, late, monkeypatch, step, said, kind, words
+):
+    def broken(*args, **options):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(f"ferkd_data.builder.labelling.{step}", broken)
+    with pytest.raises(kind, match=words):
         fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL)
 
 
