@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from ferkd_data.builder.locks import clean_up_after_end
 from ferkd_data.builder.plan import digest_of_listing
 from ferkd_data.builder.prepare import Request
 from ferkd_data.builder.shard_files import FOLDER
-from ferkd_data.builder.state import digest_of_location
+from ferkd_data.builder.state import EMPTY_OUT, digest_of_location
 from ferkd_data.builder.store_files import StoreFiles
 from ferkd_data.errors import BuildError, RemoteError, SettingsMismatchError, describe_differences
 from ferkd_data.format.manifest import Manifest, TeacherEntry
@@ -24,6 +23,7 @@ from ferkd_data.storage import expanded
 from ferkd_data.teachers import TeacherSpec
 
 WAY_OUT = "use another folder, --extend to add to it, or --overwrite to replace it"
+WAY_OUT_OF_PARTS = f"use another folder, or {EMPTY_OUT}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,47 +35,71 @@ class Finished:
     teachers_are_sure: bool
     """True where the teachers must be the same, so that their weights need not be looked at."""
     source_is_sure: bool
+    """True where the images and their classes must be the same, so that they need not be listed."""
     was_interrupted: bool
     """Its build was killed after the manifest, and has been cleaned up now."""
+    way_out: str
+    """Advice for a message about a difference."""
 
     def check_source(self, images: ImageSource) -> None:
-        """List the images, and raise SettingsMismatchError where they are others than those that were labelled."""
+        """List the images, and raise SettingsMismatchError where they, or their classes, are others than then."""
         if digest_of_listing(images) != self.manifest.source.plan_sha256:
             saved, now = self.manifest.source.description, images.description
             raise SettingsMismatchError(
-                f"{self.location} holds a finished label set of other images: {saved}, and SOURCE is {now}; {WAY_OUT}"
+                f"{self.location} holds a finished label set of other images, or of other classes of these: {saved}, "
+                f"and SOURCE is {now}; {self.way_out}"
             )
+        names = images.class_names
+        # A source with names for some of the classes gives way to the teachers' names.
+        if names is not None and len(names) == self.manifest.num_classes:
+            saved_names = self.manifest.class_names
+            self._compare("class_names", saved_names and list(saved_names), list(names))
 
-    def check_teachers(self, entries: Sequence[TeacherEntry]) -> None:
-        """Raise SettingsMismatchError where teachers of these entries would give other labels."""
+    def check_teachers(self, entries: Sequence[TeacherEntry], *, precision: str) -> None:
+        """Raise SettingsMismatchError where teachers of these entries would give other labels.
+
+        With the precision `auto`, that of the label set is right, whatever this host would choose.
+        """
         saved, present = ([entry.identity() for entry in each] for each in (self.manifest.teachers, entries))
-        _raise_if_different(self.location, {"teachers": saved}, {"teachers": present})
+        if precision == "auto":
+            for then, now in zip(saved, present, strict=True):
+                now["precision"] = then["precision"]
+        self._compare("teachers", saved, present)
+
+    def _compare(self, name: str, saved: Any, present: Any) -> None:
+        _raise_if_different(self.location, {name: saved}, {name: present}, self.way_out)
 
 
-def find_finished(asked: Request) -> Finished | None:
+def find_finished(asked: Request, *, in_parts: bool = False) -> Finished | None:
     """Return the label set in OUT, if there is one, and clean up what its build left behind.
+
+    `in_parts` says that OUT is to be built part by part, for the advice in messages.
 
     Raises SettingsMismatchError that names the settings that differ, BuildError for one that no single build wrote.
     """
     location = asked.out
+    way_out = WAY_OUT_OF_PARTS if in_parts else WAY_OUT
     manifest = _manifest_at(location)
     if manifest is None:
         return None
     if manifest.origin != "build":
         how = {"import": "imported", "merge": "merged", "later kind": "pulled as one of several crop kinds"}
-        raise BuildError(f"{location} holds a finished label set that was {how[manifest.origin]}, not built; {WAY_OUT}")
+        raise BuildError(f"{location} holds a finished label set that was {how[manifest.origin]}, not built; {way_out}")
     # The cheapest comparison first: nothing is opened, listed or loaded for a build of other settings.
-    _raise_if_different(location, _saved(manifest), _asked(asked, manifest))
-    _check_files(location, manifest)
+    _raise_if_different(location, _saved(manifest), _asked(asked, manifest), way_out)
+    _check_files(location, manifest, EMPTY_OUT if in_parts else "use --overwrite to build it again")
     specs = [str(spec) for spec in asked.teachers]
     return Finished(
         location=location,
         manifest=manifest,
         teachers_are_sure=[entry.spec for entry in manifest.teachers] == specs
-        and not _is_newer(location, asked.teachers),
-        source_is_sure=manifest.source.place_sha256 == digest_of_location(asked.source),
+        and not any(map(_is_on_this_host, asked.teachers)),
+        source_is_sure=manifest.source.place_sha256 == digest_of_location(asked.source)
+        # Label sets of an earlier version do not say whether they were given a list of classes.
+        and (asked.classes is None or manifest.source.classes_sha256 is not None),
         # Last, when nothing is left that could be refused: it removes what the build left.
         was_interrupted=_clean_up(location),
+        way_out=way_out,
     )
 
 
@@ -91,7 +115,7 @@ def _manifest_at(location: Path | str) -> Manifest | None:
     return parse_manifest(text, f"{location}/{FILE_NAME}")
 
 
-def _check_files(location: Path | str, manifest: Manifest) -> None:
+def _check_files(location: Path | str, manifest: Manifest, again: str) -> None:
     """Raise BuildError where shard files are missing; their bytes are for `verify`."""
     if not isinstance(location, Path):
         return
@@ -100,7 +124,7 @@ def _check_files(location: Path | str, manifest: Manifest) -> None:
     if missing:
         raise BuildError(
             f"{location} holds the manifest of a finished label set, but {len(missing)} of its {len(files)} files are "
-            f"gone, such as {missing[0]}; bring them back, or use --overwrite to build it again"
+            f"gone, such as {missing[0]}; bring them back, or {again}"
         )
 
 
@@ -138,6 +162,7 @@ def _saved(manifest: Manifest) -> dict[str, Any]:
         "number of teachers": len(manifest.teachers),
         "precision": sorted({teacher.precision for teacher in manifest.teachers}),
         "classes": None if manifest.source.class_folders is None else list(manifest.source.class_folders),
+        "digest of --classes": manifest.source.classes_sha256,
     }
 
 
@@ -165,37 +190,26 @@ def _asked(asked: Request, manifest: Manifest) -> dict[str, Any]:
         given["precision"] = [asked.precision]
     if asked.classes is not None and saved["classes"] is not None:
         given["classes"] = list(asked.classes.folders)
+    # Without it, the listing decides (`Finished.check_source`).
+    if saved["digest of --classes"] is not None:
+        given["digest of --classes"] = None if asked.classes is None else asked.classes.sha256
     return {name: saved[name] if name in unknown else given.get(name, saved[name]) for name in saved}
 
 
-def _raise_if_different(location: Path | str, saved: dict[str, Any], present: dict[str, Any]) -> None:
+def _raise_if_different(location: Path | str, saved: dict[str, Any], present: dict[str, Any], way_out: str) -> None:
     lines = describe_differences(saved, present)
     if lines:
         raise SettingsMismatchError(
-            f"{location} holds a finished label set with other settings: {'; '.join(lines[:4])}; {WAY_OUT}"
+            f"{location} holds a finished label set with other settings: {'; '.join(lines[:4])}; {way_out}"
         )
 
 
-def _is_newer(location: Path | str, teachers: Sequence[TeacherSpec]) -> bool:
-    """Return whether a teacher's file was written, or put in its place, after the label set: it may be another now."""
-    if not isinstance(location, Path):
-        # A store's clock cannot be compared with the times of files here.
-        return True
-    written = (location / FILE_NAME).stat().st_mtime
-    states = (file.stat() for spec in teachers for file in _files_of(spec))
-    # A file that was copied or renamed may keep an old time of writing.
-    return any(max(state.st_mtime, state.st_ctime) > written for state in states)
+def _is_on_this_host(spec: TeacherSpec) -> bool:
+    """Return whether a teacher is the user's own code, or the spec names a file or folder that exists here.
 
-
-def _files_of(spec: TeacherSpec) -> Iterator[Path]:
-    """Yield the files that a spec names, also weights beside an ONNX file and those in a folder."""
-    for name in filter(None, (spec.name, spec.checkpoint, spec.names, spec.templates)):
-        path = expanded(name)
-        if path.is_file():
-            # With model.onnx.data, which PyTorch writes beside model.onnx.
-            yield from path.parent.glob(f"{glob.escape(path.name)}*")
-    # Other names are those of models; a folder of the same name may lie here by chance.
-    _, is_local, place = spec.name.rpartition("local-dir:")
-    for folder in filter(None, (spec.checkpoint, place if is_local else None)):
-        if expanded(folder).is_dir():
-            yield from filter(Path.is_file, expanded(folder).rglob("*"))
+    Its text does not tell such a teacher: a relative path means another file in another working folder, a label set is
+    copied to a host with other files, and a file that was put in place of another may be older than the label set.
+    """
+    # Names of models are looked at too: libraries prefer a folder of that name.
+    names = (spec.name, spec.name.removeprefix("local-dir:"), spec.checkpoint, spec.names, spec.templates)
+    return spec.kind == "python" or any(expanded(name).exists() for name in names if name)

@@ -182,7 +182,7 @@ def resume_plan(source: ImageSource, folder: Path) -> Plan:
         if now != plan.summary.containers.get(file, now):
             raise SourceError(
                 f"{file}: was written anew since this build began, and its images may lie elsewhere in it now; bring "
-                "the old file back, or begin again with --overwrite"
+                "the old file back, or begin again with --overwrite (with --part, in an empty OUT)"
             )
     return plan
 

@@ -191,6 +191,7 @@ class Prepared:
             source=self.images.description,
             place_sha256=digest_of_location(self.job.source),
             class_folders=plan.summary.class_folders,
+            classes_sha256=None if self.job.classes is None else self.job.classes.sha256,
             left_out=plan.summary.left_out,
         )
         if self.base is not None:

@@ -184,7 +184,7 @@ def build_part(
     watcher = Watchers(watchers, on_progress)
     with watcher.reporting_failure():
         request = make_request(source, out, **arguments)
-        finished = None if request.base is not None else find_finished(request)
+        finished = None if request.base is not None else find_finished(request, in_parts=True)
         if finished is not None:
             _confirm(finished, request)
             entries = [entry for entry in finished.manifest.shards if mine.has(entry.index)]
@@ -254,7 +254,8 @@ def _confirm(finished: Finished, request: Request) -> None:
         finished.check_source(open_source(request.source, classes=request.classes))
     if not finished.teachers_are_sure:
         with open_request(request) as prepared:
-            finished.check_teachers([teacher_entry(teacher) for teacher in prepared.teachers])
+            entries = [teacher_entry(teacher) for teacher in prepared.teachers]
+            finished.check_teachers(entries, precision=request.precision)
 
 
 def _result_of(finished: Finished) -> BuildResult:

@@ -99,6 +99,7 @@ def manifest_of(settings: BuildSettings, facts: Facts, plan: Plan, contents: Sea
             plan_sha256=plan.summary.sha256,
             place_sha256=facts.place_sha256,
             class_folders=facts.class_folders,
+            classes_sha256=facts.classes_sha256,
             left_out=facts.left_out,
         ),
         shards=contents.shards,

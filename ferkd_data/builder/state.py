@@ -45,6 +45,8 @@ from ferkd_data.labels.buckets import QuantileThresholds, Thresholds
 from ferkd_data.storage import expanded, write_atomically
 
 PART_LOCK = re.compile(r"part-(\d+)-of-(\d+)")
+EMPTY_OUT = "empty OUT before the first part begins"
+"""Advice to a build in parts, where --overwrite would remove the work of other parts."""
 EXTENDS = "extends"
 """The setting in state.json that names the label set by its manifest's SHA-256."""
 
@@ -61,6 +63,7 @@ class Facts(BaseModel):
     source: str
     place_sha256: str | None = None
     class_folders: tuple[str, ...] | None = None
+    classes_sha256: str | None = None
     left_out: dict[str, int] = {}
 
 
@@ -93,10 +96,14 @@ class BuildFolder:
         try:
             saved = json.loads(path.read_bytes())
         except ValueError as error:
-            raise BuildError(f"{path}: damaged ({error}); start afresh with --overwrite") from error
+            afresh = EMPTY_OUT if self.parts() else "start afresh with --overwrite"
+            raise BuildError(f"{path}: damaged ({error}); {afresh}") from error
         differences = describe_differences(saved, present)
         if differences:
-            what, afresh = ("extension", "--extend --overwrite") if EXTENDS in settings else ("build", "--overwrite")
+            extends, in_parts = EXTENDS in settings, bool(self.parts())
+            what, afresh = ("extension", "--extend --overwrite") if extends else ("build", "--overwrite")
+            if in_parts:
+                afresh = f"{afresh} without --part" if extends else EMPTY_OUT
             raise SettingsMismatchError(
                 f"{self.location} holds an unfinished {what} with other settings: {'; '.join(differences)}. "
                 f"Use the same settings to resume it, another folder, or {afresh}"

@@ -205,6 +205,8 @@ class SourceEntry(Record):
     """Digest of where the images were, so that a build that is run again knows its source without saying where."""
     class_folders: tuple[str, ...] | None = None
     """The class folder, or the text of a label, of each class, where the build numbered the classes by these."""
+    classes_sha256: Sha256 | None = None
+    """Digest of the list of classes (folders and names) that the build was given; null where it was given none."""
     left_out: dict[str, Count] | None = None
     """Files met beside the images, by the reason why they are none; a reason with a dot is a file name extension."""
 

@@ -13,6 +13,7 @@ ground truth, and a note says so.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -60,6 +61,11 @@ class ClassList:
                 )
             numbers[folder] = number
         return numbers
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the folders and names, whatever the file's form."""
+        return hashlib.sha256(json.dumps([self.folders, self.names]).encode()).hexdigest()
 
     @cached_property
     def by_text(self) -> dict[str, int]:

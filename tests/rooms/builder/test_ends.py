@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import io
+import json
 import os
 import shutil
 import signal
 import sys
-import time
+import tarfile
 from dataclasses import fields
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from label_sets import edit_manifest, files_below, same_files
 from PIL import Image
@@ -16,7 +21,7 @@ from PIL import Image
 import ferkd_data as fd
 from ferkd_data.builder import BuildSettings, build_part, finish
 from ferkd_data.builder import run as run_module
-from ferkd_data.builder.finished import _is_newer, _saved
+from ferkd_data.builder.finished import _is_on_this_host, _saved
 from ferkd_data.errors import BuildError, ManifestError, SettingsMismatchError
 from ferkd_data_cli.main import run
 
@@ -169,6 +174,10 @@ def test_the_same_command_after_the_end(few, tiny_teachers, tmp_path, monkeypatc
     def never(*_, **__):
         raise AssertionError("no teacher is needed to see that a build has ended")
 
+    # A model of a library is known by its name; the user's own code is not.
+    edit_manifest(out, lambda content: content["teachers"][0].update(spec="timm:resnet18"))
+    command = arguments_of(few, out, "timm:resnet18")
+    before = files_below(out)
     monkeypatch.setattr("ferkd_data.builder.prepare.load_teachers", never)
     assert run(command) == 0
     said = capsys.readouterr()
@@ -224,6 +233,67 @@ def test_every_setting_is_compared(few, tiny_teachers, tmp_path):
     assert {field.name for field in fields(BuildSettings)} <= compared
 
 
+def write_classes(path, numbers, *, names=""):
+    path.write_text("".join(f"class{number}\t{names}{number}\n" for number in numbers))
+    return path
+
+
+def parquet_with_class_labels(few, to):
+    """The file's own names are in another order than the teacher's classes."""
+    photos = sorted(few.rglob("*.jpg"))
+    images = [{"bytes": path.read_bytes(), "path": None} for path in photos]
+    names = [f"class{number}" for number in reversed(range(10))]
+    features = {"label": {"_type": "ClassLabel", "names": names}}
+    table = pa.table({"image": images, "label": [names.index(path.parent.name) for path in photos]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    to.mkdir()
+    pq.write_table(table, to / "images.parquet")
+    return to
+
+
+def tar_with_texts(few, to):
+    to.mkdir()
+    with tarfile.open(to / "images.tar", "w") as out:
+        for path in sorted(few.rglob("*.jpg")):
+            out.add(path, f"{path.stem}.jpg")
+            label = tarfile.TarInfo(f"{path.stem}.cls")
+            label.size = len(path.parent.name)
+            out.addfile(label, io.BytesIO(path.parent.name.encode()))
+    return to
+
+
+@pytest.mark.parametrize("pack", [parquet_with_class_labels, tar_with_texts])
+def test_classes_that_are_given_after_the_end_are_not_ignored(few, tiny_teachers, tmp_path, pack):
+    """The first build's note asks for them; the ground truth of the finished set is wrong, or unknown."""
+    source, out = pack(few, tmp_path / "packed"), tmp_path / "out"
+    fd.build(source, out, teachers=[tiny_teachers], **TINY)
+    classes = write_classes(tmp_path / "classes.txt", range(10))
+    with pytest.raises(SettingsMismatchError, match="of other images, or of other classes of these"):
+        fd.build(source, out, teachers=[tiny_teachers], classes=classes, **TINY)
+    fd.build(source, out, teachers=[tiny_teachers], classes=classes, overwrite=True, **TINY)
+    assert fd.build(source, out, teachers=[tiny_teachers], classes=classes, **TINY).already_finished
+    # The form of the file is of no interest.
+    pairs = {str(number): [f"class{number}", str(number)] for number in range(10)}
+    (tmp_path / "classes.json").write_text(json.dumps(pairs))
+    again = {"teachers": [tiny_teachers], **TINY}
+    assert fd.build(source, out, classes=tmp_path / "classes.json", **again).already_finished
+    renamed = write_classes(tmp_path / "renamed.txt", range(10), names="kind ")
+    for changed in (renamed, None, write_classes(tmp_path / "turned.txt", reversed(range(10)))):
+        with pytest.raises(SettingsMismatchError, match=r"digest of --classes: saved '|classes\[0\]"):
+            fd.build(source, out, classes=changed, **again)
+
+
+def test_a_label_set_that_does_not_say_whether_it_had_a_list_of_classes(few, tiny_teachers, tmp_path):
+    out, classes = tmp_path / "out", write_classes(tmp_path / "classes.txt", range(10))
+    arguments = {"teachers": [tiny_teachers], **TINY}
+    fd.build(few, out, classes=classes, **arguments)
+    edit_manifest(out, lambda content: content["source"].pop("classes_sha256"))
+    assert fd.build(few, out, classes=classes, **arguments).already_finished
+    renamed = write_classes(tmp_path / "renamed.txt", range(10), names="kind ")
+    with pytest.raises(SettingsMismatchError, match=r"class_names\[0\]: saved '0', now 'kind 0'"):
+        fd.build(few, out, classes=renamed, **arguments)
+
+
 def test_the_same_images_at_another_place_are_the_same(few, tiny_teachers, tmp_path):
     out = tmp_path / "out"
     fd.build(few, out, teachers=[tiny_teachers], **TINY)
@@ -231,48 +301,106 @@ def test_the_same_images_at_another_place_are_the_same(few, tiny_teachers, tmp_p
     assert fd.build(tmp_path / "moved", out, teachers=[tiny_teachers], **TINY).already_finished
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-def test_a_teacher_s_file_that_is_newer_than_the_labels_is_looked_at(few, tiny_teachers, tmp_path):
+def write_linear(file, seed):
+    """Write a TorchScript teacher of 10 classes."""
     import torch
 
-    out, file = tmp_path / "out", tmp_path / "teacher.pt"
-    modules = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10)) for _ in range(2)]
-    torch.jit.script(modules[0]).save(str(file))
-    spec = f"torchscript:{file}?size=8&mean=0.5&std=0.5"
+    torch.manual_seed(seed)
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
+    file.parent.mkdir(exist_ok=True)
+    torch.jit.script(module).save(str(file))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_the_same_path_elsewhere_is_another_teacher(few, tmp_path, monkeypatch):
+    """Also one that is older than the labels: a relative path is read from another working folder."""
+    out = tmp_path / "out"
+    for number, place in enumerate(("here", "there")):
+        write_linear(tmp_path / place / "teacher.pt", number)
+        os.utime(tmp_path / place / "teacher.pt", (1e9, 1e9))
+    shutil.copytree(tmp_path / "here", tmp_path / "copied")
+    spec = "torchscript:teacher.pt?size=8&mean=0.5&std=0.5"
+    monkeypatch.chdir(tmp_path / "here")
     fd.build(few, out, teachers=[spec], **TINY)
-    os.utime(file, (2e9, 2e9))
     assert fd.build(few, out, teachers=[spec], **TINY).already_finished
-    torch.jit.script(modules[1]).save(str(file))
-    os.utime(file, (2e9, 2e9))
+    monkeypatch.chdir(tmp_path / "copied")
+    assert fd.build(few, out, teachers=[spec], **TINY).already_finished
+    monkeypatch.chdir(tmp_path / "there")
     with pytest.raises(SettingsMismatchError, match=r"teachers\[0\].digest"):
         fd.build(few, out, teachers=[spec], **TINY)
+    with pytest.raises(SettingsMismatchError, match=r"teachers\[0\].digest"):
+        build_part(few, out, part="1/2", teachers=[spec], **TINY)
+
+
+def test_other_weights_of_a_python_teacher_are_seen(few, tiny_teachers, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    fd.build(few, out, teachers=[tiny_teachers], **TINY)
+    teachers = importlib.import_module("ferkd_tiny_teachers")
+    monkeypatch.setattr(teachers, "first", teachers.second)
+    with pytest.raises(SettingsMismatchError, match=r"teachers\[0\].digest"):
+        fd.build(few, out, teachers=[tiny_teachers], **TINY)
+
+
+def test_a_precision_that_was_chosen_by_another_host_is_no_difference(few, tiny_teachers, tmp_path):
+    """A GPU chooses bf16; the labels are there, and right."""
+    out = tmp_path / "out"
+    fd.build(few, out, teachers=[tiny_teachers], **TINY)
+    edit_manifest(out, lambda content: content["teachers"][0].update(precision="bf16"))
+    assert fd.build(few, out, teachers=[tiny_teachers], **TINY).already_finished
+    with pytest.raises(SettingsMismatchError, match="precision"):
+        fd.build(few, out, teachers=[tiny_teachers], precision="fp32", **TINY)
 
 
 @pytest.mark.parametrize(
-    ("spec", "file"),
+    "spec",
     [
-        ("onnx:{0}/model.onnx", "model.onnx"),
-        ("onnx:{0}/model.onnx", "model.onnx.data"),
-        ("hf:mine@{0}/folder", "folder/model.safetensors"),
-        ("timm:local-dir:{0}/folder", "folder/model.safetensors"),
-        ("openclip:local-dir:{0}/folder?names={0}/names.txt", "names.txt"),
+        "onnx:{0}/model.onnx",
+        "torchscript:model.onnx",
+        "timm:resnet18@model.onnx",
+        "torchvision:resnet18@{0}/model.onnx",
+        "hf:./folder",
+        "hf:folder",
+        "hf:mine@{0}/folder",
+        "timm:local-dir:{0}/folder",
+        "timm:local-dir:folder",
+        "openclip:ViT-B-32@model.onnx?names=imagenet",
+        "openclip:ViT-B-32?names={0}/model.onnx",
+        "openclip:ViT-B-32?names=imagenet&templates=model.onnx",
+        "python:module:function",
     ],
 )
-def test_other_files_of_a_teacher_under_the_same_name_are_looked_at(tmp_path, spec, file):
-    """Also where the time of writing is an old one, as of a copy."""
+def test_teachers_that_a_text_does_not_tell(tmp_path, monkeypatch, spec):
     (tmp_path / "folder").mkdir()
-    (tmp_path / "out").mkdir()
-    for name in ("model.onnx", "folder/config.json", file):
-        (tmp_path / name).write_bytes(b"old")
-    time.sleep(0.05)
-    (tmp_path / "out/manifest.json").write_bytes(b"{}")
-    teachers = [fd.TeacherSpec.parse(spec.format(tmp_path))]
-    assert not _is_newer(tmp_path / "out", teachers)
-    time.sleep(0.05)
-    (tmp_path / "copy").write_bytes(b"new")
-    os.utime(tmp_path / "copy", (1e9, 1e9))
-    (tmp_path / "copy").replace(tmp_path / file)
-    assert _is_newer(tmp_path / "out", teachers)
+    (tmp_path / "model.onnx").write_bytes(b"old")
+    monkeypatch.chdir(tmp_path)
+    assert _is_on_this_host(fd.TeacherSpec.parse(spec.format(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "spec", ["timm:resnet18", "hf:google/vit-base-patch16-224", "openclip:ViT-B-32?names=imagenet"]
+)
+def test_a_library_s_model_is_told_by_its_name(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    assert not _is_on_this_host(fd.TeacherSpec.parse(spec))
+
+
+def test_parts_are_not_advised_to_give_what_parts_refuse(few, tiny_teachers, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [*arguments_of(few, out, tiny_teachers), "--part", "1/2"]
+    assert run(command) == 0
+    assert run([*command, "--seed", "5"]) == 1
+    said = capsys.readouterr().err
+    assert "another folder, or empty OUT before the first part begins" in said and "--overwrite" not in said
+    assert run([*command[:-1], "2/2"]) == 0 and run(["finish", str(out)]) == 0
+    capsys.readouterr()
+    assert run([*command, "--seed", "5"]) == 1
+    said = capsys.readouterr().err
+    assert "use another folder, or empty OUT before the first part begins" in said
+    assert "--overwrite" not in said and "--extend" not in said
+    (out / "labels/00001-001.parquet").unlink()
+    assert run(command) == 1
+    said = capsys.readouterr().err
+    assert "bring them back, or empty OUT" in said and "--overwrite" not in said
 
 
 def test_missing_files_of_a_finished_set_are_no_success(few, tiny_teachers, tmp_path):
