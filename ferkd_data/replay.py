@@ -23,6 +23,7 @@ from torch import Tensor
 from ferkd_data.augment import Operations, apply_operations
 from ferkd_data.crops import Crops
 from ferkd_data.errors import UsageError
+from ferkd_data.upload import upload
 
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
@@ -121,8 +122,8 @@ def replay_on_device(
         _check(image_CHW.shape[1], image_CHW.shape[2], drawn, interpolation)
     device = images_CHW[0].device
     drawn_N4 = np.concatenate([drawn.boxes for drawn in crops])
-    boxes = _upload(drawn_N4.astype(np.int64), device) if boxes_N4 is None else boxes_N4
-    flip = _upload(np.concatenate([drawn.flip for drawn in crops]), device) if flip_N is None else flip_N
+    boxes = upload(drawn_N4.astype(np.int64), device) if boxes_N4 is None else boxes_N4
+    flip = upload(np.concatenate([drawn.flip for drawn in crops]), device) if flip_N is None else flip_N
     out_NSSC = torch.empty((len(drawn_N4), size, size, 3), dtype=torch.uint8, device=device)
     shapes = [(image.shape[1], image.shape[2]) for image in images_CHW]
     row = 0
@@ -258,10 +259,6 @@ def _cubic(distance: Tensor, a: float = -0.5) -> Tensor:
     near = ((a + 2.0) * distance - (a + 3.0)) * distance * distance + 1.0
     far = ((distance - 5.0) * distance + 8.0) * distance * a - 4.0 * a
     return torch.where(distance < 1.0, near, torch.where(distance < 2.0, far, 0.0))
-
-
-def _upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _check(height: int, width: int, crops: Crops, interpolation: str) -> None:

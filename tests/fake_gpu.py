@@ -44,8 +44,10 @@ class FakeGpu(TorchDispatchMode):
         super().__init__()
         self.fake = fake
         self.waits: list[str] = []
-        """Copies between host and device after which the host goes on only when the device has done all its work."""
+        """Copies between host and device for which the host waits, until the device has done what was queued before."""
         self.kernels: Counter[str] = Counter()
+        self.pageable_bytes = 2**16
+        """Up to so much of pageable memory, CUDA takes over at once; for more, the host waits until it is copied."""
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -64,11 +66,17 @@ class FakeGpu(TorchDispatchMode):
             name not in VIEWS
             and {"cpu", "cuda"} <= kinds
             and not (kwargs.get("non_blocking") or (name == "copy_" and True in args[2:]))
-        ):
+        ) or (name in ("_to_copy", "copy_") and self._is_pageable(given, made)):
             self.waits.append(name)
         if any(tensor.device.type == "cuda" for tensor in made) and name not in VIEWS:
             self.kernels[name] += 1
         return out
+
+    def _is_pageable(self, given: list[Tensor], made: list[Tensor]) -> bool:
+        """Whether a copy to the device reads much memory that is not page-locked."""
+        source = given[-1]
+        to_device = source.device.type == "cpu" and made[0].device.type == "cuda"
+        return to_device and source.nbytes > self.pageable_bytes and not hasattr(source, "pinned")
 
     def _faked(self, leaf: Any) -> Any:
         return self.fake.from_tensor(leaf) if isinstance(leaf, Tensor) and not is_fake(leaf) else leaf
@@ -90,10 +98,16 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Stream", "Event", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *ignored, **also: _Nothing())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: ExitStack())
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(Tensor, "pin_memory", _pinned)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda tensor, *, pin_memory=False, **how: empty_like(tensor, **how))
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    pinned = tensor.detach()
+    pinned.pinned = True
+    return pinned
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -103,3 +117,17 @@ def is_fake(tensor: Tensor) -> bool:
 class _Nothing:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *ignored: self
+
+
+class StreamRecorder:
+    """Stands for a stream or an event, and writes down what it is told."""
+
+    def __init__(self, name: str, log: list[Any]) -> None:
+        self.name, self.log = name, log
+
+    def __getattr__(self, call: str) -> Callable[..., Any]:
+        def told(*others: Any) -> Any:
+            self.log.append((self.name, call, *(getattr(other, "name", other) for other in others)))
+            return others[0] if call == "record_event" and others else StreamRecorder(f"event of {self.name}", self.log)
+
+        return told

@@ -14,7 +14,7 @@ ROOT = Path(ferkd_data.__file__).parent
 
 FLOORS = [
     {"errors", "html_tables", "words"},
-    {"rng", "extras", "storage", "locks", "scratch", "threads", "parquet_guard"},
+    {"rng", "extras", "storage", "locks", "scratch", "threads", "parquet_guard", "upload"},
     {"remote"},
     {"crops", "crop_kinds", "augment"},
     {"images", "replay", "normalization"},

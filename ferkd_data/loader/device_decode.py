@@ -1,8 +1,8 @@
 """Decode on the training's device: workers read, check and label; the training process decodes and cuts.
 
-The images of a window travel as one run of bytes with offsets. A JPEG travels as it is and is decoded there, all of a
-window in one call. What a device's decoder may not take (other formats, CMYK, JPEGs that end too early) travels as the
-pixels that the host's decoder made of it. Random draws are those of workers.
+The images of a window travel as one run of bytes with offsets. A JPEG travels as it is and is decoded there, many of a
+window in one call (`device_jpegs.py`). What a device's decoder may not take (other formats, CMYK, JPEGs that end too
+early) travels as the pixels that the host's decoder made of it. Random draws are those of workers.
 
 Legend: I images of a window, M crops per image, B crops of a batch, S output side.
 """
@@ -17,26 +17,35 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 import torch
 from torch import Tensor
 
 from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, UsageError
-from ferkd_data.images.decode import ANY_SIZE, decode_rgb, jpeg_size
+from ferkd_data.images.decode import ANY_SIZE, jpeg_size
 from ferkd_data.label_set.joined_images import Size, check_labelled_size, decode_checked, labelled_pixels, labelled_size
 from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Made, WindowMemory
 from ferkd_data.loader.channel import anonymous_file, write_all
 from ferkd_data.loader.clocks import added
+from ferkd_data.loader.device_jpegs import (
+    DeviceDecoder,
+    Jpeg,
+    cannot_decode,
+    hand_over,
+    open_decoder,
+    own_stream,
+    present_device,
+)
 from ferkd_data.loader.epochs import EpochSettings
 from ferkd_data.loader.pool import Job, Pool, WindowTask, pickled, timed
 from ferkd_data.loader.schedule import Window
 from ferkd_data.replay import empty_batch, replay_on_device
 from ferkd_data.targets import SoftTargets
+from ferkd_data.upload import upload
 
 JPEG_END = b"\xff\xd9"
-RGB = 3
-"""torchvision's number for this way to decode."""
+CHUNK_PIXELS = 2**27
+"""Pixels of decoded images that lie on the device at a time: 400 MB."""
 
 
 class Encoded(NamedTuple):
@@ -50,11 +59,17 @@ class Encoded(NamedTuple):
     """(I, 2) height and width as labelled."""
     is_jpeg: npt.NDArray[np.bool_]
     """(I,) whether an image's bytes are a JPEG; the others are pixels already."""
+    rows: npt.NDArray[np.int64]
+    """(I,) the images' rows in the label set."""
     boxes: npt.NDArray[np.uint16]
     flip: npt.NDArray[np.bool_]
     operations: npt.NDArray[np.uint16]
     made: Made
     """Before mixing."""
+
+    def crops(self, i: int) -> Crops:
+        """Return the crops drawn of image i, as labelled."""
+        return Crops(boxes=self.boxes[i], flip=self.flip[i], operations=self.operations[i])
 
 
 @dataclass(eq=False, kw_only=True)
@@ -72,13 +87,21 @@ class DeviceWorkers:
     """The counterpart of `pool.Workers` that decodes and cuts on `device`, in the training process."""
 
     def __init__(self, maker: BatchMaker, device: torch.device, num_workers: int, prefetch_factor: int) -> None:
-        self._maker, self._device = maker, device
+        self._maker, self._wanted = maker, device
+        self._opened: DeviceDecoder | None = None
         self._pool: Pool[EncodedJob] = Pool(
             lambda: pickled(EncodeHandler(maker.for_workers())), num_workers, prefetch_factor, drop=lambda job: None
         )
 
     def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, tuple[Tensor, ...], Made]]:
-        """Yield the windows with their crops and targets, in order. Raises LoaderError as workers do."""
+        """Yield the windows with their crops and targets, in order. Raises LoaderError as workers do.
+
+        Raises UsageError where JPEGs cannot be decoded on the device.
+        """
+        # Now, and not where the loader was made: ranks choose their GPU after that, too.
+        device = present_device(self._wanted)
+        if self._opened is None or self._opened.device != device:
+            self._opened = DeviceDecoder(device, self._maker.labels.manifest.pixel_limit)
         jobs = (EncodedJob(window=window, settings=self._maker.epochs.at(window.epoch)) for window in windows)
         # This process makes windows itself until a worker is ready; its data needs no file.
         for job in self._pool.run(jobs, lambda job: _joined(*encode(self._maker, job.window))):
@@ -102,25 +125,23 @@ class DeviceWorkers:
         """End the workers, as `Workers.end` does."""
         self._pool.end()
 
+    @property
+    def _decoder(self) -> DeviceDecoder:
+        assert self._opened is not None, "make opens it"
+        return self._opened
+
+    @property
+    def _device(self) -> torch.device:
+        return self._decoder.device
+
     def _cut(self, window: Window, encoded: Encoded) -> tuple[Tensor, Made]:
         """Decode, cut and mix. The clock has the time of this process alone, which a GPU may work on after."""
-        decoded: list[Tensor] = []
-        crops: list[Crops] = []
-        slots: list[npt.NDArray[np.int64]] = []
-        clock = self._maker.clock
-        with clock.decode:
-            found = list(self._decoded(encoded))
-        for i, pixels in found:
-            # The whole window anew, on the host: there `filled` decides between an error and another image.
-            if isinstance(pixels, ImageError):
-                return self._on_host(window)
-            wanted = window.slots[i] >= 0
-            decoded.append(pixels)
-            drawn = Crops(boxes=encoded.boxes[i], flip=encoded.flip[i], operations=encoded.operations[i])
-            crops.append(drawn[wanted])
-            slots.append(window.slots[i][wanted])
-        with clock.cut:
-            images = self._placed(window, decoded, crops, slots)
+        with own_stream(self._device):
+            crops = self._crops(window, encoded)
+        # The whole window anew, on the host: there `filled` decides between an error and another image.
+        if crops is None:
+            return self._on_host(window)
+        images = hand_over(crops)
         whole = encoded.made.targets(self._maker.labels.num_classes)
         bounds = np.cumsum([0, *window.batches]).tolist()
         targets = [whole[slice(a, b)] for a, b in itertools.pairwise(bounds)]
@@ -128,7 +149,7 @@ class DeviceWorkers:
         # What the worker knows of the window, and the time of both.
         return images, made._replace(
             num_discarded=encoded.made.num_discarded,
-            spent=added(encoded.made.spent, clock.take()),
+            spent=added(encoded.made.spent, self._maker.clock.take()),
             by_worker=encoded.made.by_worker,
         )
 
@@ -136,39 +157,54 @@ class DeviceWorkers:
         """Make the window on the host, where an image that cannot be decoded is an error or is replaced."""
         images = empty_batch(sum(window.batches), self._maker.epochs.at(window.epoch).size, shared=False)
         made = self._maker.make(WindowMemory(window, images))
-        return images.to(self._device, non_blocking=True), made
+        return upload(images, self._device), made
 
-    def _placed(
-        self, window: Window, decoded: list[Tensor], crops: list[Crops], slots: list[npt.NDArray[np.int64]]
-    ) -> Tensor:
-        """Cut the window's crops, (count, 3, S, S), each into its slot, without waiting for the device's other work."""
-        count, size = sum(window.batches), self._maker.epochs.at(window.epoch).size
+    def _crops(self, window: Window, encoded: Encoded) -> Tensor | None:
+        """Cut the window's crops, uint8 (count, 3, S, S), in the order of their slots; None where an image is damaged.
+
+        Decoded images take at most CHUNK_PIXELS at a time, whatever their number.
+        """
+        clock, size = self._maker.clock, self._maker.epochs.at(window.epoch).size
         interpolation = self._maker.settings.interpolation
-        order = np.concatenate(slots) if slots else np.empty(0, np.int64)
-        cut = replay_on_device(decoded, crops, size=size, interpolation=interpolation) if decoded else None
+        cut: list[Tensor] = []
+        for chunk in in_chunks(encoded.sizes.prod(axis=1).tolist(), CHUNK_PIXELS):
+            with clock.decode:
+                pixels = self._decoded(encoded, chunk)
+            decoded = [found for found in pixels if not isinstance(found, ImageError)]
+            if len(decoded) < len(pixels):
+                return None
+            crops = [encoded.crops(i)[window.slots[i] >= 0] for i in chunk]
+            with clock.cut:
+                cut.append(replay_on_device(decoded, crops, size=size, interpolation=interpolation))
+            # Before the next chunk is decoded, so that it gets this one's memory.
+            del pixels, decoded
+        with clock.cut:
+            return self._placed(cut, window.slots[window.slots >= 0])
+
+    def _placed(self, cut: list[Tensor], slots: npt.NDArray[np.int64]) -> Tensor:
+        """Join crops and put each into its slot."""
+        crops = cut[0] if len(cut) == 1 else torch.cat(cut)
         # Without spreading, crops come in the order of their slots: no second copy of the batch.
-        if cut is not None and np.array_equal(order, np.arange(count)):
-            return cut
-        images = torch.empty((count, size, size, 3), dtype=torch.uint8, device=self._device).permute(0, 3, 1, 2)
-        if cut is not None:
-            images[torch.from_numpy(order).to(self._device, non_blocking=True)] = cut
+        if np.array_equal(slots, np.arange(len(slots))):
+            return crops
+        images = torch.empty_like(crops)
+        images[upload(slots, self._device)] = crops
         return images
 
-    def _decoded(self, encoded: Encoded) -> Iterator[tuple[int, Tensor | ImageError]]:
-        """Yield each image's number in the window and its pixels (3, H, W) on the device, or its error."""
-        jpegs: dict[int, Tensor] = {}
-        for i, (start_, stop) in enumerate(zip(encoded.bounds[:-1].tolist(), encoded.bounds[1:].tolist(), strict=True)):
+    def _decoded(self, encoded: Encoded, chunk: range) -> list[Tensor | ImageError]:
+        """Return each image's pixels (3, H, W) on the device, or its error."""
+        found: dict[int, Tensor | ImageError] = {}
+        jpegs: dict[int, Jpeg] = {}
+        for i in chunk:
             # A view: no image is copied before it goes to the device.
-            data = encoded.data[start_:stop]  # type: ignore[index]
+            data = encoded.data[encoded.bounds[i] : encoded.bounds[i + 1]]  # type: ignore[index]
+            height, width = encoded.sizes[i].tolist()
             if encoded.is_jpeg[i]:
-                jpegs[i] = data
+                jpegs[i] = Jpeg(int(encoded.rows[i]), data, (height, width))
             else:
-                pixels = data.view(*encoded.sizes[i].tolist(), 3)
-                yield i, pixels.permute(2, 0, 1).to(self._device, non_blocking=True)
-        pixel_limit = self._maker.labels.manifest.pixel_limit
-        decoded = decode_jpegs(list(jpegs.values()), self._device, pixel_limit)
-        for i, found in zip(jpegs, decoded, strict=True):
-            yield i, found if isinstance(found, ImageError) else _of_size(found, encoded.sizes[i].tolist())
+                found[i] = upload(data.view(height, width, 3), self._device).permute(2, 0, 1)
+        found |= zip(jpegs, self._decoder.decode(list(jpegs.values())), strict=True)
+        return [found[i] for i in chunk]
 
 
 class EncodeHandler:
@@ -214,6 +250,7 @@ def encode(maker: BatchMaker, window: Window) -> tuple[Encoded, list[npt.NDArray
         bounds=np.cumsum([0, *map(len, parts)]),
         sizes=sizes,
         is_jpeg=is_jpeg,
+        rows=labelled.rows,
         boxes=labelled.drawn.boxes,
         flip=labelled.drawn.flip,
         operations=labelled.drawn.operations,
@@ -255,60 +292,29 @@ def _is_plain_jpeg(data: bytes, labelled: Size, pixel_limit: int) -> bool:
     return True
 
 
-def _of_size(pixels: Tensor, size: list[int]) -> Tensor | ImageError:
-    """Return the pixels, or an error where the device took another header than the host; a JPEG may have several."""
-    height, width = size
-    if pixels.shape[1:] == (height, width):
-        return pixels
-    return ImageError("corrupt", f"the device decodes {tuple(pixels.shape[1:])} pixels, its header has {height, width}")
+def in_chunks(num_pixels: Sequence[int], budget: int) -> Iterator[range]:
+    """Split a window's images, in order, into runs of at most `budget` pixels, or of one image.
 
-
-def decode_jpegs(jpegs: list[Tensor], device: torch.device, pixel_limit: int) -> Sequence[Tensor | ImageError]:
-    """Decode JPEGs to (3, H, W) each, in one call; the host's decoder tries what the device's refuses.
-
-    An image of more than `pixel_limit` pixels is an ImageError there.
+    >>> list(in_chunks([4, 4, 9, 1], 8))
+    [range(0, 2), range(2, 3), range(3, 4)]
     """
-    try:
-        # In one call, which a GPU decodes together. It fails as a whole where one image does, so each is then tried
-        # alone.
-        return _decode(jpegs, device)
-    except RuntimeError:
-        return [_decode_one(jpeg, device, pixel_limit) for jpeg in jpegs]
-
-
-def _decode_one(jpeg: Tensor, device: torch.device, pixel_limit: int) -> Tensor | ImageError:
-    try:
-        return _decode([jpeg], device)[0]
-    except RuntimeError:
-        try:
-            pixels = decode_rgb(jpeg.numpy().tobytes(), max_pixels=pixel_limit)
-        except ImageError as error:
-            return error
-        return torch.from_numpy(pixels).permute(2, 0, 1).to(device, non_blocking=True)
-
-
-def _decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
-    import torchvision.io  # noqa: F401
-
-    # The operators behind its decode_jpeg, which warns of its successor (TorchCodec) at every call.
-    if device.type == "cuda":
-        return list(torch.ops.image.decode_jpegs_cuda(jpegs, RGB, device)) if jpegs else []
-    # False: the EXIF orientation is ignored, as the format wants it.
-    return [torch.ops.image.decode_jpeg(jpeg, RGB, False) for jpeg in jpegs]
+    first = total = 0
+    for i, pixels in enumerate(num_pixels):
+        if i > first and total + pixels > budget:
+            yield range(first, i)
+            first, total = i, 0
+        total += pixels
+    if first < len(num_pixels):
+        yield range(first, len(num_pixels))
 
 
 def open_device(device: str | torch.device) -> torch.device:
-    """Open a device and decode a JPEG on it. Raises UsageError where it cannot."""
+    """Return the device if it may decode; the first iteration shows it. Raises UsageError where it cannot."""
     try:
         opened = torch.device(device)
         if opened.type not in ("cpu", "cuda"):
             raise UsageError(f"decode_device is cuda or cpu, got {str(device)!r}")
-        # Tried, not looked up: wheels of torchvision are built with and without nvJPEG.
-        jpeg = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8)), np.uint8)
-        _decode([torch.from_numpy(jpeg.copy())], opened)
+        open_decoder(opened)
     except (RuntimeError, AttributeError, AssertionError) as error:
-        raise UsageError(
-            f"decode_device={str(device)!r}: torchvision cannot decode JPEGs there "
-            f"({str(error).splitlines()[0]}); leave it out to decode in the workers"
-        ) from error
+        raise cannot_decode(device, error) from error
     return opened

@@ -13,7 +13,7 @@ import ferkd_data as fd
 from ferkd_data.errors import FerkdError, ImageError, LoaderError
 from ferkd_data.images import DEFAULT_MAX_PIXELS
 from ferkd_data.label_set import joined_images
-from ferkd_data.loader import batch_maker, device_decode
+from ferkd_data.loader import batch_maker, device_jpegs
 
 PIXELS = 64 * 48
 """Of each photo."""
@@ -43,8 +43,8 @@ def no_decoding(monkeypatch):
     for module, name in (
         (joined_images, "decode_rgb"),
         (batch_maker, "decode_reduced"),
-        (device_decode, "decode_rgb"),
-        (device_decode, "_decode"),
+        (device_jpegs, "decode_rgb"),
+        (device_jpegs, "decode"),
     ):
         monkeypatch.setattr(module, name, never)
 
@@ -91,15 +91,17 @@ def test_a_manifest_without_a_limit_has_the_default_one(copy):
 def test_what_a_device_makes_of_another_header_is_not_cut(copy, photos, tmp_path, monkeypatch):
     """A crafted JPEG may show two decoders two sizes: then the host has the last word."""
     expected = [images.clone() for images, _ in load(copy, photos, tmp_path, decode_device="cpu")]
-    decode = device_decode._decode
+    decode = device_jpegs.decode
     loader = load(copy, photos, tmp_path, decode_device="cpu")
     monkeypatch.setattr(
-        device_decode, "_decode", lambda jpegs, device: [pixels[:, :-1] for pixels in decode(jpegs, device)]
+        device_jpegs, "decode", lambda jpegs, device: [pixels[:, :-1] for pixels in decode(jpegs, device)]
     )
     for (images, _), before in zip(loader, expected, strict=True):
         assert (images.int() - before.int()).abs().max() <= 2
-    size = device_decode._of_size(torch.zeros(3, 47, 64), [48, 64])
-    assert isinstance(size, ImageError) and re.search(r"\(47, 64\) pixels, its header has \(48, 64\)", str(size))
+    decoder = device_jpegs.DeviceDecoder(torch.device("cpu"), 10**8)
+    data = torch.frombuffer(bytearray(next(photos.rglob("*.jpg")).read_bytes()), dtype=torch.uint8)
+    (size,) = decoder.decode([device_jpegs.Jpeg(0, data, (46, 64))])
+    assert isinstance(size, ImageError) and re.search(r"\(48, 64\) pixels, its header has \(46, 64\)", str(size))
 
 
 def test_the_limit_of_what_is_joined_is_the_larger_one(make_photos, tiny_teachers, tmp_path):

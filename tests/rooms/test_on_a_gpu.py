@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from fake_gpu import open_fake_gpu, pretend_cuda
+from fake_gpu import StreamRecorder, open_fake_gpu, pretend_cuda
 
 import ferkd_data as fd
 from ferkd_data.builder.labelling.crop_batches import CropInput, DecodedImage, Slice, _cut, input_of
@@ -20,12 +21,14 @@ from ferkd_data.builder.labelling.forwards import CudaStaging
 from ferkd_data.builder.labelling.job import Job, Tools
 from ferkd_data.builder.labelling.label_shard import _ask
 from ferkd_data.builder.settings import WorkerResources
-from ferkd_data.errors import UsageError
+from ferkd_data.errors import ImageError, LoaderError, UsageError
 from ferkd_data.images import ImageRef
-from ferkd_data.loader.device_decode import DeviceWorkers
+from ferkd_data.images.decode import jpeg_size
+from ferkd_data.loader import device_decode, device_jpegs
 from ferkd_data.targets import SoftTargets
 from ferkd_data.teachers import Preprocessing, TeacherSpec
 from ferkd_data.teachers.module_teacher import ModuleTeacher
+from ferkd_data.upload import upload
 
 MODULES = {
     "resnet": lambda: torchvision.models.resnet18(num_classes=10),
@@ -121,20 +124,176 @@ def test_normalising_is_one_kernel():
     assert seen == [(torch.bfloat16, {"addcmul": 1})]
 
 
-@pytest.mark.parametrize("slots", [[0, 1, 2, 3, 4, 5], [4, 2, 0, 1, 5, 3]])
-def test_a_loaders_crops_are_cut_and_placed_there(slots):
-    crops = [image(n, 50, 40, 3).crops for n in range(2)]
+class NvJpeg:
+    """Stands for torchvision's operator: pixels without contents, from memory of the stream that is current."""
+
+    def __init__(self):
+        self.devices, self.sizes = [], []
+
+    def __call__(self, jpegs, mode, device):
+        if device.type == "cpu":
+            raise RuntimeError("Expected the device parameter to be a cuda device")
+        assert mode == 3 and all(jpeg.device.type == "cpu" for jpeg in jpegs)
+        self.devices.append(device)
+        self.sizes += [jpeg_size(jpeg.numpy().tobytes(), 10**6) for jpeg in jpegs]
+        return [torch.empty((3, *size), dtype=torch.uint8, device=device) for size in self.sizes[-len(jpegs) :]]
+
+
+@pytest.fixture
+def nvjpeg(monkeypatch):
+    operator = NvJpeg()
+    monkeypatch.setattr(torch.ops.image, "decode_jpegs_cuda", operator)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    device_jpegs._stream.cache_clear()
+    yield operator
+    device_jpegs._stream.cache_clear()
+
+
+LOADERS = {
+    "plain": {},
+    "spread": {"spread": 2},
+    "bicubic, selfmix": {"interpolation": "bicubic", "selfmix": fd.SelfMix(prob=0.7, per="sample")},
+    "mixup": {"selfmix": fd.SelfMix(prob=1.0, mode="mixup")},
+}
+
+
+def loader_on_a_gpu(label_set, photos, tmp_path, **changes):
+    settings = {"images": photos, "batch_size": 8, "crops_per_image": 2, "size": 32, "cache_dir": tmp_path / "cache"}
+    return fd.CropLoader(fd.open_labels(label_set), **{**settings, "decode_device": "cuda", **changes})
+
+
+@pytest.mark.parametrize("chunk", [2**27, 2 * 48 * 64])
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_loader_decodes_cuts_and_mixes_there(label_set, photos, tmp_path, nvjpeg, monkeypatch, name, chunk):
+    monkeypatch.setattr(device_decode, "CHUNK_PIXELS", chunk)
     with open_fake_gpu() as gpu:
-        maker = SimpleNamespace(
-            settings=SimpleNamespace(interpolation="bilinear"),
-            epochs=SimpleNamespace(at=lambda epoch: SimpleNamespace(size=32)),
-        )
-        workers = SimpleNamespace(_maker=maker, _device=torch.device("cuda"))
-        pixels = [torch.empty((3, 50, 40), dtype=torch.uint8, device="cuda") for _ in crops]
-        window = SimpleNamespace(epoch=0, batches=(6,))
-        images = DeviceWorkers._placed(workers, window, pixels, crops, np.split(np.array(slots), 2))
-    assert tuple(images.shape) == (6, 3, 32, 32) and images.device.type == "cuda"
+        gpu.pageable_bytes = 0 if name in ("plain", "spread") else 2**16
+        for images, soft in loader_on_a_gpu(label_set, photos, tmp_path, **LOADERS[name]):
+            assert images.shape == (8, 3, 32, 32) and images.device == torch.device("cuda", 0)
+            assert images.is_contiguous(memory_format=torch.channels_last) and soft.device.type == "cpu"
+    assert len(nvjpeg.sizes) == 1 + 20
     assert not gpu.waits
+
+
+def test_a_loader_decodes_on_the_gpu_that_is_current_when_an_epoch_begins(
+    label_set, photos, tmp_path, nvjpeg, monkeypatch
+):
+    """A rank may choose its GPU after it has made its loader, and nothing has touched another one until then."""
+    loader = loader_on_a_gpu(label_set, photos, tmp_path)
+    assert not nvjpeg.devices
+    for current in (1, 0):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        with open_fake_gpu():
+            assert {images.device for images, _ in loader} == {torch.device("cuda", current)}
+        assert set(nvjpeg.devices) == {torch.device("cuda", current)}
+        nvjpeg.devices.clear()
+    with open_fake_gpu():
+        images, _ = next(iter(loader_on_a_gpu(label_set, photos, tmp_path, decode_device="cuda:1")))
+    assert images.device == torch.device("cuda", 1)
+
+
+def test_gpus_that_cannot_decode(label_set, photos, tmp_path, nvjpeg, monkeypatch):
+    with pytest.raises(UsageError, match=r"decode_device='cuda:2': .*there are 2 GPUs.*decode in the workers"):
+        loader_on_a_gpu(label_set, photos, tmp_path, decode_device="cuda:2")
+    loader = loader_on_a_gpu(label_set, photos, tmp_path)
+
+    def without(jpegs, mode, device):
+        raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support")
+
+    monkeypatch.setattr(torch.ops.image, "decode_jpegs_cuda", without)
+    for begin in (lambda: next(iter(loader)), lambda: loader_on_a_gpu(label_set, photos, tmp_path)):
+        with pytest.raises(UsageError, match="not compiled with nvJPEG support"):
+            begin()
+
+
+def test_decoding_has_a_stream_and_memory_of_its_own(label_set, photos, tmp_path, nvjpeg, monkeypatch):
+    """torchvision writes into memory of the current stream without waiting for what is queued there."""
+    log = []
+    current = [StreamRecorder("the loop's", log)]
+
+    @contextmanager
+    def stream(entered):
+        current.append(entered)
+        yield
+        current.pop()
+
+    def decode(jpegs, mode, device):
+        log.append(("decode", current[-1].name))
+        return nvjpeg(jpegs, mode, device)
+
+    monkeypatch.setattr(torch.ops.image, "decode_jpegs_cuda", decode)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: StreamRecorder("the loaders'", log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: log.append(("kept for", stream.name, tuple(tensor.shape)))
+    )
+    replay = device_decode.replay_on_device
+    monkeypatch.setattr(
+        device_decode,
+        "replay_on_device",
+        lambda *args, **how: (log.append(("cut", current[-1].name)), replay(*args, **how))[1],
+    )
+    monkeypatch.setattr(device_decode, "CHUNK_PIXELS", 2 * 48 * 64)
+    with open_fake_gpu():
+        loader = loader_on_a_gpu(label_set, photos, tmp_path)
+        log.clear()
+        next(iter(loader))
+    decoded_after_waiting = [("the loaders'", "synchronize"), ("decode", "the loaders'")]
+    window = [
+        *(2 * [*decoded_after_waiting, ("cut", "the loaders'")]),
+        ("the loop's", "wait_stream", "the loaders'"),
+        ("kept for", "the loop's", (8, 3, 32, 32)),
+    ]
+    assert log == [*decoded_after_waiting, *window], "a small JPEG is tried first"
+
+
+def test_a_window_made_on_the_host_is_copied_without_waiting(label_set, photos, tmp_path, nvjpeg, monkeypatch):
+    def refuse(jpegs, mode, device):
+        if jpegs[0].numel() < 700:
+            return nvjpeg(jpegs, mode, device)
+        raise RuntimeError("Failed to decode jpeg stream: 4")
+
+    def corrupt(data, max_pixels):
+        raise ImageError("corrupt", "nothing but noise")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.ops.image, "decode_jpegs_cuda", refuse)
+    monkeypatch.setattr(device_jpegs, "decode_rgb", corrupt)
+    with open_fake_gpu() as gpu:
+        gpu.pageable_bytes = 0
+        assert all(images.device.type == "cuda" for images, _ in loader_on_a_gpu(label_set, photos, tmp_path))
+    assert not gpu.waits
+
+
+@pytest.mark.parametrize("after", [None, "CUDA error: an illegal memory access was encountered"])
+def test_a_refused_jpeg_leaves_nothing_behind_on_the_gpu(label_set, photos, tmp_path, nvjpeg, monkeypatch, after):
+    """Memory of a call that failed may still be written to: it is waited for before anything else uses it."""
+    waited = []
+
+    def refuse(jpegs, mode, device):
+        if jpegs[0].numel() < 700:
+            return nvjpeg(jpegs, mode, device)
+        raise RuntimeError("Failed to decode jpeg stream: 4")
+
+    def synchronize(device):
+        waited.append(device)
+        if after:
+            raise RuntimeError(after)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.ops.image, "decode_jpegs_cuda", refuse)
+    with open_fake_gpu() as gpu:
+        gpu.pageable_bytes = 0
+        loader = loader_on_a_gpu(label_set, photos, tmp_path)
+        if after:
+            with pytest.raises(LoaderError, match=r"cuda:0 failed while it decoded images \(CUDA error"):
+                list(loader)
+        else:
+            assert all(images.device.type == "cuda" for images, _ in loader)
+            assert not gpu.waits
+    assert waited and set(waited) == {torch.device("cuda", 0)}
 
 
 def targets(rows=8, classes=10):
@@ -234,3 +393,8 @@ def test_what_a_fake_gpu_finds():
         assert Counter(gpu.waits) == {"_to_copy": 2, "copy_": 1}
         on_cpu.to("cuda", non_blocking=True)
         assert len(gpu.waits) == 3
+        torch.zeros(2**17).pin_memory().to("cuda", non_blocking=True)
+        there.copy_(on_cpu.t().pin_memory(), non_blocking=True)
+        assert len(gpu.waits) == 3
+        torch.zeros(2**17).to("cuda", non_blocking=True), upload(np.zeros(2**17), torch.device("cuda"))
+        assert len(gpu.waits) == 4

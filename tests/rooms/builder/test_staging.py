@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from fake_gpu import StreamRecorder
 from label_sets import SMALL
 
 import ferkd_data as fd
@@ -163,26 +164,14 @@ def test_a_device_that_fails_beside_the_teachers(
         fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL)
 
 
-class Recorder:
-    """Stands for streams and events, and writes down what they are told."""
-
-    def __init__(self, name, log):
-        self.name, self.log = name, log
-
-    def __getattr__(self, call):
-        def told(*others):
-            self.log.append((self.name, call, *(getattr(other, "name", other) for other in others)))
-            return others[0] if call == "record_event" and others else Recorder(f"event of {self.name}", self.log)
-
-        return told
-
-
 def test_what_is_said_to_streams_and_events(monkeypatch):
     log = []
     names = iter(("side", "back"))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Recorder(next(names), log))
-    monkeypatch.setattr(torch.cuda, "Event", lambda *, blocking: Recorder("blocking" if blocking else "busy", log))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Recorder("teachers", log))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: StreamRecorder(next(names), log))
+    monkeypatch.setattr(
+        torch.cuda, "Event", lambda *, blocking: StreamRecorder("blocking" if blocking else "busy", log)
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: StreamRecorder("teachers", log))
 
     @contextmanager
     def stream(recorder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from PIL import Image
 import ferkd_data as fd
 from ferkd_data.errors import LoaderError, UsageError
 from ferkd_data.images import decode_rgb
-from ferkd_data.loader import device_decode
+from ferkd_data.loader import device_decode, device_jpegs
+from ferkd_data.loader.device_jpegs import DeviceDecoder, Jpeg
 
 CPU = torch.device("cpu")
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
@@ -47,8 +49,9 @@ def decoder_levels(folder, device):
     worst = 0
     for path in folder.rglob("*.jpg"):
         data = path.read_bytes()
-        (ours,) = device_decode.decode_jpegs([torch.from_numpy(np.frombuffer(data, np.uint8).copy())], device, 10**8)
         theirs = torch.from_numpy(decode_rgb(data)).permute(2, 0, 1)
+        jpeg = Jpeg(0, torch.from_numpy(np.frombuffer(data, np.uint8).copy()), (theirs.shape[1], theirs.shape[2]))
+        (ours,) = DeviceDecoder(device, 10**8).decode([jpeg])
         worst = max(worst, int((ours.cpu().int() - theirs.int()).abs().max()))
     return worst
 
@@ -177,20 +180,107 @@ def test_what_the_device_cannot_decode_the_host_does(make, odd_photos, device):
         assert (images.cpu().int() - expected.int()).abs().max() <= allowed
 
 
-def test_what_the_device_refuses_the_host_decodes(make, monkeypatch):
+def test_what_the_device_refuses_the_host_decodes_and_tries_once(make, monkeypatch):
     whole = contents(make(decode_device="cpu"))
-    decode, refused = device_decode._decode, []
+    decode, asked, refused = device_jpegs.decode, [], set()
 
     def moody(jpegs, device):
-        if len(jpegs) > 1 or jpegs[0].sum() % 2:
-            refused.append(len(jpegs))
+        asked.append(len(jpegs))
+        bad = [jpeg for jpeg in jpegs if jpeg.sum() % 5 == 0]
+        refused.update(bytes(jpeg.tolist()) for jpeg in bad)
+        if bad:
             raise RuntimeError("no such luck")
         return decode(jpegs, device)
 
     loader = make(decode_device="cpu")
-    monkeypatch.setattr(device_decode, "_decode", moody)
+    monkeypatch.setattr(device_jpegs, "decode", moody)
     assert same(contents(loader), whole)
-    assert set(refused) == {1, 4}
+    assert refused and len(asked) > 6, "5 windows of 4 images, in halves where one of them is refused"
+    asked.clear()
+    contents(loader)
+    assert len(asked) <= 6, "nothing is tried again in the next epoch"
+
+
+@pytest.mark.parametrize("bad", [[], [0], [6], [2, 3], list(range(8))])
+def test_a_refused_jpeg_is_found_in_few_calls(photos, monkeypatch, bad):
+    data = [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))[:8]]
+    jpegs = [Jpeg(row, torch.frombuffer(bytearray(one), dtype=torch.uint8), (48, 64)) for row, one in enumerate(data)]
+    decoder, decode, asked = DeviceDecoder(CPU, 10**8), device_jpegs.decode, []
+    expected = decode([jpeg.data for jpeg in jpegs], CPU)
+
+    def moody(given, device):
+        asked.append(len(given))
+        if any(jpegs[row].data.equal(one) for row in bad for one in given):
+            raise RuntimeError("Failed to decode batch: 4")
+        return decode(given, device)
+
+    monkeypatch.setattr(device_jpegs, "decode", moody)
+    for calls in (1 + 6 * len(bad) if len(bad) < 8 else 15, 1 if len(bad) < 8 else 0):
+        asked.clear()
+        assert all(map(torch.equal, decoder.decode(jpegs), expected))
+        assert len(asked) <= calls
+    monkeypatch.setattr(device_jpegs, "MAX_REFUSED", 0)
+    forgetful = DeviceDecoder(CPU, 10**8)
+    forgetful.decode(jpegs)
+    assert not forgetful._refused
+
+
+OUT_OF_MEMORY = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 34.00 MiB."),
+    RuntimeError("decode_jpegs_cuda, decode_jpegs_cuda.cpp:140, Error while decoding JPEG images: CUDA out of memory."),
+    RuntimeError("Error while decoding JPEG images: Failed to decode batch: 5"),
+]
+FAILED = [
+    RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA"),
+    RuntimeError("Error while decoding JPEG images: Failed to synchronize CUDA stream: 700"),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(error, "cpu has too little memory .* smaller batch_size or spread") for error in OUT_OF_MEMORY]
+    + [(error, r"cpu failed while it decoded images \(.*resume there") for error in FAILED],
+)
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_device_that_fails_is_no_damaged_image(make, monkeypatch, error, message, on_error):
+    def failing(jpegs, device):
+        calls.append(len(jpegs))
+        raise error
+
+    loader, calls = make(decode_device="cpu", on_error=on_error), []
+    monkeypatch.setattr(device_jpegs, "decode", failing)
+    with pytest.raises(LoaderError, match=message):
+        list(loader)
+    assert calls == [4], "tried once, and never as a single image"
+
+
+def test_a_jpeg_that_the_device_calls_unsupported_is_no_failure_of_the_device(make, monkeypatch):
+    def failing(jpegs, device):
+        raise RuntimeError("Error while decoding JPEG images: Failed to parse jpeg stream: 3")
+
+    whole = contents(make(decode_device="cpu"))
+    loader = make(decode_device="cpu")
+    monkeypatch.setattr(device_jpegs, "decode", failing)
+    assert same(contents(loader), whole)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("budget", [1, 2 * 48 * 64])
+def test_images_lie_decoded_in_small_parts(make, monkeypatch, name, budget):
+    whole = contents(make(decode_device="cpu", **SETTINGS[name]))
+    decode, alive, most = device_jpegs.decode, weakref.WeakSet(), []
+
+    def counted(jpegs, device):
+        pixels = decode(jpegs, device)
+        alive.update(pixels)
+        most.append(len(alive))
+        return pixels
+
+    loader = make(decode_device="cpu", **SETTINGS[name])
+    monkeypatch.setattr(device_jpegs, "decode", counted)
+    monkeypatch.setattr(device_decode, "CHUNK_PIXELS", budget)
+    assert same(contents(loader), whole)
+    assert max(most) == (1 if budget == 1 else 2)
 
 
 def test_what_neither_decodes_is_an_error_that_names_the_image(make, monkeypatch):
@@ -201,8 +291,8 @@ def test_what_neither_decodes_is_an_error_that_names_the_image(make, monkeypatch
         raise fd.errors.ImageError("corrupt", "nothing but noise")
 
     strict, lenient = make(decode_device="cpu"), make(decode_device="cpu", on_error="skip")
-    monkeypatch.setattr(device_decode, "_decode", never)
-    monkeypatch.setattr(device_decode, "decode_rgb", corrupt)
+    monkeypatch.setattr(device_jpegs, "decode", never)
+    monkeypatch.setattr(device_jpegs, "decode_rgb", corrupt)
     monkeypatch.setattr("ferkd_data.label_set.joined_images.decode_rgb", corrupt)
     with pytest.raises(LoaderError, match=r"image 'class\d/photo\d+' \(shard .*nothing but noise"):
         list(strict)
