@@ -395,10 +395,10 @@ class BatchMaker:
 
     def _divisor(self, plan: CutPlan, labelled: Labelled, i: int) -> int:
         """Return the fraction 1/n of its sides at which image i of the window may be decoded for its crops."""
-        wanted = plan.window.slots[i] >= 0
-        if self.settings.decode_scale == "exact" or not wanted.any():
+        if self.settings.decode_scale == "exact":
             return 1
-        return divisor_for(labelled.drawn.boxes[i][wanted], plan.images.shape[-1])
+        # All crops, also those given before a resume: the others have the same pixels then.
+        return divisor_for(labelled.drawn.boxes[i], plan.images.shape[-1])
 
     def _decoded(self, data: bytes, record: np.void, divisor: int) -> tuple[npt.NDArray[np.uint8], int]:
         """Decode an image, (H, W, 3), at 1/divisor of its sides where its format can do that; returns what it did."""

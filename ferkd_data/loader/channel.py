@@ -15,6 +15,7 @@ import itertools
 import mmap
 import os
 import pickle
+import resource
 import socket
 import struct
 import sys
@@ -60,7 +61,10 @@ class Channel:
         self._socket.sendall(content)
 
     def receive(self) -> tuple[Any, list[int]]:
-        """Receive a message and descriptors, which the caller closes. Raises EOFError when the other end is gone."""
+        """Receive a message and descriptors, which the caller closes. Raises EOFError when the other end is gone.
+
+        The descriptors are none where this process may not open all of them (see `few_descriptors`).
+        """
         try:
             header, descriptors, _, _ = socket.recv_fds(self._socket, HEADER.size, MAX_DESCRIPTORS, CLOSE_ON_EXEC)
             # A stream socket may give fewer bytes than were sent at once.
@@ -71,8 +75,13 @@ class Channel:
         # End of the stream between two messages: the other end was closed, or its process has ended.
         if not header:
             raise EOFError
-        size, _ = HEADER.unpack(header)
-        return pickle.loads(self._bytes(size)), descriptors
+        size, sent = HEADER.unpack(header)
+        message = pickle.loads(self._bytes(size))
+        # The system drops descriptors above the process's limit without an error.
+        if len(descriptors) < sent:
+            while descriptors:
+                os.close(descriptors.pop())
+        return message, descriptors
 
     def _bytes(self, size: int) -> bytearray:
         content = bytearray(size)
@@ -90,6 +99,15 @@ class Channel:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def few_descriptors() -> LoaderError:
+    """Return the error for a descriptor that was sent and did not arrive."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return LoaderError(
+        f"this process may open {limit} files and has as many open, so that memory for crops cannot be passed to it; "
+        "raise the limit (ulimit -n) or lower num_workers"
+    )
 
 
 def channel_pair() -> tuple[Channel, socket.socket]:

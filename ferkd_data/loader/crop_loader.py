@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,13 +79,14 @@ SHOWN = (
 class _Iteration:
     """One iteration over a loader, which its iterator owns."""
 
-    number: int
     start: Cursor
     whole: int
     """Batches of the epoch from its start."""
     left: int
     """Batches still to give."""
     clock: EpochClock
+    process: int
+    """The process that began it."""
 
 
 class CropLoader(DataLoaderLike):
@@ -247,19 +249,22 @@ class CropLoader(DataLoaderLike):
         self._decode_device = None if decode_device is None else open_device(decode_device)
         # Started by the first iteration: a loader that is only asked for its length or its repr costs no processes.
         self._workers: Workers | DeviceWorkers | None = None
+        self._workers_process = 0
+        """The process that started them."""
         self._warned = False
         self._lengths_reported: set[int] = set()
         """Every number of batches that len() has given."""
-        self._running_epoch: int | None = None
-        """The epoch whose iterator somebody holds, also when that has given its last batch."""
-        self._iteration = 0
-        """Number of the iteration that may go on; earlier ones have ended."""
+        self._running: _Iteration | None = None
+        """The iteration that may go on: somebody holds its iterator, also when that has given its last batch."""
         self._discarded = DiscardedCrops()
         self._clock: EpochClock | None = None
         """The clock of the iteration that began last."""
 
     def __len__(self) -> int:
-        """Batches of an epoch from its start, for this rank: the one under way, else the one that comes next."""
+        """Batches of an epoch from its start, for this rank: the one under way, else the one that comes next.
+
+        An epoch is over with its last batch, once `set_epoch` has asked for another.
+        """
         # A schedule of the learning rate that is made before the process group would have too many steps.
         self._warn_if_alone(ranks_now(self.settings.rank, self.settings.world_size))
         count = self._length()
@@ -267,8 +272,15 @@ class CropLoader(DataLoaderLike):
         return count
 
     def _length(self) -> int:
-        epoch = self._position.start().epoch if self._running_epoch is None else self._running_epoch
+        run = self._running
+        over = run is None or (not run.left and self._position.is_requested)
+        epoch = self._start().epoch if run is None or over else run.start.epoch
         return self._count(Cursor(epoch=epoch))
+
+    def _start(self) -> Cursor:
+        """Return the cursor at which an iteration that begins now begins."""
+        # Settled for the ranks of now: a state may have been loaded before the process group was there.
+        return self._settled(self._position.start())
 
     def _warn_if_alone(self, ranks: Ranks) -> None:
         if not self._warned:
@@ -318,7 +330,7 @@ class CropLoader(DataLoaderLike):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process: a copy starts workers of its own, with the next epoch."""
         own = {"_position": copy.copy(self._position), "_discarded": copy.copy(self._discarded)}
-        return {**self.__dict__, "_workers": None, "_running_epoch": None, "_clock": None, **own}
+        return {**self.__dict__, "_workers": None, "_running": None, "_clock": None, **own}
 
     def __getitem__(self, index: Any) -> NoReturn:
         """Refuse: a DataLoader that wraps this loader asks it for items."""
@@ -340,7 +352,7 @@ class CropLoader(DataLoaderLike):
     @property
     def epoch(self) -> int:
         """The epoch of the next batch: after an epoch's last batch, that of the epoch to come."""
-        return self._position.cursor.epoch
+        return self._settled(self._position.cursor).epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration begin at the start of this epoch; an iteration that is under way is not disturbed.
@@ -376,10 +388,15 @@ class CropLoader(DataLoaderLike):
                     run.clock.enter("hand_over")
                     # The workers now make windows of the later iteration, and this one's were dropped (`Pool.run`). One
                     # that has given all its batches ends normally.
-                    if self._iteration != run.number:
+                    if self._running is not run:
                         if not run.left:
                             return
                         raise LoaderError("this iteration ended when another one over the same loader began")
+                    # Its batches lie in memory of the process that began it, which goes on using that.
+                    if run.process != os.getpid():
+                        raise LoaderError(
+                            "this iteration was begun before a fork, by the parent of this process; begin another one"
+                        )
                 run.clock.enter("wait")
         finally:
             # Also where a loop leaves early, as soon as nobody holds the iterator.
@@ -387,9 +404,15 @@ class CropLoader(DataLoaderLike):
 
     def _begin(self, ranks: Ranks) -> _Iteration:
         """Begin an iteration. Where it cannot begin, this raises and leaves the loader where it was."""
-        start = self._position.start()
+        asked, start = self._position.start(), self._start()
         self._warn_if_alone(ranks)
         self._check_not_empty(start.epoch)
+        if start.epoch != asked.epoch:
+            warnings.warn(
+                f"the state that was loaded leaves no batch of epoch {asked.epoch} for {ranks.world_size} ranks: epoch "
+                f"{start.epoch} begins. Load a state after torch.distributed is initialised, and loader.epoch tells",
+                stacklevel=4,
+            )
         left, whole = self._count(start), self._count(Cursor(epoch=start.epoch))
         # The clock runs from here, so that unpacking crop blocks counts as "prepare".
         clock = EpochClock(start.epoch, left)
@@ -397,11 +420,10 @@ class CropLoader(DataLoaderLike):
         self._maker.prepare_blocks(start.epoch)
         # Only now, since everything above may raise.
         self._position.begin(start)
-        self._iteration += 1
-        self._running_epoch, self._clock = start.epoch, clock
+        self._running, self._clock = _Iteration(start, whole, left, clock, os.getpid()), clock
         self._maker.clock.take()  # What an iteration that failed has left behind.
         clock.enter("wait")
-        return _Iteration(self._iteration, start, whole, left, clock)
+        return self._running
 
     def _end(self, run: _Iteration, ranks: Ranks) -> None:
         """End an iteration, at its last batch or earlier: warn of an epoch cut short, and log where its time went.
@@ -416,9 +438,9 @@ class CropLoader(DataLoaderLike):
             _warn_of_cut_epoch(run.start.epoch, run.whole, given)
         if self.settings.log_stats:
             log_stats(stats_of(run.clock.times(), self.settings), ranks)
-        # Otherwise `_running_epoch` is that of a later iteration.
-        if self._iteration == run.number:
-            self._running_epoch = None
+        # Otherwise a later iteration has begun.
+        if self._running is run:
+            self._running = None
 
     def stats(self) -> LoaderStats:
         """Return where the time of the current epoch goes or, between epochs, that of the last one: see `LoaderStats`.
@@ -429,7 +451,7 @@ class CropLoader(DataLoaderLike):
         """
         clock = self._clock
         if clock is None:
-            epoch = self._position.start().epoch
+            epoch = self._start().epoch
             clock = EpochClock(epoch, self._count(Cursor(epoch=epoch)))
             clock.enter(None)
         return stats_of(clock.times(), self.settings)
@@ -456,7 +478,7 @@ class CropLoader(DataLoaderLike):
         # Pickled as for a worker: what is open or mapped stays behind, and the copies open their own files.
         labels, cache, images = pickle.loads(pickle.dumps((self._maker.labels, self._maker.cache, self._maker.images)))
         maker = BatchMaker(labels, cache, images, self._maker.settings)
-        cursor = self._position.start() if self._running_epoch is None else self._position.cursor
+        cursor = self._start() if self._running is None else self._position.cursor
         maker.prepare_blocks(cursor.epoch)
         ranks = ranks_now(self.settings.rank, self.settings.world_size)
         return maker, next(windows(self._shape(cursor.epoch), cursor, rank=ranks.rank, world_size=ranks.world_size))
@@ -478,10 +500,14 @@ class CropLoader(DataLoaderLike):
             raise StateMismatchError(f"this state was saved by another loader: {'; '.join(differences)}")
         cursor = read_cursor(state.get("place"), self._shape(saved_epoch(state.get("place"))))
         self._position.resume(self._settled(cursor))
-        # With another number, the iteration under way ends: its batches are not those that the state goes on with.
-        self._iteration, self._running_epoch = self._iteration + 1, None
+        # The iteration under way ends: its batches are not those that the state goes on with.
+        self._running = None
 
     def _settled(self, cursor: Cursor) -> Cursor:
+        """Return the start of the next epoch for a cursor within an epoch that has no batch left for these ranks."""
+        # An epoch that has none from its start is an error when it begins.
+        if cursor == Cursor(epoch=cursor.epoch):
+            return cursor
         return settled(self._shape(cursor.epoch), cursor, world_size=self.world_size)
 
     def _split(self, made: Made, window: Window, images: Sequence[Tensor]) -> Iterator[tuple[Any, Cursor]]:
@@ -526,7 +552,9 @@ class CropLoader(DataLoaderLike):
         yield from self._open_workers().make(planned)
 
     def _open_workers(self) -> Workers | DeviceWorkers:
-        if self._workers is None:
+        # A forked copy would write into the batches of its parent, whose memory it shares.
+        if self._workers is None or self._workers_process != os.getpid():
+            self._workers_process = os.getpid()
             processes = (self.settings.num_workers, self.settings.prefetch_factor)
             if self._decode_device is not None:
                 self._workers = DeviceWorkers(self._maker, self._decode_device, *processes)

@@ -81,7 +81,7 @@ class LoaderDataset:
 
 
 class LoaderSampler:
-    """`loader.sampler` and `loader.batch_sampler`: what loops call to begin an epoch."""
+    """`loader.sampler`: what loops call to begin an epoch."""
 
     def __init__(self, loader: DataLoaderLike) -> None:
         self._loader = loader
@@ -96,6 +96,13 @@ class LoaderSampler:
     def __iter__(self) -> NoReturn:
         """Refuse: a loop that builds a DataLoader of its own (Accelerate's skip_first_batches) asks it for rows."""
         raise UsageError(f"a CropLoader orders its images itself; its sampler can only set_epoch. {TO_RESUME}")
+
+
+class LoaderBatchSampler(LoaderSampler):
+    """`loader.batch_sampler`: counts batches, where a sampler counts crops."""
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
 
 class DataLoaderLike:
@@ -130,8 +137,9 @@ class DataLoaderLike:
         return LoaderSampler(self)
 
     @property
-    def batch_sampler(self) -> LoaderSampler:
-        return LoaderSampler(self)
+    def batch_sampler(self) -> LoaderBatchSampler:
+        """A sampler that has the loader's number of batches as its length."""
+        return LoaderBatchSampler(self)
 
     @property
     def batch_size(self) -> int:

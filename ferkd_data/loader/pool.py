@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ferkd_data.errors import LoaderError, UsageError
 from ferkd_data.loader.batch_maker import BatchMaker, Made, WindowMemory
-from ferkd_data.loader.channel import NOT_KEPT, BatchBuffers, MappedSlots, Slot
+from ferkd_data.loader.channel import NOT_KEPT, BatchBuffers, MappedSlots, Slot, few_descriptors
 from ferkd_data.loader.clocks import added, spent_on
 from ferkd_data.loader.epochs import EpochSettings
 from ferkd_data.loader.processes import Outcome, Processes
@@ -60,7 +60,10 @@ J = TypeVar("J", bound=Job)
 
 
 class Pool(Generic[J]):
-    """`num_workers` processes, each with up to `ahead` jobs in its queue. Used by one thread at a time."""
+    """`num_workers` processes, each with up to `ahead` jobs in its queue.
+
+    Used by one thread at a time, of the process that made it.
+    """
 
     def __init__(self, payload: Callable[[], bytes], num_workers: int, ahead: int, drop: Callable[[J], None]) -> None:
         """`payload` pickles the work when workers are started. `drop` gets the jobs that nobody takes, once no process
@@ -68,7 +71,6 @@ class Pool(Generic[J]):
         """
         self._payload, self._num_workers, self._ahead, self._drop = payload, num_workers, ahead, drop
         self._processes: Processes | None = None
-        self._owner = os.getpid()
         self._count = 0
         self._under_way: dict[int, J] = {}
 
@@ -132,9 +134,7 @@ class Pool(Generic[J]):
 
     def _started(self) -> Processes | None:
         """Return the workers, started where needed and with their messages received; None without workers."""
-        if self._num_workers and (self._processes is None or self._owner != os.getpid()):
-            # A process that was forked has the file descriptors of its parent's workers, but may not use them.
-            self._owner = os.getpid()
+        if self._num_workers and self._processes is None:
             self._processes = Processes(self._payload(), self._num_workers)
         self._hear(0)
         return self._processes
@@ -187,8 +187,8 @@ class Pool(Generic[J]):
 
     def end(self) -> None:
         """End the workers; they are started anew when they are needed again."""
-        # In a forked copy, closing would end nothing: the parent's ends stay open.
-        if self._processes is not None and self._owner == os.getpid():
+        # In a forked copy this ends nothing: the parent's ends of the sockets stay open.
+        if self._processes is not None:
             self._processes.end()
         self._processes = None
         self._under_way.clear()
@@ -239,6 +239,8 @@ class CropHandler:
     def __call__(self, task: WindowTask, descriptors: list[int]) -> tuple[Made, list[int]]:
         # From the training, where a schedule may be a function: a worker evaluates none (`for_workers`).
         self.maker.learn(task.window.epoch, task.settings)
+        if not descriptors:
+            raise few_descriptors()
         # Mapping counts as sending: it is part of the price of handing crops over in shared memory.
         with self.maker.clock.send:
             out, *others = self.memory.images(task.slot, descriptors[0], self.maker.shapes(task.settings))

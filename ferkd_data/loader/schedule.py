@@ -67,6 +67,11 @@ class Position:
         self._resumes = False
         """A state was loaded and no batch has been given since: the next iteration continues its epoch."""
 
+    @property
+    def is_requested(self) -> bool:
+        """Whether `set_epoch` has asked for an epoch that no iteration has begun with yet."""
+        return self._requested is not None
+
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration begin at the start of this epoch, unless a state of it was just loaded."""
         if not (self._resumes and epoch == self.cursor.epoch):

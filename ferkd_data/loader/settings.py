@@ -240,6 +240,8 @@ class LoaderSettings:
         if self.transform is not None and not callable(self.transform):
             raise UsageError(f"transform must be a function of a crop, uint8 (3, S, S), got {self.transform!r}")
         # Combinations that would leave a setting without effect are refused, and not ignored.
+        if self.keys and self.targets == "dense":
+            raise UsageError('keys=True needs targets="soft": dense targets are plain tensors, which have no keys')
         if self.transform is not None and self.decode_device is not None:
             raise UsageError("transform needs crops that workers cut: leave out decode_device")
         if self.decode_scale != "exact" and self.decode_device is not None:

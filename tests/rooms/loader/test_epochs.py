@@ -120,6 +120,35 @@ def test_a_state_of_an_older_version_that_stands_at_an_epochs_end(make, known):
     assert loader.epoch == 1 and [known[name(batch)] for batch in loader] == whole(1)
 
 
+def test_a_state_that_leaves_no_batch_for_more_ranks(make, known, monkeypatch):
+    """Loaded before the process group is there: one rank has a batch left, and four have none."""
+    loader = make()
+    for _ in itertools.islice(loader, BATCHES - 1):
+        pass
+    other = make()
+    other.load_state_dict(loader.state_dict())
+    assert (other.epoch, len(list(other))) == (0, 1)
+    other.load_state_dict(loader.state_dict())
+    for name_, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 4)):
+        monkeypatch.setattr(f"torch.distributed.{name_}", lambda value=value: value)
+    assert (other.epoch, len(other)) == (1, 1)
+    with pytest.warns(UserWarning, match="leaves no batch of epoch 0 for 4 ranks: epoch 1 begins"):
+        assert [known[name(batch)] for batch in other] == [(1, 0)]
+    assert other.epoch == 2
+
+
+def test_a_set_epoch_after_the_last_batch_decides_the_length(make):
+    """Also while a loop's name still holds the old iterator."""
+    loader = make(crops_per_image=lambda epoch: (1, 2)[min(epoch, 1)])
+    stream = iter(loader)
+    for _ in range(2):
+        next(stream)
+        assert len(loader) == 2
+    loader.set_epoch(1)
+    assert len(loader) == BATCHES
+    del stream
+
+
 def test_a_look_at_one_batch_costs_the_next_epochs_none(make, known):
     """The epoch looked into is over, unless `set_epoch` asks for it again."""
     loader = make()

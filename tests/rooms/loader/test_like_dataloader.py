@@ -29,6 +29,7 @@ def test_a_loader_has_what_a_dataloader_has(make):
         if name not in ("self", "shuffle", "pin_memory_device"):
             assert hasattr(loader, name), name
     assert len(loader.dataset) == 20 and len(loader.sampler) == len(loader) * 8
+    assert len(loader.batch_sampler) == len(loader)
     # timm's train.py asks its prefetcher for it.
     assert loader.mixup_enabled is False
 

@@ -109,6 +109,20 @@ def test_only_pixels_change_and_those_little(large, settings):
     assert sum(each == 0 for each in differing) >= 4, "small images and the PNG were not"
 
 
+def test_a_resume_within_a_window_gives_the_same_pixels(large):
+    """Where only small crops of an image are left, it is decoded as it was for all of them."""
+    folder, labels = large
+    given = {"images": folder, "batch_size": 4, "crops_per_image": 4, "spread": 4, "size": 32, "decode_scale": "auto"}
+    loader, states, expected = fd.CropLoader(fd.open_labels(labels), **given), [], []
+    for images, _ in loader:
+        expected.append(images.clone())
+        states.append(loader.state_dict())
+    for number, state in enumerate(states[:-1], 1):
+        other = fd.CropLoader(fd.open_labels(labels), **given)
+        other.load_state_dict(state)
+        assert torch.equal(next(iter(other))[0], expected[number]), number
+
+
 def test_another_size_than_was_labelled_is_still_noticed(large, tmp_path):
     import shutil
 

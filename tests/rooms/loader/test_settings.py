@@ -62,6 +62,7 @@ def test_spread_in_batches(spread, batches):
         ({"epoch": "all"}, "epoch must be one of images, crops, got 'all'"),
         ({"keys": "yes"}, "keys must be True or False, got 'yes'"),
         ({"transform": 3}, "transform must be a function of a crop"),
+        ({"keys": True, "targets": "dense"}, 'keys=True needs targets="soft"'),
         ({"transform": str, "decode_device": "cpu"}, "transform needs crops that workers cut"),
         ({"batch_size": 10, "crops_per_image": 4}, "10 must be a multiple of crops_per_image 4, such as 8 or 12"),
         ({"batch_size": 2, "crops_per_image": 4}, "2 must be a multiple of crops_per_image 4, such as 4"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import resource
@@ -13,6 +14,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +24,16 @@ from label_sets import wait_until
 import ferkd_data as fd
 from ferkd_data.errors import LoaderError, UsageError
 from ferkd_data.images import open_source
-from ferkd_data.loader.channel import MAPPED_BYTES, NOT_KEPT, BatchBuffers, MappedSlots
+from ferkd_data.loader.channel import (
+    MAPPED_BYTES,
+    NOT_KEPT,
+    BatchBuffers,
+    Channel,
+    MappedSlots,
+    anonymous_file,
+    channel_pair,
+)
+from ferkd_data.loader.pool import CropHandler, WindowTask
 from ferkd_data.loader.processes import MAX_DEATHS, Processes
 from ferkd_data.replay import one_thread
 
@@ -383,6 +394,73 @@ def test_a_process_that_was_forked_from_a_training_starts_workers_of_its_own(mak
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     assert pids_of(loader) == theirs and same(contents(loader), expected)
+
+
+def test_a_forked_process_and_its_parent_write_into_memory_of_their_own(make):
+    """A notebook trains an epoch, and then a launcher forks: both go on with the loader."""
+    loader, expected = make(num_workers=1), contents(make())
+    assert same(contents(loader), expected)
+
+    def kept_slowly(epoch):
+        """Whether no batch changes while the other process is at its own."""
+        loader.set_epoch(epoch)
+        kept = []
+        for images, _ in loader:
+            kept.append((images, images.clone()))
+            time.sleep(0.05)
+        return len(kept) == 10 and all(torch.equal(*both) for both in kept)
+
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            loader._open_workers().wait()
+            status = 0 if kept_slowly(1) and kept_slowly(2) else 2
+        finally:
+            os._exit(status)
+    ended = (0, 0)
+    while ended == (0, 0):
+        assert kept_slowly(3)
+        ended = os.waitpid(child, os.WNOHANG)
+    assert ended[1] == 0
+
+
+def test_an_iteration_does_not_go_on_in_a_forked_process(make):
+    stream = iter(make(num_workers=1))
+    next(stream)
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            next(stream)
+        except LoaderError as error:
+            status = 0 if "begun before a fork" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(list(stream)) == 9
+
+
+def test_lost_descriptors_are_an_error_that_names_the_limit():
+    ours, theirs = channel_pair()
+    with contextlib.closing(ours), theirs:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        descriptor = anonymous_file(1)
+        ours.send("task", [descriptor])
+        other = Channel(theirs)
+        # As many as are open, and no more: the system drops what is above, without an error.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor + 1, limits[1]))
+        try:
+            taken = []
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.dup(descriptor))
+            message, descriptors = other.receive()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for each in (*taken, descriptor):
+                os.close(each)
+    assert (message, descriptors) == ("task", [])
+    with pytest.raises(LoaderError, match=r"may open \d+ files .*ulimit -n"):
+        CropHandler(SimpleNamespace(learn=lambda *_: None))(WindowTask(SimpleNamespace(epoch=0), None), descriptors)
 
 
 def test_few_descriptors(make):
