@@ -55,10 +55,10 @@ class CropDataset(Dataset[Item]):
     """A map-style data set: `dataset[row]` is `(crops, targets)` of one image, uint8 (M, 3, S, S) and `SoftTargets`.
 
     Give `dataset.collate` to the DataLoader. Each reading of a row draws the row's next M crops, so that a DataLoader
-    moves on from epoch to epoch by itself, also with workers. `set_epoch(e)` lets rows go on with the crops of epoch e:
-    call it before each epoch where several processes train together, training may resume, or epochs may end early.
-    Crops that a row gave in an earlier epoch are left out. A reading is a pure function of (seed, key, number), its
-    number in the row's order.
+    moves on from epoch to epoch by itself, also with workers. `set_epoch(e)` lets every row begin with the crops of
+    epoch e: call it before each epoch where several processes train together, training may resume, or epochs may end
+    early. With persistent workers, epochs that end early need `numbered(sampler)` as well. A reading is a pure function
+    of (seed, key, number), its number in the row's order.
 
     >>> dataset = fd.CropDataset(fd.open_labels("labels-with-images"), crops_per_image=2, size=32)
     >>> crops, targets = dataset[0]
@@ -179,9 +179,12 @@ class CropDataset(Dataset[Item]):
         self._maker.prepare_blocks(epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let every row go on with the crops of this epoch; reaches worker processes that live on.
+        """Let every row begin with the first crops of this epoch; reaches worker processes that live on.
 
-        The same epoch again, or an earlier one, begins anew with its first crops.
+        Workers of a DataLoader read ahead. Where they are persistent and the last epoch was left early, they read what
+        is left of it as part of this one, and those rows are one epoch ahead until the next call; rows of a `numbered`
+        sampler are not.
+
         Raises UsageError for what is no epoch's number.
         """
         epoch = epoch_number(epoch)
@@ -226,9 +229,13 @@ class CropDataset(Dataset[Item]):
     def numbered(self, sampler: Iterable[int]) -> NumberedSampler:
         """Return the sampler's rows, each with the number of its reading, counted where the sampler runs.
 
-        Without it, worker processes count together, and where a row comes again in the next batch, chance decides which
-        of two workers reads first. With it, batches do not depend on the workers. Its `set_epoch` is that of the
-        sampler and of the data set.
+        Without it, worker processes count together. Where a row comes again in the next batch, chance decides which of
+        two workers reads first; and persistent workers read what is left of an epoch that ended early as part of the
+        next one. With it, batches do not depend on the workers. Its `set_epoch` is that of the sampler and of the data
+        set.
+
+            sampler = dataset.numbered(RandomSampler(dataset))
+            loader = DataLoader(dataset, sampler=sampler, persistent_workers=True, ...)
         """
         return NumberedSampler(self, sampler)
 
@@ -289,7 +296,10 @@ class CropDataset(Dataset[Item]):
         if len(sizes) > 1:
             raise UsageError(
                 f"crops of {' and '.join(map(str, sizes))} pixels do not go into one batch: where size is a function "
-                "of the epoch, call set_epoch before each epoch, and give repeats= for a sampler that repeats rows"
+                "of the epoch, call set_epoch before each epoch, and give repeats= for a sampler that repeats rows. "
+                "Where workers are persistent and an epoch was left early, give the DataLoader "
+                "sampler=dataset.numbered(sampler): they still read rows of the epoch that was left, and only such a "
+                "sampler sends the epoch with each row"
             )
         joined = torch.cat(images, out=_shared_batch(images))
         return joined, torch.cat(targets) if isinstance(targets[0], Tensor) else SoftTargets.cat(targets)

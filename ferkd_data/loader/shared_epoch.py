@@ -10,10 +10,13 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import sys
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +54,9 @@ class SharedEpoch:
     The readings of a row are numbered in the order in which they give its crops: epoch e has `e * per_epoch` and the
     `per_epoch - 1` after it.
     """
+
+    _told: int | None = None
+    """The epoch that the training has set, in this process; None where Accelerate has set one since."""
 
     def __init__(self, num_rows: int, per_epoch: int = 1) -> None:
         # Owned by the process that made it: copies map the same file and remove nothing.
@@ -103,18 +109,32 @@ class SharedEpoch:
         return int(self._header["calls"])
 
     def set_epoch(self, epoch: int) -> None:
-        """Let rows go on with the readings of an epoch, and the next run over a stream be this epoch.
+        """Let every row begin with the first reading of an epoch, and the next run over a stream be this epoch.
 
-        A later epoch than before leaves out readings that a row has had already; the same one, or an earlier one,
-        begins anew.
+        It does not matter what a row has given before: workers may have read ahead, and a resumed training has the
+        crops of the one that was interrupted.
         """
+        self._warn_if_accelerate_overrides(epoch)
         with self._locked():
             # Another beginning makes all numbers kept before smaller than the new stamp, and so invalid, in one step.
-            if epoch <= self.epoch:
-                self._header["begun"] += 1
+            self._header["begun"] += 1
             self._header["epoch"] = epoch
             # Samplers and streams compare it with what they saw last: an equal epoch may still be a new call.
             self._header["calls"] += 1
+
+    def _warn_if_accelerate_overrides(self, epoch: int) -> None:
+        """Warn where Accelerate's loader sets another epoch than the training did."""
+        if not _is_accelerates_own_call():
+            self._told = epoch
+            return
+        if self._told not in (None, epoch):
+            warnings.warn(
+                f"Accelerate begins epoch {epoch}, after set_epoch({self._told}) of the data set: a prepared loader "
+                "counts whole epochs, from 0 in each process, and tells the data set. Call set_epoch of the prepared "
+                "loader before each epoch too",
+                stacklevel=4,
+            )
+        self._told = None
 
     def follow(self, leader: SharedEpoch) -> None:
         """Take over the epoch of another one, and what it is told from now on."""
@@ -197,6 +217,19 @@ class SharedEpoch:
             self._open()
         except FileNotFoundError as error:
             raise owner_is_gone(self._path) from error
+
+
+def _is_accelerates_own_call() -> bool:
+    """Return whether Accelerate's loader called into this package by itself, and nobody called its `set_epoch`."""
+    frame: FrameType | None = sys._getframe()
+    while _package(frame) == "ferkd_data":
+        frame = frame and frame.f_back
+    # The loader's `set_epoch`, and what called that: its `__iter__`, or the training.
+    return _package(frame) == _package(frame and frame.f_back) == "accelerate"
+
+
+def _package(frame: FrameType | None) -> str:
+    return "" if frame is None else str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _is_alive(process: int) -> bool:

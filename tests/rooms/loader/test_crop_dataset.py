@@ -3,12 +3,13 @@ from __future__ import annotations
 import gc
 import pickle
 import resource
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 from servers import serve
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
@@ -170,7 +171,9 @@ def test_a_batch_of_rows_that_are_in_different_epochs(label_set, photos, tmp_pat
     own = [mixed.item(row, epoch)[1].dense() for row, epoch in ((0, 0), (0, 1), (1, 0))]
     assert torch.equal(targets.dense(), torch.cat(own))
     sized = dataset(size=lambda epoch: 16 + 16 * epoch)
-    with pytest.raises(UsageError, match="crops of 16 and 32 pixels do not go into one batch"):
+    with pytest.raises(
+        UsageError, match=r"crops of 16 and 32 pixels do not .* left early, .* sampler=dataset\.numbered"
+    ):
         sized.collate(sized.__getitems__([0, 0, 1]))
 
 
@@ -182,21 +185,50 @@ def test_set_epoch_says_where_to_go_on(dataset, epochs, num_workers):
         assert [epochs[images.numpy().tobytes()] for images, _ in loader] == [(epoch, row) for row in range(20)]
 
 
-def test_crops_do_not_repeat_whatever_is_read_again(dataset, epochs):
-    """A sampler that repeats rows gets ahead of the epochs; the crops that it took are not given again."""
+def test_set_epoch_begins_anew_whatever_was_read(dataset, epochs):
+    """Rows that were read again, by a sampler or by workers that read ahead, are no further than others afterwards."""
 
     def read(*rows):
         return [epochs[dataset[row][0].numpy().tobytes()] for row in rows]
 
-    dataset.set_epoch(0)
-    assert read(7, 7, 8) == [(0, 7), (1, 7), (0, 8)]
-    dataset.set_epoch(1)
-    assert read(7, 8, 9) == [(2, 7), (1, 8), (1, 9)]
-    dataset.set_epoch(3)
-    assert read(7, 8) == [(3, 7), (3, 8)]
-    for epoch in (3, 1):
+    for epoch in (0, 1, 2, 2, 1):
         dataset.set_epoch(epoch)
-        assert read(7, 8) == [(epoch, 7), (epoch, 8)]
+        assert read(7, 7, 8) == [(epoch, 7), (epoch + 1, 7), (epoch, 8)]
+
+
+def leave_early(loader):
+    for _ in loader:
+        return
+
+
+def test_rows_read_ahead_in_an_epoch_that_was_left_do_not_stay_ahead(dataset, epochs):
+    """Persistent workers read what is left of an epoch after `set_epoch` of the next one, as part of it."""
+    loader = loader_of(dataset, 2, True, prefetch_factor=8)
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        leave_early(loader)
+    dataset.set_epoch(2)
+    seen = [epochs[images.numpy().tobytes()] for images, _ in loader]
+    assert [row for _, row in seen] == list(range(20)) and {epoch for epoch, _ in seen} <= {2, 3}
+    dataset.set_epoch(3)
+    assert [epochs[images.numpy().tobytes()] for images, _ in loader] == [(3, row) for row in range(20)]
+
+
+def size_of(epoch):
+    return 16 + 8 * epoch
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_numbered_sampler_keeps_epochs_apart_that_are_left_early(label_set, photos, tmp_path, told):
+    """With a size of each epoch, a row of another one in a batch would be an error."""
+    dataset = fd.CropDataset(fd.open_labels(label_set), images=photos, size=size_of, cache_dir=tmp_path)
+    sampler = dataset.numbered(RandomSampler(dataset))
+    loader = loader_of(dataset, 2, True, batch_size=4, sampler=sampler, collate_fn=dataset.collate, prefetch_factor=8)
+    for epoch in range(3):
+        if told:
+            sampler.set_epoch(epoch)
+        leave_early(loader)
+    assert [images.shape[-1] for images, _ in loader] == [size_of(3)] * 5
 
 
 @pytest.fixture
@@ -399,6 +431,53 @@ def test_a_stream_that_is_left_early_goes_on_with_the_next_epoch(dataset, epochs
     for _ in loader:
         break
     assert sorted(epochs[images.numpy().tobytes()] for images, _ in loader) == [(1, row) for row in range(20)]
+
+
+@pytest.fixture
+def prepare():
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True).prepare
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("form", [lambda dataset: dataset, fd.CropDataset.stream])
+def test_accelerates_loader_says_which_epoch_it_is(dataset, epochs, prepare, form, num_workers):
+    """It counts whole epochs only, and from 0 in a process that goes on with epoch 4."""
+    loader = prepare(loader_of(form(dataset), num_workers))
+    for epoch in (2, 3, 1):
+        loader.set_epoch(epoch)
+        dataset.set_epoch(epoch)
+        assert {epochs[images.numpy().tobytes()][0] for images, _ in islice(loader, 3)} == {epoch}
+    assert {epochs[images.numpy().tobytes()][0] for images, _ in loader} == {1}
+    assert {epochs[images.numpy().tobytes()][0] for images, _ in loader} == {2}
+
+
+@pytest.mark.parametrize("form", [lambda dataset: dataset, fd.CropDataset.stream])
+def test_an_epoch_that_accelerate_takes_back_is_warned_of(dataset, prepare, form):
+    """It calls set_epoch of the data set in its loader's turn, with its own count."""
+    data = form(dataset)
+    loader = prepare(loader_of(data, 0))
+    data.set_epoch(0)
+    leave_early(loader)
+    leave_early(loader)
+    data.set_epoch(1)
+    loader.set_epoch(0)
+    leave_early(loader)
+    data.set_epoch(3)
+    with pytest.warns(UserWarning, match=r"Accelerate begins epoch 0, after set_epoch\(3\) .* of the prepared loader"):
+        leave_early(loader)
+    leave_early(loader)
+
+
+def test_a_numbered_sampler_under_accelerate(dataset, epochs, prepare):
+    sampler = dataset.numbered(range(20))
+    loader = prepare(loader_of(dataset, 0, batch_size=2, sampler=sampler, collate_fn=list))
+    loader.set_epoch(3)
+    assert {epochs[images.numpy().tobytes()][0] for batch in loader for images, _ in batch} == {3}
+    sampler.set_epoch(1)
+    with pytest.warns(UserWarning, match=r"Accelerate begins epoch 4, after set_epoch\(1\)"):
+        leave_early(loader)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
