@@ -22,6 +22,13 @@ from ferkd_data.teachers.spec import Preprocessing, TeacherSpec, Triple
 from ferkd_data.teachers.teacher import Precision, device_failed, is_device_failure, is_out_of_memory, reason
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FUSERS = (
+    ("_jit_texpr_fuser_enabled", "_jit_set_texpr_fuser_enabled"),
+    ("_jit_can_fuse_on_gpu", "_jit_override_can_fuse_on_gpu"),
+    ("_jit_can_fuse_on_cpu", "_jit_override_can_fuse_on_cpu"),
+    ("_jit_llga_enabled", "_jit_set_llga_enabled"),
+)
+"""Functions of torch._C that read and write the switches of TorchScript's fusers."""
 BF16_SINCE = (8, 0)
 """First compute capability with bfloat16 in hardware; PyTorch emulates it, slowly, on older GPUs."""
 
@@ -67,6 +74,7 @@ class ModuleTeacher:
                 raise device_failed(device, error) from error
             raise
         self.module: Callable[[Tensor], Tensor] = ready
+        self.scripted = any(isinstance(part, torch.jit.ScriptModule) for part in ready.modules())
         self.scale, self.shift = normalisation(preprocessing, self.device)
         # Autocast would convert the images to its dtype anyway: written in it at once, they are written once.
         self.input_dtype = AUTOCAST.get(precision) or _dtype_of(ready)
@@ -108,7 +116,8 @@ class ModuleTeacher:
         # One kernel from uint8 to the input dtype; the module then runs under autocast where precision asks for it.
         normalised = scaled(pixels, self.scale, self.shift, self.input_dtype)
         with (
-            faithful_kernels(self.precision) if self.device.type == "cuda" else nullcontext(),
+            faithful_kernels() if self.device.type == "cuda" else nullcontext(),
+            unfused() if self.scripted else nullcontext(),
             torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST),
         ):
             return self.module(normalised)
@@ -176,16 +185,32 @@ def normalisation(preprocessing: Preprocessing, device: torch.device) -> tuple[T
 
 
 @contextmanager
-def faithful_kernels(precision: str) -> Iterator[None]:
+def faithful_kernels() -> Iterator[None]:
     """Restrict a GPU to kernels that give the same labels on every machine of its kind, whatever the process has set.
 
-    cuDNN does not time kernels to choose one, and float32 is not rounded to TF32, which has float16's 10 bits of
-    mantissa and is PyTorch's default in convolutions. The former settings come back at the end.
+    cuDNN does not time kernels to choose one, and takes deterministic ones. Float32 is not rounded to TF32, which has
+    float16's 10 bits of mantissa and is PyTorch's default in convolutions. Products of half precision are summed in
+    float32. The former settings come back at the end. The choice among PyTorch's attention kernels is left as it is.
     """
     with ExitStack() as kept:
         _set(kept, torch.backends.cudnn, "benchmark", False)
-        if precision == "fp32":
-            _whole_float32(kept)
+        _set(kept, torch.backends.cudnn, "deterministic", True)
+        _half_summed_in_float32(kept)
+        # In half precision too: a module may keep some layers out of autocast.
+        _whole_float32(kept)
+        yield
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Turn off TorchScript's fusers, which compile a network after it has run a few times: its answers would change.
+
+    `torch.jit.fuser("none")` does the same, and prints a warning of a fuser that is no more.
+    """
+    with ExitStack() as kept:
+        for read, write in FUSERS:
+            if hasattr(torch._C, read) and hasattr(torch._C, write):
+                _change(kept, getattr(torch._C, read), getattr(torch._C, write), False)
         yield
 
 
@@ -201,6 +226,19 @@ def check_precision(teacher: str, device: torch.device, precision: str) -> None:
     if torch.cuda.get_device_capability(device) < BF16_SINCE:
         name = torch.cuda.get_device_name(device)
         raise TeacherError(f"teacher {teacher}: {name} has no bfloat16; use --precision fp16 or fp32")
+
+
+def _half_summed_in_float32(kept: ExitStack) -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    for dtype in ("fp16", "bf16"):
+        name = f"allow_{dtype}_reduced_precision_reduction"
+        split_k = getattr(matmul, f"{name}_split_k", None)
+        if split_k is not None:
+            # Newer versions of PyTorch take this second setting together with the first; without it they write True.
+            kept.callback(setattr, matmul, name, (getattr(matmul, name), split_k))
+        _set(kept, matmul, name, False)
+    if hasattr(matmul, "allow_fp16_accumulation"):  # PyTorch 2.7
+        _set(kept, matmul, "allow_fp16_accumulation", False)
 
 
 def _whole_float32(kept: ExitStack) -> None:

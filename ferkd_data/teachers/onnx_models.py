@@ -24,10 +24,10 @@ from ferkd_data import extras
 from ferkd_data.errors import TeacherError
 from ferkd_data.storage import expanded, write_atomically
 from ferkd_data.teachers.digest import onnx_digest, with_choices
-from ferkd_data.teachers.module_teacher import normalisation, two_pictures
+from ferkd_data.teachers.module_teacher import MORE_MEMORY, normalisation, two_pictures
 from ferkd_data.teachers.outputs import check_activation, check_shape, to_logits
 from ferkd_data.teachers.spec import Preprocessing, TeacherSpec, Triple, preprocessing_of
-from ferkd_data.teachers.teacher import Precision, device_failed, is_device_failure, is_out_of_memory
+from ferkd_data.teachers.teacher import Precision, device_failed, is_device_failure, is_out_of_memory, reason
 
 PREPROCESSING_FIELD = "ferkd_data.preprocessing"
 """Key in the model's metadata under which `export_onnx` stores the preprocessing as JSON."""
@@ -144,6 +144,8 @@ class OnnxTeacher:
                 f"teacher {self.spec}: ONNX Runtime cannot use CUDA here (its reason is printed above); install the "
                 "CUDA and cuDNN that it was built for, or use --device cpu"
             )
+        # Nor may it go over to the CPU in the middle of a build, as it does after an error of the GPU.
+        session.disable_fallback()
         return session
 
     def _input(self) -> OnnxInput:
@@ -207,6 +209,11 @@ class OnnxTeacher:
             # Some graphs fix the batch size to 1 inside, although their input declares an open one.
             self.fixed_batch = 1
             output = self._answer(pictures)
+        except torch.cuda.OutOfMemoryError as error:
+            raise TeacherError(
+                f"teacher {self.spec}: cuda has too little memory for two images beside its weights ({reason(error)}); "
+                f"{MORE_MEMORY}"
+            ) from error
         check_activation(output, self.spec)
         return int(output.shape[1])
 

@@ -99,7 +99,7 @@ def device_failed(device: object, error: BaseException) -> DeviceFailedError:
     """Return the error to raise for a device that failed with `error`."""
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return DeviceFailedError(
-        f"device {device} failed while it ran the teachers ({first_line}); only a new process can use it again, and "
+        f"device {device} failed ({first_line}); only a new process can use it again, and "
         "goes on after the finished shards"
     )
 

@@ -94,9 +94,7 @@ def test_a_gpu_that_fails_is_not_blamed_on_the_teacher(greedy, message, raised_b
     if raised_by == "another teacher":
         monkeypatch.setattr(teacher, "logits", lambda images: teacher.module(images.float()))
     first_line = re.escape(message.splitlines()[0])
-    with pytest.raises(
-        DeviceFailedError, match=rf"^device cpu failed while it ran the teachers \({first_line}\); only"
-    ):
+    with pytest.raises(DeviceFailedError, match=rf"^device cpu failed \({first_line}\); only"):
         Forwards().logits(teacher, torch.zeros((9, 3, 32, 32), dtype=torch.uint8))
 
 

@@ -12,8 +12,9 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 
-from ferkd_data.errors import TeacherError
+from ferkd_data.errors import DeviceFailedError, TeacherError
 from ferkd_data.evaluate import evaluate
 from ferkd_data.teachers import TeacherSpec, load_teacher
 from ferkd_data.teachers.digest import onnx_digest
@@ -262,3 +263,44 @@ def test_the_exporters_default_form(tmp_path):
         assert (tmp_path / name / "t.onnx.data").is_file()
         digests.append(load(tmp_path / name / "t.onnx").digest)
     assert digests[0] != digests[1]
+
+
+class Failing:
+    """The inner session of an ONNX session, which fails as one on a GPU does."""
+
+    def __init__(self, session, error):
+        self.session = session
+        self.error = error
+
+    def __getattr__(self, name):
+        return getattr(self.session, name)
+
+    def run(self, *asked):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "words"),
+    [
+        ("cannot do that", TeacherError, "cannot run on"),
+        ("CUDA failure 700: an illegal memory access was encountered", DeviceFailedError, r"cuda failed .*illegal"),
+        ("CUDA failure 2: out of memory", torch.cuda.OutOfMemoryError, "out of memory"),
+    ],
+)
+def test_a_gpu_that_fails_does_not_turn_the_teacher_to_the_cpu(save, capsys, said, kind, words):
+    teacher = load(save())
+    teacher.session._sess = Failing(teacher.session._sess, EPFail(said))
+    with pytest.raises(kind, match=words):
+        teacher.logits(torch.zeros((2, 3, 8, 8), dtype=torch.uint8))
+    assert "Falling back" not in capsys.readouterr().out
+
+
+def test_memory_too_small_for_the_first_images(save, monkeypatch):
+    path = save()
+
+    def full(self, *asked):
+        raise EPFail("CUDA failure 2: out of memory")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession.run", full)
+    with pytest.raises(TeacherError, match=r"cuda has too little memory for two images beside its weights .*out of"):
+        load(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from ferkd_data.builder.labelling.forwards import current_device
-from ferkd_data.errors import TeacherError
-from ferkd_data.teachers import Preprocessing, TeacherSpec, load_teacher, onnx_models
+from ferkd_data.errors import DeviceFailedError, TeacherError
+from ferkd_data.teachers import Preprocessing, TeacherSpec, load_teacher, module_teacher, onnx_models
 from ferkd_data.teachers.module_teacher import ModuleTeacher, check_precision, faithful_kernels
 
 CUDNN, MATMUL = torch.backends.cudnn, torch.backends.cuda.matmul
@@ -59,14 +60,71 @@ def test_float32_is_float32_and_the_users_settings_come_back(as_before, set_by_t
     CUDNN.benchmark = True
     set_by_the_user()
     before = tf32()
-    with faithful_kernels("fp32"):
+    with faithful_kernels():
         assert tf32() == (False, False) and not CUDNN.benchmark
         if set_by_the_user is not by_both_at_odds:
             # PyTorch's compiler still looks at these, and would be told to make up its mind.
             assert not CUDNN.allow_tf32 and not MATMUL.allow_tf32
     assert tf32() == before and CUDNN.benchmark
-    with faithful_kernels("bf16"):
-        assert tf32() == before and not CUDNN.benchmark
+
+
+REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+SPLIT_K = tuple(f"{name}_split_k" for name in REDUCTIONS)
+
+
+def half_precision():
+    """Read the settings of a process on which answers in half precision depend."""
+    names = (*REDUCTIONS, *SPLIT_K, "allow_fp16_accumulation")
+    found = {name: getattr(MATMUL, name) for name in names if hasattr(MATMUL, name)}
+    return {**found, "benchmark": CUDNN.benchmark, "deterministic": CUDNN.deterministic}
+
+
+@pytest.fixture
+def half_precision_as_before(as_before):
+    before = half_precision()
+    yield
+    CUDNN.deterministic = before["deterministic"]
+    for name, split_k in zip(REDUCTIONS, SPLIT_K, strict=True):
+        setattr(MATMUL, name, (before[name], before[split_k]) if split_k in before else before[name])
+    if "allow_fp16_accumulation" in before:
+        MATMUL.allow_fp16_accumulation = before["allow_fp16_accumulation"]
+
+
+@pytest.mark.parametrize(("allowed", "split_k"), [(True, True), (False, True), (False, False)])
+def test_half_precision_does_not_depend_on_what_the_process_has_set(half_precision_as_before, allowed, split_k):
+    CUDNN.benchmark, CUDNN.deterministic = allowed, not allowed
+    for name in REDUCTIONS:
+        setattr(MATMUL, name, (allowed, split_k) if hasattr(MATMUL, SPLIT_K[0]) else allowed)
+    if hasattr(MATMUL, "allow_fp16_accumulation"):
+        MATMUL.allow_fp16_accumulation = allowed
+    before = half_precision()
+    with faithful_kernels():
+        inside = half_precision()
+    assert half_precision() == before and before["benchmark"] == allowed
+    assert inside.pop("deterministic") and {inside.pop(name, True) for name in SPLIT_K} == {True}
+    assert set(inside.values()) == {False} and len(inside) >= 3
+
+
+def test_a_scripted_teacher_is_not_fused_after_its_first_calls():
+    """On a CPU without LLVM, a fused network would raise; on a GPU it would give other answers."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10), torch.nn.Sigmoid(), torch.nn.Tanh())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        # Two of them, since a network is compiled when it runs for the second time, and once.
+        whole, part = torch.jit.script(net.eval()), torch.jit.script(net.eval())
+    teachers = [make(whole), make(torch.nn.Sequential(part, torch.nn.Identity()))]
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    before = [getattr(torch._C, read)() for read, _ in module_teacher.FUSERS]
+    try:
+        for _, write in module_teacher.FUSERS[:3]:
+            getattr(torch._C, write)(True)
+        switched_on = [getattr(torch._C, read)() for read, _ in module_teacher.FUSERS]
+        for teacher in teachers:
+            assert len({teacher.logits(images).numpy().tobytes() for _ in range(5)}) == 1
+        assert [getattr(torch._C, read)() for read, _ in module_teacher.FUSERS] == switched_on
+    finally:
+        for (_, write), value in zip(module_teacher.FUSERS, before, strict=True):
+            getattr(torch._C, write)(value)
 
 
 def test_a_gpu_without_bfloat16_says_so(monkeypatch):
@@ -120,9 +178,16 @@ def test_memory_too_small_for_a_first_image_is_not_said_to_be_its_size(error):
         make(module)
 
 
-def test_other_faults_while_weights_are_moved_stay_what_they_are(monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "to", raising(RuntimeError("CUDA error: invalid device ordinal")))
-    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+@pytest.mark.parametrize(
+    ("said", "kind", "words"),
+    [
+        ("Cannot copy out of meta tensor", RuntimeError, "^Cannot copy out of meta"),
+        ("CUDA error: unspecified launch failure", DeviceFailedError, r"^device cpu failed \(CUDA error: unspec"),
+    ],
+)
+def test_other_faults_while_weights_are_moved(monkeypatch, said, kind, words):
+    monkeypatch.setattr(torch.nn.Module, "to", raising(RuntimeError(said)))
+    with pytest.raises(kind, match=words):
         make(torch.nn.Flatten())
 
 
@@ -140,6 +205,7 @@ class Runtime:
     def __init__(self, works: bool) -> None:
         self.works = works
         self.asked: list[object] = []
+        self.called: list[str] = []
 
     def get_available_providers(self):
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -150,7 +216,9 @@ class Runtime:
     def InferenceSession(self, path, options, providers):
         self.asked = providers
         used = ["CUDAExecutionProvider"] if self.works else []
-        return SimpleNamespace(get_providers=lambda: [*used, "CPUExecutionProvider"])
+        return SimpleNamespace(
+            get_providers=lambda: [*used, "CPUExecutionProvider"], disable_fallback=lambda: self.called.append("stay")
+        )
 
 
 @pytest.mark.parametrize(("device", "number"), [("cuda:2", "2"), ("cuda", "5")])
@@ -163,6 +231,7 @@ def test_an_onnx_teacher_runs_on_the_gpu_that_was_asked_for(tmp_path, monkeypatc
     assert (name, last) == ("CUDAExecutionProvider", "CPUExecutionProvider")
     assert options["device_id"] == number and options["use_tf32"] == "0"
     assert options["cudnn_conv_algo_search"] != "EXHAUSTIVE"
+    assert runtime.called == ["stay"]
 
 
 def test_an_onnx_teacher_that_would_run_on_the_cpu_instead_is_an_error(tmp_path):
