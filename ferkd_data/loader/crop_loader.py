@@ -27,7 +27,6 @@ from ferkd_data.loader.kinds import by_kind, crops_of_batch
 from ferkd_data.loader.like_dataloader import DataLoaderLike
 from ferkd_data.loader.opening import check_is_label_set, open_maker
 from ferkd_data.loader.order import OrderKind
-from ferkd_data.loader.pool import Workers
 from ferkd_data.loader.schedule import (
     Cursor,
     EpochShape,
@@ -55,6 +54,7 @@ from ferkd_data.loader.settings import (
 )
 from ferkd_data.loader.stats import LoaderStats, log_stats, stats_of
 from ferkd_data.loader.transform import Transform
+from ferkd_data.loader.workers import Workers
 from ferkd_data.replay import Interpolation
 from ferkd_data.selfmix import SelfMix
 from ferkd_data.storage import default_cache_dir, local_path
@@ -176,7 +176,7 @@ class CropLoader(DataLoaderLike):
         rank, world_size: by default those of torch.distributed, looked up when an iteration begins. Each rank gets its
             own part of an epoch's images. Say 0 and 1 to train each process on everything.
         pin_memory: copy images and targets to page-locked memory, from which a GPU fetches without waiting
-            (`non_blocking=True`). It is done in the training process, a window at a time; without a GPU there is none.
+            (`non_blocking=True`). It is done in the training process, a batch at a time; without a GPU there is none.
         drop_last: leave out the last, incomplete batch. False: it is shorter, the same on all ranks; up to
             world_size - 1 images come twice.
         decode_device: "cuda": JPEGs are decoded, cut and mixed there by this process, workers only read and label, and
@@ -523,11 +523,6 @@ class CropLoader(DataLoaderLike):
         self.skipped += len(made.skipped)
         self.skipped_last = made.skipped
         targets = [self._maker.targets(kind) for kind in made.kinds]
-        # The whole window at once: batches are slices of it, and page-locked too. Images on a device need none.
-        if self._pin_memory:
-            images = [part.pin_memory() if part.device.type == "cpu" else part for part in images]
-            # Dense targets are made of these batch by batch, and pinned then.
-            targets = [part.pin_memory() for part in targets] if self.settings.targets == "soft" else targets
         bounds = [np.cumsum([0, *kind.batches]).tolist() for kind in made.kinds]
         for number, cursor in enumerate(window.cursors):
             rows = [slice(*ends[number : number + 2]) for ends in bounds]
@@ -539,9 +534,11 @@ class CropLoader(DataLoaderLike):
 
     def _batch(self, images: Sequence[Tensor], targets: Sequence[SoftTargets]) -> Any:
         """Convert the crops and targets of each kind to what the user asked for: `targets`, then `to_batch`."""
-        wanted: Sequence[Any] = targets
-        if self.settings.targets == "dense":
-            wanted = [part.dense().pin_memory() if self._pin_memory else part.dense() for part in targets]
+        wanted: Sequence[Any] = [part.dense() for part in targets] if self.settings.targets == "dense" else targets
+        if self._pin_memory:
+            # A batch at a time: a window of many would stand between two steps. Images on a device need none.
+            images = [part.pin_memory() if part.device.type == "cpu" else part for part in images]
+            wanted = [part.pin_memory() for part in wanted]
         kinds = self.settings.kinds
         pair = (by_kind(kinds, images), by_kind(kinds, wanted)) if kinds else (images[0], wanted[0])
         return pair if self._to_batch is None else self._to_batch(*pair)

@@ -37,8 +37,9 @@ from ferkd_data.loader.device_jpegs import (
     present_device,
 )
 from ferkd_data.loader.epochs import EpochSettings
-from ferkd_data.loader.pool import Job, Pool, WindowTask, pickled, timed
+from ferkd_data.loader.pool import Job, Pool
 from ferkd_data.loader.schedule import Window
+from ferkd_data.loader.workers import WindowTask, pickled, timed
 from ferkd_data.replay import empty_batch, replay_on_device
 from ferkd_data.targets import SoftTargets
 from ferkd_data.upload import upload
@@ -84,7 +85,7 @@ class EncodedJob(Job):
 
 
 class DeviceWorkers:
-    """The counterpart of `pool.Workers` that decodes and cuts on `device`, in the training process."""
+    """The counterpart of `workers.Workers` that decodes and cuts on `device`, in the training process."""
 
     def __init__(self, maker: BatchMaker, device: torch.device, num_workers: int, prefetch_factor: int) -> None:
         self._maker, self._wanted = maker, device

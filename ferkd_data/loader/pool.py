@@ -1,31 +1,21 @@
 """Hand jobs out to worker processes ahead of time, and give their results back in order.
 
-`Pool` does this for any job; `Workers` for the windows of a loader, whose crops go into shared memory. A job whose
-worker dies is done again. Until the first worker is ready, a second or more after the start, jobs are done in this
-process, so that the first batch comes as early as without workers. A job's result does not depend on who does it.
+Nothing here knows what a job is (`workers.py`, `device_decode.py`). A job whose worker dies is done again. Until the
+first worker is ready, a second or more after the start, jobs are done in this process, so that the first batch comes as
+early as without workers. A job's result does not depend on who does it.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
-import cloudpickle
-from torch import Tensor
-
-from ferkd_data.errors import LoaderError, UsageError
-from ferkd_data.loader.batch_maker import BatchMaker, Made, WindowMemory
-from ferkd_data.loader.channel import NOT_KEPT, BatchBuffers, MappedSlots, Slot, few_descriptors
-from ferkd_data.loader.clocks import added, spent_on
-from ferkd_data.loader.epochs import EpochSettings
+from ferkd_data.errors import LoaderError
 from ferkd_data.loader.processes import Outcome, Processes
-from ferkd_data.loader.schedule import Window
 from ferkd_data.loader.worker_process import Raised
 
 ATTEMPTS = 2
@@ -213,112 +203,3 @@ class _WorkerTraceback(Exception):
 
     def __init__(self, text: str) -> None:
         super().__init__(f'\n"""\n{text}"""')
-
-
-HELD_BATCHES = 3
-"""Windows that a user's loop holds at a time, unless it collects batches: memory beyond that of windows in work."""
-
-
-class WindowTask(NamedTuple):
-    """The message that asks a worker for a window."""
-
-    window: Window
-    settings: EpochSettings
-    """Evaluated here: a schedule may be a function that cannot be sent."""
-    slot: int = NOT_KEPT
-    """The number of the slot that comes with it."""
-
-
-class CropHandler:
-    """The work of a worker: it writes the crops into the slot that comes with the task, and sends the targets back."""
-
-    def __init__(self, maker: BatchMaker) -> None:
-        self.maker = maker
-        self.memory = MappedSlots()
-
-    def __call__(self, task: WindowTask, descriptors: list[int]) -> tuple[Made, list[int]]:
-        # From the training, where a schedule may be a function: a worker evaluates none (`for_workers`).
-        self.maker.learn(task.window.epoch, task.settings)
-        if not descriptors:
-            raise few_descriptors()
-        # Mapping counts as sending: it is part of the price of handing crops over in shared memory.
-        with self.maker.clock.send:
-            out, *others = self.memory.images(task.slot, descriptors[0], self.maker.shapes(task.settings))
-        return self.maker.make(WindowMemory(task.window, out, tuple(others))), []
-
-
-@dataclass(eq=False, kw_only=True)
-class CropJob(Job):
-    """A window to make, whose crops go into a slot of shared memory."""
-
-    window: Window
-    settings: EpochSettings
-    take: Callable[[int | None], Slot]
-    slot: Slot | None = None
-
-    def task(self, worker: int | None) -> tuple[WindowTask, tuple[int, ...]]:
-        # A job that is done again keeps its slot: the dead worker writes no more, and the new one fills all of it.
-        self.slot = self.slot or self.take(worker)
-        return WindowTask(self.window, self.settings, self.slot.number), (self.slot.descriptor,)
-
-
-def timed(job: Job, made: Made) -> Made:
-    """Add to a job's result what only the training process knows of its time."""
-    spent = added(made.spent, spent_on(send=job.send_seconds))
-    return made._replace(spent=spent, by_worker=job.by_worker)
-
-
-class Workers:
-    """The worker processes of a loader, alive for many epochs, and the memory they share with it."""
-
-    def __init__(self, maker: BatchMaker, num_workers: int, prefetch_factor: int) -> None:
-        self._maker = maker
-        # The user's loop holds one batch while it waits for the next; one more for loops that look ahead.
-        keep = num_workers * prefetch_factor + HELD_BATCHES
-        self._buffers = buffers = BatchBuffers(keep=keep, shared=num_workers > 0)
-
-        def drop(job: CropJob) -> None:
-            if job.slot is not None:
-                buffers.give_back(job.slot)
-
-        # Pickled when workers are started, and never without workers: what the user gave need not be picklable then.
-        self._pool = Pool(lambda: pickled(CropHandler(maker.for_workers())), num_workers, prefetch_factor, drop)
-
-    def make(self, windows: Iterator[Window]) -> Iterator[tuple[Window, tuple[Tensor, ...], Made]]:
-        """Yield the windows in order, with their crops (of each kind) and targets. Raises what making them raises."""
-        for job in self._pool.run(map(self._job, windows), self._here):
-            made = timed(job, job.result)
-            assert job.slot is not None
-            yield job.window, self._buffers.lend(job.slot, [sum(kind.batches) for kind in made.kinds]), made
-
-    def _job(self, window: Window) -> CropJob:
-        settings = self._maker.epoch_settings(window.epoch)
-        take = partial(self._buffers.take, self._maker.shapes(settings))
-        return CropJob(window=window, settings=settings, take=take)
-
-    def _here(self, job: CropJob) -> Made:
-        job.slot = job.slot or job.take(None)
-        out, *others = job.slot.images()
-        return self._maker.make(WindowMemory(job.window, out, tuple(others)))
-
-    def wait(self) -> None:
-        """Wait until all workers are ready. Without this, windows are made in this process until the first one is."""
-        self._pool.wait_for_workers()
-
-    def end(self) -> None:
-        """Let the processes go now: whoever keeps an error keeps its frames, and with them all that is used there."""
-        self._pool.end()
-
-
-def pickled(work: object) -> bytes:
-    """Pickle work for worker processes. They never import the user's script or notebook: its definitions go by value.
-
-    Raises UsageError for what cannot be pickled.
-    """
-    try:
-        return cast(bytes, cloudpickle.dumps(work))
-    except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:
-        raise UsageError(
-            f"what the loader was given cannot be sent to worker processes ({error}); leave out of it what belongs to "
-            "this process, such as open files, locks and CUDA tensors, or use num_workers=0"
-        ) from error

@@ -608,3 +608,7 @@ def test_images_and_targets_are_page_locked(make, monkeypatch):
     pinned.clear()
     images, dense = next(iter(make(pin_memory=True, targets="dense")))
     assert pinned == [tuple(images.shape), tuple(dense.shape)]
+    pinned.clear()
+    # A batch of a window at a time.
+    images, _ = next(iter(make(pin_memory=True, spread=True)))
+    assert pinned[0] == tuple(images.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -33,8 +34,8 @@ from ferkd_data.loader.channel import (
     anonymous_file,
     channel_pair,
 )
-from ferkd_data.loader.pool import CropHandler, WindowTask
 from ferkd_data.loader.processes import MAX_DEATHS, Processes
+from ferkd_data.loader.workers import CropHandler, WindowTask, pickled
 from ferkd_data.replay import one_thread
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -242,6 +243,14 @@ def test_memory_that_is_not_there():
     buffers = BatchBuffers(keep=9, shared=True)
     with pytest.raises(LoaderError, match=r"9 windows of 1000000 crops of 8192 pixels need 1,811,939,328 MB.*has"):
         buffers.take(((1_000_000, 8192),))
+
+
+def test_tensors_on_a_device_are_not_sent():
+    """A worker is forked from a process that has unpickled them, where CUDA then fails. Here, meta stands for CUDA."""
+    transform = SimpleNamespace(mean=torch.nn.Parameter(torch.zeros(3, device="meta")))
+    with pytest.raises(UsageError, match=r"cannot be sent to worker processes \(a tensor on meta\)"):
+        pickled(transform)
+    assert pickle.loads(pickled(SimpleNamespace(mean=torch.ones(3)))).mean.tolist() == [1, 1, 1]
 
 
 def test_what_cannot_be_sent_is_an_error_that_says_so(make, photos):
