@@ -332,4 +332,4 @@ def boxes_picture(
                     font_size=font)
             )  # fmt: skip
     content = tag("title", escape(title)) + Markup("").join(parts)
-    return tag("svg", content, viewBox=f"0 0 {WIDTH} {height}", role="img", class_="photo", aria_label=title)
+    return tag("svg", content, viewBox=f"0 0 {width} {height}", role="img", class_="photo", aria_label=title)

@@ -14,6 +14,7 @@ import pytest
 
 import ferkd_data as fd
 from ferkd_data.errors import BuildError, MissingExtraError, UsageError
+from ferkd_data.report.charts import boxes_picture
 from ferkd_data.report.collect import collect
 from ferkd_data.report.make import hours_of
 from ferkd_data.report.page import asset, duration, facts, inert_json, policy
@@ -52,6 +53,18 @@ def test_every_link_inside_leads_somewhere(page):
 def test_the_same_label_set_gives_the_same_file(hostile_labels, hostile_photos, page, tmp_path):
     fd.write_report(hostile_labels, tmp_path / "again.html", images=hostile_photos)
     assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
+
+
+@pytest.mark.parametrize("size", [(48, 64), (375, 500), (3000, 4000), (4000, 300), (400, 400)])
+def test_a_picture_with_boxes_shows_the_whole_image(size):
+    """It was cut at 400 pixels, the width of the charts."""
+    height, width = size
+    box = (height // 2, width // 2, height // 4, width // 4)
+    drawn = boxes_picture("data:,", size, [(box, 1, "0.9")], "an image")
+    assert f'viewBox="0 0 {width} {height}"' in drawn
+    # All that is drawn lies inside.
+    for x, w in re.findall(r'x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', drawn):
+        assert float(x) + float(w) <= width
 
 
 def test_hostile_names_are_escaped(page):
