@@ -68,6 +68,16 @@ def module_digest(module: nn.Module, spec: TeacherSpec) -> str:
     return total.hexdigest()
 
 
+def weights_digest(module: nn.Module) -> str:
+    """Compute the SHA-256 of a module's weights alone: the same before and after it ran, unlike `module_digest`."""
+    total = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            total.update(f"{name}\0".encode())
+            _add_tensor(total.update, value)
+    return total.hexdigest()
+
+
 def with_choices(digest: str, spec: TeacherSpec) -> str:
     """Extend a digest by the spec's options that change the answers of the same weights."""
     choices = [f"{name}={getattr(spec, name)}" for name in ("output", "activation") if getattr(spec, name) is not None]

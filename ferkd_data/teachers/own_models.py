@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -19,12 +20,14 @@ from torch import nn
 from ferkd_data.errors import FerkdError, TeacherError
 from ferkd_data.storage import expanded, sha256_file
 from ferkd_data.teachers.checkpoint import load_checkpoint
-from ferkd_data.teachers.digest import module_digest
+from ferkd_data.teachers.digest import module_digest, weights_digest
 from ferkd_data.teachers.module_teacher import ModuleTeacher, weights_do_not_fit
 from ferkd_data.teachers.spec import TeacherSpec, preprocessing_of
 from ferkd_data.teachers.teacher import Precision, is_out_of_memory, reason
 
 KNOWN = ("size", "interpolation", "mean", "std", "crop_pct")
+_given: WeakKeyDictionary[nn.Module, tuple[TeacherSpec, str]] = WeakKeyDictionary()
+"""The modules that factories gave in this process and that are alive, with the spec and weights' digest of each."""
 
 
 def load_torchscript(spec: TeacherSpec, *, device: str, precision: Precision) -> ModuleTeacher:
@@ -58,14 +61,36 @@ def load_python(spec: TeacherSpec, *, device: str, precision: Precision) -> Modu
             f"teacher {spec}: the attribute preprocessing of its module must be a dict with entries among "
             f"{', '.join(KNOWN)}, got {sorted(map(str, known)) if isinstance(known, Mapping) else type(known).__name__}"
         )
+    # First, since it raises an error that explains weights that cannot be read.
+    digest = module_digest(module, spec)
+    _check_alone(module, spec)
+    _given[module] = spec, weights_digest(module)
     return ModuleTeacher(
         module,
         spec,
         preprocessing_of(spec, **known),
-        digest=module_digest(module, spec),
+        digest=digest,
         device=device,
         precision=precision,
     )
+
+
+def _check_alone(module: nn.Module, spec: TeacherSpec) -> None:
+    """Raise TeacherError where another teacher's network was given again, and now has other weights than it had.
+
+    Both teachers would answer as the later one. A network that is kept and never changed may be given several times.
+    The module is not copied instead: what refers to the old one, as a function in an attribute may, would stay there.
+    """
+    parts = {id(part) for part in module.modules()}
+    for other, (before, digest) in list(_given.items()):
+        if parts.isdisjoint(id(part) for part in other.modules()):
+            continue
+        keeps_a_checkpoint = before.checkpoint is not None and spec.checkpoint is None
+        if keeps_a_checkpoint or weights_digest(other) != digest:
+            raise TeacherError(
+                f"teacher {spec}: its factory gave a network that teacher {before} has already, and the two have "
+                "different weights; return a new one from each call (without a cache or a global variable)"
+            )
 
 
 def _make(spec: TeacherSpec) -> nn.Module:

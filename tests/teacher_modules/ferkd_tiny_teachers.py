@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -46,6 +47,24 @@ def second():
 
 def third():
     return Tiny(5)
+
+
+@functools.lru_cache
+def cached():
+    """Give the same network at each call, as the method of a registry does."""
+    return Tiny(1)
+
+
+def around_cached():
+    network = nn.Sequential(cached())
+    network.preprocessing = Tiny.preprocessing
+    return network
+
+
+def cached_with_weights_of_second():
+    network = cached()
+    network.load_state_dict(second().state_dict())
+    return network
 
 
 def eleven_classes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import pickle
 import sys
@@ -236,6 +237,47 @@ def test_teachers_that_cannot_be_loaded(spec, message, tiny_teachers):
         return
     with pytest.raises(TeacherError, match=message):
         load_teacher(TeacherSpec.parse(spec))
+
+
+@pytest.fixture
+def checkpoints(tiny_teachers, tmp_path):
+    tiny = importlib.import_module("ferkd_tiny_teachers")
+    tiny.cached.cache_clear()
+    for name, network in (("one.pt", tiny.second()), ("two.pt", tiny.third())):
+        torch.save(network.state_dict(), tmp_path / name)
+    torch.save({f"0.{key}": value for key, value in tiny.third().state_dict().items()}, tmp_path / "around.pt")
+    yield tmp_path
+    tiny.cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("cached@{0}/one.pt", "cached@{0}/two.pt"),
+        ("cached", "cached@{0}/one.pt"),
+        ("cached@{0}/one.pt", "cached"),
+        ("cached@{0}/one.pt", "around_cached@{0}/around.pt"),
+        ("around_cached", "cached@{0}/one.pt"),
+        ("cached", "cached_with_weights_of_second"),
+    ],
+)
+def test_two_teachers_that_share_a_network_are_refused(checkpoints, first, second):
+    """Both would answer with the weights that were loaded last."""
+    specs = [f"python:ferkd_tiny_teachers:{name.format(checkpoints)}" for name in (first, second)]
+    with pytest.raises(TeacherError, match=r"gave a network that teacher .* has already.*return a new one"):
+        load_teachers(specs)
+
+
+def test_a_network_that_is_kept_unchanged_may_be_given_again(checkpoints, tiny_teachers):
+    one = f"python:ferkd_tiny_teachers:cached@{checkpoints}/one.pt"
+    teachers = load_teachers([one, f"{one}?temperature=2"]) + load_teachers([one])
+    assert len({teacher.digest for teacher in teachers}) == 1
+    # Without a cache, each has its own.
+    first = f"{tiny_teachers}@{checkpoints}"
+    apart = load_teachers([f"{first}/one.pt", f"{first}/two.pt", tiny_teachers])
+    pictures = torch.arange(3 * 32 * 32).view(1, 3, 32, 32).to(torch.uint8)
+    answers = [tuple(teacher.logits(pictures)[0].tolist()) for teacher in apart]
+    assert len(set(answers)) == 3
 
 
 @pytest.mark.parametrize("options", ["mean=123.675,116.28,103.53&std=58.395,57.12,57.375", "mean=127&std=1"])
