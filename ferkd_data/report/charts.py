@@ -322,10 +322,11 @@ def boxes_picture(
         parts.append(tag("rect", **common, class_="seam", stroke_width=2 * width_of_line))
         parts.append(tag("rect", **common, class_=f"box b{bucket}", stroke_width=width_of_line))
         if label:
-            font = 8 * thick
-            x, y = left + thick, top + thick
-            # About the mean width of a digit: SVG cannot measure text without a script.
+            # 0.62 is about the mean width of a digit: SVG cannot measure text without a script.
+            font = min(8 * thick, (width - thick) / (0.62 * len(label)))
             wide = font * 0.62 * len(label) + thick
+            # At the box's corner, or as near as it can be read.
+            x, y = min(left + thick, width - wide), min(top + thick, height - font * 1.15)
             parts.append(tag("rect", x=x, y=y, width=wide, height=font * 1.15, class_=f"flag b{bucket}"))
             parts.append(
                 tag("text", label, x=x + thick / 2, y=y + font * 0.9, class_="flagtext",

@@ -55,7 +55,7 @@ def test_the_same_label_set_gives_the_same_file(hostile_labels, hostile_photos, 
     assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
 
 
-@pytest.mark.parametrize("size", [(48, 64), (375, 500), (3000, 4000), (4000, 300), (400, 400)])
+@pytest.mark.parametrize("size", [(48, 64), (375, 500), (3000, 4000), (4000, 300), (300, 4000), (400, 400)])
 def test_a_picture_with_boxes_shows_the_whole_image(size):
     """It was cut at 400 pixels, the width of the charts."""
     height, width = size
@@ -63,8 +63,10 @@ def test_a_picture_with_boxes_shows_the_whole_image(size):
     drawn = boxes_picture("data:,", size, [(box, 1, "0.9")], "an image")
     assert f'viewBox="0 0 {width} {height}"' in drawn
     # All that is drawn lies inside.
-    for x, w in re.findall(r'x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', drawn):
-        assert float(x) + float(w) <= width
+    rectangles = re.findall(r'<rect x="([^"]+)" y="([^"]+)" width="([^"]+)" height="([^"]+)"', drawn)
+    assert len(rectangles) == 3
+    for x, y, w, h in (map(float, found) for found in rectangles):
+        assert 0 <= x and x + w <= width * 1.001 and 0 <= y and y + h <= height * 1.001
 
 
 def test_hostile_names_are_escaped(page):
