@@ -114,7 +114,7 @@ def replay_on_device(
     Both passes of the resize are matrix products over all crops of an image at once: a dozen kernels for each image,
     whatever the number of its crops. On CUDA they run in float16, which holds 8-bit pixels exactly; in which precision
     their sums are kept is up to PyTorch's settings (`torch.backends.cuda.matmul`), so results are clipped to 0..255.
-    Autocast changes nothing. Nothing waits for the device.
+    Autocast changes nothing. The host does not wait for the device, nor do recorded operations make it wait.
 
     Raises UsageError as `replay` does.
     """

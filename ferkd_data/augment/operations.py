@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ferkd_data.errors import UsageError
+from ferkd_data.upload import upload
 
 FILL = (124, 116, 104)
 """Colour of pixels that an operation uncovers or erases: ImageNet's mean."""
@@ -30,8 +31,10 @@ BOX_WORDS = 4
 BOX_UNIT_BITS = 16
 """Coordinates of an erased box are multiples of 2^-16 of the crop's side."""
 
-Operation = Callable[[Tensor, Tensor], Tensor]
-"""Function of images (n, 3, S, S) uint8 and values (n,) int64 to images of the same shape; the input is unchanged."""
+Values: TypeAlias = npt.NDArray[np.int64]
+"""(n,): one for each crop. On the host, so that nothing has to wait for a device to read them."""
+Operation: TypeAlias = Callable[[Tensor, Values], Tensor]
+"""Function of images (n, 3, S, S) uint8 and values to images of the same shape; the input is unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,8 +74,8 @@ class Operations:
 def apply_operations(images: Tensor, operations: Operations) -> None:
     """Replay the operations of N crops in place, on `images` uint8 (N, 3, S, S) on any device.
 
-    Each crop's result is the same to the bit, whichever crops are processed together. Raises UsageError for a code or
-    value outside `OPERATIONS`, which a verified label set does not hold.
+    Each crop's result is the same to the bit, whichever crops are processed together. The host does not wait for the
+    device. Raises UsageError for a code or value outside `OPERATIONS`, which a verified label set does not hold.
     """
     check_operations(operations)
     for codes, values in zip(operations.codes.T, operations.values.T, strict=True):
@@ -80,17 +83,17 @@ def apply_operations(images: Tensor, operations: Operations) -> None:
         # codes may be taken in any order, with all crops of a code in one call.
         for code in np.unique(codes[codes > 0]).tolist():
             rows = np.flatnonzero(codes == code)
-            value = torch.from_numpy(values[rows].astype(np.int64)).to(images.device)
+            value = values[rows].astype(np.int64)
             if images.device.type == "cpu":
                 # One by one, a crop's intermediate results stay in the cache, and nothing is gathered or scattered.
                 for number, row in enumerate(rows.tolist()):
                     _apply(BY_CODE[code].apply, images, slice(row, row + 1), value[number : number + 1])
             else:
-                _apply(BY_CODE[code].apply, images, torch.from_numpy(rows).to(images.device), value)
+                _apply(BY_CODE[code].apply, images, upload(rows, images.device), value)
     _erase(images, operations.erase)
 
 
-def _apply(operation: Operation, images: Tensor, group: slice | Tensor, values: Tensor) -> None:
+def _apply(operation: Operation, images: Tensor, group: slice | Tensor, values: Values) -> None:
     # Contiguous (planar): most operations take twice as long on channels-last memory.
     images[group] = operation(images[group].contiguous(), values)
 
@@ -114,8 +117,10 @@ def check_operations(operations: Operations) -> None:
 
 
 def _erase(images: Tensor, boxes: npt.NDArray[np.uint16]) -> None:
+    if not boxes[:, 2].any():
+        return
     side = images.shape[-1]
-    fill = torch.tensor(FILL, dtype=torch.uint8, device=images.device)[:, None, None]
+    fill = _fill(images)
     half = 1 << (BOX_UNIT_BITS - 1)
     for row in np.flatnonzero(boxes[:, 2]).tolist():
         top, left, height, width = boxes[row].tolist()
@@ -124,14 +129,19 @@ def _erase(images: Tensor, boxes: npt.NDArray[np.uint16]) -> None:
         images[row, :, rows, columns] = fill
 
 
-def _each(values: Tensor) -> Tensor:
-    return values[:, None, None, None].to(torch.int32)
+def _fill(images: Tensor) -> Tensor:
+    return upload(np.array(FILL, np.uint8), images.device)[:, None, None]
 
 
-def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+def _each(values: Values, images: Tensor) -> Tensor:
+    """Copy the values to the images' device: int32 (n, 1, 1, 1)."""
+    return upload(values.astype(np.int32), images.device)[:, None, None, None]
+
+
+def _blend(images: Tensor, other: Tensor, factor: Values) -> Tensor:
     """Blend: factor / 1000 of the image plus the rest of `other`, rounded half up and clipped."""
     # Whole numbers in float32, which is exact below 2**24: a factor is at most 32,000, and 2 * 32,000 * 255 is less.
-    share = _each(factor).to(torch.float32)
+    share = _each(factor, images).to(torch.float32)
     mixed = images.to(torch.float32) * share + other.to(torch.float32) * (FACTOR - share)
     # Clipping first changes no result, and leaves numbers that `_divided` takes.
     return _divided(mixed.clamp_(0, 255 * FACTOR).add_(FACTOR // 2), FACTOR)
@@ -164,25 +174,25 @@ def _levels(images: Tensor) -> Tensor:
     return torch.arange(256, device=images.device).to(torch.uint8)[None, None, None]
 
 
-def brightness(images: Tensor, factor: Tensor) -> Tensor:
+def brightness(images: Tensor, factor: Values) -> Tensor:
     """Blend with black."""
     black = torch.zeros((), dtype=torch.int32, device=images.device)
     return _mapped(images, _blend(_levels(images), black, factor)[:, :, 0])
 
 
-def contrast(images: Tensor, factor: Tensor) -> Tensor:
+def contrast(images: Tensor, factor: Values) -> Tensor:
     """Blend with the mean luma of the image, rounded."""
     pixels = images.shape[2] * images.shape[3]
     mean = (grey(images).sum(dim=(1, 2, 3), keepdim=True) + pixels // 2).div(pixels, rounding_mode="floor")
     return _mapped(images, _blend(_levels(images), mean, factor)[:, :, 0])
 
 
-def saturation(images: Tensor, factor: Tensor) -> Tensor:
+def saturation(images: Tensor, factor: Values) -> Tensor:
     """Blend with the luma of each pixel."""
     return _blend(images, grey(images), factor)
 
 
-def sharpness(images: Tensor, factor: Tensor) -> Tensor:
+def sharpness(images: Tensor, factor: Values) -> Tensor:
     """Blend with Pillow's SMOOTH filter, (1 1 1, 1 5 1, 1 1 1) / 13; the outermost pixels are unchanged."""
     smooth = images.clone()
     if min(images.shape[2:]) > 2:
@@ -195,7 +205,7 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     return _blend(images, smooth, factor)
 
 
-def hue(images: Tensor, turn: Tensor) -> Tensor:
+def hue(images: Tensor, turn: Values) -> Tensor:
     """Rotate the hue by `turn` / 10,000 of a circle; the largest and smallest levels of a pixel stay.
 
     The hue h of HSV is a multiple of 2^-16 of a sixth of the circle: sector `h >> 16`, fraction in it `h & 65535`.
@@ -212,7 +222,7 @@ def hue(images: Tensor, turn: Tensor) -> Tensor:
     # Floats are faster than integer division, and exact here: both numbers are below 2**24, and a quotient is at most
     # 2**16, where float32 errs by 2**-9 at most, and 1/255 or more below the next whole number unless it is one itself.
     fraction = ((difference << 16) / spread.clamp(min=1)).floor_().to(torch.int32)
-    turned = (turn * (6 << 16) + UNIT // 2).div(UNIT, rounding_mode="floor")[:, None, None].to(torch.int32)
+    turned = _each((turn * (6 << 16) + UNIT // 2) // UNIT, images)[:, 0]
     angle = fraction + (first << 16) + turned
     # From -4 to 8 sectors: once around at most.
     angle += (angle < 0).to(torch.int32) * (6 << 16)
@@ -232,28 +242,30 @@ def hue(images: Tensor, turn: Tensor) -> Tensor:
     )
 
 
-def posterize(images: Tensor, bits: Tensor) -> Tensor:
+def posterize(images: Tensor, bits: Values) -> Tensor:
     """Keep the highest `bits` bits of each level."""
-    return images & _each(256 - (1 << (8 - bits))).to(torch.uint8)
+    return images & _each(256 - (1 << (8 - bits)), images).to(torch.uint8)
 
 
-def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+def solarize(images: Tensor, threshold: Values) -> Tensor:
     """Invert levels of `threshold` and above."""
     levels = _levels(images)
-    return _mapped(images, torch.where(levels.to(torch.int32) >= _each(threshold), 255 - levels, levels)[:, :, 0])
+    return _mapped(
+        images, torch.where(levels.to(torch.int32) >= _each(threshold, images), 255 - levels, levels)[:, :, 0]
+    )
 
 
-def invert(images: Tensor, _: Tensor) -> Tensor:
+def invert(images: Tensor, _: Values) -> Tensor:
     """Replace each level by 255 minus it."""
     return 255 - images
 
 
-def grayscale(images: Tensor, _: Tensor) -> Tensor:
+def grayscale(images: Tensor, _: Values) -> Tensor:
     """Replace each channel by the luma."""
     return grey(images).to(torch.uint8).expand_as(images)
 
 
-def autocontrast(images: Tensor, _: Tensor) -> Tensor:
+def autocontrast(images: Tensor, _: Values) -> Tensor:
     """Stretch each channel to 0..255; a channel with a single level is unchanged."""
     low, high = (limit(dim=(2, 3), keepdim=True).to(torch.int32) for limit in (images.amin, images.amax))
     spread, levels = high - low, _levels(images).to(torch.int32)
@@ -264,10 +276,10 @@ def autocontrast(images: Tensor, _: Tensor) -> Tensor:
     return _mapped(images, torch.where(spread > 0, stretched, levels).to(torch.uint8)[:, :, 0])
 
 
-def equalize(images: Tensor, _: Tensor) -> Tensor:
+def equalize(images: Tensor, _: Values) -> Tensor:
     """Equalise the histogram of each channel, as Pillow does."""
     channels = images.reshape(-1, images.shape[2] * images.shape[3])
-    count = torch.stack([torch.bincount(channel, minlength=256) for channel in channels]).view(-1, 3, 256)
+    count = _histograms(channels).view(-1, 3, 256)
     last = channels.amax(dim=1).to(torch.int64).view(-1, 3, 1)
     # Pillow's step is the number of pixels below the largest level, divided by 255; 0 leaves the channel unchanged.
     step = (count.sum(dim=2, keepdim=True) - count.gather(2, last)).div(255, rounding_mode="floor")
@@ -277,7 +289,20 @@ def equalize(images: Tensor, _: Tensor) -> Tensor:
     return _mapped(images, torch.where(step > 0, table, unchanged).to(torch.uint8))
 
 
-def blur(images: Tensor, sigma: Tensor) -> Tensor:
+def _histograms(channels: Tensor) -> Tensor:
+    """Count the pixels of each level in each channel: (c, pixels) uint8 to (c, 256) int64."""
+    if channels.device.type == "cpu":
+        # Several times as fast there. On a GPU, the host would wait to learn the largest level.
+        return torch.stack([torch.bincount(channel, minlength=256) for channel in channels])
+    return _scattered_histograms(channels)
+
+
+def _scattered_histograms(channels: Tensor) -> Tensor:
+    level = channels.to(torch.int64)
+    return level.new_zeros((len(channels), 256)).scatter_add_(1, level, level.new_ones(()).expand_as(level))
+
+
+def blur(images: Tensor, sigma: Values) -> Tensor:
     """Blur with a Gaussian of `sigma` / 10,000 of the side: across, then down, 16-bit weights, reflected edges."""
     return torch.cat([_blurred(image[None], value) for image, value in zip(images, sigma.tolist(), strict=True)])
 
@@ -321,7 +346,7 @@ def _moved(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     index = rows.clamp(0, side - 1) * side + columns.clamp(0, side - 1)
     index = index.expand(count, side, side).reshape(count, 1, -1)
     pixels = images.reshape(count, 3, -1).gather(2, index.expand(-1, 3, -1)).view(images.shape)
-    fill = torch.tensor(FILL, dtype=torch.uint8, device=images.device)[:, None, None]
+    fill = _fill(images)
     # As torch.where, which takes ten times as long on a CPU.
     shown = inside[:, None].to(torch.uint8)
     return pixels * shown + fill * (1 - shown)
@@ -333,7 +358,7 @@ def _grid(images: Tensor) -> tuple[Tensor, Tensor]:
     return numbers[None, :, None], numbers[None, None, :]
 
 
-def rotate(images: Tensor, angle: Tensor) -> Tensor:
+def rotate(images: Tensor, angle: Values) -> Tensor:
     """Rotate counterclockwise about the centre by `angle` / 100 degrees, to the nearest pixel.
 
     The source of (x, y), in half pixels from the centre, is (cos x - sin y, sin x + cos y), in 16-bit fixed point.
@@ -343,8 +368,7 @@ def rotate(images: Tensor, angle: Tensor) -> Tensor:
     # The largest sum is below 2**16 * 2.5 * side.
     whole = torch.int32 if side < 2**13 else torch.int64
     cos, sin = (
-        torch.tensor([round(65536 * f(r)) for r in radians], device=images.device, dtype=whole)[:, None, None]
-        for f in (math.cos, math.sin)
+        _each(np.array([round(65536 * f(r)) for r in radians]), images)[:, 0].to(whole) for f in (math.cos, math.sin)
     )
     row, column = (numbers.to(whole) for numbers in _grid(images))
     y, x = 2 * row + 1 - side, 2 * column + 1 - side
@@ -354,38 +378,39 @@ def rotate(images: Tensor, angle: Tensor) -> Tensor:
     return _moved(images, rows.to(torch.int64), columns.to(torch.int64))
 
 
-def _sheared(images: Tensor, shear: Tensor, horizontal: bool) -> Tensor:
+def _sheared(images: Tensor, shear: Values, horizontal: bool) -> Tensor:
     row, column = _grid(images)
     along, across = (column, row) if horizontal else (row, column)
     # The source is floor((along + 1/2) + shear * (across + 1/2)), here in units of 1 / (2 UNIT). `along` is a whole
     # number, so that each line is moved by a whole number of pixels.
-    moves = (UNIT + shear[:, None, None] * (2 * across + 1)).div(2 * UNIT, rounding_mode="floor")
+    slope = _each(shear, images)[:, 0].to(torch.int64)
+    moves = (UNIT + slope * (2 * across + 1)).div(2 * UNIT, rounding_mode="floor")
     return _moved(images, across, along + moves) if horizontal else _moved(images, along + moves, across)
 
 
-def shear_x(images: Tensor, shear: Tensor) -> Tensor:
+def shear_x(images: Tensor, shear: Values) -> Tensor:
     """Take column x of row y from x + `shear` / 10,000 * y, measured from the upper left corner."""
     return _sheared(images, shear, horizontal=True)
 
 
-def shear_y(images: Tensor, shear: Tensor) -> Tensor:
+def shear_y(images: Tensor, shear: Values) -> Tensor:
     """Take row y of column x from y + `shear` / 10,000 * x, measured from the upper left corner."""
     return _sheared(images, shear, horizontal=False)
 
 
-def _translated(images: Tensor, share: Tensor, horizontal: bool) -> Tensor:
+def _translated(images: Tensor, share: Values, horizontal: bool) -> Tensor:
     side = images.shape[-1]
-    shift = (share * side + UNIT // 2).div(UNIT, rounding_mode="floor")[:, None, None]
+    shift = _each((share * side + UNIT // 2) // UNIT, images)[:, 0].to(torch.int64)
     row, column = _grid(images)
     return _moved(images, row, column - shift) if horizontal else _moved(images, row - shift, column)
 
 
-def translate_x(images: Tensor, share: Tensor) -> Tensor:
+def translate_x(images: Tensor, share: Values) -> Tensor:
     """Move to the right by `share` / 10,000 of the side, rounded to whole pixels."""
     return _translated(images, share, horizontal=True)
 
 
-def translate_y(images: Tensor, share: Tensor) -> Tensor:
+def translate_y(images: Tensor, share: Values) -> Tensor:
     """Move down by `share` / 10,000 of the side, rounded to whole pixels."""
     return _translated(images, share, horizontal=False)
 

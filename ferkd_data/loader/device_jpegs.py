@@ -22,7 +22,7 @@ from torch import Tensor
 from ferkd_data.errors import ImageError, LoaderError, UsageError
 from ferkd_data.images.decode import decode_rgb
 from ferkd_data.label_set.joined_images import Size
-from ferkd_data.teachers.teacher import is_out_of_memory
+from ferkd_data.teachers.teacher import is_device_failure, is_out_of_memory
 from ferkd_data.upload import upload
 
 RGB = 3
@@ -31,8 +31,8 @@ MAX_REFUSED = 100_000
 """Images remembered as refused by the device: 8 MB. Any further ones are tried in each epoch."""
 NVJPEG_NO_MEMORY = re.compile(r"Failed to [a-z ]+: 5\b")
 """torchvision's words for NVJPEG_STATUS_ALLOCATOR_FAILURE."""
-DEVICE_FAILED = ("CUDA error", "Failed to synchronize CUDA stream")
-"""Words of errors that concern the device: torchvision raises all that it meets as a plain RuntimeError."""
+NVJPEG_FAILED = "Failed to synchronize CUDA stream"
+"""torchvision's words for a device that failed."""
 
 
 class Jpeg(NamedTuple):
@@ -111,7 +111,7 @@ def _check_device(error: RuntimeError, device: torch.device) -> None:
             f"{device} has too little memory to decode images ({_first_line(error)}); use a smaller batch_size or "
             "spread, or leave out decode_device"
         ) from error
-    if any(text in str(error) for text in DEVICE_FAILED):
+    if is_device_failure(error) or NVJPEG_FAILED in str(error):
         _failed(error, device)
     if device.type == "cuda":
         # torchvision has freed the memory that its stream may still write to.

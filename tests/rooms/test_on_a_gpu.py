@@ -16,6 +16,7 @@ import torchvision
 from fake_gpu import StreamRecorder, open_fake_gpu, pretend_cuda
 
 import ferkd_data as fd
+from ferkd_data.augment import OPERATIONS, Operations, apply_operations
 from ferkd_data.builder.labelling.crop_batches import CropInput, DecodedImage, Slice, _cut, input_of
 from ferkd_data.builder.labelling.forwards import CudaStaging
 from ferkd_data.builder.labelling.job import Job, Tools
@@ -294,6 +295,21 @@ def test_a_refused_jpeg_leaves_nothing_behind_on_the_gpu(label_set, photos, tmp_
             assert all(images.device.type == "cuda" for images, _ in loader)
             assert not gpu.waits
     assert waited and set(waited) == {torch.device("cuda", 0)}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_recorded_operations_are_replayed_there(operation):
+    low, high = operation.values
+    recorded = Operations(
+        codes=np.array([[operation.code], [0], [operation.code]], np.uint8),
+        values=np.array([[low], [0], [(low + 2 * high) // 3]], np.int16),
+        erase=np.array([[0, 0, 0, 0], [100, 200, 30_000, 20_000], [0, 0, 65_535, 65_535]], np.uint16),
+    )
+    with open_fake_gpu() as gpu:
+        gpu.pageable_bytes = 0
+        images = torch.empty((3, 32, 32, 3), dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
+        apply_operations(images, recorded)
+    assert not gpu.waits and gpu.kernels["index_put_"] == 1
 
 
 def targets(rows=8, classes=10):

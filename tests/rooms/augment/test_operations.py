@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional
 
 from ferkd_data.augment import OPERATIONS, Operations, apply_operations
-from ferkd_data.augment.operations import BY_CODE, CODES, FILL, UNIT, gaussian_weights
+from ferkd_data.augment.operations import (
+    BY_CODE,
+    CODES,
+    FILL,
+    UNIT,
+    _histograms,
+    _scattered_histograms,
+    gaussian_weights,
+)
 from ferkd_data.errors import UsageError
 
 
@@ -138,10 +146,15 @@ def test_crops_given_together_get_what_each_gets_alone(data):
 def test_a_group_of_crops_gets_what_each_gets_alone(operation, side):
     """A GPU gets all crops of an operation in one call, a CPU one by one."""
     low, high = operation.values
-    values = torch.tensor(sorted({low, high, (2 * low + high) // 3, (low + 2 * high) // 3}))
+    values = np.array(sorted({low, high, (2 * low + high) // 3, (low + 2 * high) // 3}))
     images = torch.cat([picture(side, number) for number in range(len(values))])
     alone = [operation.apply(image[None], value[None]) for image, value in zip(images, values, strict=True)]
     assert torch.equal(operation.apply(images, values), torch.cat(alone))
+
+
+def test_a_gpu_counts_the_same_histograms():
+    channels = torch.cat([picture(9, number)[0].flatten(1) for number in range(4)])
+    assert torch.equal(_scattered_histograms(channels), _histograms(channels))
 
 
 NEUTRAL = {
