@@ -354,14 +354,14 @@ def _largest_difference(eager: Teacher, other: Teacher) -> float:
 
 
 def _repeated(pictures: Tensor, count: int) -> Tensor:
-    return empty_batch(count, pictures.shape[-1]).copy_(pictures[torch.arange(count) % len(pictures)])
+    return empty_batch(count, pictures.shape[-1]).copy_(pictures[torch.arange(count, device="cpu") % len(pictures)])
 
 
 def _pictures(count: int, size: int) -> Tensor:
     """Return `count` pictures of smooth colours with some noise, the same every time."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     # Smooth colours and some noise, as in photos: pure noise lies far from what teachers were trained on.
-    smooth = torch.rand((count, 3, 6, 6), generator=generator) * 255
+    smooth = torch.rand((count, 3, 6, 6), generator=generator, device="cpu") * 255
     large = nn.functional.interpolate(smooth, size=(size, size), mode="bicubic")
-    noise = torch.randn((count, 3, size, size), generator=generator) * 8
+    noise = torch.randn((count, 3, size, size), generator=generator, device="cpu") * 8
     return empty_batch(count, size).copy_((large + noise).clamp_(0, 255))

@@ -127,7 +127,7 @@ def evaluate(
             gathered.add(models, pixels, targets, device, diagnosing=gathered.diagnosed < diagnose * seen / len(refs))
     if not gathered.targets:
         raise SourceError(f"{source}: none of the {len(refs)} images could be decoded")
-    target = torch.tensor(gathered.targets)
+    target = torch.tensor(gathered.targets, device="cpu")
     logits = [torch.cat(parts) for parts in gathered.logits]
     scores = [
         _score(str(model.spec), (z / model.spec.temperature).softmax(dim=1), target, model.published_top1)
@@ -173,7 +173,7 @@ class _Gathered:
         *,
         diagnosing: bool,
     ) -> None:
-        target = torch.tensor(targets)
+        target = torch.tensor(targets, device="cpu")
         for i, model in enumerate(models):
             batch = torch.cat([centre_crop(image, model) for image in pixels]).to(device)
             logits = model.logits(batch).cpu()

@@ -211,7 +211,11 @@ class Resources:
                 raise UsageError(f"{name} must be at least 1, got {value}")
 
     def resolved_devices(self) -> list[str]:
-        """Return the device of each worker on this machine. Raises UsageError for a device that is not here."""
+        """Return the device of each worker on this machine, one on each before the second on any.
+
+        A build of few shards starts no more workers than these, and should use all devices. Raises UsageError for a
+        device that is not here.
+        """
         import torch
 
         if self.device == "auto":
@@ -227,7 +231,7 @@ class Resources:
         missing = [device for device in on_cuda if int(device.partition(":")[2] or 0) >= torch.cuda.device_count()]
         if missing:
             raise UsageError(f"device {missing[0]}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
-        return [device for device in devices for _ in range(self.workers or 1)]
+        return [device for _ in range(self.workers or 1) for device in devices]
 
     def resolved_device(self) -> str:
         """Return the device of the first worker. Raises UsageError for a device that is not here."""

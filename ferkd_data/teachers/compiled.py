@@ -61,7 +61,7 @@ def _runs(teacher: ModuleTeacher, batch_size: int) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            teacher.logits(torch.zeros((batch_size, 3, size, size), dtype=torch.uint8))
+            teacher.logits(torch.zeros((batch_size, 3, size, size), dtype=torch.uint8, device="cpu"))
     except DeviceFailedError:
         raise
     except Exception as error:

@@ -168,9 +168,10 @@ def _dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def two_pictures(size: int) -> Tensor:
-    """Make the test pictures, uint8 (2, 3, S, S): a gradient and noise, the same every time."""
-    gradient = torch.linspace(0, 255, size).view(1, 1, size).expand(3, size, size)
-    noise = torch.rand((3, size, size), generator=torch.Generator().manual_seed(0)) * 255
+    """Make the test pictures, uint8 (2, 3, S, S) on the CPU: a gradient and noise, the same every time."""
+    # The device is named here and elsewhere, since a program may have set another default for new tensors.
+    gradient = torch.linspace(0, 255, size, device="cpu").view(1, 1, size).expand(3, size, size)
+    noise = torch.rand((3, size, size), generator=torch.Generator("cpu").manual_seed(0), device="cpu") * 255
     return torch.stack([gradient, noise]).to(torch.uint8)
 
 
@@ -179,8 +180,8 @@ def normalisation(preprocessing: Preprocessing, device: torch.device) -> tuple[T
 
     (pixel / 255 - mean) / std = pixel * scale + shift, with scale = 1 / (255 std) and shift = -mean / std.
     """
-    mean = torch.tensor(preprocessing.mean, dtype=torch.float64).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing.std, dtype=torch.float64).view(1, 3, 1, 1)
+    mean = torch.tensor(preprocessing.mean, dtype=torch.float64, device="cpu").view(1, 3, 1, 1)
+    std = torch.tensor(preprocessing.std, dtype=torch.float64, device="cpu").view(1, 3, 1, 1)
     return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
 

@@ -88,7 +88,7 @@ class OnnxTeacher:
         """Run the model; return its output (B, C) as float32 on the CPU."""
         # One pass converts to float32 and to planar channels, which ONNX expects; two more work in place.
         # From a GPU, uint8 is fetched: a quarter of the bytes of float32.
-        planes = torch.empty(images_BCSS.shape, dtype=torch.float32).copy_(images_BCSS.cpu())
+        planes = torch.empty(images_BCSS.shape, dtype=torch.float32, device="cpu").copy_(images_BCSS.cpu())
         normalised = self.input.arranged(planes.mul_(self.scale).add_(self.shift))
         steps = self.fixed_batch or len(normalised)
         parts = [self._run(normalised[start : start + steps]) for start in range(0, len(normalised), steps)]
@@ -268,7 +268,7 @@ def export_onnx(module: nn.Module, path: Path, *, preprocessing: Preprocessing) 
     """
     onnx = extras.require("onnx", extra="demo", what_for="exporting to ONNX")
     extras.require("onnxscript", extra="demo", what_for="exporting to ONNX")
-    example = torch.zeros((2, 3, preprocessing.size, preprocessing.size))
+    example = torch.zeros((2, 3, preprocessing.size, preprocessing.size), device="cpu")
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     with (

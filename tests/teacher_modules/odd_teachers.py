@@ -32,6 +32,11 @@ def plain():
     return Linear()
 
 
+def made_on_the_cpu():
+    with torch.device("cpu"):
+        return Linear()
+
+
 class Wrapped(Linear):
     """Hands what `give` makes of features and logits on."""
 

@@ -84,11 +84,7 @@ def open_tools(
 
     Compiles the teachers if the job asks for it. Raises TeacherError, SourceError.
     """
-    threads = job.resources.threads
-    with (
-        current_device(device),
-        ThreadPoolExecutor(threads, thread_name_prefix="ferkd-data", initializer=_compute_alone) as executor,
-    ):
+    with current_device(device), _open_executor(job.resources.threads, device) as executor:
         # The driver's own teachers where it labels by itself.
         loaded = teachers or _load_teachers(job, device)
         # PyTorch's number of threads is per thread, but a thread that never asked takes the newest number set by any.
@@ -132,6 +128,17 @@ def same_working_folder() -> Iterator[None]:
         os.chdir(folder)
 
 
-def _compute_alone() -> None:
-    """Set up a decoding thread: PyTorch's own threads would wait by spinning, on the cores of the other threads."""
+def _open_executor(threads: int, device: str) -> ThreadPoolExecutor:
+    """Open the threads that decode and cut. Called where `device` is the current one."""
+    # As a number: `cuda` alone means the GPU that is current in this thread, and in a new one that is the first.
+    gpu = None if device == "cpu" else torch.cuda.current_device()
+    return ThreadPoolExecutor(threads, thread_name_prefix="ferkd-data", initializer=_set_up_thread, initargs=(gpu,))
+
+
+def _set_up_thread(gpu: int | None) -> None:
+    """Set up a thread that decodes and cuts, on the GPU of the teachers."""
+    # PyTorch's own threads would wait by spinning, on the cores of the other threads.
     torch.set_num_threads(1)
+    if gpu is not None:
+        # Otherwise whatever names no GPU, pinned memory for one, would open the first GPU too and take memory there.
+        torch.cuda.set_device(gpu)

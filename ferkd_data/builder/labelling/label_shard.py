@@ -50,9 +50,9 @@ class TeacherCounts:
     def zeros(cls, num_teachers: int) -> TeacherCounts:
         square = (num_teachers, num_teachers)
         return cls(
-            agreement=torch.zeros(square, dtype=torch.int64),
-            right_together=torch.zeros(square, dtype=torch.int64),
-            reliability=torch.zeros((3, num_teachers, TEACHER_BINS), dtype=torch.int64),
+            agreement=torch.zeros(square, dtype=torch.int64, device="cpu"),
+            right_together=torch.zeros(square, dtype=torch.int64, device="cpu"),
+            reliability=torch.zeros((3, num_teachers, TEACHER_BINS), dtype=torch.int64, device="cpu"),
         )
 
     def __add__(self, other: TeacherCounts) -> TeacherCounts:

@@ -6,11 +6,12 @@ import re
 
 import pytest
 import torch
-from label_sets import SMALL, same_label_sets
+from label_sets import SMALL, same_files, same_label_sets
 
 import ferkd_data as fd
 from ferkd_data.builder.labelling.forwards import Forwards
 from ferkd_data.errors import DeviceFailedError, TeacherError
+from ferkd_data.evaluate import evaluate
 from ferkd_data.labels.soft_labels import check_logits
 from ferkd_data.teachers import TeacherSpec, load_teachers
 from ferkd_data.teachers.teacher import is_device_failure
@@ -104,6 +105,26 @@ def test_what_is_a_gpus_failure():
     assert not is_device_failure(torch.OutOfMemoryError("anything")), "a subclass of AcceleratorError"
     assert not is_device_failure(RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling cublasSgemm"))
     assert not is_device_failure(RuntimeError("CUDA error: out of memory"))
+
+
+@pytest.fixture
+def default_device():
+    """Make a program's default for new tensors a device that has no values. Ends with the test, whatever happens."""
+    yield lambda: torch.set_default_device("meta")
+    torch.set_default_device(None)
+
+
+def test_a_programs_default_device_changes_nothing(photos, tiny_teachers, tmp_path, default_device):
+    """Neither teachers nor labels may depend on what the calling program has set; on a GPU, devices would be mixed."""
+    exported = fd.export_teacher(tiny_teachers, tmp_path / "tiny.onnx")
+    teachers = [exported, "python:odd_teachers:made_on_the_cpu"]
+    fd.build(photos, tmp_path / "before", teachers=teachers, compile=True, **SMALL)
+    found = evaluate(photos, teachers=teachers)
+    default_device()
+    fd.build(photos, tmp_path / "after", teachers=teachers, compile=True, **SMALL)
+    assert evaluate(photos, teachers=teachers) == found
+    fd.bench_teachers(teachers[1:], batch_sizes=[2], threads=[1], seconds=0.002, compiled=False)
+    assert same_files(tmp_path / "before", tmp_path / "after")
 
 
 def test_memory_too_small_for_one_crop_is_an_error(greedy):

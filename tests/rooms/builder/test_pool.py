@@ -150,7 +150,8 @@ def test_devices_of_a_machine_with_four_gpus(monkeypatch):
     for text, numbers in several.items():
         assert Resources(device=text).resolved_devices() == [f"cuda:{number}" for number in numbers]
     assert Resources(device="auto").resolved_devices() == ["cuda"]
-    assert Resources(device="cuda:0,1", workers=2).resolved_devices() == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
+    assert Resources(device="cuda:0,1", workers=2).resolved_devices() == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert Resources(device="all", workers=2).resolved_devices() == [f"cuda:{n}" for n in (0, 1, 2, 3, 0, 1, 2, 3)]
     with pytest.raises(UsageError, match="cuda:4: this machine has 4 GPUs"):
         Resources(device="cuda:0,4").resolved_devices()
 

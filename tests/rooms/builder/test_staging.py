@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import wait
 from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import ferkd_data as fd
 from ferkd_data import replay
 from ferkd_data.builder.labelling import crop_batches
 from ferkd_data.builder.labelling.forwards import CudaStaging, Fetched
+from ferkd_data.builder.labelling.job import open_tools
 from ferkd_data.errors import BuildError, DeviceFailedError
 
 
@@ -162,6 +166,25 @@ def test_a_device_that_fails_beside_the_teachers(
     monkeypatch.setattr(f"ferkd_data.builder.labelling.{step}", broken)
     with pytest.raises(kind, match=words):
         fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", [3, 3]), ("cuda:3", [3, 3]), ("cpu", [])])
+def test_the_threads_that_cut_use_the_gpu_of_the_teachers(monkeypatch, job, late, device, expected):
+    """A new thread's current GPU is the first: pinned memory would be taken there by every worker."""
+    current, chosen = threading.local(), []
+
+    @contextmanager
+    def using(name):
+        current.number = 3
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", using)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "number", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    both_wait = threading.Barrier(2)
+    with open_tools(replace(job, resources=replace(job.resources, threads=2)), device, [mock.Mock()]) as tools:
+        wait([tools.executor.submit(both_wait.wait) for _ in range(2)])
+    assert chosen == expected
 
 
 def test_what_is_said_to_streams_and_events(monkeypatch):
