@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import shutil
 import sys
 import warnings
 import weakref
@@ -49,7 +50,9 @@ READING_BITS = 40
 
 
 class SharedEpoch:
-    """An epoch, and each row's next reading. Can be pickled, as long as the original, which removes the file, exists.
+    """An epoch, and each row's next reading.
+
+    Pickled copies share both, as long as the original, which removes the file, exists. A deep copy has its own.
 
     The readings of a row are numbered in the order in which they give its crops: epoch e has `e * per_epoch` and the
     `per_epoch - 1` after it.
@@ -207,6 +210,17 @@ class SharedEpoch:
         self._next: npt.NDArray[np.uint64] = np.memmap(
             self._path, np.uint64, "r+", offset=HEADER.itemsize, shape=(max(self._num_rows, 1),)
         )
+
+    def __deepcopy__(self, memo: Any) -> SharedEpoch:
+        """Copy the epoch and the numbers too: a copy within a process is another data set's, unlike a worker's."""
+        copy = SharedEpoch.__new__(SharedEpoch)
+        copy._scratch = Scratch("epoch")
+        with self._locked():
+            # Those of ranks lie beside it.
+            for file in self._path.parent.glob("epoch*.bin"):
+                shutil.copyfile(file, copy._scratch.path / file.name)
+        copy.__setstate__(self.__getstate__() | {"_path": copy._scratch.path / self._path.name})
+        return copy
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_path": self._path, "_num_rows": self._num_rows, "_per_epoch": self._per_epoch}

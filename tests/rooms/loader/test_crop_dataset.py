@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import pickle
 import resource
@@ -540,6 +541,38 @@ def test_the_file_that_processes_share_goes_with_the_data_set(dataset):
     del shared
     gc.collect()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("ranks", [{}, {"rank": 1, "world_size": 2}])
+def test_a_copy_within_the_process_counts_for_itself(label_set, photos, tmp_path, ranks):
+    """Unlike the copies of workers: whoever copies a data set, for a second loader, wants another one."""
+    settings = {"images": photos, "size": 16, "calibration": "fkd", "cache_dir": tmp_path}
+    dataset = fd.CropDataset(fd.open_labels(label_set), **settings, **ranks)
+    dataset.set_epoch(2)
+    dataset[7]
+    other = copy.deepcopy(dataset)
+    assert other.epoch == 2
+    assert torch.equal(other[7][0], dataset.item(7, 3)[0]) and torch.equal(other[8][0], dataset.item(8, 2)[0])
+    other.set_epoch(5)
+    assert dataset.epoch == 2 and torch.equal(dataset[7][0], dataset.item(7, 3)[0])
+    path = other.shared._path
+    del dataset
+    gc.collect()
+    assert torch.equal(other[7][0], other.item(7, 5)[0])
+    del other
+    gc.collect()
+    assert not path.exists()
+
+
+def test_a_copy_of_a_stream_goes_its_own_way(dataset):
+    stream = dataset.stream(rank=0, world_size=1)
+    stream.set_epoch(2)
+    other = copy.deepcopy(stream)
+    for epoch in (2, 3):
+        for form in (stream, other):
+            images, _ = next(iter(form))
+            [row] = dataset.rows_of_epoch(epoch, np.array([0]), "global", 8)
+            assert torch.equal(images, dataset.item(int(row), epoch)[0])
 
 
 def test_a_calibration_that_discards_everything_is_warned_of_once(label_set, photos, tmp_path):
