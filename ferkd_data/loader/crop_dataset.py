@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import operator
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from ferkd_data.calibration import CalibrationSetting
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
 from ferkd_data.loader.batch_maker import WindowMemory
+from ferkd_data.loader.crop_stream import CropStream, Item, with_ranks
 from ferkd_data.loader.crops_and_targets import DiscardedCrops
 from ferkd_data.loader.kinds import default_size
 from ferkd_data.loader.like_dataloader import class_names, class_to_idx_of, refuse_transform
 from ferkd_data.loader.opening import check_is_label_set, open_maker
-from ferkd_data.loader.order import OrderKind, Rows, check_order, epoch_order
+from ferkd_data.loader.order import OrderKind, check_order
 from ferkd_data.loader.readings import Numbered, NumberedSampler, Turns
 from ferkd_data.loader.schedule import Cursor, Window
 from ferkd_data.loader.settings import (
@@ -39,16 +39,11 @@ from ferkd_data.loader.settings import (
     ranks_now,
     warn_if_alone,
 )
-from ferkd_data.loader.shared_epoch import RunTokens, SharedEpoch
+from ferkd_data.loader.shared_epoch import SharedEpoch
 from ferkd_data.loader.transform import Transform
 from ferkd_data.replay import Interpolation, empty_batch
 from ferkd_data.storage import default_cache_dir, local_path
 from ferkd_data.targets import SoftTargets
-
-Item = tuple[Tensor, Any]
-"""Crops of an image, and their targets: SoftTargets, or a tensor (M, C) where dense ones are asked for."""
-ROWS_AT_ONCE = 256
-"""Rows of a stream whose order is worked out together."""
 
 
 class CropDataset(Dataset[Item]):
@@ -174,10 +169,6 @@ class CropDataset(Dataset[Item]):
         """The epoch of the last `set_epoch`, else 0."""
         return self.shared.epoch
 
-    def prepare(self, epoch: int) -> None:
-        """Unpack the crop blocks of an epoch before workers ask for them."""
-        self._maker.prepare_blocks(epoch)
-
     def set_epoch(self, epoch: int) -> None:
         """Let every row begin with the first crops of this epoch; reaches worker processes that live on.
 
@@ -224,7 +215,7 @@ class CropDataset(Dataset[Item]):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return _with_ranks(self.__dict__, self._ranks())
+        return with_ranks(self.__dict__, self._ranks())
 
     def numbered(self, sampler: Iterable[int]) -> NumberedSampler:
         """Return the sampler's rows, each with the number of its reading, counted where the sampler runs.
@@ -265,8 +256,9 @@ class CropDataset(Dataset[Item]):
     ) -> CropStream:
         """Return the same items as an iterable data set, in the order of an epoch.
 
-        `order`, `rank` and `world_size` as in `CropLoader`. The stream begins with the epoch of `set_epoch`, and each
-        iteration over it is another epoch.
+        `order`, `shards_together`, `rank` and `world_size` as in `CropLoader`, but no order unpacks less: labels are
+        unpacked by whole crop blocks, as for the data set itself. The stream begins with the epoch of `set_epoch`, and
+        each iteration over it is another epoch.
 
         Raises UsageError for a data set with `repeats`, since a stream gives each image once in an epoch.
         """
@@ -277,13 +269,7 @@ class CropDataset(Dataset[Item]):
             )
         check_ranks(rank, world_size)
         check_order(order)
-        return CropStream(self, order, shards_together, rank, world_size)
-
-    def rows_of_epoch(self, epoch: int, positions: Rows, order: OrderKind, shards_together: int) -> Rows:
-        """Return the rows at these positions of an epoch."""
-        shard_rows = [shard.rows for shard in self._maker.labels.manifest.shards]
-        seed = self._maker.settings.seed
-        return epoch_order(order, shard_rows, seed=seed, epoch=epoch, shards_together=shards_together).rows(positions)
+        return CropStream(self, self._maker, order, shards_together, rank, world_size)
 
     @staticmethod
     def collate(items: list[Item]) -> Item:
@@ -305,67 +291,6 @@ class CropDataset(Dataset[Item]):
         return joined, torch.cat(targets) if isinstance(targets[0], Tensor) else SoftTargets.cat(targets)
 
 
-class CropStream(IterableDataset[Item]):
-    """Made by `CropDataset.stream`. Every image of an epoch once, dealt out to ranks and their DataLoader's workers.
-
-    Each worker makes batches of its own share. So an epoch of a DataLoader with W workers may have up to W - 1 batches
-    more than its len(), which PyTorch takes from the number of images, or fewer with drop_last.
-
-    Each iteration is the next epoch, for all workers of a DataLoader together; `set_epoch` says which one is next.
-    Ranks get disjoint images, equally many: of N images, N % world_size are left out of an epoch. Workers interleave,
-    so that, unlike with `CropLoader`, what is in a batch depends on their number.
-    """
-
-    def __init__(
-        self, dataset: CropDataset, order: OrderKind, shards_together: int, rank: int | None, world_size: int | None
-    ) -> None:
-        self.dataset = dataset
-        self._order, self._shards_together = order, shards_together
-        self._rank, self._world_size = rank, world_size
-        self._shared = SharedEpoch(0)
-        # An epoch of its own: readings of the data set itself and iterations of the stream do not move each other on.
-        self._shared.follow(dataset.shared)
-        self._tokens = RunTokens()
-
-    def __len__(self) -> int:
-        """Images of an epoch, for this rank."""
-        return len(self.dataset) // self._ranks().world_size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration be this epoch; reaches worker processes that live on."""
-        epoch = epoch_number(epoch)
-        self._shared.of(self._ranks()).set_epoch(epoch)
-        self.dataset.prepare(epoch)
-
-    def __iter__(self) -> Iterator[Item]:
-        # Not a generator: the epoch is settled here, when all workers begin, and not with the first item.
-        ranks = self._ranks()
-        warn_if_alone(ranks, self._world_size)
-        if ranks.world_size > 1 and _is_dealt_out_by_accelerate(self):
-            raise UsageError(
-                "Accelerate (also in HF Trainer) deals this stream's images out to the processes, and so does the "
-                "stream itself: an epoch would have a part of them. Leave its DataLoader out of accelerator.prepare"
-            )
-        return self._items(self._shared.of(ranks).begin_run(self._tokens.next(), self.dataset.shared), ranks)
-
-    def _items(self, epoch: int, ranks: Ranks) -> Iterator[Item]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        # len // world_size for every rank, so that all get equally many images and none waits for another.
-        mine = range(first, len(self.dataset) // ranks.world_size, step)
-        for start in range(0, len(mine), ROWS_AT_ONCE):
-            positions = np.array(mine[start : start + ROWS_AT_ONCE]) * ranks.world_size + ranks.rank
-            rows = self.dataset.rows_of_epoch(epoch, positions, self._order, self._shards_together)
-            for row in rows.tolist():
-                yield self.dataset.item(row, epoch)
-
-    def _ranks(self) -> Ranks:
-        return ranks_now(self._rank, self._world_size)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return _with_ranks(self.__dict__, self._ranks())
-
-
 def _shared_batch(images: Sequence[Tensor]) -> Tensor | None:
     """Allocate shared memory for a batch of these crops where a worker joins them; None elsewhere.
 
@@ -378,22 +303,6 @@ def _shared_batch(images: Sequence[Tensor]) -> Tensor | None:
     if get_worker_info() is None or not are_crops:
         return None
     return empty_batch(sum(map(len, images)), size, shared=True)
-
-
-def _with_ranks(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Fix the ranks in a pickled state, for worker processes, in which torch.distributed is not initialised.
-
-    A process alone may also send its data set to processes that are ranks themselves, as `mp.spawn` does.
-    """
-    return {**state, **({"_rank": ranks.rank, "_world_size": ranks.world_size} if ranks.world_size > 1 else {})}
-
-
-def _is_dealt_out_by_accelerate(stream: CropStream) -> bool:
-    """Return whether the loader that Accelerate iterates over now reads this stream, by itself or in a shard."""
-    state: Any = sys.modules.get("accelerate.state")
-    active = None if state is None else getattr(state.GradientState(), "active_dataloader", None)
-    dataset = getattr(active, "dataset", None)
-    return dataset is stream or getattr(dataset, "dataset", None) is stream
 
 
 def _checked(row: int | Numbered, num_rows: int) -> int | Numbered:
