@@ -12,6 +12,9 @@ from .options import json_option, print_json
 from .overview import left_out
 from .terminal import say, say_table, size
 
+NAME_WIDTH = 13
+"""Characters of the column of names, where none is longer."""
+
 
 @click.command()
 @click.argument("labels")
@@ -46,8 +49,9 @@ def command(labels: str, as_json: bool) -> int:
         "ensemble": manifest.ensemble,
         "written by": f"{manifest.created_by.name} {manifest.created_by.version}, format version {manifest.version}",
     }
+    width = max(NAME_WIDTH, *map(len, rows))
     for name, value in rows.items():
-        say(f"{name:<13} {value}")
+        say(f"{name:<{width}} {value}")
     say("")
     teachers = [
         [
@@ -66,10 +70,13 @@ def command(labels: str, as_json: bool) -> int:
 
 
 def _distributions(manifest: Any) -> dict[str, str]:
-    """Describe the distribution of all crops, or that of each kind."""
-    from ferkd_data.exchange.origins import seeds_in_words
+    """Describe the distribution of all crops, or that of each kind, or of each label set that was merged."""
+    from ferkd_data.exchange.origins import draws_in_words, seeds_in_words
 
     if not manifest.kinds:
+        draws = draws_in_words(manifest, _told)
+        if draws:
+            return dict(draws)
         return {"distribution": f"{_told(manifest.crop_distribution)}, {seeds_in_words(manifest)}"}
     kinds = {f"kind {kind.name}": kind.summary for kind in manifest.kinds}
     return {**kinds, "seed": str(manifest.seed)}

@@ -26,6 +26,7 @@ from ferkd_data.format.manifest import CreatedBy, CropKindEntry, Manifest, Rejec
 from ferkd_data.format.manifest_file import identity_of, write_manifest
 from ferkd_data.format.rejects import check_rejects, read_rejects, readable
 from ferkd_data.images import ImageRef, ImageSource, Reject, in_groups
+from ferkd_data.images.refs import added_left_out, described_together
 from ferkd_data.label_set import LabelSet, open_labels
 from ferkd_data.labels import statistics
 from ferkd_data.labels.rows import UNKNOWN_TARGET
@@ -250,7 +251,7 @@ def seal_extension(folder: BuildFolder, plan: Plan, settings: BuildSettings, fac
                 "images_seen": images + rejects.rows,
                 "plan_sha256": plan.summary.sha256 if new_images else old.source.plan_sha256,
                 "place_sha256": facts.place_sha256 if plan.summary.all_listed else None,
-                "left_out": facts.left_out,
+                "left_out": _left_out(old, plan, facts),
             }
         ),
         "shards": shards,
@@ -311,5 +312,18 @@ def _next_name(path: str) -> str:
 def _description(old: Manifest, plan: Plan, facts: Facts) -> str:
     """Describe the new source, or both sources where the old images are not in the new one."""
     before = old.source.description
-    known = plan.summary.all_listed or facts.source in before.split("; ")
-    return facts.source if known else f"{before}; {facts.source}"
+    return facts.source if _is_one_source(old, plan, facts) else described_together([before, facts.source])
+
+
+def _left_out(old: Manifest, plan: Plan, facts: Facts) -> dict[str, int] | None:
+    """Count the files that were left out of the new source, or of both."""
+    if _is_one_source(old, plan, facts):
+        return facts.left_out
+    # A source that was added before is counted already.
+    is_counted = facts.source in old.source.description.split("; ")
+    return old.source.left_out if is_counted else added_left_out([old.source.left_out, facts.left_out])
+
+
+def _is_one_source(old: Manifest, plan: Plan, facts: Facts) -> bool:
+    """Return whether the new source stands for all images: it has them, or is the same, less what is gone."""
+    return plan.summary.all_listed or facts.source == old.source.description

@@ -9,7 +9,7 @@ from ferkd_data.crop_kinds import kind_starts
 from ferkd_data.crops import CropDistribution
 from ferkd_data.exchange.card_facts import CardFields, Contents, check_fields, columns_table, mark, read_contents
 from ferkd_data.exchange.front_matter import front_matter, loading
-from ferkd_data.exchange.origins import drawn_elsewhere, seeds_in_words
+from ferkd_data.exchange.origins import drawn_elsewhere, draws_in_words, seeds_in_words
 from ferkd_data.format.manifest import UNKNOWN_SHA256, CropDistributionEntry, Manifest
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.statistics import summarise
@@ -166,14 +166,26 @@ def _crops(manifest: Manifest) -> str:
         f"## Crops\n\nRandomResizedCrop, {_drawn(manifest)}, {seeds_in_words(manifest)}; in blocks of "
         f"{manifest.crops_per_block}. Buckets by {measured}: below {thresholds.low:g} extreme hard, below "
         f"{thresholds.mid:g} moderate hard, below {thresholds.top:g} hard positive, else easy positive."
+        + _draws(manifest)
         + _augmentations(manifest)
         + _kinds(manifest)
     )
 
 
+def _draws(manifest: Manifest) -> str:
+    """Make the table of the draws of a merged label set, where they have different distributions."""
+    draws = draws_in_words(manifest, _distribution)
+    if not draws:
+        return ""
+    rows = [f"| {crops.removeprefix('crops ')} | {drawn} |" for crops, drawn in draws]
+    return "\n\n" + "\n".join(["| crops | drawn with |", "| --- | --- |", *rows])
+
+
 def _drawn(manifest: Manifest) -> str:
     if manifest.kinds:
         return "with a distribution for each crop kind"
+    if draws_in_words(manifest, _distribution):
+        return "with the distributions below"
     return _distribution(manifest.crop_distribution)
 
 

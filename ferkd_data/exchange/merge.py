@@ -17,11 +17,19 @@ from ferkd_data.errors import LabelSetError, UsageError
 from ferkd_data.exchange.checks import check_as_verify_does
 from ferkd_data.exchange.origins import draws_of, origin_of
 from ferkd_data.format import out_folder, parquet
-from ferkd_data.format.manifest import DEFAULT_CROPS_PER_BLOCK, CreatedBy, Manifest, RejectsEntry, ShardEntry
+from ferkd_data.format.manifest import (
+    DEFAULT_CROPS_PER_BLOCK,
+    CreatedBy,
+    Manifest,
+    RejectsEntry,
+    ShardEntry,
+    SourceEntry,
+)
 from ferkd_data.format.progress import OnProgress, TransferProgress, with_files
 from ferkd_data.format.rejects import LONGEST_TEXT, REJECTS_NAME, RejectWriter, rejects_entry
 from ferkd_data.format.writers import write_shard
 from ferkd_data.images import Reject
+from ferkd_data.images.refs import added_left_out, described_together
 from ferkd_data.label_set import LabelSet, check_same_classes, combined_teachers, ensemble_shares, open_labels
 from ferkd_data.label_set.ensemble import check_same_crops, merge_labels
 from ferkd_data.labels import statistics
@@ -273,8 +281,6 @@ class _Merge:
 
     def manifest(self, entries: list[ShardEntry], counted: statistics.Statistics, rejects: RejectsEntry) -> Manifest:
         first = self.first
-        plans = [labels.manifest.source.plan_sha256 for labels in self.sets]
-        several = hashlib.sha256("".join(plans).encode()).hexdigest()
         changes: dict[str, Any] = {
             "created_by": CreatedBy(name="ferkd-data", version=ferkd_data.__version__),
             "layout": "parquet",
@@ -285,12 +291,7 @@ class _Merge:
             "shards": tuple(entries),
             "statistics": counted,
             "rejects": rejects,
-            "source": first.source.model_copy(
-                update={
-                    "images_seen": self.images + rejects.rows,
-                    "plan_sha256": several if self.kind == "images" else first.source.plan_sha256,
-                }
-            ),
+            "source": self._source(rejects),
             "merged_from": [origin_of(labels) for labels in self.sets],
             "merge_uncertain": [self.uncertain_sum / max(counted.crops, 1), self.uncertain_max],
         }
@@ -304,6 +305,31 @@ class _Merge:
         # What the first set was a part of, the merged one is not; `merged_from` names what it was made of.
         (merged.model_extra or {}).pop("pulled_from", None)
         return merged
+
+    def _source(self, rejects: RejectsEntry) -> SourceEntry:
+        """Describe the sources of all label sets together."""
+        sources = [labels.manifest.source for labels in self.sets]
+        changes: dict[str, Any] = {
+            "description": described_together(source.description for source in sources),
+            "images_seen": self.images + rejects.rows,
+            # A statement on one place or list holds for the merged set where it is that of all.
+            **{
+                name: _common([getattr(source, name) for source in sources])
+                for name in ("place_sha256", "classes_sha256")
+            },
+            "class_folders": next((folders for source in sources if (folders := source.class_folders)), None),
+        }
+        if self.kind == "images":
+            plans = "".join(source.plan_sha256 for source in sources)
+            changes["plan_sha256"] = hashlib.sha256(plans.encode()).hexdigest()
+            # As with the rejects: sets of the same images have left out the same files.
+            changes["left_out"] = added_left_out(source.left_out for source in sources)
+        return sources[0].model_copy(update=changes)
+
+
+def _common(values: Sequence[str | None]) -> str | None:
+    """Return the value that all are; None where they differ."""
+    return values[0] if len(set(values)) == 1 else None
 
 
 def max_pixels_of(manifests: Sequence[Manifest]) -> int | None:

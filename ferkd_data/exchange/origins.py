@@ -8,14 +8,18 @@ not in the manifest's schema, so a stranger's may hold anything.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from ferkd_data.format.manifest import Manifest
+from pydantic import ValidationError
+
+from ferkd_data.format.manifest import CropDistributionEntry, Manifest
 from ferkd_data.label_set import LabelSet
 
 MOST_SEEDS = 8
 """Most seeds that are listed for a person."""
+MOST_DRAWS = 16
+"""Most draws that are listed for a person."""
 
 
 def origin_of(labels: LabelSet) -> dict[str, Any]:
@@ -56,6 +60,33 @@ def seeds_in_words(manifest: Manifest) -> str:
     if len(seeds) > MOST_SEEDS:
         return f"{len(seeds):,} seeds, the first is {seeds[0]}"
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def draws_in_words(manifest: Manifest, told: Callable[[CropDistributionEntry], str]) -> list[tuple[str, str]]:
+    """List the draws of a label set whose crops were drawn with different distributions; empty where one drew all.
+
+    Each is (crops, how they were drawn), such as ("crops 0 to 49", "scale 0.08 to 1, seed 0"). `told` puts a
+    distribution into words.
+    """
+    draws = list(_draws(manifest))
+    if len({json.dumps(draw["crop_distribution"], sort_keys=True) for draw in draws}) < 2:
+        return []
+    listed, start = [], 0
+    for draw in draws[:MOST_DRAWS]:
+        end = start + draw["crops"] - 1
+        seed = f"seed {draw['seed']}" if isinstance(draw["seed"], int) else "unknown seed"
+        listed.append((f"crops {start} to {end}", f"{_distribution(draw['crop_distribution'], told)}, {seed}"))
+        start = end + 1
+    if len(draws) > MOST_DRAWS:
+        listed.append((f"crops {start} to {manifest.num_crops - 1}", f"{len(draws) - MOST_DRAWS:,} more draws"))
+    return listed
+
+
+def _distribution(entry: Any, told: Callable[[CropDistributionEntry], str]) -> str:
+    try:
+        return told(CropDistributionEntry.model_validate(entry))
+    except ValidationError:
+        return "unknown distribution"
 
 
 def _draws(manifest: Manifest) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,8 @@ MAX_TARGET = 2**31 - 1
 """Largest class number: label sets store targets as int32."""
 MAX_EXTENSIONS = 16
 """Extensions counted separately; files with further extensions are counted together as `other`."""
+MAX_SOURCES_NAMED = 16
+"""Most sources that the description of a label set names."""
 LEFT_OUT_REASONS = {
     "system": ("system file", "system files"),
     "hidden": ("hidden file", "hidden files"),
@@ -149,6 +151,22 @@ class LeftOut:
 def describe_left_out(counts: Mapping[str, int]) -> list[str]:
     """List the counts in words, the most frequent first: `3 system files`, `1 .txt file`."""
     return [f"{count:,} {_words(reason, count)}" for reason, count in sorted(counts.items(), key=lambda c: (-c[1], c))]
+
+
+def described_together(descriptions: Iterable[str]) -> str:
+    """Join the descriptions of sources, each once: `folder a; folder b`. Of very many, the first ones are named."""
+    named = list(dict.fromkeys(part for text in descriptions for part in text.split("; ")))
+    more = len(named) - MAX_SOURCES_NAMED
+    return "; ".join([*named[:MAX_SOURCES_NAMED], *([f"{more:,} more sources"] if more > 0 else [])])
+
+
+def added_left_out(counts: Iterable[Mapping[str, int] | None]) -> dict[str, int] | None:
+    """Add up the numbers of files that several sources left out; None where none of them is known."""
+    known = [count for count in counts if count is not None]
+    total: Counter[str] = Counter()
+    for count in known:
+        total.update(count)
+    return dict(total) if known else None
 
 
 def _words(reason: str, count: int) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import ferkd_data
 from ferkd_data import extras
 from ferkd_data.crops import CropDistribution
-from ferkd_data.exchange.origins import seeds_in_words
+from ferkd_data.exchange.origins import draws_in_words, seeds_in_words
 from ferkd_data.format.manifest import CropDistributionEntry, Manifest
 from ferkd_data.label_set import LabelSet
 from ferkd_data.report import figures, tables
@@ -201,18 +201,25 @@ def duration(hours: float) -> str:
 
 
 def distributions(manifest: Manifest) -> list[tuple[str, str]]:
-    """List how crops were drawn as (name, value): all of them, or those of each kind."""
+    """List how crops were drawn as (name, value): all of them, those of each kind, or of each merged label set."""
 
     def described(crops: CropDistribution | CropDistributionEntry) -> str:
         return (
             f"area {crops.scale[0]:g} to {crops.scale[1]:g} of the image, ratio {crops.ratio[0]:.3g} to "
-            f"{crops.ratio[1]:.3g}, flipped with probability {crops.hflip:g}, {seeds_in_words(manifest)}"
+            f"{crops.ratio[1]:.3g}, flipped with probability {crops.hflip:g}"
         )
 
+    seeds = seeds_in_words(manifest)
     if not manifest.kinds:
-        return [("Crop distribution", described(manifest.crop_distribution))]
+        draws = draws_in_words(manifest, described)
+        if draws:
+            return [(crops.capitalize(), drawn) for crops, drawn in draws]
+        return [("Crop distribution", f"{described(manifest.crop_distribution)}, {seeds}")]
     return [
-        (f"Crop kind {kind.name}", f"{kind.crops:,} of each image, for {kind.size} px: {described(kind.distribution)}")
+        (
+            f"Crop kind {kind.name}",
+            f"{kind.crops:,} of each image, for {kind.size} px: {described(kind.distribution)}, {seeds}",
+        )
         for kind in manifest.kinds
     ]
 

@@ -94,7 +94,12 @@ def test_a_source_of_new_images_alone(growing, make_photos, teachers, tmp_path):
         ignore=lambda folder, names: [name for name in names if name.endswith(".jpg") and int(name[5:9]) < 20],
     )
     (tmp_path / "classes.txt").write_text("".join(f"class{i}\n" for i in range(10)))
-    manifest = fd.build(more, out, extend=True, classes=tmp_path / "classes.txt", device="cpu").manifest
+    (growing / "class0/old.txt").write_text("")
+    (more / "class0/new.txt").write_text("")
+    fd.build(growing, out, teachers=teachers, overwrite=True, **FIRST_CROPS)
+    for _ in range(2):  # the second time, there is nothing to add
+        manifest = fd.build(more, out, extend=True, classes=tmp_path / "classes.txt", device="cpu").manifest
+        assert manifest.source.left_out == {".txt": 2}
     fd.build(tmp_path / "all", fresh, teachers=teachers, **FIRST_CROPS)
     assert same_rows(out, fresh)
     assert manifest.source.description == "folder photos; folder more"

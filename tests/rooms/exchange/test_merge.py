@@ -10,6 +10,7 @@ from label_sets import SMALL, edit_manifest, same_labels
 
 import ferkd_data as fd
 from ferkd_data.errors import LabelSetError, UsageError
+from ferkd_data.exchange.card import render_card
 from ferkd_data.exchange.origins import _draws, draws_of, origin_of, seeds_in_words
 from ferkd_data.format.manifest_file import parse_manifest
 from ferkd_data_cli.main import run
@@ -122,6 +123,42 @@ def test_other_images(sets, tmp_path, photos, make_photos, tiny_teachers):
         with pytest.raises(LabelSetError, match=error):
             fd.merge(several, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
+
+
+def test_the_sources_of_merged_images_are_all_named(make_photos, tiny_teachers, tmp_path):
+    made = []
+    for number, name in enumerate(("monday", "tuesday", "monday")):
+        photos = make_photos(tmp_path / str(number) / name, 10)
+        for path in photos.rglob("*.jpg"):
+            path.rename(path.with_name(f"{number}-{path.name}"))
+        (photos / "class1/notes.txt").write_text("")
+        if number:
+            (photos / "class1/Thumbs.db").write_bytes(b"")
+        made.append(tmp_path / f"labels{number}")
+        fd.build(photos, made[-1], teachers=[tiny_teachers], **SMALL)
+    source = fd.merge(made, tmp_path / "out").manifest.source
+    assert source.description == "folder monday; folder tuesday"
+    assert source.left_out == {".txt": 3, "system": 2} and source.place_sha256 is None
+    assert fd.merge(made, tmp_path / "out").manifest.source == source  # finished already
+
+
+def test_every_draw_of_merged_crops_is_told(sets, tmp_path, photos, tiny_teachers, capsys):
+    """The card said `scale 0.08 to 1` of all crops, though half of them were drawn with another scale."""
+    close_up = fd.CropDistribution(scale=(0.02, 0.1), hflip=0.0)
+    fd.build(photos, tmp_path / "close", teachers=[tiny_teachers], distribution=close_up, **{**SMALL, "crops": 4})
+    out = tmp_path / "out"
+    fd.merge([sets["a4"], tmp_path / "close", sets["other crops"]], out)
+    assert run(["info", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "crops 0 to 9   scale 0.08..1, ratio 0.75..1.33, hflip 0.5, seed 0\n" in said
+    assert "crops 10 to 13 scale 0.02..0.1, ratio 0.75..1.33, hflip 0, seed 0\n" in said
+    assert "crops 14 to 23 scale 0.08..1, ratio 0.75..1.33, hflip 0.5, seed 1\n" in said
+    card = render_card(fd.open_labels(out), fd.CardFields(name="x", license="cc0-1.0"), "here")
+    assert "RandomResizedCrop, with the distributions below, seeds 0, 1; in blocks" in card
+    assert "| 10 to 13 | scale 0.02 to 0.1, ratio 0.75 to 1.333, horizontal flip 0, seed 0 |" in card
+    fd.write_report(out, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Crops 10 to 13" in page and "area 0.02 to 0.1 of the image" in page
 
 
 def test_conflicts_are_named(sets, tmp_path, photos):
