@@ -7,7 +7,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ferkd_data.calibration import CalibrationSetting
-from ferkd_data.errors import LoaderError, StateMismatchError, UsageError, describe_differences
+from ferkd_data.errors import LoaderError, UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet, VerifyLabels
 from ferkd_data.loader.batch_maker import BatchMaker, Made
@@ -33,8 +33,6 @@ from ferkd_data.loader.schedule import (
     Position,
     Window,
     count_batches,
-    read_cursor,
-    saved_epoch,
     settled,
     windows,
 )
@@ -52,6 +50,7 @@ from ferkd_data.loader.settings import (
     ranks_now,
     warn_if_alone,
 )
+from ferkd_data.loader.state import read_state, saved_state, settings_that_must_fit
 from ferkd_data.loader.stats import LoaderStats, log_stats, stats_of
 from ferkd_data.loader.transform import Transform
 from ferkd_data.loader.workers import Workers
@@ -60,7 +59,6 @@ from ferkd_data.selfmix import SelfMix
 from ferkd_data.storage import default_cache_dir, local_path
 from ferkd_data.targets import SoftTargets
 
-STATE_VERSION = 1
 SHOWN = (
     "batch_size",
     "crops_per_image",
@@ -462,8 +460,7 @@ class CropLoader(DataLoaderLike):
         After an epoch's last batch that is the start of the next epoch.
         """
         cursor = self._position.cursor
-        # The key "place" is older than the word cursor. It stays, since states are files of users.
-        return {"version": STATE_VERSION, "settings": self._fingerprint(cursor.epoch), "place": asdict(cursor)}
+        return saved_state(cursor, self._must_fit(cursor.epoch))
 
     def next_window(self) -> tuple[BatchMaker, Window]:
         """The window that the next batch comes from, and a maker of its own that makes it. The loader does not move.
@@ -490,16 +487,7 @@ class CropLoader(DataLoaderLike):
         Raises StateMismatchError that names both values when the state is of other labels or settings, or says what is
         wrong with it when it is no state that a loader saved.
         """
-        if not isinstance(state, dict):
-            raise StateMismatchError(f"a loader's state is a dictionary, as state_dict() gives it; got {state!r}")
-        present = {"version": STATE_VERSION, "settings": self._fingerprint(saved_epoch(state.get("place")))}
-        saved = {"version": state.get("version"), "settings": state.get("settings")}
-        # Compared before the cursor is read, which would call a state of other settings damaged.
-        differences = describe_differences(saved, present)
-        if differences:
-            raise StateMismatchError(f"this state was saved by another loader: {'; '.join(differences)}")
-        cursor = read_cursor(state.get("place"), self._shape(saved_epoch(state.get("place"))))
-        self._position.resume(self._settled(cursor))
+        self._position.resume(self._settled(read_state(state, self._must_fit, self._shape)))
         # The iteration under way ends: its batches are not those that the state goes on with.
         self._running = None
 
@@ -559,18 +547,9 @@ class CropLoader(DataLoaderLike):
                 self._workers = Workers(self._maker, *processes)
         return self._workers
 
-    def _fingerprint(self, epoch: int) -> dict[str, Any]:
-        """The settings that must be the same for a state of this epoch to fit."""
-        kinds = [list(kind) for kind in self.settings.kinds]
-        return {
-            # Evaluated for one epoch, since size and others may be functions of it. Ranks, workers and memory options
-            # are left out: they may differ when a training goes on.
-            "labels": self.labels.identity,
-            "crops": self.labels.num_crops,
-            **({"kinds": kinds} if kinds else {}),
-            **asdict(self._shape(epoch)),
-            **self._maker.epochs.fingerprint(epoch),
-        }
+    def _must_fit(self, epoch: int) -> dict[str, Any]:
+        at = self._maker.epochs.at(epoch)
+        return settings_that_must_fit(self.labels, self.settings, at, self._shape(epoch))
 
 
 def _warn_of_cut_epoch(epoch: int, whole: int, given: int) -> None:
@@ -584,6 +563,3 @@ def _warn_of_cut_epoch(epoch: int, whole: int, given: int) -> None:
         "change",
         stacklevel=3,
     )
-
-
-__all__: Sequence[str] = ["CropLoader"]

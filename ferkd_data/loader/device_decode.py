@@ -123,7 +123,7 @@ class DeviceWorkers:
         self._pool.wait_for_workers()
 
     def end(self) -> None:
-        """End the workers, as `Workers.end` does."""
+        """Let the processes go now: whoever keeps an error keeps its frames, and with them all that is used there."""
         self._pool.end()
 
     @property
@@ -215,7 +215,7 @@ class EncodeHandler:
         self.maker = maker
 
     def __call__(self, task: WindowTask, descriptors: list[int]) -> tuple[Encoded, list[int]]:
-        self.maker.epochs.learn(task.window.epoch, task.settings)
+        self.maker.learn(task.window.epoch, task.settings)
         encoded, parts = encode(self.maker, task.window)
         with self.maker.clock.send:
             # A file, whose descriptor alone goes through the socket: images of a window have tens of megabytes.

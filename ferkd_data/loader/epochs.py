@@ -9,10 +9,9 @@ Legend: M crops per image, n images of the label set.
 from __future__ import annotations
 
 import itertools
-import re
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ferkd_data.calibration import Calibration, calibration_at
 from ferkd_data.loader.schedule import EpochShape
@@ -71,47 +70,11 @@ class Epochs:
             self.learn(epoch, epoch_settings(self._settings, self._num_images, epoch))
         return self._known[epoch]
 
-    def fingerprint(self, epoch: int) -> dict[str, Any]:
-        """Plain values of the settings that decide what a loader gives in this epoch, besides its shape."""
-        settings, at = self._settings, self.at(epoch)
-        described: dict[str, Any] = {
-            "size": at.size,
-            "interpolation": settings.interpolation,
-            "order": settings.order,
-            "shards_together": settings.shards_together,
-            # Of a function, its Calibration in this epoch, as for sizes: many functions go by the name <lambda>.
-            "calibration": _described(at.calibration if callable(settings.calibration) else settings.calibration),
-            "selfmix": None if settings.selfmix is None else asdict(settings.selfmix),
-        }
-        # Only what differs from the defaults: states saved before these settings existed stay valid.
-        if settings.epoch != "images":
-            described["epoch"] = settings.epoch
-        if callable(settings.crops_per_image):
-            described["crops drawn before"] = at.drawn
-        if settings.decode_scale != "exact":
-            described["decode_scale"] = settings.decode_scale
-        if settings.transform is not None:
-            described["transform"] = _described(settings.transform)
-        return described
-
     def learn(self, epoch: int, settings: EpochSettings) -> None:
         """Take over the settings that another process has evaluated."""
         self._known[epoch] = settings
         if len(self._known) > KEPT:
             self._known.popitem(last=False)
-
-
-def _described(setting: Any) -> Any:
-    """A plain value that stays the same from process to process, and differs where a setting's parameters do."""
-    if isinstance(setting, Calibration):
-        return asdict(setting)
-    if isinstance(setting, str):
-        return setting
-    # A function is compared by its name: two processes that define it alike give the same, and its code is not looked
-    # at.
-    name = getattr(setting, "__qualname__", None)
-    # The repr of an object without one of its own holds its address.
-    return name if name is not None else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(setting))
 
 
 def epoch_settings(settings: LoaderSettings, num_images: int, epoch: int) -> EpochSettings:

@@ -89,5 +89,7 @@ def open_maker(
 
     if not settings.kinds:
         return kept, make(kept, settings)
-    first, *others = ((kept.crop_kind(kind.name), settings.of_kind(kind)) for kind in settings.kinds)
+    # Of one kind, `kept` is the view of it already. A view of that would be another label set to the cache.
+    views = [kept] if len(settings.kinds) == 1 else [kept.crop_kind(kind.name) for kind in settings.kinds]
+    first, *others = ((view, settings.of_kind(kind)) for view, kind in zip(views, settings.kinds, strict=True))
     return kept, make(*first, [make(*each) for each in others])

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from numbers import Integral
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
-from ferkd_data.errors import StateMismatchError
 
 Ints = npt.NDArray[np.int64]
 
@@ -115,39 +112,12 @@ class Window:
     """The cursor after each of these batches: where a resume goes on."""
 
 
-def read_cursor(saved: Any, shape: EpochShape) -> Cursor:
-    """Read a cursor that `asdict` wrote. Raises StateMismatchError where it is malformed or in no epoch of `shape`."""
-    names = [field.name for field in fields(Cursor)]
-    if not isinstance(saved, dict) or set(saved) != set(names):
-        raise StateMismatchError(f"this state is damaged: its place must hold {', '.join(names)}; it is {saved!r}")
-    # Checkpoints may be damaged or made by hand: a number out of range here would index beyond the epoch.
-    for name, value in saved.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-            raise StateMismatchError(f"this state is damaged: {name} of its place is {value!r}, not a number from 0 on")
-    cursor = Cursor(**{name: int(value) for name, value in saved.items()})
-    window = _window_images(shape, cursor)
-    # Both ends excluded: a window that is finished counts under `images` (see `_after`).
-    in_window = 0 < cursor.crops < window * shape.crops_per_image
-    if cursor.images + window > shape.num_images or not (in_window or cursor.crops == window == 0):
-        raise StateMismatchError(
-            f"this state is damaged: its place is in no epoch of {shape.num_images} images with "
-            f"{shape.crops_per_image} crops of each: {saved}"
-        )
-    return cursor
-
-
-def saved_epoch(saved: Any) -> int:
-    """Return the epoch of a saved cursor, which decides the shape that it must fit; 0 for a damaged one."""
-    epoch = saved.get("epoch") if isinstance(saved, dict) else None
-    return max(int(epoch), 0) if isinstance(epoch, Integral) else 0
-
-
 def windows(shape: EpochShape, cursor: Cursor, *, rank: int, world_size: int) -> Iterator[Window]:
     """Yield the rest of an epoch for one rank, from `cursor` on. All ranks get the same number of batches."""
     # After a resume within a window: its rest first, with the P and W that it was begun with.
     if cursor.crops:
         yield from _rest_of_window(shape, cursor, rank, world_size)
-        cursor = Cursor(epoch=cursor.epoch, images=cursor.images + _window_images(shape, cursor))
+        cursor = Cursor(epoch=cursor.epoch, images=cursor.images + window_images(shape, cursor))
     step_images = world_size * shape.batch_images
     while (steps := (shape.num_images - cursor.images) // step_images) > 0:
         # The last window has as many batches as are left, so that spreading costs an epoch no batch.
@@ -163,10 +133,10 @@ def count_batches(shape: EpochShape, cursor: Cursor, *, world_size: int) -> int:
     """Count the batches that `windows` yields, without making them."""
     total = 0
     if cursor.crops:
-        left = _window_images(shape, cursor) * shape.crops_per_image - cursor.crops
+        left = window_images(shape, cursor) * shape.crops_per_image - cursor.crops
         # Rounded up: where W has changed, the last batch of the window's rest is short (`_rest_of_window`).
         total += -(-left // (world_size * shape.batch_size))
-        cursor = Cursor(epoch=cursor.epoch, images=cursor.images + _window_images(shape, cursor))
+        cursor = Cursor(epoch=cursor.epoch, images=cursor.images + window_images(shape, cursor))
     step_images = world_size * shape.batch_images
     steps, rest = divmod(shape.num_images - cursor.images, step_images)
     return total + steps + (1 if rest and not shape.drop_last else 0)
@@ -194,7 +164,8 @@ def stand_in(position: int, attempt: int, step: int, *, num_images: int) -> int:
     return (position + attempt * step + attempt // lap) % num_images
 
 
-def _window_images(shape: EpochShape, cursor: Cursor) -> int:
+def window_images(shape: EpochShape, cursor: Cursor) -> int:
+    """Return the images of the window in work, of all ranks that it was begun with."""
     return cursor.window_batches * cursor.window_ranks * shape.batch_images
 
 
@@ -250,7 +221,7 @@ def _window(shape: EpochShape, cursor: Cursor, done: int, rank: int) -> Window:
 
 def _after(shape: EpochShape, cursor: Cursor, crops: int) -> Cursor:
     """Return the cursor after `crops` of the window in work."""
-    total = _window_images(shape, cursor)
+    total = window_images(shape, cursor)
     if crops >= total * shape.crops_per_image:
         return Cursor(epoch=cursor.epoch, images=cursor.images + total)
     return replace(cursor, crops=crops)

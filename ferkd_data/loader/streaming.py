@@ -184,7 +184,7 @@ class StreamedLabels:
         """Nothing needs to be there before the first batch is asked for."""
 
     def forget_except(self, blocks: set[int]) -> None:
-        """`stage` says what is no longer needed."""
+        """Nothing to do: `prefetch` lets go of the shards that it is not told of."""
 
     def prefetch(self, needed: NeededShards | None, blocks: set[int]) -> None:
         """Fetch the shards of this stage, in the background, and let go of all others."""

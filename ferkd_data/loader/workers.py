@@ -113,10 +113,6 @@ class Workers:
         """Wait until all workers are ready. Without this, windows are made in this process until the first one is."""
         self._pool.wait_for_workers()
 
-    def end(self) -> None:
-        """Let the processes go now: whoever keeps an error keeps its frames, and with them all that is used there."""
-        self._pool.end()
-
 
 def pickled(work: object) -> bytes:
     """Pickle work for worker processes. They never import the user's script or notebook: its definitions go by value.

@@ -97,6 +97,16 @@ def same_kinds(a, b):
     )
 
 
+def test_one_kind_shares_its_blocks_with_a_loader_of_its_view(make, alone, tmp_path):
+    def blocks():
+        return {path for path in tmp_path.rglob("*") if path.is_file()}
+
+    plain_batches = contents(alone("global", cache_dir=tmp_path))
+    unpacked = blocks()
+    assert same(contents(make(kinds={"global": 2}, cache_dir=tmp_path), "global"), plain_batches)
+    assert unpacked and blocks() == unpacked
+
+
 @pytest.mark.parametrize("layout", ["parquet", "webdataset"])
 @pytest.mark.parametrize("order", ["global", "shards", "sequential"])
 def test_a_batch_has_crops_of_each_kind(make, layout, order):
@@ -176,7 +186,8 @@ def test_labels_on_a_server(make, built, tmp_path, order):
         assert same_kinds(everything(make(labels=labels, order=order)), everything(make(order=order)))
         two = fd.open_labels(server.url, cache_dir=tmp_path / "others")
         before = dict(server.sent)
-        next(iter(make(labels=two, order=order, kinds={"local": 2})))
+        # Into a cache of its own: blocks that are there already are not fetched.
+        next(iter(make(labels=two, order=order, kinds={"local": 2}, cache_dir=tmp_path / "cache")))
         asked = [name for name in server.sent if server.sent[name] > before.get(name, 0) and name.startswith("labels/")]
     assert asked and not [name for name in asked if name.endswith("-000.parquet")]
 
