@@ -199,6 +199,7 @@ def _estimate(
     settings, teachers = prepared.job.settings, prepared.teachers
     num_images = plan.count_images(shards)
     num_crops = num_images * settings.crops
+    label_files = len(shards) * len(settings.block_starts)
     # The workers were measured at the same time, so the rate of one has the share of the others in it already.
     rate = fmean(sample.crops_per_second for sample in samples)
     scale = num_images / sum(sample.images for sample in samples)
@@ -209,10 +210,13 @@ def _estimate(
         forwards=num_crops * len(teachers),
         crops_per_second=rate * workers,
         hours=num_crops / (rate * workers) / 3600,
-        label_bytes=round(sum(sample.label_bytes for sample in samples) * scale),
+        label_bytes=round(
+            sum(sample.label_bytes for sample in samples) * scale
+            + fmean(sample.file_bytes for sample in samples) * label_files
+        ),
         image_bytes=round(sum(sample.image_bytes for sample in samples) * scale),
         # Two more: rejects.parquet and manifest.json, which `finish` writes for a build in parts.
-        files=len(shards) * len(settings.block_starts) + (2 if part is None else 0),
+        files=label_files + (2 if part is None else 0),
         teachers=tuple(
             TeacherCost(
                 spec=str(teacher.spec),

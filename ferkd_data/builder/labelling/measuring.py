@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ferkd_data.builder.labelling.crop_batches import input_of
 from ferkd_data.builder.labelling.job import Tools
 from ferkd_data.builder.labelling.label_shard import label_shard
+from ferkd_data.format.manifest import Layout
 from ferkd_data.format.writers import Row, write_shard
 from ferkd_data.images import ImageRef, Reject
 from ferkd_data.replay import empty_batch
@@ -32,10 +33,13 @@ class Sample:
     crops: int
     crops_per_second: float
     label_bytes: int
+    """Bytes that the measured images take in label files, without those that any file takes."""
     image_bytes: int
     """Bytes copied into the shard; 0 for layout parquet."""
     teacher_milliseconds: tuple[float, ...]
     """Milliseconds of each teacher for one crop."""
+    file_bytes: int = 0
+    """Bytes that a label file takes however few its rows are; 0 for layout webdataset."""
 
 
 def measure(tools: Tools, refs: Sequence[ImageRef], location: str) -> Sample:
@@ -48,21 +52,35 @@ def measure(tools: Tools, refs: Sequence[ImageRef], location: str) -> Sample:
     milliseconds = [_teacher_milliseconds(teacher, tools) for teacher in tools.teachers]
     rows, rate = _label(refs, tools)
     copied = sum(len(image) for _, image in rows) if settings.layout == "webdataset" else 0
-    written = 0
-    if rows:
-        with Scratch("dry-run") as folder:
-            # By the build's own writer: how well labels compress depends on the teachers.
-            _, files = write_shard(folder, 0, rows, layout=settings.layout, block_starts=settings.block_starts)
-            written = sum(file.bytes for file in files)
+    starts = list(settings.block_starts)
+    written = _written(rows, starts, settings.layout)
+    per_file = 0
+    # A few images make small files, most of which is footer: scaled up, it would make many times the real size. The
+    # same rows in twice as many files tell what a file takes.
+    halves = sorted({*starts, *((a + b) // 2 for a, b in zip(starts, [*starts[1:], settings.crops], strict=True))})
+    if settings.layout == "parquet" and len(halves) > len(starts):
+        per_file = max(0, _written(rows, halves, settings.layout) - written) // (len(halves) - len(starts))
+        # All rows are counted in each file, so at most what was written is the files' own.
+        per_file = min(per_file, written // len(starts))
     return Sample(
         location=location,
         images=len(rows),
         crops=len(rows) * settings.crops,
         crops_per_second=rate,
-        label_bytes=written - copied,
+        label_bytes=written - copied - per_file * len(starts),
         image_bytes=copied,
         teacher_milliseconds=tuple(milliseconds),
+        file_bytes=per_file,
     )
+
+
+def _written(rows: Sequence[Row], starts: Sequence[int], layout: Layout) -> int:
+    """Return the bytes of these rows by the build's own writer: how well labels compress depends on the teachers."""
+    if not rows:
+        return 0
+    with Scratch("dry-run") as folder:
+        _, files = write_shard(folder, 0, rows, layout=layout, block_starts=starts)
+        return sum(file.bytes for file in files)
 
 
 def _label(refs: Sequence[ImageRef], tools: Tools) -> tuple[list[Row], float]:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from label_sets import SMALL, TEACHER_MODULES
 
+import ferkd_data as fd
 from ferkd_data.builder import dry_run
 from ferkd_data.builder.labelling import measuring as module
 from ferkd_data.builder.labelling.measuring import Sample
@@ -62,6 +63,20 @@ def test_a_worker_that_fails_or_dies(photos, teachers, tmp_path):
         BuildError, match=r"^worker [01] \(cpu, process \d+\) ended with status 9 while it was measured"
     ):
         dry_run(photos, teachers=[teachers + "dying"], workers=2, **SMALL)
+
+
+@pytest.mark.parametrize("settings", [{"crops": 10, "crops_per_block": 5}, {"crops": 12, "crops_per_block": 50}])
+def test_the_size_is_that_of_whole_shards_though_few_images_are_measured(
+    photos, tiny_teachers, tmp_path, monkeypatch, settings
+):
+    """The footers of small files were scaled up with the rows, to ten times the size that the build then had."""
+    monkeypatch.setattr(module, "MEASURE_SECONDS", 0.0)
+    settings = {"teachers": [tiny_teachers], "top_k": 4, "device": "cpu", "images_per_shard": 20, **settings}
+    estimate = dry_run(photos, **settings)
+    assert estimate.measured_crops < 4 * settings["crops"]
+    manifest = fd.build(photos, tmp_path / "out", **settings).manifest
+    built = sum(file.bytes for shard in manifest.shards for file in shard.files)
+    assert 0.7 * built < estimate.label_bytes < 1.4 * built
 
 
 @pytest.fixture
