@@ -36,8 +36,10 @@ def main() -> None:
         batch_size=args.batch_size,
         size=args.size,
         num_workers=args.workers,
+        pin_memory=True,  # where there is a GPU
     )
     model = torchvision.models.get_model(args.model, num_classes=labels.num_classes)
+    model.to(memory_format=torch.channels_last)  # as the batches are
     model, optimiser = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     # Anything with state_dict and load_state_dict is saved along: no batch is repeated or skipped after a resume.
     accelerator.register_for_checkpointing(loader)
@@ -48,7 +50,8 @@ def main() -> None:
         loader.set_epoch(epoch)
         steps = 0
         for images, targets in loader:
-            images, targets = images.to(accelerator.device), targets.to(accelerator.device)
+            images = images.to(accelerator.device, non_blocking=True)
+            targets = targets.to(accelerator.device, non_blocking=True)
             with accelerator.autocast():
                 logits = model(fd.normalize(images))
             loss = fd.soft_cross_entropy(logits, targets)

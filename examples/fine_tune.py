@@ -57,7 +57,7 @@ def main() -> None:
     )
     torch.manual_seed(0)
     model, last, statistics = pretrained(args.model, labels.num_classes)
-    model.to(device).train()
+    model.to(device, memory_format=torch.channels_last).train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()  # a few thousand photos say less of the statistics than the pretraining did

@@ -63,9 +63,13 @@ def main() -> None:
     )  # fmt: skip
     loader = fd.CropLoader(
         fd.open_labels(args.labels), images=args.photos, batch_size=args.batch_size, size=args.size,
-        num_workers=args.workers,
-        to_batch=lambda images, targets: {"images": images, "targets": targets.to(arguments.device)},
+        num_workers=args.workers, pin_memory=True,
+        to_batch=lambda images, targets: {
+            "images": images.to(arguments.device, non_blocking=True),
+            "targets": targets.to(arguments.device, non_blocking=True),
+        },
     )  # fmt: skip
+    # Not in channels-last format, in which batches are: Trainer cannot save such weights (safetensors refuses them).
     model = torchvision.models.get_model(args.model, num_classes=loader.labels.num_classes)
     if args.resume:
         last = max(Path(args.output).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))

@@ -19,6 +19,7 @@ class Student(lightning.LightningModule):
     def __init__(self, model: str, num_classes: int, lr: float) -> None:
         super().__init__()
         self.model = torchvision.models.get_model(model, num_classes=num_classes)
+        self.model.to(memory_format=torch.channels_last)  # as the batches are
         self.lr = lr
 
     def training_step(self, batch: tuple[torch.Tensor, fd.SoftTargets], batch_idx: int) -> torch.Tensor:
@@ -45,7 +46,12 @@ def main() -> None:
     args = parser.parse_args()
     labels = fd.open_labels(args.labels)
     loader = fd.CropLoader(
-        labels, images=args.photos, batch_size=args.batch_size, size=args.size, num_workers=args.workers
+        labels,
+        images=args.photos,
+        batch_size=args.batch_size,
+        size=args.size,
+        num_workers=args.workers,
+        pin_memory=True,  # where there is a GPU
     )
     student = Student(args.model, labels.num_classes, lr=1e-3)
     trainer = lightning.Trainer(

@@ -41,7 +41,9 @@ def main() -> None:
         pin_memory=device == "cuda",
     )
     torch.manual_seed(0)
-    students = {name: timm.create_model(name, num_classes=labels.num_classes).to(device) for name in args.models}
+    students = {name: timm.create_model(name, num_classes=labels.num_classes) for name in args.models}
+    for student in students.values():
+        student.to(device, memory_format=torch.channels_last)  # as the batches are
     optimisers = {
         name: torch.optim.AdamW(s.parameters(), lr=args.lr, weight_decay=0.05) for name, s in students.items()
     }

@@ -45,6 +45,7 @@ def main() -> None:
         size=numbers(args.sizes),
         batch_size=args.batch_images * kinds[large],  # crops of the first kind
         num_workers=args.workers,
+        pin_memory=device == "cuda",
     )
     torch.manual_seed(0)
     student = timm.create_model(args.model, num_classes=labels.num_classes).to(
@@ -55,9 +56,10 @@ def main() -> None:
         loader.set_epoch(epoch)
         total = torch.zeros((), device=device)
         for images, targets in loader:
-            targets = {kind: soft.to(device) for kind, soft in targets.items()}
+            images = {kind: crops.to(device, non_blocking=True) for kind, crops in images.items()}
+            targets = {kind: soft.to(device, non_blocking=True) for kind, soft in targets.items()}
             # A forward pass for each size, as in DINO.
-            logits = {kind: student(fd.normalize(crops.to(device))) for kind, crops in images.items()}
+            logits = {kind: student(fd.normalize(crops)) for kind, crops in images.items()}
             loss = torch.stack([fd.soft_cross_entropy(logits[kind], targets[kind]) for kind in kinds]).mean()
             # The mean label of an image's large crops, which lie side by side in a batch: (images, C).
             whole = targets[large].dense().unflatten(0, (-1, kinds[large])).mean(dim=1)

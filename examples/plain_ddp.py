@@ -34,9 +34,12 @@ def main() -> None:
     args = parser.parse_args()
 
     cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        # Otherwise what names no GPU, such as NCCL's barriers and pinned memory, makes every rank use the first one.
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
     rank = dist.get_rank()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 
     labels = fd.open_labels(args.labels)
     loader = fd.CropLoader(

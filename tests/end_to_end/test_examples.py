@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import json
@@ -42,6 +43,30 @@ def test_examples_are_short():
     """But for those that are the format's text as a program."""
     for path in set(EXAMPLES.glob("*.py")) - set(EXAMPLES.glob("standalone_*.py")):
         assert len(path.read_text().splitlines()) < 100, path
+
+
+TRAINING = sorted(path.name for path in EXAMPLES.glob("*.py") if "CropLoader(" in path.read_text())
+COPIED = ("images", "targets", "crops", "soft")
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_examples_are_as_fast_on_a_gpu_as_they_can_be(name):
+    """Read, not run: no GPU is needed for it."""
+    text = (EXAMPLES / name).read_text()
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    options = {id(call): {keyword.arg for keyword in call.keywords} for call in calls}
+    methods = [call for call in calls if isinstance(call.func, ast.Attribute)]
+    (loader,) = [call for call in methods if call.func.attr == "CropLoader"]
+    assert "pin_memory" in options[id(loader)]
+    # The calls of the test at an epoch's end copy what a DataLoader of the user gives.
+    copies = [call for call in methods if call.func.attr == "to" and getattr(call.func.value, "id", "") in COPIED]
+    waiting = [ast.unparse(call) for call in copies if "non_blocking" not in options[id(call)]]
+    assert waiting in ([], ["images.to(device)"] * (name == "student.py"))
+    assert copies or name == "lightning_module.py", "Lightning moves batches itself"
+    # safetensors does not save such weights, and HF Trainer does not convert them.
+    assert ("memory_format=torch.channels_last" in text) == (name != "hf_trainer.py"), "as the batches are"
+    if "init_process_group" in text:
+        assert 0 < text.find("torch.cuda.set_device(device)") < text.find("init_process_group")
 
 
 def test_plain_ddp_on_two_processes_and_resumed(label_set, photos, tmp_path):
