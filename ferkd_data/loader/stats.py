@@ -202,6 +202,9 @@ def _setup(settings: LoaderSettings, epoch: int) -> Setup:
         num_workers=settings.num_workers,
         crops_per_image=settings.crops_at(epoch),
         spread=bool(settings.spread),
+        kinds=bool(settings.kinds),
+        transform=settings.transform is not None,
+        decode_scale=settings.decode_scale != "exact",
         decode_device=settings.decode_device is not None,
         cuda=torch.cuda.is_available(),
         cores=cores_of_rank(),
@@ -221,11 +224,22 @@ class Setup:
     num_workers: int
     crops_per_image: int
     spread: bool
+    kinds: bool = False
+    """Whether batches have several crop kinds."""
+    transform: bool = False
+    """Whether the user's function augments crops."""
+    decode_scale: bool = False
+    """Whether large JPEGs are decoded at a part of their size."""
     decode_device: bool
     cuda: bool
     """Whether a GPU could decode."""
     cores: int
     """Cores that this rank may use."""
+
+    @property
+    def gpu_may_decode(self) -> bool:
+        """Whether there is a GPU, and no setting that `decode_device` excludes."""
+        return self.cuda and not (self.kinds or self.transform or self.decode_scale)
 
     @property
     def free_cores(self) -> bool:
@@ -251,6 +265,15 @@ def judge(
     'read'
     >>> judge(setup, wait=0.1, hand_over=0, step=10, stages={"read": 15, "decode": 3}, here_share=0)[0]
     'your step'
+
+    Only settings that go with those of the loader are advised:
+
+    >>> from dataclasses import replace
+    >>> busy = Setup(num_workers=8, crops_per_image=4, spread=False, decode_device=False, cuda=True, cores=8)
+    >>> judge(busy, wait=9, hand_over=0, step=1, stages={"decode": 15}, here_share=0)
+    ('decode', "decode on the GPU: decode_device='cuda'")
+    >>> judge(replace(busy, transform=True), wait=9, hand_over=0, step=1, stages={"cut": 15}, here_share=0)
+    ('cut', '8 workers keep all 8 cores busy: more cores, or a smaller size, would help')
     """
     if wait + hand_over < LOADER_SHARE * (wait + hand_over + step):
         return "your step", "your training step is the bottleneck; a faster loader would gain next to nothing"
@@ -285,17 +308,19 @@ def _decode(setup: Setup) -> str:
     # Other ways to decode faster cost something; more workers only need cores.
     if setup.free_cores:
         return _more_workers(setup)
-    if setup.crops_per_image == 1:
+    if setup.crops_per_image == 1 and not setup.kinds:
         return "decode each image once for several crops: crops_per_image=4, spread=True"
-    if setup.cuda:
+    if setup.gpu_may_decode:
         return "decode on the GPU: decode_device='cuda'"
+    if setup.decode_scale:
+        return "make the photos smaller once, before the build"
     return "make the photos smaller once, before the build, or try decode_scale='auto' where they are large"
 
 
 def _cut(setup: Setup) -> str:
     if setup.decode_device:
         return _on_device(setup)
-    if setup.cuda and not setup.free_cores:
+    if setup.gpu_may_decode and not setup.free_cores:
         return "cut on the GPU: decode_device='cuda'"
     return _more_workers(setup)
 

@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from servers import serve
@@ -17,7 +18,9 @@ from ferkd_data.errors import LoaderError
 from ferkd_data.images import open_source
 from ferkd_data.loader import clocks
 from ferkd_data.loader.clocks import STAGES
-from ferkd_data.loader.stats import ADVICE, Setup, cores_of_rank, judge
+from ferkd_data.loader.kinds import KindOfBatch
+from ferkd_data.loader.settings import LoaderSettings
+from ferkd_data.loader.stats import ADVICE, Setup, _setup, cores_of_rank, judge
 
 SETUP = Setup(num_workers=2, crops_per_image=4, spread=False, decode_device=False, cuda=False, cores=8)
 
@@ -290,6 +293,10 @@ def test_a_line_that_nobody_would_see_is_warned_of(make, caplog):
         {"num_workers": 8},
         {"num_workers": 8, "cuda": True},
         {"num_workers": 8, "crops_per_image": 1},
+        {"num_workers": 8, "crops_per_image": 1, "kinds": True},
+        {"num_workers": 8, "cuda": True, "kinds": True},
+        {"num_workers": 8, "cuda": True, "transform": True},
+        {"num_workers": 8, "cuda": True, "decode_scale": True},
         {"num_workers": 8, "spread": True},
         {"decode_device": True, "cuda": True},
         {"num_workers": 0},
@@ -305,6 +312,13 @@ def test_advice_is_one_line_that_fits_the_setup(stage, changes):
         assert f"num_workers={setup.cores}" in advice and stage in advice
     if setup.decode_device and stage in ("decode", "cut"):
         assert "decode_device" in advice
+    # What the loader's settings would refuse beside each other.
+    if setup.kinds or setup.transform or setup.decode_scale:
+        assert "decode_device" not in advice
+    if setup.kinds:
+        assert "spread=True" not in advice
+    if setup.decode_scale:
+        assert "decode_scale" not in advice, "it is set"
     if not setup.free_cores:
         assert "raise num_workers from" not in advice, "there are no more cores"
 
@@ -321,6 +335,23 @@ def test_advice_by_stage():
     assert "decode_device='cuda'" in advice("decode", replace(full, cuda=True))
     assert "decode_scale" in advice("decode", full)
     assert "disk" in advice("read") and "spread or batch_size" in advice("send", replace(SETUP, spread=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({}, {}),
+        ({"transform": lambda crop: crop}, {"transform": True}),
+        ({"decode_scale": "auto"}, {"decode_scale": True}),
+        ({"decode_device": "cpu"}, {"decode_device": True}),
+        ({"kinds": (KindOfBatch("large", 2, 32), KindOfBatch("small", 6, 16))}, {"kinds": True}),
+    ],
+)
+def test_the_setup_is_that_of_the_loader(monkeypatch, changes, known):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    settings = LoaderSettings(**{"batch_size": 4, "crops_per_image": 2, "size": 32, **changes})
+    plain = replace(SETUP, num_workers=0, crops_per_image=2, cuda=True, cores=cores_of_rank())
+    assert _setup(settings, epoch=0) == replace(plain, **known)
 
 
 def test_too_early_to_say():
