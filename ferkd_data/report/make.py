@@ -123,26 +123,32 @@ def pictures_for(labels: LabelSet, found: Collected, images: str | Path | ImageS
 
 
 def hours_of(log: Path) -> float:
-    """Add up the hours of all runs of a build, from the log that `build --log-json` wrote.
+    """Add up the hours of all runs of a build, from the log that `build --log-json` wrote; parts may share it.
 
     Raises UsageError where the file is no such log.
     """
-    seconds = last = 0.0
+    seconds: dict[str, float] = {}
+    nameless = last = 0.0
     line = ""
     try:
         for line in log.read_text(encoding="utf-8").splitlines():
-            elapsed = float(json.loads(line)["elapsed"])
-            # `elapsed` starts at 0 in each run.
+            event = json.loads(line)
+            elapsed, run = float(event["elapsed"]), event.get("run")
+            # Runs that share a log, as parts do, write in turn.
+            if run is not None:
+                seconds[str(run)] = max(elapsed, seconds.get(str(run), 0.0))
+                continue
+            # An earlier version named no runs: `elapsed` starts at 0 in each, and they follow each other.
             if elapsed < last:
-                seconds += last
+                nameless += last
             last = elapsed
     except OSError as error:
         raise UsageError(f"log {log}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"log {log}: {line[:80]!r} is not a line that build --log-json writes") from error
     if not line:
         raise UsageError(f"log {log}: is empty; build --log-json writes a line for each event")
-    return (seconds + last) / 3600
+    return (nameless + last + sum(seconds.values())) / 3600
 
 
 LARGEST_SHARE = 0.05

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import sys
 import time
 from dataclasses import asdict
@@ -25,8 +26,9 @@ PROGRESS_SECONDS = 10.0
 class JsonLog:
     """Appends events to a file: progress every few seconds, all others as they come.
 
-    A line has `event`, `time` (UTC) and `elapsed` seconds since the log was opened, then the event's own fields. Where
-    the log cannot be written any more, that is said once on stderr. Raises UsageError where it cannot be opened.
+    A line has `event`, `time` (UTC), `elapsed` seconds since this run opened the log, `run`, which is a random name of
+    the run, and the event's own fields. Several runs may share a file. Where the log cannot be written any more, that is
+    said once on stderr. Raises UsageError where it cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,6 +38,8 @@ class JsonLog:
         except OSError as error:
             raise UsageError(f"log {path}: cannot be opened ({error.strerror})") from error
         self._path = path
+        # Not from a generator that a training may have seeded: two parts would get the same.
+        self._run = secrets.token_hex(8)
         self._opened = time.monotonic()
         self._logged_progress = float("-inf")
         self._progress: Progress | None = None
@@ -58,7 +62,8 @@ class JsonLog:
 
     def _write(self, event: Event, now: float) -> None:
         stamp = datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
-        line = {"event": name_of(event), "time": stamp, "elapsed": round(now - self._opened, 3), **asdict(event)}
+        elapsed = round(now - self._opened, 3)
+        line = {"event": name_of(event), "time": stamp, "elapsed": elapsed, "run": self._run, **asdict(event)}
         try:
             # Opened for each event, so that the file may be rotated, and several parts may share it.
             with self._path.open("a", encoding="utf-8") as stream:

@@ -17,6 +17,7 @@ from ferkd_data.builder.watch import progress as counting
 from ferkd_data.builder.watch.events import (
     BatchHalved,
     BuildFailed,
+    BuildFinished,
     Progress,
     ShardDone,
     Watchers,
@@ -115,6 +116,15 @@ class FullDisk:
     def see(self, event):
         if isinstance(event, BuildFailed):
             raise OSError(28, "no space")
+
+
+def test_runs_that_share_a_log_have_names(tmp_path):
+    log = tmp_path / "log"
+    first, second = JsonLog(log), JsonLog(log)
+    for watcher in (first, second, first):
+        watcher.see(BuildFinished(out="x", images=1, rejects=0, files=1))
+    names = [json.loads(line)["run"] for line in log.read_text().splitlines()]
+    assert names[0] == names[2] != names[1] and len(names[0]) == 16
 
 
 def test_a_watcher_that_fails_on_the_failure_does_not_take_its_place():

@@ -158,6 +158,15 @@ def test_one_file_for_two_things_is_refused(label_set, tmp_path, capsys):
     assert run(["report", str(label_set), str(log), "--log-json", str(log)]) == 2 and log.stat().st_size == 15
 
 
+def test_parts_that_share_a_log_are_each_counted_once(tmp_path):
+    """Each line after another part's seemed to begin a run: two parts of an hour were 60 hours."""
+    log = tmp_path / "log.jsonl"
+    earlier = [{"event": "x", "elapsed": seconds} for seconds in (1, 1800, 2, 1800)]
+    parts = [{"event": "x", "elapsed": 60.0 * m + n, "run": f"part {n}"} for m in range(61) for n in (1, 0)]
+    log.write_text("".join(json.dumps(event) + "\n" for event in [*earlier, *parts]))
+    assert hours_of(log) == pytest.approx(1 + 2, abs=0.001)
+
+
 def test_a_log_that_is_none_is_refused(tmp_path):
     (tmp_path / "log").write_text("hello\n")
     with pytest.raises(UsageError, match="'hello' is not a line"):
