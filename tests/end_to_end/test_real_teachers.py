@@ -41,12 +41,18 @@ def test_the_demo_command(demo, capsys):
         right += int(image.class_index[area.argmax(), 0] == image.target)
     assert right >= 15
     assert labels.statistics.top1_matches_target / labels.statistics.crops > 0.6
-    # Again: shown, and not labelled again. Another number of crops is another label set.
+    # Again: shown, and not labelled again.
     written = [path.stat().st_mtime_ns for path in sorted((folder / "labels").rglob("*.parquet"))]
     assert run(["demo", str(folder), "--crops", "12"]) == 0
     assert [path.stat().st_mtime_ns for path in sorted((folder / "labels").rglob("*.parquet"))] == written
-    assert run(["demo", str(folder), "--crops", "2"]) == 0
-    assert fd.open_labels(folder / "labels").num_crops == 2
+    # Hours of the owner's work were replaced by a demo, without a question.
+    fd.build(demo.photos, folder / "labels", extend=True, crops=24, device="cpu")
+    for number in ("12", "2"):
+        assert run(["demo", str(folder), "--crops", number]) == 2
+        assert f"has 24 crops per image, asked for {number}" in capsys.readouterr().err
+    assert run(["demo", str(folder)]) == 0
+    assert "already finished: " in capsys.readouterr().out
+    assert fd.open_labels(folder / "labels").num_crops == 24
 
 
 def test_evaluate_finds_a_wrong_normalisation(demo):

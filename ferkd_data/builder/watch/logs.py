@@ -27,8 +27,8 @@ class JsonLog:
     """Appends events to a file: progress every few seconds, all others as they come.
 
     A line has `event`, `time` (UTC), `elapsed` seconds since this run opened the log, `run`, which is a random name of
-    the run, and the event's own fields. Several runs may share a file. Where the log cannot be written any more, that is
-    said once on stderr. Raises UsageError where it cannot be opened.
+    the run, and the event's own fields. Several runs may share a file. Where the log cannot be written any more, one
+    line on stderr says so. Raises UsageError where it cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
