@@ -21,6 +21,7 @@ from ferkd_data.label_set import LabelSet, open_labels, read_remote_manifest
 from ferkd_data.remote import Remote, Retries, is_remote
 from ferkd_data.scratch import Scratch
 from ferkd_data.storage import inside, local_path, read_regular, sha256_file
+from ferkd_data.words import count
 
 README, CROISSANT, LICENSE = "README.md", "croissant.json", "LICENSE"
 MAX_CARD_BYTES = 2**20
@@ -187,8 +188,8 @@ def _check(labels: LabelSet) -> None:
     report = verify(labels.location)
     if not report.ok:
         raise PublishError(
-            f"{labels.location}: {report.faults_found} faults, the first is: {report.faults[0]}; see all with: "
-            f"ferkd-data verify {labels.location}"
+            f"{labels.location}: {count(report.faults_found, 'fault')}, the first is: {report.faults[0]}; "
+            f"see all with: ferkd-data verify {labels.location}"
         )
 
 

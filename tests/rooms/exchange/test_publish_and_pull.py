@@ -186,9 +186,7 @@ def test_what_is_refused(label_set, tar_label_set, tmp_path):
     damaged = shutil.copytree(label_set, tmp_path / "damaged")
     shard = damaged / "labels/00001-001.parquet"
     shard.write_bytes(shard.read_bytes()[:-4] + b"1RAP")
-    with pytest.raises(
-        PublishError, match=r"1 faults, the first is: labels/00001-001.parquet: the bytes are not those"
-    ):
+    with pytest.raises(PublishError, match=r"1 fault, the first is: labels/00001-001.parquet: the bytes are not those"):
         fd.publish(damaged, str(tmp_path / "public"), card=CARD)
     with pytest.raises(ManifestError, match=r"no manifest.json"):
         fd.publish(tmp_path, str(tmp_path / "public"), card=CARD)
