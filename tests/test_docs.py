@@ -81,6 +81,18 @@ def test_documented_command_lines_have_options_that_exist():
     assert len(seen) > 40
 
 
+def test_documented_examples_have_options_that_exist():
+    count = 0
+    for path in {*DOCUMENTS, *ROOT.glob("examples/*.py")} - {*RECORDS}:
+        text = path.read_text(encoding="utf-8")
+        for program, rest in re.findall(r"\b((?:examples|benchmarks|scripts)/[\w/]+\.py)\b([^\n`]*)", text):
+            given = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest))
+            unknown = {option for option in given if f'"{option}"' not in (ROOT / program).read_text(encoding="utf-8")}
+            assert not unknown, (path.name, program, unknown)
+            count += len(given)
+    assert count > 20
+
+
 def calls_of(text):
     """Yield the name and the keywords of each call of `fd.NAME(…)`, also where arguments are left out with dots."""
     for call in re.finditer(r"\bfd\.(\w+)\(", text):
