@@ -61,6 +61,18 @@ def test_no_file_is_blamed_where_a_process_may_open_no_more(kind, photos, tar_la
     assert len(source.read_one(ref)) == len(next(iter(source.read([ref])))) > 100
 
 
+def test_a_loader_that_skips_unusable_images_skips_none_for_it(label_set, photos, tmp_path):
+    labels = fd.open_labels(label_set)
+    loader = fd.CropLoader(
+        labels, images=photos, batch_size=4, crops_per_image=2, size=16, on_error="skip", cache_dir=tmp_path
+    )
+    batches = iter(loader)
+    next(batches)
+    with NoRoom(), pytest.raises(TooManyOpenFilesError, match=TOO_MANY):
+        next(batches)
+    assert loader.skipped == 0
+
+
 def test_nor_where_the_machine_may_open_no_more(tmp_path):
     with pytest.raises(TooManyOpenFilesError, match=r"this machine has as many files open as it may \(fs\.file-max\)"):
         refuse_too_many_files(tmp_path, OSError(errno.ENFILE, "x"))
