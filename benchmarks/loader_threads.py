@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import statistics
 import tempfile
 import threading
@@ -31,7 +30,7 @@ from loader_speed import write_labels, write_photos
 from loader_start import OPERATIONS, step
 
 import ferkd_data as fd
-from ferkd_data.loader.batch_maker import BatchMaker, Made, WindowMemory
+from ferkd_data.loader.batch_maker import Made
 from ferkd_data.loader.schedule import Cursor, Window, windows
 from ferkd_data.replay import empty_batch
 
@@ -48,14 +47,12 @@ def by_threads(folder: Path, number: int, *, shared: bool = False) -> Iterator[t
     """Make the windows of epochs without end, `number` at a time, `AHEAD` for each thread."""
     loader = open_loader(folder, 0)
     own = threading.local()
-    parts = pickle.dumps((loader.labels, loader._maker.cache, loader._maker.images))
 
     def make(window: Window) -> tuple[torch.Tensor, Made]:
         if not hasattr(own, "maker"):
-            labels, cache, images = pickle.loads(parts)
-            own.maker = BatchMaker(labels, cache, images, loader.settings)
+            own.maker = loader._maker.alone()
         images = empty_batch(BATCH, 224, shared=shared)
-        return images, own.maker.make(WindowMemory(window, images))
+        return images, own.maker.make(window, images)
 
     waiting: deque[Future[tuple[torch.Tensor, Made]]] = deque()
     with ThreadPoolExecutor(number) as pool:

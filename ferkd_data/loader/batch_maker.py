@@ -12,6 +12,7 @@ Legend: I images of a window, M crops per image, B crops of a batch, S output si
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -61,18 +62,8 @@ MAX_SKIPPED = 1000
 """Images in a row that may be unusable. More mean that the source is gone, or the labels are of other images."""
 
 
-class WindowMemory(NamedTuple):
-    """A window to make, and the memory for its crops."""
-
-    window: Window
-    out: Tensor
-    """uint8 (at least the sum of the window's batches, 3, S, S): where the crops go."""
-    others: tuple[Tensor, ...] = ()
-    """The same for each further crop kind."""
-
-
 class Made(NamedTuple):
-    """The targets of a window's crops, and how many crops of `WindowMemory.out` are filled.
+    """The targets of a window's crops, and how many crops of its memory are filled.
 
     NumPy, because a tensor would travel between processes through a file of shared memory of its own.
     """
@@ -149,7 +140,7 @@ class CutPlan(NamedTuple):
 
 
 class BatchMaker:
-    """Makes windows. `make(memory)` is a pure function of the window and the settings, whichever process calls it.
+    """Makes windows. `make` is a pure function of the window and the settings, whichever process calls it.
 
     Only `Made.spent`, the time that it took, differs from call to call. A maker is used by one thread at a time: it
     keeps open files, the order of the present pass and a clock between windows.
@@ -184,14 +175,14 @@ class BatchMaker:
         self._order: tuple[int, InChunks] | None = None
         self._shard_rows = np.array([shard.rows for shard in labels.manifest.shards], np.int64)
 
-    def make(self, memory: WindowMemory) -> Made:
-        """Fill `memory.out` with the window's crops and return their targets.
+    def make(self, window: Window, *outs: Tensor) -> Made:
+        """Fill memory with the window's crops and return their targets.
 
+        `outs` are uint8 (at least the sum of the window's batches, 3, S, S), one for each crop kind.
         Raises LoaderError where an image cannot be used and must not be skipped.
         """
         makers = (self, *self.others)
-        outs = (memory.out, *memory.others)
-        plans = [CutPlan.of(maker.window_of(memory.window), out) for maker, out in zip(makers, outs, strict=True)]
+        plans = [CutPlan.of(maker.window_of(window), out) for maker, out in zip(makers, outs, strict=True)]
 
         def cut(labelled: Labelled, i: int) -> None:
             kinds = list(zip(makers, plans, (labelled, *labelled.others), strict=True))
@@ -205,7 +196,7 @@ class BatchMaker:
                 maker._cut(plan, part, i, pixels, divisor)
 
         with one_thread():
-            labelled, skipped = self.filled(memory.window, cut)
+            labelled, skipped = self.filled(window, cut)
             made = [
                 maker.finish(plan.window, plan.images, part.targets, skipped)._replace(
                     num_discarded=part.num_discarded(plan.window)
@@ -216,7 +207,7 @@ class BatchMaker:
 
     def window_of(self, window: Window) -> Window:
         """Return the leading kind's window for the kind of this maker: the same images, with M crops of this kind."""
-        own = self.epochs.at(window.epoch).crops_per_image
+        own = self.epochs.at(window.epoch).shape.crops_per_image
         count, leading = window.slots.shape
         if own == leading:
             return window
@@ -236,10 +227,7 @@ class BatchMaker:
 
     def shapes(self, settings: EpochSettings) -> tuple[tuple[int, int], ...]:
         """Return (crops of a whole window, S) for each kind: the memory that a window of this epoch needs."""
-        return tuple(
-            (own.window_batches * maker.settings.batch_size, own.size)
-            for maker, own in zip((self, *self.others), (settings, *settings.others), strict=True)
-        )
+        return tuple((own.shape.spread * own.shape.batch_size, own.size) for own in (settings, *settings.others))
 
     def _share_clock(self) -> None:
         for maker in self.others:
@@ -262,6 +250,15 @@ class BatchMaker:
         maker._share_clock()
         return maker
 
+    def alone(self, **changes: Any) -> BatchMaker:
+        """Return a maker of its own for the same labels and images, with some settings changed.
+
+        It shares nothing with this one that changes, and gives no keys.
+        """
+        # Pickled as for a worker: what is open or mapped stays behind, and the copies open their own files.
+        labels, cache, images = pickle.loads(pickle.dumps((self.labels, self.cache, self.images)))
+        return BatchMaker(labels, cache, images, replace(self.settings, **changes))
+
     def filled(self, window: Window, use: Callable[[Labelled, int], None]) -> tuple[Labelled, list[str]]:
         """Use every image of a window; return its labels, and the key and reason of each image that was skipped.
 
@@ -275,8 +272,8 @@ class BatchMaker:
         skipped = failed = self._use(labelled, range(len(window.positions)), use)
         # A copy: each attempt counts from the window's own positions, so every process tries the same images.
         positions, attempt = window.positions.copy(), 0
-        epoch = self.epochs.at(window.epoch)
-        num_images, step = epoch.num_images, epoch.window_images(self.settings.batch_size)
+        shape = self.epochs.at(window.epoch).shape
+        num_images, step = shape.num_images, shape.spread * shape.batch_images
         # Images in use stay in their slots. Their labels are made again with the others', and are the same, since a
         # draw depends on the image's key and the epoch alone.
         while failed:
@@ -381,7 +378,7 @@ class BatchMaker:
         part = self.epochs.at(epoch)
         return epoch_draws(
             part.drawn,
-            crops_per_image=part.crops_per_image,
+            crops_per_image=part.shape.crops_per_image,
             num_crops=self.labels.num_crops,
             crops_per_block=self.labels.manifest.block_crops(0),
         )
@@ -488,7 +485,7 @@ class BatchMaker:
             _, targets[i] = selfmix(
                 images[start : start + size],
                 targets[i],
-                crops_per_image=self.epochs.at(window.epoch).crops_per_image,
+                crops_per_image=self.epochs.at(window.epoch).shape.crops_per_image,
                 rng=generator,
                 inplace=True,
             )

@@ -17,7 +17,6 @@ from ferkd_data.calibration import CalibrationSetting
 from ferkd_data.errors import UsageError
 from ferkd_data.images import ImageSource
 from ferkd_data.label_set import LabelSet
-from ferkd_data.loader.batch_maker import WindowMemory
 from ferkd_data.loader.crop_stream import CropStream, Item, with_ranks
 from ferkd_data.loader.crops_and_targets import DiscardedCrops
 from ferkd_data.loader.kinds import default_size
@@ -234,13 +233,13 @@ class CropDataset(Dataset[Item]):
         """Return the crops and targets of a row when it is read for the `number`-th time (from 0) in an epoch."""
         ahead, turn = self.turns.turn(number)
         epoch, crops = epoch + ahead, self._crops_per_image
-        shape = self._maker.epochs.at(epoch)
-        images = empty_batch(crops, shape.size)
-        slots = np.full((1, shape.crops_per_image), -1)
+        at = self._maker.epochs.at(epoch)
+        images = empty_batch(crops, at.size)
+        slots = np.full((1, at.shape.crops_per_image), -1)
         # Crops of other turns keep slot -1: they are drawn, so that draws agree over turns, and not cut.
         slots[0, turn * crops : (turn + 1) * crops] = np.arange(crops)
         window = Window(epoch=epoch, positions=np.array([row]), slots=slots, batches=(crops,), cursors=(Cursor(),))
-        made = self._maker.make(WindowMemory(window, images))
+        made = self._maker.make(window, images)
         # Each worker counts its own crops.
         self._discarded.add(crops, made.num_discarded)
         targets = self._maker.targets(made)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -286,7 +285,7 @@ class CropLoader(DataLoaderLike):
             warn_if_alone(ranks, self.settings.world_size)
 
     def _shape(self, epoch: int) -> EpochShape:
-        return self._maker.epochs.at(epoch).shape(self.settings)
+        return self._maker.epochs.at(epoch).shape
 
     def _count(self, cursor: Cursor) -> int:
         """Count the batches from a cursor to the end of its epoch."""
@@ -472,9 +471,7 @@ class CropLoader(DataLoaderLike):
                 "a loader of several crop kinds has no single next window; make a loader of one kind, "
                 f"labels.crop_kind({self.settings.kinds[0].name!r})"
             )
-        # Pickled as for a worker: what is open or mapped stays behind, and the copies open their own files.
-        labels, cache, images = pickle.loads(pickle.dumps((self._maker.labels, self._maker.cache, self._maker.images)))
-        maker = BatchMaker(labels, cache, images, self._maker.settings)
+        maker = self._maker.alone()
         cursor = self._start() if self._running is None else self._position.cursor
         maker.prepare_blocks(cursor.epoch)
         ranks = ranks_now(self.settings.rank, self.settings.world_size)
@@ -548,8 +545,7 @@ class CropLoader(DataLoaderLike):
         return self._workers
 
     def _must_fit(self, epoch: int) -> dict[str, Any]:
-        at = self._maker.epochs.at(epoch)
-        return settings_that_must_fit(self.labels, self.settings, at, self._shape(epoch))
+        return settings_that_must_fit(self.labels, self.settings, self._maker.epochs.at(epoch))
 
 
 def _warn_of_cut_epoch(epoch: int, whole: int, given: int) -> None:

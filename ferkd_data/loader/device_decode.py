@@ -24,7 +24,7 @@ from ferkd_data.crops import Crops
 from ferkd_data.errors import FerkdError, ImageError, UsageError
 from ferkd_data.images.decode import ANY_SIZE, jpeg_size
 from ferkd_data.label_set.joined_images import Size, check_labelled_size, decode_checked, labelled_pixels, labelled_size
-from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Made, WindowMemory
+from ferkd_data.loader.batch_maker import BatchMaker, Labelled, Made
 from ferkd_data.loader.channel import anonymous_file, write_all
 from ferkd_data.loader.clocks import added
 from ferkd_data.loader.device_jpegs import (
@@ -157,7 +157,7 @@ class DeviceWorkers:
     def _on_host(self, window: Window) -> tuple[Tensor, Made]:
         """Make the window on the host, where an image that cannot be decoded is an error or is replaced."""
         images = empty_batch(sum(window.batches), self._maker.epochs.at(window.epoch).size, shared=False)
-        made = self._maker.make(WindowMemory(window, images))
+        made = self._maker.make(window, images)
         return upload(images, self._device), made
 
     def _crops(self, window: Window, encoded: Encoded) -> Tensor | None:

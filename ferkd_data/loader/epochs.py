@@ -28,33 +28,15 @@ class EpochSettings:
     calibration: Calibration
     size: int
     """S."""
-    crops_per_image: int
-    """M."""
-    window_batches: int
-    """P: batches of a window."""
+    shape: EpochShape
     pass_number: int
     """The pass over all images that this epoch belongs to."""
     first: int
     """Images of the pass that lie before this epoch."""
-    num_images: int
     drawn: int
     """Crops of each image that all passes before this one draw."""
     others: tuple[EpochSettings, ...] = ()
     """The same epoch for each further crop kind, where a loader's workers need to know it."""
-
-    def window_images(self, batch_size: int) -> int:
-        """Images of a rank's whole window."""
-        return self.window_batches * batch_size // self.crops_per_image
-
-    def shape(self, settings: LoaderSettings) -> EpochShape:
-        return EpochShape(
-            num_images=self.num_images,
-            crops_per_image=self.crops_per_image,
-            batch_size=settings.batch_size,
-            spread=self.window_batches,
-            drop_last=settings.drop_last,
-            seed=settings.seed,
-        )
 
 
 class Epochs:
@@ -86,11 +68,16 @@ def epoch_settings(settings: LoaderSettings, num_images: int, epoch: int) -> Epo
     return EpochSettings(
         calibration=calibration_at(settings.calibration, epoch),
         size=settings.size_at(epoch),
-        crops_per_image=found.crops_per_image,
-        window_batches=settings.window_batches_of(found.crops_per_image),
+        shape=EpochShape(
+            num_images=count,
+            crops_per_image=found.crops_per_image,
+            batch_size=settings.batch_size,
+            spread=settings.window_batches_of(found.crops_per_image),
+            drop_last=settings.drop_last,
+            seed=settings.seed,
+        ),
         pass_number=found.pass_number,
         first=first,
-        num_images=count,
         drawn=found.drawn,
     )
 

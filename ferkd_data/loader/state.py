@@ -42,9 +42,7 @@ def read_state(state: Any, must_fit: Callable[[int], dict[str, Any]], shape: Cal
     return _read_cursor(state.get("place"), shape(epoch))
 
 
-def settings_that_must_fit(
-    labels: LabelSet, settings: LoaderSettings, at: EpochSettings, shape: EpochShape
-) -> dict[str, Any]:
+def settings_that_must_fit(labels: LabelSet, settings: LoaderSettings, at: EpochSettings) -> dict[str, Any]:
     """Return plain values of all that decides what a loader gives in an epoch.
 
     They are of one epoch, since size and others may be functions of it. Ranks, workers and memory options are left out:
@@ -55,7 +53,7 @@ def settings_that_must_fit(
         "labels": labels.identity,
         "crops": labels.num_crops,
         **({"kinds": kinds} if kinds else {}),
-        **asdict(shape),
+        **asdict(at.shape),
         "size": at.size,
         "interpolation": settings.interpolation,
         "order": settings.order,

@@ -16,7 +16,7 @@ import cloudpickle
 from torch import Tensor
 
 from ferkd_data.errors import UsageError
-from ferkd_data.loader.batch_maker import BatchMaker, Made, WindowMemory
+from ferkd_data.loader.batch_maker import BatchMaker, Made
 from ferkd_data.loader.channel import NOT_KEPT, BatchBuffers, MappedSlots, Slot, few_descriptors
 from ferkd_data.loader.clocks import added, spent_on
 from ferkd_data.loader.epochs import EpochSettings
@@ -51,8 +51,8 @@ class CropHandler:
             raise few_descriptors()
         # Mapping counts as sending: it is part of the price of handing crops over in shared memory.
         with self.maker.clock.send:
-            out, *others = self.memory.images(task.slot, descriptors[0], self.maker.shapes(task.settings))
-        return self.maker.make(WindowMemory(task.window, out, tuple(others))), []
+            outs = self.memory.images(task.slot, descriptors[0], self.maker.shapes(task.settings))
+        return self.maker.make(task.window, *outs), []
 
 
 @dataclass(eq=False, kw_only=True)
@@ -106,8 +106,7 @@ class Workers:
 
     def _here(self, job: CropJob) -> Made:
         job.slot = job.slot or job.take(None)
-        out, *others = job.slot.images()
-        return self._maker.make(WindowMemory(job.window, out, tuple(others)))
+        return self._maker.make(job.window, *job.slot.images())
 
     def wait(self) -> None:
         """Wait until all workers are ready. Without this, windows are made in this process until the first one is."""

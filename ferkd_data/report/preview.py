@@ -6,7 +6,6 @@ Legend: B crops of the batch, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ferkd_data.errors import UsageError
 from ferkd_data.label_set.joined_images import decode_checked, labelled_size
 from ferkd_data.labels.buckets import BUCKETS
 from ferkd_data.loader import CropLoader
-from ferkd_data.loader.batch_maker import BatchMaker, Labelled, WindowMemory
+from ferkd_data.loader.batch_maker import BatchMaker, Labelled
 from ferkd_data.loader.schedule import Window
 from ferkd_data.replay import empty_batch
 from ferkd_data.report.page import check_page, render, write_page
@@ -59,7 +58,7 @@ def preview(loader: CropLoader, path: str | Path, *, crops: int = 16) -> Path:
     maker, window = loader.next_window()
     size = maker.epochs.at(window.epoch).size
     # A second maker without SelfMix gives the same window before mixing.
-    plain = BatchMaker(maker.labels, maker.cache, maker.images, replace(maker.settings, selfmix=None))
+    plain = maker.alone(selfmix=None)
     labelled = _labelled(plain, window)
     before, before_targets = _made(plain, window, size)
     images, targets = (before, before_targets) if maker.settings.selfmix is None else _made(maker, window, size)
@@ -101,7 +100,7 @@ def _labelled(maker: BatchMaker, window: Window) -> Labelled:
 
 def _made(maker: BatchMaker, window: Window, size: int) -> tuple[Tensor, SoftTargets]:
     out = empty_batch(sum(window.batches), size)
-    targets = maker.targets(maker.make(WindowMemory(window, out)))
+    targets = maker.targets(maker.make(window, out))
     return out, targets
 
 

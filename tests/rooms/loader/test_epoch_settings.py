@@ -69,21 +69,21 @@ def test_passes_draw_every_crop_of_every_image_one_after_the_other(data):
     for epoch in range(12):
         at = epoch_settings(given_, num_images, epoch)
         passes.add(at.pass_number)
-        assert at.first + at.num_images <= num_images
+        assert at.first + at.shape.num_images <= num_images
         if at.first == 0:
             # A pass begins, with the M that its first epoch asks for; the one before is over for all images but few.
-            assert at.crops_per_image == per_image[epoch % len(per_image)]
+            assert at.shape.crops_per_image == per_image[epoch % len(per_image)]
             left_out = sum(count != at.drawn for count in drawn)
             assert left_out == 0 or (given_.drop_last and by_crops)
             drawn = [at.drawn] * num_images
-        for position in range(at.first, at.first + at.num_images):
+        for position in range(at.first, at.first + at.shape.num_images):
             assert drawn[position] == at.drawn, "an image comes once in a pass"
-            drawn[position] += at.crops_per_image
-        crops = at.num_images * at.crops_per_image
+            drawn[position] += at.shape.crops_per_image
+        crops = at.shape.num_images * at.shape.crops_per_image
         if by_crops:
-            assert abs(crops - num_images) < at.crops_per_image
+            assert abs(crops - num_images) < at.shape.crops_per_image
         else:
-            assert at.num_images == num_images and at.pass_number == epoch
+            assert at.shape.num_images == num_images and at.pass_number == epoch
     assert passes == set(range(max(passes) + 1))
 
 
@@ -93,13 +93,13 @@ def test_epochs_of_crops_are_equally_long(num_images, per_image, number):
     """With drop_last, to the image; and the parts of a pass do not overlap."""
     given_ = LoaderSettings(batch_size=12, crops_per_image=per_image, epoch="crops")
     parts = [epoch_settings(given_, num_images, number * per_image + part) for part in range(per_image)]
-    assert {part.num_images for part in parts} == {num_images // per_image}
+    assert {part.shape.num_images for part in parts} == {num_images // per_image}
     assert {part.pass_number for part in parts} == {number} and {part.drawn for part in parts} == {number * per_image}
-    seen = [p for part in parts for p in range(part.first, part.first + part.num_images)]
+    seen = [p for part in parts for p in range(part.first, part.first + part.shape.num_images)]
     assert len(seen) == len(set(seen)) >= num_images - per_image + 1
     whole = LoaderSettings(batch_size=12, crops_per_image=per_image, epoch="crops", drop_last=False)
     parts = [epoch_settings(whole, num_images, number * per_image + part) for part in range(per_image)]
-    assert sorted(p for q in parts for p in range(q.first, q.first + q.num_images)) == list(range(num_images))
+    assert sorted(p for q in parts for p in range(q.first, q.first + q.shape.num_images)) == list(range(num_images))
 
 
 ORDERS = {

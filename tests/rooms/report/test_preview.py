@@ -65,13 +65,10 @@ def test_it_shows_the_batch_that_comes_next(loader, mode):
 
 
 def test_partners_and_shares_are_those_that_were_mixed(loader):
-    from dataclasses import replace
-
-    from ferkd_data.loader.batch_maker import BatchMaker
 
     one = loader(selfmix=fd.SelfMix(prob=1.0))
     maker, window = one.next_window()
-    plain = BatchMaker(maker.labels, maker.cache, maker.images, replace(maker.settings, selfmix=None))
+    plain = maker.alone(selfmix=None)
     after, before = _made(maker, window, 32), _made(plain, window, 32)
     batch = _Batch(one, maker, window, _labelled(plain, window), after, before)
     cards = [batch.card(slot) for slot in range(8)]
