@@ -261,8 +261,7 @@ def loader(step: Step) -> None:
 
 def jpegs(step: Step) -> None:
     """TorchCodec's JPEG decoder beside torchvision's operators, which are to be removed; on CUDA it has never run."""
-    from ferkd_data.images import DEFAULT_MAX_PIXELS
-    from ferkd_data.loader.device_decode import decode_jpegs
+    from ferkd_data.loader.device_jpegs import decode, hand_over, present_device
 
     try:
         from torchcodec.decoders import decode_jpeg
@@ -271,9 +270,9 @@ def jpegs(step: Step) -> None:
         raise SystemExit(NOT_HERE) from error
     files = sorted(step.photos(step.choose(256, 4)).rglob("*.jpg"))
     data = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in files]
-    device = torch.device(step.device)
+    device = present_device(torch.device(step.device))
     ways: dict[str, Callable[[], Any]] = {
-        "torchvision": lambda: decode_jpegs(data, device, DEFAULT_MAX_PIXELS),
+        "torchvision": lambda: list(map(hand_over, decode(data, device))),
         "torchcodec": lambda: decode_jpeg(data, mode="RGB", device=step.device),
     }
     rates = in_turn(ways, len(data), step)
