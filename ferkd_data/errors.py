@@ -13,6 +13,7 @@
     │   ├── DeviceFailedError     a GPU failed; only a new process can use it again
     │   └── BuildStoppedError     exit status 143: stopped by SIGTERM; the same command goes on where it stopped
     ├── TooManyOpenFilesError     the process may open no more files; names the limit and how to raise it
+    ├── OutOfMemoryError          the host has too little memory for an image; names its size
     ├── LoaderError               a batch cannot be made: names the image and its shard
     ├── ForeignFileError          another project's label file is malformed, or holds more than arrays
     ├── PublishError              a label set has faults, or the destination holds another one
@@ -107,6 +108,10 @@ class BuildStoppedError(BuildError):
 
 
 class TooManyOpenFilesError(FerkdError):
+    pass
+
+
+class OutOfMemoryError(FerkdError):
     pass
 
 

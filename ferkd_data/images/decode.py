@@ -36,7 +36,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from ferkd_data.crops import Crops, check_size
-from ferkd_data.errors import ImageError
+from ferkd_data.errors import ImageError, OutOfMemoryError
 from ferkd_data.images.file_kinds import HEAD_BYTES, other_kind
 
 DEFAULT_MAX_PIXELS = 89_478_485
@@ -89,8 +89,30 @@ def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDAr
     """Decode to pixels (H, W, 3) uint8, C-contiguous and writable.
 
     Raises ImageError, with one of `images.REJECT_REASONS`, for bytes that are no whole image of a supported format, and
-    for more than `max_pixels` pixels.
+    for more than `max_pixels` pixels. Raises OutOfMemoryError where the host has no memory for the pixels: no fault of
+    the image, which a build must not reject for it.
     """
+    try:
+        return _decode(data, max_pixels)
+    except MemoryError:
+        # What the failed attempt holds is free below this block.
+        pass
+    height, width = image_size(data, max_pixels=max_pixels)
+    try:
+        # As much as decoding takes: pixels with alpha, and their conversion.
+        np.empty((2, height, width, 4), np.uint8)
+    except MemoryError as error:
+        raise OutOfMemoryError(
+            f"too little memory to decode an image of {width}x{height} pixels; use fewer threads or workers, raise the "
+            "limit (ulimit -v), or exclude such images (--max-pixels)"
+        ) from error
+    try:
+        return _decode(data, max_pixels)
+    except MemoryError as error:
+        raise ImageError("corrupt", "asks for more memory than its pixels take") from error
+
+
+def _decode(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
     if data.startswith(JPEG_START):
         pixels = _decode_jpeg(data, max_pixels)
         if pixels is not None:
@@ -99,14 +121,7 @@ def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDAr
         try:
             image.load()
             return _rgb(image)
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            IndexError,
-            EOFError,
-            MemoryError,
-        ) as error:
+        except (OSError, ValueError, SyntaxError, IndexError, EOFError) as error:
             reason = "truncated" if "truncated" in str(error) else "corrupt"
             raise ImageError(reason, str(error) or type(error).__name__) from error
 

@@ -315,3 +315,42 @@ def test_threads_that_decode_give_the_process_its_switches_back(monkeypatch):
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(decode_half, range(200)))
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+from ferkd_data.errors import OutOfMemoryError
+from ferkd_data.images import decode_rgb
+
+data = Path(sys.argv[1]).read_bytes()
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+limit = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + 10 * 2**20, limit[1]))
+try:
+    decode_rgb(data)
+except OutOfMemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, limit)
+assert decode_rgb(data).shape == (2500, 3000, 3)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP"])
+def test_a_host_without_memory_is_no_fault_of_the_image(tmp_path, kind):
+    """A build would reject it as corrupt."""
+    (tmp_path / "image").write_bytes(encoded(kind, "RGB", 3000, 2500, 1))
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, str(tmp_path / "image")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("too little memory to decode an image of 3000x2500 pixels"), done.stderr
+
+
+def test_an_image_that_asks_for_too_much_memory_is_the_fault(monkeypatch):
+    def greedy(data, max_pixels):
+        raise MemoryError
+
+    monkeypatch.setattr("ferkd_data.images.decode._decode", greedy)
+    with pytest.raises(ImageError, match="more memory than its pixels take") as caught:
+        decode_rgb(encoded("PNG", "RGB", 20, 10, 1))
+    assert caught.value.reason == "corrupt"
