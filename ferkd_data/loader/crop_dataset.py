@@ -23,20 +23,17 @@ from ferkd_data.loader.kinds import default_size
 from ferkd_data.loader.like_dataloader import class_names, class_to_idx_of, refuse_transform
 from ferkd_data.loader.opening import check_is_label_set, open_maker
 from ferkd_data.loader.order import OrderKind, check_order
+from ferkd_data.loader.ranks import Ranks, check_ranks, ranks_now, warn_if_alone
 from ferkd_data.loader.readings import Numbered, NumberedSampler, Turns
 from ferkd_data.loader.schedule import Cursor, Window
 from ferkd_data.loader.settings import (
     ImagesMissing,
     LoaderSettings,
     OfEpoch,
-    Ranks,
     TargetsKind,
     Verify,
-    check_ranks,
     counted,
     epoch_number,
-    ranks_now,
-    warn_if_alone,
 )
 from ferkd_data.loader.shared_epoch import SharedEpoch
 from ferkd_data.loader.transform import Transform

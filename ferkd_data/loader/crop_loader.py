@@ -26,6 +26,7 @@ from ferkd_data.loader.kinds import by_kind, crops_of_batch
 from ferkd_data.loader.like_dataloader import DataLoaderLike
 from ferkd_data.loader.opening import check_is_label_set, open_maker
 from ferkd_data.loader.order import OrderKind
+from ferkd_data.loader.ranks import Ranks, ranks_now, warn_if_alone
 from ferkd_data.loader.schedule import (
     Cursor,
     EpochShape,
@@ -42,12 +43,9 @@ from ferkd_data.loader.settings import (
     LoaderSettings,
     OfEpoch,
     OnError,
-    Ranks,
     TargetsKind,
     Verify,
     epoch_number,
-    ranks_now,
-    warn_if_alone,
 )
 from ferkd_data.loader.state import read_state, saved_state, settings_that_must_fit
 from ferkd_data.loader.stats import LoaderStats, log_stats, stats_of
@@ -263,7 +261,7 @@ class CropLoader(DataLoaderLike):
         An epoch is over with its last batch, once `set_epoch` has asked for another.
         """
         # A schedule of the learning rate that is made before the process group would have too many steps.
-        self._warn_if_alone(ranks_now(self.settings.rank, self.settings.world_size))
+        self._warn_if_alone(self._ranks())
         count = self._length()
         self._lengths_reported.add(count)
         return count
@@ -278,6 +276,10 @@ class CropLoader(DataLoaderLike):
         """Return the cursor at which an iteration that begins now begins."""
         # Settled for the ranks of now: a state may have been loaded before the process group was there.
         return self._settled(self._position.start())
+
+    def _ranks(self) -> Ranks:
+        """Return this process's rank and their number, now."""
+        return ranks_now(self.settings.rank, self.settings.world_size)
 
     def _warn_if_alone(self, ranks: Ranks) -> None:
         if not self._warned:
@@ -339,12 +341,12 @@ class CropLoader(DataLoaderLike):
     @property
     def rank(self) -> int:
         """This process's number among those that train together, now."""
-        return ranks_now(self.settings.rank, self.settings.world_size).rank
+        return self._ranks().rank
 
     @property
     def world_size(self) -> int:
         """The number of processes that train together, now: each gets its own part of an epoch's images."""
-        return ranks_now(self.settings.rank, self.settings.world_size).world_size
+        return self._ranks().world_size
 
     @property
     def epoch(self) -> int:
@@ -367,7 +369,7 @@ class CropLoader(DataLoaderLike):
         raise LoaderError unless they have given all their batches.
         """
         # Looked up now, not in __init__: a script may make its loader before it initialises torch.distributed.
-        ranks = ranks_now(self.settings.rank, self.settings.world_size)
+        ranks = self._ranks()
         run = self._begin(ranks)
         try:
             for window, images, made in self._windows(run.start, ranks):
@@ -474,7 +476,7 @@ class CropLoader(DataLoaderLike):
         maker = self._maker.alone()
         cursor = self._start() if self._running is None else self._position.cursor
         maker.prepare_blocks(cursor.epoch)
-        ranks = ranks_now(self.settings.rank, self.settings.world_size)
+        ranks = self._ranks()
         return maker, next(windows(self._shape(cursor.epoch), cursor, rank=ranks.rank, world_size=ranks.world_size))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

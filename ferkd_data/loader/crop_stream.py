@@ -13,7 +13,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ferkd_data.errors import UsageError
 from ferkd_data.loader.batch_maker import BatchMaker
 from ferkd_data.loader.order import OrderKind, Rows, epoch_order
-from ferkd_data.loader.settings import Ranks, epoch_number, ranks_now, warn_if_alone
+from ferkd_data.loader.ranks import Ranks, ranks_now, warn_if_alone
+from ferkd_data.loader.settings import epoch_number
 from ferkd_data.loader.shared_epoch import RunTokens, SharedEpoch
 
 Item = tuple[Tensor, Any]

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch.utils.data import Sampler
 
-from ferkd_data.loader.settings import Ranks
+from ferkd_data.loader.ranks import Ranks
 from ferkd_data.loader.shared_epoch import SharedEpoch
 
 

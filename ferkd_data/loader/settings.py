@@ -1,4 +1,4 @@
-"""`LoaderSettings`: everything that decides what a loader gives, checked when it is made; and the ranks of a training.
+"""`LoaderSettings`: everything that decides what a loader gives, checked when it is made.
 
 `CropLoader` and `CropDataset` take the same values as flat keyword arguments and bring them here; the parts of the
 loader read them from here. To add a setting, add a field with its check, and a parameter of `CropLoader`.
@@ -7,12 +7,10 @@ loader read them from here. To add a setting, add a field with its check, and a 
 from __future__ import annotations
 
 import copy
-import os
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
@@ -21,61 +19,10 @@ from ferkd_data.crop_kinds import MAX_SIZE
 from ferkd_data.errors import UsageError
 from ferkd_data.loader.kinds import KindOfBatch
 from ferkd_data.loader.order import OrderKind, check_order
+from ferkd_data.loader.ranks import check_ranks
 from ferkd_data.loader.transform import Transform
 from ferkd_data.replay import INTERPOLATIONS, Interpolation
 from ferkd_data.selfmix import SelfMix
-
-LAUNCHERS = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
-"""Environment variables that torchrun, Accelerate, DeepSpeed and MPI set for the processes they start."""
-
-
-class Ranks(NamedTuple):
-    """The number of this process among those that train together, and how many these are."""
-
-    rank: int
-    world_size: int
-
-
-def check_ranks(rank: int | None, world_size: int | None) -> None:
-    """Raise UsageError unless both are given and fit, or neither is given."""
-    if (rank is None) != (world_size is None):
-        raise UsageError(
-            f"rank and world_size go together, got rank={rank} and world_size={world_size}; give neither to take those "
-            "of torch.distributed"
-        )
-    if rank is not None and world_size is not None and not 0 <= rank < world_size:
-        raise UsageError(f"rank must be 0..{world_size - 1}, got {rank}")
-
-
-def ranks_now(rank: int | None, world_size: int | None) -> Ranks:
-    """Return the ranks given, else those of torch.distributed where it is initialised, else one process alone."""
-    if rank is not None and world_size is not None:
-        return Ranks(rank, world_size)
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        return Ranks(dist.get_rank(), dist.get_world_size())
-    return Ranks(0, 1)
-
-
-def warn_if_alone(ranks: Ranks, given: int | None, environment: Mapping[str, str] = os.environ) -> None:
-    """Warn where a launcher started several processes, and this one is about to train on all images.
-
-    `given` is the world size that the user asked for: 1 is then meant.
-    """
-    if ranks.world_size > 1 or given is not None:
-        return
-    for rank, world_size in LAUNCHERS:
-        count = environment.get(world_size, "")
-        if rank in environment and count.isdecimal() and int(count) > 1:
-            warnings.warn(
-                f"{rank}={environment[rank]} and {world_size}={count} say that {count} processes train together, but "
-                "torch.distributed is not initialised: each of them trains on all images, and len() counts all "
-                "batches. Initialise it before that, or give rank= and world_size= (0 and 1 if it is meant so)",
-                stacklevel=3,
-            )
-            return
-
 
 Verify = Literal["first_epoch", "always", "never"]
 OnError = Literal["raise", "skip"]

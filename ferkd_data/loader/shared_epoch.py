@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import get_worker_info
 
-from ferkd_data.loader.settings import Ranks
+from ferkd_data.loader.ranks import Ranks
 from ferkd_data.scratch import Scratch, owner_is_gone
 
 FILE_NAME = "epoch.bin"

@@ -16,7 +16,8 @@ import torch
 
 from ferkd_data.html_tables import html_table
 from ferkd_data.loader.clocks import Times
-from ferkd_data.loader.settings import LoaderSettings, Ranks
+from ferkd_data.loader.ranks import Ranks
+from ferkd_data.loader.settings import LoaderSettings
 from ferkd_data.words import percent
 
 log = logging.getLogger("ferkd_data.loader")

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, RandomSampler
 import ferkd_data as fd
 from ferkd_data.errors import UsageError
 from ferkd_data.loader.crops_and_targets import CROPS_TO_JUDGE
+from ferkd_data.loader.ranks import Ranks
 from ferkd_data.loader.readings import Turns
-from ferkd_data.loader.settings import Ranks
 
 
 @pytest.fixture

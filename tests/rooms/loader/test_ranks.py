@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import ferkd_data as fd
-from ferkd_data.loader.settings import Ranks, warn_if_alone
+from ferkd_data.loader.ranks import Ranks, warn_if_alone
 
 TRAINING = """
 import sys, warnings
