@@ -150,19 +150,30 @@ def tests(step: Step) -> None:
     step.bar("the tests pass", held=found.returncode == 0)
 
 
+AGREEMENT_BARS = {"fp32": (0.01, 0.98), "bf16": (0.08, 0.8)}
+"""By precision: the most that a crop's probabilities may differ in the mean over the crops, and the least share of the
+same top-1. Measured on a CPU with a ResNet-50 of `telling_teacher`: 0.002 and 100 % in fp32 with crops cut as on a
+device, 0.03 and 88 % in bf16. Wrong inputs: 0.06 and 83 % for pixels brighter by one level, 0.6 and 25 % for BGR."""
+
+
 def agreement(step: Step) -> None:
     """The same label set from the CPU in fp32, and from the device in fp32 and bf16."""
     photos = step.photos(step.choose(100, 6))
-    teacher = timm_teacher(step, step.choose("resnet50", "mobilenetv3_small_050"))
+    teacher = telling_teacher(step, step.choose("resnet50", "mobilenetv3_small_050"), photos)
     settings = {"crops": step.choose(20, 4), "top_k": 1000}
-    on_cpu = step.build(photos, teacher, **settings, device="cpu", precision="fp32")
-    for precision, bound in (("fp32", 2e-3), ("bf16", 5e-2)):
-        other = step.build(photos, teacher, **settings, precision=precision)
-        first, second = dense(on_cpu), dense(other)
-        difference = np.abs(first - second)
-        same = float((first.argmax(1) == second.argmax(1)).mean())
-        print(f"  {precision}: largest difference of a probability {difference.max():.2g}, top-1 the same {same:.2%}")
-        step.bar(f"{precision} is within {bound:g} of the CPU's fp32", held=difference.max() <= bound)
+    on_cpu = dense(step.build(photos, teacher, **settings, device="cpu", precision="fp32"))
+    p_max = float(np.median(on_cpu.max(1)))
+    step.bar(f"the median p_max is {p_max:.2f}, within 0.2 .. 0.9, so that labels can differ", held=0.2 < p_max < 0.9)
+    for precision, (most, least) in AGREEMENT_BARS.items():
+        other = dense(step.build(photos, teacher, **settings, precision=precision))
+        largest = np.abs(on_cpu - other).max(1)
+        same = float((on_cpu.argmax(1) == other.argmax(1)).mean())
+        mean = float(largest.mean())
+        print(f"  {precision}: probabilities differ by {largest.max():.2g} at most, top-1 the same {same:.2%}")
+        step.bar(
+            f"{precision}: a crop's probabilities differ by {mean:.2g} in the mean, at most {most:g}", held=mean <= most
+        )
+        step.bar(f"{precision}: top-1 is the same for {same:.1%}, at least {least:.0%}", held=same >= least)
 
 
 def builder(step: Step) -> None:
@@ -365,6 +376,38 @@ def timm_teacher(step: Step, name: str) -> str:
     from build_gpu import write_teacher
 
     return write_teacher(name, step.folder)
+
+
+def telling_teacher(step: Step, name: str, photos: Path) -> str:
+    """Write a teacher with random weights whose answers depend on the picture, and return its spec.
+
+    As they are, random weights give each of 1,000 classes a probability of about 0.001 whatever they see, so that wrong
+    pixels would go unnoticed. The last layer is changed so that logits are 0 in the mean over pictures, and so large
+    that p_max is 0.5 in the median.
+    """
+    from safetensors.torch import save_file
+
+    from ferkd_data.images import decode_rgb
+    from ferkd_data.teachers import load_teachers
+    from ferkd_data.teachers.probe import centre_crop
+
+    spec = timm_teacher(step, name)
+    (teacher,) = load_teachers([spec])
+    pictures = [centre_crop(decode_rgb(path.read_bytes()), teacher) for path in sorted(photos.iterdir())[:16]]
+    logits = torch.cat([teacher.logits(picture) for picture in pictures])
+    centred = logits - logits.mean(0)
+    low, high = 1e-3, 1e9  # p_max grows with the scale
+    for _ in range(60):
+        scale = (low * high) ** 0.5
+        p_max = float((centred * scale).softmax(1).amax(1).median())
+        low, high = (scale, high) if p_max < 0.5 else (low, scale)
+    head = teacher.module.get_classifier()
+    with torch.no_grad():
+        head.bias.sub_(logits.mean(0)).mul_(scale)
+        head.weight.mul_(scale)
+    path = step.folder / f"{name}-telling.safetensors"
+    save_file({key: weights.contiguous() for key, weights in teacher.module.state_dict().items()}, str(path))
+    return f"timm:{name}@{path}"
 
 
 def dense(labels: fd.LabelSet) -> np.ndarray:

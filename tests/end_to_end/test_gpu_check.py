@@ -45,6 +45,28 @@ def test_every_step_runs(check, tmp_path):
     assert "MISSED" not in text and "halved" in text and "(a rehearsal)" in text.splitlines()[0]
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_wrong_labels_of_a_device_are_noticed(check, tmp_path, capsys, wrong):
+    """The device's teacher takes BGR where the CPU's takes RGB."""
+    from gpu_steps import Step, agreement
+    from safetensors.torch import load_file, save_file
+
+    class Rehearsal(Step):
+        def build(self, photos, teacher, **settings):
+            if wrong and settings.get("device") != "cpu":
+                path = teacher.partition("@")[2]
+                weights = load_file(path)
+                bgr = weights["conv_stem.weight"].flip(1).contiguous()
+                save_file({**weights, "conv_stem.weight": bgr}, tmp_path / "bgr.safetensors")
+                teacher = teacher.replace(path, str(tmp_path / "bgr.safetensors"))
+            return super().build(photos, teacher, **settings)
+
+    step = Rehearsal(device="cpu", tiny=True, folder=tmp_path)
+    agreement(step)
+    assert [text.partition(":")[0] for text in step.missed] == (["fp32", "fp32", "bf16", "bf16"] if wrong else [])
+    assert ("MISSED: bf16: top-1" in capsys.readouterr().out) == wrong
+
+
 def test_a_step_that_fails_or_hangs_costs_the_others_nothing(check):
     hung = check.run("here", "", 0.2, ["--device", "cpu", "--tiny"])
     assert hung.result == "FAILED: not done within 0 s" and hung.seconds < 60
