@@ -150,7 +150,10 @@ def stored_settings(manifest: Manifest) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Processors, memory and time that a build may use, as the user asks for them. None of it changes the labels.
+    """Processors, memory and time that a build may use, as the user asks for them.
+
+    `device`, `batch_size` and `compile` change labels a little: precision "auto" is bf16 on a GPU and fp32 on a CPU,
+    and the last bits of a network's answers depend on all three.
 
     Raises UsageError for a value that no machine could have.
 
