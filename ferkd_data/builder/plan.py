@@ -152,8 +152,12 @@ def load_or_make_plan(
 
 def list_images(source: ImageSource, *, fail_on_reject: bool) -> Iterator[ImageRef | Reject]:
     """List the images of a source. Where `fail_on_reject`, raise BuildError for the first that its listing rejects."""
-    for item in source.list_images():
-        if fail_on_reject and isinstance(item, Reject):
+    return _without_rejects(source.list_images()) if fail_on_reject else source.list_images()
+
+
+def _without_rejects(items: Iterator[ImageRef | Reject]) -> Iterator[ImageRef | Reject]:
+    for item in items:
+        if isinstance(item, Reject):
             raise unusable(item)
         yield item
 

@@ -173,6 +173,8 @@ class BatchMaker:
         self.epochs = Epochs(settings, len(labels))
         self._draw_seed = draw_seed(labels, settings.seed)
         self._order: tuple[int, InChunks] | None = None
+        # Looked up once, since they are asked for with each image and window.
+        self._pixel_limit, self._crops_per_block = labels.manifest.pixel_limit, labels.manifest.block_crops(0)
         self._shard_rows = np.array([shard.rows for shard in labels.manifest.shards], np.int64)
 
     def make(self, window: Window, *outs: Tensor) -> Made:
@@ -380,7 +382,7 @@ class BatchMaker:
             part.drawn,
             crops_per_image=part.shape.crops_per_image,
             num_crops=self.labels.num_crops,
-            crops_per_block=self.labels.manifest.block_crops(0),
+            crops_per_block=self._crops_per_block,
         )
 
     def _skip(self, row: int, error: ImageError) -> str:
@@ -399,7 +401,7 @@ class BatchMaker:
 
     def _decoded(self, data: bytes, record: np.void, divisor: int) -> tuple[npt.NDArray[np.uint8], int]:
         """Decode an image, (H, W, 3), at 1/divisor of its sides where its format can do that; returns what it did."""
-        labelled, pixel_limit = labelled_size(record), self.labels.manifest.pixel_limit
+        labelled, pixel_limit = labelled_size(record), self._pixel_limit
         if divisor > 1:
             # From the header, since the reduced picture no longer tells which size it had.
             check_labelled_size(image_size(data, max_pixels=labelled_pixels(labelled, pixel_limit)), labelled)

@@ -38,6 +38,8 @@ class BlockDraws(NamedTuple):
     """The draws of an epoch that fall into one block."""
 
     block: int
+    size: int
+    """Crops of the block that are drawn from: a selection of fewer crops than were labelled ends within a block."""
     cycle: int
     first: int
     """Index of the first of these draws within the block."""
@@ -53,7 +55,7 @@ def epoch_draws(drawn: int, *, crops_per_image: int, num_crops: int, crops_per_b
         block, first = divmod(at, crops_per_block)
         size = min(crops_per_block, num_crops - block * crops_per_block)
         count = min(left, size - first)
-        draws.append(BlockDraws(block, cycle, first, count))
+        draws.append(BlockDraws(block, size, cycle, first, count))
         number, left = number + count, left - count
     return tuple(draws)
 
@@ -166,9 +168,7 @@ def draw_stored_crops(
     """Draw an epoch's crops of some images, given their records (I,) in each block that it draws from."""
     parts = []
     for block, part in zip(records, draws, strict=True):
-        # A selection of fewer crops than were labelled ends within a block.
-        shown = min(block["flip"].shape[1], labels.num_crops - part.block * labels.manifest.block_crops(0))
-        columns = {name: block[name][:, :shown] for name in CROP_FIELDS} | {"target": block["target"]}
+        columns = {name: block[name][:, : part.size] for name in CROP_FIELDS} | {"target": block["target"]}
         judged = _judge(labels, columns, calibration)
         chosen = draw(block["key_hash"], judged.use, part, seed=seed)
         row = np.arange(len(chosen))[:, None]
