@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ MAX_EXTENSIONS = 16
 """Extensions counted separately; files with further extensions are counted together as `other`."""
 MAX_SOURCES_NAMED = 16
 """Most sources that the description of a label set names."""
+MORE_SOURCES = re.compile(r"(\d{1,3}(?:,\d{3}){0,4}) more sources?", re.ASCII)
+"""End of a description of more sources than that, with the number of those that it does not name."""
 LEFT_OUT_REASONS = {
     "system": ("system file", "system files"),
     "hidden": ("hidden file", "hidden files"),
@@ -154,10 +157,21 @@ def describe_left_out(counts: Mapping[str, int]) -> list[str]:
 
 
 def described_together(descriptions: Iterable[str]) -> str:
-    """Join the descriptions of sources, each once: `folder a; folder b`. Of very many, the first ones are named."""
-    named = list(dict.fromkeys(part for text in descriptions for part in text.split("; ")))
-    more = len(named) - MAX_SOURCES_NAMED
-    return "; ".join([*named[:MAX_SOURCES_NAMED], *([f"{more:,} more sources"] if more > 0 else [])])
+    """Join the descriptions of sources, each once: `folder a; folder b`. Of very many, the first ones are named.
+
+    A description may be the result of a former call. The sources that it counts without a name are taken for others
+    than those of a different description.
+    """
+    named: dict[str, None] = {}
+    more = 0
+    for text in dict.fromkeys(descriptions):
+        *parts, last = text.split("; ")
+        counted = MORE_SOURCES.fullmatch(last) if parts else None
+        more += int(counted[1].replace(",", "")) if counted else 0
+        named.update(dict.fromkeys(parts if counted else [*parts, last]))
+    more += max(0, len(named) - MAX_SOURCES_NAMED)
+    words = [f"{more:,} more source{'s' if more > 1 else ''}"] if more else []
+    return "; ".join([*islice(named, MAX_SOURCES_NAMED), *words])
 
 
 def added_left_out(counts: Iterable[Mapping[str, int] | None]) -> dict[str, int] | None:
