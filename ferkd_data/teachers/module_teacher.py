@@ -71,8 +71,8 @@ class ModuleTeacher:
             if is_out_of_memory(error):
                 raise weights_do_not_fit(spec, device) from error
             if is_device_failure(error):
-                raise device_failed(device, error) from error
-            raise
+                raise device_failed(device, error, spec) from error
+            raise TeacherError(f"teacher {spec}: cannot be moved to {device}: {reason(error)}") from error
         self.module: Callable[[Tensor], Tensor] = ready
         self.scripted = any(isinstance(part, torch.jit.ScriptModule) for part in ready.modules())
         self.scale, self.shift = normalisation(preprocessing, self.device)
@@ -91,7 +91,7 @@ class ModuleTeacher:
             if is_out_of_memory(error):
                 raise
             if is_device_failure(error):
-                raise device_failed(images_BCSS.device, error) from error
+                raise device_failed(self.device, error, self.spec) from error
             # The model's own code may raise anything.
             raise TeacherError(f"teacher {self.spec}: failed on {len(images_BCSS)} crops: {reason(error)}") from error
         if logits.shape != (len(images_BCSS), self.num_classes):
@@ -139,7 +139,7 @@ class ModuleTeacher:
                     f"weights ({reason(error)}); {MORE_MEMORY}"
                 ) from error
             if is_device_failure(error):
-                raise device_failed(self.device, error) from error
+                raise device_failed(self.device, error, self.spec) from error
             # The model's own code may raise anything, AssertionError and KeyError included.
             raise TeacherError(
                 f"teacher {self.spec}: cannot run on one {size}x{size} image: {reason(error)}; the option size sets "

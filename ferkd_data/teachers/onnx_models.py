@@ -58,6 +58,7 @@ class OnnxTeacher:
             raise TeacherError(f"teacher {spec}: an ONNX file has its own precision; use --precision fp32")
         self.spec = spec
         self.precision: Precision = precision
+        self.device = device
         self.session = self._open(runtime, path, device)
         self.digest = with_choices(onnx_digest(path, spec), spec)
         self.input = self._input()
@@ -107,7 +108,7 @@ class OnnxTeacher:
             if is_out_of_memory(error):
                 raise torch.cuda.OutOfMemoryError(str(error)) from error
             if is_device_failure(error):
-                raise device_failed("cuda", error) from error
+                raise device_failed(self.device, error, self.spec) from error
             raise TeacherError(f"teacher {self.spec}: cannot run on {padded.shape}: {error}") from error
         if not isinstance(output, np.ndarray) or output.dtype.kind != "f":
             kind = output.dtype if isinstance(output, np.ndarray) else type(output).__name__
@@ -202,17 +203,18 @@ class OnnxTeacher:
         """Run two test pictures and return the number of classes; falls back to batches of one picture."""
         pictures = two_pictures(self.preprocessing.size)
         try:
-            output = self._answer(pictures)
-        except TeacherError:
-            if self.fixed_batch is not None:
-                raise
-            # Some graphs fix the batch size to 1 inside, although their input declares an open one.
-            self.fixed_batch = 1
-            output = self._answer(pictures)
+            try:
+                output = self._answer(pictures)
+            except TeacherError:
+                if self.fixed_batch is not None:
+                    raise
+                # Some graphs fix the batch size to 1 inside, although their input declares an open one.
+                self.fixed_batch = 1
+                output = self._answer(pictures)
         except torch.cuda.OutOfMemoryError as error:
             raise TeacherError(
-                f"teacher {self.spec}: cuda has too little memory for two images beside its weights ({reason(error)}); "
-                f"{MORE_MEMORY}"
+                f"teacher {self.spec}: {self.device} has too little memory for a batch of "
+                f"{self.fixed_batch or len(pictures)} beside its weights ({reason(error)}); {MORE_MEMORY}"
             ) from error
         check_activation(output, self.spec)
         return int(output.shape[1])

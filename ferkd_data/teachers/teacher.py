@@ -40,6 +40,8 @@ OUT_OF_MEMORY_TEXTS = (
 """Lower-case texts in errors that say that a device's memory ran out."""
 DEVICE_FAILURE = re.compile(r"CUDA (driver )?error: (?!CUBLAS)|CUDA failure \d+: |_STATUS_EXECUTION_FAILED")
 """Texts in errors of a GPU that failed, of PyTorch before 2.8, of cuBLAS and cuDNN, and of ONNX Runtime."""
+UNSUITABLE_DEVICE = re.compile(r"no kernel image is available|invalid device ordinal")
+"""Texts in errors of a GPU that PyTorch, ONNX Runtime or a teacher's own kernels cannot use, in any process."""
 
 
 class Teacher(Protocol):
@@ -88,18 +90,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_device_failure(error: BaseException) -> bool:
-    """Recognise an error of a GPU that failed: no fault of the teacher, and the process can use that GPU no more."""
-    if is_out_of_memory(error):  # which PyTorch counts among the failures
+    """Recognise an error of a GPU that failed: this process cannot use it any more, and a new one can."""
+    # PyTorch raises its class for a failure in these cases too.
+    if is_out_of_memory(error) or UNSUITABLE_DEVICE.search(str(error)):
         return False
     kind = getattr(torch, "AcceleratorError", None)
     return (kind is not None and isinstance(error, kind)) or bool(DEVICE_FAILURE.search(str(error)))
 
 
-def device_failed(device: object, error: BaseException) -> DeviceFailedError:
-    """Return the error to raise for a device that failed with `error`."""
+def device_failed(device: object, error: BaseException, teacher: TeacherSpec | None = None) -> DeviceFailedError:
+    """Return the error to raise for a device that failed with `error`, where known while it ran `teacher`."""
+    # A teacher can be the cause: an index out of range in its own code triggers a device-side assert.
+    meanwhile = "" if teacher is None else f" while it ran teacher {teacher}"
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return DeviceFailedError(
-        f"device {device} failed ({first_line}); only a new process can use it again, and "
+        f"device {device} failed{meanwhile} ({first_line}); only a new process can use it again, and "
         "goes on after the finished shards"
     )
 

@@ -80,7 +80,7 @@ class Forwards:
             raise
         except Exception as error:
             if is_device_failure(error):
-                raise device_failed(images_BCSS.device, error) from error
+                raise device_failed(images_BCSS.device, error, teacher.spec) from error
             if not is_out_of_memory(error):
                 raise TeacherError(
                     f"teacher {teacher.spec}: failed on {len(images_BCSS)} crops: {type(error).__name__}: {error}"

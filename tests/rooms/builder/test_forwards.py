@@ -94,8 +94,31 @@ def test_a_gpu_that_fails_is_not_blamed_on_the_teacher(greedy, message, raised_b
     monkeypatch.setattr(torch, "OutOfMemoryError", lambda text: RuntimeError(message))
     if raised_by == "another teacher":
         monkeypatch.setattr(teacher, "logits", lambda images: teacher.module(images.float()))
-    first_line = re.escape(message.splitlines()[0])
-    with pytest.raises(DeviceFailedError, match=rf"^device cpu failed \({first_line}\); only"):
+    # The teacher may have caused it all the same, such as by an index that is out of range.
+    first_line = re.escape(f"({message.splitlines()[0]})")
+    with pytest.raises(
+        DeviceFailedError, match=rf"^device cpu failed while it ran teacher {greedy} {first_line}; only"
+    ):
+        Forwards().logits(teacher, torch.zeros((9, 3, 32, 32), dtype=torch.uint8))
+
+
+UNSUITABLE = [
+    "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be asynchronous",
+    "CUDA error: invalid device ordinal\nCompile with TORCH_USE_CUDA_DSA",
+    "CUDA failure 209: no kernel image is available for execution on the device ; GPU=0",
+]
+
+
+@pytest.mark.parametrize("message", UNSUITABLE)
+@pytest.mark.parametrize("raised_by", ["a module teacher", "another teacher"])
+def test_an_error_that_returns_in_every_process_names_the_teacher(greedy, message, raised_by, monkeypatch):
+    (teacher,) = load_teachers([greedy])
+    monkeypatch.setattr(
+        torch, "OutOfMemoryError", lambda text: getattr(torch, "AcceleratorError", RuntimeError)(message)
+    )
+    if raised_by == "another teacher":
+        monkeypatch.setattr(teacher, "logits", lambda images: teacher.module(images.float()))
+    with pytest.raises(TeacherError, match=rf"^teacher {greedy}: failed on 9 crops: .*{message.splitlines()[0]}"):
         Forwards().logits(teacher, torch.zeros((9, 3, 32, 32), dtype=torch.uint8))
 
 

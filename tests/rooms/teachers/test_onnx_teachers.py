@@ -283,24 +283,42 @@ class Failing:
     ("said", "kind", "words"),
     [
         ("cannot do that", TeacherError, "cannot run on"),
-        ("CUDA failure 700: an illegal memory access was encountered", DeviceFailedError, r"cuda failed .*illegal"),
+        (
+            "CUDA failure 700: an illegal memory access was encountered",
+            DeviceFailedError,
+            r"^device cuda:1 failed while it ran teacher onnx:.*illegal",
+        ),
+        (
+            "CUDA failure 209: no kernel image is available for execution",
+            TeacherError,
+            "cannot run on .*no kernel image",
+        ),
         ("CUDA failure 2: out of memory", torch.cuda.OutOfMemoryError, "out of memory"),
     ],
 )
 def test_a_gpu_that_fails_does_not_turn_the_teacher_to_the_cpu(save, capsys, said, kind, words):
     teacher = load(save())
+    teacher.device = "cuda:1"  # this machine's ONNX Runtime need not have CUDA
     teacher.session._sess = Failing(teacher.session._sess, EPFail(said))
     with pytest.raises(kind, match=words):
         teacher.logits(torch.zeros((2, 3, 8, 8), dtype=torch.uint8))
     assert "Falling back" not in capsys.readouterr().out
 
 
-def test_memory_too_small_for_the_first_images(save, monkeypatch):
-    path = save()
+@pytest.mark.parametrize(
+    ("errors", "batch"),
+    [
+        (["Failed to allocate memory for requested buffer of size 939524096"], 2),
+        (["the graph takes batches of one", "CUDA failure 2: out of memory"], 1),
+    ],
+)
+def test_memory_too_small_for_the_first_images(save, monkeypatch, errors, batch):
+    path, coming = save(), iter(errors)
 
     def full(self, *asked):
-        raise EPFail("CUDA failure 2: out of memory")
+        raise EPFail(next(coming))
 
     monkeypatch.setattr("onnxruntime.InferenceSession.run", full)
-    with pytest.raises(TeacherError, match=r"cuda has too little memory for two images beside its weights .*out of"):
+    words = f"^teacher onnx:.*: cpu has too little memory for a batch of {batch} beside its weights .*{errors[-1]}"
+    with pytest.raises(TeacherError, match=words):
         load(path)

@@ -181,14 +181,52 @@ def test_memory_too_small_for_a_first_image_is_not_said_to_be_its_size(error):
 @pytest.mark.parametrize(
     ("said", "kind", "words"),
     [
-        ("Cannot copy out of meta tensor", RuntimeError, "^Cannot copy out of meta"),
-        ("CUDA error: unspecified launch failure", DeviceFailedError, r"^device cpu failed \(CUDA error: unspec"),
+        (
+            "Cannot copy out of meta tensor",
+            TeacherError,
+            "^teacher timm:x: cannot be moved to cpu: .*: Cannot copy out",
+        ),
+        ("CUDA error: invalid device ordinal", TeacherError, "^teacher timm:x: cannot be moved to cpu: .*ordinal"),
+        (
+            "CUDA error: unspecified launch failure",
+            DeviceFailedError,
+            r"^device cpu failed while it ran teacher timm:x \(CUDA error: unspec",
+        ),
     ],
 )
 def test_other_faults_while_weights_are_moved(monkeypatch, said, kind, words):
     monkeypatch.setattr(torch.nn.Module, "to", raising(RuntimeError(said)))
     with pytest.raises(kind, match=words):
         make(torch.nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "words"),
+    [
+        (
+            "no kernel image is available for execution",
+            TeacherError,
+            "^teacher timm:x: cannot run on one 8x8 image: .*no",
+        ),
+        (
+            "device-side assert triggered",
+            DeviceFailedError,
+            r"^device cpu failed while it ran teacher timm:x \(.*assert",
+        ),
+    ],
+)
+def test_a_gpu_that_cannot_run_the_first_image(said, kind, words):
+    module = torch.nn.Flatten()
+    module.forward = raising(RuntimeError(f"CUDA error: {said}"))
+    with pytest.raises(kind, match=words):
+        make(module)
+
+
+def test_a_gpu_that_fails_while_a_torchscript_file_is_read(tmp_path, monkeypatch):
+    (tmp_path / "x.pt").touch()
+    monkeypatch.setattr(torch.jit, "load", raising(RuntimeError("CUDA error: unspecified launch failure")))
+    with pytest.raises(DeviceFailedError, match=r"x\.pt \(CUDA error: unspecified launch failure\)"):
+        load_teacher(TeacherSpec.parse(f"torchscript:{tmp_path / 'x.pt'}"))
 
 
 def test_the_current_device_is_the_workers(monkeypatch):
@@ -249,5 +287,6 @@ def test_onnx_runtime_running_out_of_memory_is_not_the_teachers_fault(tmp_path):
 
     session = SimpleNamespace(run=run)
     teacher = SimpleNamespace(spec="onnx:x.onnx", fixed_batch=None, input_name="x", output_names=["y"], session=session)
+    teacher.device = "cuda:0"
     with pytest.raises(torch.cuda.OutOfMemoryError):
         onnx_models.OnnxTeacher._run(teacher, torch.zeros(2, 3, 4, 4).numpy())
