@@ -113,17 +113,23 @@ def refuse_too_many_files(path: Path | str, error: BaseException) -> None:
 
     The file at `path` may be sound: it must not be rejected, skipped or fetched again for such an error.
     """
-    code = getattr(error, "errno", None)
-    if code == errno.EMFILE:
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        raise TooManyOpenFilesError(
-            f"{path}: cannot be opened, since this process has as many files open as it may ({limit}); raise the "
-            "limit in the shell that starts it, as `ulimit -n 65536` does"
-        ) from error
-    if code == errno.ENFILE:
+    # Libraries that wrap an OSError may keep the system's words and lose its number.
+    code, text = getattr(error, "errno", None), str(error)
+    if code == errno.EMFILE or os.strerror(errno.EMFILE) in text:
+        raise too_many_open_files(path) from error
+    if code == errno.ENFILE or os.strerror(errno.ENFILE) in text:
         raise TooManyOpenFilesError(
             f"{path}: cannot be opened, since this machine has as many files open as it may (fs.file-max)"
         ) from error
+
+
+def too_many_open_files(path: Path | str) -> TooManyOpenFilesError:
+    """Return the error for a file that this process may not open beside those that it has open."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return TooManyOpenFilesError(
+        f"{path}: cannot be opened, since this process has as many files open as it may ({limit}); raise the limit in "
+        "the shell that starts it, as `ulimit -n 65536` does"
+    )
 
 
 def _sync(path: Path) -> None:

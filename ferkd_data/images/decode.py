@@ -41,6 +41,8 @@ from ferkd_data.images.file_kinds import HEAD_BYTES, other_kind
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """Largest number of pixels decoded by default: Pillow's threshold for a decompression bomb, 256 MiB of RGB."""
+DECODING_BYTES, DECODERS_BYTES = 24, 2**25
+"""Bytes that decoding takes at most, for each pixel (21 were seen, for lossless WebP) and besides."""
 ANY_SIZE = 65_535**2
 """The format's own limit, for reading a header alone: nothing is decoded."""
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
@@ -95,21 +97,54 @@ def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDAr
     try:
         return _decode(data, max_pixels)
     except MemoryError:
-        # What the failed attempt holds is free below this block.
         pass
-    height, width = image_size(data, max_pixels=max_pixels)
-    try:
-        # As much as decoding takes: pixels with alpha, and their conversion.
-        np.empty((2, height, width, 4), np.uint8)
-    except MemoryError as error:
-        raise OutOfMemoryError(
-            f"too little memory to decode an image of {width}x{height} pixels; use fewer threads or workers, raise the "
-            "limit (ulimit -v), or exclude such images (--max-pixels)"
-        ) from error
+    except ImageError as error:
+        # Decoders that get no memory may say that the data are broken.
+        if error.reason != "corrupt":
+            raise
+    # Below the block, where what the failed attempt holds is free.
+    _check_memory(data)
     try:
         return _decode(data, max_pixels)
     except MemoryError as error:
         raise ImageError("corrupt", "asks for more memory than its pixels take") from error
+
+
+def _check_memory(data: bytes) -> None:
+    """Raise OutOfMemoryError unless the host has the memory that decoding takes."""
+    what = "an image"
+    try:
+        height, width = _claimed_size(data)
+        what = f"an image of {width}x{height} pixels"
+        np.empty(DECODING_BYTES * height * width + DECODERS_BYTES, np.uint8)
+    except MemoryError as error:
+        raise OutOfMemoryError(
+            f"too little memory to decode {what}; use fewer threads or workers, or raise the limit (ulimit -v)"
+        ) from error
+
+
+def _claimed_size(data: bytes) -> tuple[int, int]:
+    """Return the (height, width) that the header claims; (1, 1) where it is unreadable."""
+    if data[8:15] == b"WEBPVP8":
+        # Pillow's reader of this header takes the memory for the pixels.
+        return _webp_size(data)
+    try:
+        return image_size(data)
+    except ImageError:
+        return 1, 1
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Read the size of a WebP file's canvas, of its lossless or its lossy picture (WebP container specification)."""
+    kind, body = data[12:16], data[20:30].ljust(10, b"\0")
+    if kind == b"VP8X":
+        width, height = (int.from_bytes(body[at : at + 3], "little") + 1 for at in (4, 7))
+    elif kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (int.from_bytes(body[at : at + 2], "little") & 0x3FFF for at in (6, 8))
+    return height, width
 
 
 def _decode(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ferkd_data import rng
 from ferkd_data.crops import Crops
-from ferkd_data.errors import FerkdError, ImageError, LoaderError, UsageError
+from ferkd_data.errors import FerkdError, ImageError, LoaderError, OutOfMemoryError, UsageError
 from ferkd_data.images import image_size
 from ferkd_data.images.decode import decode_reduced, divisor_for, reduced_crops
 from ferkd_data.images.retrying import IMAGES_IN_A_ROW, UnansweredImageError
@@ -300,6 +300,9 @@ class BatchMaker:
             try:
                 use(labelled, i)
                 unanswered = 0
+            except OutOfMemoryError as error:
+                # No fault of the image, so it is not skipped.
+                raise LoaderError(f"{self._describe(int(labelled.rows[i]))}: {error}") from error
             except ImageError as error:
                 failed[i] = self._skip(int(labelled.rows[i]), error)
                 # In a row, as in a build: a few bad sectors are no source that is gone.

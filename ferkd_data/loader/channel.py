@@ -15,7 +15,6 @@ import itertools
 import mmap
 import os
 import pickle
-import resource
 import socket
 import struct
 import sys
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ferkd_data.errors import LoaderError
+from ferkd_data.storage import refuse_too_many_files
 
 HEADER = struct.Struct("!QI")
 """Bytes of the message that follows, and the number of its descriptors."""
@@ -63,7 +63,7 @@ class Channel:
     def receive(self) -> tuple[Any, list[int]]:
         """Receive a message and descriptors, which the caller closes. Raises EOFError when the other end is gone.
 
-        The descriptors are none where this process may not open all of them (see `few_descriptors`).
+        The descriptors are none where this process may not open all of them.
         """
         try:
             header, descriptors, _, _ = socket.recv_fds(self._socket, HEADER.size, MAX_DESCRIPTORS, CLOSE_ON_EXEC)
@@ -99,15 +99,6 @@ class Channel:
 
     def close(self) -> None:
         self._socket.close()
-
-
-def few_descriptors() -> LoaderError:
-    """Return the error for a descriptor that was sent and did not arrive."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return LoaderError(
-        f"this process may open {limit} files and has as many open, so that memory for crops cannot be passed to it; "
-        "raise the limit (ulimit -n) or lower num_workers"
-    )
 
 
 def channel_pair() -> tuple[Channel, socket.socket]:
@@ -150,6 +141,8 @@ POPULATE = getattr(mmap, "MAP_POPULATE", 0)
 MAPPED_BYTES = 40 * 10**6
 """Bytes of slots that a worker keeps mapped, at most."""
 NOT_KEPT = -1
+CROP_MEMORY = "memory for crops"
+"""What the memory is called in errors; it is a file without a name."""
 
 
 Shapes = tuple[tuple[int, int], ...]
@@ -255,6 +248,7 @@ class BatchBuffers:
         try:
             return Slot(self._shapes, shared=self._shared, number=number)
         except (OSError, RuntimeError) as error:
+            refuse_too_many_files(CROP_MEMORY, error)
             raise self._no_memory(1, str(error).splitlines()[0]) from error
 
     def give_back(self, slot: Slot) -> None:

@@ -410,7 +410,7 @@ class CropLoader(DataLoaderLike):
             warnings.warn(
                 f"the state that was loaded leaves no batch of epoch {asked.epoch} for {ranks.world_size} ranks: epoch "
                 f"{start.epoch} begins. Load a state after torch.distributed is initialised, and loader.epoch tells",
-                stacklevel=4,
+                stacklevel=3,
             )
         left, whole = self._count(start), self._count(Cursor(epoch=start.epoch))
         # The clock runs from here, so that unpacking crop blocks counts as "prepare".

@@ -31,6 +31,7 @@ from ferkd_data.loader.device_jpegs import (
     DeviceDecoder,
     Jpeg,
     cannot_decode,
+    check_device,
     hand_over,
     open_decoder,
     own_stream,
@@ -41,12 +42,15 @@ from ferkd_data.loader.pool import Job, Pool
 from ferkd_data.loader.schedule import Window
 from ferkd_data.loader.workers import WindowTask, pickled, timed
 from ferkd_data.replay import empty_batch, replay_on_device
+from ferkd_data.storage import refuse_too_many_files, too_many_open_files
 from ferkd_data.targets import SoftTargets
 from ferkd_data.upload import upload
 
 JPEG_END = b"\xff\xd9"
 CHUNK_PIXELS = 2**27
 """Pixels of decoded images that lie on the device at a time: 400 MB."""
+SENT_IMAGES = "images that a worker sent"
+"""What the file is called in errors; it has no name."""
 
 
 class Encoded(NamedTuple):
@@ -108,13 +112,17 @@ class DeviceWorkers:
         for job in self._pool.run(jobs, lambda job: _joined(*encode(self._maker, job.window))):
             encoded: Encoded = job.result
             encoded = encoded._replace(made=timed(job, encoded.made))
-            if job.received:
-                encoded = encoded._replace(data=_mapped(*job.received))
             try:
+                if job.by_worker:
+                    encoded = encoded._replace(data=_mapped(job.received))
                 images, made = self._cut(job.window, encoded)
             # Whoever keeps the error keeps this generator's frames, so the workers go now and not with them.
             except FerkdError:
                 self.end()
+                raise
+            except RuntimeError as error:
+                self.end()
+                check_device(error, device)
                 raise
             yield job.window, (images,), made
 
@@ -266,13 +274,19 @@ def _joined(encoded: Encoded, parts: list[npt.NDArray[np.uint8]]) -> Encoded:
     return encoded._replace(data=torch.from_numpy(np.concatenate(parts)))
 
 
-def _mapped(descriptor: int) -> Tensor:
-    """Map the content of a worker's file, and close its descriptor."""
+def _mapped(received: tuple[int, ...]) -> Tensor:
+    """Map the content of the file that a worker sent, and close its descriptor. Raises TooManyOpenFilesError."""
+    if not received:
+        raise too_many_open_files(SENT_IMAGES)
+    (descriptor,) = received
     try:
         size = os.fstat(descriptor).st_size
         if not size:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         return torch.from_file(f"/dev/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8, device="cpu")
+    except RuntimeError as error:
+        refuse_too_many_files(SENT_IMAGES, error)
+        raise
     finally:
         os.close(descriptor)
 

@@ -78,7 +78,7 @@ class DeviceDecoder:
         try:
             pixels = decode([jpeg.data for jpeg in jpegs], self.device)
         except RuntimeError as error:
-            _check_device(error, self.device)
+            check_device(error, self.device)
         else:
             # A crafted JPEG may have several headers, of which the device takes another one than the host.
             return [
@@ -104,12 +104,12 @@ class DeviceDecoder:
         return upload(pixels, self.device).permute(2, 0, 1)
 
 
-def _check_device(error: RuntimeError, device: torch.device) -> None:
+def check_device(error: RuntimeError, device: torch.device) -> None:
     """Raise LoaderError for an error that concerns the device and not an image: trying again would hide it."""
     if is_out_of_memory(error) or NVJPEG_NO_MEMORY.search(str(error)):
         raise LoaderError(
-            f"{device} has too little memory to decode images ({_first_line(error)}); use a smaller batch_size or "
-            "spread, or leave out decode_device"
+            f"{device} has too little memory for the images of a window ({_first_line(error)}); use a smaller "
+            "batch_size or spread, or leave out decode_device"
         ) from error
     if is_device_failure(error) or NVJPEG_FAILED in str(error):
         _failed(error, device)
@@ -123,8 +123,8 @@ def _check_device(error: RuntimeError, device: torch.device) -> None:
 
 def _failed(error: RuntimeError, device: torch.device) -> NoReturn:
     raise LoaderError(
-        f"{device} failed while it decoded images ({_first_line(error)}); a GPU that has failed works again in a new "
-        "process: resume there from the last checkpoint"
+        f"{device} failed while it decoded and cut images ({_first_line(error)}); a GPU that has failed works again in "
+        "a new process: resume there from the last checkpoint"
     ) from error
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ferkd_data import rng
-from ferkd_data.errors import LabelSetError, LoaderError
+from ferkd_data.errors import LabelSetError, LoaderError, TooManyOpenFilesError
 from ferkd_data.label_set import LabelSet
 from ferkd_data.labels.rows import ShardLabels, class_index_dtype
 from ferkd_data.locks import lock, locked_for_cache
@@ -176,7 +176,7 @@ class LabelCache:
             with locked_for_cache(self._lock):
                 for path in others:
                     _remove_unused(path)
-        except (OSError, LoaderError) as error:
+        except (OSError, LoaderError, TooManyOpenFilesError) as error:
             # A cache that is shared and may only be read serves as well.
             log.info("%s: other crop blocks stay there (%s)", self.folder, error)
 

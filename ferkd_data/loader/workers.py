@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ferkd_data.errors import UsageError
 from ferkd_data.loader.batch_maker import BatchMaker, Made
-from ferkd_data.loader.channel import NOT_KEPT, BatchBuffers, MappedSlots, Slot, few_descriptors
+from ferkd_data.loader.channel import CROP_MEMORY, NOT_KEPT, BatchBuffers, MappedSlots, Slot
 from ferkd_data.loader.clocks import added, spent_on
 from ferkd_data.loader.epochs import EpochSettings
 from ferkd_data.loader.pool import Job, Pool
 from ferkd_data.loader.schedule import Window
+from ferkd_data.storage import too_many_open_files
 
 HELD_BATCHES = 3
 """Windows that a user's loop holds at a time, unless it collects batches: memory beyond that of windows in work."""
@@ -48,7 +49,7 @@ class CropHandler:
         # From the training, where a schedule may be a function: a worker evaluates none (`for_workers`).
         self.maker.learn(task.window.epoch, task.settings)
         if not descriptors:
-            raise few_descriptors()
+            raise too_many_open_files(CROP_MEMORY)
         # Mapping counts as sending: it is part of the price of handing crops over in shared memory.
         with self.maker.clock.send:
             outs = self.memory.images(task.slot, descriptors[0], self.maker.shapes(task.settings))

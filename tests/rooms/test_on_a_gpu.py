@@ -289,7 +289,7 @@ def test_a_refused_jpeg_leaves_nothing_behind_on_the_gpu(label_set, photos, tmp_
         gpu.pageable_bytes = 0
         loader = loader_on_a_gpu(label_set, photos, tmp_path)
         if after:
-            with pytest.raises(LoaderError, match=r"cuda:0 failed while it decoded images \(CUDA error"):
+            with pytest.raises(LoaderError, match=r"cuda:0 failed while it decoded and cut images \(CUDA error"):
                 list(loader)
         else:
             assert all(images.device.type == "cuda" for images, _ in loader)

@@ -15,6 +15,7 @@ import pytest
 import ferkd_data as fd
 from ferkd_data.errors import TooManyOpenFilesError
 from ferkd_data.images import open_source
+from ferkd_data.loader.label_cache import LabelCache
 from ferkd_data.locks import locked_for_cache
 from ferkd_data.storage import refuse_too_many_files
 
@@ -83,3 +84,31 @@ def test_nor_where_the_machine_may_open_no_more(tmp_path):
 def test_a_cache_is_not_blamed_either(tmp_path):
     with NoRoom(), pytest.raises(TooManyOpenFilesError, match=TOO_MANY), locked_for_cache(tmp_path / "lock"):
         pass
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_memory_that_workers_and_training_share_is_a_file_too(label_set, photos, tmp_path, device):
+    """What a worker sends arrives without its file then, and nothing says so."""
+    loader = fd.CropLoader(
+        fd.open_labels(label_set),
+        images=photos,
+        batch_size=4,
+        crops_per_image=2,
+        size=16,
+        num_workers=1,
+        decode_device=device,
+        cache_dir=tmp_path,
+    )
+    loader._open_workers().wait()
+    loader._maker.prepare_blocks(0)
+    with NoRoom(), pytest.raises(TooManyOpenFilesError, match=TOO_MANY):
+        list(loader)
+
+
+def test_blocks_that_cannot_be_removed_for_it_stay(label_set, tmp_path):
+    labels = fd.open_labels(label_set)
+    LabelCache(labels, tmp_path).prepare({0})
+    # One that has the block not open: closing it would make room.
+    with NoRoom():
+        LabelCache(labels, tmp_path).drop_except(set())
+    assert [path.name for path in tmp_path.rglob("block-*.npy")] == ["block-000.npy"]

@@ -24,7 +24,7 @@ from ferkd_data.builder.labelling.forwards import Staging
 from ferkd_data.builder.labelling.job import Tools
 from ferkd_data.builder.settings import BuildSettings
 from ferkd_data.crops import Crops
-from ferkd_data.errors import BuildError, ImageError
+from ferkd_data.errors import BuildError, ImageError, OutOfMemoryError
 from ferkd_data.images import ImageRef, Reject, decode_rgb, while_it_answers
 from ferkd_data.labels.rows import UNKNOWN_TARGET
 from ferkd_data.replay import CUT_BYTES, Interpolation, empty_batch, replay, replay_on_device
@@ -143,6 +143,8 @@ def _decode(
             crops = replace(crops, operations=draw_operations(ref.key, augmentations, **wanted).pack())
     except ImageError as error:
         return Reject(key=ref.key, reason=error.reason, detail=error.detail)
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"image {ref.key!r}: {error}, or reject such images (--max-pixels)") from error
     # The digest here, in a decoding thread, where it costs the labelling thread nothing.
     return DecodedImage(ref=ref, data=data, digest=image_digest(data), pixels=pixels, crops=crops)
 

@@ -12,7 +12,7 @@ from label_sets import SMALL, same_files, same_label_sets
 from servers import serve
 
 import ferkd_data as fd
-from ferkd_data.errors import ImageError, SourceError, StorageFullError, TeacherError
+from ferkd_data.errors import ImageError, OutOfMemoryError, SourceError, StorageFullError, TeacherError
 from ferkd_data.images import open_source
 from ferkd_data.images.retrying import ReopeningFile, retried
 from ferkd_data.remote import Retries
@@ -228,3 +228,16 @@ def test_reading_in_the_background_keeps_order_depth_and_errors():
     assert [next(found) for _ in range(5)] == [1, 2, 3, 4, 5]
     with pytest.raises(OSError, match="the disk is gone"):
         next(found)
+
+
+def test_a_host_without_memory_rejects_no_image_and_the_build_resumes(photos, tiny_teachers, tmp_path, monkeypatch):
+    """The error is made here: tests/rooms/images/test_decode.py takes the memory away for real."""
+
+    def short(data, *, max_pixels):
+        raise OutOfMemoryError("too little memory to decode an image")
+
+    with monkeypatch.context() as context:
+        context.setattr("ferkd_data.builder.labelling.crop_batches.decode_rgb", short)
+        with pytest.raises(OutOfMemoryError, match=r"image 'class\d/photo\d+': too little memory .* \(--max-pixels\)"):
+            fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL)
+    assert fd.build(photos, tmp_path / "out", teachers=[tiny_teachers], **SMALL).rejects == 0

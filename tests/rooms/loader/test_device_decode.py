@@ -258,7 +258,7 @@ FAILED = [
 @pytest.mark.parametrize(
     ("error", "message"),
     [(error, "cpu has too little memory .* smaller batch_size or spread") for error in OUT_OF_MEMORY]
-    + [(error, r"cpu failed while it decoded images \(.*resume there") for error in FAILED],
+    + [(error, r"cpu failed while it decoded and cut images \(.*resume there") for error in FAILED],
 )
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 def test_a_device_that_fails_is_no_damaged_image(make, monkeypatch, error, message, on_error):
@@ -271,6 +271,16 @@ def test_a_device_that_fails_is_no_damaged_image(make, monkeypatch, error, messa
     with pytest.raises(LoaderError, match=message):
         list(loader)
     assert calls == [4], "tried once, and never as a single image"
+
+
+def test_a_device_that_fails_while_it_cuts_is_named_too(make, monkeypatch):
+    def failing(*arguments, **settings):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    loader = make(decode_device="cpu")
+    monkeypatch.setattr(device_decode, "replay_on_device", failing)
+    with pytest.raises(LoaderError, match=r"cpu has too little memory for the images .* smaller batch_size"):
+        list(loader)
 
 
 def test_a_jpeg_that_the_device_calls_unsupported_is_no_failure_of_the_device(make, monkeypatch):

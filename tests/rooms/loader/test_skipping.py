@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ferkd_data as fd
-from ferkd_data.errors import LoaderError
+from ferkd_data.errors import LoaderError, OutOfMemoryError
 from ferkd_data.images import open_source, retrying
 from ferkd_data.remote import Retries
 
@@ -147,3 +147,18 @@ def test_single_images_that_do_not_answer_are_skipped(make, photos, monkeypatch)
     loader = make(images=source, batch_size=16)
     assert [len(images) for images, _ in contents(loader)] == [16, 16]
     assert loader.skipped > retrying.IMAGES_IN_A_ROW
+
+
+def test_a_host_without_memory_skips_no_image(label_set, photos, tmp_path, monkeypatch):
+    """The error is made here: tests/rooms/images/test_decode.py takes the memory away for real."""
+
+    def short(*arguments):
+        raise OutOfMemoryError("too little memory to decode an image")
+
+    loader = fd.CropLoader(
+        fd.open_labels(label_set), images=photos, batch_size=8, on_error="skip", cache_dir=tmp_path, size=16
+    )
+    monkeypatch.setattr("ferkd_data.loader.batch_maker.decode_checked", short)
+    with pytest.raises(LoaderError, match=r"image 'class\d/photo\d+' \(shard \d of .*\): too little memory to decode"):
+        list(loader)
+    assert loader.skipped == 0

@@ -23,7 +23,7 @@ import torch
 from label_sets import wait_until
 
 import ferkd_data as fd
-from ferkd_data.errors import LoaderError, UsageError
+from ferkd_data.errors import LoaderError, TooManyOpenFilesError, UsageError
 from ferkd_data.images import open_source
 from ferkd_data.loader.channel import (
     MAPPED_BYTES,
@@ -468,7 +468,7 @@ def test_lost_descriptors_are_an_error_that_names_the_limit():
             for each in (*taken, descriptor):
                 os.close(each)
     assert (message, descriptors) == ("task", [])
-    with pytest.raises(LoaderError, match=r"may open \d+ files .*ulimit -n"):
+    with pytest.raises(TooManyOpenFilesError, match=r"memory for crops: .* as many files open as it may .*ulimit -n"):
         CropHandler(SimpleNamespace(learn=lambda *_: None))(WindowTask(SimpleNamespace(epoch=0), None), descriptors)
 
 
