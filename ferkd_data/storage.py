@@ -102,8 +102,7 @@ def explain_full_disk(path: Path, advice: str = GO_ON) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # Libraries that wrap an OSError may keep the system's words and lose its number.
-        if error.errno in NO_SPACE or any(os.strerror(code) in str(error) for code in NO_SPACE):
+        if _is_system_error(error, *NO_SPACE):
             raise StorageFullError(f"{path}: no space left on the disk; {advice}") from error
         raise
 
@@ -113,14 +112,18 @@ def refuse_too_many_files(path: Path | str, error: BaseException) -> None:
 
     The file at `path` may be sound: it must not be rejected, skipped or fetched again for such an error.
     """
-    # Libraries that wrap an OSError may keep the system's words and lose its number.
-    code, text = getattr(error, "errno", None), str(error)
-    if code == errno.EMFILE or os.strerror(errno.EMFILE) in text:
+    if _is_system_error(error, errno.EMFILE):
         raise too_many_open_files(path) from error
-    if code == errno.ENFILE or os.strerror(errno.ENFILE) in text:
+    if _is_system_error(error, errno.ENFILE):
         raise TooManyOpenFilesError(
             f"{path}: cannot be opened, since this machine has as many files open as it may (fs.file-max)"
         ) from error
+
+
+def _is_system_error(error: BaseException, *codes: int) -> bool:
+    """Return whether an error is one of the system's with one of these numbers, by itself or by its words."""
+    # Libraries that wrap an OSError may keep the system's words and lose its number.
+    return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
 
 
 def too_many_open_files(path: Path | str) -> TooManyOpenFilesError:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ferkd_data.errors import ImageError, LoaderError, UsageError
 from ferkd_data.images.decode import decode_rgb
 from ferkd_data.label_set.joined_images import Size
-from ferkd_data.teachers.teacher import is_device_failure, is_out_of_memory
+from ferkd_data.teachers.teacher import first_line, is_device_failure, is_out_of_memory
 from ferkd_data.upload import upload
 
 RGB = 3
@@ -108,7 +108,7 @@ def check_device(error: RuntimeError, device: torch.device) -> None:
     """Raise LoaderError for an error that concerns the device and not an image: trying again would hide it."""
     if is_out_of_memory(error) or NVJPEG_NO_MEMORY.search(str(error)):
         raise LoaderError(
-            f"{device} has too little memory for the images of a window ({_first_line(error)}); use a smaller "
+            f"{device} has too little memory for the images of a window ({first_line(error)}); use a smaller "
             "batch_size or spread, or leave out decode_device"
         ) from error
     if is_device_failure(error) or NVJPEG_FAILED in str(error):
@@ -123,7 +123,7 @@ def check_device(error: RuntimeError, device: torch.device) -> None:
 
 def _failed(error: RuntimeError, device: torch.device) -> NoReturn:
     raise LoaderError(
-        f"{device} failed while it decoded and cut images ({_first_line(error)}); a GPU that has failed works again in "
+        f"{device} failed while it decoded and cut images ({first_line(error)}); a GPU that has failed works again in "
         "a new process: resume there from the last checkpoint"
     ) from error
 
@@ -195,7 +195,7 @@ def present_device(device: torch.device) -> torch.device:
 
 def cannot_decode(device: str | torch.device, error: Exception) -> UsageError:
     return UsageError(
-        f"decode_device={str(device)!r}: torchvision cannot decode JPEGs there ({_first_line(error)}); leave it out to "
+        f"decode_device={str(device)!r}: torchvision cannot decode JPEGs there ({first_line(error)}); leave it out to "
         "decode in the workers"
     )
 
@@ -203,7 +203,3 @@ def cannot_decode(device: str | torch.device, error: Exception) -> UsageError:
 def _small_jpeg() -> Tensor:
     jpeg = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8)), np.uint8)
     return torch.from_numpy(jpeg.copy())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

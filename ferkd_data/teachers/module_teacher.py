@@ -19,7 +19,7 @@ from ferkd_data.normalization import scaled
 from ferkd_data.teachers.digest import with_choices
 from ferkd_data.teachers.outputs import LogitsOnly, check_activation, check_shape, pick_output
 from ferkd_data.teachers.spec import Preprocessing, TeacherSpec, Triple
-from ferkd_data.teachers.teacher import Precision, device_failed, is_device_failure, is_out_of_memory, reason
+from ferkd_data.teachers.teacher import Precision, is_out_of_memory, reason, refuse_failed_device
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FUSERS = (
@@ -70,8 +70,7 @@ class ModuleTeacher:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise weights_do_not_fit(spec, device) from error
-            if is_device_failure(error):
-                raise device_failed(device, error, spec) from error
+            refuse_failed_device(device, error, spec)
             raise TeacherError(f"teacher {spec}: cannot be moved to {device}: {reason(error)}") from error
         self.module: Callable[[Tensor], Tensor] = ready
         self.scripted = any(isinstance(part, torch.jit.ScriptModule) for part in ready.modules())
@@ -90,8 +89,7 @@ class ModuleTeacher:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            if is_device_failure(error):
-                raise device_failed(self.device, error, self.spec) from error
+            refuse_failed_device(self.device, error, self.spec)
             # The model's own code may raise anything.
             raise TeacherError(f"teacher {self.spec}: failed on {len(images_BCSS)} crops: {reason(error)}") from error
         if logits.shape != (len(images_BCSS), self.num_classes):
@@ -138,8 +136,7 @@ class ModuleTeacher:
                     f"teacher {self.spec}: {self.device} has too little memory for one {size}x{size} image beside its "
                     f"weights ({reason(error)}); {MORE_MEMORY}"
                 ) from error
-            if is_device_failure(error):
-                raise device_failed(self.device, error, self.spec) from error
+            refuse_failed_device(self.device, error, self.spec)
             # The model's own code may raise anything, AssertionError and KeyError included.
             raise TeacherError(
                 f"teacher {self.spec}: cannot run on one {size}x{size} image: {reason(error)}; the option size sets "

@@ -27,7 +27,7 @@ from ferkd_data.teachers.digest import onnx_digest, with_choices
 from ferkd_data.teachers.module_teacher import MORE_MEMORY, normalisation, two_pictures
 from ferkd_data.teachers.outputs import check_activation, check_shape, to_logits
 from ferkd_data.teachers.spec import Preprocessing, TeacherSpec, Triple, preprocessing_of
-from ferkd_data.teachers.teacher import Precision, device_failed, is_device_failure, is_out_of_memory, reason
+from ferkd_data.teachers.teacher import Precision, is_out_of_memory, reason, refuse_failed_device
 
 PREPROCESSING_FIELD = "ferkd_data.preprocessing"
 """Key in the model's metadata under which `export_onnx` stores the preprocessing as JSON."""
@@ -107,8 +107,7 @@ class OnnxTeacher:
                 raise
             if is_out_of_memory(error):
                 raise torch.cuda.OutOfMemoryError(str(error)) from error
-            if is_device_failure(error):
-                raise device_failed(self.device, error, self.spec) from error
+            refuse_failed_device(self.device, error, self.spec)
             raise TeacherError(f"teacher {self.spec}: cannot run on {padded.shape}: {error}") from error
         if not isinstance(output, np.ndarray) or output.dtype.kind != "f":
             kind = output.dtype if isinstance(output, np.ndarray) else type(output).__name__

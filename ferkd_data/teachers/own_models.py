@@ -23,7 +23,7 @@ from ferkd_data.teachers.checkpoint import load_checkpoint
 from ferkd_data.teachers.digest import module_digest, weights_digest
 from ferkd_data.teachers.module_teacher import ModuleTeacher, weights_do_not_fit
 from ferkd_data.teachers.spec import TeacherSpec, preprocessing_of
-from ferkd_data.teachers.teacher import Precision, device_failed, is_device_failure, is_out_of_memory, reason
+from ferkd_data.teachers.teacher import Precision, is_out_of_memory, reason, refuse_failed_device
 
 KNOWN = ("size", "interpolation", "mean", "std", "crop_pct")
 _given: WeakKeyDictionary[nn.Module, tuple[TeacherSpec, str]] = WeakKeyDictionary()
@@ -44,8 +44,7 @@ def load_torchscript(spec: TeacherSpec, *, device: str, precision: Precision) ->
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise weights_do_not_fit(spec, device) from error
-        if is_device_failure(error):
-            raise device_failed(device, error, spec) from error
+        refuse_failed_device(device, error, spec)
         raise TeacherError(f"teacher {spec}: not a TorchScript file: {str(error).splitlines()[0]}") from error
     return ModuleTeacher(
         module, spec, preprocessing_of(spec), digest=sha256_file(path), device=device, precision=precision

@@ -98,15 +98,25 @@ def is_device_failure(error: BaseException) -> bool:
     return (kind is not None and isinstance(error, kind)) or bool(DEVICE_FAILURE.search(str(error)))
 
 
+def refuse_failed_device(device: object, error: BaseException, teacher: TeacherSpec | None = None) -> None:
+    """Raise DeviceFailedError where `error` says that a GPU failed; else do nothing."""
+    if is_device_failure(error):
+        raise device_failed(device, error, teacher) from error
+
+
 def device_failed(device: object, error: BaseException, teacher: TeacherSpec | None = None) -> DeviceFailedError:
     """Return the error to raise for a device that failed with `error`, where known while it ran `teacher`."""
     # A teacher can be the cause: an index out of range in its own code triggers a device-side assert.
     meanwhile = "" if teacher is None else f" while it ran teacher {teacher}"
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return DeviceFailedError(
-        f"device {device} failed{meanwhile} ({first_line}); only a new process can use it again, and "
+        f"device {device} failed{meanwhile} ({first_line(error)}); only a new process can use it again, and "
         "goes on after the finished shards"
     )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def reason(error: BaseException) -> str:

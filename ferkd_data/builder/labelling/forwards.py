@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ferkd_data.errors import FerkdError, TeacherError
 from ferkd_data.teachers import Teacher, TeacherSpec
-from ferkd_data.teachers.teacher import device_failed, is_device_failure, is_out_of_memory, reason
+from ferkd_data.teachers.teacher import is_out_of_memory, reason, refuse_failed_device
 
 
 class Observer(Protocol):
@@ -79,8 +79,7 @@ class Forwards:
         except FerkdError:
             raise
         except Exception as error:
-            if is_device_failure(error):
-                raise device_failed(images_BCSS.device, error, teacher.spec) from error
+            refuse_failed_device(images_BCSS.device, error, teacher.spec)
             if not is_out_of_memory(error):
                 raise TeacherError(
                     f"teacher {teacher.spec}: failed on {len(images_BCSS)} crops: {type(error).__name__}: {error}"

@@ -28,7 +28,7 @@ from ferkd_data.labels.buckets import Thresholds, buckets_of
 from ferkd_data.labels.rows import NO_OPERATIONS, UNKNOWN_TARGET, ImageLabels
 from ferkd_data.labels.soft_labels import DeviceLabels, SoftLabels, check_logits, combine, raise_if_wrong, soft_labels
 from ferkd_data.labels.statistics import P_MAX_UNITS, TEACHER_BINS
-from ferkd_data.teachers.teacher import device_failed, is_device_failure, is_out_of_memory, reason
+from ferkd_data.teachers.teacher import device_failed, is_out_of_memory, reason, refuse_failed_device
 
 ASKED_AHEAD = 2
 """Batches that a device has to do while the host deals with the answers to the one before."""
@@ -99,8 +99,7 @@ def label_shard(refs: Sequence[ImageRef], tools: Tools, first_crop: int = 0) -> 
         raise
     except Exception as error:
         # Any operator may report a GPU's failure: of uploads, cutting and ranking as well as of the teachers.
-        if is_device_failure(error):
-            raise device_failed(tools.device, error) from error
+        refuse_failed_device(tools.device, error)
         if is_out_of_memory(error):
             raise BuildError(
                 f"device {tools.device} has too little memory for the crops and answers of a batch beside the teachers "
